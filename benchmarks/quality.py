@@ -1,0 +1,205 @@
+"""Measure an engine's quality on images with known originals, as tables and figures like the paper's.
+
+Every original is degraded, super-resolved with each sampler and number of steps, and compared with the
+original, as is plain bicubic. Written to the output directory: quality.md and quality.csv (shaped like the
+paper's Tables 1-5), sheet_*.png (LR, bicubic, SR and HR side by side), spectra_*.png (as Fig. 10) and
+quality_vs_time.png. Sheets and spectra show the first sampler with its first number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import figures
+import metrics
+import numpy as np
+import perceptual
+from pairs import DEGRADATIONS, degrade, load_originals
+from PIL import Image
+from tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
+from tqdm import tqdm
+
+from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.resize import imresize
+from moesr.runtime.samplers import ETA
+from moesr.runtime.upscaler import Upscaler
+
+BICUBIC, HR = "Bicubic", "HR"
+STEPS = [200, 100, 50, 20]  # of the paper's Table 4
+Upscale = Callable[[np.ndarray], np.ndarray]  # uint8 LR [h, w, 3] -> uint8 SR [H, W, 3]
+
+
+def methods(up: Upscaler, samplers: Sequence[str], steps: Sequence[int], seed: int) -> dict[str, Upscale]:
+    """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps."""
+    scale = up.manifest.scale
+
+    def bicubic(lr: np.ndarray) -> np.ndarray:
+        return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
+
+    def sampled(sampler: str, count: int) -> Upscale:
+        return lambda lr: up(lr, steps=count, sampler=sampler, seed=seed)
+
+    chosen = {f"{s.upper()} {count}": sampled(s, count) for s in samplers for count in steps}
+    return {BICUBIC: bicubic, **chosen}
+
+
+def score(
+    name: str, hr: np.ndarray, lr: np.ndarray, upscale: Mapping[str, Upscale], learned: Mapping[str, Any]
+) -> tuple[list[Record], dict[str, np.ndarray]]:
+    """Run every method on one image: the records, and the results by method."""
+    scale = hr.shape[0] // lr.shape[0]
+    records, results = [], {}
+    for method, run in upscale.items():
+        started = time.perf_counter()
+        results[method] = sr = run(lr)
+        seconds = time.perf_counter() - started
+        values = {**metrics.scores(sr, hr, scale), **perceptual.scores(learned, sr, hr), SECONDS: seconds}
+        records.append(Record(name, method, values))
+    return records, results
+
+
+def draw(stem: str, hr: np.ndarray, lr: np.ndarray, results: Mapping[str, np.ndarray], out: Path) -> None:
+    """Contact sheet and, with matplotlib, spectra of one image: bicubic and the first other method."""
+    scale = hr.shape[0] // lr.shape[0]
+    shown = dict(list(results.items())[:2])
+    nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
+    figures.contact_sheet({"LR": nearest, **shown, "HR": hr}, out / f"sheet_{stem}.png")
+    if plt := figures.pyplot():
+        figures.spectra(plt, shown, hr, scale, out / f"spectra_{stem}.png")
+
+
+def run(
+    originals: Mapping[str, np.ndarray], degradation: str, upscale: Mapping[str, Upscale], out: Path
+) -> tuple[list[Record], list[Record]]:
+    """Score and draw every image; returns the records and their means (with FID where it can be had)."""
+    learned, records = perceptual.load(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = ImageSets(Path(scratch))
+        for name, hr in tqdm(originals.items(), unit="image", disable=None):
+            lr = degrade(hr, degradation, name)
+            scored, results = score(name, hr, lr, upscale, learned)
+            records += scored
+            draw(Path(name).stem, hr, lr, results, out)
+            if perceptual.FID in learned:
+                sets.add(Path(name).stem, {**results, HR: hr})
+        averaged = means(records)
+        if perceptual.FID in learned:
+            averaged = [sets.with_fid(r, learned) for r in averaged]
+    return records, averaged
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Every method's images in a directory of its own, as FID wants them."""
+
+    directory: Path
+
+    def add(self, stem: str, images: Mapping[str, np.ndarray]) -> None:
+        """Save one image of every method."""
+        for method, image in images.items():
+            (self.directory / method).mkdir(exist_ok=True)
+            Image.fromarray(image).save(self.directory / method / f"{stem}.png")
+
+    def with_fid(self, record: Record, learned: Mapping[str, Any]) -> Record:
+        """The record of a method's means, with its FID against the originals."""
+        value = perceptual.fid(learned, self.directory / record.method, self.directory / HR)
+        return Record(record.image, record.method, {**record.values, perceptual.FID: value})
+
+
+def plot(averaged: Sequence[Record], path: Path) -> None:
+    """Every measure against time, or a line on stderr where matplotlib is not installed."""
+    plt = figures.pyplot()
+    if plt is None:
+        print(figures.MATPLOTLIB_MISSING, file=sys.stderr)
+        return
+
+    def marks(column: str) -> list[figures.Point]:
+        return [figures.Point(r.method, r.values[SECONDS], r.values[column]) for r in averaged]
+
+    columns = [c for c in HEADINGS if c in averaged[0].values and c != SECONDS]
+    figures.quality_against_time(plt, [(HEADINGS[c], marks(c)) for c in columns], path)
+
+
+def preamble(up: Upscaler, args: argparse.Namespace) -> str:
+    """Markdown above the tables: what was measured, and on what."""
+    m, backend = up.manifest, up.backend
+    return (
+        f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
+        f"Originals: {args.hr}. Seed {args.seed}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
+        f"{backend.name} on {backend.device}, {platform.machine()}, {os.cpu_count()} logical cores.\n"
+        f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
+        "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--engine", type=Path, metavar="DIR", help="engine directory (default: the bundled demo engine)")
+    add("--hr", default="demo", metavar="DIR", help="originals; demo: three photographs (default: demo)")
+    add("--degrade", choices=DEGRADATIONS, default="x4-bicubic", help="how LR is made (default %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[200, 100, 50, 20],
+        metavar="N",
+        help="(default: 200 100 50 20)",
+    )
+    add("--sampler", nargs="+", choices=list(ETA), default=["ddpm"], help="(default: ddpm)")
+    add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
+    out = Path("benchmarks/results/quality")
+    add("-o", "--out", type=Path, default=out, metavar="DIR", help="for the results (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def benchmark(args: argparse.Namespace) -> str:
+    """Run the whole benchmark and write its files; returns the Markdown page."""
+    originals = load_originals(args.hr)
+    with Upscaler(args.engine, threads=args.threads) as up:
+        if DEGRADATIONS[args.degrade] != up.manifest.scale:
+            raise UsageError(
+                f"--degrade {args.degrade} does not fit {up.manifest.name}, which upscales by "
+                f"{up.manifest.scale}; choose a degradation of that scale"
+            )
+        upscale = methods(up, args.sampler, args.steps, args.seed)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
+        # One small image through every expert, so that all graphs are loaded before the clock runs.
+        up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
+        records, averaged = run(originals, args.degrade, upscale, args.out)
+        page = preamble(up, args) + markdown(records, averaged)
+    plot(averaged, args.out / "quality_vs_time.png")
+    (args.out / "quality.md").write_text(page, encoding="utf-8")
+    (args.out / "quality.csv").write_text(csv_text(records, averaged), encoding="utf-8")
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    args = parse(argv)
+    try:
+        print(benchmark(args))
+    except MoesrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The graph of the decoder: quantiser, the used levels of the LR encoder, decoder, fusion, refinement network."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
+from moesr.export.layers import attention, conv, conv_module, group_norm, upsample_conv
+from moesr.export.refinement import refine
+from moesr.training.networks import Autoencoder
+from moesr.training.networks.autoencoder import AttnBlock, Level, Middle
+from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, FusionLayer, ResnetBlock
+
+SCORE_BYTES = 32 << 20  # largest score matrix of attention or quantiser, for one image
+
+
+def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> Graph:
+    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [1]; output `image` [B, 3, f*h, f*w]; h = w = `latent_px`.
+
+    A decoder that is not conditioned on the LR image has the inputs too, and ignores them.
+    """
+    g = GraphBuilder("decoder", half)
+    config, decoder = network.config, network.decoder
+    image_px = latent_px * config.factor
+    image = (BATCH, 3, image_px, image_px)
+    z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
+    lr, fidelity = g.input("lr", image), g.input("fidelity", (1,))
+    with g.scope("quantize"):
+        h = g.compute(_quantise(g, z, network) if config.codebook_size else conv_module(g, z, network.post_quant_conv))
+    with g.scope("decoder.mid"):
+        h = _middle(g, conv_module(g, h, decoder.conv_in), decoder.mid)
+    for i in reversed(range(len(decoder.up))):
+        with g.scope(f"decoder.up.{i}"):
+            level = decoder.up[i]
+            h = _level(g, h, level)
+            if i == config.fusion_level and decoder.fusion is not None:
+                features = _lr_features(g, g.compute(lr), network, i)
+                h = _fuse(g, features, h, decoder.fusion, g.compute(fidelity))
+            if i > 0:
+                h = upsample_conv(g, h, level.get_submodule("upsample.conv"))
+    if config.refinement != "none":
+        with g.scope("decoder.unet_1"):
+            h = refine(g, h, decoder.unet_1)
+    with g.scope("decoder.out"):
+        h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
+    g.output("image", h, image)
+    return g.finish()
+
+
+def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
+    """Nearest codes, already through `post_quant_conv`, in float32: half precision would pick other codes.
+
+    A few rows of the latent at a time, as the distances of all positions to all codes are many.
+    """
+    codes = network.quantize.embedding.weight.detach()  # [codes, D]
+    post = network.post_quant_conv
+    table = (codes.double() @ post.weight.flatten(1).t().double() + post.bias.double()).float()
+    side, width = z.size(2), z.size(3)
+    rows = max(1, min(side, SCORE_BYTES // (4 * len(codes) * width)))
+    found = []
+    for start in range(0, side, rows):
+        stop = min(start + rows, side)
+        strip = g.op("Transpose", g.slice(z, 2, start, stop), perm=(0, 2, 3, 1))
+        flat = g.op("Reshape", strip, torch.tensor([-1, codes.shape[1]]))
+        # |z - e|^2 without |z|^2, which does not depend on the code
+        distance = g.op("Gemm", flat, -2 * codes.t(), (codes * codes).sum(dim=1))
+        index = g.op("ArgMin", distance, axis=1, keepdims=0)
+        index = g.op("Reshape", index, torch.tensor([-1, stop - start, width]))
+        found.append(dataclasses.replace(index, shape=(BATCH, stop - start, width)))
+    return g.op("Transpose", g.op("Gather", table, g.concat(found, 1)), perm=(0, 3, 1, 2))
+
+
+def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder, level: int) -> Value:
+    """The encoder up to the residual blocks of `level`; nothing past it is needed to decode."""
+    encoder = network.encoder
+    with g.scope("encoder"):
+        h = conv_module(g, lr, encoder.conv_in)
+        for i in range(level + 1):
+            with g.scope(f"down.{i}"):
+                h = _level(g, h, encoder.down[i])
+                if i < level:
+                    h = conv_module(g, h, encoder.down[i].get_submodule("downsample.conv"), pads=(0, 0, 1, 1))
+    return h
+
+
+def _level(g: GraphBuilder, x: Value, level: nn.Module) -> Value:
+    assert isinstance(level, Level)
+    for block in level.block:
+        x = _resnet_block(g, x, block)
+    return x
+
+
+def _resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
+    assert isinstance(block, ResnetBlock)
+    h = conv_module(g, group_norm(g, x, block.norm1, activate=True), block.conv1)
+    h = conv_module(g, group_norm(g, h, block.norm2, activate=True), block.conv2)
+    shortcut = getattr(block, block.shortcut_name, None)
+    return g.op("Add", h, x if shortcut is None else conv_module(g, x, shortcut))
+
+
+def _middle(g: GraphBuilder, x: Value, middle: Middle) -> Value:
+    x = _resnet_block(g, x, middle.block_1)
+    with g.scope("attention"):
+        x = _attention(g, x, middle.attn_1)
+    return _resnet_block(g, x, middle.block_2)
+
+
+def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
+    """Single-head attention over all positions.
+
+    The scale of the scores is folded into q. The bias of k moves all scores of a row alike, which softmax does not
+    see, and the rows of weights sum to one, so `proj_out` can be applied to v beforehand: one convolution less.
+    """
+    channels, height, width = (x.size(axis) for axis in (1, 2, 3))
+    h, scale = group_norm(g, x, block.norm), channels**-0.5
+    out = block.proj_out.weight.flatten(1).double()
+    w_v = (out @ block.v.weight.flatten(1).double()).float()[..., None, None]
+    b_v = (out @ _bias(block.v).double() + _bias(block.proj_out).double()).float()
+    q = conv(g, h, block.q.weight * scale, _bias(block.q) * scale)
+    k = conv(g, h, block.k.weight, None)
+    q, k, v = (g.reshape(part, 0, channels, height * width) for part in (q, k, conv(g, h, w_v, b_v)))
+    chunk = max(1, SCORE_BYTES // (4 * height * width))
+    return g.op("Add", x, g.reshape(attention(g, q, k, v, chunk), 0, channels, height, width))
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+def _fuse(g: GraphBuilder, features: Value, h: Value, layer: FusionLayer, fidelity: Value) -> Value:
+    """`h + fidelity * fuse(cat(features, h))`."""
+    with g.scope("fusion"):
+        fused = _resnet_block(g, g.concat([features, h], 1), layer.encode_enc_1)
+        for block in layer.encode_enc_2:
+            assert isinstance(block, RRDB)
+            inner = fused
+            for dense in (block.rdb1, block.rdb2, block.rdb3):
+                inner = _dense_block(g, inner, dense)
+            fused = g.op("Add", fused, g.op("Mul", inner, torch.tensor(RESIDUAL_SCALE)))
+        return g.op("Add", h, g.op("Mul", _resnet_block(g, fused, layer.encode_enc_3), fidelity))
+
+
+def _dense_block(g: GraphBuilder, x: Value, block: DenseBlock) -> Value:
+    """Five convolutions over growing features; the residual scale is folded into the last one."""
+    features = [x]
+    for i in range(1, 5):
+        h = conv_module(g, g.concat(features, 1), block.get_submodule(f"conv{i}"))
+        features.append(g.op("LeakyRelu", h, alpha=SLOPE))
+    last = block.get_submodule("conv5")
+    assert isinstance(last, nn.Conv2d)
+    h = conv(g, g.concat(features, 1), last.weight * RESIDUAL_SCALE, _bias(last) * RESIDUAL_SCALE)
+    return g.op("Add", x, h)

@@ -1,0 +1,124 @@
+"""The graph of one sampling expert: the denoising UNet with its space experts merged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
+from moesr.export.layers import attention, conv, conv_module, group_norm, silu, upsample_conv
+from moesr.training.networks import DenoisingUNet, SpaceMoE
+from moesr.training.networks.unet import AttentionBlock, ResBlock, Upsample
+
+QUERY_CHUNK = 1024  # only tiles above 256 latent pixels have more tokens where the UNet attends
+MAX_PERIOD = 10_000.0  # of the sinusoidal embedding
+
+Offsets = dict[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
+
+
+def expert_graph(network: DenoisingUNet, latent_px: int, half: bool = False) -> Graph:
+    """Inputs `z_t`, `cond` [B, 3, h, w] and `t` [B], output `eps` [B, 3, h, w], with h = w = `latent_px`."""
+    g = GraphBuilder("expert", half)
+    config = network.config
+    image = (BATCH, config.out_channels, latent_px, latent_px)
+    z_t = g.input("z_t", image)
+    cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
+    with g.scope("time_embed"):
+        offsets = _time_offsets(g, network, g.input("t", (BATCH,)))
+    h, skips = g.compute(g.concat([z_t, cond], 1)), []
+    for i, stage in enumerate(network.input_blocks):
+        with g.scope(f"input_blocks.{i}"):
+            h = _stage(g, h, stage, offsets)
+        skips.append(h)
+    with g.scope("middle_block"):
+        h = _stage(g, h, network.middle_block, offsets)
+    for i, stage in enumerate(network.output_blocks):
+        with g.scope(f"output_blocks.{i}"):
+            h = _stage(g, g.concat([h, skips.pop()], 1), stage, offsets)
+    with g.scope("out"):
+        norm, _, out = network.out
+        eps = conv_module(g, group_norm(g, h, norm, activate=True), out)
+    g.output("eps", eps, image)
+    return g.finish()
+
+
+def _time_offsets(g: GraphBuilder, network: DenoisingUNet, t: Value) -> Offsets:
+    """Embed the timesteps and project them for every residual block at once; angles in float32, as t reaches 999."""
+    half = network.config.width // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32))
+    angles = g.op("Mul", g.op("Unsqueeze", t, torch.tensor([1])), frequencies)
+    emb = g.compute(g.concat([g.op("Cos", angles), g.op("Sin", angles)], 1))
+    first, _, second = network.time_embed
+    emb = silu(g, _linear(g, silu(g, _linear(g, emb, first)), second))
+    blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
+    layers = [block.emb_layers[1] for block in blocks]
+    weight = torch.cat([layer.weight for layer in layers])  # type: ignore[arg-type]
+    bias = torch.cat([layer.bias for layer in layers])  # type: ignore[arg-type]
+    rows = g.op("Gemm", emb, weight, bias, transB=1)
+    rows = g.op("Unsqueeze", rows, torch.tensor([2, 3]))
+    pieces = g.split(rows, 1, [layer.bias.numel() for layer in layers])  # type: ignore[operator,union-attr]
+    return dict(zip(blocks, pieces, strict=True))
+
+
+def _linear(g: GraphBuilder, x: Value, layer: nn.Module) -> Value:
+    assert isinstance(layer, nn.Linear)
+    return g.op("Gemm", x, layer.weight, layer.bias, transB=1)
+
+
+def _stage(g: GraphBuilder, x: Value, stage: nn.Module, offsets: Offsets) -> Value:
+    """One entry of the UNet's block lists."""
+    for layer in stage.children():
+        if isinstance(layer, ResBlock):
+            x = _res_block(g, x, layer, offsets[layer])
+        elif isinstance(layer, AttentionBlock):
+            x = _attention_block(g, x, layer)
+        elif isinstance(layer, SpaceMoE):
+            x = _feed_forward(g, x, layer)
+        elif isinstance(layer, Upsample):
+            x = upsample_conv(g, x, layer.conv)
+        else:  # the first convolution, or the strided one of a Downsample
+            x = conv_module(g, x, getattr(layer, "op", layer))
+    return x
+
+
+def _res_block(g: GraphBuilder, x: Value, block: ResBlock, offset: Value) -> Value:
+    norm_in, _, conv_in = block.in_layers
+    norm_out, _, _, conv_out = block.out_layers
+    h = g.op("Add", conv_module(g, group_norm(g, x, norm_in, activate=True), conv_in), offset)
+    h = conv_module(g, group_norm(g, h, norm_out, activate=True), conv_out)
+    skip = block.skip_connection
+    return g.op("Add", h, x if isinstance(skip, nn.Identity) else conv_module(g, x, skip))
+
+
+def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:
+    """Multi-head attention over the tokens; the 1/sqrt(width) of the scores is folded into the query weights."""
+    channels, side = x.size(1), x.size(2)
+    head, tokens = channels // block.heads, side * x.size(3)
+    parts = [block.qkv.weight, block.qkv.bias[:, None]]  # type: ignore[index]
+    weight, bias = (_queries_first(part.reshape(channels * 3, -1), block.heads) for part in parts)
+    qkv = conv(g, group_norm(g, x, block.norm), weight[..., None, None], bias[:, 0])
+    q, k, v = g.split(g.reshape(qkv, 0, 3 * block.heads, head, tokens), 1, [block.heads] * 3)
+    h = g.reshape(attention(g, q, k, v, QUERY_CHUNK), 0, channels, side, tokens // side)
+    return g.op("Add", x, conv_module(g, h, block.proj_out))
+
+
+def _queries_first(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows [heads, (q, k, v), width] of a projection to [(q, k, v), heads, width] and scale q."""
+    rows = rows.reshape(heads, 3, -1, rows.shape[-1]).transpose(0, 1).clone()
+    rows[0] *= rows.shape[2] ** -0.5
+    return rows.flatten(0, 2)
+
+
+def _feed_forward(g: GraphBuilder, x: Value, block: SpaceMoE) -> Value:
+    """The merged space experts: `x + FFN(LayerNorm(x))` over tokens."""
+    channels, height, width = (x.size(axis) for axis in (1, 2, 3))
+    tokens = g.op("Transpose", g.reshape(x, 0, channels, height * width), perm=(0, 2, 1))
+    norm = block.moe_norm
+    h = g.op("LayerNormalization", g.float32(tokens), norm.weight, norm.bias, epsilon=norm.eps)
+    w_in, b_in, w_out, b_out = block.mean_weights()
+    h = g.op("Add", g.op("MatMul", g.cast(h, x.dtype), w_in.t()), b_in)
+    h = g.op("Add", g.op("MatMul", g.op("Gelu", h), w_out.t()), b_out)
+    h = g.op("Transpose", g.op("Add", tokens, h), perm=(0, 2, 1))
+    return g.reshape(h, 0, channels, height, width)

@@ -1,0 +1,87 @@
+"""Layers that the expert and the decoder graph share, from trained modules to ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moesr.export.graph import GraphBuilder, Value
+
+
+def conv(
+    g: GraphBuilder,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None,
+    pads: Sequence[int] | None = None,
+    stride: int = 1,
+    groups: int = 1,
+) -> Value:
+    """2-D convolution; `pads` (top, left, bottom, right) default to those that keep the size of an odd kernel."""
+    kernel = list(weight.shape[2:])
+    pads = [k // 2 for k in kernel] * 2 if pads is None else list(pads)
+    attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride, stride], "group": groups}
+    return g.op("Conv", x, weight, bias, **attributes)
+
+
+def conv_module(g: GraphBuilder, x: Value, module: nn.Module, pads: Sequence[int] | None = None) -> Value:
+    """A trained `Conv2d`, or `Conv1d` of kernel 1 over flattened positions; symmetric padding unless given."""
+    assert isinstance(module, (nn.Conv2d, nn.Conv1d))
+    weight = module.weight if module.weight.dim() == 4 else module.weight[..., None]
+    return conv(g, x, weight, module.bias, pads, module.stride[0])
+
+
+def silu(g: GraphBuilder, x: Value) -> Value:
+    """`x * sigmoid(x)`."""
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def group_norm(g: GraphBuilder, x: Value, norm: nn.GroupNorm, activate: bool = False) -> Value:
+    """GroupNorm with its statistics in float32, then SiLU if asked: [B, C, H, W] -> same, in the precision of `x`."""
+    groups, channels = norm.num_groups, norm.num_channels
+    spatial = [x.size(axis) for axis in range(2, len(x.shape))]
+    flat = g.reshape(g.float32(x), 0, groups, channels // groups * int(np.prod(spatial)))
+    ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
+    flat = g.op("InstanceNormalization", flat, ones, zeros, epsilon=norm.eps)
+    h = g.reshape(flat, 0, channels, *spatial)
+    h = g.op("Add", g.op("Mul", h, norm.weight[:, None, None]), norm.bias[:, None, None])
+    h = g.cast(h, x.dtype)
+    return silu(g, h) if activate else h
+
+
+def upsample_conv(g: GraphBuilder, x: Value, module: nn.Conv2d) -> Value:
+    """Double the sides by nearest neighbour and convolve 3x3, at 4/9 of the multiplications.
+
+    Each of the four output phases sees only 2x2 different inputs, so the taps that meet the same input are added
+    beforehand; padding with zeros before or after the upsampling is the same thing.
+    """
+    phases = []
+    for a in (0, 1):
+        for b in (0, 1):
+            weight = _merge_taps(_merge_taps(module.weight.double(), 2, a), 3, b).float()
+            phases.append(conv(g, x, weight, module.bias, (1 - a, 1 - b, a, b)))
+    return g.op("DepthToSpace", g.concat(phases, 1), blocksize=2, mode="DCR")
+
+
+def _merge_taps(weight: Tensor, axis: int, phase: int) -> Tensor:
+    """Three taps on doubled samples as two taps on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
+    first, middle, last = weight.split(1, dim=axis)
+    return torch.cat((first, middle + last) if phase == 0 else (first + middle, last), dim=axis)
+
+
+def attention(g: GraphBuilder, q: Value, k: Value, v: Value, chunk: int) -> Value:
+    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time; softmax in float32.
+
+    A row of scores needs all keys but no other row, so chunks are exact, and the score matrix never exists whole.
+    """
+    tokens, out = q.size(-1), []
+    swap = [*range(len(q.shape) - 2), len(q.shape) - 1, len(q.shape) - 2]
+    for start in range(0, tokens, chunk):
+        rows = g.slice(q, len(q.shape) - 1, start, min(start + chunk, tokens))
+        scores = g.op("MatMul", g.op("Transpose", rows, perm=swap), k)
+        weights = g.cast(g.op("Softmax", g.float32(scores), axis=-1), v.dtype)
+        out.append(g.op("MatMul", v, g.op("Transpose", weights, perm=swap)))
+    return g.concat(out, len(q.shape) - 1)

@@ -1,0 +1,1 @@
+"""Operators with more than one form: a plain reference beside each, and forms that backends can run."""

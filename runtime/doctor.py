@@ -1,0 +1,93 @@
+"""Check this installation: versions, machine, backends, an engine, and one sampling step on it.
+
+Exit codes: 0 all well, 2 usage, 3 engine or backend unusable, 4 out of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesr.runtime import memory
+from moesr.runtime.cli import HelpFormatter, add_engine_options, guarded, logging_to_stderr
+from moesr.runtime.errors import EngineError
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.sessions import BACKENDS, probe
+from moesr.runtime.upscaler import Upscaler, bundled_engine
+
+_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu")
+_SMOKE_PX = 16  # side of the image of the smoke run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `moesr-doctor`; returns the exit code."""
+    parser = argparse.ArgumentParser("moesr-doctor", description=__doc__, formatter_class=HelpFormatter)
+    add_engine_options(parser)
+    args = parser.parse_args(argv)
+    with logging_to_stderr(logging.INFO):
+        return guarded(lambda: examine(args), debug=args.debug)
+
+
+def examine(args: argparse.Namespace) -> int:
+    """Print the findings; raises what makes the engine unusable."""
+    _show_machine()
+    _show_backends()
+    directory = args.engine or bundled_engine()
+    manifest = Manifest.read(directory, verify=not args.no_verify)
+    _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
+    with Upscaler(
+        directory, backend=args.backend, device=args.device, threads=args.threads, verify=False
+    ) as upscaler:
+        image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
+        start = time.perf_counter()
+        shape = upscaler(image, steps=1).shape
+        _line("smoke run", f"one step and a decode in {time.perf_counter() - start:.2f} s, output {shape}")
+    return 0
+
+
+def _show_machine() -> None:
+    for package in _PACKAGES:
+        try:
+            _line(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            _line(package, "not installed")
+    _line("python", f"{platform.python_version()} on {platform.platform()}")
+    _line("cpu", f"{platform.machine()}, {os.cpu_count()} logical cores")
+    free = memory.available_bytes()
+    _line("memory", "unknown" if free is None else f"{memory.readable(free)} available")
+
+
+def _show_backends() -> None:
+    for name in BACKENDS:
+        try:
+            offer = probe(name)
+            _line(f"backend {name}", f"{offer.version} on {', '.join(offer.devices)}")
+        except EngineError as error:
+            _line(f"backend {name}", f"unusable: {error}")
+
+
+def _show_engine(manifest: Manifest, where: str) -> None:
+    _line("engine", where)
+    _line("model", f"{manifest.name}, x{manifest.scale}, tiles of {manifest.tile} px, {manifest.precision}")
+    ranges = ", ".join(f"{t_from}..{t_to - 1}" for t_from, t_to in manifest.expert_ranges)
+    _line("experts", f"{len(manifest.experts)}, for t in {ranges}")
+    _line("defaults", f"{manifest.sampler}, {manifest.steps} steps")
+    for name, parity in manifest.parity.items():
+        verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
+        _line(f"parity {name}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
+
+
+def _line(label: str, text: str) -> None:
+    print(f"{label:<20} {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""One tree of exceptions for everything a user can cause or cure.
+
+A message says what was got, what was expected and what to do. Command-line programs print it on one line and
+exit with the `exit_code` of its class: 1 some inputs failed, 2 usage, 3 engine unusable, 4 out of memory.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MoesrError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(MoesrError):
+    """An input file or image cannot be used; other inputs are unaffected."""
+
+
+class OutputError(MoesrError):
+    """A result cannot be written where it was asked for; other inputs are unaffected."""
+
+
+class UsageError(MoesrError):
+    """An option or argument has no meaning here: nothing was started."""
+
+    exit_code = 2
+
+
+class EngineError(MoesrError):
+    """An engine directory, checkpoint or backend is missing, damaged or does not fit this runtime."""
+
+    exit_code = 3
+
+
+class NonFiniteError(EngineError):
+    """A graph produced NaN or infinite values for one image; other images may still succeed."""
+
+
+class MemoryLimitError(MoesrError):
+    """The work needs more memory than this machine has free."""
+
+    exit_code = 4

@@ -1,0 +1,121 @@
+"""Noise schedule and the sampler's list of steps, computed once in float64.
+
+Symbols, as in the papers:
+
+========== =====================================================================================
+`t`        training timestep, 0 (least noise) .. timesteps - 1 (pure noise)
+`step`     position in the sampler's list, 0 .. steps - 1, in the order of execution
+`beta`     variance that training adds at one timestep
+`alpha_bar` product of (1 - beta) up to and including t: the share of the signal left
+`sigma`    standard deviation of the noise that one sampler step adds
+========== =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Scaled-linear noise schedule: `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.0015
+    beta_end: float = 0.0155
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 1:
+            raise ValueError(f"a schedule needs at least 1 timestep, got {self.timesteps}")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
+            )
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """Float64 [timesteps], read-only."""
+        roots = np.linspace(
+            np.sqrt(self.beta_start), np.sqrt(self.beta_end), self.timesteps, dtype=np.float64
+        )
+        return _read_only(roots**2)
+
+    @cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """Float64 [timesteps], read-only, falling with t."""
+        return _read_only(np.cumprod(1.0 - self.betas))
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """What the sampler needs to know of each step, in the order of execution: row 0 has the highest t.
+
+    `t` and `expert` are int64 [S]; `alpha_bar`, `alpha_bar_prev` (of the next, less noisy timestep) and
+    `sigma` are float64 [S].
+    """
+
+    t: np.ndarray
+    expert: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    sigma: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def respaced_timesteps(total: int, steps: int) -> np.ndarray:
+    """Pick `steps` of `total` training timesteps: int64 [steps], ascending, each in [0, total - 1].
+
+    Where `steps` divides `total` this is the published sampler's `range(0, total, total // steps) + 1`.
+    Elsewhere that list would have more than `steps` entries; here entry i is `floor(i * total / steps) + 1`,
+    which spreads exactly `steps` entries over the whole range. Only `steps == total` leaves no room for the
+    offset of one: then every timestep is taken once.
+
+    Raises ValueError unless 1 <= steps <= total.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in 1..{total} (the number of training timesteps), got {steps}")
+    offset = 1 if steps < total else 0
+    return np.arange(steps, dtype=np.int64) * total // steps + offset
+
+
+def step_table(schedule: Schedule, steps: int, eta: float, ranges: Sequence[tuple[int, int]]) -> StepTable:
+    """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
+
+    `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. The last step ends at `alpha_bar[0]`, as
+    the published sampler does. Raises ValueError for steps or eta out of range, or where a timestep belongs
+    to no expert or to several.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
+    ascending = respaced_timesteps(schedule.timesteps, steps)
+    alpha_bar = schedule.alpha_bar[ascending]
+    alpha_bar_prev = np.concatenate([schedule.alpha_bar[:1], alpha_bar[:-1]])
+    variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
+    columns = (ascending, _experts(ascending, ranges), alpha_bar, alpha_bar_prev, eta * np.sqrt(variance))
+    return StepTable(*(_read_only(column[::-1].copy()) for column in columns))
+
+
+def _experts(timesteps: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Index of the range that holds each timestep: int64 [S]."""
+    bounds = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+    holds = (bounds[:, :1] <= timesteps) & (timesteps < bounds[:, 1:])  # [experts, S]
+    owners = holds.sum(axis=0)
+    if np.any(owners != 1):
+        t = int(timesteps[owners != 1][0])
+        found = "no expert" if not holds[:, timesteps == t].any() else "several experts"
+        raise ValueError(
+            f"timestep {t} belongs to {found}; the ranges {list(ranges)} (end exclusive) must hold every "
+            "sampled timestep exactly once"
+        )
+    return holds.argmax(axis=0).astype(np.int64)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,138 @@
+"""Overlapping tiles over a canvas of any size, and their blending.
+
+Sampling aggregates the tiles' predictions at every step with Gaussian weights (StableSR, Section 3.3, Eq. 7);
+decoding blends the tiles' pixels once, with raised-cosine ramps over the overlap. Both are weighted means:
+`canvas = sum_n w_n / w_hat * tile_n` with `w_hat = sum_n w_n`, which leaves agreeing tiles as they are and
+gives pixels that only one tile covers (the image's border among them) that tile's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_GAUSSIAN_VARIANCE = 0.01  # in squared tile widths, the value of the mixture of diffusers (Jiménez, 2023)
+
+
+def tile_origins(size: int, tile: int, overlap: int) -> list[int]:
+    """First positions of the fewest tiles that cover [0, size) with neighbours sharing at least `overlap`.
+
+    Tiles are evenly spaced and inside; the first starts at 0, the last ends at `size`. Raises ValueError
+    where `size < tile` (pad first) or not 0 <= overlap < tile.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile}, got {overlap}")
+    if size < tile:
+        raise ValueError(f"a canvas of {size} is smaller than a tile of {tile}; pad it first (reflect_pad)")
+    spare = size - tile
+    gaps = -(-spare // (tile - overlap))
+    return [i * spare // max(gaps, 1) for i in range(gaps + 1)]
+
+
+def grid(height: int, width: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Origins (y, x) of the tiles that cover a canvas, row by row."""
+    columns = tile_origins(width, tile, overlap)
+    return [(y, x) for y in tile_origins(height, tile, overlap) for x in columns]
+
+
+def gaussian_weights(tile: int) -> np.ndarray:
+    """Weights for aggregation at every step: float32 [tile, tile], peak 1.
+
+    The variance is 0.01 squared tile widths. The corners of a large tile get exp(-25), about 1e-11: small,
+    but never 0 in float32.
+    """
+    offset = (np.arange(tile) - (tile - 1) / 2) / tile
+    profile = np.exp(-(offset**2) / (2.0 * _GAUSSIAN_VARIANCE))
+    weights = np.outer(profile, profile)
+    return (weights / weights.max()).astype(np.float32)
+
+
+def feather_weights(tile: int, overlap: int) -> np.ndarray:
+    """Weights for blending decoded pixels: float32 [tile, tile], in (0, 1].
+
+    1 inside, falling to the edges over `overlap` as a raised cosine; tiles that overlap by exactly that much
+    have weights that sum to 1. Raises ValueError unless 0 <= overlap < tile.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile}, got {overlap}")
+    ramp = np.ones(tile)
+    ramp[:overlap] = 0.5 - 0.5 * np.cos(np.pi * np.arange(1, overlap + 1) / (overlap + 1))
+    profile = np.minimum(ramp, ramp[::-1])
+    return np.outer(profile, profile).astype(np.float32)
+
+
+class Blend:
+    """Weighted mean of tiles on a canvas; everything is allocated at construction.
+
+    After `reset`, `add` each tile of `origins` once, in any order; then `result` is the blended canvas.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], origins: Sequence[tuple[int, int]], tile: int, weights: np.ndarray
+    ) -> None:
+        """`shape` is the canvas [C, H, W]; `weights` float32 [tile, tile], positive.
+
+        Raises ValueError where the weights have another shape, or the tiles leave the canvas or do not cover
+        it.
+        """
+        channels, height, width = shape
+        if weights.shape != (tile, tile):
+            raise ValueError(f"weights must be {tile}x{tile}, got {weights.shape}")
+        self._tile = tile
+        self._weights = weights
+        self._weight_sum = np.zeros((height, width), np.float32)
+        for y, x in origins:
+            if not (0 <= y <= height - tile and 0 <= x <= width - tile):
+                raise ValueError(f"the tile of {tile} at {(y, x)} leaves the canvas of {height}x{width}")
+            self._weight_sum[y : y + tile, x : x + tile] += weights
+        if not self._weight_sum.all():
+            raise ValueError(f"{len(origins)} tiles of {tile} do not cover the canvas of {height}x{width}")
+        self._canvas = np.zeros(shape, np.float32)
+        self._share = np.empty((tile, tile), np.float32)
+        self._scratch = np.empty((channels, tile, tile), np.float32)
+
+    def reset(self) -> None:
+        """Start again from an empty canvas."""
+        self._canvas.fill(0.0)
+
+    def add(self, y: int, x: int, tile_chw: np.ndarray) -> None:
+        """Add one tile, [C, tile, tile], at its origin."""
+        rows, columns = slice(y, y + self._tile), slice(x, x + self._tile)
+        # Dividing here needs no second canvas, and w / w is exactly 1 where one tile stands alone.
+        np.divide(self._weights, self._weight_sum[rows, columns], out=self._share)
+        np.multiply(tile_chw, self._share, out=self._scratch)
+        window = self._canvas[:, rows, columns]
+        np.add(window, self._scratch, out=window)
+
+    def result(self) -> np.ndarray:
+        """The canvas, float32 [C, H, W]: a view that `reset` and `add` overwrite."""
+        return self._canvas
+
+
+def reflect_pad(
+    image: np.ndarray, min_height: int, min_width: int, *, axes: tuple[int, int] = (-2, -1)
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Extend an image at the bottom and right by reflection to at least `min_height` x `min_width`.
+
+    `axes` are the positions of height and width: (-2, -1) for [..., H, W], (0, 1) for [H, W, C]. The edge
+    pixel is not repeated; an image smaller than the padding is reflected back and forth, a line of one pixel
+    is repeated. Returns the image (itself where it is large enough) and its original `(height, width)`, to
+    crop by.
+    """
+    size = (image.shape[axes[0]], image.shape[axes[1]])
+    if min(size) < 1:
+        raise ValueError(f"cannot pad an empty image of shape {image.shape}")
+    for axis, length, minimum in zip(axes, size, (min_height, min_width), strict=True):
+        if length < minimum:
+            image = np.take(image, _reflected(length, minimum), axis=axis)
+    return image, size
+
+
+def _reflected(length: int, padded: int) -> np.ndarray:
+    """Source positions 0 .. length - 1, then back, and so on: int64 [padded]."""
+    if length == 1:
+        return np.zeros(padded, np.int64)
+    period = 2 * (length - 1)
+    position = np.arange(padded) % period
+    return np.minimum(position, period - position)

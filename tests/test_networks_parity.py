@@ -1,0 +1,87 @@
+"""The networks reproduce the published ones: relative L2 error below 1e-5 on weights made from key names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_l2
+
+from moesr.training.config import AutoencoderConfig, UNetConfig
+from moesr.training.networks import Autoencoder, DenoisingUNet
+
+WIDTH_32 = UNetConfig(width=32)
+CHANNELS_32 = AutoencoderConfig(channels=32, codebook_size=256)
+LIMIT = 1e-5
+
+
+def load(network: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch.nn.Module:
+    network.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()}, strict=True)
+    return network.eval()
+
+
+@pytest.mark.parametrize(("stem", "config"), [("unet_w32", WIDTH_32), ("unet_w160", UNetConfig())], ids=["w32", "w160"])
+@torch.inference_mode()
+def test_unet(stem, config, golden, published_weights):
+    data = golden(stem)
+    network = load(DenoisingUNet(config), published_weights(stem, "dev"))
+    x = torch.from_numpy(data["x"])
+    eps = network(x[:, :3], x[:, 3:], torch.from_numpy(data["t"]))
+    assert relative_l2(eps.numpy(), data["eps"]) < LIMIT
+
+
+def test_plain_ldm_keys(published_weights):
+    load(DenoisingUNet(dataclasses.replace(WIDTH_32, space_experts=0)), published_weights("ldm_unet_w32", "dev"))
+
+
+@pytest.fixture(scope="module")
+def decoder_c32(golden, published_weights):
+    network = load(Autoencoder(CHANNELS_32), published_weights("decoder_c32", "dev"))
+    return network, {k: torch.from_numpy(np.asarray(v)) for k, v in golden("decoder_c32").items()}
+
+
+@pytest.mark.parametrize(("key", "fidelity"), [("image_w1", 1.0), ("image_w05", 0.5), ("image_w0", 0.0)])
+@torch.inference_mode()
+def test_decoder_fidelity(key, fidelity, decoder_c32):
+    network, data = decoder_c32
+    image = network.decode(data["z"], data["lr_upsampled"], fidelity)
+    assert relative_l2(image.numpy(), data[key].numpy()) < LIMIT
+
+
+@torch.inference_mode()
+def test_encoder_and_quantiser(decoder_c32):
+    network, data = decoder_c32
+    assert relative_l2(network.lr_features(data["lr_upsampled"]).numpy(), data["lr_feature"].numpy()) < LIMIT
+    assert relative_l2(network.encode(data["lr_upsampled"]).numpy(), data["prequant"].numpy()) < LIMIT
+
+
+@torch.inference_mode()
+def test_quantiser_codes(decoder_c32):
+    network, data = decoder_c32
+    matches = [torch.equal(network.quantize.indices(data[k]), data["codes"]) for k in ("z", "prequant")]
+    assert any(matches), "the codes of neither latent agree"
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("aff_filter_out", "conv1.filter"), ("aff_block_out", "conv1"), ("aff_unet_out", "")],
+    ids=["filter", "block", "unet"],
+)
+@torch.inference_mode()
+def test_refinement(key, path, decoder_c32):
+    network, data = decoder_c32
+    module = network.decoder.unet_1.get_submodule(path)
+    assert relative_l2(module(data["aff_in"]).numpy(), data[key].numpy()) < LIMIT
+
+
+@torch.inference_mode()
+def test_decoder_full_width(golden, published_weights):
+    data = golden("decoder_c128")
+    network = load(Autoencoder(AutoencoderConfig()), published_weights("decoder_c128", "dev"))
+    noise = np.random.Generator(np.random.PCG64(int(data["lr_seed"]))).standard_normal((1, 3, 512, 512))
+    lr = (np.clip(noise, -2, 2) / 2).astype(np.float32)
+    np.testing.assert_array_equal(lr[:, :, :4, :4], data["lr_corner"])
+    image = network.decode(torch.from_numpy(data["z"]), torch.from_numpy(lr))
+    assert relative_l2(image[:, :, ::4, ::4].numpy(), data["image_every_4th"]) < LIMIT

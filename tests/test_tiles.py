@@ -1,0 +1,193 @@
+"""Tile grids, blending weights, the accumulator and padding."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from moesr.runtime.tiles import Blend, feather_weights, gaussian_weights, grid, reflect_pad, tile_origins
+
+CANVASES = [(128, 128), (129, 128), (1000, 137), (131, 300), (255, 256)]
+WEIGHTS = {"gaussian": gaussian_weights, "feather": lambda tile: feather_weights(tile, 16)}
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(128, 32), (128, 0), (7, 3), (5, 4), (1, 0)])
+def test_origins_cover_evenly_with_enough_overlap(tile, overlap):
+    for size in range(tile, 4 * tile + 40):
+        origins = np.array(tile_origins(size, tile, overlap))
+        assert origins[0] == 0 and origins[-1] == size - tile
+        strides = np.diff(origins)
+        assert (strides > 0).all() and (strides <= tile - overlap).all()
+        assert len(strides) == 0 or strides.max() - strides.min() <= 1
+        # One tile fewer could not cover the canvas.
+        assert (len(origins) - 1) * (tile - overlap) < size - tile + (tile - overlap)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "overlap", "want"),
+    [(128, 128, 32, [0]), (129, 128, 32, [0, 1]), (224, 128, 32, [0, 96]), (225, 128, 32, [0, 48, 97])],
+)
+def test_origins_by_hand(size, tile, overlap, want):
+    assert tile_origins(size, tile, overlap) == want
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "overlap", "message"),
+    [(127, 128, 32, "pad it first"), (128, 128, 128, "overlap"), (128, 128, -1, "overlap")],
+    ids=["small", "too much", "negative"],
+)
+def test_impossible_tilings_are_refused(size, tile, overlap, message):
+    with pytest.raises(ValueError, match=message):
+        tile_origins(size, tile, overlap)
+
+
+def test_grid_goes_row_by_row():
+    assert grid(6, 9, 4, 1) == [(0, 0), (0, 2), (0, 5), (2, 0), (2, 2), (2, 5)]
+
+
+@pytest.mark.parametrize("tile", [1, 2, 63, 64, 128, 512])
+def test_gaussian_weights_are_positive_symmetric_and_peak_at_one(tile):
+    weights = gaussian_weights(tile)
+    assert weights.shape == (tile, tile) and weights.dtype == np.float32
+    assert weights.min() > 0 and weights.max() == 1
+    np.testing.assert_array_equal(weights, weights.T)
+    np.testing.assert_allclose(weights, weights[::-1, ::-1], rtol=1e-6)
+    if tile == 512:  # one standard deviation is a tenth of the tile: 51.2 px either side of the middle
+        middle = weights[tile // 2]
+        assert middle[256 + 51] == pytest.approx(np.exp(-0.5), abs=0.01)
+
+
+def test_feather_weights_of_neighbours_sum_to_one():
+    tile, overlap = 64, 16
+    profile = feather_weights(tile, overlap)[tile // 2]
+    np.testing.assert_allclose(profile[-overlap:] + profile[:overlap], 1.0, atol=1e-6)
+    assert (profile[overlap:-overlap] == 1).all() and profile.min() > 0
+    assert (np.diff(profile[:overlap]) > 0).all()
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (8, 7), (9, 5)])
+def test_feather_weights_take_any_overlap(tile, overlap):
+    weights = feather_weights(tile, overlap)
+    assert weights.min() > 0 and weights.max() <= 1
+    with pytest.raises(ValueError, match="overlap"):
+        feather_weights(tile, tile)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("canvas", CANVASES, ids=str)
+@pytest.mark.parametrize("overlap", [0, 32, 100])
+def test_tiles_cut_from_one_image_blend_to_that_image(kind, canvas, overlap):
+    tile = 128
+    image = np.random.default_rng(0).standard_normal((3, *canvas)).astype(np.float32)
+    origins = grid(*canvas, tile, overlap)
+    blend = Blend(image.shape, origins, tile, WEIGHTS[kind](tile))
+    for _ in range(2):  # a second round must not remember the first
+        blend.reset()
+        for y, x in reversed(origins):
+            blend.add(y, x, image[:, y : y + tile, x : x + tile])
+        np.testing.assert_allclose(blend.result(), image, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_every_8_bit_level_survives_blending_of_constant_tiles(kind):
+    tile, canvas = 32, (45, 83)
+    origins = grid(*canvas, tile, 20)
+    levels = np.arange(256, dtype=np.float32) / 127.5 - 1
+    blend = Blend((256, *canvas), origins, tile, WEIGHTS[kind](tile))
+    constant = np.broadcast_to(levels[:, None, None], (256, tile, tile))
+    for y, x in origins:
+        blend.add(y, x, constant)
+    got = np.rint((blend.result() + 1) * 127.5)
+    np.testing.assert_array_equal(got, np.broadcast_to(np.arange(256)[:, None, None], got.shape))
+
+
+def test_border_and_lone_tiles_are_kept_exactly():
+    tile, canvas = 16, (16, 28)
+    rng = np.random.default_rng(1)
+    left, right = rng.random((2, 3, tile, tile), np.float32)
+    blend = Blend((3, *canvas), [(0, 0), (0, 12)], tile, feather_weights(tile, 4))
+    blend.add(0, 0, left)
+    blend.add(0, 12, right)
+    np.testing.assert_array_equal(blend.result()[..., :12], left[..., :12])
+    np.testing.assert_array_equal(blend.result()[..., 16:], right[..., 4:])
+
+
+def test_blend_is_the_weighted_mean_of_disagreeing_tiles():
+    tile = 8
+    weights = np.random.default_rng(2).random((tile, tile), np.float32) + np.float32(0.1)
+    origins = [(0, 0), (0, 3), (2, 0), (2, 3)]
+    total, weight_sum = np.zeros((2, 10, 11)), np.zeros((10, 11))
+    blend = Blend((2, 10, 11), origins, tile, weights)
+    for k, (y, x) in enumerate(origins):
+        value = np.random.default_rng(10 + k).random((2, tile, tile), np.float32)
+        blend.add(y, x, value)
+        total[:, y : y + tile, x : x + tile] += weights * value
+        weight_sum[y : y + tile, x : x + tile] += weights
+    np.testing.assert_allclose(blend.result(), total / weight_sum, rtol=1e-5)
+
+
+def test_seam_between_disagreeing_tiles_is_a_smooth_ramp():
+    tile, overlap = 64, 32
+    blend = Blend((1, 64, 96), [(0, 0), (0, 32)], tile, feather_weights(tile, overlap))
+    blend.add(0, 0, np.zeros((1, tile, tile), np.float32))
+    blend.add(0, 32, np.ones((1, tile, tile), np.float32))
+    row = blend.result()[0, 30]
+    steps = np.diff(row)
+    assert row[0] == 0 and row[-1] == 1
+    assert steps.min() >= -1e-6
+    assert steps.max() < 1.7 / overlap  # a raised cosine is steepest at pi/2 times the linear ramp
+
+
+def test_adding_allocates_nothing():
+    tile = 256
+    blend = Blend((3, 300, 300), grid(300, 300, tile, 32), tile, gaussian_weights(tile))
+    data = np.ones((3, tile, tile), np.float32)
+    tracemalloc.start()
+    blend.reset()
+    blend.add(44, 44, data)
+    blend.result()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < data[0].nbytes / 2  # NumPy's iterator keeps a fixed buffer of 64 KiB
+
+
+@pytest.mark.parametrize(
+    ("origins", "message"),
+    [([(0, 0)], "do not cover"), ([(0, 0), (0, 5)], "leaves the canvas"), ([], "do not cover")],
+    ids=["gap", "outside", "none"],
+)
+def test_unfit_tilings_are_refused(origins, message):
+    with pytest.raises(ValueError, match=message):
+        Blend((3, 8, 12), origins, 8, gaussian_weights(8))
+
+
+def test_weights_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="8x8"):
+        Blend((3, 8, 8), [(0, 0)], 8, gaussian_weights(4))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (5, 40), (37, 16)], ids=str)
+def test_padding_reflects_as_often_as_needed(size):
+    image = np.random.default_rng(3).integers(0, 256, (3, *size), np.uint8)
+    padded, (height, width) = reflect_pad(image, 33, 34)
+    assert padded.shape == (3, max(33, size[0]), max(34, size[1])) and padded.dtype == np.uint8
+    np.testing.assert_array_equal(padded[:, :height, :width], image)
+
+    def walk(n: int, steps: int) -> list[int]:
+        there_and_back = [*range(n), *range(n - 2, 0, -1)]
+        return [there_and_back[i % len(there_and_back)] for i in range(steps)]
+
+    rows, columns = walk(size[0], padded.shape[1]), walk(size[1], padded.shape[2])
+    np.testing.assert_array_equal(padded, image[:, rows][:, :, columns])
+
+
+def test_padding_takes_channels_last_and_leaves_large_images():
+    image = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+    padded, size = reflect_pad(image, 5, 6, axes=(0, 1))
+    assert size == (2, 4) and padded.shape == (5, 6, 3)
+    np.testing.assert_array_equal(padded.transpose(2, 0, 1), reflect_pad(image.transpose(2, 0, 1), 5, 6)[0])
+    assert reflect_pad(image, 2, 3, axes=(0, 1))[0] is image
+    with pytest.raises(ValueError, match="empty image"):
+        reflect_pad(np.zeros((3, 0, 4), np.float32), 8, 8)

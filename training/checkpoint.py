@@ -1,0 +1,256 @@
+"""The checkpoint directory: what training and import write and the export reads.
+
+`config.json` (the model's configuration and a schema number), `expert_{k}.safetensors` (one denoising UNet
+each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder). A
+directory is written beside its place and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moesr.runtime.errors import OutputError, UsageError
+from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.weights import (
+    CURE,
+    NAMED,
+    CheckpointError,
+    Network,
+    StateDict,
+    check_finite,
+    check_shapes,
+    expected_shapes,
+    merge_space_experts,
+    meta_network,
+    state_shapes,
+)
+
+SCHEMA = 1
+CONFIG_NAME = "config.json"
+DECODER_NAME = "decoder.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory. `config.unet.space_experts` is 1 (merged) or 0 (no Space MoE)."""
+
+    directory: Path
+    config: ModelConfig
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the checkpoint: the configuration, the experts in order, the decoder."""
+        return tuple(self.directory / name for name in file_names(self.config))
+
+    def expert(self, k: int) -> DenoisingUNet:
+        """Return sampling expert `k` in evaluation mode, float32, on the CPU."""
+        count = expert_count(self.config)
+        if self.config.unet is None or not 0 <= k < count:
+            raise CheckpointError(f"{self.directory}: no expert {k}; the checkpoint holds {count} experts")
+        return _load_network(DenoisingUNet, self.config.unet, self.directory / expert_name(k))
+
+    def decoder(self) -> Autoencoder:
+        """Return the autoencoder in evaluation mode, float32, on the CPU."""
+        return _load_network(Autoencoder, self.config.decoder, self.directory / DECODER_NAME)
+
+    def sha256(self) -> str:
+        """Hash of the names and contents of all its files, hexadecimal; foreign files do not count."""
+        total = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+        return total.hexdigest()
+
+
+def expert_name(k: int) -> str:
+    """File name of sampling expert `k`."""
+    return f"expert_{k}.safetensors"
+
+
+def expert_count(config: ModelConfig) -> int:
+    """Sampling experts of a model: 0 for a decoder on its own."""
+    return 0 if config.unet is None else len(config.expert_ranges)
+
+
+def file_names(config: ModelConfig) -> list[str]:
+    """File names of a checkpoint of this configuration, in a fixed order."""
+    return [CONFIG_NAME, *(expert_name(k) for k in range(expert_count(config))), DECODER_NAME]
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Open a checkpoint directory and check every file's keys and shapes; tensors are read on demand.
+
+    Raises CheckpointError naming the file at fault, its first missing and unknown keys, and the cure.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: not a directory; expected a checkpoint directory with {CONFIG_NAME}"
+        )
+    config = _read_config(directory / CONFIG_NAME)
+    checkpoint = Checkpoint(directory, config)
+    expected = expected_shapes(config, str(directory / CONFIG_NAME))
+    for path in checkpoint.files[1:]:
+        shapes = expected["decoder" if path.name == DECODER_NAME else "expert"]
+        check_shapes(str(path), _stored_shapes(path), shapes)
+    return checkpoint
+
+
+def save_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    experts: Iterable[StateDict],
+    decoder: StateDict,
+    *,
+    force: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Checkpoint:
+    """Write a checkpoint directory and return it opened.
+
+    `experts` holds one state dict an expert, lowest noise first; they are taken one at a time, so a generator
+    keeps only one in memory. Space experts are merged on the way out. `dtype` (float32 or float16) is that of
+    the stored floating-point tensors; they load as float32. An existing directory is refused unless `force`,
+    which replaces a checkpoint and nothing else. Raises OutputError where nothing can be written and
+    CheckpointError where the weights do not fit the configuration; both leave the place as it was.
+    """
+    directory = Path(directory)
+    check_replaceable(directory, force)
+    if config.unet is not None:
+        unet = dataclasses.replace(config.unet, space_experts=min(config.unet.space_experts, 1))
+        config = dataclasses.replace(config, unet=unet)
+    expected = expected_shapes(config, "the configuration")
+    count, written = expert_count(config), 0
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            for written, state in enumerate(experts, 1):
+                if written > count:
+                    raise CheckpointError(
+                        f"got more than {count} experts, expected one a range {config.expert_ranges}"
+                    )
+                name = expert_name(written - 1)
+                _write_state(new / name, merge_space_experts(state), expected["expert"], dtype)
+            if written < count:
+                raise CheckpointError(
+                    f"got {written} experts, expected {count}: one a range {config.expert_ranges}"
+                )
+            _write_state(new / DECODER_NAME, decoder, expected["decoder"], dtype)
+            values = {"schema": SCHEMA, **config.to_dict()}
+            (new / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            _publish(new, directory, Path(scratch) / "old")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{directory}: cannot write the checkpoint: {error}") from error
+    return load_checkpoint(directory)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    """Read and check `config.json`."""
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {path.parent} is not a checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {CURE}") from error
+    schema = values.pop("schema", None) if isinstance(values, dict) else None
+    if type(schema) is not int or schema != SCHEMA:
+        raise CheckpointError(f"{path}: schema is {schema!r}, this version reads {SCHEMA}; {CURE}")
+    try:
+        config = ModelConfig.from_dict(values)
+    except (UsageError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if config.unet is not None and config.unet.space_experts not in (0, 1):
+        raise CheckpointError(
+            f"{path}: unet.space_experts is {config.unet.space_experts}, expected 1 (merged) or 0; {CURE}"
+        )
+    return config
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a safetensors file; reads its header only."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {CURE}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+
+
+def _load_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig, path: Path) -> Network:
+    """Build a network of these sizes and fill it, strictly, from a safetensors file."""
+    network = meta_network(kind, sizes)
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+    check_shapes(str(path), state_shapes(state), state_shapes(network.state_dict()))
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval()
+
+
+def _write_state(
+    path: Path, state: StateDict, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    """Check a state dict and write it with its floating-point tensors in `dtype`."""
+    check_shapes(
+        f"weights for {path.name}",
+        state_shapes(state),
+        expected,
+        "the configuration describes another network",
+    )
+    stored: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        # clone: tensors that share memory, and views of larger ones, are not storable
+        stored[key] = kept.clone(memory_format=torch.contiguous_format)
+    check_finite(f"weights for {path.name} as {dtype}", stored, "store them in float32 or train again")
+    save_file(stored, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
+
+
+def _publish(new: Path, directory: Path, old: Path) -> None:
+    """Rename `new` to `directory`; what was there moves to `old`, and back if the second rename fails."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        old.rename(directory)
+        raise
+
+
+def check_replaceable(directory: Path, force: bool) -> None:
+    """Raise OutputError where `directory` exists and may not be replaced."""
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not force:
+        raise OutputError(
+            f"{directory}: exists; choose another directory or replace it with --force (force=True)"
+        )
+    if directory.is_symlink() or not directory.is_dir():
+        raise OutputError(f"{directory}: is not a directory; choose another one")
+    ours = re.compile(r"config\.json|expert_\d+\.safetensors|decoder\.safetensors")
+    foreign = sorted(p.name for p in directory.iterdir() if not ours.fullmatch(p.name))
+    if foreign:
+        raise OutputError(
+            f"{directory}: holds other files ({', '.join(foreign[:NAMED])}); choose another directory"
+        )

@@ -1,0 +1,48 @@
+"""Write the photographs that the bundled model was trained on, and those kept out, to a folder:
+
+  python -m moesr.training.demo_photos photos
+
+They come with scikit-image and scikit-learn; `photos/train` and `photos/validation` never share a scene.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TRAIN = ("astronaut", "hubble_deep_field", "retina", "brick", "grass", "gravel", "camera", "moon", "motorcycle")
+TRAIN_SKLEARN = ("china.jpg", "flower.jpg")
+VALIDATION = ("chelsea", "coffee", "rocket")
+
+
+def photographs(split: str) -> dict[str, np.ndarray]:
+    """The photographs of `split` ("train" or "validation"), uint8 [H, W, 3] by name."""
+    from skimage import data
+
+    if split == "validation":
+        return {name: getattr(data, name)() for name in VALIDATION}
+    from sklearn.datasets import load_sample_image
+
+    images = {n: getattr(data, n)() for n in TRAIN if n != "motorcycle"}
+    images["motorcycle"] = data.stereo_motorcycle()[0]
+    images |= {Path(n).stem: load_sample_image(n) for n in TRAIN_SKLEARN}
+    return {n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()}
+
+
+def main() -> None:
+    """Entry point of the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name, image in photographs(split).items():
+            Image.fromarray(image).save(folder / split / f"{name}.png")
+            print(folder / split / f"{name}.png", f"{image.shape[1]}x{image.shape[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Read published weight files and write them as a checkpoint directory.
+
+Published files are pickled (or safetensors) state dicts, with or without a `state_dict` level. UNet weights
+lie under `model.diffusion_model.` or bare; their exponential moving averages (EMA), preferred, under
+`model_ema.` with the dots of the name removed. Every size is inferred from the shapes of the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moesr.runtime.schedule import Schedule
+from moesr.training.checkpoint import Checkpoint, check_replaceable, save_checkpoint
+from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.infer_config import infer_autoencoder_config, infer_unet_config
+from moesr.training.weights import (
+    CheckpointError,
+    StateDict,
+    check_finite,
+    check_shapes,
+    expected_shapes,
+    merge_space_experts,
+    state_shapes,
+)
+
+UNET_PREFIX = "model.diffusion_model."
+EMA_PREFIX = "model_ema."
+AUTOENCODER_PREFIX = "first_stage_model."
+CURE = "download the file again, or check that it is the right one for this option"
+ZIP_MAGIC = (
+    b"PK\x03\x04"  # torch.save since PyTorch 1.6; older files are bare pickles and cannot be memory-mapped
+)
+SCHEDULE_BUFFER = re.compile(
+    r"(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
+    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|betas|lvlb_weights|logvar|scale_factor"
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote, and what it found: `unet` still counts the space experts that were merged."""
+
+    checkpoint: Checkpoint
+    unet: UNetConfig | None
+    ema: tuple[bool, ...]  # for each expert: EMA weights were used, else the raw ones
+
+
+def import_published(
+    experts: Sequence[Path],
+    decoder: Path,
+    directory: Path,
+    *,
+    scale: int = 4,
+    name: str | None = None,
+    head_channels: int = UNetConfig.head_channels,
+    norm_groups: int = UNetConfig.norm_groups,
+    force: bool = False,
+    trust_pickle: bool = False,
+    on_file: Callable[[Path], object] = lambda path: None,
+) -> Imported:
+    """Write `directory` from published files: `experts`, lowest noise first (none: a decoder on its own).
+
+    The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `on_file`
+    is called with each file that is done. Raises CheckpointError naming the file that cannot be used, and
+    OutputError where nothing can be written; the place is then as it was.
+    """
+    check_replaceable(directory, force)
+    for path in (*experts, decoder):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; expected a published weight file")
+    autoencoder, autoencoder_config = read_autoencoder(decoder, norm_groups, trust_pickle)
+    on_file(decoder)
+    unet, ema_used = None, []
+    if experts:
+        unet = read_unet(experts[0], head_channels, norm_groups, trust_pickle)[1]
+        if unet.out_channels != autoencoder_config.embed_dim:
+            raise CheckpointError(
+                f"{experts[0]} predicts latents of {unet.out_channels} channels, {decoder} decodes "
+                f"{autoencoder_config.embed_dim}; give the decoder that belongs to the experts"
+            )
+
+    def states() -> Iterator[StateDict]:
+        for path in experts:
+            state, found, ema = read_unet(path, head_channels, norm_groups, trust_pickle)
+            if found != unet:
+                raise CheckpointError(f"{path}: {found} differs from {unet} of {experts[0]}; {CURE}")
+            ema_used.append(ema)
+            yield state
+            on_file(path)
+
+    ranges = split_timesteps(Schedule().timesteps, len(experts))
+    family = "decoder" if unet is None else "moesr" if unet.space_experts else "ldm"
+    config = ModelConfig(
+        name=name or f"{family}-x{scale}",
+        scale=scale,
+        unet=unet,
+        decoder=autoencoder_config,
+        expert_ranges=ranges,
+    )
+    checkpoint = save_checkpoint(directory, config, states(), autoencoder, force=force)
+    return Imported(checkpoint, unet, tuple(ema_used))
+
+
+def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]:
+    """Split 0..timesteps evenly: expert k serves [k T / N, (k + 1) T / N)."""
+    edges = [k * timesteps // experts for k in range(experts + 1)] if experts else []
+    return tuple(itertools.pairwise(edges))
+
+
+def read_unet(
+    path: Path, head_channels: int, norm_groups: int, trust_pickle: bool
+) -> tuple[dict[str, Tensor], UNetConfig, bool]:
+    """Weights of one UNet, space experts merged; its configuration as found; whether they are EMA."""
+    state = read_state_dict(path, trust_pickle)
+    prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
+    ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
+    raw = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in state.items()
+        if not key.startswith(ignored) and not SCHEDULE_BUFFER.fullmatch(key)
+    }
+    config = _named(path, infer_unet_config, raw, head_channels, norm_groups)
+    check_shapes(str(path), state_shapes(raw), _shapes(path, ModelConfig(unet=config), "expert"), CURE)
+    ema = {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
+    weights = _ema_weights(path, raw, ema) if ema else raw
+    check_finite(str(path), weights, CURE)
+    return _named(path, merge_space_experts, _float32(weights)), config, bool(ema)
+
+
+def read_autoencoder(
+    path: Path, norm_groups: int, trust_pickle: bool
+) -> tuple[dict[str, Tensor], AutoencoderConfig]:
+    """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
+    state = read_state_dict(path, trust_pickle)
+    whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
+    # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
+    ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)
+    found = {
+        key.removeprefix(AUTOENCODER_PREFIX): tensor
+        for key, tensor in state.items()
+        if not key.startswith((*ignored, f"{AUTOENCODER_PREFIX}loss."))
+        and not (whole and SCHEDULE_BUFFER.fullmatch(key))
+    }
+    config = _named(path, infer_autoencoder_config, found, norm_groups)
+    check_shapes(str(path), state_shapes(found), _shapes(path, ModelConfig(decoder=config), "decoder"), CURE)
+    check_finite(str(path), found, CURE)
+    return _float32(found), config
+
+
+def read_state_dict(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a published file, below its `state_dict` level if it has one.
+
+    Pickles are loaded without running code unless `trust_pickle`. Raises CheckpointError naming the file.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {CURE}") from error
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; {CURE}")
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path}: holds a web page, not weights; {CURE}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
+    loaded = _load_pickle(path, trust_pickle, mmap=head.startswith(ZIP_MAGIC))
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise CheckpointError(
+            f"{path}: holds {type(loaded).__name__}, expected a state dict of tensors; {CURE}"
+        )
+    others = [
+        str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise CheckpointError(f"{path}: entries {', '.join(others[:4])} are not tensors; {CURE}")
+    return dict(loaded)
+
+
+def _load_pickle(path: Path, trust: bool, mmap: bool) -> Any:
+    """Unpickle with PyTorch; CheckpointError says whether the file is damaged or holds more than tensors."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
+    except Exception as error:  # a damaged or trusted pickle can raise anything
+        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|operand|global) (\S+)", str(error))
+        if not trust and isinstance(error, pickle.UnpicklingError) and refused:
+            raise CheckpointError(
+                f"{path}: holds Python objects besides tensors ({refused[1] or refused[2]}), which could "
+                "run code when loaded; if you trust where the file came from, add --trust-pickle"
+            ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path}: not a whole PyTorch file ({reason}); {CURE}") from error
+
+
+def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
+    """Take every weight of `raw` from its EMA copy, whose name is that of the weight without dots."""
+    lead = "diffusion_model" if any(key.startswith("diffusion_model") for key in ema) else ""
+    names = {key: lead + key.replace(".", "") for key in raw}
+    expected = {names[key]: tuple(tensor.shape) for key, tensor in raw.items()}
+    counters = {"decay", "num_updates"}
+    got = {key: shape for key, shape in state_shapes(ema).items() if key not in counters}
+    check_shapes(f"{path}: EMA copies under {EMA_PREFIX}", got, expected, CURE)
+    return {key: ema[name] for key, name in names.items()}
+
+
+def _shapes(path: Path, config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    return expected_shapes(config, str(path))[kind]
+
+
+def _float32(state: StateDict) -> dict[str, Tensor]:
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def _named(path: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function`; a CheckpointError it raises is raised again with the name of the file."""
+    try:
+        return function(*args)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; {CURE}") from error

@@ -1,0 +1,117 @@
+"""Sizes of a published network from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from moesr.training.config import AutoencoderConfig, UNetConfig
+from moesr.training.weights import CheckpointError, StateDict
+
+
+def infer_unet_config(
+    state: StateDict,
+    head_channels: int = UNetConfig.head_channels,
+    norm_groups: int = UNetConfig.norm_groups,
+) -> UNetConfig:
+    """Sizes of a denoising UNet from its state dict (bare keys).
+
+    Heads and normalisation groups leave no trace in a shape and are given. Raises CheckpointError naming a
+    missing tensor; keys that do not belong are left for a check against the network of these sizes.
+    """
+    width, in_channels = _shape(state, "input_blocks.0.0.weight")[:2]
+    levels: list[list[int]] = [[]]  # output channels of the residual blocks of each level
+    attention: set[int] = set()
+    for i in range(1, _count(state, "input_blocks")):
+        if f"input_blocks.{i}.0.op.weight" in state:  # the downsampling that ends a level
+            levels.append([])
+            continue
+        levels[-1].append(_shape(state, f"input_blocks.{i}.0.in_layers.2.weight")[0])
+        if f"input_blocks.{i}.1.qkv.weight" in state:
+            attention.add(len(levels) - 1)
+    if len({len(level) for level in levels}) > 1 or not levels[0]:
+        counts = [len(level) for level in levels]
+        raise CheckpointError(
+            f"levels of input_blocks have {counts} residual blocks, expected the same in each"
+        )
+    middle = _shape(state, "middle_block.1.proj_out.weight")[0]
+    heads_over = [c for c in {middle, *(levels[i][0] for i in attention)} if c % head_channels]
+    if heads_over:
+        raise CheckpointError(
+            f"attention over {heads_over[0]} channels has no heads of {head_channels} (--head-channels)"
+        )
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=_shape(state, "out.2.weight")[0],
+        width=width,
+        channel_mult=tuple(level[0] // width for level in levels),
+        res_blocks=len(levels[0]),
+        attention_factors=tuple(2**level for level in sorted(attention)),
+        head_channels=head_channels,
+        norm_groups=norm_groups,
+        space_experts=_count(state, "middle_block.2.moe_blocks"),
+    )
+
+
+def infer_autoencoder_config(
+    state: StateDict, norm_groups: int = AutoencoderConfig.norm_groups
+) -> AutoencoderConfig:
+    """Sizes of an autoencoder from its state dict (bare keys); the number of normalisation groups is given.
+
+    Without a codebook it is a KL autoencoder. Raises CheckpointError naming a missing tensor.
+    """
+    channels = _shape(state, "encoder.conv_in.weight")[0]
+    mult = tuple(
+        _shape(state, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels
+        for i in range(_count(state, "encoder.down"))
+    )
+    codebook = "quantize.embedding.weight"
+    refinement: Literal["aff", "unet", "none"] = "none"
+    filter_blocks = AutoencoderConfig.filter_blocks
+    if any(key.startswith("decoder.unet_1.") for key in state):
+        refinement = "unet"
+        if "decoder.unet_1.conv1.filter.w1" in state:
+            refinement, filter_blocks = "aff", _shape(state, "decoder.unet_1.conv1.filter.w1")[1]
+    level, blocks, growth = _fusion(state)
+    return AutoencoderConfig(
+        channels=channels,
+        channel_mult=mult,
+        res_blocks=_count(state, "encoder.down.0.block"),
+        z_channels=_shape(state, "decoder.conv_in.weight")[1],
+        embed_dim=_shape(state, "post_quant_conv.weight")[1],
+        codebook_size=_shape(state, codebook)[0] if codebook in state else 0,
+        norm_groups=norm_groups,
+        fusion_level=level,
+        fusion_blocks=blocks,
+        fusion_growth=growth,
+        refinement=refinement,
+        filter_blocks=filter_blocks,
+    )
+
+
+def _fusion(state: StateDict) -> tuple[int | None, int, int]:
+    """Level, RRDBs and growth of the fusion layer; the level is None where there is no such layer."""
+    matches = [re.match(r"decoder\.fusion_layer_(\d+)\.", key) for key in state]
+    level = min((int(match[1]) for match in matches if match), default=None)
+    blocks, growth = AutoencoderConfig.fusion_blocks, AutoencoderConfig.fusion_growth
+    if level is not None:
+        path = f"decoder.fusion_layer_{level}.encode_enc_2"
+        blocks = _count(state, path)
+        growth = _shape(state, f"{path}.0.rdb1.conv1.weight")[0] if blocks else growth
+    return level, blocks, growth
+
+
+def _shape(state: StateDict, key: str) -> tuple[int, ...]:
+    """Shape of a weight tensor; CheckpointError where it is missing or has fewer than two dimensions."""
+    if key not in state:
+        raise CheckpointError(f"missing {key}")
+    shape = tuple(state[key].shape)
+    if len(shape) < 2 or 0 in shape:
+        raise CheckpointError(f"{key} has shape {shape}, expected a weight with at least two dimensions")
+    return shape
+
+
+def _count(state: StateDict, path: str) -> int:
+    """Length of the module list at `path`: one more than its highest index."""
+    indices = (re.match(rf"{re.escape(path)}\.(\d+)\.", key) for key in state)
+    return max((int(match[1]) + 1 for match in indices if match), default=0)

@@ -1,0 +1,7 @@
+"""Networks of the model; parameter names are those of the published checkpoints."""
+
+from moesr.training.networks.autoencoder import Autoencoder
+from moesr.training.networks.space_moe import SpaceMoE, share_expert_weights
+from moesr.training.networks.unet import DenoisingUNet
+
+__all__ = ["Autoencoder", "DenoisingUNet", "SpaceMoE", "share_expert_weights"]

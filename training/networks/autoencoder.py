@@ -1,0 +1,228 @@
+"""The first stage: encoder, quantiser and the LR-conditioned, frequency-compensated decoder (paper section 3.3).
+
+Module and parameter names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesr.training.networks.fusion import FusionLayer, ResnetBlock, group_norm
+from moesr.training.networks.refinement import RefinementUNet
+
+if TYPE_CHECKING:
+    from moesr.training.config import AutoencoderConfig
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all H*W positions, residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B, H*W, C]
+        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the sides; pads right and bottom only, as the published network does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides by nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, with an optional resampling layer after them."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the residual blocks, not the resampling."""
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Image to latent, or to the LR features that the decoder fuses."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        ch, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = ch
+        for i, mult in enumerate(config.channel_mult):
+            level = Level(channels, mult * ch, config.res_blocks, groups)
+            channels = mult * ch
+            if i < len(config.channel_mult) - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = Middle(channels, groups)
+        self.norm_out = group_norm(channels, groups)
+        z = config.z_channels if config.codebook_size else 2 * config.z_channels  # KL: mean and log-variance
+        self.conv_out = nn.Conv2d(channels, z, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1] -> latent moments [B, z, H/f, W/f]."""
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            h = level.downsample(h) if hasattr(level, "downsample") else h
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+    def features(self, x: Tensor, level: int) -> Tensor:
+        """Image [B, 3, H, W] -> features after the residual blocks of `level`, [B, C, H/2^level, W/2^level]."""
+        h = self.conv_in(x)
+        for i in range(level):
+            h = self.down[i].downsample(self.down[i](h))  # type: ignore[operator]
+        return self.down[level](h)
+
+
+class Decoder(nn.Module):
+    """Latent to image, fused with LR features at one level and refined in the frequency domain."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        ch, groups = config.channels, config.norm_groups
+        self.fusion_level = config.fusion_level
+        channels = config.channel_mult[-1] * ch
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels, groups)
+        levels: list[Level] = []
+        for i, mult in reversed(list(enumerate(config.channel_mult))):
+            level = Level(channels, mult * ch, config.res_blocks + 1, groups)
+            channels = mult * ch
+            if i > 0:
+                level.upsample = Upsample(channels)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        if config.fusion_level is not None:
+            fused = config.channel_mult[config.fusion_level] * ch
+            fusion = FusionLayer(fused, groups, config.fusion_blocks, config.fusion_growth)
+            self.add_module(f"fusion_layer_{config.fusion_level}", fusion)
+        if config.refinement != "none":
+            blocks = config.filter_blocks if config.refinement == "aff" else None
+            self.unet_1 = RefinementUNet(channels, groups, blocks)
+        self.norm_out = group_norm(channels, groups)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    @property
+    def fusion(self) -> FusionLayer | None:
+        """The layer that fuses LR features, if this decoder has one."""
+        return getattr(self, f"fusion_layer_{self.fusion_level}", None)
+
+    def forward(self, z: Tensor, lr_features: Tensor | None, fidelity: Tensor | float) -> Tensor:
+        """Latent [B, z, h, w] -> image [B, 3, f*h, f*w]; `fidelity` scales the fused LR features."""
+        h = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            h = self.up[i](h)
+            if i == self.fusion_level and self.fusion is not None and lr_features is not None:
+                h = self.fusion(lr_features, h, fidelity)
+            if i > 0:
+                h = self.up[i].upsample(h)  # type: ignore[operator]
+        if hasattr(self, "unet_1"):
+            h = self.unet_1(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VectorQuantiser(nn.Module):
+    """Nearest-code quantiser of VQGAN (Esser et al. 2020)."""
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, dim)
+        nn.init.uniform_(self.embedding.weight, -1.0, 1.0)
+
+    def indices(self, z: Tensor) -> Tensor:
+        """Latents [B, D, h, w] -> the index of the nearest code, [B*h*w], rows first."""
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        codes = self.embedding.weight
+        # argmin |z - e|^2 without the term that does not depend on the code
+        return torch.argmin((codes * codes).sum(dim=1) - 2 * flat @ codes.t(), dim=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents [B, D, h, w] -> the nearest codes, same shape."""
+        b, d, h, w = z.shape
+        return self.embedding(self.indices(z)).reshape(b, h, w, d).permute(0, 3, 1, 2).contiguous()
+
+
+class Autoencoder(nn.Module):
+    """VQ (or KL) autoencoder with the frequency-compensated decoder."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        z_out = config.embed_dim if config.codebook_size else 2 * config.embed_dim
+        z_in = config.z_channels if config.codebook_size else 2 * config.z_channels
+        if config.codebook_size:
+            self.quantize = VectorQuantiser(config.codebook_size, config.embed_dim)
+        self.quant_conv = nn.Conv2d(z_in, z_out, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1] -> latent [B, D, H/f, W/f] before quantisation (KL: the mean)."""
+        return self.quant_conv(self.encoder(image))[:, : self.config.embed_dim]
+
+    def lr_features(self, lr: Tensor) -> Tensor | None:
+        """LR image resized to the output size [B, 3, H, W] in [-1, 1] -> the features that the decoder fuses."""
+        level = self.config.fusion_level
+        return None if level is None else self.encoder.features(lr, level)
+
+    def decode(self, z: Tensor, lr: Tensor | None = None, fidelity: Tensor | float = 1.0) -> Tensor:
+        """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
+
+        `lr` [B, 3, f*h, f*w] is the LR image resized to the output size, needed by an LR-conditioned decoder;
+        `fidelity` in [0, 1] is StableSR's fidelity-realism control, 1 in the published model.
+        """
+        if self.config.codebook_size:
+            z = self.quantize(z)
+        features = None if lr is None else self.lr_features(lr)
+        return self.decoder(self.post_quant_conv(z), features, fidelity)

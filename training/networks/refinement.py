@@ -1,0 +1,143 @@
+"""The refinement network: a small UNet of AFF blocks after the decoder's last level (paper section 3.3).
+
+AFF is the adaptive frequency filter of Huang et al. (2023): a filter made from the spectrum itself, applied to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE = 0.1  # of every LeakyReLU in this network
+SHRINK = 0.01  # soft-shrink threshold of the filter
+
+
+class AFFFilter(nn.Module):
+    """Adaptive frequency filter: two complex block-diagonal layers make a mask for the spectrum.
+
+    Runs in float32 whatever the network's precision: sums over a whole image overflow half precision.
+    """
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__()
+        size = channels // blocks
+        scale = 0.02
+        self.w1 = nn.Parameter(scale * torch.randn(2, blocks, size, size))  # (real, imaginary)
+        self.b1 = nn.Parameter(scale * torch.randn(2, blocks, size))
+        self.w2 = nn.Parameter(scale * torch.randn(2, blocks, size, size))
+        self.b2 = nn.Parameter(scale * torch.randn(2, blocks, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W], the filtered features plus the input."""
+        with torch.autocast(x.device.type, enabled=False):
+            spectrum = torch.fft.rfft2(x.float(), norm="ortho")
+            real, imag = self.mask(spectrum.real, spectrum.imag)
+            filtered = torch.fft.irfft2(spectrum * torch.complex(real, imag), s=x.shape[-2:], norm="ortho")
+        return filtered.to(x.dtype) + x
+
+    def mask(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the complex mask for a spectrum given as two [B, C, U, V] tensors."""
+        hidden = (F.leaky_relu(part, SLOPE) for part in complex_layer(real, imag, self.w1, self.b1))
+        real, imag = complex_layer(*hidden, self.w2, self.b2)
+        return F.softshrink(real, SHRINK), F.softshrink(imag, SHRINK)
+
+
+def complex_layer(real: Tensor, imag: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Complex block-diagonal linear layer over channels.
+
+    `real`, `imag` [B, C, U, V]; `weight` [2, blocks, in, out] and `bias` [2, blocks, out] hold real and imaginary parts.
+    """
+    _, blocks, size_in, size_out = weight.shape
+    shape = real.shape
+
+    def linear(x: Tensor, w: Tensor) -> Tensor:
+        # [blocks, out, in] @ [B, blocks, in, U*V]
+        return w.transpose(1, 2) @ x.reshape(shape[0], blocks, size_in, -1)
+
+    b_real, b_imag = bias[0][..., None], bias[1][..., None]
+    out_real = linear(real, weight[0]) - linear(imag, weight[1]) + b_real
+    out_imag = linear(imag, weight[0]) + linear(real, weight[1]) + b_imag
+    out_shape = (shape[0], blocks * size_out, *shape[2:])
+    return out_real.reshape(out_shape), out_imag.reshape(out_shape)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm, with a LeakyReLU unless `act` is false."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, groups: int = 1, act: bool = True
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+        layers = {"conv": conv, "norm": nn.BatchNorm2d(out_channels)}
+        self.block = nn.Sequential()
+        for name, layer in layers.items():
+            self.block.add_module(name, layer)
+        if act:
+            self.block.add_module("act", nn.LeakyReLU(SLOPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H, W]."""
+        return self.block(x)
+
+
+class InvertedResidual(nn.Module):
+    """Expand by four, depthwise 3x3, reduce; residual where the channels allow it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = in_channels == out_channels
+        inner = 4 * in_channels
+        self.block = nn.Sequential()
+        self.block.add_module("exp_1x1", ConvNorm(in_channels, inner, 1))
+        self.block.add_module("conv_3x3", ConvNorm(inner, inner, 3, groups=inner))
+        self.block.add_module("red_1x1", ConvNorm(inner, out_channels, 1, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H, W]."""
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+class AFFBlock(nn.Module):
+    """Token mixing by the inverted residual, then by the frequency filter, each residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, filter_blocks: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.mlp = InvertedResidual(in_channels, out_channels)
+        self.up_dim = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.filter = nn.Identity() if filter_blocks is None else AFFFilter(out_channels, filter_blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H, W]."""
+        h = self.mlp(self.norm1(x)) + self.up_dim(x)
+        return h + self.filter(self.norm2(h))
+
+
+class RefinementUNet(nn.Module):
+    """UNet of nine blocks at 1, 1/2 and 1/4 of the image's sides; `filter_blocks` None leaves the filter out."""
+
+    def __init__(self, channels: int, groups: int, filter_blocks: int | None) -> None:
+        super().__init__()
+        c1, c2 = channels, 2 * channels
+
+        def block(cin: int, cout: int) -> AFFBlock:
+            return AFFBlock(cin, cout, groups, filter_blocks)
+
+        def up(cin: int, cout: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(cin, 4 * cout, 1), nn.PixelShuffle(2))
+
+        self.conv1, self.conv2, self.conv3 = block(c1, c1), block(c1, c2), block(c2, c2)
+        self.context_refine = nn.Sequential(*(block(c2, c2) for _ in range(4)))
+        self.up3, self.up_conv3 = up(c2, c2), block(2 * c2, c2)
+        self.up2, self.up_conv2 = up(c2, c1), block(2 * c1, c1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; H and W must be multiples of 4."""
+        full = self.conv1(x)
+        half = self.conv2(F.max_pool2d(full, 2))
+        quarter = self.context_refine(self.conv3(F.max_pool2d(half, 2)))
+        half = self.up_conv3(torch.cat((half, self.up3(quarter)), dim=1))
+        return self.up_conv2(torch.cat((full, self.up2(half)), dim=1))

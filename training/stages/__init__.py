@@ -1,0 +1,1 @@
+"""One module a training stage; each turns a recipe and photographs into a checkpoint directory."""

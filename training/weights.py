@@ -1,0 +1,105 @@
+"""State dicts: what a configuration expects of one, strict checks against it, the merge of space experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moesr.runtime.errors import MoesrError
+from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.networks import Autoencoder, DenoisingUNet
+
+CURE = "train or import the checkpoint again, or copy the whole directory again"
+NAMED = 4  # keys named in one message
+
+StateDict = Mapping[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class CheckpointError(MoesrError):
+    """A checkpoint directory or weight file is missing, damaged or not what its configuration says."""
+
+
+def merge_space_experts(state: StateDict) -> dict[str, Tensor]:
+    """Replace the FFNs of every Space MoE layer by one, `moe_blocks.0`: their mean (paper section 3.2).
+
+    The mean is accumulated in float64 and returned in the dtype of the experts. Any number of experts; a
+    state dict that is merged already, or has none, comes back as it is. Raises CheckpointError where an
+    expert lacks a tensor.
+    """
+    merged: dict[str, Tensor] = {}
+    groups: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in state.items():
+        if match := re.fullmatch(r"(.*moe_blocks)\.(\d+)\.(.+)", key):
+            name = f"{match[1]}.0.{match[3]}"
+            groups.setdefault(name, {})[int(match[2])] = tensor
+            merged.setdefault(name, tensor)
+        else:
+            merged[key] = tensor
+    count = max((len(same) for same in groups.values()), default=0)
+    for name, same in groups.items():
+        shapes = {tuple(t.shape) for t in same.values()}
+        if sorted(same) != list(range(count)) or len(shapes) > 1:
+            raise CheckpointError(
+                f"{name}: space experts {sorted(same)} with shapes {sorted(shapes)}, expected 0..{count - 1} "
+                "of one shape as in the other layers; the file is incomplete"
+            )
+        if count > 1:
+            total = torch.zeros_like(same[0], dtype=torch.float64)
+            for tensor in same.values():
+                total += tensor
+            merged[name] = (total / count).to(same[0].dtype)
+    return merged
+
+
+def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Keys and shapes of an "expert" (empty without one) and the "decoder" that a configuration describes."""
+    try:
+        expert = meta_network(DenoisingUNet, config.unet) if config.unet else nn.Module()
+        decoder = meta_network(Autoencoder, config.decoder)
+    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(
+            f"{where}: these sizes make no network ({error}); correct the configuration"
+        ) from error
+    return {"expert": state_shapes(expert.state_dict()), "decoder": state_shapes(decoder.state_dict())}
+
+
+def meta_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig) -> Network:
+    """Build a network without memory for its weights: it has names, shapes and counts only."""
+    with torch.device("meta"):
+        return kind(sizes)  # type: ignore[arg-type]
+
+
+def state_shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a state dict."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def check_shapes(
+    where: str, got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], cure: str = CURE
+) -> None:
+    """Raise CheckpointError naming the first keys that are missing, unknown or of another shape."""
+    wrong = [k for k in expected if k in got and got[k] != expected[k]]
+    kinds = {
+        "missing": [k for k in expected if k not in got],
+        "unknown": [k for k in got if k not in expected],
+        "misshapen": [f"{k} {got[k]} (expected {expected[k]})" for k in wrong],
+    }
+    problems = []
+    for kind, keys in kinds.items():
+        if keys:
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            problems.append(f"{kind} {', '.join(keys[:NAMED])}{more}")
+    if problems:
+        raise CheckpointError(f"{where}: {'; '.join(problems)}; {cure}")
+
+
+def check_finite(where: str, state: StateDict, cure: str) -> None:
+    """Raise CheckpointError naming the first tensor that holds an infinity or a NaN."""
+    for key, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: {key} is not finite; {cure}")
