@@ -40,7 +40,9 @@ def load() -> dict[str, Any]:
 
 def scores(found: Mapping[str, Any], sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
     """Measures of one uint8 image [H, W, 3] against its original; NaN where a measure fails on it."""
-    tensors = [torch.from_numpy(x).permute(2, 0, 1)[None].float() / 255 for x in (sr, hr)]
+    if not found:
+        return {}
+    tensors = [torch.tensor(x).permute(2, 0, 1)[None].float() / 255 for x in (sr, hr)]
 
     def value(metric: Any) -> float:
         with torch.inference_mode():

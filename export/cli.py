@@ -1,7 +1,7 @@
 """Export a checkpoint as an engine directory for moesr-run.
 
-Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured error.
-Without CHECKPOINT the demo checkpoint that comes with moesr is exported.
+Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured
+error. Without CHECKPOINT the demo checkpoint that comes with moesr is exported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from moesr.runtime.errors import MemoryLimitError, MoesrError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `moesr-export`: 0 done, 1 the checkpoint cannot be read or the engine not written, 2 usage, 3 no parity, 4 memory."""
+    """Run `moesr-export` and return its exit code.
+
+    0 done, 1 a checkpoint that cannot be read or an engine that cannot be written, 2 usage, 3 no parity, 4
+    memory.
+    """
     args = parser().parse_args(argv)
     try:
         return _export(args)
@@ -38,7 +42,9 @@ def _export(args: argparse.Namespace) -> int:
     precision = "fp16" if args.fp16 else "fp32"
     directory = args.output or Path(f"{checkpoint.config.name}-{precision}")
     done = itertools.count()
-    with tqdm(total=package.stage_count(checkpoint.config), unit="stage", file=sys.stderr, disable=None) as bar:
+    with tqdm(
+        total=package.stage_count(checkpoint.config), unit="stage", file=sys.stderr, disable=None
+    ) as bar:
 
         def on_stage(stage: str) -> None:
             bar.n = next(done)
@@ -50,8 +56,8 @@ def _export(args: argparse.Namespace) -> int:
         bar.update()
     worst = max(proof.relative_l2 for proof in manifest.parity.values())
     print(
-        f"wrote {directory} ({manifest.name}, {precision}, tile {manifest.tile} px, {len(manifest.experts)} experts; "
-        f"largest error {worst:.1e} against the network)"
+        f"wrote {directory} ({manifest.name}, {precision}, tile {manifest.tile} px, "
+        f"{len(manifest.experts)} experts; largest error {worst:.1e} against the network)"
     )
     return 0
 
@@ -62,8 +68,20 @@ def parser() -> argparse.ArgumentParser:
         "moesr-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = p.add_argument
-    add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="checkpoint directory (default: the demo)")
-    add("-o", "--output", type=Path, metavar="DIR", help="engine directory to write (default: ./NAME-PRECISION)")
+    add(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint directory (default: the demo)",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="engine directory to write (default: ./NAME-PRECISION)",
+    )
     add(
         "--fp16",
         action="store_true",

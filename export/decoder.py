@@ -1,12 +1,12 @@
-"""The graph of the decoder: quantiser, the used levels of the LR encoder, decoder, fusion, refinement network."""
+"""The graph of the decoder: quantiser, used levels of the LR encoder, decoder, fusion, refinement network."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
+from moesr.export import winograd
 from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
 from moesr.export.layers import attention, conv, conv_module, group_norm, upsample_conv
 from moesr.export.refinement import refine
@@ -18,7 +18,8 @@ SCORE_BYTES = 32 << 20  # largest score matrix of attention or quantiser, for on
 
 
 def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> Graph:
-    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [1]; output `image` [B, 3, f*h, f*w]; h = w = `latent_px`.
+    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [1]; output `image` [B, 3, f*h, f*w]; h = w
+    = `latent_px`.
 
     A decoder that is not conditioned on the LR image has the inputs too, and ignores them.
     """
@@ -29,7 +30,9 @@ def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> G
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
     lr, fidelity = g.input("lr", image), g.input("fidelity", (1,))
     with g.scope("quantize"):
-        h = g.compute(_quantise(g, z, network) if config.codebook_size else conv_module(g, z, network.post_quant_conv))
+        h = g.compute(
+            _quantise(g, z, network) if config.codebook_size else conv_module(g, z, network.post_quant_conv)
+        )
     with g.scope("decoder.mid"):
         h = _middle(g, conv_module(g, h, decoder.conv_in), decoder.mid)
     for i in reversed(range(len(decoder.up))):
@@ -57,19 +60,18 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
     """
     codes = network.quantize.embedding.weight.detach()  # [codes, D]
     post = network.post_quant_conv
-    table = (codes.double() @ post.weight.flatten(1).t().double() + post.bias.double()).float()
+    table = (codes.double() @ post.weight.flatten(1).t().double() + _bias(post).double()).float()
     side, width = z.size(2), z.size(3)
     rows = max(1, min(side, SCORE_BYTES // (4 * len(codes) * width)))
     found = []
     for start in range(0, side, rows):
         stop = min(start + rows, side)
         strip = g.op("Transpose", g.slice(z, 2, start, stop), perm=(0, 2, 3, 1))
-        flat = g.op("Reshape", strip, torch.tensor([-1, codes.shape[1]]))
+        flat = g.reshape(strip, -1, codes.shape[1])
         # |z - e|^2 without |z|^2, which does not depend on the code
         distance = g.op("Gemm", flat, -2 * codes.t(), (codes * codes).sum(dim=1))
         index = g.op("ArgMin", distance, axis=1, keepdims=0)
-        index = g.op("Reshape", index, torch.tensor([-1, stop - start, width]))
-        found.append(dataclasses.replace(index, shape=(BATCH, stop - start, width)))
+        found.append(g.reshape(index, -1, stop - start, width))
     return g.op("Transpose", g.op("Gather", table, g.concat(found, 1)), perm=(0, 3, 1, 2))
 
 
@@ -111,8 +113,9 @@ def _middle(g: GraphBuilder, x: Value, middle: Middle) -> Value:
 def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
     """Single-head attention over all positions.
 
-    The scale of the scores is folded into q. The bias of k moves all scores of a row alike, which softmax does not
-    see, and the rows of weights sum to one, so `proj_out` can be applied to v beforehand: one convolution less.
+    The scale of the scores is folded into q. The bias of k moves all scores of a row alike, which softmax
+    does not see, and the rows of weights sum to one, so `proj_out` can be applied to v beforehand: one
+    convolution less.
     """
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     h, scale = group_norm(g, x, block.norm), channels**-0.5
@@ -146,11 +149,21 @@ def _fuse(g: GraphBuilder, features: Value, h: Value, layer: FusionLayer, fideli
 
 def _dense_block(g: GraphBuilder, x: Value, block: DenseBlock) -> Value:
     """Five convolutions over growing features; the residual scale is folded into the last one."""
-    features = [x]
-    for i in range(1, 5):
-        h = conv_module(g, g.concat(features, 1), block.get_submodule(f"conv{i}"))
-        features.append(g.op("LeakyRelu", h, alpha=SLOPE))
-    last = block.get_submodule("conv5")
-    assert isinstance(last, nn.Conv2d)
-    h = conv(g, g.concat(features, 1), last.weight * RESIDUAL_SCALE, _bias(last) * RESIDUAL_SCALE)
+    scales = (1.0, 1.0, 1.0, 1.0, RESIDUAL_SCALE)
+    channels, height, width = (x.size(axis) for axis in (1, 2, 3))
+    tiled = x.dtype == TensorProto.FLOAT and winograd.pays(channels, channels, 3, height, width)
+    features, h = [], x
+    for i, scale in enumerate(scales, 1):
+        layer = block.get_submodule(f"conv{i}")
+        assert isinstance(layer, nn.Conv2d)
+        weight, bias = layer.weight * scale, _bias(layer) * scale
+        if h is not x:
+            h = g.op("LeakyRelu", h, alpha=SLOPE)
+        if tiled:  # every feature is transformed once, though up to five convolutions read it
+            features.append(winograd.transform_input(g, h, 3, (1, 1, 1, 1)))
+            grown = [g.concat(strip, 2) for strip in zip(*features[1:], strict=True)]
+            h = winograd.multiply(g, [features[0], grown] if grown else features, weight, bias, width)
+        else:
+            features.append(h)
+            h = conv(g, g.concat(features, 1), weight, bias)
     return g.op("Add", x, h)

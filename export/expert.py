@@ -45,7 +45,7 @@ def expert_graph(network: DenoisingUNet, latent_px: int, half: bool = False) -> 
 
 
 def _time_offsets(g: GraphBuilder, network: DenoisingUNet, t: Value) -> Offsets:
-    """Embed the timesteps and project them for every residual block at once; angles in float32, as t reaches 999."""
+    """Embed the timesteps and project them for all residual blocks; angles in float32, as t reaches 999."""
     half = network.config.width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32))
     angles = g.op("Mul", g.op("Unsqueeze", t, torch.tensor([1])), frequencies)
@@ -53,18 +53,27 @@ def _time_offsets(g: GraphBuilder, network: DenoisingUNet, t: Value) -> Offsets:
     first, _, second = network.time_embed
     emb = silu(g, _linear(g, silu(g, _linear(g, emb, first)), second))
     blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
-    layers = [block.emb_layers[1] for block in blocks]
-    weight = torch.cat([layer.weight for layer in layers])  # type: ignore[arg-type]
-    bias = torch.cat([layer.bias for layer in layers])  # type: ignore[arg-type]
-    rows = g.op("Gemm", emb, weight, bias, transB=1)
-    rows = g.op("Unsqueeze", rows, torch.tensor([2, 3]))
-    pieces = g.split(rows, 1, [layer.bias.numel() for layer in layers])  # type: ignore[operator,union-attr]
+    layers, convolutions = [block.emb_layers[1] for block in blocks], [block.in_layers[2] for block in blocks]
+    weight = torch.cat([_weight(layer) for layer in layers])
+    # the bias of the convolution that the offset is added to comes along
+    bias = torch.cat([_bias(a) + _bias(b) for a, b in zip(layers, convolutions, strict=True)])
+    rows = g.op("Unsqueeze", g.op("Gemm", emb, weight, bias, transB=1), torch.tensor([2, 3]))
+    pieces = g.split(rows, 1, [len(_bias(layer)) for layer in layers])
     return dict(zip(blocks, pieces, strict=True))
 
 
 def _linear(g: GraphBuilder, x: Value, layer: nn.Module) -> Value:
-    assert isinstance(layer, nn.Linear)
-    return g.op("Gemm", x, layer.weight, layer.bias, transB=1)
+    return g.op("Gemm", x, _weight(layer), _bias(layer), transB=1)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def _bias(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.bias, Tensor)
+    return layer.bias
 
 
 def _stage(g: GraphBuilder, x: Value, stage: nn.Module, offsets: Offsets) -> Value:
@@ -86,14 +95,15 @@ def _stage(g: GraphBuilder, x: Value, stage: nn.Module, offsets: Offsets) -> Val
 def _res_block(g: GraphBuilder, x: Value, block: ResBlock, offset: Value) -> Value:
     norm_in, _, conv_in = block.in_layers
     norm_out, _, _, conv_out = block.out_layers
-    h = g.op("Add", conv_module(g, group_norm(g, x, norm_in, activate=True), conv_in), offset)
+    h = conv(g, group_norm(g, x, norm_in, activate=True), _weight(conv_in), None)
+    h = g.op("Add", h, offset)  # the bias of conv_in included
     h = conv_module(g, group_norm(g, h, norm_out, activate=True), conv_out)
     skip = block.skip_connection
     return g.op("Add", h, x if isinstance(skip, nn.Identity) else conv_module(g, x, skip))
 
 
 def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:
-    """Multi-head attention over the tokens; the 1/sqrt(width) of the scores is folded into the query weights."""
+    """Multi-head attention over the tokens; the scores' 1/sqrt(width) is folded into the query weights."""
     channels, side = x.size(1), x.size(2)
     head, tokens = channels // block.heads, side * x.size(3)
     parts = [block.qkv.weight, block.qkv.bias[:, None]]  # type: ignore[index]

@@ -1,8 +1,10 @@
-"""A small writer of ONNX graphs: nodes in order, shared constants, shapes and types inferred as they are added.
+"""A small writer of ONNX graphs: nodes in order, shared constants, shapes and types inferred as they are
+added.
 
-The deployed graphs are written operator by operator rather than traced, because their speed and their precision are
-decisions about operators: which ones a backend fuses, where a large tensor is cut so that it stays in cache, where
-half precision ends. A value carries its own precision and constants follow it, so a cast is all it takes to change.
+The deployed graphs are written operator by operator rather than traced, because their speed and their
+precision are decisions about operators: which ones a backend fuses, where a large tensor is cut so that it
+stays in cache, where half precision ends. A value carries its own precision and constants follow it, so a
+cast is all it takes to change.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +26,7 @@ from moesr.runtime.errors import EngineError
 OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 and later
 IR_VERSION = 9  # the one of opset 20
 BATCH = "B"
-NUMPY_TYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+NUMPY_TYPES: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 Shape = tuple[int | str, ...]
 Weight = np.ndarray | Tensor
@@ -31,7 +34,7 @@ Weight = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph. The first dimension is usually the batch, `"B"`; all others are numbers."""
+    """A tensor of the graph. The first dimension is usually the batch, `"B"`, or holds it: `"64*B"`."""
 
     name: str
     shape: Shape
@@ -47,7 +50,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Graph:
-    """A finished graph; `macs` counts every multiply-accumulate of its convolutions and matrix products at batch 1."""
+    """A finished graph; `macs` counts all multiply-accumulates of convolutions and products, at batch 1."""
 
     model: onnx.ModelProto
     macs: int
@@ -65,6 +68,7 @@ class GraphBuilder:
         self._constants: dict[str, onnx.TensorProto] = {}
         self._scope: list[str] = []
         self._macs = 0
+        self._folded: set[str] = set()  # values made of constants alone, which a session computes once
         self._opsets = [helper.make_opsetid("", OPSET)]
 
     @contextmanager
@@ -83,15 +87,19 @@ class GraphBuilder:
         """Declare `value`, as float32, to be a graph output; `shape` is what it must have."""
         if value.shape != shape:
             raise ValueError(f"{self.name}: output {name} has shape {value.shape}, expected {shape}")
-        self._nodes.append(helper.make_node("Identity", [self.cast(value, TensorProto.FLOAT).name], [name], name=name))
+        self._nodes.append(
+            helper.make_node("Identity", [self.cast(value, TensorProto.FLOAT).name], [name], name=name)
+        )
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
-    def op(self, op_type: str, *inputs: Value | Weight | None, **attributes: object) -> Value:
+    def op(self, op_type: str, *inputs: Value | Weight | None, **attributes: Any) -> Value:
         """Add a node with one output."""
         return self.ops(op_type, 1, *inputs, **attributes)[0]
 
-    def ops(self, op_type: str, outputs: int, *inputs: Value | Weight | None, **attributes: object) -> list[Value]:
-        """Add a node with several outputs. Float constants take the precision of the first float value among the inputs."""
+    def ops(
+        self, op_type: str, outputs: int, *inputs: Value | Weight | None, **attributes: Any
+    ) -> list[Value]:
+        """Add a node with several outputs. Float constants take the precision of the first float value."""
         floats = (i.dtype for i in inputs if isinstance(i, Value) and i.dtype in NUMPY_TYPES)
         like = next(floats, TensorProto.FLOAT)
         name = "/".join([*self._scope, f"{op_type}_{len(self._nodes)}"])
@@ -109,7 +117,9 @@ class GraphBuilder:
                 names.append(tensor.name)
                 types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
                 data[tensor.name] = tensor
-        node = helper.make_node(op_type, names, [f"{name}:{i}" for i in range(outputs)], name=name, **attributes)
+        node = helper.make_node(
+            op_type, names, [f"{name}:{i}" for i in range(outputs)], name=name, **attributes
+        )
         self._nodes.append(node)
         schema = onnx.defs.get_schema(op_type, OPSET)
         small = {k: v for k, v in data.items() if v.data_type == TensorProto.INT64}
@@ -117,7 +127,10 @@ class GraphBuilder:
             schema, node, types, small, opset_imports=self._opsets, ir_version=IR_VERSION
         )
         values = [_value(output, inferred[output]) for output in node.output]
-        self._macs += _macs(op_type, [_shape(types[n]) for n in names if n], values[0].shape)
+        if all(n in data or n in self._folded for n in names if n):
+            self._folded.update(node.output)
+        else:
+            self._macs += _macs(op_type, [_shape(types[n]) for n in names if n], values[0].shape)
         return values
 
     def cast(self, value: Value, dtype: int) -> Value:
@@ -133,8 +146,18 @@ class GraphBuilder:
         return self.cast(value, TensorProto.FLOAT)
 
     def reshape(self, value: Value, *shape: int) -> Value:
-        """Reshape; 0 keeps the dimension at that place (the batch)."""
-        return self.op("Reshape", value, np.array(shape, np.int64))
+        """Reshape. A leading 0 keeps the batch, a leading -1 merges dimensions with it or takes them out."""
+        reshaped = self.op("Reshape", value, np.array(shape, np.int64))
+        if shape[0] != -1:
+            return reshaped
+        images = _elements(value.shape) // _elements(shape[1:])  # leading entries for each image of the batch
+        return replace(reshaped, shape=(BATCH if images == 1 else f"{images}*{BATCH}", *shape[1:]))
+
+    def constant(self, weight: Weight, dtype: int = TensorProto.FLOAT) -> Value:
+        """A constant as a value, for a node that has no other input."""
+        tensor = self._constant(weight, dtype)
+        self._folded.add(tensor.name)
+        return Value(tensor.name, tuple(tensor.dims), tensor.data_type)
 
     def split(self, value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
         """Cut along an axis into pieces of these sizes."""
@@ -157,7 +180,9 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._constants.values())
         )
-        model = helper.make_model(graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr")
+        model = helper.make_model(
+            graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr"
+        )
         return Graph(model, self._macs)
 
     def _constant(self, weight: Weight, like: int) -> onnx.TensorProto:
@@ -171,7 +196,7 @@ class GraphBuilder:
                     f"a weight of {'/'.join([self.name, *self._scope])} is not finite as {array.dtype}; "
                     "export without --fp16, or train again if float32 has it too"
                 )
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
         if digest not in self._constants:
             self._constants[digest] = numpy_helper.from_array(array, f"constant_{len(self._constants)}")
@@ -188,9 +213,13 @@ def _shape(inferred: onnx.TypeProto) -> Shape:
 
 
 def _macs(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
-    """Multiply-accumulates of a node for one image: each element of the output is a sum of so many products."""
+    """Multiply-accumulates of a node for one image: each element of the output sums so many products."""
     if op_type not in ("Conv", "MatMul", "Gemm"):
         return 0
-    a, b = ([d if isinstance(d, int) else 1 for d in shape] for shape in inputs[:2])
-    terms = math.prod(b[1:]) if op_type == "Conv" else a[-1]
-    return terms * math.prod(d if isinstance(d, int) else 1 for d in output)
+    terms = _elements(inputs[1][1:]) if op_type == "Conv" else _elements(inputs[0][-1:])
+    return terms * _elements(output)
+
+
+def _elements(shape: Shape) -> int:
+    """Elements of a tensor at batch 1, where a dimension is a number, "B" or "n*B"."""
+    return math.prod(d if isinstance(d, int) else int(d.removesuffix(BATCH).rstrip("*") or 1) for d in shape)

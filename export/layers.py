@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
+from moesr.export import winograd
 from moesr.export.graph import GraphBuilder, Value
 
 
@@ -20,15 +22,19 @@ def conv(
     stride: int = 1,
     groups: int = 1,
 ) -> Value:
-    """2-D convolution; `pads` (top, left, bottom, right) default to those that keep the size of an odd kernel."""
+    """2-D convolution; `pads` (top, left, bottom, right) default to those that keep an odd kernel's size."""
     kernel = list(weight.shape[2:])
     pads = [k // 2 for k in kernel] * 2 if pads is None else list(pads)
+    height, width = (x.size(axis) + pads[axis - 2] + pads[axis] - kernel[axis - 2] + 1 for axis in (2, 3))
+    plain = stride > 1 or groups > 1 or x.dtype != TensorProto.FLOAT or kernel[0] != kernel[1]
+    if not plain and winograd.pays(weight.shape[1], weight.shape[0], kernel[0], height, width):
+        return winograd.multiply(g, [winograd.transform_input(g, x, kernel[0], pads)], weight, bias, width)
     attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride, stride], "group": groups}
     return g.op("Conv", x, weight, bias, **attributes)
 
 
 def conv_module(g: GraphBuilder, x: Value, module: nn.Module, pads: Sequence[int] | None = None) -> Value:
-    """A trained `Conv2d`, or `Conv1d` of kernel 1 over flattened positions; symmetric padding unless given."""
+    """A trained `Conv2d`, or `Conv1d` of kernel 1 over flattened positions; symmetric padding by default."""
     assert isinstance(module, (nn.Conv2d, nn.Conv1d))
     weight = module.weight if module.weight.dim() == 4 else module.weight[..., None]
     return conv(g, x, weight, module.bias, pads, module.stride[0])
@@ -39,8 +45,9 @@ def silu(g: GraphBuilder, x: Value) -> Value:
     return g.op("Mul", x, g.op("Sigmoid", x))
 
 
-def group_norm(g: GraphBuilder, x: Value, norm: nn.GroupNorm, activate: bool = False) -> Value:
-    """GroupNorm with its statistics in float32, then SiLU if asked: [B, C, H, W] -> same, in the precision of `x`."""
+def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> Value:
+    """GroupNorm of [B, C, H, W] with statistics in float32, then SiLU if asked, in the precision of `x`."""
+    assert isinstance(norm, nn.GroupNorm)
     groups, channels = norm.num_groups, norm.num_channels
     spatial = [x.size(axis) for axis in range(2, len(x.shape))]
     flat = g.reshape(g.float32(x), 0, groups, channels // groups * int(np.prod(spatial)))
@@ -52,12 +59,13 @@ def group_norm(g: GraphBuilder, x: Value, norm: nn.GroupNorm, activate: bool = F
     return silu(g, h) if activate else h
 
 
-def upsample_conv(g: GraphBuilder, x: Value, module: nn.Conv2d) -> Value:
+def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
     """Double the sides by nearest neighbour and convolve 3x3, at 4/9 of the multiplications.
 
-    Each of the four output phases sees only 2x2 different inputs, so the taps that meet the same input are added
-    beforehand; padding with zeros before or after the upsampling is the same thing.
+    Each of the four output phases sees only 2x2 different inputs, so the taps that meet the same input are
+    added beforehand; padding with zeros before or after the upsampling is the same thing.
     """
+    assert isinstance(module, nn.Conv2d)
     phases = []
     for a in (0, 1):
         for b in (0, 1):
@@ -67,15 +75,17 @@ def upsample_conv(g: GraphBuilder, x: Value, module: nn.Conv2d) -> Value:
 
 
 def _merge_taps(weight: Tensor, axis: int, phase: int) -> Tensor:
-    """Three taps on doubled samples as two taps on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
+    """Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
     first, middle, last = weight.split(1, dim=axis)
     return torch.cat((first, middle + last) if phase == 0 else (first + middle, last), dim=axis)
 
 
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value, chunk: int) -> Value:
-    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time; softmax in float32.
+    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time; softmax in
+    float32.
 
-    A row of scores needs all keys but no other row, so chunks are exact, and the score matrix never exists whole.
+    A row of scores needs all keys but no other row, so chunks are exact, and the score matrix never exists
+    whole.
     """
     tokens, out = q.size(-1), []
     swap = [*range(len(q.shape) - 2), len(q.shape) - 1, len(q.shape) - 2]

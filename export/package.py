@@ -1,4 +1,4 @@
-"""Checkpoint to engine directory: write every graph, prove it, hash it, then publish the whole by a rename."""
+"""Checkpoint to engine directory: write every graph, prove it, hash it, publish the whole by a rename."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
-import numpy as np
-import onnx
 import torch
 
 from moesr.export import parity
@@ -17,7 +15,7 @@ from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET
 from moesr.export.graph import Graph as BuiltGraph
-from moesr.runtime.errors import EngineError, OutputError, UsageError
+from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.manifest import MANIFEST_NAME, Expert, Graph, Manifest, Parity, sha256_of
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
@@ -73,15 +71,19 @@ def export_engine(
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
-    """Write the engine directory of a checkpoint and return its manifest; the same checkpoint gives the same graphs.
+    """Write the engine directory of a checkpoint and return its manifest; the same checkpoint gives the same
+    graphs.
 
-    `precision` is "fp32" or "fp16". `on_stage` hears what begins. An existing directory is refused unless `force`,
-    which replaces an engine and nothing else. Raises UsageError for a tile or a model that cannot be, ParityError where
-    a graph misses its network, OutputError where nothing can be written; each leaves the place as it was.
+    `precision` is "fp32" or "fp16". `on_stage` hears what begins. An existing directory is refused unless
+    `force`, which replaces an engine and nothing else. Raises UsageError for a tile or a model that cannot
+    be, ParityError where a graph misses its network, OutputError where nothing can be written; each leaves
+    the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:
-        raise UsageError(f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too")
+        raise UsageError(
+            f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too"
+        )
     check_tile(config, tile_px)
     check_replaceable(directory, force)
     try:
@@ -124,7 +126,9 @@ def _write_engine(
     path = _save(built, directory / "decoder.onnx")
     params["decoder"], macs["decoder"] = _parameters(autoencoder), built.macs
     on_stage("prove decoder")
-    proofs["decoder"] = parity.prove(path, autoencoder, parity.decoder_inputs(autoencoder, latent_px), precision)
+    proofs["decoder"] = parity.prove(
+        path, autoencoder, parity.decoder_inputs(autoencoder, latent_px), precision
+    )
     manifest = Manifest(
         name=config.name,
         model=config.to_dict(),
@@ -158,15 +162,19 @@ def _parameters(network: DenoisingUNet | Autoencoder) -> int:
 
 
 def check_replaceable(directory: Path, force: bool) -> None:
-    """Raise OutputError where `directory` exists and may not be replaced: without `force`, or if it is no engine."""
+    """Raise OutputError where `directory` may not be replaced: without `force`, or if it is no engine."""
     if not directory.exists() and not directory.is_symlink():
         return
     if not force:
-        raise OutputError(f"{directory}: exists; choose another directory with -o, or replace it with --force")
+        raise OutputError(
+            f"{directory}: exists; choose another directory with -o, or replace it with --force"
+        )
     if directory.is_symlink() or not directory.is_dir():
         raise OutputError(f"{directory}: is not a directory; choose another one with -o")
     if any(directory.iterdir()) and not (directory / MANIFEST_NAME).is_file():
-        raise OutputError(f"{directory}: holds files but no {MANIFEST_NAME}, so it is no engine; choose another one with -o")
+        raise OutputError(
+            f"{directory}: holds files but no {MANIFEST_NAME}, so it is no engine; choose another one with -o"
+        )
 
 
 def publish(new: Path, directory: Path, old: Path) -> None:

@@ -1,7 +1,8 @@
 """The refinement network in the decoder graph: AFF blocks whose large inner tensors never exist whole.
 
-The inverted residual widens the features by four at full image size, and the filter holds a complex spectrum: both are
-cut (by rows, by channel blocks) into strips that stay in a CPU's cache and free their memory for the next one.
+The inverted residual widens the features by four at full image size, and the filter holds a complex spectrum:
+both are cut (by rows, by channel blocks) into strips that stay in a CPU's cache and free their memory for the
+next one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from moesr.export.graph import GraphBuilder, Value
 from moesr.export.layers import conv, conv_module, group_norm
 from moesr.kernels.aff_filter import portable
-from moesr.training.networks.refinement import SLOPE, AFFBlock, AFFFilter, ConvNorm, InvertedResidual, RefinementUNet
+from moesr.training.networks.refinement import (
+    SLOPE,
+    AFFBlock,
+    AFFFilter,
+    ConvNorm,
+    InvertedResidual,
+    RefinementUNet,
+)
 
 STRIP_BYTES = 16 << 20  # largest inner tensor of a strip of rows or channels
 
@@ -53,11 +61,13 @@ def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
     h = _inverted_residual(g, x, group_norm(g, x, block.norm1), block)
     with g.scope("filter"):
         normed = group_norm(g, h, block.norm2)
-        return g.op("Add", h, _filter(g, normed, block.filter) if isinstance(block.filter, AFFFilter) else normed)
+        return g.op(
+            "Add", h, _filter(g, normed, block.filter) if isinstance(block.filter, AFFFilter) else normed
+        )
 
 
 def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock) -> Value:
-    """`mlp(normed) + up_dim(x)` in strips of rows, each with a halo of one row for the depthwise convolution."""
+    """`mlp(normed) + up_dim(x)` in strips of rows, with a halo of one row for the depthwise convolution."""
     mlp, height, width = block.mlp, x.size(2), x.size(3)
     (w_expand, b_expand), (w_depth, b_depth), (w_reduce, b_reduce) = _folded(mlp)
     inner = w_expand.shape[0]
@@ -65,7 +75,10 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock
     strips = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        top, bottom = int(start == 0), int(stop == height)  # zeros go around the activation, not around its input
+        top, bottom = (
+            int(start == 0),
+            int(stop == height),
+        )  # zeros go around the activation, not around its input
         h = g.slice(normed, 2, start - 1 + top, stop + 1 - bottom)
         h = g.op("LeakyRelu", conv(g, h, w_expand, b_expand), alpha=SLOPE)
         h = g.op("LeakyRelu", conv(g, h, w_depth, b_depth, (top, 1, bottom, 1), groups=inner), alpha=SLOPE)
@@ -91,17 +104,18 @@ def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
 
 
 def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
-    """The adaptive frequency filter in float32, in strips of whole channel blocks: a block sees no other one."""
-    weights = [w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2)]
-    blocks, size = weights[0].shape[1], weights[0].shape[2]
+    """The adaptive frequency filter in float32, in strips of whole channel blocks: a block sees no other."""
+    w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
+    blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)
     plan, step = make_plan(height, width), _strip_size(blocks, size * height * width * 4)
     starts = range(0, blocks, step)
     counts = [min(step, blocks - start) for start in starts]
     strips = []
     for start, part, n in zip(starts, g.split(x, 1, [n * size for n in counts]), counts, strict=True):
-        mine = [w[:, start : start + n] for w in weights]
-        strips.append(g.cast(portable.aff_filter(plan, g.float32(part), *mine, _OnnxOps(g)), x.dtype))
+        mine = slice(start, start + n)
+        weights = w1[:, mine], b1[:, mine], w2[:, mine], b2[:, mine]
+        strips.append(g.cast(portable.aff_filter(plan, g.float32(part), weights, OnnxOps(g)), x.dtype))
     return g.concat(strips, 1)
 
 
@@ -111,7 +125,7 @@ def _strip_size(total: int, unit_bytes: int) -> int:
     return max(1, -(-total // strips))
 
 
-class _OnnxOps:
+class OnnxOps:
     """The operations of the portable filter as nodes of a graph."""
 
     def __init__(self, g: GraphBuilder) -> None:
@@ -148,7 +162,9 @@ class _OnnxOps:
         return self.g.op("Mul", a, b)
 
     def pointwise(self, x: Value, weight: np.ndarray, bias: np.ndarray, groups: int) -> Value:
-        return conv(self.g, x, torch.from_numpy(weight)[..., None, None], torch.from_numpy(bias), groups=groups)
+        return conv(
+            self.g, x, torch.from_numpy(weight)[..., None, None], torch.from_numpy(bias), groups=groups
+        )
 
     def leaky_relu(self, x: Value, slope: float) -> Value:
         return self.g.op("LeakyRelu", x, alpha=slope)

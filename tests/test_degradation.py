@@ -36,8 +36,8 @@ def photo() -> Tensor:
 
 
 def bell(sigma_x=2.0, sigma_y=2.0, angle=0.0, beta=1.0, plateau=False, side=21) -> Tensor:
-    vectors = (vector(v) for v in (sigma_x, sigma_y, angle, beta))
-    return bell_kernels(torch.tensor([side]), *vectors, torch.tensor([plateau]))[0]
+    shape = vector(sigma_x), vector(sigma_y), vector(angle), vector(beta)
+    return bell_kernels(torch.tensor([side]), *shape, torch.tensor([plateau]))[0]
 
 
 def covariance(kernel: Tensor) -> Tensor:

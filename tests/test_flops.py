@@ -83,8 +83,8 @@ def test_the_fft_is_counted_as_it_says():
 def test_agrees_with_torchs_counter():
     """An independent count by operator; it knows every product, and no FFT."""
     tile = 96  # not a power of two
-    unet = UNetConfig(width=64, space_experts=1)
-    autoencoder = AutoencoderConfig(channels=64, codebook_size=512)
+    unet = UNetConfig(width=64, res_blocks=1, space_experts=1)
+    autoencoder = AutoencoderConfig(channels=64, res_blocks=1, fusion_blocks=1, codebook_size=512)
     cost = flops.measure(unet, autoencoder, tile)
     with FakeTensorMode(), torch.no_grad():
         network, first_stage = DenoisingUNet(unet).eval(), Autoencoder(autoencoder).eval()

@@ -22,7 +22,9 @@ def load(network: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch.nn.M
     return network.eval()
 
 
-@pytest.mark.parametrize(("stem", "config"), [("unet_w32", WIDTH_32), ("unet_w160", UNetConfig())], ids=["w32", "w160"])
+@pytest.mark.parametrize(
+    ("stem", "config"), [("unet_w32", WIDTH_32), ("unet_w160", UNetConfig())], ids=["w32", "w160"]
+)
 @torch.inference_mode()
 def test_unet(stem, config, golden, published_weights):
     data = golden(stem)
@@ -33,7 +35,10 @@ def test_unet(stem, config, golden, published_weights):
 
 
 def test_plain_ldm_keys(published_weights):
-    load(DenoisingUNet(dataclasses.replace(WIDTH_32, space_experts=0)), published_weights("ldm_unet_w32", "dev"))
+    load(
+        DenoisingUNet(dataclasses.replace(WIDTH_32, space_experts=0)),
+        published_weights("ldm_unet_w32", "dev"),
+    )
 
 
 @pytest.fixture(scope="module")

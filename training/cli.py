@@ -1,11 +1,19 @@
 """Train a MoE-SR model from photographs, one stage after the other:
 
-  moesr-train autoencoder --config demo-x4 --data photos -o runs/autoencoder
-  moesr-train experts     --config demo-x4 --data photos -o runs/experts --from runs/autoencoder/checkpoint
-  moesr-train decoder     --config demo-x4 --data photos -o runs/decoder --from runs/experts/checkpoint
+  moesr-train autoencoder --config demo-x4 --data photos -o vq
+  moesr-train experts     --config demo-x4 --data photos -o experts --from vq/checkpoint
+  moesr-train latents     --config demo-x4 --data photos -o latents --from experts/checkpoint
+  moesr-train decoder     --config demo-x4 --latents latents -o decoder --from experts/checkpoint
 
-Every stage continues where it stopped when the same command is run again, and writes a checkpoint directory that
-moesr-export and the next stage read.
+A published autoencoder, read by moesr-import, takes the place of the first. The decoder makes its latents
+itself where it is given photographs (--data) in place of --latents. Every stage continues where it stopped
+when the same command is run again, and writes a checkpoint directory that moesr-export and the next stage
+read. On several GPUs:
+
+  torchrun --nproc-per-node 8 -m moesr.training.cli experts --config x4 ...
+
+Exit codes: 0 done, 1 bad data, 2 usage, 3 bad checkpoint, 4 out of memory, 130 interrupted (what is done is
+saved).
 """
 
 from __future__ import annotations
@@ -13,16 +21,33 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from moesr.runtime.errors import MoesrError, UsageError
-from moesr.training.checkpoint import load_checkpoint
+from moesr.runtime.cli import guarded, logging_to_stderr
+from moesr.runtime.errors import MemoryLimitError, UsageError
+from moesr.training import parallel
+from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.data import Crops, find_photographs
-from moesr.training.loop import Run
-from moesr.training.recipe import load_recipe, presets
-from moesr.training.stages import autoencoder, decoder, experts
+from moesr.training.dryrun import measure
+from moesr.training.journal import summary_writer
+from moesr.training.loop import Run, Samples
+from moesr.training.recipe import Recipe, StageConfig, load_recipe, presets
+from moesr.training.stages import autoencoder, decoder, experts, latents
+from moesr.training.stages.common import with_lr
+from moesr.training.trainer import Task
+
+BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
+OWN = {"expert": ("experts",), "init": ("experts",), "latents": ("decoder",)}  # options of some stages only
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `moesr-train`; returns the exit code."""
+    args = parser().parse_args(argv)
+    with logging_to_stderr(logging.WARNING if args.quiet else logging.INFO):
+        return guarded(lambda: start(args), debug=args.debug)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,53 +55,144 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="moesr-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("stage", choices=("autoencoder", "experts", "decoder"))
-    result.add_argument(
-        "--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}"
+    add = result.add_argument
+    add("stage", choices=("autoencoder", "experts", "latents", "decoder"))
+    add("--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change an entry of the recipe, as in experts.steps=1000; may be repeated",
     )
-    result.add_argument(
-        "--data", type=Path, required=True, help="folder of photographs, searched recursively"
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="photographs, at any depth; damaged ones are skipped",
     )
-    result.add_argument("-o", "--output", type=Path, required=True, help="directory of this stage")
-    result.add_argument("--from", type=Path, dest="start", help="checkpoint directory of the stage before")
-    result.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    add("--val", type=Path, metavar="DIR", help="photographs to validate on; keeps checkpoint-best too")
+    add("--latents", type=Path, metavar="DIR", help="decoder: the set that moesr-train latents made")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
+    add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the stage before")
+    add("--expert", type=int, metavar="K", help="experts: train only this one (0 has the lowest noise)")
+    add("--init", type=Path, metavar="DIR", help="experts: start from the weights of this checkpoint")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
+    add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="also write scalars and images for TensorBoard")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="measure parameters, memory and speed; write nothing",
     )
-    result.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)"
-    )
-    result.add_argument("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
-    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="no progress bar, warnings only")
+    add("--debug", action="store_true", help="show where an internal error was raised")
     return result
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run one stage."""
-    recipe = load_recipe(args.config)
+def start(args: argparse.Namespace) -> int:
+    """Check what can be checked at once, join the other processes, and run the stage."""
+    recipe = load_recipe(args.config, args.changes)
+    for option, stages in OWN.items():
+        if getattr(args, option) is not None and args.stage not in stages:
+            raise UsageError(f"--{option}: is for {' and '.join(stages)} only, not for {args.stage}")
+    if args.stage in BEFORE and args.start is None:
+        raise UsageError(
+            f"{args.stage} builds on another stage: give --from with the checkpoint of {BEFORE[args.stage]}"
+        )
+    if args.data is None and args.latents is None:
+        raise UsageError(f"{args.stage} needs photographs: give --data with their folder")
+    if args.workers < 0 or args.threads < 0:
+        raise UsageError("--workers and --threads: expected 0 or more")
+    if args.tensorboard:
+        summary_writer()
     if args.threads:
         torch.set_num_threads(args.threads)
-    stage = getattr(recipe, args.stage)
-    data = Crops(find_photographs(args.data, stage.patch_px), stage.patch_px, recipe.seed)
-    run = Run(args.output, recipe.seed, torch.device(args.device), args.workers, args.quiet)
-    if args.stage == "autoencoder":
-        return autoencoder.train(recipe, data, run)
-    if args.start is None:
-        before = {"experts": "autoencoder", "decoder": "experts"}[args.stage]
-        raise UsageError(
-            f"{args.stage} builds on the stage before: give --from with the checkpoint of {before}"
-        )
-    checkpoint = load_checkpoint(args.start)
-    return (experts if args.stage == "experts" else decoder).train(recipe, data, run, checkpoint)
-
-
-def main() -> None:
-    """Entry point: exit codes 0 done, 1 bad data or checkpoint, 2 usage, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    args = parser().parse_args()
     try:
-        train(args)
-    except MoesrError as error:
-        print(f"moesr-train: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with parallel.processes(check_device(args.device)) as device:
+            if args.dry_run:
+                dry_run(args, recipe, device)
+            else:
+                train(args, recipe, device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"the GPU is out of memory ({str(error).splitlines()[0]}); set a smaller batch and more "
+            f"accumulate (--set {args.stage}.batch=1), or precision bf16"
+        ) from error
+    return 0
+
+
+def check_device(name: str) -> str:
+    """The name, if torch can use this device here; else UsageError."""
+    try:
+        torch.zeros(1, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {name}: cannot be used ({reason}); expected cpu, cuda or cuda:N"
+        ) from error
+    return name
+
+
+def stage_config(args: argparse.Namespace, recipe: Recipe) -> StageConfig:
+    """The part of the recipe for this stage."""
+    return recipe.decoder if args.stage == "latents" else getattr(recipe, args.stage)
+
+
+def crops(folder: Path, patch_px: int, recipe: Recipe) -> Crops:
+    """Crops of the photographs in `folder`."""
+    return Crops(find_photographs(folder, patch_px), patch_px, recipe.seed)
+
+
+def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
+    """Run one stage to its end."""
+    stage = stage_config(args, recipe)
+    data = crops(args.data, stage.patch_px, recipe) if args.data else None
+    held_out = crops(args.val, stage.patch_px, recipe) if args.val else None
+    run = Run(args.output, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
+    before = load_checkpoint(args.start) if args.start else None
+    if args.stage == "decoder":
+        assert before is not None
+        return decoder.train(recipe, data, run, before, held_out, made=args.latents)
+    assert data is not None
+    if args.stage == "autoencoder":
+        return autoencoder.train(recipe, data, run, held_out)
+    assert before is not None
+    if args.stage == "latents":
+        return latents.make(recipe, before, data, run, args.output, recipe.decoder.latents)
+    init = load_checkpoint(args.init) if args.init else None
+    return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
+
+
+def dry_run(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
+    """Measure three steps of the stage and print what was found."""
+    if args.stage == "latents" or args.data is None:
+        raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
+    data = crops(args.data, stage_config(args, recipe).patch_px, recipe)
+    run = Run(args.output, recipe.seed, device, args.workers, args.quiet)
+    before = load_checkpoint(args.start) if args.start else None
+    task, samples = measurable(args.stage, recipe, data, run, before)
+    measured = measure(task, stage_config(args, recipe), samples, run)
+    if parallel.rank() == 0:
+        print(measured)
+
+
+def measurable(
+    stage: str, recipe: Recipe, data: Crops, run: Run, before: Checkpoint | None
+) -> tuple[Task, Samples]:
+    """The stage's task and samples like its own, without files."""
+    if stage == "autoencoder":
+        return autoencoder.prepare(recipe), data
+    assert before is not None
+    samples = with_lr(data, recipe, run.device.type)
+    if stage == "experts":
+        return experts.prepare(recipe, before, run), samples
+    model = recipe.model.decoder
+    pairs = with_lr(data, recipe, "cpu")
+    return decoder.prepare(recipe, before, run), decoder.StandIns(pairs, model.embed_dim, model.factor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """Sizes of every network of the model, as frozen dataclasses that travel inside a checkpoint as JSON.
 
-One family covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space MoE, plain VQ
-decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network) and anything smaller.
-The defaults are the published full size (paper Table 7, with the channel multipliers that give its Table 6).
+One family covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space MoE,
+plain VQ decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network) and
+anything smaller. The defaults are the published full size (paper Table 7, with the channel multipliers that
+give its Table 6).
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ class AutoencoderConfig:
     embed_dim: int = 3
     codebook_size: int = 8192  # 0: a KL autoencoder without a quantiser
     norm_groups: int = 32
-    fusion_level: int | None = (
-        1  # decoder level whose output is fused with LR features; None: not LR-conditioned
-    )
+    fusion_level: int | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
     fusion_blocks: int = 2  # RRDBs in the fusion layer
     fusion_growth: int = 32
     refinement: Literal["aff", "unet", "none"] = "aff"  # "unet": the ablation without the frequency filter
@@ -103,10 +102,15 @@ def build(kind: Any, value: Any, where: str = "config") -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind) if f.init}
-        if not isinstance(value, dict) or (unknown := sorted(set(value) - known)):
-            problem = f"unknown entries {unknown}" if isinstance(value, dict) else f"got {value!r}"
-            raise UsageError(f"{where}: {problem}; expected entries among {sorted(known)}")
-        return kind(**{k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: got {value!r}; expected entries among {sorted(known)}")
+        if unknown := sorted(set(value) - known):
+            raise UsageError(f"{where}: unknown entries {unknown}; expected entries among {sorted(known)}")
+        entries = {k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+        try:
+            return kind(**entries)  # type: ignore[operator]
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"{where}: {error}") from error
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None

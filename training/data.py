@@ -1,71 +1,115 @@
-"""Photographs to training crops: every sample is a function of (seed, index), so that any run can be resumed exactly."""
+"""Photographs to training crops: a sample is a function of (seed, index), so runs resume exactly."""
 
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError
+from moesr.runtime.image_io import READ_SUFFIXES, load
 from moesr.runtime.resize import imresize
+from moesr.training.degradation import BlindDegradation, degrade_blind
+from moesr.training.draws import DEGRADATION, Draws
 
-log = logging.getLogger(__name__)
-CACHED_IMAGES = 256  # decoded photographs kept in memory by each loader process
+log = logging.getLogger("moesr")
+CACHED_IMAGES = 64  # decoded photographs kept in memory by each loader process
+TRIES = 100  # photographs drawn in search of a readable one
 
 
 def find_photographs(folder: Path, minimum_px: int) -> list[Path]:
-    """List the readable images under `folder` with both sides of at least `minimum_px`, sorted.
+    """List the images under `folder` with both sides of at least `minimum_px`, sorted.
 
-    Files that are no images are passed over; damaged and too small ones are reported. Raises InputError where
-    nothing is left.
+    Only headers are read, so that a million files are no obstacle. Files that are no images by their suffix
+    are passed over; empty, unreadable and too small ones are reported. Raises InputError where nothing is
+    left.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a directory; expected a folder of photographs")
-    extensions = set(Image.registered_extensions())
+    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
     found = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions):
+    for path in sorted(p for p in files if p.suffix.lower() in READ_SUFFIXES and p.name[0] != "."):
         try:
             with Image.open(path) as image:
-                image.load()
+                width, height = image.size
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             log.warning("%s: skipped, cannot be read (%s)", path, error)
             continue
-        if min(image.size) < minimum_px:
-            log.warning("%s: skipped, %dx%d is smaller than a crop of %d px", path, *image.size, minimum_px)
+        if min(width, height) < minimum_px:
+            log.warning("%s: skipped, %dx%d is smaller than a crop of %d px", path, width, height, minimum_px)
             continue
         found.append(path)
     if not found:
-        raise InputError(f"{folder}: no readable image of at least {minimum_px} px; add photographs")
+        raise InputError(f"{folder}: no readable image of at least {minimum_px} px a side; add photographs")
     return found
 
 
 @lru_cache(maxsize=CACHED_IMAGES)
-def load_rgb(path: Path) -> np.ndarray:
-    """Decode a photograph to uint8 [H, W, 3], upright."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+def load_rgb(path: Path) -> np.ndarray | None:
+    """Decode a photograph to uint8 [H, W, 3], upright; None, reported, where it is damaged."""
+    try:
+        pixels = load(path).pixels
+    except InputError as error:
+        log.warning("%s: skipped", error)
+        return None
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels = pixels[..., :-1]  # without alpha
+    return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """How LR images are made: MATLAB's bicubic, or Real-ESRGAN's blind degradation drawn for every sample."""
+
+    kind: str
+    scale: int
+    seed: int
+
+    def __call__(self, hr: Tensor, indices: Tensor) -> Tensor:
+        """HR crops uint8 [B, 3, P, P] and their numbers -> LR uint8 [B, 3, P/scale, P/scale], same device."""
+        side = hr.shape[-1] // self.scale
+        if self.kind == "bicubic":
+            return resize_batch(hr, side, side)
+        blind = BlindDegradation(scale=self.scale)
+        # batches of one: what is drawn for a batch is then drawn for a sample, whatever batch it is in
+        images = [
+            degrade_blind(image[None].float() / 255.0, blind, generator)
+            for image, generator in zip(
+                hr, Draws(self.seed, DEGRADATION, indices.tolist()).generators, strict=True
+            )
+        ]
+        return (torch.cat(images) * 255.0).round().byte()
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """HR crops, uint8 [3, patch, patch]; drawn photograph, place, flip and transposition."""
+    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded."""
 
-    def __init__(self, paths: list[Path], patch_px: int, seed: int) -> None:
-        self.paths, self.patch_px, self.seed = paths, patch_px, seed
+    def __init__(
+        self, paths: list[Path], patch_px: int, seed: int, degradation: Degradation | None = None
+    ) -> None:
+        self.paths, self.patch_px, self.seed, self.degradation = paths, patch_px, seed, degradation
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Return sample `index`, any non-negative integer."""
-        return (self.crop(index),)
+        """Sample `index` (from 0, without end): its number, HR uint8 [3, P, P], LR where it is made here."""
+        number, hr = torch.tensor(index), self.crop(index)
+        if self.degradation is None:
+            return number, hr
+        return number, hr, self.degradation(hr[None], number[None])[0]
 
     def crop(self, index: int) -> Tensor:
-        """Return the pixels of sample `index`."""
+        """Pixels of sample `index`: drawn photograph, place, flip and transposition."""
         draw = np.random.default_rng((self.seed, index))
-        image = load_rgb(self.paths[draw.integers(len(self.paths))])
+        image = self._photograph(draw)
         y, x = (int(draw.integers(0, side - self.patch_px + 1)) for side in image.shape[:2])
         pixels = image[y : y + self.patch_px, x : x + self.patch_px]
         flip_y, flip_x, transpose = draw.integers(0, 2, size=3)
@@ -74,8 +118,15 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def crops(self, first: int, count: int) -> Tensor:
-        """Return samples `first` .. `first + count - 1`, uint8 [count, 3, patch, patch]."""
+        """Pixels of samples `first` .. `first + count - 1`, uint8 [count, 3, P, P]."""
         return torch.stack([self.crop(i) for i in range(first, first + count)])
+
+    def _photograph(self, draw: np.random.Generator) -> np.ndarray:
+        for _ in range(TRIES):
+            image = load_rgb(self.paths[draw.integers(len(self.paths))])
+            if image is not None and min(image.shape[:2]) >= self.patch_px:
+                return image
+        raise InputError(f"{self.paths[0].parent}: {TRIES} photographs in a row are damaged; replace them")
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -84,6 +135,20 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def resize_batch(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 [B, 3, H, W] with MATLAB's bicubic and its rounding -> uint8 [B, 3, height, width]."""
-    images = [imresize(p.permute(1, 2, 0).numpy(), height, width) for p in pixels]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    """`imresize` of square uint8 [B, 3, S, S] on their device -> uint8 [B, 3, height, width]."""
+    rows = _matrix(pixels.shape[-2], height).to(pixels.device)
+    columns = _matrix(pixels.shape[-1], width).to(pixels.device)
+    x = (rows @ pixels.double()).round().clamp(0.0, 255.0)
+    return (x @ columns.T).round().clamp(0.0, 255.0).byte()
+
+
+@lru_cache(maxsize=16)
+def _matrix(size: int, out_size: int) -> Tensor:
+    """What `imresize` does along an axis, float64 [out_size, size]."""
+    return torch.from_numpy(imresize(np.eye(size, dtype=np.float32), out_size, size)).double()
+
+
+def condition(lr: Tensor, scale: int, factor: int) -> Tensor:
+    """LR uint8 [B, 3, l, l] -> the condition on the latent grid, float32 in [-1, 1]."""
+    side = lr.shape[-1] * scale // factor
+    return to_float(lr if side == lr.shape[-1] else resize_batch(lr, side, side))

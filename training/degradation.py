@@ -1,9 +1,9 @@
 """LR images made from originals: MATLAB's bicubic, and the blind degradation of Real-ESRGAN.
 
 The blind one (Wang et al. 2021, section 3) runs blur, resize, noise and JPEG twice, the last JPEG before or
-after a resize to the LR size and a sinc filter. Images are float [B, 3, H, W] in [0, 1]. Blur kernels, noise levels
-and JPEG qualities are drawn for each image, the resize and the kind of noise for each batch, as published;
-batches of one therefore give every image its own.
+after a resize to the LR size and a sinc filter. Images are float [B, 3, H, W] in [0, 1]. Blur kernels, noise
+levels and JPEG qualities are drawn for each image, the resize and the kind of noise for each batch, as
+published; batches of one therefore give every image its own.
 """
 
 from __future__ import annotations

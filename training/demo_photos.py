@@ -13,7 +13,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TRAIN = ("astronaut", "hubble_deep_field", "retina", "brick", "grass", "gravel", "camera", "moon", "motorcycle")
+TRAIN = (
+    "astronaut",
+    "hubble_deep_field",
+    "retina",
+    "brick",
+    "grass",
+    "gravel",
+    "camera",
+    "moon",
+    "motorcycle",
+)
 TRAIN_SKLEARN = ("china.jpg", "flower.jpg")
 VALIDATION = ("chelsea", "coffee", "rocket")
 
@@ -29,12 +39,16 @@ def photographs(split: str) -> dict[str, np.ndarray]:
     images = {n: getattr(data, n)() for n in TRAIN if n != "motorcycle"}
     images["motorcycle"] = data.stereo_motorcycle()[0]
     images |= {Path(n).stem: load_sample_image(n) for n in TRAIN_SKLEARN}
-    return {n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()}
+    return {
+        n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()
+    }
 
 
 def main() -> None:
     """Entry point of the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     for split in ("train", "validation"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,36 +10,49 @@ from torch.nn import functional as F
 
 from moesr.runtime.samplers import coefficients
 from moesr.runtime.schedule import Schedule, StepTable
+from moesr.training.draws import Draws
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> eps
 
 
 def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Return z_t of clean latents `z` [B, C, h, w], noise `eps` of the same shape and timesteps `t` [B] (Eq. 1)."""
-    alpha_bar = torch.from_numpy(schedule.alpha_bar.copy()).to(z.device)[t][:, None, None, None]
-    return alpha_bar.sqrt().to(z.dtype) * z + (1 - alpha_bar).sqrt().to(z.dtype) * eps
+    """z_t of clean latents `z` [B, C, h, w], noise `eps` of the same shape and timesteps `t` [B] (Eq. 1)."""
+    signal, noise = scales(t, schedule, z.dtype)
+    return signal * z + noise * eps
+
+
+def predict_x0(z_t: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """The clean latents that `z_t` and the predicted `eps` [B, C, h, w] imply at timesteps `t` [B]."""
+    signal, noise = scales(t, schedule, z_t.dtype)
+    return (z_t - noise * eps) / signal
+
+
+def scales(t: Tensor, schedule: Schedule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps `t` [B], each [B, 1, 1, 1]."""
+    alpha_bar = torch.from_numpy(schedule.alpha_bar.copy())[t.cpu()][:, None, None, None]
+    return alpha_bar.sqrt().to(t.device, dtype), (1 - alpha_bar).sqrt().to(t.device, dtype)
 
 
 def eps_loss(
-    network: Denoiser, z: Tensor, cond: Tensor, t_range: tuple[int, int], schedule: Schedule
+    network: Denoiser, z: Tensor, cond: Tensor, t_range: tuple[int, int], schedule: Schedule, draws: Draws
 ) -> Tensor:
     """Mean squared error on eps, with t drawn uniformly from [t_from, t_to) (Eq. 2)."""
-    t = torch.randint(*t_range, (len(z),)).to(z.device)
-    eps = torch.randn(z.shape).to(z.device)
+    t, eps = draws.integers(*t_range).to(z.device), draws.normal(*z.shape[1:]).to(z.device)
     return F.mse_loss(network(add_noise(z, eps, t, schedule), cond, t).float(), eps)
 
 
 @torch.inference_mode()
-def sample(experts: list[Denoiser], cond: Tensor, table: StepTable) -> Tensor:
-    """Draw latents [B, 3, h, w] for conditions `cond` of that shape, with global random numbers.
+def sample(experts: Sequence[Denoiser], cond: Tensor, table: StepTable, draws: Draws) -> Tensor:
+    """Draw latents [B, 3, h, w] for conditions `cond` of that shape.
 
-    The runtime's sampler does the same over tiles and with counter-based noise; training needs only batches.
+    The runtime's sampler does the same over tiles; training needs only batches.
     """
-    z = torch.randn(cond.shape).to(cond.device)
+    shape = cond.shape[1:]
+    z = draws.normal(*shape).to(cond.device)
     for step, (t, k) in enumerate(zip(table.t.tolist(), table.expert.tolist(), strict=True)):
         c = coefficients(table, step)
         eps = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
         z = float(c.c_z) * z + float(c.c_eps) * eps
         if c.c_noise:
-            z += float(c.c_noise) * torch.randn(z.shape).to(z.device)
+            z += float(c.c_noise) * draws.normal(*shape).to(z.device)
     return z

@@ -1,15 +1,19 @@
-"""Training recipes: a model's sizes and how each of its stages is trained, as frozen dataclasses read from JSON.
+"""Training recipes: a model's sizes and how its stages are trained, as frozen dataclasses read from JSON.
 
-A recipe is a file or the name of a preset beside this module. Defaults are the paper's (Tables 7 and 8).
+A recipe is a file or the name of a preset beside this module. It may name another one as its `base` and hold
+only what differs. Defaults are the paper's (Tables 7 and 8), except that the terms of stage 2 that need
+other networks (LPIPS, adversarial) are off.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
 from moesr.training.config import ModelConfig, build
@@ -24,12 +28,38 @@ class StageConfig:
     accumulate: int = 1  # batches a step
     patch_px: int = 512  # side of the HR crop
     learning_rate: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     decay: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     ema_decay: float = 0.9999
     clip_norm: float = 0.0  # 0: gradients are not clipped
     precision: Literal["fp32", "bf16"] = "fp32"
     save_every: int = 1000
+    val_every: int = 1000
+    val_samples: int = 16
+
+    def __post_init__(self) -> None:
+        least = {
+            "batch": 1,
+            "accumulate": 1,
+            "patch_px": 1,
+            "save_every": 1,
+            "val_every": 1,
+            "val_samples": 1,
+        }
+        for name, low in {**least, "steps": 0, "warmup_steps": 0}.items():
+            if getattr(self, name) < low:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, expected at least {low}; correct the recipe"
+                )
+        for name in ("learning_rate", "clip_norm"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, expected a number from 0; correct the recipe"
+                )
+        for name, value in (("ema_decay", self.ema_decay), *(("betas", b) for b in self.betas)):
+            if not 0.0 <= value < 1.0:
+                raise UsageError(f"{name} is {value}, expected 0 or more and less than 1; correct the recipe")
 
 
 @dataclass(frozen=True)
@@ -54,6 +84,14 @@ class ExpertStage(StageConfig):
     ramp_steps: int = 10_000  # ... over this many steps
     latent_pool: int = 0  # crops encoded once and drawn from again; 0: every crop is new
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gamma", "ramp_to"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 to 1; correct the recipe")
+        if self.ramp_steps < 1 or self.base_steps < 0 or self.latent_pool < 0:
+            raise UsageError("expected ramp_steps of at least 1, base_steps and latent_pool of at least 0")
+
     def gamma_at(self, step: int) -> float | None:
         """Momentum of Eq. 5 after `step` finished steps, or None without sharing."""
         if self.sharing == "none":
@@ -73,9 +111,18 @@ class DecoderStage(StageConfig):
     learning_rate: float = 1e-4
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
+    lpips_weight: float = 0.0
+    lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
+    adversarial_weight: float = 0.0  # times the adaptive weight of VQGAN
+    adversarial_from: int = 0  # step at which the decoder begins to see the discriminator
     trainable: Literal["fusion+refinement", "decoder"] = "fusion+refinement"
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents < 1 or self.latent_steps < 1:
+            raise UsageError("expected latents and latent_steps of at least 1; correct the recipe")
 
 
 @dataclass(frozen=True)
@@ -83,11 +130,22 @@ class Recipe:
     """A model and how to train it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    degradation: Literal["bicubic"] = "bicubic"
+    degradation: Literal["bicubic", "blind"] = "bicubic"
     seed: int = 0
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     experts: ExpertStage = field(default_factory=ExpertStage)
     decoder: DecoderStage = field(default_factory=DecoderStage)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}, expected 0 or more; correct the recipe")
+        factor, unet = self.model.decoder.factor, self.model.unet
+        latent = math.lcm(self.model.scale, factor * (unet.factor if unet else 1))
+        multiple = {"autoencoder": factor, "experts": latent, "decoder": latent}
+        for name, px in multiple.items():
+            patch: int = getattr(self, name).patch_px
+            if patch % px:
+                raise UsageError(f"{name}.patch_px is {patch}, expected a multiple of {px} for this model")
 
 
 def presets() -> list[str]:
@@ -96,16 +154,57 @@ def presets() -> list[str]:
     return sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """Read a recipe from a JSON file or a preset's name; a `UsageError` names what is wrong with it."""
+def load_recipe(name_or_path: str, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a JSON file or a preset's name, and apply `changes`, each "dotted.key=JSON value".
+
+    A value that is not JSON is taken as text. Raises UsageError naming what is wrong with it.
+    """
+    values = _read(name_or_path, ())
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UsageError(f"--set {change}: expected key=value, as in experts.steps=1000")
+        try:
+            entry: Any = json.loads(text)
+        except json.JSONDecodeError:
+            entry = text
+        for part in reversed(key.split(".")):
+            entry = {part: entry}
+        values = merged(values, entry)
+    return build(Recipe, values, where=name_or_path)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `changes`; where both hold an object, these are merged too."""
+    result = dict(base)
+    for key, value in changes.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            result[key] = merged(before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _read(name_or_path: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON values of a recipe, merged over those of its base."""
+    path = Path(name_or_path)
+    if name_or_path in above:
+        raise UsageError(f"{name_or_path}: is its own base ({' -> '.join(above)}); correct its entry base")
     if name_or_path in presets():
-        text = (resources.files("moesr.training") / "presets" / f"{name_or_path}.json").read_text()
-    elif (path := Path(name_or_path)).is_file():
-        text = path.read_text()
+        text = (resources.files("moesr.training") / "presets" / f"{name_or_path}.json").read_text("utf-8")
+    elif path.is_file():
+        text = path.read_text("utf-8")
     else:
-        raise UsageError(f"--config {name_or_path}: no such file; presets are {', '.join(presets())}")
+        raise UsageError(f"{name_or_path}: no such recipe file; presets are {', '.join(presets())}")
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{name_or_path}: not JSON ({error}); expected a recipe") from error
-    return build(Recipe, values, where=name_or_path)
+    if not isinstance(values, dict):
+        raise UsageError(f"{name_or_path}: got {type(values).__name__}, expected a JSON object")
+    if (base := values.pop("base", None)) is None:
+        return values
+    near = path.parent / str(base)
+    name = str(base) if base in presets() else str(near)
+    return merged(_read(name, (*above, name_or_path)), values)

@@ -1,7 +1,8 @@
 """The adaptive frequency filter without an FFT operator: real matrix products that every backend has.
 
-The transforms are written once, over a small set of tensor operations, so that the same lines run in PyTorch (tests)
-and write an ONNX graph (export). The README beside this file has the maths, the layouts and the costs.
+The transforms are written once, over a small set of tensor operations, so that the same lines run in PyTorch
+(tests) and write an ONNX graph (export). The README beside this file has the maths, the layouts and the
+costs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesr.kernels.aff_filter.reference import SHRINK, SLOPE
 
-Matrix = np.ndarray
+Matrix = NDArray[Any]
+Weights = tuple[Matrix, Matrix, Matrix, Matrix]
 
 
 class TensorOps(Protocol):
@@ -60,7 +63,7 @@ class DftPlan:
 
 
 def make_plan(height: int, width: int, first_factor: int | None = None) -> DftPlan:
-    """Plan a size. `first_factor` N1 (1: columns as one dense product) defaults to the divisor nearest the root."""
+    """Plan a size. `first_factor` N1 (1: one dense product) defaults to the divisor below the root."""
     if width % 2:
         raise ValueError(f"the width must be even, got {width}")
     n1 = first_factor or max(d for d in range(1, math.isqrt(height) + 1) if height % d == 0)
@@ -72,7 +75,7 @@ def make_plan(height: int, width: int, first_factor: int | None = None) -> DftPl
     stage_1 = _real_form(_roots(np.outer(k1, k1), n1))  # [(part, k1), (part, n1)]
     frequency = k1[:, None, None] + n1 * k2[:, None]  # [N1, N2 (k2), 1]
     stage_2 = _real_form(_roots(frequency * k2, height) * math.sqrt(n1))
-    parts = np.stack([rows.real, rows.imag])
+    parts = np.stack([np.real(rows), np.imag(rows)])
     inverse = (parts * weight).transpose(0, 2, 1)
     matrices = (
         parts[..., 0::2],
@@ -86,19 +89,22 @@ def make_plan(height: int, width: int, first_factor: int | None = None) -> DftPl
 
 
 def _roots(exponents: Matrix, n: int) -> Matrix:
-    """`exp(-2 pi i exponents / n) / sqrt(n)` in double precision; the exponents are reduced while still integers."""
+    """`exp(-2 pi i exponents / n) / sqrt(n)` in double precision; the exponents are reduced as integers."""
     return np.exp(-2j * np.pi * (exponents % n) / n) / math.sqrt(n)
 
 
 def _real_form(matrix: Matrix) -> Matrix:
     """A complex matrix [..., r, c] as a real one [..., 2r, 2c] acting on stacked (real, imaginary) parts."""
-    return np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]])
+    real, imag = np.real(matrix), np.imag(matrix)
+    return np.block([[real, -imag], [imag, real]])
 
 
 def rfft2(plan: DftPlan, x: Any, ops: TensorOps) -> Any:
-    """[B, C, H, W] -> spectrum [B, C, N1 (k1), 2 (part), N2 (k2), U]; frequency k1 + N1 k2, U even ones first."""
+    """[B, C, H, W] -> [B, C, N1 (k1), 2 (part), N2 (k2), U]; row k1 + N1 k2, columns: even ones first."""
     c, (n1, n2), u = ops.shape(x)[1], plan.factors, sum(plan.frequencies)
-    low, high = ops.split(ops.reshape(x, 0, c, 1, plan.height, plan.width), 4, plan.width // 2, plan.width // 2)
+    low, high = ops.split(
+        ops.reshape(x, 0, c, 1, plan.height, plan.width), 4, plan.width // 2, plan.width // 2
+    )
     even = ops.matmul(ops.add(low, high), plan.rows_even)  # [B, C, 2, H, even]
     odd = ops.matmul(ops.sub(low, high), plan.rows_odd)
     h = ops.reshape(ops.concat([even, odd], 4), 0, c, 2 * n1, n2 * u)
@@ -118,12 +124,15 @@ def irfft2(plan: DftPlan, spectrum: Any, ops: TensorOps) -> Any:
     return ops.concat([ops.add(even, odd), ops.sub(even, odd)], 3)
 
 
-def aff_filter(plan: DftPlan, x: Any, w1: Matrix, b1: Matrix, w2: Matrix, b2: Matrix, ops: TensorOps) -> Any:
-    """What `reference.aff_filter` computes, for the plan's size; arguments as there."""
+def aff_filter(plan: DftPlan, x: Any, weights: Weights, ops: TensorOps) -> Any:
+    """What `reference.aff_filter` computes, for the plan's size; `weights` (w1, b1, w2, b2) as there."""
+    w1, b1, w2, b2 = weights
     c, blocks, (n1, n2), u = ops.shape(x)[1], w1.shape[1], plan.factors, sum(plan.frequencies)
     size = c // blocks
     spectrum = ops.reshape(rfft2(plan, x, ops), 0, blocks, size, n1, 2, n2 * u)
-    spectrum = ops.transpose(spectrum, 0, 1, 4, 2, 3, 5)  # both parts of a channel beside the block's channels
+    spectrum = ops.transpose(
+        spectrum, 0, 1, 4, 2, 3, 5
+    )  # both parts of a channel beside the block's channels
     h = ops.reshape(spectrum, 0, 2 * c, plan.height, u)
     h = ops.leaky_relu(ops.pointwise(h, *_layer(w1, b1), blocks), SLOPE)
     h = ops.soft_shrink(ops.pointwise(h, *_layer(w2, b2), blocks), SHRINK)
@@ -136,6 +145,6 @@ def aff_filter(plan: DftPlan, x: Any, w1: Matrix, b1: Matrix, w2: Matrix, b2: Ma
 
 
 def _layer(weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
-    """A complex block-diagonal layer as weight [blocks * 2 out, 2 in] and bias of a real one over (part, channel)."""
+    """A complex block-diagonal layer as weight [blocks * 2 out, 2 in] and bias over (part, channel)."""
     matrix = (weight[0] + 1j * weight[1]).swapaxes(1, 2)  # [blocks, out, in]
     return _real_form(matrix).reshape(-1, 2 * weight.shape[2]), bias.swapaxes(0, 1).reshape(-1)

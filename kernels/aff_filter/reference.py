@@ -1,6 +1,8 @@
-"""The adaptive frequency filter in its plainest form, with `torch.fft`: what every other form is compared with."""
+"""The adaptive frequency filter in its plainest form, with `torch.fft`: other forms are compared with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,6 +30,6 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.einsum("bkihw,kio->bkohw", x, matrix) + torch.complex(bias[0], bias[1])[..., None, None]
 
 
-def _split(function, x: Tensor, *arguments: float) -> Tensor:  # noqa: ANN001
+def _split(function: Callable[..., Tensor], x: Tensor, *arguments: float) -> Tensor:
     """Apply a real function to real and imaginary parts."""
     return torch.complex(function(x.real, *arguments), function(x.imag, *arguments))

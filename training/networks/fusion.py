@@ -1,7 +1,7 @@
 """The residual block of the autoencoder and the layer that fuses LR features into the decoder.
 
-The fusion layer is the controllable feature wrapping of StableSR (Wang et al. 2023, Eq. 1), built from residual blocks
-and residual-in-residual dense blocks (Wang et al. 2018, ESRGAN).
+The fusion layer is the controllable feature wrapping of StableSR (Wang et al. 2023, Eq. 1), built from
+residual blocks and residual-in-residual dense blocks (Wang et al. 2018, ESRGAN).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The refinement network: a small UNet of AFF blocks after the decoder's last level (paper section 3.3).
 
-AFF is the adaptive frequency filter of Huang et al. (2023): a filter made from the spectrum itself, applied to it.
+AFF is the adaptive frequency filter of Huang et al. (2023): a filter made from the spectrum itself, then
+applied to it.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ class AFFFilter(nn.Module):
 
     def mask(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
         """Return the complex mask for a spectrum given as two [B, C, U, V] tensors."""
-        hidden = (F.leaky_relu(part, SLOPE) for part in complex_layer(real, imag, self.w1, self.b1))
-        real, imag = complex_layer(*hidden, self.w2, self.b2)
+        real, imag = complex_layer(real, imag, self.w1, self.b1)
+        real, imag = F.leaky_relu(real, SLOPE), F.leaky_relu(imag, SLOPE)
+        real, imag = complex_layer(real, imag, self.w2, self.b2)
         return F.softshrink(real, SHRINK), F.softshrink(imag, SHRINK)
 
 
 def complex_layer(real: Tensor, imag: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Complex block-diagonal linear layer over channels.
 
-    `real`, `imag` [B, C, U, V]; `weight` [2, blocks, in, out] and `bias` [2, blocks, out] hold real and imaginary parts.
+    `real`, `imag` [B, C, U, V]; `weight` [2, blocks, in, out] and `bias` [2, blocks, out] hold real and
+    imaginary parts.
     """
     _, blocks, size_in, size_out = weight.shape
     shape = real.shape
@@ -113,11 +116,11 @@ class AFFBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H, W]."""
         h = self.mlp(self.norm1(x)) + self.up_dim(x)
-        return h + self.filter(self.norm2(h))
+        return self.filter(self.norm2(h)) + h  # in this order: the sum takes the filter's memory layout
 
 
 class RefinementUNet(nn.Module):
-    """UNet of nine blocks at 1, 1/2 and 1/4 of the image's sides; `filter_blocks` None leaves the filter out."""
+    """UNet of nine blocks at 1, 1/2 and 1/4 of the sides; `filter_blocks` None leaves the filter out."""
 
     def __init__(self, channels: int, groups: int, filter_blocks: int | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Space MoE: feed-forward experts over random token groups, one merged FFN at inference (paper section 3.2)."""
+"""Space MoE: feed-forward experts over random token groups, merged for inference (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class SpaceMoE(nn.Module):
     """`x + FFN(LayerNorm(x))` over the H*W tokens, with `experts` FFNs.
 
-    Training splits the tokens at random into one group an expert (Eq. 4). Evaluation uses one FFN whose weights are
-    the mean of the experts', which is what a merged network (`experts=1`) holds.
+    Training splits the tokens at random into one group an expert (Eq. 4). Evaluation uses one FFN whose
+    weights are the mean of the experts', which is what a merged network (`experts=1`) holds.
     """
 
     def __init__(self, channels: int, experts: int) -> None:
@@ -36,7 +36,7 @@ class SpaceMoE(nn.Module):
         return (tokens + h).transpose(1, 2).reshape(x.shape)
 
     def _split(self, tokens: Tensor) -> Tensor:
-        """Send a random group of the L tokens through each expert (Eq. 4); groups differ by at most one token."""
+        """Send a random group of tokens through each expert (Eq. 4); groups differ by at most one token."""
         order = torch.randperm(tokens.shape[1], device=tokens.device)
         groups = tokens[:, order].tensor_split(len(self.moe_blocks), dim=1)
         mixed = torch.cat([block(g) for block, g in zip(self.moe_blocks, groups, strict=True)], dim=1)
@@ -54,8 +54,8 @@ class SpaceMoE(nn.Module):
 def share_expert_weights(network: nn.Module, gamma: float) -> None:
     """Move every space expert towards the mean of the others, in place (Eq. 5).
 
-    `W_i <- gamma W_i + (1 - gamma) mean_{j != i} W_j`, all right-hand sides taken before the update; `gamma` in
-    [0, 1]. In place, so that the optimiser keeps its state. The mean over all experts does not change.
+    `W_i <- gamma W_i + (1 - gamma) mean_{j != i} W_j`, all right-hand sides taken before the update; `gamma`
+    in [0, 1]. In place, so that the optimiser keeps its state. The mean over all experts does not change.
     """
     for module in network.modules():
         if not isinstance(module, SpaceMoE) or len(module.moe_blocks) < 2:

@@ -1,6 +1,6 @@
 """The denoising UNet of one sampling expert, with Space MoE (paper section 3.2).
 
-Module and parameter names are those of the published checkpoints, so these load by key without a table of renames.
+Module and parameter names are those of the published checkpoints: these load by key, without renames.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class DenoisingUNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), out)
 
     def forward(self, z_t: Tensor, cond: Tensor, t: Tensor) -> Tensor:
-        """Return eps [B, 3, h, w] for noisy latents `z_t` and condition `cond` [B, 3, h, w] at timesteps `t` [B].
+        """Return eps [B, 3, h, w] for latents `z_t` and condition `cond`, both of that shape, and `t` [B].
 
         h and w must be multiples of `config.factor`.
         """

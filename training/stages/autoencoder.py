@@ -1,47 +1,53 @@
 """The first stage: a VQ autoencoder whose latents have unit scale.
 
-The published first stage comes from VQGAN (Esser et al. 2020); this trains one of any size with L1, the codebook
-losses and, if asked for, the focal frequency loss.
+The published first stage comes from VQGAN (Esser et al. 2020); this trains one of any size with L1, the
+codebook losses and, if asked for, the focal frequency loss.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from moesr.training.checkpoint import save_checkpoint
-from moesr.training.config import AutoencoderConfig, ModelConfig
+from moesr.training import parallel
+from moesr.training.config import ModelConfig
 from moesr.training.data import Crops, to_float
 from moesr.training.loop import Run, fit
 from moesr.training.losses import focal_frequency_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
+from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, plain, publish
+from moesr.training.validation import psnr
 
-
-def plain(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The same sizes without LR fusion and refinement, which are trained later."""
-    return dataclasses.replace(config, fusion_level=None, refinement="none")
+SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
 
 class AutoencoderTask:
     """Reconstruct crops through the quantiser, with straight-through gradients."""
 
+    critic = None
+
     def __init__(self, network: Autoencoder, stage: AutoencoderStage) -> None:
         self.network, self.stage = network, stage
         self._latents: Tensor | None = None
 
-    def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, codebook and commitment losses, and the focal frequency loss where its weight is not 0."""
-        net, stage = self.network, self.stage
-        image = to_float(batch[0])
-        z = net.encode(image)
+        image = to_float(batch[1])
+        z = self.network.encode(image)
         self._latents = z.detach()
+        return self._losses(image, z, quantised=step >= self.stage.quantise_from)[:2]
+
+    def _losses(
+        self, image: Tensor, z: Tensor, *, quantised: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the loss, its figures and the reconstruction of `image` from its latents `z`."""
+        net, stage = self.network, self.stage
         codebook = z.new_zeros(())
-        if step >= stage.quantise_from and net.config.codebook_size:
+        if quantised and net.config.codebook_size:
             codes = net.quantize(z.detach())
             codebook = F.mse_loss(codes, z.detach()) + stage.commitment * F.mse_loss(z, codes.detach())
             z = z + (codes - z).detach()
@@ -49,34 +55,44 @@ class AutoencoderTask:
         l1 = F.l1_loss(decoded, image)
         frequency = focal_frequency_loss(decoded, image) if stage.frequency_weight else l1.new_zeros(())
         total = stage.l1_weight * l1 + stage.frequency_weight * frequency + codebook
-        return total, {"l1": l1.item(), "ffl": frequency.item(), "code": codebook.item()}
+        return total, {"l1": l1, "ffl": frequency, "code": codebook}, decoded
 
     def after_step(self, step: int) -> None:
         """Set the codebook from encoder outputs when the quantiser comes into use."""
         net = self.network
         if step + 1 == self.stage.quantise_from and net.config.codebook_size and self._latents is not None:
-            vectors = self._latents.permute(0, 2, 3, 1).reshape(-1, net.config.embed_dim)
+            latents = parallel.gather(self._latents.float())
+            vectors = latents.permute(0, 2, 3, 1).reshape(-1, net.config.embed_dim)
             codes = net.quantize.embedding.weight
-            picks = torch.randint(len(vectors), (len(codes),))
-            codes.data.copy_(vectors[picks] + 0.01 * vectors.std() * torch.randn(codes.shape))
+            picks = torch.randint(len(vectors), (len(codes),)).to(vectors.device)
+            jitter = torch.randn(codes.shape).to(vectors.device)
+            codes.data.copy_(vectors[picks] + 0.01 * vectors.std() * jitter)
+
+    def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss through the quantiser, PSNR in dB, and the crops beside their reconstructions."""
+        image = to_float(batch[1])
+        total, _, decoded = self._losses(image, self.network.encode(image), quantised=True)
+        return {"loss": total, "psnr": psnr(decoded, image)}, torch.cat((decoded, image), dim=-1)
 
 
 @torch.no_grad()
 def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
     """Shift and scale the latent space so that `latents` [N, D, h, w] have zero mean and unit variance.
 
-    Exact: nearest codes and decoded images do not change, since one scale serves all channels and the layers on both
-    sides absorb it.
+    Exact: nearest codes and decoded images do not change, since one scale serves all channels and the layers
+    on both sides absorb it. Latents without spread are only shifted.
     """
+    latents = latents.to(network.quant_conv.weight.device)
     mean = latents.mean(dim=(0, 2, 3))
     scale = (latents - mean[:, None, None]).square().mean().sqrt()
-    d = len(mean)
-    network.quant_conv.bias[:d] = (network.quant_conv.bias[:d] - mean) / scale
-    network.quant_conv.weight[:d] /= scale
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    d, quant, post = len(mean), network.quant_conv, network.post_quant_conv
+    assert quant.bias is not None and post.bias is not None
+    quant.bias[:d] = (quant.bias[:d] - mean) / scale
+    quant.weight[:d] /= scale
     if network.config.codebook_size:
         codes = network.quantize.embedding.weight
         codes.copy_((codes - mean) / scale)
-    post = network.post_quant_conv
     post.bias += (post.weight * mean[:, None, None]).sum(dim=(1, 2, 3))
     post.weight *= scale
 
@@ -92,20 +108,22 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
     return torch.cat(chunks).cpu()
 
 
-def train(recipe: Recipe, data: Crops, run: Run) -> None:
+def prepare(recipe: Recipe) -> AutoencoderTask:
+    """The task of this stage with fresh weights."""
+    torch.manual_seed(recipe.seed)
+    return AutoencoderTask(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
+
+
+def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:
     """Train the first stage and write `run.directory/checkpoint`, a decoder-only checkpoint."""
     stage, config = recipe.autoencoder, plain(recipe.model.decoder)
-    torch.manual_seed(recipe.seed)
-    network = Autoencoder(config)
-    averaged = fit(AutoencoderTask(network, stage), stage, data, run, "autoencoder")
-    network.load_state_dict(averaged)
-    normalise_latents(network.eval(), encode_crops(network, data, min(256, stage.steps)))
-    model = ModelConfig(
-        name=f"{recipe.model.name}-autoencoder", scale=recipe.model.scale, unet=None, decoder=config
-    )
-    save_checkpoint(run.directory / "checkpoint", model, [], cpu_state(network), force=True)
-
-
-def cpu_state(network: nn.Module) -> dict[str, Tensor]:
-    """State dict on the CPU."""
-    return {k: v.detach().cpu() for k, v in network.state_dict().items()}
+    fitted = fit(prepare(recipe), stage, data, run, "autoencoder", held_out)
+    name = f"{recipe.model.name}-autoencoder"
+    model = ModelConfig(name=name, scale=recipe.model.scale, unet=None, decoder=config)
+    for place, weights in ((CHECKPOINT, fitted.last), (BEST_CHECKPOINT, fitted.best)):
+        if weights is not None:
+            network = Autoencoder(config).to(run.device).eval()
+            network.load_state_dict(weights)
+            crops = min(SCALE_CROPS, max(1, stage.steps * stage.batch))
+            normalise_latents(network, encode_crops(network, data, crops))
+            publish(run.directory / place, model, [], cpu_state(network))

@@ -8,47 +8,60 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moesr.training.checkpoint import Checkpoint, save_checkpoint
-from moesr.training.data import Crops, resize_batch, to_float
-from moesr.training.diffusion import eps_loss
-from moesr.training.loop import Run, fit
-from moesr.training.networks import Autoencoder, DenoisingUNet, share_expert_weights
-from moesr.training.recipe import ExpertStage, Recipe
-from moesr.training.stages.autoencoder import cpu_state, plain
+from moesr.runtime.errors import InputError, UsageError
+from moesr.training.checkpoint import Checkpoint, expert_count
+from moesr.training.config import UNetConfig
+from moesr.training.data import Crops, condition, to_float
+from moesr.training.diffusion import add_noise, eps_loss, predict_x0
+from moesr.training.draws import DIFFUSION, Draws
+from moesr.training.loop import STATE_NAME, Fitted, Run, Samples, fit
+from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE, share_expert_weights
+from moesr.training.recipe import Recipe
+from moesr.training.stages.common import (
+    BEST_CHECKPOINT,
+    CHECKPOINT,
+    cpu_state,
+    degradation,
+    plain,
+    publish,
+    with_lr,
+)
+from moesr.training.trainer import read_state, write_state
+from moesr.training.validation import psnr
 
 POOL_NAME = "latents.pt"
 
 
-def low_resolution(pixels: Tensor, scale: int) -> Tensor:
-    """HR crops uint8 [B, 3, P, P] -> LR, uint8 [B, 3, P/scale, P/scale]."""
-    side = pixels.shape[-1] // scale
-    return resize_batch(pixels, side, side)
-
-
-def condition(lr: Tensor, scale: int, factor: int) -> Tensor:
-    """LR uint8 [B, 3, l, l] -> the condition on the latent grid, float32 in [-1, 1]."""
-    side = lr.shape[-1] * scale // factor
-    return to_float(lr if side == lr.shape[-1] else resize_batch(lr, side, side))
-
-
 class ExpertTask:
     """Predict eps for timesteps of one range."""
+
+    critic = None
 
     def __init__(
         self, network: DenoisingUNet, first_stage: Autoencoder, recipe: Recipe, t_range: tuple[int, int]
     ) -> None:
         self.network, self.first_stage, self.recipe, self.t_range = network, first_stage, recipe, t_range
 
-    def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        """Mean squared error on eps over one batch: HR crops, or (latents, conditions) encoded before."""
-        z, cond = (
-            batch if len(batch) == 2 else encode_pair(self.first_stage, batch[0], self.recipe.model.scale)
-        )
-        loss = eps_loss(self.network, z, cond, self.t_range, self.recipe.model.schedule)
-        return loss, {"mse": loss.item()}
+    def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error on eps: of crops (number, HR, LR or not), or of (number, latent, condition)."""
+        numbers, *pair = batch
+        z, cond = pair if pair[0].is_floating_point() else self.encode(batch)
+        return self._eps_loss(z, cond, numbers), {}
+
+    def _eps_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
+        draws = Draws(self.recipe.seed, DIFFUSION, numbers.tolist())
+        return eps_loss(self.network, z, cond, self.t_range, self.recipe.model.schedule, draws)
+
+    @torch.no_grad()
+    def encode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Crops (number, HR, LR or not) -> latents and conditions, both [B, 3, P/f, P/f]."""
+        numbers, hr, *made = batch
+        lr = made[0] if made else degradation(self.recipe)(hr, numbers)
+        cond = condition(lr, self.recipe.model.scale, self.first_stage.config.factor)
+        return self.first_stage.encode(to_float(hr)), cond
 
     def after_step(self, step: int) -> None:
         """Expert weight sharing (Eq. 5)."""
@@ -56,13 +69,16 @@ class ExpertTask:
         if gamma is not None:
             share_expert_weights(self.network, gamma)
 
-
-@torch.no_grad()
-def encode_pair(first_stage: Autoencoder, pixels: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-    """HR crops uint8 [B, 3, P, P] -> (latents, conditions), both [B, 3, P/f, P/f]."""
-    lr = low_resolution(pixels.cpu(), scale)
-    cond = condition(lr, scale, first_stage.config.factor).to(pixels.device)
-    return first_stage.encode(to_float(pixels)), cond
+    def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss, and decoded beside the crop: what one step from the middle of the range makes of it."""
+        (z, cond), schedule = self.encode(batch), self.recipe.model.schedule
+        loss = self._eps_loss(z, cond, batch[0])
+        t = torch.full((len(z),), sum(self.t_range) // 2, device=z.device)
+        eps = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist()).normal(*z.shape[1:]).to(z.device)
+        z_t = add_noise(z, eps, t, schedule)
+        x0 = predict_x0(z_t, self.network(z_t, cond, t), t, schedule)
+        hr, sr = to_float(batch[1]), self.first_stage.decode(x0)
+        return {"loss": loss, "psnr": psnr(sr, hr)}, torch.cat((sr, hr), dim=-1)
 
 
 class Pool(Dataset[tuple[Tensor, ...]]):
@@ -72,45 +88,162 @@ class Pool(Dataset[tuple[Tensor, ...]]):
         self.z, self.cond, self.seed = z, cond, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Return latent and condition, [3, h, w] each."""
+        """Return the number of the sample, a latent and its condition, [3, h, w] each."""
         pick = np.random.default_rng((self.seed, index)).integers(len(self.z))
-        return self.z[pick], self.cond[pick]
+        return torch.tensor(index), self.z[pick], self.cond[pick]
 
 
-def make_pool(first_stage: Autoencoder, data: Crops, recipe: Recipe, path: Path) -> Pool:
-    """Encode `latent_pool` crops once, or read them back."""
-    if path.exists():
-        return Pool(**torch.load(path, weights_only=True), seed=recipe.seed)
-    pairs = []
-    for at in range(0, recipe.experts.latent_pool, 16):
-        pairs.append(encode_pair(first_stage, data.crops(at, 16), recipe.model.scale))
-    z, cond = (torch.cat(part) for part in zip(*pairs, strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"z": z, "cond": cond}, path)
-    return Pool(z, cond, recipe.seed)
+def make_pool(task: ExpertTask, data: Crops, run: Run, path: Path) -> Pool:
+    """Encode `latent_pool` crops once and keep them in `path`, or read them back."""
+    recipe, count = task.recipe, task.recipe.experts.latent_pool
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for at in range(0, count, 16):
+            numbers = torch.arange(at, min(count, at + 16))
+            parts.append(task.encode((numbers, data.crops(at, len(numbers)).to(run.device))))
+        z, cond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        write_state(path, {"z": z, "cond": cond})
+    pairs = read_state(path)
+    if set(pairs) != {"z", "cond"} or len(pairs["z"]) != count:
+        raise InputError(f"{path}: not the {count} latents of this recipe; remove it or use another -o")
+    return Pool(pairs["z"], pairs["cond"], recipe.seed)
 
 
-def train(recipe: Recipe, data: Crops, run: Run, first_stage: Checkpoint) -> None:
-    """Train every expert and write `run.directory/checkpoint`: experts with a plain decoder."""
-    model, stage = recipe.model, recipe.experts
-    assert model.unet is not None
-    autoencoder = first_stage.decoder().requires_grad_(False).to(run.device)
-    pool = make_pool(autoencoder, data, recipe, run.directory / POOL_NAME) if stage.latent_pool else None
+def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
+    """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
+    if plain(start.config.decoder) != plain(recipe.model.decoder):
+        raise UsageError(
+            f"{start.directory}: its autoencoder has other sizes than the recipe's model.decoder; use the "
+            "recipe it was trained with"
+        )
+    network = Autoencoder(plain(recipe.model.decoder))
+    own = network.state_dict()
+    network.load_state_dict({k: v for k, v in start.decoder().state_dict().items() if k in own})
+    return network.requires_grad_(False).eval().to(run.device)
 
-    def fit_range(
-        t_range: tuple[int, int], steps: int, start: dict[str, Tensor] | None, name: str
-    ) -> dict[str, Tensor]:
-        torch.manual_seed(recipe.seed)
-        network = DenoisingUNet(model.unet)
-        if start:
-            network.load_state_dict(start)
-        task = ExpertTask(network, autoencoder, recipe, t_range)
-        part: ExpertStage = dataclasses.replace(stage, steps=steps)
-        return fit(task, part, pool or data, dataclasses.replace(run, directory=run.directory / name), name)
 
-    base = (
-        fit_range((0, model.schedule.timesteps), stage.base_steps, None, "base") if stage.base_steps else None
-    )
-    experts = [fit_range(r, stage.steps, base, f"expert_{k}") for k, r in enumerate(model.expert_ranges)]
-    config = dataclasses.replace(model, decoder=plain(model.decoder))
-    save_checkpoint(run.directory / "checkpoint", config, experts, cpu_state(autoencoder), force=True)
+def unet_config(recipe: Recipe) -> UNetConfig:
+    """Sizes of an expert; UsageError for a recipe of a decoder on its own."""
+    if recipe.model.unet is None:
+        raise UsageError("the recipe's model.unet is null: it has no experts to train; describe the UNet")
+    return recipe.model.unet
+
+
+def initial_weights(config: UNetConfig, start: Checkpoint, k: int) -> dict[str, Tensor]:
+    """Weights for an expert from expert `k` of a checkpoint, or from its only one.
+
+    Its merged FFN becomes every space expert. Where it has none (a plain LDM), the new FFNs start as
+    identities.
+    """
+    network = DenoisingUNet(config)
+    given = cpu_state(start.expert(min(k, expert_count(start.config) - 1)))
+    own = network.state_dict()
+    for name, module in network.named_modules():
+        if isinstance(module, SpaceMoE):
+            given = _with_ffns(given, name, module)
+    foreign = sorted(key for key, v in given.items() if key not in own or v.shape != own[key].shape)
+    if foreign or given.keys() != own.keys():
+        first = [*foreign, *sorted(own.keys() - given.keys())][0]
+        raise UsageError(
+            f"{start.directory}: its experts are of another network than the recipe's ({first}); use a "
+            "checkpoint of the same model.unet"
+        )
+    return given
+
+
+def _with_ffns(given: dict[str, Tensor], name: str, module: SpaceMoE) -> dict[str, Tensor]:
+    """`given` with the FFN of block `name` under the names of all its space experts."""
+    stage, _, place = name.rpartition(".")
+    if f"{name}.moe_norm.weight" not in given:
+        given = {_moved(key, stage, int(place)): v for key, v in given.items()}
+        for ffn in module.moe_blocks:
+            nn.init.zeros_(ffn.get_parameter("3.weight"))
+            nn.init.zeros_(ffn.get_parameter("3.bias"))
+        return given | {f"{name}.{key}": v.detach() for key, v in module.state_dict().items()}
+    prefix = f"{name}.moe_blocks."
+    ffn = {key.removeprefix(f"{prefix}0."): v for key, v in given.items() if key.startswith(prefix)}
+    return given | {f"{prefix}{i}.{key}": v for i in range(len(module.moe_blocks)) for key, v in ffn.items()}
+
+
+def _moved(key: str, stage: str, place: int) -> str:
+    """The key of a layer of `stage` after another one was inserted at `place`."""
+    position, _, rest = key.removeprefix(f"{stage}.").partition(".")
+    if not key.startswith(f"{stage}.") or int(position) < place:
+        return key
+    return f"{stage}.{int(position) + 1}.{rest}"
+
+
+def prepare(
+    recipe: Recipe,
+    start: Checkpoint,
+    run: Run,
+    t_range: tuple[int, int] | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> ExpertTask:
+    """The task of one expert, with `weights` or fresh ones; all timesteps without a range."""
+    config = unet_config(recipe)
+    torch.manual_seed(recipe.seed)
+    network = DenoisingUNet(config)
+    if weights is not None:
+        network.load_state_dict(weights)
+    whole = (0, recipe.model.schedule.timesteps)
+    return ExpertTask(network, first_stage_of(recipe, start, run), recipe, t_range or whole)
+
+
+def train(
+    recipe: Recipe,
+    data: Crops,
+    run: Run,
+    start: Checkpoint,
+    held_out: Crops | None = None,
+    *,
+    expert: int | None = None,
+    init: Checkpoint | None = None,
+) -> None:
+    """Train the experts, or only number `expert`; once all are there, write `run.directory/checkpoint`.
+
+    With `init` they start from its weights, else with `base_steps` from one network trained first on all
+    timesteps, else from fresh ones. The checkpoint holds a plain decoder.
+    """
+    model, stage, config = recipe.model, recipe.experts, unet_config(recipe)
+    count = expert_count(model)
+    if expert is not None and not 0 <= expert < count:
+        raise UsageError(f"--expert {expert}: the recipe has experts 0 to {count - 1}")
+    samples: Samples = with_lr(data, recipe, run.device.type)
+    shown = None if held_out is None else with_lr(held_out, recipe, run.device.type)
+    if stage.latent_pool:
+        samples = make_pool(prepare(recipe, start, run), data, run, run.directory / POOL_NAME)
+
+    def fit_part(name: str, steps: int, k: int | None, weights: dict[str, Tensor] | None) -> Fitted:
+        task = prepare(recipe, start, run, None if k is None else model.expert_ranges[k], weights)
+        part = dataclasses.replace(stage, steps=steps)
+        return fit(task, part, samples, dataclasses.replace(run, directory=run.directory / name), name, shown)
+
+    base = None
+    if stage.base_steps and init is None:
+        base = fit_part("base", stage.base_steps, None, None).last
+    fitted: dict[int, Fitted] = {}
+    for k in range(count) if expert is None else [expert]:
+        fitted[k] = fit_part(
+            f"expert_{k}", stage.steps, k, initial_weights(config, init, k) if init else base
+        )
+    if expert is not None and not all(
+        finished(run.directory / f"expert_{k}", stage.steps) for k in range(count)
+    ):
+        return
+    for k in range(count):
+        if k not in fitted:
+            fitted[k] = fit_part(f"expert_{k}", stage.steps, k, None)
+    decoder = cpu_state(first_stage_of(recipe, start, run))
+    whole = dataclasses.replace(model, decoder=plain(model.decoder))
+    publish(run.directory / CHECKPOINT, whole, [fitted[k].last for k in range(count)], decoder)
+    best = [b for k in range(count) if (b := fitted[k].best) is not None]
+    if len(best) == count:
+        publish(run.directory / BEST_CHECKPOINT, whole, best, decoder)
+
+
+def finished(directory: Path, steps: int) -> bool:
+    """Whether the run in `directory` has made all its steps."""
+    path = directory / STATE_NAME
+    return path.exists() and int(read_state(path)["step"]) >= steps

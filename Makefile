@@ -1,0 +1,45 @@
+PYTHON ?= python3
+# CPU builds of torch carry the version of this pin; any torch that `pip` finds works.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.cpu  ## Super-resolve the bundled photograph by 4 with the bundled engine
+	mkdir -p out
+	$(BIN)/moesr-run tests/assets/chelsea_lr.png -o out/chelsea_x4.png --force
+	@echo "open out/chelsea_x4.png beside tests/assets/chelsea_lr.png"
+
+test: $(VENV)/.test  ## Run the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test  ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.lint  ## Style, imports and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.cpu: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[cpu]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.cpu
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# The packages lie at the top level; type checkers need them below one namespace.
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable ".[lint]"
+	mkdir -p $(VENV)/namespace/moesr
+	ln -sfn ../../../runtime ../../../export ../../../kernels ../../../training $(VENV)/namespace/moesr/
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,63 @@
+"""The machine a benchmark ran on, in one line and as JSON values."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+PACKAGES = ("moesr", "torch", "onnxruntime", "onnx", "numpy")
+
+
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """CPU model, usable cores, vector extensions, memory and versions; what cannot be told is left out."""
+    text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else ""
+    pairs = [line.partition(":") for line in text.splitlines()]
+    entries = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = entries.get("flags", "").split()
+    return {
+        "cpu": entries.get("model name") or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "memory_gb": _memory_gb(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def machine_line() -> str:
+    """The same on one line."""
+    m = machine()
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    memory = f", {m['memory_gb']:.0f} GB" if m["memory_gb"] else ""
+    return (
+        f"{m['cpu']}, {m['cores']} cores ({' '.join(m['flags']) or 'no known extensions'}){memory}, "
+        f"{m['system']}, Python {m['python']}, {versions}"
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _memory_gb() -> float | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

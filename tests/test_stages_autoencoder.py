@@ -1,0 +1,96 @@
+"""The first stage: exact normalisation of the latents, the codebook's start, what a step trains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_training as tiny
+import torch
+
+from moesr.training.checkpoint import load_checkpoint
+from moesr.training.config import AutoencoderConfig
+from moesr.training.networks import Autoencoder
+from moesr.training.stages import autoencoder
+from moesr.training.stages.autoencoder import AutoencoderTask, encode_crops, normalise_latents
+from moesr.training.stages.common import plain
+
+CONFIG = plain(tiny.recipe().model.decoder)
+KL = dataclasses.replace(CONFIG, codebook_size=0)
+
+
+def autoencoder_of(config: AutoencoderConfig) -> Autoencoder:
+    torch.manual_seed(0)
+    network = Autoencoder(config).eval()
+    with torch.no_grad():  # far from unit scale
+        network.quant_conv.weight.mul_(40.0)
+        assert network.quant_conv.bias is not None
+        network.quant_conv.bias.add_(3.0)
+    return network
+
+
+@pytest.mark.parametrize("config", [CONFIG, KL], ids=["vq", "kl"])
+@torch.no_grad()
+def test_normalised_latents_give_the_same_images(config, tmp_path):
+    network, image = autoencoder_of(config), torch.rand(2, 3, 32, 32) * 2 - 1
+    z = network.encode(image)
+    if config.codebook_size:
+        network.quantize.embedding.weight.copy_(z.permute(0, 2, 3, 1).reshape(-1, 3)[:16])
+    decoded = network.decode(z)
+    codes = network.quantize.indices(z) if config.codebook_size else None
+    normalise_latents(network, z)
+    normal = network.encode(image)
+    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    assert float(normal.square().mean()) == pytest.approx(1.0, abs=1e-4)
+    assert not torch.allclose(z, normal, atol=0.5)
+    if codes is not None:
+        assert torch.equal(network.quantize.indices(normal), codes)
+        assert len(codes.unique()) > 1
+    torch.testing.assert_close(network.decode(normal), decoded, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_latents_without_spread_are_only_shifted():
+    network = autoencoder_of(CONFIG)
+    network.quant_conv.weight.zero_()
+    normalise_latents(network, network.encode(torch.zeros(1, 3, 32, 32)))
+    assert all(bool(p.isfinite().all()) for p in network.parameters())
+
+
+def test_codebook_starts_from_encoder_outputs():
+    torch.manual_seed(0)
+    task = AutoencoderTask(Autoencoder(CONFIG), tiny.recipe(autoencoder={"quantise_from": 4}).autoencoder)
+    codes = task.network.quantize.embedding.weight
+    before = codes.detach().clone()
+    hr = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    batch = [torch.arange(2), hr]
+    _, figures = task.loss(batch, 2)
+    assert float(figures["code"]) == 0
+    task.after_step(2)
+    assert torch.equal(codes, before)
+    task.after_step(3)
+    vectors = task.network.encode(hr.float() / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 3)
+    nearest = torch.cdist(codes, vectors).amin(dim=1)
+    assert float(nearest.detach().max()) < 0.1 * float(vectors.std().detach()) and not torch.equal(codes, before)
+    assert float(task.loss(batch, 4)[1]["code"]) > 0
+
+
+def test_quantiser_passes_gradients_straight_through():
+    torch.manual_seed(0)
+    stage = tiny.recipe(autoencoder={"quantise_from": 0, "commitment": 0.0}).autoencoder
+    task = AutoencoderTask(Autoencoder(CONFIG), stage)
+    task.loss([torch.arange(1), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)], 0)[0].backward()
+    for name in ("encoder.conv_in.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
+        gradient = task.network.get_parameter(name).grad
+        assert gradient is not None and gradient.abs().sum() > 0, name
+
+
+def test_checkpoint_has_unit_latents_and_a_best_one(tmp_path):
+    recipe = tiny.recipe(autoencoder={"val_every": 1, "val_samples": 1, "frequency_weight": 1.0})
+    data = tiny.crops(tiny.photographs(tmp_path / "photos"))
+    autoencoder.train(recipe, data, tiny.run(tmp_path / "out"), data)
+    for name in ("checkpoint", "checkpoint-best"):
+        loaded = load_checkpoint(tmp_path / "out" / name)
+        assert loaded.config.unet is None and loaded.config.name == "tiny-autoencoder"
+        z = encode_crops(loaded.decoder(), data, 6)
+        assert float(z.square().mean()) == pytest.approx(1.0, abs=1e-3)

@@ -1,0 +1,220 @@
+"""Stage 1: Space MoE and its sharing, the range of timesteps, training together, apart and from a base."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_training as tiny
+import torch
+
+from moesr.runtime.errors import InputError, UsageError
+from moesr.training.checkpoint import load_checkpoint
+from moesr.training.diffusion import add_noise, predict_x0
+from moesr.training.draws import Draws
+from moesr.training.loop import fit
+from moesr.training.networks import DenoisingUNet, SpaceMoE, share_expert_weights
+from moesr.training.stages import experts
+from moesr.training.trainer import Trainer, read_state
+
+RECIPE = tiny.recipe()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return tiny.photographs(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return tiny.first_stage(tmp_path_factory.mktemp("vq") / "checkpoint", RECIPE)
+
+
+def train(photos, directory, start, recipe=RECIPE, **options):
+    experts.train(recipe, tiny.crops(photos), tiny.run(directory), start, **options)
+
+
+@pytest.mark.parametrize("gamma", [0.999, 0.7, 0.0, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+def test_sharing_is_equation_5(count, gamma):
+    torch.manual_seed(count)
+    moe = SpaceMoE(4, count).double()
+    blocks = [list(block.parameters()) for block in moe.moe_blocks]
+    before = [[p.detach().clone() for p in block] for block in blocks]
+    places = [p.data_ptr() for block in blocks for p in block]
+    share_expert_weights(moe, gamma)
+    assert [p.data_ptr() for block in blocks for p in block] == places
+    for i, block in enumerate(blocks):
+        for j, p in enumerate(block):
+            others = [before[k][j] for k in range(count) if k != i]
+            want = gamma * before[i][j] + (1 - gamma) * sum(others) / (count - 1) if others else before[i][j]
+            torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
+    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (0, 500))
+    trainer = Trainer(task, RECIPE.experts, tiny.CPU, 0)
+    moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
+    weights = [block.get_parameter("0.weight") for block in moe.moe_blocks]
+    places = [w.data_ptr() for w in weights]
+    data = tiny.crops(photos)
+    batch = [torch.stack(part) for part in zip(data[0], data[1], strict=True)]
+    trainer.advance(iter([batch] * 2))
+    moments = [trainer.optimiser.state[w]["exp_avg"].clone() for w in weights]
+    spread = float((weights[0] - weights[1]).norm())
+    share_expert_weights(task.network, 0.5)
+    assert float((weights[0] - weights[1]).norm()) == pytest.approx(spread * 0.25, rel=1e-4)
+    assert [w.data_ptr() for w in weights] == places
+    assert all(torch.equal(trainer.optimiser.state[w]["exp_avg"], m) for w, m in zip(weights, moments, strict=True))
+
+
+def test_sharing_follows_the_schedule(start, tmp_path):
+    recipe = tiny.recipe(experts={"sharing": "ramp", "ramp_to": 1.0, "ramp_steps": 2})
+    task = experts.prepare(recipe, start, tiny.run(tmp_path))
+    moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
+    first, *others = [block.get_parameter("0.weight").detach().clone() for block in moe.moe_blocks]
+    task.after_step(0)  # gamma 0.5 after one of two steps
+    want = 0.5 * first + 0.5 * sum(others) / 2
+    torch.testing.assert_close(moe.moe_blocks[0].get_parameter("0.weight").detach(), want)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [((4, 4), 4), ((3, 5), 4), ((2, 1), 3)], ids=str)
+def test_groups_partition_the_tokens(tokens, count):
+    torch.manual_seed(0)
+    moe = SpaceMoE(2, count).train()
+    seen = []
+    for i, block in enumerate(moe.moe_blocks):
+        block.register_forward_hook(lambda m, args, out, i=i: seen.append((i, args[0])))
+    h = torch.arange(2.0 * tokens[0] * tokens[1]).reshape(1, -1, 2)
+    mixed = moe._split(h)
+    groups = [group[0, :, 0] for _, group in seen]
+    assert [i for i, _ in seen] == list(range(count))
+    assert torch.equal(torch.cat(groups).sort().values, h[0, :, 0])
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    for (i, group), part in zip(list(seen), groups, strict=True):
+        rows = (part / 2).long()
+        torch.testing.assert_close(mixed[0, rows], moe.moe_blocks[i](group)[0])
+    seen.clear()
+    moe._split(h)
+    if count < tokens[0] * tokens[1]:
+        assert not all(torch.equal(a, b[0, :, 0]) for a, (_, b) in zip(groups, seen, strict=True))
+
+
+def test_timesteps_stay_in_the_experts_range(start, photos, tmp_path):
+    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (500, 1000))
+    seen = []
+    task.network.register_forward_hook(lambda m, args, out: seen.append(args[2]))
+    data = tiny.crops(photos)
+    for at in range(0, 64, 8):
+        task.loss([torch.arange(at, at + 8), data.crops(0, 8)], 0)
+    t = torch.cat(seen)
+    assert t.min() >= 500 and t.max() < 1000 and len(t.unique()) > 50
+
+
+def test_clean_latents_are_recovered_from_the_noise():
+    z, eps = torch.randn(3, 3, 4, 4, dtype=torch.float64), torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    t, schedule = torch.tensor([0, 500, 999]), RECIPE.model.schedule
+    z_t = add_noise(z, eps, t, schedule)
+    torch.testing.assert_close(predict_x0(z_t, eps, t, schedule), z)
+    want = z[1] * schedule.alpha_bar[500] ** 0.5 + eps[1] * (1 - schedule.alpha_bar[500]) ** 0.5
+    torch.testing.assert_close(z_t[1], want)
+
+
+def test_experts_apart_equal_experts_together(photos, start, tmp_path):
+    train(photos, tmp_path / "together", start)
+    train(photos, tmp_path / "apart", start, expert=1)
+    assert not (tmp_path / "apart" / "checkpoint").exists()
+    train(photos, tmp_path / "apart", start, expert=0)
+    together, apart = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("together", "apart"))
+    assert together.sha256() == apart.sha256()
+    assert not tiny.same(together.expert(0).state_dict(), together.expert(1).state_dict())
+
+
+def test_experts_start_from_the_base_network(photos, start, tmp_path):
+    recipe = tiny.recipe(experts={"steps": 0, "base_steps": 2, "latent_pool": 3})
+    train(photos, tmp_path, start, recipe)
+    base = read_state(tmp_path / "base" / "last.pt")
+    assert base["step"] == 2
+    loaded = load_checkpoint(tmp_path / "checkpoint")
+    assert tiny.same(loaded.expert(0).state_dict(), loaded.expert(1).state_dict())
+    torch.testing.assert_close(loaded.expert(0).get_parameter("out.2.weight"), base["ema"]["out.2.weight"])
+
+
+@pytest.mark.parametrize("space_experts", [3, 0], ids=["moe", "plain-ldm"])
+@torch.no_grad()
+def test_experts_start_from_a_checkpoint(space_experts, start, tmp_path):
+    given = tiny.stage_1(tmp_path / "init", tiny.recipe(model={"unet": {"space_experts": space_experts}}))
+    assert RECIPE.model.unet is not None
+    network = DenoisingUNet(RECIPE.model.unet).eval()
+    x = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8), torch.tensor([300])
+    for k in range(2):
+        network.load_state_dict(experts.initial_weights(RECIPE.model.unet, given, k))
+        torch.testing.assert_close(network(*x), given.expert(k)(*x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network.train()(*x), given.expert(k)(*x), rtol=1e-4, atol=1e-5)
+        network.eval()
+
+
+def test_pool_is_kept_and_checked(photos, start, tmp_path):
+    recipe = tiny.recipe(experts={"latent_pool": 3, "steps": 1})
+    train(photos, tmp_path, start, recipe)
+    before = (tmp_path / "latents.pt").read_bytes()
+    train(photos, tmp_path, start, tiny.recipe(experts={"latent_pool": 3, "steps": 2}))
+    assert (tmp_path / "latents.pt").read_bytes() == before
+    with pytest.raises(InputError, match=r"not the 4 latents of this recipe; remove it"):
+        train(photos, tmp_path, start, tiny.recipe(experts={"latent_pool": 4}))
+
+
+def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
+    recipe = tiny.recipe(degradation="blind", experts={"learning_rate": 0.0, "val_every": 1, "val_samples": 2})
+    task = experts.prepare(recipe, start, tiny.run(tmp_path), (0, 500))
+    held_out = experts.with_lr(tiny.crops(photos, seed=9), recipe, "cpu")
+    fit(task, recipe.experts, tiny.crops(photos), tiny.run(tmp_path), "x", held_out)
+    import json
+
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    got = [v["val_loss"] for v in lines if "val_loss" in v]
+    assert len(got) == 3 and len(set(got)) == 1
+
+
+def test_noise_is_that_of_the_sample(start, photos, tmp_path):
+    """What makes N processes equal one: a sample's loss does not depend on its batch."""
+    task = experts.prepare(RECIPE, start, tiny.run(tmp_path))
+    tiny.randomised(task.network)
+    task.network.eval()
+    hr = tiny.crops(photos).crops(0, 3)
+    whole = task.loss([torch.arange(3), hr], 0)[0]
+    apart = [task.loss([torch.tensor([i]), hr[i : i + 1]], 0)[0] for i in range(3)]
+    torch.testing.assert_close(whole, torch.stack(apart).mean())
+    assert len({float(x) for x in apart}) == 3
+    assert len(Draws(0, 2, range(3)).generators) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"expert": 2}, "--expert 2: the recipe has experts 0 to 1"),
+        ({"model": {"unet": None}}, {}, r"model\.unet is null"),
+        ({"model": {"decoder": {"channels": 16}}}, {}, "its autoencoder has other sizes"),
+    ],
+    ids=["number", "decoder-only", "autoencoder"],
+)
+def test_misfits_are_refused(changes, options, message, photos, start, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        train(photos, tmp_path / "out", start, tiny.recipe(**changes), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_initial_weights_of_another_network_are_refused(tmp_path):
+    given = tiny.stage_1(tmp_path / "init", tiny.recipe(model={"unet": {"width": 16}}))
+    assert RECIPE.model.unet is not None
+    with pytest.raises(UsageError, match="its experts are of another network"):
+        experts.initial_weights(RECIPE.model.unet, given, 0)
+
+
+def test_without_space_moe_nothing_is_shared(start, tmp_path):
+    recipe = tiny.recipe(model={"unet": {"space_experts": 0}})
+    task = experts.prepare(recipe, start, tiny.run(tmp_path))
+    before = {k: v.clone() for k, v in task.network.state_dict().items()}
+    task.after_step(0)
+    assert tiny.same(task.network.state_dict(), before)
+    assert dataclasses.replace(recipe.experts).gamma_at(1) == 0.999

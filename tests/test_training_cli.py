@@ -1,0 +1,137 @@
+"""moesr-train: the whole chain on two tiny photographs, what it refuses, interruption, the dry run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_training as tiny
+import torch
+
+from moesr.training.checkpoint import load_checkpoint
+from moesr.training.cli import main
+from moesr.training.trainer import read_state
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A folder in which the chain was run: photographs, recipe and a directory a stage."""
+    folder = tmp_path_factory.mktemp("chain")
+    photos = tiny.photographs(folder / "photos")
+    (photos / "broken.png").write_bytes((photos / "photo_0.png").read_bytes()[:60])
+    tiny.write_recipe(folder / "tiny.json", degradation="blind")
+    assert main(arguments(folder, "autoencoder")) == 0
+    assert main(arguments(folder, "experts", "--from", folder / "autoencoder/checkpoint")) == 0
+    after = "--from", folder / "experts/checkpoint"
+    assert main(arguments(folder, "latents", *after)) == 0
+    made = ["--latents", folder / "latents", "--val", photos]
+    assert main(arguments(folder, "decoder", *after, *made, "--set", "decoder.val_samples=1", data=False)) == 0
+    return folder
+
+
+def arguments(folder, stage, *options, data=True):
+    common = ["--config", folder / "tiny.json", "-o", folder / stage, "--device", "cpu", "--quiet"]
+    return [str(a) for a in (stage, *common, *(["--data", folder / "photos"] if data else []), *options)]
+
+
+def test_chain_ends_in_a_complete_model(chain):
+    first, experts, whole = (load_checkpoint(chain / s / "checkpoint") for s in ("autoencoder", "experts", "decoder"))
+    recipe = tiny.recipe()
+    assert first.config.unet is None
+    assert whole.config.decoder == recipe.model.decoder and whole.config.unet == experts.config.unet
+    assert tiny.same(experts.decoder().state_dict(), first.decoder().state_dict())
+    untrained = dict.fromkeys(first.decoder().state_dict())
+    for key in untrained:
+        assert torch.equal(whole.decoder().state_dict()[key], first.decoder().state_dict()[key])
+    z, lr = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert whole.decoder().decode(z, lr).isfinite().all()
+        assert whole.expert(1)(z, z, torch.tensor([700])).abs().sum() > 0
+    for stage in ("autoencoder", "experts/expert_0", "experts/expert_1", "decoder"):
+        assert len(tiny.losses(chain / stage)) == 3
+    assert (chain / "decoder" / "checkpoint-best").is_dir()
+
+
+def test_chain_run_again_changes_nothing(chain, capsys):
+    before = load_checkpoint(chain / "experts/checkpoint").sha256()
+    assert main(arguments(chain, "experts", "--from", chain / "autoencoder/checkpoint")) == 0
+    assert load_checkpoint(chain / "experts/checkpoint").sha256() == before
+    assert "broken.png: skipped, cannot be read" in capsys.readouterr().err
+
+
+def test_model_can_be_exported(chain, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from moesr.export.cli import main as export
+
+    assert export([str(chain / "decoder/checkpoint"), "-o", str(tmp_path / "engine"), "--tile", "64"]) in (0, None)
+    assert (tmp_path / "engine" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "code", "message"),
+    [
+        ("experts", [], 2, "experts builds on another stage: give --from with the checkpoint of autoencoder"),
+        ("decoder", [], 2, "give --from with the checkpoint of experts"),
+        ("autoencoder", ["--config", "nope"], 2, "nope: no such recipe file; presets are"),
+        ("autoencoder", ["--set", "autoencoder.stepz=3"], 2, "unknown entries ['stepz']"),
+        ("autoencoder", ["--data", "nowhere"], 1, "nowhere: not a directory; expected a folder of photographs"),
+        ("autoencoder", ["--set", "autoencoder.patch_px=64"], 1, "no readable image of at least 64 px"),
+        ("autoencoder", ["--expert", "0"], 2, "--expert: is for experts only, not for autoencoder"),
+        ("experts", ["--from", "nowhere"], 3, "nowhere: not a directory; expected a checkpoint directory"),
+        ("autoencoder", ["--device", "tpu"], 2, "--device tpu: cannot be used"),
+        ("autoencoder", ["--workers", "-1"], 2, "expected 0 or more"),
+        ("autoencoder", ["--tensorboard"], 2, "pip install 'moesr[train]', or leave the option out"),
+        ("latents", ["--dry-run", "--from", "x"], 2, "--dry-run measures training steps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    assert main([*arguments(chain, stage), *options, "-o", str(tmp_path / "out")]) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("moesr: error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_are_asked_for(chain, capsys):
+    assert main(arguments(chain, "autoencoder", data=False)) == 2
+    assert "autoencoder needs photographs: give --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "experts", "decoder"])
+def test_dry_run_measures_and_writes_nothing(stage, chain, tmp_path, capsys):
+    before = "autoencoder" if stage == "experts" else "experts"
+    start = [] if stage == "autoencoder" else ["--from", chain / before / "checkpoint"]
+    files = sorted(chain.rglob("*"))
+    out = tmp_path / "out"
+    assert main(arguments(chain, stage, *start, "--dry-run", "-o", out)) == 0
+    assert not out.exists() and sorted(chain.rglob("*")) == files
+    lines = capsys.readouterr().out.splitlines()
+    assert "M parameters" in lines[0] and "M trained" in lines[0]
+    samples = {"autoencoder": 2, "experts": 4, "decoder": 2}[stage]
+    assert lines[1].startswith(f"{samples} samples a step, ") and lines[1].endswith("steps a second")
+    assert "MiB of memory at the peak" in lines[2] and "3 steps take about" in lines[3]
+
+
+def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
+    out = tmp_path / "out"
+    long = ["--set", "autoencoder.steps=100000", "--set", "autoencoder.save_every=100000", "-o", str(out)]
+    command = [sys.executable, "-m", "moesr.training.cli", *arguments(chain, "autoencoder"), *long]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "losses.jsonl").exists() or (out / "losses.jsonl").stat().st_size < 200:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "the same command continues it" in errors
+    steps = len(tiny.losses(out))
+    assert steps > 0 and read_state(out / "last.pt")["step"] == steps
+    assert not list(out.glob("*.tmp"))

@@ -1,0 +1,149 @@
+"""Photographs to samples: what is skipped and reported, and what a sample depends on."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import tiny_training as tiny
+import torch
+from PIL import Image
+
+from moesr.runtime.errors import InputError
+from moesr.runtime.resize import imresize
+from moesr.training.data import Crops, Degradation, condition, find_photographs, load_rgb, resize_batch
+from moesr.training.draws import Draws, seed_of
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache():
+    load_rgb.cache_clear()
+
+
+def test_corrupt_and_small_files_are_skipped_and_reported(tmp_path, caplog):
+    folder = tiny.photographs(tmp_path / "photos")
+    (folder / "deep").mkdir()
+    (folder / "photo_1.png").rename(folder / "deep" / "photo_1.PNG")
+    (folder / "broken.jpg").write_bytes(b"no image at all")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image, and not said to be one")
+    Image.new("RGB", (40, 31)).save(folder / "small.png")
+    found = find_photographs(folder, 32)
+    assert [p.name for p in found] == ["photo_1.PNG", "photo_0.png"]
+    for name in ("broken.jpg", "empty.png"):
+        assert f"{name}: skipped, cannot be read" in caplog.text
+    assert "small.png: skipped, 40x31 is smaller than a crop of 32 px" in caplog.text
+    assert "notes.txt" not in caplog.text
+
+
+def test_truncated_file_is_skipped_when_it_is_drawn(tmp_path, caplog):
+    folder = tiny.photographs(tmp_path)
+    whole = (folder / "photo_0.png").read_bytes()
+    (folder / "photo_0.png").write_bytes(whole[: len(whole) // 2])
+    data = tiny.crops(folder)
+    assert len(data.paths) == 2
+    whole_image = np.asarray(Image.open(folder / "photo_1.png"))
+    for index in range(6):
+        assert int(data.crop(index).max()) <= int(whole_image.max())
+    assert caplog.text.count("photo_0.png: truncated or damaged") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_only_damaged_files_end_in_one_clear_line(workers, tmp_path):
+    from moesr.training.loop import batches
+    from moesr.training.recipe import StageConfig
+
+    folder = tiny.photographs(tmp_path, count=1)
+    whole = (folder / "photo_0.png").read_bytes()
+    (folder / "photo_0.png").write_bytes(whole[:200])
+    data = Crops(find_photographs(folder, 32), 32, 0)
+    with pytest.raises(InputError) as caught:
+        next(batches(data, StageConfig(batch=1), 0, tiny.run(tmp_path, workers=workers)))
+    assert str(caught.value) == f"{folder}: 100 photographs in a row are damaged; replace them"
+
+
+@pytest.mark.parametrize("content", [None, "small", "nothing"], ids=str)
+def test_folder_without_photographs_is_refused(content, tmp_path):
+    folder = tmp_path / "photos"
+    if content:
+        folder.mkdir()
+    if content == "small":
+        Image.new("RGB", (20, 20)).save(folder / "a.png")
+    with pytest.raises(InputError, match="photographs"):
+        find_photographs(folder, 32)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "1"])
+def test_every_kind_of_image_gives_three_channels(mode, tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (40, 1))
+    image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+    image.save(tmp_path / "a.png")
+    pixels = load_rgb(tmp_path / "a.png")
+    assert pixels is not None and pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(pixels.astype(int) - ramp[..., None]).max() <= 1
+
+
+def test_a_sample_depends_on_seed_and_number_only(tmp_path):
+    folder = tiny.photographs(tmp_path)
+    first, second = tiny.crops(folder), tiny.crops(folder)
+    for index in (7, 0, 123_456):
+        assert torch.equal(first[index][1], second[index][1])
+    assert not torch.equal(first.crop(0), first.crop(1))
+    assert not torch.equal(first.crop(0), tiny.crops(folder, seed=1).crop(0))
+    assert int(first[7][0]) == 7 and first[7][1].shape == (3, 32, 32) and first[7][1].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("kind", ["bicubic", "blind"])
+def test_lr_does_not_depend_on_the_batch(kind, tmp_path):
+    data = tiny.crops(tiny.photographs(tmp_path))
+    degrade = Degradation(kind, 4, seed=3)
+    together = degrade(data.crops(0, 3), torch.arange(3))
+    assert together.shape == (3, 3, 8, 8) and together.dtype == torch.uint8
+    for i in range(3):
+        assert torch.equal(together[i], degrade(data.crops(i, 1), torch.tensor([i]))[0])
+        number, hr, lr = Crops(data.paths, 32, 0, degrade)[i]
+        assert int(number) == i and torch.equal(lr, together[i]) and torch.equal(hr, data.crop(i))
+    again = Degradation(kind, 4, seed=4)(data.crops(0, 3), torch.arange(3))
+    assert torch.equal(again, together) == (kind == "bicubic")
+
+
+@pytest.mark.parametrize("out", [4, 8, 32, 64, 128])
+def test_resize_equals_imresize(out):
+    rng = np.random.default_rng(out)
+    pixels = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    got = resize_batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), out, out)
+    want = np.stack([imresize(image, out, out) for image in pixels])
+    np.testing.assert_array_equal(got.permute(0, 2, 3, 1).numpy(), want)
+
+
+@pytest.mark.parametrize(("scale", "lr_side"), [(4, 8), (8, 4)])
+def test_condition_is_lr_on_the_latent_grid(scale, lr_side):
+    lr = torch.full((1, 3, lr_side, lr_side), 255, dtype=torch.uint8)
+    cond = condition(lr, scale, factor=4)
+    assert cond.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(cond, torch.ones_like(cond))
+
+
+def test_draws_are_those_of_each_sample():
+    together = Draws(5, 2, [10, 11])
+    apart = [Draws(5, 2, [n]) for n in (10, 11)]
+    for shape in ((4,), (2, 3)):
+        assert torch.equal(together.normal(*shape), torch.cat([d.normal(*shape) for d in apart]))
+    assert torch.equal(together.integers(0, 1000), torch.cat([d.integers(0, 1000) for d in apart]))
+    assert not torch.equal(Draws(5, 2, [10]).normal(8), Draws(5, 3, [10]).normal(8))
+    assert not torch.equal(Draws(5, 2, [10]).normal(8), Draws(6, 2, [10]).normal(8))
+
+
+def test_seeds_fit_the_bits_that_torch_uses():
+    seeds = {seed_of(seed, stream, index) for seed in range(4) for stream in range(4) for index in range(64)}
+    assert len(seeds) == 1024 and max(seeds) < 2**32
+
+
+def test_reports_go_to_the_log_of_the_project(tmp_path, caplog):
+    folder = tiny.photographs(tmp_path)
+    (folder / "bad.png").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING, logger="moesr"):
+        find_photographs(folder, 32)
+    assert [r.name for r in caplog.records] == ["moesr"]

@@ -1,0 +1,213 @@
+"""The training set of stage 2: (LR, latent, HR) triples, the latents sampled by stage 1 from the LR images.
+
+A directory holds `set.json` (what the triples were made from) and shards `shard_00000.safetensors` with
+tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. A shard is
+written whole or not at all, so making the set again does what is missing; processes started by torchrun
+share the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from moesr.runtime.errors import InputError, OutputError, UsageError
+from moesr.runtime.samplers import ETA
+from moesr.runtime.schedule import StepTable, step_table
+from moesr.training import parallel
+from moesr.training.checkpoint import Checkpoint
+from moesr.training.data import Crops, condition
+from moesr.training.diffusion import sample
+from moesr.training.draws import SAMPLING, Draws
+from moesr.training.loop import Run
+from moesr.training.networks import DenoisingUNet
+from moesr.training.recipe import Recipe
+from moesr.training.stages.common import degradation
+from moesr.training.stopping import stop_requests
+
+SET_NAME = "set.json"
+SHARD = 64  # triples a file
+BATCH = 16  # latents sampled together
+OPEN_SHARDS = 64  # files a loader process keeps mapped
+
+
+def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict[str, Any]:
+    """What `count` triples of this recipe are made from: JSON values that must agree to go on with a set."""
+    return {
+        "schema": 1,
+        "triples": count,
+        "shard": SHARD,
+        "stage1": start.sha256(),
+        "scale": recipe.model.scale,
+        "degradation": recipe.degradation,
+        "patch_px": data.patch_px,
+        "sampler": recipe.model.sampler,
+        "steps": recipe.decoder.latent_steps,
+        "seed": recipe.seed,
+        "photographs": len(data.paths),
+    }
+
+
+def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, count: int) -> None:
+    """Make the missing shards of a set of `count` triples in `directory`.
+
+    Raises UsageError where the directory holds a set of something else. Ctrl-C finishes a shard first.
+    """
+    wanted = describe(recipe, start, data, count)
+    if (directory / SET_NAME).exists():
+        _check(directory, wanted)
+    elif parallel.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_text(directory / SET_NAME, json.dumps(wanted, indent=1) + "\n")
+    parallel.wait()
+    missing = [i for i, n in enumerate(shard_sizes(count)) if not _whole(shard_path(directory, i), n)]
+    if missing:
+        _make_shards(recipe, start, data, run, directory, missing[parallel.rank() :: parallel.size()])
+    parallel.wait()
+
+
+def _make_shards(
+    recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, numbers: Sequence[int]
+) -> None:
+    model = recipe.model
+    try:
+        eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
+        table = step_table(model.schedule, steps, eta, model.expert_ranges)
+    except ValueError as error:
+        raise UsageError(f"decoder.latent_steps: {error}") from error
+    experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
+    sizes = shard_sizes(json.loads((directory / SET_NAME).read_text())["triples"])
+    hidden = run.quiet or parallel.rank() > 0
+    with stop_requests() as stopping, tqdm(numbers, "latents", unit="shard", disable=hidden) as bar:
+        for number in bar:
+            indices = range(number * SHARD, number * SHARD + sizes[number])
+            parts = [
+                _triples(indices[at : at + BATCH], experts, table, recipe, data, run.device)
+                for at in range(0, len(indices), BATCH)
+            ]
+            columns = (torch.cat(column) for column in zip(*parts, strict=True))
+            _write_shard(
+                shard_path(directory, number), dict(zip(("lr", "latent", "hr"), columns, strict=True))
+            )
+            if stopping.is_set():
+                raise KeyboardInterrupt
+
+
+def _triples(
+    indices: Sequence[int],
+    experts: list[DenoisingUNet],
+    table: StepTable,
+    recipe: Recipe,
+    data: Crops,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LR, latents and HR of these samples, on the CPU."""
+    hr = data.crops(indices[0], len(indices)).to(device)
+    lr = degradation(recipe)(hr, torch.tensor(indices))
+    cond = condition(lr, recipe.model.scale, recipe.model.decoder.factor)
+    latents = sample(experts, cond, table, Draws(recipe.seed, SAMPLING, indices))
+    return lr.cpu(), latents.cpu(), hr.cpu()
+
+
+class Triples(Dataset[tuple[Tensor, ...]]):
+    """A finished set; sample `index` is a triple drawn at random, or without a seed number `index`."""
+
+    def __init__(self, directory: Path, seed: int | None) -> None:
+        self.directory, self.seed = directory, seed
+        self.count = int(read_description(directory)["triples"])
+        sizes = shard_sizes(self.count)
+        lacking = sum(not _whole(shard_path(directory, i), n) for i, n in enumerate(sizes))
+        if lacking:
+            raise InputError(
+                f"{directory}: {lacking} of {len(sizes)} shards are missing; run moesr-train latents again"
+            )
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Return the sample's number, HR uint8 [3, P, P], LR uint8 [3, p, p] and latent [D, h, w]."""
+        number = index % self.count
+        if self.seed is not None:
+            number = int(np.random.default_rng((self.seed, index)).integers(self.count))
+        shard, row = _open(shard_path(self.directory, number // SHARD)), number % SHARD
+        hr, lr, latent = (shard.get_slice(name)[row] for name in ("hr", "lr", "latent"))
+        return torch.tensor(index), hr, lr, latent
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="pt").__enter__()
+
+
+def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
+    """Open a set made before; UsageError where it is not of this recipe and stage 1."""
+    found = read_description(directory)
+    crops = Crops([], recipe.decoder.patch_px, recipe.seed)
+    wanted = describe(recipe, start, crops, recipe.decoder.latents)
+    _check(directory, {**wanted, "photographs": found.get("photographs")})
+    return Triples(directory, recipe.seed)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Read `set.json`; InputError where it is missing or damaged."""
+    path = directory / SET_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        int(values["triples"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a set of latents ({error}); make one with moesr-train latents"
+        ) from error
+    return values
+
+
+def shard_sizes(count: int) -> list[int]:
+    """Triples in each shard of a set of `count`."""
+    return [min(SHARD, count - at) for at in range(0, count, SHARD)]
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """File of shard `number`."""
+    return directory / f"shard_{number:05d}.safetensors"
+
+
+def _check(directory: Path, wanted: dict[str, Any]) -> None:
+    found = read_description(directory)
+    other = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
+    if other:
+        what = ", ".join(f"{k} is {found.get(k)!r}, expected {wanted.get(k)!r}" for k in other)
+        raise UsageError(f"{directory}: holds latents of something else: {what}; use another directory")
+
+
+def _whole(path: Path, rows: int) -> bool:
+    """Whether `path` is a shard of `rows` triples; reads its header only."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == rows for name in ("lr", "latent", "hr"))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _write_shard(path: Path, columns: dict[str, Tensor]) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in columns.items()}, scratch)
+        scratch.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner only
+        scratch.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written ({error}); free some space and run again") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

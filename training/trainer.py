@@ -1,0 +1,200 @@
+"""One network in training: its optimiser, its average, one step, and the state that a resumed run needs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
+from moesr.training import parallel
+from moesr.training.draws import STEP, seed_of
+from moesr.training.recipe import StageConfig
+
+log = logging.getLogger("moesr")
+
+FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples")  # entries that a resumed run may change
+
+
+class Task(Protocol):
+    """What a stage adds to the loop."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Trained and averaged; frozen parts have requires_grad False."""
+        ...
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """Trained beside the network by the same loss, not averaged; a discriminator."""
+        ...
+
+    def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of one batch, as the stage's data set makes it, and figures to show."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Change weights after the optimiser's step (expert weight sharing, codebook)."""
+        ...
+
+    def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return figures, "loss" among them (lower is better), and images [B, 3, H, W'] side by side."""
+        ...
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """Learning rate of `step`: linear warm-up, then constant or half a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps)) if stage.decay == "cosine" else 1.0
+    return stage.learning_rate * warm * cosine
+
+
+class Trainer:
+    """Trains `task.network` by `stage`; `step` is the number of finished steps."""
+
+    def __init__(self, task: Task, stage: StageConfig, device: torch.device, seed: int) -> None:
+        self.task, self.stage, self.device, self.seed = task, stage, device, seed
+        self.network = task.network.to(device).train()
+        self.critic = None if task.critic is None else task.critic.to(device).train()
+        self.modules = [self.network] if self.critic is None else [self.network, self.critic]
+        for module in self.modules:
+            parallel.synchronise_batch_norms(module)
+        self.groups = [[p for p in m.parameters() if p.requires_grad] for m in self.modules]
+        if not self.groups[0]:
+            raise UsageError("nothing to train: every weight is frozen; correct the recipe's `trainable`")
+        groups = [{"params": group} for group in self.groups]
+        self.optimiser = torch.optim.Adam(groups, lr=stage.learning_rate, betas=stage.betas)
+        self.ema = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.step, self.best_loss = 0, math.inf
+
+    def advance(self, batches: Iterator[Sequence[Tensor]]) -> dict[str, float]:
+        """Make one optimiser step over `stage.accumulate` batches; returns the mean figures.
+
+        Raises NonFiniteError where the loss is not finite, before it reaches the weights.
+        """
+        stage = self.stage
+        torch.manual_seed(seed_of(self.seed, STEP, self.step))  # what networks draw, alike in all processes
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(stage, self.step)
+        totals: dict[str, Tensor] = {}
+        for _ in range(stage.accumulate):
+            batch = [part.to(self.device, non_blocking=True) for part in next(batches)]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
+                loss, figures = self.task.loss(batch, self.step)
+            (loss / stage.accumulate).backward()
+            for key, value in {"loss": loss, **figures}.items():
+                totals[key] = totals.get(key, 0.0) + value.detach().float() / stage.accumulate
+        means = parallel.mean_figures(totals)
+        if not all(math.isfinite(value) for value in means.values()):
+            raise NonFiniteError(
+                f"step {self.step}: the loss is not finite ({means}); lower learning_rate or set clip_norm, "
+                "and run the same command again to continue from the last saved step"
+            )
+        for group in self.groups:
+            parallel.average_gradients(group)
+            if stage.clip_norm:
+                nn.utils.clip_grad_norm_(group, stage.clip_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.task.after_step(self.step)
+        self._average(min(stage.ema_decay, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        return means
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        for key, value in self.network.state_dict().items():
+            if value.dtype.is_floating_point:
+                self.ema[key].lerp_(value, 1.0 - decay)
+            else:
+                self.ema[key].copy_(value)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights into the network, in evaluation mode, for the time of a `with` block."""
+        trained = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.network.load_state_dict(self.ema)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(trained)
+            self.network.train()
+
+    def ema_on_cpu(self) -> dict[str, Tensor]:
+        """The averaged weights, on the CPU."""
+        return {k: v.cpu() for k, v in self.ema.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the whole state; the process 0 does, the others wait."""
+        state = {
+            "step": self.step,
+            "best_loss": self.best_loss,
+            "stage": asdict(self.stage),
+            "modules": [m.state_dict() for m in self.modules],
+            "ema": self.ema,
+            "optimiser": self.optimiser.state_dict(),
+        }
+        write_state(path, state)
+
+    def load(self, path: Path) -> None:
+        """Continue from a saved state; InputError where it is damaged or of another network."""
+        state = read_state(path, self.device)
+        try:
+            for module, weights in zip(self.modules, state["modules"], strict=True):
+                module.load_state_dict(weights)
+            self.optimiser.load_state_dict(state["optimiser"])
+            for key, value in state["ema"].items():
+                self.ema[key].copy_(value)
+            self.step, self.best_loss = int(state["step"]), float(state["best_loss"])
+            self._report_changes(state["stage"])
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}: not a state of this recipe ({str(error).splitlines()[0]}); use the recipe that "
+                "wrote it or another -o"
+            ) from error
+
+    def _report_changes(self, before: Mapping[str, Any]) -> None:
+        now = asdict(self.stage)
+        changed = sorted(k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k])
+        if changed:
+            what = ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed)
+            log.warning("continuing after step %d with another recipe: %s", self.step, what)
+
+
+def write_state(path: Path, state: object) -> None:
+    """Write `state` beside its place, then rename: an interrupted write damages nothing. Process 0 does."""
+    if parallel.rank() == 0:
+        scratch = path.with_name(path.name + ".tmp")
+        try:
+            with scratch.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise OutputError(
+                f"{path}: cannot be written ({error}); free some space and run again"
+            ) from error
+    parallel.wait()
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `write_state` wrote; InputError where it is damaged."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged ({reason}); remove it and run again, or use another -o") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds no training state; remove it and run again, or use another -o")
+    return state
