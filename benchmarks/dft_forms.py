@@ -1,7 +1,7 @@
-"""Time the forms of the AFF filter's transforms in ONNX Runtime: dense products, factored products, the DFT operator.
+"""Time forms of the AFF filter's transforms in ONNX Runtime: dense and factored products, the DFT operator.
 
-One row a size: milliseconds of a forward and an inverse two-dimensional transform of CHANNELS images on the CPU,
-median of five, after each form has been compared with `torch.fft`.
+One row a size: milliseconds of a forward and an inverse two-dimensional transform of CHANNELS images on the
+CPU, median of five, after each form has given the images back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from machine import machine_line
 
 from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
-from moesr.export.refinement import OnnxOps
+from moesr.export.refinement import onnx_ops
 from moesr.kernels.aff_filter import portable
 
 LIMIT = 1e-4  # relative L2 error of a round trip; the operator has 1e-5 where a side is no power of two
@@ -53,7 +53,7 @@ def round_trip(form: str, channels: int, side: int) -> Graph:
     if form == "operator":
         y = _operators(g, x, side)
     else:
-        plan, ops = portable.make_plan(side, side, 1 if form == "dense" else None), OnnxOps(g)
+        plan, ops = portable.make_plan(side, side, 1 if form == "dense" else None), onnx_ops(g)
         y = portable.irfft2(plan, portable.rfft2(plan, x, ops), ops)
     g.output("y", y, shape)
     return g.finish()

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from moesr.runtime.errors import MemoryLimitError, MoesrError
 
+OUT_OF_MEMORY = "out of memory; close other programs, or take a smaller --tile"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `moesr-export` and return its exit code.
 
-    0 done, 1 a checkpoint that cannot be read or an engine that cannot be written, 2 usage, 3 no parity, 4
-    memory.
+    0 done, 1 a checkpoint that cannot be read or an engine that cannot be written, 2 usage, 3 no parity,
+    4 out of memory.
     """
     args = parser().parse_args(argv)
     try:
@@ -29,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoesrError as error:
         return _fail(str(error), error.exit_code)
     except MemoryError:
-        return _fail("out of memory; free some, or take a smaller --tile", MemoryLimitError.exit_code)
+        return _fail(OUT_OF_MEMORY, MemoryLimitError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted, nothing was written", 130)
+    except Exception as error:
+        if "alloc" in str(error).lower():  # the libraries have no exception of their own for it
+            return _fail(OUT_OF_MEMORY, MemoryLimitError.exit_code)
+        return _fail(f"internal error, please report it: {type(error).__name__}: {error}", 1)
 
 
 def _export(args: argparse.Namespace) -> int:

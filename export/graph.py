@@ -1,5 +1,4 @@
-"""A small writer of ONNX graphs: nodes in order, shared constants, shapes and types inferred as they are
-added.
+"""A small writer of ONNX graphs: nodes in order, shared constants, inferred shapes and types.
 
 The deployed graphs are written operator by operator rather than traced, because their speed and their
 precision are decisions about operators: which ones a backend fuses, where a large tensor is cut so that it

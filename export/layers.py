@@ -12,22 +12,28 @@ from torch import Tensor, nn
 from moesr.export import winograd
 from moesr.export.graph import GraphBuilder, Value
 
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel in its 2x2 block
+MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+"""Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
+
 
 def conv(
     g: GraphBuilder,
     x: Value,
-    weight: Tensor,
+    weight: Tensor | Value,
     bias: Tensor | None,
     pads: Sequence[int] | None = None,
     stride: int = 1,
     groups: int = 1,
 ) -> Value:
     """2-D convolution; `pads` (top, left, bottom, right) default to those that keep an odd kernel's size."""
-    kernel = list(weight.shape[2:])
+    kernel = [int(k) for k in weight.shape[2:]]
     pads = [k // 2 for k in kernel] * 2 if pads is None else list(pads)
     height, width = (x.size(axis) + pads[axis - 2] + pads[axis] - kernel[axis - 2] + 1 for axis in (2, 3))
     plain = stride > 1 or groups > 1 or x.dtype != TensorProto.FLOAT or kernel[0] != kernel[1]
-    if not plain and winograd.pays(weight.shape[1], weight.shape[0], kernel[0], height, width):
+    if isinstance(weight, Tensor) and not plain:
+        plain = not winograd.pays(weight.shape[1], weight.shape[0], kernel[0], height, width)
+    if isinstance(weight, Tensor) and not plain:
         return winograd.multiply(g, [winograd.transform_input(g, x, kernel[0], pads)], weight, bias, width)
     attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride, stride], "group": groups}
     return g.op("Conv", x, weight, bias, **attributes)
@@ -66,26 +72,35 @@ def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
     added beforehand; padding with zeros before or after the upsampling is the same thing.
     """
     assert isinstance(module, nn.Conv2d)
-    phases = []
-    for a in (0, 1):
-        for b in (0, 1):
-            weight = _merge_taps(_merge_taps(module.weight.double(), 2, a), 3, b).float()
-            phases.append(conv(g, x, weight, module.bias, (1 - a, 1 - b, a, b)))
+    phases = [
+        conv(g, x, weight, module.bias, (1 - a, 1 - b, a, b))
+        for (a, b), weight in zip(PHASES, _phase_weights(g, x, module.weight), strict=True)
+    ]
     return g.op("DepthToSpace", g.concat(phases, 1), blocksize=2, mode="DCR")
 
 
-def _merge_taps(weight: Tensor, axis: int, phase: int) -> Tensor:
-    """Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
-    first, middle, last = weight.split(1, dim=axis)
-    return torch.cat((first, middle + last) if phase == 0 else (first + middle, last), dim=axis)
+def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor | Value]:
+    """The 2x2 kernel of each phase, [out, in, 2, 2].
+
+    In float32 they are summed in the graph, which a session does once: the file then holds 9 taps and not 16.
+    """
+    out, channels = weight.shape[:2]
+    merge = np.stack([np.kron(MERGE[a], MERGE[b]) for a, b in PHASES]).reshape(4 * len(PHASES), 9)
+    taps = weight.permute(2, 3, 0, 1).reshape(9, out * channels)
+    if x.dtype != TensorProto.FLOAT or winograd.pays(channels, out, 2, x.size(2), x.size(3)):
+        kernels = torch.from_numpy(merge).to(taps) @ taps
+        return [k.reshape(2, 2, out, channels).permute(2, 3, 0, 1) for k in kernels.split(len(PHASES), dim=0)]
+    kernels = g.op("MatMul", g.constant(merge), taps)
+    kernels = g.reshape(kernels, len(PHASES), 2, 2, out, channels)
+    kernels = g.reshape(g.op("Transpose", kernels, perm=(0, 3, 4, 1, 2)), len(PHASES) * out, channels, 2, 2)
+    return g.split(kernels, 0, [out] * len(PHASES))
 
 
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value, chunk: int) -> Value:
-    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time; softmax in
-    float32.
+    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time.
 
     A row of scores needs all keys but no other row, so chunks are exact, and the score matrix never exists
-    whole.
+    whole. Softmax is in float32.
     """
     tokens, out = q.size(-1), []
     swap = [*range(len(q.shape) - 2), len(q.shape) - 1, len(q.shape) - 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -71,10 +72,9 @@ def export_engine(
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
-    """Write the engine directory of a checkpoint and return its manifest; the same checkpoint gives the same
-    graphs.
+    """Write the engine directory of a checkpoint and return its manifest.
 
-    `precision` is "fp32" or "fp16". `on_stage` hears what begins. An existing directory is refused unless
+    The same checkpoint gives the same graphs. `precision` is "fp32" or "fp16". `on_stage` hears what begins. An existing directory is refused unless
     `force`, which replaces an engine and nothing else. Raises UsageError for a tile or a model that cannot
     be, ParityError where a graph misses its network, OutputError where nothing can be written; each leaves
     the place as it was.
@@ -105,29 +105,17 @@ def _write_engine(
     """Write all files of an engine into an empty directory."""
     config, half = checkpoint.config, precision == "fp16"
     latent_px = tile_px // config.decoder.factor
+    writer = _Writer(directory, precision, on_stage)
     experts: list[Expert] = []
-    proofs: dict[str, Parity] = {}
-    params: dict[str, int] = {}
-    macs: dict[str, int] = {}
-    for k, (t_from, t_to) in enumerate(config.expert_ranges):
-        name = f"expert_{k}"
-        on_stage(f"write {name}")
-        network = checkpoint.expert(k)
-        built = expert_graph(network, latent_px, half)
-        path = _save(built, directory / f"{name}.onnx")
-        params["expert"], macs["expert"] = _parameters(network), built.macs
-        on_stage(f"prove {name}")
-        inputs = parity.expert_inputs(network, latent_px, (t_from, t_to))
-        proofs[name] = parity.prove(path, network, inputs, precision)
-        experts.append(Expert(path.name, sha256_of(path), t_from, t_to))
-    on_stage("write decoder")
+    for k, t_range in enumerate(config.expert_ranges):
+        unet = checkpoint.expert(k)
+        inputs = parity.expert_inputs(unet, latent_px, t_range)
+        written = writer.write(f"expert_{k}", unet, partial(expert_graph, unet, latent_px, half), inputs)
+        experts.append(Expert(written.file, written.sha256, *t_range))
     autoencoder = checkpoint.decoder()
-    built = decoder_graph(autoencoder, latent_px, half)
-    path = _save(built, directory / "decoder.onnx")
-    params["decoder"], macs["decoder"] = _parameters(autoencoder), built.macs
-    on_stage("prove decoder")
-    proofs["decoder"] = parity.prove(
-        path, autoencoder, parity.decoder_inputs(autoencoder, latent_px), precision
+    inputs = parity.decoder_inputs(autoencoder, latent_px)
+    decoder = writer.write(
+        "decoder", autoencoder, partial(decoder_graph, autoencoder, latent_px, half), inputs
     )
     manifest = Manifest(
         name=config.name,
@@ -138,27 +126,45 @@ def _write_engine(
         latent_factor=config.decoder.factor,
         precision=precision,
         experts=tuple(experts),
-        decoder=Graph(path.name, sha256_of(path)),
+        decoder=decoder,
         schedule=config.schedule,
         sampler=config.sampler,
         steps=config.steps,
-        params=params,
-        macs=macs,
+        params=writer.params,
+        macs=writer.macs,
         versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(OPSET)},
         checkpoint_sha256=checkpoint.sha256(),
-        parity=proofs,
+        parity=writer.proofs,
     )
     manifest.write(directory)
     return manifest
 
 
-def _save(graph: BuiltGraph, path: Path) -> Path:
-    path.write_bytes(graph.model.SerializeToString(deterministic=True))
-    return path
+class _Writer:
+    """Writes graphs one by one and keeps what the manifest says of them."""
 
+    def __init__(self, directory: Path, precision: str, on_stage: OnStage) -> None:
+        self._directory, self._precision, self._on_stage = directory, precision, on_stage
+        self.params: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
+        self.proofs: dict[str, Parity] = {}
 
-def _parameters(network: DenoisingUNet | Autoencoder) -> int:
-    return sum(p.numel() for p in network.parameters())
+    def write(
+        self,
+        name: str,
+        network: DenoisingUNet | Autoencoder,
+        build: Callable[[], BuiltGraph],
+        inputs: parity.Inputs,
+    ) -> Graph:
+        """Write the graph of a network, then prove it."""
+        self._on_stage(f"write {name}")
+        built, path = build(), self._directory / f"{name}.onnx"
+        path.write_bytes(built.model.SerializeToString(deterministic=True))
+        kind = name.partition("_")[0]  # all experts are alike
+        self.params[kind], self.macs[kind] = sum(p.numel() for p in network.parameters()), built.macs
+        self._on_stage(f"prove {name}")
+        self.proofs[name] = parity.prove(path, network, inputs, self._precision)
+        return Graph(path.name, sha256_of(path))
 
 
 def check_replaceable(directory: Path, force: bool) -> None:

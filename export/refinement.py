@@ -115,7 +115,7 @@ def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
     for start, part, n in zip(starts, g.split(x, 1, [n * size for n in counts]), counts, strict=True):
         mine = slice(start, start + n)
         weights = w1[:, mine], b1[:, mine], w2[:, mine], b2[:, mine]
-        strips.append(g.cast(portable.aff_filter(plan, g.float32(part), weights, OnnxOps(g)), x.dtype))
+        strips.append(g.cast(portable.aff_filter(plan, g.float32(part), weights, onnx_ops(g)), x.dtype))
     return g.concat(strips, 1)
 
 
@@ -125,9 +125,12 @@ def _strip_size(total: int, unit_bytes: int) -> int:
     return max(1, -(-total // strips))
 
 
-class OnnxOps:
+def onnx_ops(g: GraphBuilder) -> portable.TensorOps:
     """The operations of the portable filter as nodes of a graph."""
+    return _OnnxOps(g)
 
+
+class _OnnxOps:
     def __init__(self, g: GraphBuilder) -> None:
         self.g = g
 

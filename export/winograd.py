@@ -1,9 +1,9 @@
 """Winograd's minimal filtering (Lavin and Gray 2015) as graph operators: CPU libraries convolve directly.
 
-A tile of m x m outputs of an r x r convolution needs (m + r - 1)^2 products a channel pair in place of m^2
-r^2: for m = 4 and r = 3, 36 in place of 144. Tiles of all channels make (m + r - 1)^2 matrix products, which
-run at the speed of a CPU's matrix product; the transforms around them are small convolutions and products
-with constants:
+A tile of m x m outputs of an r x r convolution needs (m + r - 1)^2 products a channel pair in place of
+m^2 r^2: for m = 4 and r = 3, 36 in place of 144. Tiles of all channels make (m + r - 1)^2 matrix products,
+which run at the speed of a CPU's matrix product; the transforms around them are small convolutions and
+products with constants:
 
     V = B^T d B   input tiles      U = G w G^T   kernels      y = A^T (sum over channels of U V) A
 
@@ -68,10 +68,8 @@ def transform_input(g: GraphBuilder, x: Value, kernel: int, pads: Sequence[int])
     rows, strips = max(1, STRIP_TILES // columns) * TILE, []
     for start in range(0, out_height, rows):
         stop = min(start + rows, out_height)
-        first, last = (
-            start - top,
-            stop - top + kernel - 1,
-        )  # rows of x, halo included; outside there are zeros
+        # rows of x, halo included; outside of it there are zeros
+        first, last = start - top, stop - top + kernel - 1
         part = g.slice(x, 2, max(first, 0), min(last, height))
         planes = g.reshape(part, -1, 1, part.size(2), width)
         v = g.op(

@@ -217,6 +217,32 @@ def test_published_expert(golden, published_weights):
     assert relative_l2(got, data["eps"]) < 1e-5
 
 
+@pytest.mark.slow
+@torch.inference_mode()
+def test_published_decoder_full_width(golden, published_weights):
+    network, data = Autoencoder(AutoencoderConfig()).eval(), golden("decoder_c128")
+    weights = published_weights("decoder_c128", "dev")
+    network.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()})
+    noise = np.random.Generator(np.random.PCG64(int(data["lr_seed"]))).standard_normal((1, 3, 512, 512))
+    lr = (np.clip(noise, -2, 2) / 2).astype(np.float32)
+    inputs = {"z": data["z"], "lr": lr, "fidelity": np.ones(1, np.float32)}
+    image = run(decoder_graph(network, 128), inputs)
+    assert (
+        relative_l2(image[:, :, ::4, ::4], data["image_every_4th"]) < 1e-4
+    )  # of which the golden's own float32 norms are a part
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_published_expert_full_width(golden, published_weights):
+    network, data = DenoisingUNet(UNetConfig()).eval(), golden("unet_w160")
+    weights = published_weights("unet_w160", "dev")
+    network.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()})
+    x, t = data["x"], data["t"].astype(np.float32)
+    got = run(expert_graph(network, 128), {"z_t": x[:, :3], "cond": x[:, 3:], "t": t})
+    assert relative_l2(got, data["eps"]) < 1e-5
+
+
 @torch.inference_mode()
 def test_strips_change_nothing(monkeypatch):
     """Rows, channel blocks, queries and codes cut as finely as they go; zeros at the borders included."""

@@ -71,8 +71,10 @@ def test_codebook_starts_from_encoder_outputs():
     task.after_step(3)
     vectors = task.network.encode(hr.float() / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 3)
     nearest = torch.cdist(codes, vectors).amin(dim=1)
-    assert float(nearest.detach().max()) < 0.1 * float(vectors.std().detach()) and not torch.equal(codes, before)
-    assert float(task.loss(batch, 4)[1]["code"]) > 0
+    assert float(nearest.detach().max()) < 0.1 * float(vectors.std().detach()) and not torch.equal(
+        codes, before
+    )
+    assert task.loss(batch, 4)[1]["code"] > 0
 
 
 def test_quantiser_passes_gradients_straight_through():

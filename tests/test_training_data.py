@@ -77,7 +77,11 @@ def test_folder_without_photographs_is_refused(content, tmp_path):
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "1"])
 def test_every_kind_of_image_gives_three_channels(mode, tmp_path):
     ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (40, 1))
-    image = Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(ramp).convert(mode)
+    image = (
+        Image.fromarray(ramp.astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(ramp).convert(mode)
+    )
     image.save(tmp_path / "a.png")
     pixels = load_rgb(tmp_path / "a.png")
     assert pixels is not None and pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8

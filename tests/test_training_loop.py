@@ -177,7 +177,12 @@ def test_average_follows_its_definition():
     task = Regression()
     trainer = Trainer(task, STAGE, tiny.CPU, 0)
     want = task.network.weight.detach().clone()
-    batches = iter([list(map(torch.stack, zip(*[Numbers()[i] for i in range(k, k + 2)], strict=True))) for k in range(40)])
+    batches = iter(
+        [
+            list(map(torch.stack, zip(*[Numbers()[i] for i in range(k, k + 2)], strict=True)))
+            for k in range(40)
+        ]
+    )
     for step in range(12):
         trainer.advance(batches)
         decay = min(0.9, (1 + step) / (10 + step))

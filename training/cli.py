@@ -12,8 +12,8 @@ read. On several GPUs:
 
   torchrun --nproc-per-node 8 -m moesr.training.cli experts --config x4 ...
 
-Exit codes: 0 done, 1 bad data, 2 usage, 3 bad checkpoint, 4 out of memory, 130 interrupted (what is done is
-saved).
+Exit codes: 0 done, 1 bad data or checkpoint, 2 usage, 3 the loss is not finite, 4 out of memory,
+130 interrupted (what is done is saved).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from moesr.training.recipe import Recipe, StageConfig, load_recipe, presets
 from moesr.training.stages import autoencoder, decoder, experts, latents
 from moesr.training.stages.common import with_lr
 from moesr.training.trainer import Task
+
+log = logging.getLogger("moesr")
 
 BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
 OWN = {"expert": ("experts",), "init": ("experts",), "latents": ("decoder",)}  # options of some stages only
@@ -112,6 +114,8 @@ def start(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     try:
         with parallel.processes(check_device(args.device)) as device:
+            if parallel.rank() > 0:
+                log.setLevel(logging.ERROR)  # the process 0 reports for all
             if args.dry_run:
                 dry_run(args, recipe, device)
             else:

@@ -109,7 +109,7 @@ def build(kind: Any, value: Any, where: str = "config") -> Any:
         entries = {k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
         try:
             return kind(**entries)  # type: ignore[operator]
-        except (UsageError, ValueError) as error:
+        except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

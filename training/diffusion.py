@@ -17,28 +17,29 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> eps
 
 def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """z_t of clean latents `z` [B, C, h, w], noise `eps` of the same shape and timesteps `t` [B] (Eq. 1)."""
-    signal, noise = scales(t, schedule, z.dtype)
+    signal, noise = scales(t, schedule, z)
     return signal * z + noise * eps
 
 
 def predict_x0(z_t: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """The clean latents that `z_t` and the predicted `eps` [B, C, h, w] imply at timesteps `t` [B]."""
-    signal, noise = scales(t, schedule, z_t.dtype)
+    signal, noise = scales(t, schedule, z_t)
     return (z_t - noise * eps) / signal
 
 
-def scales(t: Tensor, schedule: Schedule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps `t` [B], each [B, 1, 1, 1]."""
+def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps `t` [B], [B, 1, 1, 1] each, typed as `like`."""
     alpha_bar = torch.from_numpy(schedule.alpha_bar.copy())[t.cpu()][:, None, None, None]
-    return alpha_bar.sqrt().to(t.device, dtype), (1 - alpha_bar).sqrt().to(t.device, dtype)
+    return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
 
 def eps_loss(
     network: Denoiser, z: Tensor, cond: Tensor, t_range: tuple[int, int], schedule: Schedule, draws: Draws
 ) -> Tensor:
     """Mean squared error on eps, with t drawn uniformly from [t_from, t_to) (Eq. 2)."""
-    t, eps = draws.integers(*t_range).to(z.device), draws.normal(*z.shape[1:]).to(z.device)
-    return F.mse_loss(network(add_noise(z, eps, t, schedule), cond, t).float(), eps)
+    t, eps = draws.integers(*t_range), draws.normal(*z.shape[1:]).to(z.device)
+    z_t = add_noise(z, eps, t, schedule)
+    return F.mse_loss(network(z_t, cond, t.to(z.device)).float(), eps)
 
 
 @torch.inference_mode()

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from moesr.runtime.errors import InputError
 from moesr.training import parallel
 from moesr.training.journal import Journal
+from moesr.training.progress import progress_bar
 from moesr.training.recipe import StageConfig
 from moesr.training.stopping import ignore_interrupts, stop_requests
 from moesr.training.trainer import Task, Trainer, read_state, write_state
@@ -108,7 +108,7 @@ def _train(
     stage, last = trainer.stage, run.directory / STATE_NAME
     source = batches(data, stage, trainer.step, run)
     hidden = run.quiet or parallel.rank() > 0
-    bar = tqdm(total=stage.steps, initial=trainer.step, desc=label, unit="step", disable=hidden)
+    bar = progress_bar(total=stage.steps, initial=trainer.step, desc=label, unit="step", disable=hidden)
     with bar, stop_requests() as stopping:
         while trainer.step < stage.steps:
             figures = trainer.advance(source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,10 +42,9 @@ def load_lpips(weights: str, device: torch.device) -> Distance:
         features = {k.removeprefix("features."): v for k, v in given.items() if k.startswith("features.")}
         own = network.net.state_dict()
         network.net.load_state_dict({key: features[key.partition(".")[2]] for key in own})
-    except (OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"{path}: not torchvision's VGG16 weights ({str(error).splitlines()[0]}); {WITHOUT}"
-        ) from error
+    except Exception as error:  # unpickling raises whatever it meets
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: not torchvision's VGG16 weights ({reason}); {WITHOUT}") from error
     network = network.requires_grad_(False).eval().to(device)
 
     def distance(image: Tensor, target: Tensor) -> Tensor:

@@ -38,28 +38,25 @@ class StageConfig:
     val_every: int = 1000
     val_samples: int = 16
 
-    def __post_init__(self) -> None:
-        least = {
-            "batch": 1,
-            "accumulate": 1,
-            "patch_px": 1,
-            "save_every": 1,
-            "val_every": 1,
-            "val_samples": 1,
-        }
-        for name, low in {**least, "steps": 0, "warmup_steps": 0}.items():
-            if getattr(self, name) < low:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)}, expected at least {low}; correct the recipe"
-                )
-        for name in ("learning_rate", "clip_norm"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise UsageError(
-                    f"{name} is {getattr(self, name)}, expected a number from 0; correct the recipe"
-                )
-        for name, value in (("ema_decay", self.ema_decay), *(("betas", b) for b in self.betas)):
-            if not 0.0 <= value < 1.0:
-                raise UsageError(f"{name} is {value}, expected 0 or more and less than 1; correct the recipe")
+    def check(self, name: str) -> None:
+        """Raise UsageError where an entry of this stage, called `name`, is out of range."""
+        least = dict.fromkeys(
+            ("batch", "accumulate", "patch_px", "save_every", "val_every", "val_samples"), 1
+        )
+        for entry, low in {**least, "steps": 0, "warmup_steps": 0}.items():
+            _check(f"{name}.{entry}", getattr(self, entry), low)
+        for entry in ("learning_rate", "clip_norm"):
+            _check(f"{name}.{entry}", getattr(self, entry), 0.0)
+        for entry, value in (("ema_decay", self.ema_decay), *(("betas", b) for b in self.betas)):
+            _check(f"{name}.{entry}", value, 0.0, below=1.0)
+
+
+def _check(key: str, value: float, low: float, high: float = math.inf, below: float = math.inf) -> None:
+    """Raise UsageError unless low <= value <= high and value < below."""
+    if not (low <= value <= high and value < below):
+        limits = f"{low} to {high}" if high < math.inf else f"at least {low}"
+        limits += f" and less than {below}" if below < math.inf else ""
+        raise UsageError(f"{key} is {value}, expected {limits}; correct the recipe")
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,13 @@ class ExpertStage(StageConfig):
     ramp_steps: int = 10_000  # ... over this many steps
     latent_pool: int = 0  # crops encoded once and drawn from again; 0: every crop is new
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("gamma", "ramp_to"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 to 1; correct the recipe")
-        if self.ramp_steps < 1 or self.base_steps < 0 or self.latent_pool < 0:
-            raise UsageError("expected ramp_steps of at least 1, base_steps and latent_pool of at least 0")
+    def check(self, name: str) -> None:
+        """Raise UsageError where an entry of this stage, called `name`, is out of range."""
+        super().check(name)
+        for entry in ("gamma", "ramp_to"):
+            _check(f"{name}.{entry}", getattr(self, entry), 0.0, 1.0)
+        for entry, low in (("ramp_steps", 1), ("base_steps", 0), ("latent_pool", 0)):
+            _check(f"{name}.{entry}", getattr(self, entry), low)
 
     def gamma_at(self, step: int) -> float | None:
         """Momentum of Eq. 5 after `step` finished steps, or None without sharing."""
@@ -119,10 +116,11 @@ class DecoderStage(StageConfig):
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latents < 1 or self.latent_steps < 1:
-            raise UsageError("expected latents and latent_steps of at least 1; correct the recipe")
+    def check(self, name: str) -> None:
+        """Raise UsageError where an entry of this stage, called `name`, is out of range."""
+        super().check(name)
+        for entry in ("latents", "latent_steps"):
+            _check(f"{name}.{entry}", getattr(self, entry), 1)
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,10 @@ class Recipe:
     decoder: DecoderStage = field(default_factory=DecoderStage)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more; correct the recipe")
+        _check("seed", self.seed, 0)
+        self.autoencoder.check("autoencoder")
+        self.experts.check("experts")
+        self.decoder.check("decoder")
         factor, unet = self.model.decoder.factor, self.model.unet
         latent = math.lcm(self.model.scale, factor * (unet.factor if unet else 1))
         multiple = {"autoencoder": factor, "experts": latent, "decoder": latent}

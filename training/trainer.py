@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -192,7 +191,7 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """Read what `write_state` wrote; InputError where it is damaged."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling raises whatever it meets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: damaged ({reason}); remove it and run again, or use another -o") from error
     if not isinstance(state, dict):

@@ -182,10 +182,11 @@ class VectorQuantiser(nn.Module):
 
     def indices(self, z: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> the index of the nearest code, [B*h*w], rows first."""
-        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         codes = self.embedding.weight
-        # argmin |z - e|^2 without the term that does not depend on the code
-        return torch.argmin((codes * codes).sum(dim=1) - 2 * flat @ codes.t(), dim=1)
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)
+        # argmin |z - e|^2 without the term that does not depend on the code; half precision confuses codes
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.argmin((codes * codes).sum(dim=1) - 2 * flat @ codes.t(), dim=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> the nearest codes, same shape."""

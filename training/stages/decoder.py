@@ -114,7 +114,10 @@ def start_from(plain: Autoencoder, network: Autoencoder) -> None:
     network.load_state_dict({**network.state_dict(), **plain.state_dict()})
     fusion = network.decoder.fusion
     if fusion is not None:
-        nn.init.zeros_(fusion.encode_enc_3.conv2.weight)
+        # every path but the shortcuts of its last blocks, which then have only small biases to pass on
+        for part in ("encode_enc_1.conv2", "encode_enc_1.conv_out", "encode_enc_3.conv2"):
+            nn.init.zeros_(fusion.get_parameter(f"{part}.weight"))
+            nn.init.zeros_(fusion.get_parameter(f"{part}.bias"))
     refinement = getattr(network.decoder, "unet_1", None)
     if refinement is not None:
         for block in (refinement.conv1, refinement.up_conv2):

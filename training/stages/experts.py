@@ -228,18 +228,19 @@ def train(
         fitted[k] = fit_part(
             f"expert_{k}", stage.steps, k, initial_weights(config, init, k) if init else base
         )
-    if expert is not None and not all(
-        finished(run.directory / f"expert_{k}", stage.steps) for k in range(count)
-    ):
-        return
-    for k in range(count):
-        if k not in fitted:
+    if all(finished(run.directory / f"expert_{k}", stage.steps) for k in range(count) if k not in fitted):
+        for k in set(range(count)) - set(fitted):
             fitted[k] = fit_part(f"expert_{k}", stage.steps, k, None)
-    decoder = cpu_state(first_stage_of(recipe, start, run))
-    whole = dataclasses.replace(model, decoder=plain(model.decoder))
-    publish(run.directory / CHECKPOINT, whole, [fitted[k].last for k in range(count)], decoder)
-    best = [b for k in range(count) if (b := fitted[k].best) is not None]
-    if len(best) == count:
+        _publish(
+            recipe, [fitted[k] for k in range(count)], cpu_state(first_stage_of(recipe, start, run)), run
+        )
+
+
+def _publish(recipe: Recipe, fitted: list[Fitted], decoder: dict[str, Tensor], run: Run) -> None:
+    whole = dataclasses.replace(recipe.model, decoder=plain(recipe.model.decoder))
+    publish(run.directory / CHECKPOINT, whole, [one.last for one in fitted], decoder)
+    best = [one.best for one in fitted if one.best is not None]
+    if len(best) == len(fitted):
         publish(run.directory / BEST_CHECKPOINT, whole, best, decoder)
 
 

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from moesr.runtime.errors import InputError, OutputError, UsageError
 from moesr.runtime.samplers import ETA
@@ -32,6 +31,7 @@ from moesr.training.diffusion import sample
 from moesr.training.draws import SAMPLING, Draws
 from moesr.training.loop import Run
 from moesr.training.networks import DenoisingUNet
+from moesr.training.progress import progress_bar
 from moesr.training.recipe import Recipe
 from moesr.training.stages.common import degradation
 from moesr.training.stopping import stop_requests
@@ -89,7 +89,10 @@ def _make_shards(
     experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
     sizes = shard_sizes(json.loads((directory / SET_NAME).read_text())["triples"])
     hidden = run.quiet or parallel.rank() > 0
-    with stop_requests() as stopping, tqdm(numbers, "latents", unit="shard", disable=hidden) as bar:
+    with (
+        stop_requests() as stopping,
+        progress_bar(numbers, desc="latents", unit="shard", disable=hidden) as bar,
+    ):
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
