@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow lint clean
 
-demo: $(VENV)/.cpu  ## Super-resolve the bundled photograph by 4 with the bundled engine
+demo: $(VENV)/.cpu  ## Super-resolve a photograph by 4 with the bundled engine
 	mkdir -p out
 	$(BIN)/moesr-run tests/assets/chelsea_lr.png -o out/chelsea_x4.png --force
 	@echo "open out/chelsea_x4.png beside tests/assets/chelsea_lr.png"

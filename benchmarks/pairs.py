@@ -10,11 +10,11 @@ from PIL import Image
 
 from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.resize import imresize
+from moesr.training.demo_photos import photographs
 
 DEGRADATIONS = {"x4-blind": 4, "x4-bicubic": 4, "x8-bicubic": 8}
 """Ways to make an LR image and their scale: Real-ESRGAN's blind degradation, or MATLAB's imresize."""
 
-DEMO = ("chelsea", "coffee", "rocket")  # photographs of scikit-image, kept out of training
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MULTIPLE = 8  # sides of an original are cut to a multiple of this
 LEAST_PX = 32  # of a side: a border of 8 pixels and the window of SSIM
@@ -23,13 +23,11 @@ LEAST_PX = 32  # of a side: a border of 8 pixels and the window of SSIM
 def load_originals(source: str) -> dict[str, np.ndarray]:
     """Originals by file name, uint8 RGB [H, W, 3], cut at the right and bottom to multiples of 8 pixels.
 
-    `source` is a directory, or "demo" for three photographs of scikit-image. Raises UsageError where there is
-    nothing to read and InputError naming an image that cannot be used.
+    `source` is a directory, or "demo" for the photographs of scikit-image that were kept out of training.
+    Raises UsageError where there is nothing to read and InputError naming an image that cannot be used.
     """
     if source == "demo":
-        from skimage import data
-
-        return {name: _crop(getattr(data, name)(), name) for name in DEMO}
+        return {name: _crop(image, name) for name, image in photographs("validation").items()}
     directory = Path(source)
     if not directory.is_dir():
         raise UsageError(f"{source}: no such directory of originals; name one, or demo for three photographs")

@@ -20,8 +20,8 @@ SCORE_BYTES = 32 << 20  # largest score matrix of attention or quantiser, for on
 def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> Graph:
     """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [1]; output `image` [B, 3, f*h, f*w].
 
-    h = w = `latent_px`, f the factor of the autoencoder. A decoder that is not conditioned on the LR image has all
-    inputs too, and ignores two.
+    h = w = `latent_px`, f the factor of the autoencoder. A decoder that is not conditioned on the LR image
+    has the same inputs, and ignores two of them.
     """
     g = GraphBuilder("decoder", half)
     config, decoder = network.config, network.decoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from moesr.export.graph import GraphBuilder, Value
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel in its 2x2 block
 MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 """Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
+
+EXACT_SUM = 1 << 16  # elements that a sum in one go may have
 
 
 def conv(
@@ -56,13 +59,29 @@ def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
     assert isinstance(norm, nn.GroupNorm)
     groups, channels = norm.num_groups, norm.num_channels
     spatial = [x.size(axis) for axis in range(2, len(x.shape))]
-    flat = g.reshape(g.float32(x), 0, groups, channels // groups * int(np.prod(spatial)))
+    elements = channels // groups * math.prod(spatial)
+    flat = g.reshape(g.float32(x), 0, groups, elements)
     ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
     flat = g.op("InstanceNormalization", flat, ones, zeros, epsilon=norm.eps)
-    h = g.reshape(flat, 0, channels, *spatial)
-    h = g.op("Add", g.op("Mul", h, norm.weight[:, None, None]), norm.bias[:, None, None])
+    scale, shift = norm.weight[:, None, None], norm.bias[:, None, None]
+    if elements > EXACT_SUM and x.dtype == TensorProto.FLOAT:
+        shift = _centred_shift(g, flat, norm, spatial[-1])
+    h = g.op("Add", g.op("Mul", g.reshape(flat, 0, channels, *spatial), scale), shift)
     h = g.cast(h, x.dtype)
     return silu(g, h) if activate else h
+
+
+def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -> Value:
+    """The shift [B, C, 1, 1] of a GroupNorm, less the mean that is left in `flat` [B, groups, elements].
+
+    ONNX Runtime's normalisation adds up a whole group in one go and loses digits of its mean; means of rows,
+    then of these, do not. On the decoder at 512 px the error of the image falls from 5e-5 to 1e-5.
+    """
+    groups = norm.num_groups
+    rows = g.op("ReduceMean", g.reshape(flat, 0, groups, flat.size(2) // row, row), np.array([3]), keepdims=0)
+    mean = g.op("ReduceMean", rows, np.array([2]), keepdims=1)  # [B, groups, 1]
+    scale, shift = (g.constant(p.reshape(groups, -1)) for p in (norm.weight, norm.bias))
+    return g.reshape(g.op("Sub", shift, g.op("Mul", mean, scale)), 0, norm.num_channels, 1, 1)
 
 
 def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:

@@ -74,10 +74,10 @@ def export_engine(
 ) -> Manifest:
     """Write the engine directory of a checkpoint and return its manifest.
 
-    The same checkpoint gives the same graphs. `precision` is "fp32" or "fp16". `on_stage` hears what begins. An existing directory is refused unless
-    `force`, which replaces an engine and nothing else. Raises UsageError for a tile or a model that cannot
-    be, ParityError where a graph misses its network, OutputError where nothing can be written; each leaves
-    the place as it was.
+    The same checkpoint gives the same graphs. `precision` is "fp32" or "fp16". `on_stage` hears what begins.
+    An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
+    UsageError for a tile or a model that cannot be, ParityError where a graph misses its network, OutputError
+    where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:

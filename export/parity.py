@@ -15,8 +15,8 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Parity
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-# Bounds on the relative L2 error. Measured from width 32 to full size: float32 1e-6 to 5e-5 (the decoder at 512 px,
-# whose norms over large groups amplify any rounding), half precision about 1e-3.
+# Bounds on the relative L2 error. Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at
+# 512 px, whose norms over large groups amplify any rounding), half precision about 1e-3.
 THRESHOLDS = {"fp32": 1e-4, "fp16": 1e-2}
 SEED = 0
 EXPERT_BATCH = 2  # shows, too, that the graph's batch is free and its images do not mix
@@ -75,8 +75,8 @@ def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray
 def network_output(network: DenoisingUNet | Autoencoder, inputs: Inputs) -> np.ndarray:
     """What the float32 network makes of a graph's inputs, its GroupNorms computed in double precision.
 
-    PyTorch's float32 GroupNorm on a CPU loses digits where a group is large: a decoder of 32 channels at 512 px
-    is off by 1e-3 for it alone, and by 1e-6 without. The proof is about the graph, so that error is kept out.
+    PyTorch's float32 GroupNorm on a CPU loses digits where a group is large: a decoder of 32 channels at
+    512 px is off by 1e-3 for it alone, by 1e-6 without. That error is not the graph's, so it is kept out.
     """
     tensors = [torch.from_numpy(value) for value in inputs.values()]
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]

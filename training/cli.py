@@ -42,7 +42,11 @@ from moesr.training.trainer import Task
 log = logging.getLogger("moesr")
 
 BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
-OWN = {"expert": ("experts",), "init": ("experts",), "latents": ("decoder",)}  # options of some stages only
+OWN = {
+    "expert": ("experts",),
+    "init": ("experts", "decoder"),
+    "latents": ("decoder",),
+}  # options of some stages only
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
     add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the stage before")
     add("--expert", type=int, metavar="K", help="experts: train only this one (0 has the lowest noise)")
-    add("--init", type=Path, metavar="DIR", help="experts: start from the weights of this checkpoint")
+    add("--init", type=Path, metavar="DIR", help="experts, decoder: start from its weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
@@ -159,7 +163,8 @@ def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Non
     before = load_checkpoint(args.start) if args.start else None
     if args.stage == "decoder":
         assert before is not None
-        return decoder.train(recipe, data, run, before, held_out, made=args.latents)
+        init = load_checkpoint(args.init) if args.init else None
+        return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
     assert data is not None
     if args.stage == "autoencoder":
         return autoencoder.train(recipe, data, run, held_out)

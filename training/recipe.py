@@ -108,6 +108,7 @@ class DecoderStage(StageConfig):
     learning_rate: float = 1e-4
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
+    colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow decoder loses hues
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
     adversarial_weight: float = 0.0  # times the adaptive weight of VQGAN

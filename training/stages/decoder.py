@@ -27,6 +27,7 @@ from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
+COLOUR_PX = 8  # side of the areas whose mean colours are compared
 
 
 class DecoderTask:
@@ -63,6 +64,9 @@ class DecoderTask:
     def _reconstruction(self, sr: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         figures = {"l1": F.l1_loss(sr, target)}
         total = self.stage.l1_weight * figures["l1"]
+        if self.stage.colour_weight:
+            figures["colour"] = F.l1_loss(F.avg_pool2d(sr, COLOUR_PX), F.avg_pool2d(target, COLOUR_PX))
+            total = total + self.stage.colour_weight * figures["colour"]
         if self.lpips is not None:
             figures["lpips"] = self.lpips(sr, target)
             total = total + self.stage.lpips_weight * figures["lpips"]
@@ -125,8 +129,11 @@ def start_from(plain: Autoencoder, network: Autoencoder) -> None:
             nn.init.zeros_(block.up_dim.bias)
 
 
-def prepare(recipe: Recipe, start: Checkpoint, run: Run) -> DecoderTask:
-    """The task of this stage on top of a checkpoint of stage 1; UsageError where that is another model's."""
+def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None = None) -> DecoderTask:
+    """The task of this stage on top of a checkpoint of stage 1, starting from the weights of `init` if given.
+
+    Raises UsageError where either is another model's.
+    """
     config, model = start.config, recipe.model
     if expert_count(config) != expert_count(model) or config.expert_ranges != model.expert_ranges:
         raise UsageError(
@@ -135,7 +142,12 @@ def prepare(recipe: Recipe, start: Checkpoint, run: Run) -> DecoderTask:
         )
     torch.manual_seed(recipe.seed)
     network = Autoencoder(model.decoder)
-    start_from(first_stage_of(recipe, start, run).cpu(), network)
+    if init is None:
+        start_from(first_stage_of(recipe, start, run).cpu(), network)
+    elif init.config.decoder == model.decoder:
+        network.load_state_dict(init.decoder().state_dict())
+    else:
+        raise UsageError(f"{init.directory}: its decoder is {init.config.decoder}, expected {model.decoder}")
     return DecoderTask(network, recipe.decoder, run.device)
 
 
@@ -158,12 +170,13 @@ def train(
     held_out: Crops | None = None,
     *,
     made: Path | None = None,
+    init: Checkpoint | None = None,
 ) -> None:
     """Train the decoder and write `run.directory/checkpoint`, the complete model.
 
     The latents are the set in `made`, or else are made from `data` in `run.directory/latents`.
     """
-    task, stage = prepare(recipe, start, run), recipe.decoder
+    task, stage = prepare(recipe, start, run, init), recipe.decoder
     if made is None:
         if data is None:
             raise UsageError("decoder needs photographs (--data) or latents made from them (--latents)")
