@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.cpu  ## Super-resolve a photograph by 4 with the bundled engine
 	mkdir -p out
-	$(BIN)/moesr-run tests/assets/chelsea_lr.png -o out/chelsea_x4.png --force
+	$(BIN)/moesr-run tests/assets/chelsea_lr.png -o out/chelsea_x4.png --color-fix wavelet --force
 	@echo "open out/chelsea_x4.png beside tests/assets/chelsea_lr.png"
 
 test: $(VENV)/.test  ## Run the default test suite
@@ -20,7 +20,7 @@ test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

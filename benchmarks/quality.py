@@ -28,6 +28,7 @@ from PIL import Image
 from tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from tqdm import tqdm
 
+from moesr.runtime.colour import COLOR_FIXES
 from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.resize import imresize
 from moesr.runtime.samplers import ETA
@@ -38,7 +39,9 @@ STEPS = [200, 100, 50, 20]  # of the paper's Table 4
 Upscale = Callable[[np.ndarray], np.ndarray]  # uint8 LR [h, w, 3] -> uint8 SR [H, W, 3]
 
 
-def methods(up: Upscaler, samplers: Sequence[str], steps: Sequence[int], seed: int) -> dict[str, Upscale]:
+def methods(
+    up: Upscaler, samplers: Sequence[str], steps: Sequence[int], seed: int, color_fix: str = "adain"
+) -> dict[str, Upscale]:
     """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps."""
     scale = up.manifest.scale
 
@@ -46,7 +49,7 @@ def methods(up: Upscaler, samplers: Sequence[str], steps: Sequence[int], seed: i
         return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
 
     def sampled(sampler: str, count: int) -> Upscale:
-        return lambda lr: up(lr, steps=count, sampler=sampler, seed=seed)
+        return lambda lr: up(lr, steps=count, sampler=sampler, seed=seed, color_fix=color_fix)
 
     chosen = {f"{s.upper()} {count}": sampled(s, count) for s in samplers for count in steps}
     return {BICUBIC: bicubic, **chosen}
@@ -134,7 +137,8 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     m, backend = up.manifest, up.backend
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
-        f"Originals: {args.hr}. Seed {args.seed}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
+        f"Originals: {args.hr}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
+        f"checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.device}, {platform.machine()}, {os.cpu_count()} logical cores.\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
         "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"
@@ -158,6 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="(default: 200 100 50 20)",
     )
     add("--sampler", nargs="+", choices=list(ETA), default=["ddpm"], help="(default: ddpm)")
+    add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
     add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
     add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
     out = Path("benchmarks/results/quality")
@@ -174,7 +179,7 @@ def benchmark(args: argparse.Namespace) -> str:
                 f"--degrade {args.degrade} does not fit {up.manifest.name}, which upscales by "
                 f"{up.manifest.scale}; choose a degradation of that scale"
             )
-        upscale = methods(up, args.sampler, args.steps, args.seed)
+        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -17,7 +17,7 @@ PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel
 MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 """Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
 
-EXACT_SUM = 1 << 16  # elements that a sum in one go may have
+EXACT_SUM = 1 << 12  # elements that a sum in one go may have
 
 
 def conv(
