@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(config: ModelConfig, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export, prove, time and profile; returns JSON values."""
     print(machine_line(), file=sys.stderr)
+    load = load_average()  # before this program adds to it
     with tqdm(total=2 + 3 + args.repeats, unit="stage", file=sys.stderr, disable=None) as bar:
         bar.set_description("write a checkpoint with random weights")
         save_random(scratch / "checkpoint", config)
@@ -96,7 +97,7 @@ def measure(config: ModelConfig, scratch: Path, args: argparse.Namespace) -> dic
     return {
         "machine": machine(),
         "machine_line": machine_line(),
-        "load_average": load_average(),
+        "load_average": load,
         "settings": {
             k: getattr(args, k) for k in ("width", "channels", "tile", "steps", "threads", "repeats")
         },
@@ -206,7 +207,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"UNet width {s['width']}, decoder channels {s['channels']}, one tile of {s['tile']} px, float32, "
         f"{s['threads']} threads, medians of {s['repeats']} rounds in turns"
-        + (f", load average {load:.1f}." if load is not None else "."),
+        + (f", load average {load:.1f} at the start." if load is not None else "."),
         "",
         "| | engine | eager PyTorch | ratio |",
         "| --- | --- | --- | --- |",

@@ -87,7 +87,7 @@ def test_losses_agree(both, stage):
 @pytest.mark.parametrize("stage", RUNS)
 def test_validation_agrees(both, stage):
     one, two = (read_state(both / name / stage / "best.pt") for name in ("one", "two"))
-    assert two["step"] == one["step"] and two["loss"] == pytest.approx(one["loss"], rel=2e-4)
+    assert two["step"] == one["step"] and two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", RUNS)
