@@ -81,7 +81,7 @@ RUNS = ("autoencoder", "experts/expert_0", "decoder")
 def test_losses_agree(both, stage):
     one, two = (tiny.losses(both / name / stage) for name in ("one", "two"))
     assert len(one) == 3 and len(set(one)) == 3
-    assert two == pytest.approx(one, rel=2e-4)
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", RUNS)

@@ -1,1 +1,1 @@
-"""moesr."""
+"""Networks, data, stages and checkpoints: from photographs to a checkpoint directory."""
