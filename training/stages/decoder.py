@@ -174,7 +174,8 @@ def train(
 ) -> None:
     """Train the decoder and write `run.directory/checkpoint`, the complete model.
 
-    The latents are the set in `made`, or else are made from `data` in `run.directory/latents`.
+    The latents are the set in `made`, or else are made from `data` in `run.directory/latents`. The weights
+    start from the decoder of `init` where there is one, else from the first stage.
     """
     task, stage = prepare(recipe, start, run, init), recipe.decoder
     if made is None:
