@@ -1,4 +1,4 @@
-"""The focal frequency loss against its published value, its authors' package and its own mathematics."""
+"""The focal frequency loss against its published value and its authors' package; the colour loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesr.training.losses import focal_frequency_loss, spectral_weights
+from moesr.training.losses import COLOUR_PX, colour_loss, focal_frequency_loss, spectral_weights
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -85,3 +85,12 @@ def test_half_types_are_computed_in_float32():
 def test_other_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="of equal shape"):
         focal_frequency_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+def test_colour_loss_sees_areas_and_no_detail():
+    pred, target = images(2, 3, 4 * COLOUR_PX, 2 * COLOUR_PX)
+    shuffled = pred.roll(3, dims=-1)  # not what an area holds, but where
+    areas = pred.unflatten(-1, (-1, COLOUR_PX)).roll(3, dims=-1).flatten(-2)
+    assert float(colour_loss(areas, pred)) < 1e-12 < float(colour_loss(shuffled, pred))
+    assert float(colour_loss(pred + 0.25, pred)) == pytest.approx(0.25)
+    assert torch.autograd.gradcheck(lambda x: colour_loss(x, target), pred.requires_grad_())

@@ -66,6 +66,25 @@ def test_chain_run_again_changes_nothing(chain, capsys):
     assert "broken.png: skipped, cannot be read" in capsys.readouterr().err
 
 
+def test_all_stages_in_one_command(chain, tmp_path):
+    """The same weights as stage by stage, though the decoder makes its latents; also from a first stage."""
+    whole = arguments(chain, "all", "-o", tmp_path / "whole")
+    assert main(whole) == 0
+    got = load_checkpoint(tmp_path / "whole/decoder/checkpoint")
+    first = load_checkpoint(chain / "autoencoder/checkpoint")
+    assert tiny.same(
+        load_checkpoint(tmp_path / "whole/autoencoder/checkpoint").decoder().state_dict(),
+        first.decoder().state_dict(),
+    )
+    assert tiny.same(
+        got.decoder().state_dict(), load_checkpoint(chain / "decoder/checkpoint").decoder().state_dict()
+    )
+    later = arguments(chain, "all", "-o", tmp_path / "later", "--from", chain / "autoencoder/checkpoint")
+    assert main(later) == 0
+    assert load_checkpoint(tmp_path / "later/decoder/checkpoint").sha256() == got.sha256()
+    assert not (tmp_path / "later/autoencoder").exists()
+
+
 def test_model_can_be_exported(chain, tmp_path):
     pytest.importorskip("onnxruntime")
     from moesr.export.cli import main as export

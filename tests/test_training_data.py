@@ -113,6 +113,33 @@ def test_lr_does_not_depend_on_the_batch(kind, tmp_path):
     assert torch.equal(again, together) == (kind == "bicubic")
 
 
+def test_shuffled_channels_are_the_same_planes(tmp_path):
+    plain = tiny.crops(tiny.photographs(tmp_path))
+    shuffled = Crops(plain.paths, 32, plain.seed, shuffle_channels=True)
+    orders = set()
+    for i in range(40):
+        want, got = plain.crop(i), shuffled.crop(i)
+        order = tuple(next(k for k in range(3) if torch.equal(plane, want[k])) for plane in got)
+        orders.add(order)
+        assert sorted(order) == [0, 1, 2]
+    assert len(orders) == 6
+    _, hr, lr = shuffled.with_lr(Degradation("bicubic", 4, 0))[1]
+    assert torch.equal(hr, shuffled.crop(1)) and torch.equal(lr, resize_batch(hr[None], 8, 8)[0])
+
+
+def test_share_of_a_blind_recipe_is_bicubic(tmp_path):
+    crops = tiny.crops(tiny.photographs(tmp_path)).crops(0, 40)
+    numbers = torch.arange(40)
+    plain = Degradation("bicubic", 4, seed=3)(crops, numbers)
+
+    def shared(share: float) -> int:
+        lr = Degradation("blind", 4, seed=3, bicubic_share=share)(crops, numbers)
+        return sum(map(torch.equal, lr, plain))
+
+    assert (shared(0.0), shared(1.0)) == (0, 40)
+    assert 10 < shared(0.5) < 30
+
+
 @pytest.mark.parametrize("out", [4, 8, 32, 64, 128])
 def test_resize_equals_imresize(out):
     rng = np.random.default_rng(out)

@@ -1,14 +1,16 @@
-"""Train a MoE-SR model from photographs, one stage after the other:
+"""Train a MoE-SR model from photographs, all stages in one go or one after the other:
+
+  moesr-train all         --config demo-x4 --data photos -o model
 
   moesr-train autoencoder --config demo-x4 --data photos -o vq
   moesr-train experts     --config demo-x4 --data photos -o experts --from vq/checkpoint
   moesr-train latents     --config demo-x4 --data photos -o latents --from experts/checkpoint
   moesr-train decoder     --config demo-x4 --latents latents -o decoder --from experts/checkpoint
 
-A published autoencoder, read by moesr-import, takes the place of the first. The decoder makes its latents
-itself where it is given photographs (--data) in place of --latents. Every stage continues where it stopped
-when the same command is run again, and writes a checkpoint directory that moesr-export and the next stage
-read. On several GPUs:
+A published autoencoder, read by moesr-import, takes the place of the first; `all` takes it with --from. The
+decoder makes its latents itself where it is given photographs (--data) in place of --latents. Every stage
+continues where it stopped when the same command is run again, and writes a checkpoint directory that
+moesr-export and the next stage read. On several GPUs:
 
   torchrun --nproc-per-node 8 -m moesr.training.cli experts --config x4 ...
 
@@ -22,6 +24,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,11 +39,12 @@ from moesr.training.journal import summary_writer
 from moesr.training.loop import Run, Samples
 from moesr.training.recipe import Recipe, StageConfig, load_recipe, presets
 from moesr.training.stages import autoencoder, decoder, experts, latents
-from moesr.training.stages.common import with_lr
+from moesr.training.stages.common import CHECKPOINT, with_lr
 from moesr.training.trainer import Task
 
 log = logging.getLogger("moesr")
 
+ALL = ("autoencoder", "experts", "decoder")
 BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
 OWN = {
     "expert": ("experts",),
@@ -62,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         prog="moesr-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument
-    add("stage", choices=("autoencoder", "experts", "latents", "decoder"))
+    add("stage", choices=("all", "autoencoder", "experts", "latents", "decoder"))
     add("--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}")
     add(
         "--set",
@@ -144,46 +148,64 @@ def check_device(name: str) -> str:
     return name
 
 
-def stage_config(args: argparse.Namespace, recipe: Recipe) -> StageConfig:
+def stage_config(stage: str, recipe: Recipe) -> StageConfig:
     """The part of the recipe for this stage."""
-    return recipe.decoder if args.stage == "latents" else getattr(recipe, args.stage)
+    return recipe.decoder if stage == "latents" else getattr(recipe, stage)
 
 
 def crops(folder: Path, patch_px: int, recipe: Recipe) -> Crops:
     """Crops of the photographs in `folder`."""
-    return Crops(find_photographs(folder, patch_px), patch_px, recipe.seed)
+    photographs = find_photographs(folder, patch_px)
+    return Crops(photographs, patch_px, recipe.seed, shuffle_channels=recipe.shuffle_channels)
 
 
 def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
-    """Run one stage to its end."""
-    stage = stage_config(args, recipe)
-    data = crops(args.data, stage.patch_px, recipe) if args.data else None
-    held_out = crops(args.val, stage.patch_px, recipe) if args.val else None
-    run = Run(args.output, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
+    """Run one stage, or all of them, to the end."""
     before = load_checkpoint(args.start) if args.start else None
-    if args.stage == "decoder":
+    if args.stage != "all":
+        run_stage(args.stage, args, recipe, device, args.output, before)
+        return
+    for stage in ALL[1:] if before else ALL:
+        directory = args.output / stage
+        run_stage(stage, args, recipe, device, directory, before)
+        before = load_checkpoint(directory / CHECKPOINT)
+
+
+def run_stage(
+    stage: str,
+    args: argparse.Namespace,
+    recipe: Recipe,
+    device: torch.device,
+    directory: Path,
+    before: Checkpoint | None,
+) -> None:
+    """Run one stage in `directory`, from the checkpoint of the stage before."""
+    patch_px = stage_config(stage, recipe).patch_px
+    data = crops(args.data, patch_px, recipe) if args.data else None
+    held_out = crops(args.val, patch_px, replace(recipe, shuffle_channels=False)) if args.val else None
+    run = Run(directory, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
+    init = load_checkpoint(args.init) if args.init else None
+    if stage == "decoder":
         assert before is not None
-        init = load_checkpoint(args.init) if args.init else None
         return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
     assert data is not None
-    if args.stage == "autoencoder":
+    if stage == "autoencoder":
         return autoencoder.train(recipe, data, run, held_out)
     assert before is not None
-    if args.stage == "latents":
-        return latents.make(recipe, before, data, run, args.output, recipe.decoder.latents)
-    init = load_checkpoint(args.init) if args.init else None
+    if stage == "latents":
+        return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
     return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
 
 
 def dry_run(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
     """Measure three steps of the stage and print what was found."""
-    if args.stage == "latents" or args.data is None:
+    if args.stage in ("latents", "all") or args.data is None:
         raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
-    data = crops(args.data, stage_config(args, recipe).patch_px, recipe)
+    data = crops(args.data, stage_config(args.stage, recipe).patch_px, recipe)
     run = Run(args.output, recipe.seed, device, args.workers, args.quiet)
     before = load_checkpoint(args.start) if args.start else None
     task, samples = measurable(args.stage, recipe, data, run, before)
-    measured = measure(task, stage_config(args, recipe), samples, run)
+    measured = measure(task, stage_config(args.stage, recipe), samples, run)
     if parallel.rank() == 0:
         print(measured)
 

@@ -69,35 +69,58 @@ def load_rgb(path: Path) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Degradation:
-    """How LR images are made: MATLAB's bicubic, or Real-ESRGAN's blind degradation drawn for every sample."""
+    """How LR images are made: MATLAB's bicubic, or Real-ESRGAN's blind degradation drawn for every sample.
+
+    Of the blind ones, `bicubic_share` (0 to 1) are bicubic all the same.
+    """
 
     kind: str
     scale: int
     seed: int
+    bicubic_share: float = 0.0
 
     def __call__(self, hr: Tensor, indices: Tensor) -> Tensor:
         """HR crops uint8 [B, 3, P, P] and their numbers -> LR uint8 [B, 3, P/scale, P/scale], same device."""
-        side = hr.shape[-1] // self.scale
         if self.kind == "bicubic":
-            return resize_batch(hr, side, side)
-        blind = BlindDegradation(scale=self.scale)
+            return self._bicubic(hr)
         # batches of one: what is drawn for a batch is then drawn for a sample, whatever batch it is in
-        images = [
-            degrade_blind(image[None].float() / 255.0, blind, generator)
-            for image, generator in zip(
-                hr, Draws(self.seed, DEGRADATION, indices.tolist()).generators, strict=True
-            )
-        ]
-        return (torch.cat(images) * 255.0).round().byte()
+        generators = Draws(self.seed, DEGRADATION, indices.tolist()).generators
+        return torch.cat([self._blind(hr[i : i + 1], g) for i, g in enumerate(generators)])
+
+    def _bicubic(self, hr: Tensor) -> Tensor:
+        side = hr.shape[-1] // self.scale
+        return resize_batch(hr, side, side)
+
+    def _blind(self, hr: Tensor, generator: torch.Generator) -> Tensor:
+        if self.bicubic_share and float(torch.rand(1, generator=generator)) < self.bicubic_share:
+            return self._bicubic(hr)
+        lr = degrade_blind(hr.float() / 255.0, BlindDegradation(scale=self.scale), generator)
+        return (lr * 255.0).round().byte()
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded."""
+    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded.
+
+    `shuffle_channels` draws an order of red, green and blue for every crop: few photographs then show all
+    hues.
+    """
 
     def __init__(
-        self, paths: list[Path], patch_px: int, seed: int, degradation: Degradation | None = None
+        self,
+        paths: list[Path],
+        patch_px: int,
+        seed: int,
+        degradation: Degradation | None = None,
+        *,
+        shuffle_channels: bool = False,
     ) -> None:
         self.paths, self.patch_px, self.seed, self.degradation = paths, patch_px, seed, degradation
+        self.shuffle_channels = shuffle_channels
+
+    def with_lr(self, degradation: Degradation) -> Crops:
+        """The same crops with LR images."""
+        shuffle = self.shuffle_channels
+        return Crops(self.paths, self.patch_px, self.seed, degradation, shuffle_channels=shuffle)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """Sample `index` (from 0, without end): its number, HR uint8 [3, P, P], LR where it is made here."""
@@ -107,7 +130,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         return number, hr, self.degradation(hr[None], number[None])[0]
 
     def crop(self, index: int) -> Tensor:
-        """Pixels of sample `index`: drawn photograph, place, flip and transposition."""
+        """Pixels of sample `index`: drawn photograph, place, flip, transposition, colours."""
         draw = np.random.default_rng((self.seed, index))
         image = self._photograph(draw)
         y, x = (int(draw.integers(0, side - self.patch_px + 1)) for side in image.shape[:2])
@@ -115,6 +138,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         flip_y, flip_x, transpose = draw.integers(0, 2, size=3)
         pixels = pixels[:: 1 - 2 * flip_y, :: 1 - 2 * flip_x]
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+        pixels = pixels[..., draw.permutation(3)] if self.shuffle_channels else pixels
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def crops(self, first: int, count: int) -> Tensor:

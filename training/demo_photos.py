@@ -2,7 +2,8 @@
 
   python -m moesr.training.demo_photos photos
 
-They come with scikit-image and scikit-learn; `photos/train` and `photos/validation` never share a scene.
+They come with scikit-image, scikit-learn and Matplotlib; `photos/train` and `photos/validation` never share
+a scene.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from PIL import Image
 TRAIN = (
     "astronaut",
     "hubble_deep_field",
+    "immunohistochemistry",
     "retina",
     "brick",
     "grass",
     "gravel",
     "camera",
-    "moon",
     "motorcycle",
 )
 TRAIN_SKLEARN = ("china.jpg", "flower.jpg")
+TRAIN_MATPLOTLIB = ("grace_hopper.jpg",)
 VALIDATION = ("chelsea", "coffee", "rocket")
 
 
@@ -34,11 +36,14 @@ def photographs(split: str) -> dict[str, np.ndarray]:
 
     if split == "validation":
         return {name: getattr(data, name)() for name in VALIDATION}
+    from matplotlib import pyplot as plt
+    from matplotlib.cbook import get_sample_data
     from sklearn.datasets import load_sample_image
 
     images = {n: getattr(data, n)() for n in TRAIN if n != "motorcycle"}
     images["motorcycle"] = data.stereo_motorcycle()[0]
     images |= {Path(n).stem: load_sample_image(n) for n in TRAIN_SKLEARN}
+    images |= {Path(n).stem: plt.imread(get_sample_data(n)) for n in TRAIN_MATPLOTLIB}
     return {
         n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()
     }

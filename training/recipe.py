@@ -65,6 +65,8 @@ class AutoencoderStage(StageConfig):
 
     l1_weight: float = 1.0
     frequency_weight: float = 0.0
+    colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
+    pass_colours: bool = False  # start as a blurred copy of colours, which a narrow network hardly finds
     commitment: float = 0.25
     quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use
 
@@ -108,7 +110,7 @@ class DecoderStage(StageConfig):
     learning_rate: float = 1e-4
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
-    colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow decoder loses hues
+    colour_weight: float = 0.0  # as for the autoencoder
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
     adversarial_weight: float = 0.0  # times the adaptive weight of VQGAN
@@ -130,6 +132,8 @@ class Recipe:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     degradation: Literal["bicubic", "blind"] = "bicubic"
+    bicubic_share: float = 0.0  # of the samples of a blind recipe, which are degraded by bicubic alone
+    shuffle_channels: bool = False  # of every crop, so that few photographs show every hue
     seed: int = 0
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     experts: ExpertStage = field(default_factory=ExpertStage)
@@ -137,6 +141,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check("seed", self.seed, 0)
+        _check("bicubic_share", self.bicubic_share, 0.0, 1.0)
         self.autoencoder.check("autoencoder")
         self.experts.check("experts")
         self.decoder.check("decoder")

@@ -1,27 +1,29 @@
 """The first stage: a VQ autoencoder whose latents have unit scale.
 
 The published first stage comes from VQGAN (Esser et al. 2020); this trains one of any size with L1, the
-codebook losses and, if asked for, the focal frequency loss.
+codebook losses and, if asked for, the focal frequency and colour losses.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesr.training import parallel
 from moesr.training.config import ModelConfig
 from moesr.training.data import Crops, to_float
 from moesr.training.loop import Run, fit
-from moesr.training.losses import focal_frequency_loss
+from moesr.training.losses import colour_loss, focal_frequency_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, plain, publish
 from moesr.training.validation import psnr
 
+COLOUR_PATH = re.compile(r"conv_(in|out)$|(down|up)sample|nin_shortcut|quant_conv$")
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
 
@@ -35,7 +37,7 @@ class AutoencoderTask:
         self._latents: Tensor | None = None
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1, codebook and commitment losses, and the focal frequency loss where its weight is not 0."""
+        """L1, codebook and commitment losses, and those of frequency and colour where they have a weight."""
         image = to_float(batch[1])
         z = self.network.encode(image)
         self._latents = z.detach()
@@ -53,9 +55,14 @@ class AutoencoderTask:
             z = z + (codes - z).detach()
         decoded = net.decoder(net.post_quant_conv(z), None, 1.0)
         l1 = F.l1_loss(decoded, image)
-        frequency = focal_frequency_loss(decoded, image) if stage.frequency_weight else l1.new_zeros(())
-        total = stage.l1_weight * l1 + stage.frequency_weight * frequency + codebook
-        return total, {"l1": l1, "ffl": frequency, "code": codebook}, decoded
+        total, figures = stage.l1_weight * l1 + codebook, {"l1": l1, "code": codebook}
+        if stage.frequency_weight:
+            figures["ffl"] = focal_frequency_loss(decoded, image)
+            total = total + stage.frequency_weight * figures["ffl"]
+        if stage.colour_weight:
+            figures["colour"] = colour_loss(decoded, image)
+            total = total + stage.colour_weight * figures["colour"]
+        return total, figures, decoded
 
     def after_step(self, step: int) -> None:
         """Set the codebook from encoder outputs when the quantiser comes into use."""
@@ -108,10 +115,34 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
     return torch.cat(chunks).cpu()
 
 
+@torch.no_grad()
+def pass_colours(network: Autoencoder) -> None:
+    """Let every layer between image, latent and image pass its first channels on, and do little else.
+
+    The network then begins as a copy of coarse colours. A narrow one that begins at random learns to copy
+    luma, spends the three channels of its latents on luma's detail, and hardly ever finds hues. Constant
+    offsets in the other channels keep GroupNorm from taking away the mean of a crop, its colour.
+    """
+    kept = network.config.z_channels
+    for name, layer in network.named_modules():
+        if not isinstance(layer, nn.Conv2d) or layer.bias is None:
+            continue
+        if COLOUR_PATH.search(name):
+            layer.weight.mul_(0.1).add_(nn.init.dirac_(torch.zeros_like(layer.weight)))
+            nn.init.zeros_(layer.bias[:kept])
+            nn.init.normal_(layer.bias[kept:])
+        elif name.endswith(("conv2", "proj_out")):  # what residual blocks and attention add
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
 def prepare(recipe: Recipe) -> AutoencoderTask:
     """The task of this stage with fresh weights."""
     torch.manual_seed(recipe.seed)
-    return AutoencoderTask(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
+    network = Autoencoder(plain(recipe.model.decoder))
+    if recipe.autoencoder.pass_colours:
+        pass_colours(network)
+    return AutoencoderTask(network, recipe.autoencoder)
 
 
 def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:

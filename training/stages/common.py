@@ -24,14 +24,14 @@ def plain(config: AutoencoderConfig) -> AutoencoderConfig:
 
 def degradation(recipe: Recipe) -> Degradation:
     """How this recipe makes LR images."""
-    return Degradation(recipe.degradation, recipe.model.scale, recipe.seed)
+    return Degradation(recipe.degradation, recipe.model.scale, recipe.seed, recipe.bicubic_share)
 
 
 def with_lr(data: Crops, recipe: Recipe, device_type: str) -> Crops:
     """The crops with their LR images, unless these are better made on the device: blind ones, on a GPU."""
     if recipe.degradation == "blind" and device_type != "cpu":
         return data
-    return Crops(data.paths, data.patch_px, data.seed, degradation(recipe))
+    return data.with_lr(degradation(recipe))
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:

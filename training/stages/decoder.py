@@ -15,7 +15,7 @@ from moesr.training.adversarial import adaptive_weight, hinge_loss
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.data import Crops, resize_batch, to_float
 from moesr.training.loop import Fitted, Run, fit
-from moesr.training.losses import focal_frequency_loss
+from moesr.training.losses import colour_loss, focal_frequency_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
 from moesr.training.perceptual import load_lpips
@@ -27,7 +27,6 @@ from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
-COLOUR_PX = 8  # side of the areas whose mean colours are compared
 
 
 class DecoderTask:
@@ -65,7 +64,7 @@ class DecoderTask:
         figures = {"l1": F.l1_loss(sr, target)}
         total = self.stage.l1_weight * figures["l1"]
         if self.stage.colour_weight:
-            figures["colour"] = F.l1_loss(F.avg_pool2d(sr, COLOUR_PX), F.avg_pool2d(target, COLOUR_PX))
+            figures["colour"] = colour_loss(sr, target)
             total = total + self.stage.colour_weight * figures["colour"]
         if self.lpips is not None:
             figures["lpips"] = self.lpips(sr, target)

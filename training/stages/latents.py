@@ -51,6 +51,8 @@ def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict
         "stage1": start.sha256(),
         "scale": recipe.model.scale,
         "degradation": recipe.degradation,
+        "bicubic_share": recipe.bicubic_share,
+        "shuffle_channels": data.shuffle_channels,
         "patch_px": data.patch_px,
         "sampler": recipe.model.sampler,
         "steps": recipe.decoder.latent_steps,
@@ -154,7 +156,7 @@ def _open(path: Path) -> Any:
 def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
     """Open a set made before; UsageError where it is not of this recipe and stage 1."""
     found = read_description(directory)
-    crops = Crops([], recipe.decoder.patch_px, recipe.seed)
+    crops = Crops([], recipe.decoder.patch_px, recipe.seed, shuffle_channels=recipe.shuffle_channels)
     wanted = describe(recipe, start, crops, recipe.decoder.latents)
     _check(directory, {**wanted, "photographs": found.get("photographs")})
     return Triples(directory, recipe.seed)
