@@ -42,7 +42,7 @@ def checkpoint_directory(given: Path | None) -> Path:
         return given
     if name not in bundled:
         raise UsageError(
-            "this installation has no bundled checkpoint; name a checkpoint directory: moesr-export CHECKPOINT"
+            "this installation has no demo checkpoint; name a checkpoint directory: moesr-export CHECKPOINT"
         )
     return bundled[name]
 

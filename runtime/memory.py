@@ -1,7 +1,8 @@
-"""How much memory this process may still take, as far as the operating system tells."""
+"""How much memory this process may still take, as far as the operating system tells, and giving it back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,14 @@ def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgr
     """
     figures = [figure for figure in (_system_bytes(proc), _container_bytes(cgroup)) if figure is not None]
     return min(figures, default=None)
+
+
+def return_freed() -> None:
+    """Have the C library give freed memory back to the system, where it is one that keeps it (glibc)."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
 
 
 def readable(count: float) -> str:
@@ -49,8 +58,6 @@ def _system_bytes(proc: Path) -> int | None:
 
 
 def _windows_bytes() -> int | None:
-    import ctypes
-
     class Status(ctypes.Structure):
         _fields_ = (
             ("length", ctypes.c_ulong),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moesr.export.package import demo_checkpoint
+from moesr.export.package import bundled_checkpoints
 from moesr.runtime import Upscaler
 from moesr.runtime.resize import imresize
 from moesr.runtime.upscaler import bundled_engine
 from moesr.training.checkpoint import load_checkpoint
+from moesr.training.recipe import load_recipe
 
 LR_PATH = Path(__file__).parent / "assets" / "chelsea_lr.png"
 LARGEST_BYTES = 25_000_000
@@ -33,14 +34,20 @@ def hr() -> np.ndarray:
     return data.chelsea()[:296, :448]
 
 
-@pytest.mark.parametrize("directory", [bundled_engine, demo_checkpoint], ids=["engine", "checkpoint"])
-def test_is_small(directory):
-    assert sum(path.stat().st_size for path in directory().iterdir()) <= LARGEST_BYTES
+def test_are_small():
+    for directory in (bundled_engine(), *bundled_checkpoints().values()):
+        assert sum(path.stat().st_size for path in directory.iterdir()) <= LARGEST_BYTES
+
+
+@pytest.mark.parametrize("scale", [4, 8])
+def test_checkpoint_is_what_its_recipe_trains(scale):
+    name = f"demo-x{scale}"
+    assert load_checkpoint(bundled_checkpoints()[name]).config == load_recipe(name).model
 
 
 def test_engine_is_made_from_the_checkpoint():
     with Upscaler() as up:
-        assert up.manifest.checkpoint_sha256 == load_checkpoint(demo_checkpoint()).sha256()
+        assert up.manifest.checkpoint_sha256 == load_checkpoint(bundled_checkpoints()["demo-x4"]).sha256()
         assert up.manifest.scale == 4
 
 

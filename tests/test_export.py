@@ -376,9 +376,14 @@ def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, c
     monkeypatch.setattr(package.resources, "files", lambda name: tmp_path)
     assert cli.main(["--tile", "32"]) == 2
     assert "no demo checkpoint" in capsys.readouterr().err
-    (tmp_path / "demo_checkpoint").symlink_to(checkpoint)
+    (tmp_path / "demo_checkpoints").mkdir()
+    for name in ("demo-x4", "demo-x8"):
+        (tmp_path / "demo_checkpoints" / name).symlink_to(checkpoint)
     assert cli.main(["--tile", "32"]) == 0
     assert Manifest.read(tmp_path / "tiny-fp32").name == "tiny"
+    assert cli.main(["demo-x8", "--tile", "32", "-o", "x8"]) == 0
+    assert cli.main(["demo-x9", "--tile", "32", "-o", "x9"]) == 1
+    assert "demo-x9" in capsys.readouterr().err
 
 
 def test_decoder_alone_is_refused(tmp_path, capsys):

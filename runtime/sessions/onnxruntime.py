@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moesr.runtime import memory
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.sessions import Offer, Shapes
 
@@ -35,6 +36,9 @@ def open_session(path: Path, shapes: Shapes, device: str, threads: int | None, m
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors; they come as exceptions too
+    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
+    # full-width decoder at 512 px); the arena uses them again without a plan.
+    options.enable_mem_reuse = False
     _share_arena(ort, options)
     provider: Any = _PROVIDERS[kind]
     if kind == "cuda":
@@ -49,6 +53,7 @@ def open_session(path: Path, shapes: Shapes, device: str, threads: int | None, m
             "of another version); repair these, or choose --device cpu"
         )
     _check_boundary(path, session, shapes)
+    memory.return_freed()
     return OnnxSession(ort, session, path, shapes, kind, int(number or 0), max_batch)
 
 

@@ -104,6 +104,20 @@ def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
     post.weight *= scale
 
 
+@torch.no_grad()
+def refit_codebook(network: Autoencoder, latents: Tensor, seed: int) -> None:
+    """Replace the codes by as many vectors drawn from `latents` [N, D, h, w]; codes nothing uses are gone.
+
+    A codebook that began from few crops has most of its codes where these had theirs. The decoder sees other
+    codes than before, but nearer ones.
+    """
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+    codes = network.quantize.embedding.weight
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(vectors), generator=generator)[: len(codes)]
+    codes[: len(picks)] = vectors[picks].to(codes.device)
+
+
 def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16) -> Tensor:
     """Latents of crops 0..count-1, before quantisation: [count, D, h, w] on the CPU."""
     device = next(network.parameters()).device
@@ -156,5 +170,8 @@ def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) 
             network = Autoencoder(config).to(run.device).eval()
             network.load_state_dict(weights)
             crops = min(SCALE_CROPS, max(1, stage.steps * stage.batch))
-            normalise_latents(network, encode_crops(network, data, crops))
+            latents = encode_crops(network, data, crops)
+            if stage.refit_codebook and config.codebook_size:
+                refit_codebook(network, latents, recipe.seed)
+            normalise_latents(network, latents)
             publish(run.directory / place, model, [], cpu_state(network))
