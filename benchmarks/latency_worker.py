@@ -20,6 +20,7 @@ import numpy as np
 
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.sessions import select_backend
+from moesr.runtime.sessions.onnxruntime import session_options
 
 Run = Callable[[], object]
 Inputs = dict[str, np.ndarray]
@@ -88,8 +89,8 @@ def profile_graph(path: Path, values: Inputs, threads: int) -> dict[str, dict[st
     """Milliseconds of one run of a graph by module and by operator, as ONNX Runtime's profiler sees them."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level, options.enable_profiling = threads, 3, True
+    options = session_options(threads)
+    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = f"{scratch}/profile"
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

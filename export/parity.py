@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Parity
+from moesr.runtime.sessions.onnxruntime import session_options
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 # Bounds on the relative L2 error. Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at
@@ -98,9 +99,7 @@ def _double_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
 
 def graph_output(path: Path, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     """What ONNX Runtime makes of the graph file."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, dict(inputs))[0])
 
 

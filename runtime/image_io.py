@@ -23,25 +23,8 @@ from moesr.runtime import exif
 from moesr.runtime.errors import InputError, OutputError, UsageError
 
 READ_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
-READ_SUFFIXES = frozenset(
-    {
-        *(
-            ".png",
-            ".apng",
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".mpo",
-            ".tif",
-            ".tiff",
-            ".webp",
-            ".bmp",
-            ".dib",
-        ),
-        *(".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico"),
-    }
-)
+_SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .gif .ico .tga .avif"
+READ_SUFFIXES = frozenset(f"{_SUFFIXES} .ppm .pgm .pbm .pnm .jp2 .j2k".split())
 """File names taken from a directory; a file named directly may have any suffix."""
 
 MAX_INPUT_PX = 150_000_000

@@ -21,6 +21,7 @@ from moesr.export.expert import expert_graph
 from moesr.export.graph import BATCH, OPSET, Graph, GraphBuilder
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
+from moesr.runtime.sessions.onnxruntime import session_options
 from moesr.training.checkpoint import save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
@@ -81,9 +82,7 @@ def engine(request, checkpoint, tmp_path_factory) -> tuple[Path, Manifest]:
 
 def run(model: Path | Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
     source = model if isinstance(model, Path) else model.model.SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return np.asarray(ort.InferenceSession(source, options).run(None, inputs)[0])
+    return np.asarray(ort.InferenceSession(source, session_options()).run(None, inputs)[0])
 
 
 def decoder_inputs(

@@ -32,13 +32,7 @@ def open_session(path: Path, shapes: Shapes, device: str, threads: int | None, m
     """Open an ONNX file; EngineError where it cannot be loaded or is not what `shapes` describes."""
     ort = _library()
     kind, _, number = device.partition(":")
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3  # errors; they come as exceptions too
-    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
-    # full-width decoder at 512 px); the arena uses them again without a plan.
-    options.enable_mem_reuse = False
+    options = session_options(threads)
     _share_arena(ort, options)
     provider: Any = _PROVIDERS[kind]
     if kind == "cuda":
@@ -55,6 +49,17 @@ def open_session(path: Path, shapes: Shapes, device: str, threads: int | None, m
     _check_boundary(path, session, shapes)
     memory.return_freed()
     return OnnxSession(ort, session, path, shapes, kind, int(number or 0), max_batch)
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options under which graphs are run; `threads` None leaves their number to the library."""
+    options = _library().SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors; they come as exceptions too
+    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
+    # full-width decoder at 512 px); the arena uses them again without a plan.
+    options.enable_mem_reuse = False
+    return options
 
 
 class OnnxSession:
