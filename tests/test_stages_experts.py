@@ -10,8 +10,8 @@ import torch
 
 from moesr.runtime.errors import InputError, UsageError
 from moesr.training.checkpoint import load_checkpoint
-from moesr.training.diffusion import add_noise, predict_x0
-from moesr.training.draws import Draws
+from moesr.training.diffusion import add_noise, eps_loss, predict_x0
+from moesr.training.draws import DIFFUSION, Draws
 from moesr.training.loop import fit
 from moesr.training.networks import DenoisingUNet, SpaceMoE, share_expert_weights
 from moesr.training.stages import experts
@@ -120,6 +120,22 @@ def test_clean_latents_are_recovered_from_the_noise():
     torch.testing.assert_close(predict_x0(z_t, eps, t, schedule), z)
     want = z[1] * schedule.alpha_bar[500] ** 0.5 + eps[1] * (1 - schedule.alpha_bar[500]) ** 0.5
     torch.testing.assert_close(z_t[1], want)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_offset_noise_moves_the_means(offset):
+    """Of latents that are zero, z_t is scaled noise: its channels' means have the offset's deviation."""
+    seen = []
+
+    def network(z_t, cond, t):
+        seen.append(z_t)
+        return torch.zeros_like(z_t)
+
+    z, schedule = torch.zeros(200, 3, 16, 16), tiny.recipe().model.schedule
+    loss = eps_loss(network, z, z, (999, 1000), schedule, Draws(0, DIFFUSION, range(200)), offset)
+    assert float(loss) == pytest.approx(1 + offset**2, rel=0.1)  # the mean square of eps
+    deviation = float(seen[0].mean(dim=(2, 3)).std())
+    assert deviation == pytest.approx((offset**2 + 1 / 256) ** 0.5, rel=0.1)
 
 
 def test_experts_apart_equal_experts_together(photos, start, tmp_path):

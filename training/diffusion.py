@@ -34,10 +34,22 @@ def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]
 
 
 def eps_loss(
-    network: Denoiser, z: Tensor, cond: Tensor, t_range: tuple[int, int], schedule: Schedule, draws: Draws
+    network: Denoiser,
+    z: Tensor,
+    cond: Tensor,
+    t_range: tuple[int, int],
+    schedule: Schedule,
+    draws: Draws,
+    offset: float = 0.0,
 ) -> Tensor:
-    """Mean squared error on eps, with t drawn uniformly from [t_from, t_to) (Eq. 2)."""
+    """Mean squared error on eps, with t drawn uniformly from [t_from, t_to) (Eq. 2).
+
+    `offset` is the deviation of a constant that is added to the noise of each channel. White noise hides the
+    mean of a latent so little that the network copies it from z_t, which holds none when sampling begins.
+    """
     t, eps = draws.integers(*t_range), draws.normal(*z.shape[1:]).to(z.device)
+    if offset:
+        eps = eps + offset * draws.normal(z.shape[1], 1, 1).to(z.device)
     z_t = add_noise(z, eps, t, schedule)
     return F.mse_loss(network(z_t, cond, t.to(z.device)).float(), eps)
 

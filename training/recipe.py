@@ -82,12 +82,13 @@ class ExpertStage(StageConfig):
     gamma: float = 0.999  # constant sharing
     ramp_to: float = 0.3  # ramp: 1 - gamma rises linearly from 0 to this ...
     ramp_steps: int = 10_000  # ... over this many steps
+    offset_noise: float = 0.0  # deviation of a constant in each channel's noise, so that means are learnt
     latent_pool: int = 0  # crops encoded once and drawn from again; 0: every crop is new
 
     def check(self, name: str) -> None:
         """Raise UsageError where an entry of this stage, called `name`, is out of range."""
         super().check(name)
-        for entry in ("gamma", "ramp_to"):
+        for entry in ("gamma", "ramp_to", "offset_noise"):
             _check(f"{name}.{entry}", getattr(self, entry), 0.0, 1.0)
         for entry, low in (("ramp_steps", 1), ("base_steps", 0), ("latent_pool", 0)):
             _check(f"{name}.{entry}", getattr(self, entry), low)

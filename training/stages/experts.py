@@ -53,7 +53,8 @@ class ExpertTask:
 
     def _eps_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
         draws = Draws(self.recipe.seed, DIFFUSION, numbers.tolist())
-        return eps_loss(self.network, z, cond, self.t_range, self.recipe.model.schedule, draws)
+        schedule, offset = self.recipe.model.schedule, self.recipe.experts.offset_noise
+        return eps_loss(self.network, z, cond, self.t_range, schedule, draws, offset)
 
     @torch.no_grad()
     def encode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
