@@ -4,7 +4,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+RUNS := runs
+
+.PHONY: demo test test-slow demo-model lint clean
 
 demo: $(VENV)/.cpu  ## Super-resolve a photograph by 4 with the bundled engine
 	mkdir -p out
@@ -16,6 +18,15 @@ test: $(VENV)/.test  ## Run the default test suite
 
 test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+demo-model: $(VENV)/.test  ## Train the bundled model again: about two hours on two CPU cores
+	$(BIN)/python -m moesr.training.demo_photos $(RUNS)/photos
+	$(BIN)/moesr-train all --config demo-x4 --data $(RUNS)/photos/train -o $(RUNS)/demo
+	$(BIN)/moesr-train decoder --config demo-x4-colour --data $(RUNS)/photos/train -o $(RUNS)/demo/colour \
+		--from $(RUNS)/demo/experts/checkpoint --init $(RUNS)/demo/decoder/checkpoint
+	$(BIN)/moesr-train decoder --config demo-x4-finish --data $(RUNS)/photos/train -o $(RUNS)/demo/finish \
+		--from $(RUNS)/demo/experts/checkpoint --init $(RUNS)/demo/colour/checkpoint
+	$(BIN)/moesr-export $(RUNS)/demo/finish/checkpoint -o $(RUNS)/demo/engine --tile 192
 
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .

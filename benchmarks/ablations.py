@@ -1,8 +1,9 @@
 """Train the ablations of the papers small, on top of a trained model, and compare them in one table.
 
-RUN is what `moesr-train all --config demo-x4 --data DIR -o RUN` wrote. The decoders start from its experts
+RUN is what `moesr-train all --config small-x4 --data DIR -o RUN` wrote. The decoders start from its experts
 and latents; the experts start from its first stage, train for as many steps as each other, and are decoded
-by its decoder. Run again, it continues. The output directory gets ablations.md and each model's training.
+by the full decoder of these. Run again, it continues. The output directory gets ablations.md and each
+model's training.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ from moesr.training.stages.common import cpu_state
 
 SCALE = 4
 DEGRADATIONS = ("x4-bicubic", "x4-blind")
+FULL = "ablation-decoder-aff-ffl"
 DECODERS = {
     "baseline decoder": "ablation-decoder-baseline",
     "+ LR fusion, AFF": "ablation-decoder-aff",
-    "+ FFL (full decoder)": "ablation-decoder-aff-ffl",
+    "+ FFL (full decoder)": FULL,
     "plain UNet for AFF, FFL": "ablation-decoder-unet-ffl",
 }
 EXPERTS = {
     "no sampling MoE": "ablation-no-sampling-moe",
     "no Space MoE": "ablation-no-space-moe",
-    "all experts": "demo-x4",
+    "all experts": "small-x4",
 }
 
 
@@ -59,10 +61,10 @@ class Study:
         return self._train("decoder", preset, *start)
 
     def experts(self, preset: str) -> Path:
-        """Train experts on the run's first stage; returns the checkpoint of a model with its decoder."""
+        """Train experts on the run's first stage; returns the checkpoint of a model with the full decoder."""
         start = ["--from", self.run / "autoencoder/checkpoint", "--data", self.data]
         trained = load_checkpoint(self._train("experts", preset, *start))
-        whole, place = load_checkpoint(self.run / "decoder/checkpoint"), self.out / preset / "whole"
+        whole, place = load_checkpoint(self.out / FULL / "checkpoint"), self.out / preset / "whole"
         config = replace(trained.config, decoder=whole.config.decoder)
         states = (cpu_state(trained.expert(k)) for k in range(expert_count(config)))
         save_checkpoint(place, config, states, cpu_state(whole.decoder()), force=True)
@@ -123,13 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def heading(args: argparse.Namespace) -> str:
     """Markdown above the tables: what was trained, and where."""
-    batch = load_recipe("demo-x4").decoder
+    batch = load_recipe("small-x4").decoder
     return (
         "# Ablations, small scale\n\n"
         f"Machine: {machine_line()}.\n\n"
         f"Decoders: {args.decoder_steps} steps of {batch.batch} crops of {batch.patch_px} px, on the same "
         f"latents. Experts: a base of {args.base_steps} steps, then {args.expert_steps} steps an expert, all "
-        "decoded by the full model's decoder. Means over three photographs kept out of training, "
+        "decoded by the full decoder. Means over three photographs kept out of training, "
         f"{args.steps} sampling steps, AdaIN. Runs this short rank the variants only roughly.\n"
     )
 
@@ -140,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="a trained model with all its stages")
     add("--data", type=Path, required=True, metavar="DIR", help="the photographs that it was trained on")
-    add("--decoder-steps", type=int, default=100, help="(default: %(default)s)")
+    add("--decoder-steps", type=int, default=90, help="(default: %(default)s)")
     add("--base-steps", type=int, default=300, help="(default: %(default)s)")
-    add("--expert-steps", type=int, default=60, help="(default: %(default)s)")
+    add("--expert-steps", type=int, default=50, help="(default: %(default)s)")
     add("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
     add("--tile", type=int, default=192, metavar="PX", help="of the engines (default: %(default)s)")
     add(

@@ -1,7 +1,7 @@
 """Export a checkpoint as an engine directory for moesr-run.
 
 Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured
-error. The package brings two small checkpoints, demo-x4 and demo-x8.
+error. Without CHECKPOINT the demo checkpoint that comes with moesr is exported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> int:
     from moesr.export import package  # --help does not wait for torch
     from moesr.training.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
+    checkpoint = load_checkpoint(args.checkpoint or package.demo_checkpoint())
     precision = "fp16" if args.fp16 else "fp32"
     directory = args.output or Path(f"{checkpoint.config.name}-{precision}")
     done = itertools.count()
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         metavar="CHECKPOINT",
-        help="checkpoint directory, or demo-x4 (the default) or demo-x8 for a bundled one",
+        help="checkpoint directory (default: the demo)",
     )
     add(
         "-o",

@@ -23,28 +23,20 @@ from moesr.training.config import ModelConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 DEFAULT_TILE_PX = 512
-DEMO = "demo-x4"
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
 OnStage = Callable[[str], None]
 
 
-def bundled_checkpoints() -> dict[str, Path]:
-    """Directories of the checkpoints that come with the package, by name."""
-    folder = Path(str(resources.files("moesr.training"))) / "demo_checkpoints"
-    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
-
-
-def checkpoint_directory(given: Path | None) -> Path:
-    """The directory itself, or a bundled one by its name; None is the demo. UsageError for neither."""
-    bundled, name = bundled_checkpoints(), DEMO if given is None else str(given)
-    if given is not None and (given.exists() or name not in bundled):
-        return given
-    if name not in bundled:
+def demo_checkpoint() -> Path:
+    """Directory of the checkpoint that comes with the package."""
+    directory = Path(str(resources.files("moesr.training"))) / "demo_checkpoint"
+    if not (directory / "config.json").is_file():
         raise UsageError(
-            "this installation has no demo checkpoint; name a checkpoint directory: moesr-export CHECKPOINT"
+            f"this installation has no demo checkpoint (expected at {directory}); "
+            "name a checkpoint directory: moesr-export CHECKPOINT"
         )
-    return bundled[name]
+    return directory
 
 
 def tile_multiple(config: ModelConfig) -> int:

@@ -8,20 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from conftest import relative_l2
-from torch import nn
-from torch.nn import functional as F
+from graphs import random_network, run
 
-from moesr.export import cli, decoder, layers, package, parity, refinement, winograd
+from moesr.export import cli, decoder, package, parity, refinement, winograd
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
-from moesr.export.graph import BATCH, OPSET, Graph, GraphBuilder
+from moesr.export.graph import BATCH, OPSET
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.sessions.onnxruntime import session_options
 from moesr.training.checkpoint import save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
@@ -41,21 +38,6 @@ PLAIN_LDM = dataclasses.replace(
     expert_ranges=((0, 1000),),
 )
 LIMITS = {"fp32": 2e-5, "fp16": 3e-3}
-
-
-@torch.no_grad()
-def random_network(network: nn.Module, seed: int) -> nn.Module:
-    """Fill a network so that every weight, bias and running statistic matters to the output."""
-    rng = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name == "running_var":
-                tensor.uniform_(0.5, 1.5, generator=rng)
-            elif tensor.is_floating_point():
-                scale = 0.1 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
-                centre = 1.0 if name == "weight" and tensor.dim() == 1 else 0.0
-                tensor.normal_(centre, scale, generator=rng)
-    return network.eval()
 
 
 def write_checkpoint(directory: Path, config: ModelConfig) -> Path:
@@ -78,11 +60,6 @@ def engine(request, checkpoint, tmp_path_factory) -> tuple[Path, Manifest]:
     flags = ["--fp16"] if request.param == "fp16" else []
     assert cli.main([str(checkpoint), "-o", str(directory), "--tile", str(TILE), *flags]) == 0
     return directory, Manifest.read(directory)
-
-
-def run(model: Path | Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    source = model if isinstance(model, Path) else model.model.SerializeToString()
-    return np.asarray(ort.InferenceSession(source, session_options()).run(None, inputs)[0])
 
 
 def decoder_inputs(
@@ -255,49 +232,6 @@ def test_strips_change_nothing(monkeypatch):
     assert relative_l2(run(graph, inputs), parity.network_output(network, inputs)) < LIMITS["fp32"]
 
 
-@pytest.mark.parametrize("strip_tiles", [4, 1000], ids=["strips", "whole"])
-@pytest.mark.parametrize(
-    ("kernel", "pads"),
-    [(3, (1, 1, 1, 1)), (2, (1, 1, 0, 0)), (2, (0, 1, 1, 0)), (2, (0, 0, 1, 1))],
-    ids=["3x3", "2x2-upper-left", "2x2-lower-left", "2x2-lower-right"],
-)
-def test_winograd_convolves(kernel, pads, strip_tiles, monkeypatch):
-    monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
-    monkeypatch.setattr(winograd, "STRIP_TILES", strip_tiles)
-    rng = torch.Generator().manual_seed(1)
-    weight = torch.randn(6, 10, kernel, kernel, generator=rng) / kernel
-    bias, x = torch.randn(6, generator=rng), torch.randn(2, 10, 16, 24, generator=rng)
-    g = GraphBuilder("conv")
-    y = layers.conv(g, g.input("x", (BATCH, 10, 16, 24)), weight, bias, pads)
-    g.output("y", y, (BATCH, 6, 16, 24))
-    graph = g.finish()
-    top, left, bottom, right = pads
-    want = F.conv2d(F.pad(x, (left, right, top, bottom)).double(), weight.double(), bias.double())
-    assert relative_l2(run(graph, {"x": x.numpy()}), want.numpy()) < 5e-6
-    points, tiles = (4 + kernel - 1) ** 2, 4 * 6
-    # input transform, products, output transform; that of the kernels is folded into constants
-    assert graph.macs == points * tiles * (points * 10 + 6 * 10 + 16 * 6)
-
-
-@pytest.mark.parametrize("side", [64, 256], ids=["small-group", "large-group"])
-@torch.inference_mode()
-def test_group_norm_far_from_zero(side):
-    """A mean fifty times the deviation, over 8192 or 131,072 elements, costs no more digits than it must."""
-    norm = random_network(nn.GroupNorm(2, 4, eps=1e-6), 1)
-    x = 50 + torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(side))
-    g = GraphBuilder("norm")
-    g.output("y", layers.group_norm(g, g.input("x", (BATCH, 4, side, side)), norm), (BATCH, 4, side, side))
-    want = norm.double()(x.double()).numpy()
-    assert relative_l2(run(g.finish(), {"x": x.numpy()}), want) < 5e-6
-
-
-def test_macs_of_a_plain_convolution():
-    g = GraphBuilder("conv")
-    y = layers.conv(g, g.input("x", (BATCH, 8, 10, 10)), torch.zeros(16, 8, 3, 3), None)
-    g.output("y", y, (BATCH, 16, 10, 10))
-    assert g.finish().macs == 16 * 8 * 9 * 100
-
-
 def test_same_checkpoint_same_bytes(engine, checkpoint, tmp_path):
     _, manifest = engine
     flags = ["--fp16"] if manifest.precision == "fp16" else []
@@ -375,14 +309,9 @@ def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, c
     monkeypatch.setattr(package.resources, "files", lambda name: tmp_path)
     assert cli.main(["--tile", "32"]) == 2
     assert "no demo checkpoint" in capsys.readouterr().err
-    (tmp_path / "demo_checkpoints").mkdir()
-    for name in ("demo-x4", "demo-x8"):
-        (tmp_path / "demo_checkpoints" / name).symlink_to(checkpoint)
+    (tmp_path / "demo_checkpoint").symlink_to(checkpoint)
     assert cli.main(["--tile", "32"]) == 0
     assert Manifest.read(tmp_path / "tiny-fp32").name == "tiny"
-    assert cli.main(["demo-x8", "--tile", "32", "-o", "x8"]) == 0
-    assert cli.main(["demo-x9", "--tile", "32", "-o", "x9"]) == 1
-    assert "demo-x9" in capsys.readouterr().err
 
 
 def test_decoder_alone_is_refused(tmp_path, capsys):
