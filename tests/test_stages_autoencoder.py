@@ -11,8 +11,9 @@ import torch
 from moesr.training.checkpoint import load_checkpoint
 from moesr.training.config import AutoencoderConfig
 from moesr.training.networks import Autoencoder
+from moesr.training.recipe import load_recipe
 from moesr.training.stages import autoencoder
-from moesr.training.stages.autoencoder import AutoencoderTask, encode_crops, normalise_latents
+from moesr.training.stages.autoencoder import AutoencoderTask, encode_crops, normalise_latents, refit_codebook
 from moesr.training.stages.common import plain
 
 CONFIG = plain(tiny.recipe().model.decoder)
@@ -96,3 +97,32 @@ def test_checkpoint_has_unit_latents_and_a_best_one(tmp_path):
         assert loaded.config.unet is None and loaded.config.name == "tiny-autoencoder"
         z = encode_crops(loaded.decoder(), data, 6)
         assert float(z.square().mean()) == pytest.approx(1.0, abs=1e-3)
+
+
+@torch.no_grad()
+def test_colours_reach_the_latent_from_the_start():
+    """A linear map reads hues from fresh latents, but only where colours are passed on."""
+    areas = torch.rand(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    hues = (areas - areas.mean(dim=1, keepdim=True)).permute(0, 2, 3, 1).reshape(-1, 3)
+    image, left = areas.repeat_interleave(16, 2).repeat_interleave(16, 3), {}
+    for passed in (False, True):
+        recipe = load_recipe("small-x4", [f"autoencoder.pass_colours={str(passed).lower()}"])
+        z = autoencoder.prepare(recipe).network.encode(image)
+        means = torch.nn.functional.avg_pool2d(z, 4).permute(0, 2, 3, 1).reshape(-1, 3)
+        known = torch.cat((means, torch.ones(len(means), 1)), dim=1)
+        fit = known @ torch.linalg.lstsq(known, hues).solution
+        left[passed] = float((hues - fit).square().sum() / hues.square().sum())
+    assert left[True] < 0.1 < left[False]
+
+
+@torch.no_grad()
+def test_refitted_codes_are_where_latents_are():
+    network = Autoencoder(CONFIG)
+    latents = 5 + torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, 3)
+    refit_codebook(network, latents, seed=1)
+    codes = network.quantize.embedding.weight
+    assert float(torch.cdist(codes, vectors).amin(dim=1).max()) == 0
+    assert len(codes.unique(dim=0)) == len(codes)
+    refit_codebook(network, latents[:1, :, :1, :2], seed=1)  # fewer vectors than codes: the rest stay
+    assert len(codes.unique(dim=0)) >= len(codes) - 2

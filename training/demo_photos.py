@@ -43,7 +43,8 @@ def photographs(split: str) -> dict[str, np.ndarray]:
     images = {n: getattr(data, n)() for n in TRAIN if n != "motorcycle"}
     images["motorcycle"] = data.stereo_motorcycle()[0]
     images |= {Path(n).stem: load_sample_image(n) for n in TRAIN_SKLEARN}
-    images |= {Path(n).stem: plt.imread(get_sample_data(n)) for n in TRAIN_MATPLOTLIB}
+    samples = {n: get_sample_data(n, asfileobj=False) for n in TRAIN_MATPLOTLIB}
+    images |= {Path(n).stem: plt.imread(str(path)) for n, path in samples.items()}
     return {
         n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()
     }
