@@ -24,9 +24,7 @@ demo-model: $(VENV)/.test  ## Train the bundled model again: about two hours on 
 	$(BIN)/moesr-train all --config demo-x4 --data $(RUNS)/photos/train -o $(RUNS)/demo
 	$(BIN)/moesr-train decoder --config demo-x4-colour --data $(RUNS)/photos/train -o $(RUNS)/demo/colour \
 		--from $(RUNS)/demo/experts/checkpoint --init $(RUNS)/demo/decoder/checkpoint
-	$(BIN)/moesr-train decoder --config demo-x4-finish --data $(RUNS)/photos/train -o $(RUNS)/demo/finish \
-		--from $(RUNS)/demo/experts/checkpoint --init $(RUNS)/demo/colour/checkpoint
-	$(BIN)/moesr-export $(RUNS)/demo/finish/checkpoint -o $(RUNS)/demo/engine --tile 192
+	$(BIN)/moesr-export $(RUNS)/demo/colour/checkpoint -o $(RUNS)/demo/engine --tile 256
 
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def test_is_small(directory):
 
 
 def test_checkpoint_is_what_its_recipe_trains():
-    config, recipe = load_checkpoint(demo_checkpoint()).config, load_recipe("demo-x4-finish").model
+    config, recipe = load_checkpoint(demo_checkpoint()).config, load_recipe("demo-x4-colour").model
     assert recipe.unet is not None
     merged = dataclasses.replace(recipe.unet, space_experts=1)
     assert config == dataclasses.replace(recipe, unet=merged)
