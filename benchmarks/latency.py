@@ -206,7 +206,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Machine: {result['machine_line']}.",
         "",
         f"UNet width {s['width']}, decoder channels {s['channels']}, one tile of {s['tile']} px, float32, "
-        f"{s['threads']} threads, medians of {s['repeats']} rounds in turns"
+        f"{s['threads']} threads, medians of {s['repeats']} round{'s' * (s['repeats'] > 1)} in turns"
         + (f", load average {load:.1f} at the start." if load is not None else "."),
         "",
         "| | engine | eager PyTorch | ratio |",
