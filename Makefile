@@ -3,7 +3,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-
 RUNS := runs
 
 .PHONY: demo test test-slow demo-model lint clean
@@ -19,7 +18,7 @@ test: $(VENV)/.test  ## Run the default test suite
 test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-demo-model: $(VENV)/.test  ## Train the bundled model again: about two hours on two CPU cores
+demo-model: $(VENV)/.test  ## Train a model by the recipes of the bundled one
 	$(BIN)/python -m moesr.training.demo_photos $(RUNS)/photos
 	$(BIN)/moesr-train all --config demo-x4 --data $(RUNS)/photos/train -o $(RUNS)/demo
 	$(BIN)/moesr-train decoder --config demo-x4-colour --data $(RUNS)/photos/train -o $(RUNS)/demo/colour \

@@ -1,4 +1,4 @@
-"""Write the photographs that the bundled model was trained on, and those kept out, to a folder:
+"""Write photographs to train small models on, and those kept out to measure them, to a folder:
 
   python -m moesr.training.demo_photos photos
 
