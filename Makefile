@@ -18,12 +18,20 @@ test: $(VENV)/.test  ## Run the default test suite
 test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-demo-model: $(VENV)/.test  ## Train a model by the recipes of the bundled one
-	$(BIN)/python -m moesr.training.demo_photos $(RUNS)/photos
-	$(BIN)/moesr-train all --config demo-x4 --data $(RUNS)/photos/train -o $(RUNS)/demo
-	$(BIN)/moesr-train decoder --config demo-x4-colour --data $(RUNS)/photos/train -o $(RUNS)/demo/colour \
-		--from $(RUNS)/demo/experts/checkpoint --init $(RUNS)/demo/decoder/checkpoint
-	$(BIN)/moesr-export $(RUNS)/demo/colour/checkpoint -o $(RUNS)/demo/engine --tile 256
+demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled models again and export them
+
+$(RUNS)/photos: $(VENV)/.test
+	$(BIN)/python -m moesr.training.demo_photos $@
+
+$(RUNS)/demo-x8/engine: private START = --from $(RUNS)/demo-x4/autoencoder/checkpoint
+$(RUNS)/demo-x8/engine: $(RUNS)/demo-x4/engine
+
+# All stages, then the decoder once more with the adversarial loss.
+$(RUNS)/%/engine: $(RUNS)/photos
+	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* $(START)
+	$(BIN)/moesr-train decoder --config $*-sharper --data $(RUNS)/photos/train -o $(RUNS)/$*/sharper \
+		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint
+	$(BIN)/moesr-export $(RUNS)/$*/sharper/checkpoint -o $@ --tile 192
 
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Train the ablations of the papers small, on top of a trained model, and compare them in one table.
 
-RUN is what `moesr-train all --config small-x4 --data DIR -o RUN` wrote. The decoders start from its experts
+RUN is what `moesr-train all --config demo-x4 --data DIR -o RUN` wrote. The decoders start from its experts
 and latents; the experts start from its first stage, train for as many steps as each other, and are decoded
 by the full decoder of these. Run again, it continues. The output directory gets ablations.md and each
 model's training.
@@ -42,7 +42,7 @@ DECODERS = {
 EXPERTS = {
     "no sampling MoE": "ablation-no-sampling-moe",
     "no Space MoE": "ablation-no-space-moe",
-    "all experts": "small-x4",
+    "all experts": "demo-x4",
 }
 
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def heading(args: argparse.Namespace) -> str:
     """Markdown above the tables: what was trained, and where."""
-    batch = load_recipe("small-x4").decoder
+    batch = load_recipe("demo-x4").decoder
     return (
         "# Ablations, small scale\n\n"
         f"Machine: {machine_line()}.\n\n"

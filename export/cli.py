@@ -1,7 +1,7 @@
 """Export a checkpoint as an engine directory for moesr-run.
 
 Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured
-error. Without CHECKPOINT the demo checkpoint that comes with moesr is exported.
+error. Without CHECKPOINT the x4 demo checkpoint that comes with moesr is exported; demo-x8 names the x8 one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _export(args: argparse.Namespace) -> int:
     from moesr.export import package  # --help does not wait for torch
     from moesr.training.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(args.checkpoint or package.demo_checkpoint())
+    checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     precision = "fp16" if args.fp16 else "fp32"
     directory = args.output or Path(f"{checkpoint.config.name}-{precision}")
     done = itertools.count()
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         metavar="CHECKPOINT",
-        help="checkpoint directory (default: the demo)",
+        help="checkpoint directory, or demo-x4 (default) or demo-x8",
     )
     add(
         "-o",

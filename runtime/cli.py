@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
 def add_engine_options(p: argparse.ArgumentParser) -> None:
     """Options that choose the engine and how it runs, shared with `moesr-doctor`."""
     p.add_argument(
-        "--engine", type=Path, metavar="DIR", help="engine directory (default: the bundled demo engine)"
+        "--engine", type=Path, metavar="DIR", help="engine directory, or demo-x4 (default) or demo-x8"
     )
     p.add_argument(
         "--backend",

@@ -21,7 +21,7 @@ from moesr.runtime.cli import HelpFormatter, add_engine_options, guarded, loggin
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.sessions import BACKENDS, probe
-from moesr.runtime.upscaler import Upscaler, bundled_engine
+from moesr.runtime.upscaler import Upscaler, engine_directory
 
 _PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu")
 _SMOKE_PX = 16  # side of the image of the smoke run
@@ -40,7 +40,7 @@ def examine(args: argparse.Namespace) -> int:
     """Print the findings; raises what makes the engine unusable."""
     _show_machine()
     _show_backends()
-    directory = args.engine or bundled_engine()
+    directory = engine_directory(args.engine)
     manifest = Manifest.read(directory, verify=not args.no_verify)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
     with Upscaler(

@@ -33,6 +33,9 @@ from moesr.runtime.sessions import Session, select_backend
 Progress = Callable[[int, int, str], None]
 """Called with the tiles run so far, the tiles in all and the stage ("sampling" or "decoding")."""
 
+DEMO_ENGINES = ("demo-x4", "demo-x8")
+"""Names of the engines that come with the package."""
+
 HELD, OPENING = 2.0, 3.5
 """Memory of a graph over its file's size, once open and while it opens: its kernels are kept transformed.
 
@@ -65,12 +68,12 @@ class Upscaler:
         verify: bool = True,
         max_batch: int | None = None,
     ) -> None:
-        """Open an engine directory; None is the bundled demo engine.
+        """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
 
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. Raises EngineError or UsageError; graphs are loaded when first needed.
         """
-        self.directory = Path(engine) if engine is not None else bundled_engine()
+        self.directory = engine_directory(engine)
         self.manifest = Manifest.read(self.directory, verify=verify)
         self.backend = select_backend(backend, device, threads, max_batch)
         self._sizes = {g.file: (self.directory / g.file).stat().st_size for g in self.manifest.graphs}
@@ -233,9 +236,16 @@ class Upscaler:
         return Settings(count, sampler, _whole("seed", seed, 0, 2**64 - 1), color_fix, float(fidelity))
 
 
-def bundled_engine() -> Path:
-    """Directory of the demo engine that comes with the package; EngineError where it was left out."""
-    path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engine"))
+def engine_directory(engine: Path | str | None = None) -> Path:
+    """Directory of an engine given as a path or as one of DEMO_ENGINES, which come with the package.
+
+    None is the first of them; a directory of that name goes before the bundled one. Raises EngineError where
+    a bundled engine was left out of the installation.
+    """
+    name = DEMO_ENGINES[0] if engine is None else str(engine)
+    if engine is not None and (name not in DEMO_ENGINES or Path(engine).exists()):
+        return Path(engine)
+    path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))
     if not (path / MANIFEST_NAME).is_file():
         raise EngineError(
             f"this installation has no bundled demo engine ({path}); name an engine directory, "

@@ -309,9 +309,11 @@ def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, c
     monkeypatch.setattr(package.resources, "files", lambda name: tmp_path)
     assert cli.main(["--tile", "32"]) == 2
     assert "no demo checkpoint" in capsys.readouterr().err
-    (tmp_path / "demo_checkpoint").symlink_to(checkpoint)
-    assert cli.main(["--tile", "32"]) == 0
-    assert Manifest.read(tmp_path / "tiny-fp32").name == "tiny"
+    (tmp_path / "demo_checkpoints").mkdir()
+    for number, arguments in ((4, []), (8, ["demo-x8", "-o", "other"])):
+        (tmp_path / f"demo_checkpoints/demo-x{number}").symlink_to(checkpoint)
+        assert cli.main([*arguments, "--tile", "32"]) == 0
+    assert Manifest.read(tmp_path / "tiny-fp32").name == Manifest.read(tmp_path / "other").name == "tiny"
 
 
 def test_decoder_alone_is_refused(tmp_path, capsys):

@@ -6,13 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesr.training.losses import COLOUR_PX, colour_loss, focal_frequency_loss, spectral_weights
+from moesr.runtime.colour import wavelet
+from moesr.training.losses import (
+    COLOUR_PX,
+    colour_loss,
+    focal_frequency_loss,
+    spectral_weights,
+    wavelet_colours,
+)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(shape))
     pred, target = (torch.rand(shape, dtype=dtype, generator=generator) for _ in range(2))
     return pred, target
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 40), (1, 1, 5, 9)], ids=str)
+def test_wavelet_colours_are_the_runtimes(shape):
+    content, style = images(*shape, dtype=torch.float32)
+    want = torch.from_numpy(wavelet(content.numpy(), style.numpy()))
+    torch.testing.assert_close(wavelet_colours(content, style), want, atol=1e-6, rtol=0)
 
 
 def test_equals_the_published_value(golden):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import sys
 import types
+from collections.abc import Iterable
 
 import pytest
 import tiny_training as tiny
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 from moesr.runtime.errors import UsageError
 from moesr.training.adversarial import adaptive_weight, hinge_loss
 from moesr.training.checkpoint import load_checkpoint
+from moesr.training.data import resize_batch, to_float
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
+from moesr.training.recipe import load_recipe
 from moesr.training.stages import decoder, latents
+from moesr.training.stages.common import plain
+from moesr.training.stages.start import pass_lr
 from moesr.training.trainer import Trainer, read_state
 
 RECIPE = tiny.recipe()
@@ -40,7 +45,7 @@ def batch(count: int = 2) -> list[Tensor]:
     return [torch.arange(count), hr, lr, torch.randn(count, 3, 8, 8)]
 
 
-@pytest.mark.parametrize("trainable", ["fusion+refinement", "decoder"])
+@pytest.mark.parametrize("trainable", ["fusion+refinement", "decoder", "decoder+lr"])
 def test_only_what_is_asked_for_trains(trainable, start, tmp_path):
     recipe = tiny.recipe(decoder={"trainable": trainable, "adversarial_weight": 0.8})
     trainer = Trainer(decoder.prepare(recipe, start, tiny.run(tmp_path)), recipe.decoder, tiny.CPU, 0)
@@ -48,19 +53,37 @@ def test_only_what_is_asked_for_trains(trainable, start, tmp_path):
     trainer.advance(iter([batch()]))
     trainer.advance(iter([batch()]))  # the first step cannot reach what the zero layer hides
     parameters = dict(trainer.network.named_parameters())
-    changed = {
-        k.split(".")[0] + "." + k.split(".")[1]
-        for k in parameters
-        if not torch.equal(before[k], parameters[k])
-    }
-    new = {"decoder.fusion_layer_1", "decoder.unet_1"}
-    if trainable == "decoder":
-        assert changed == {
-            k.split(".")[0] + "." + k.split(".")[1] for k in parameters if k.startswith("decoder.")
-        }
-    else:
-        assert changed == new
+    changed = {k for k in parameters if not torch.equal(before[k], parameters[k])}
+    new = ("decoder.fusion_layer_1", "decoder.unet_1")
+    lr = ("encoder.conv_in", "encoder.down.0", "encoder.down.1.block")
+    prefixes = {"fusion+refinement": new, "decoder": "decoder.", "decoder+lr": ("decoder.", *lr)}[trainable]
+    assert parts(changed) == parts(k for k in parameters if k.startswith(prefixes))
     assert parameters["decoder.conv_out.weight"].grad is None
+
+
+def parts(names: Iterable[str]) -> set[str]:
+    """Layers and levels that parameters of these names are in."""
+    return {".".join(name.split(".")[:4]) if "encoder.down" in name else name.split(".")[1] for name in names}
+
+
+def test_start_passes_the_lr_image_on(tmp_path):
+    """Before any training, the decoder shows the LR image in its colours, whatever the latents are."""
+    recipe = load_recipe("demo-x4")
+    generator = torch.Generator().manual_seed(0)
+    lr = torch.randint(0, 256, (6, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    lr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)  # areas of 16 pixels of the output
+    hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    samples = [torch.arange(6), hr, lr, torch.randn(6, 3, 16, 16, generator=generator)]
+    config = dataclasses.replace(recipe.model, unet=None, decoder=plain(recipe.model.decoder))
+    first_stage = Autoencoder(config.decoder)
+    network = Autoencoder(recipe.model.decoder)
+    decoder.start_from(first_stage, network)
+    pass_lr(network, [part[:4] for part in samples])
+    with torch.no_grad():
+        lr_up = to_float(resize_batch(lr, 64, 64))
+        sr = network.decode(samples[3], lr_up)
+    errors = (to_float(hr) - sr)[4:].square().mean(dim=(1, 2, 3))  # of samples that nothing was fitted to
+    assert float(errors.max()) < 0.1 * float(to_float(hr).var())
 
 
 def test_network_starts_as_the_first_stage(start, tmp_path):
@@ -97,6 +120,43 @@ def test_loss_adds_its_terms_with_their_weights(start, tmp_path):
     assert set(f) == {"l1", "ffl", "adv", "adv_weight", "critic"}
     want = 2 * f["l1"] + 10 * f["ffl"] + 0.8 * f["adv_weight"] * f["adv"] + f["critic"]
     torch.testing.assert_close(total, want)
+
+
+def test_published_weights_may_hold_a_share_of_the_initial_ones(data, start, tmp_path):
+    decoder.train(RECIPE, data, tiny.run(tmp_path / "init"), start)
+    init, made = load_checkpoint(tmp_path / "init/checkpoint"), tmp_path / "init/latents"
+    states = []
+    for share in (0.0, 0.5, 1.0):
+        run = tiny.run(tmp_path / str(share))
+        recipe = tiny.recipe(decoder={"init_share": share})
+        decoder.train(recipe, None, run, start, made=made, init=init)
+        states.append(load_checkpoint(run.directory / "checkpoint").decoder().state_dict())
+    trained, mixed, initial = states
+    before = init.decoder().state_dict()
+    key = "decoder.unet_1.up2.0.weight"
+    assert not torch.equal(trained[key], before[key])
+    torch.testing.assert_close(mixed[key], (trained[key] + before[key]) / 2)
+    for name, weight in before.items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(initial[name], weight)
+
+
+def test_colours_are_compared_before_their_correction(start, tmp_path):
+    """All other terms see the image that the wavelet correction leaves, without the decoder's cast."""
+    changes = {"wavelet_colours": True, "colour_weight": 3.0, "frequency_weight": 0.0}
+    task = decoder.prepare(tiny.recipe(decoder=changes), start, tiny.run(tmp_path))
+    task.network.eval()
+    bias = task.network.decoder.conv_out.bias
+    assert bias is not None
+    losses = []
+    with torch.no_grad():
+        for _ in range(2):
+            losses.append(task.loss(batch(), 0))
+            bias += 5.0
+    (total, before), (_, after) = losses
+    torch.testing.assert_close(total, before["l1"] + 3 * before["colour"])
+    torch.testing.assert_close(after["l1"], before["l1"], atol=1e-4, rtol=0)
+    assert after["colour"] > before["colour"] + 3
 
 
 def test_each_player_gets_its_own_gradient(start, tmp_path):

@@ -165,3 +165,27 @@ def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
     steps = len(tiny.losses(out))
     assert steps > 0 and read_state(out / "last.pt")["step"] == steps
     assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """The second time a large block is taken, it needs no new pages."""
+    code = """
+import ctypes, resource, sys
+import numpy as np
+from moesr.runtime.memory import keep_freed
+if not hasattr(ctypes.CDLL(None), "mallopt"):
+    sys.exit("no mallopt")
+keep_freed()
+faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+for _ in range(2):
+    np.ones(2**23)  # 64 MiB
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+first, second = np.diff(faults)
+print(first, second)
+sys.exit(0 if second < first / 10 else 1)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "no mallopt" in result.stderr:
+        pytest.skip("the C library has no mallopt")
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -47,7 +47,7 @@ def test_every_preset_is_sound(name):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_change_what_they_say(name):
-    demo, other = load_recipe("small-x4"), load_recipe(name)
+    demo, other = load_recipe("demo-x4"), load_recipe(name)
     assert demo.model.unet is not None and other.model.unet is not None
     got = {
         "experts": len(other.model.expert_ranges),

@@ -218,8 +218,19 @@ def test_bad_setup(engine: Path):
 
 def test_missing_bundled_engine_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upscaler_module.importlib.resources, "files", lambda _: tmp_path)
-    with pytest.raises(EngineError, match=r"no bundled demo engine .* moesr-export"):
-        Upscaler()
+    for name in (None, "demo-x8"):
+        with pytest.raises(EngineError, match=r"no bundled demo engine .* moesr-export"):
+            Upscaler(name)
+
+
+def test_directory_goes_before_the_bundled_engine_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    bundled = upscaler_module.engine_directory("demo-x4")
+    assert bundled == upscaler_module.engine_directory() and bundled.is_absolute()
+    (tmp_path / "demo-x4").mkdir()
+    assert upscaler_module.engine_directory("demo-x4") == Path("demo-x4")
 
 
 def test_graph_that_onnxruntime_cannot_load(tmp_path: Path):

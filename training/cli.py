@@ -31,6 +31,7 @@ import torch
 
 from moesr.runtime.cli import guarded, logging_to_stderr
 from moesr.runtime.errors import MemoryLimitError, UsageError
+from moesr.runtime.memory import keep_freed
 from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.data import Crops, find_photographs
@@ -120,6 +121,7 @@ def start(args: argparse.Namespace) -> int:
         summary_writer()
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed()
     try:
         with parallel.processes(check_device(args.device)) as device:
             if parallel.rank() > 0:

@@ -6,7 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moesr.training.recipe import AutoencoderStage, DecoderStage
+
 COLOUR_PX = 8  # side of the areas whose mean colours are compared
+
+
+def pixel_loss(
+    pred: Tensor,
+    target: Tensor,
+    stage: AutoencoderStage | DecoderStage,
+    figures: dict[str, Tensor],
+    decoded: Tensor | None = None,
+) -> Tensor:
+    """L1 and colour losses of image batches [B, 3, H, W], weighted by `stage`; each is noted in `figures`.
+
+    Colours are compared of `decoded`, the image before colour correction, where `pred` is the one after it.
+    """
+    figures["l1"] = F.l1_loss(pred, target)
+    total = stage.l1_weight * figures["l1"]
+    if stage.colour_weight:
+        figures["colour"] = colour_loss(pred if decoded is None else decoded, target)
+        total = total + stage.colour_weight * figures["colour"]
+    return total
+
+
+def frequency_loss(
+    pred: Tensor, target: Tensor, stage: AutoencoderStage | DecoderStage, figures: dict[str, Tensor]
+) -> Tensor:
+    """Focal frequency loss weighted by `stage` and noted in `figures`; zero where it has no weight."""
+    if not stage.frequency_weight:
+        return pred.new_zeros(())
+    figures["ffl"] = focal_frequency_loss(pred, target)
+    return stage.frequency_weight * figures["ffl"]
 
 
 def colour_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -15,6 +46,17 @@ def colour_loss(pred: Tensor, target: Tensor) -> Tensor:
     Not of the papers: pixel losses hardly see hues, and a narrow network drops them first.
     """
     return F.l1_loss(F.avg_pool2d(pred, COLOUR_PX), F.avg_pool2d(target, COLOUR_PX))
+
+
+def wavelet_colours(content: Tensor, style: Tensor, levels: int = 5) -> Tensor:
+    """`moesr.runtime.colour.wavelet` of image batches [B, C, H, W], with gradients."""
+    low = style - content
+    taps = low.new_tensor([0.25, 0.5, 0.25])
+    kernel = (taps[:, None] * taps).expand(low.shape[1], 1, 3, 3)
+    for level in range(levels):
+        padded = F.pad(low, (2**level,) * 4, mode="replicate")
+        low = F.conv2d(padded, kernel, dilation=2**level, groups=low.shape[1])
+    return content + low
 
 
 def focal_frequency_loss(

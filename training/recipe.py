@@ -66,7 +66,7 @@ class AutoencoderStage(StageConfig):
     l1_weight: float = 1.0
     frequency_weight: float = 0.0
     colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
-    pass_colours: bool = False  # start as a blurred copy of colours, which a narrow network hardly finds
+    pass_colours: bool = False  # start with colours in LR features; a narrow network hardly finds them
     commitment: float = 0.25
     refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
     quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use
@@ -113,11 +113,15 @@ class DecoderStage(StageConfig):
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
     colour_weight: float = 0.0  # as for the autoencoder
+    wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
     adversarial_weight: float = 0.0  # times the adaptive weight of VQGAN
     adversarial_from: int = 0  # step at which the decoder begins to see the discriminator
-    trainable: Literal["fusion+refinement", "decoder"] = "fusion+refinement"
+    # "decoder+lr" also trains the encoder's levels, from a start that passes LR colours: for narrow networks,
+    # whose encoder keeps no hues. The encoder then serves LR images only, no longer the first stage.
+    trainable: Literal["fusion+refinement", "decoder", "decoder+lr"] = "fusion+refinement"
+    init_share: float = 0.0  # of the weights of --init in those that are published: network interpolation
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
 
@@ -126,6 +130,7 @@ class DecoderStage(StageConfig):
         super().check(name)
         for entry in ("latents", "latent_steps"):
             _check(f"{name}.{entry}", getattr(self, entry), 1)
+        _check(f"{name}.init_share", self.init_share, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,23 @@ codebook losses and, if asked for, the focal frequency and colour losses.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moesr.training import parallel
 from moesr.training.config import ModelConfig
 from moesr.training.data import Crops, to_float
 from moesr.training.loop import Run, fit
-from moesr.training.losses import colour_loss, focal_frequency_loss
+from moesr.training.losses import frequency_loss, pixel_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, plain, publish
+from moesr.training.stages.start import pass_colours
 from moesr.training.validation import psnr
 
-COLOUR_PATH = re.compile(r"conv_(in|out)$|(down|up)sample|nin_shortcut|quant_conv$")
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
 
@@ -54,15 +53,9 @@ class AutoencoderTask:
             codebook = F.mse_loss(codes, z.detach()) + stage.commitment * F.mse_loss(z, codes.detach())
             z = z + (codes - z).detach()
         decoded = net.decoder(net.post_quant_conv(z), None, 1.0)
-        l1 = F.l1_loss(decoded, image)
-        total, figures = stage.l1_weight * l1 + codebook, {"l1": l1, "code": codebook}
-        if stage.frequency_weight:
-            figures["ffl"] = focal_frequency_loss(decoded, image)
-            total = total + stage.frequency_weight * figures["ffl"]
-        if stage.colour_weight:
-            figures["colour"] = colour_loss(decoded, image)
-            total = total + stage.colour_weight * figures["colour"]
-        return total, figures, decoded
+        figures = {"code": codebook}
+        total = codebook + pixel_loss(decoded, image, stage, figures)
+        return total + frequency_loss(decoded, image, stage, figures), figures, decoded
 
     def after_step(self, step: int) -> None:
         """Set the codebook from encoder outputs when the quantiser comes into use."""
@@ -127,27 +120,6 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
             for at in range(0, count, batch)
         ]
     return torch.cat(chunks).cpu()
-
-
-@torch.no_grad()
-def pass_colours(network: Autoencoder) -> None:
-    """Let every layer between image, latent and image pass its first channels on, and do little else.
-
-    The network then begins as a copy of coarse colours. A narrow one that begins at random learns to copy
-    luma, spends the three channels of its latents on luma's detail, and hardly ever finds hues. Constant
-    offsets in the other channels keep GroupNorm from taking away the mean of a crop, its colour.
-    """
-    kept = network.config.z_channels
-    for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Conv2d) or layer.bias is None:
-            continue
-        if COLOUR_PATH.search(name):
-            layer.weight.mul_(0.1).add_(nn.init.dirac_(torch.zeros_like(layer.weight)))
-            nn.init.zeros_(layer.bias[:kept])
-            nn.init.normal_(layer.bias[kept:])
-        elif name.endswith(("conv2", "proj_out")):  # what residual blocks and attention add
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
 
 def prepare(recipe: Recipe) -> AutoencoderTask:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from moesr.runtime.errors import UsageError
 from moesr.training.adversarial import adaptive_weight, hinge_loss
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.data import Crops, resize_batch, to_float
 from moesr.training.loop import Fitted, Run, fit
-from moesr.training.losses import colour_loss, focal_frequency_loss
+from moesr.training.losses import frequency_loss, pixel_loss, wavelet_colours
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
 from moesr.training.perceptual import load_lpips
@@ -23,10 +23,12 @@ from moesr.training.recipe import DecoderStage, Recipe
 from moesr.training.stages import latents
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, publish
 from moesr.training.stages.experts import first_stage_of
+from moesr.training.stages.start import pass_lr
 from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
+START_CROPS = 6  # of the batch that the last layer's start is fitted to
 
 
 class DecoderTask:
@@ -38,7 +40,7 @@ class DecoderTask:
         self.lpips = load_lpips(stage.lpips_weights, device) if stage.lpips_weight else None
         network.requires_grad_(False)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad = is_trained(name, stage)
+            parameter.requires_grad = is_trained(name, stage, network.config.fusion_level)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of (number, HR, LR, latent); the discriminator's own is added and reaches only that."""
@@ -46,36 +48,31 @@ class DecoderTask:
         last = self.network.decoder.conv_out.weight
         frozen = not last.requires_grad
         last.requires_grad_(not frozen or adversarial)  # the adaptive weight needs the gradient there
-        sr, target, _ = self._decode(batch)
-        reconstruction, figures = self._reconstruction(sr, target)
-        total = reconstruction + self._frequency(sr, target, figures)
+        decoded, sr, target, _ = self._decode(batch)
+        reconstruction, figures = self._reconstruction(decoded, sr, target)
+        total = reconstruction + frequency_loss(sr, target, self.stage, figures)
         if adversarial:
             total = total + self._adversarial(sr, target, reconstruction, last, figures)
             last.requires_grad_(not frozen)
         return total, figures
 
-    def _decode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoded image, HR and the enlarged LR image, [B, 3, P, P] in [-1, 1]."""
+    def _decode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decoded image, the same as it is compared, HR and the enlarged LR, [B, 3, P, P] in [-1, 1]."""
         _, hr, lr, z = batch
         lr_up = to_float(resize_batch(lr, *hr.shape[-2:]))
-        return self.network.decode(z, lr_up).float(), to_float(hr), lr_up
+        decoded = self.network.decode(z, lr_up).float()
+        sr = wavelet_colours(decoded, lr_up) if self.stage.wavelet_colours else decoded
+        return decoded, sr, to_float(hr), lr_up
 
-    def _reconstruction(self, sr: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        figures = {"l1": F.l1_loss(sr, target)}
-        total = self.stage.l1_weight * figures["l1"]
-        if self.stage.colour_weight:
-            figures["colour"] = colour_loss(sr, target)
-            total = total + self.stage.colour_weight * figures["colour"]
+    def _reconstruction(
+        self, decoded: Tensor, sr: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        figures: dict[str, Tensor] = {}
+        total = pixel_loss(sr, target, self.stage, figures, decoded)
         if self.lpips is not None:
             figures["lpips"] = self.lpips(sr, target)
             total = total + self.stage.lpips_weight * figures["lpips"]
         return total, figures
-
-    def _frequency(self, sr: Tensor, target: Tensor, figures: dict[str, Tensor]) -> Tensor:
-        if not self.stage.frequency_weight:
-            return sr.new_zeros(())
-        figures["ffl"] = focal_frequency_loss(sr, target)
-        return self.stage.frequency_weight * figures["ffl"]
 
     def _adversarial(
         self, sr: Tensor, target: Tensor, reconstruction: Tensor, last: Tensor, figures: dict[str, Tensor]
@@ -99,17 +96,20 @@ class DecoderTask:
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The loss without its adversarial term, PSNR in dB, and side by side LR enlarged, SR and HR."""
-        sr, target, lr_up = self._decode(batch)
-        reconstruction, figures = self._reconstruction(sr, target)
-        total = reconstruction + self._frequency(sr, target, figures)
+        decoded, sr, target, lr_up = self._decode(batch)
+        reconstruction, figures = self._reconstruction(decoded, sr, target)
+        total = reconstruction + frequency_loss(sr, target, self.stage, figures)
         return {"loss": total, "psnr": psnr(sr, target), **figures}, torch.cat((lr_up, sr, target), dim=-1)
 
 
-def is_trained(name: str, stage: DecoderStage) -> bool:
-    """Whether stage 2 trains the parameter `name`: the encoder and the quantiser always stay."""
-    if name.startswith(NEW_PARTS):
-        return True
-    return stage.trainable == "decoder" and name.startswith("decoder.")
+def is_trained(name: str, stage: DecoderStage, level: int | None) -> bool:
+    """Whether stage 2 trains the parameter `name`; `level` is the one that is fused with LR features."""
+    if name.startswith("decoder."):
+        return stage.trainable != "fusion+refinement" or name.startswith(NEW_PARTS)
+    if stage.trainable != "decoder+lr" or level is None:
+        return False
+    before = tuple(f"encoder.down.{i}." for i in range(level))
+    return name.startswith(("encoder.conv_in.", *before, f"encoder.down.{level}.block."))
 
 
 def start_from(plain: Autoencoder, network: Autoencoder) -> None:
@@ -185,13 +185,29 @@ def train(
         triples = latents.Triples(made, recipe.seed)
     else:
         triples = latents.open_set(made, recipe, start)
+    if stage.trainable == "decoder+lr" and init is None and task.network.decoder.fusion is not None:
+        torch.manual_seed(recipe.seed)  # making latents may have drawn, unlike in another process
+        pass_lr(task.network, default_collate([triples[i] for i in range(START_CROPS)]))
     shown = None
     if held_out is not None:
         place = run.directory / VAL_LATENTS_NAME
         latents.make(recipe, start, held_out, run, place, stage.val_samples)
         shown = latents.Triples(place, None)
     fitted = fit(task, stage, triples, run, "decoder", shown)
+    if init is not None and stage.init_share:
+        mix = partial(interpolated, others=cpu_state(init.decoder()), share=stage.init_share)
+        fitted = Fitted(mix(fitted.last), None if fitted.best is None else mix(fitted.best))
     _publish(fitted, recipe, start, run)
+
+
+def interpolated(weights: dict[str, Tensor], others: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weights with `share` of `others` in them: network interpolation (ESRGAN, Wang et al. 2018, 3.4).
+
+    Between a decoder trained without the adversarial loss and the same one trained on with it, it trades
+    detail against artefacts.
+    """
+    mixed = {k: v.lerp(others[k], share) for k, v in weights.items() if v.is_floating_point()}
+    return {**weights, **mixed}
 
 
 def _publish(fitted: Fitted, recipe: Recipe, start: Checkpoint, run: Run) -> None:

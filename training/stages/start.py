@@ -1,0 +1,95 @@
+"""Where a narrow network starts: as a copy of colours, which it hardly ever finds when it starts at random.
+
+Not of the papers, whose networks are wide and start from published weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesr.training.data import resize_batch, to_float
+from moesr.training.networks import Autoencoder
+from moesr.training.networks.fusion import RESIDUAL_SCALE
+
+COLOURS = 3
+KEPT = 0.03  # of the first stage's features, which are an order of magnitude above the LR image's
+OFFSETS = 3.0  # deviation of the constants beside colours
+RIDGE = 1e-4
+
+PASSING = re.compile(r"conv_in$|.*(downsample\.conv|upsample\.conv|nin_shortcut)$")
+RESIDUAL = re.compile(r".*(block\.\d+\.conv2|rdb\d\.conv5)$")
+
+
+def pass_colours(network: Autoencoder) -> None:
+    """Let the encoder's levels, whose features of the LR image the decoder fuses, pass colours on."""
+    encoder = network.encoder
+    pass_on([("conv_in", encoder.conv_in), *encoder.down.named_modules(prefix="down")], 0.1, 1.0)
+
+
+@torch.no_grad()
+def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float) -> None:
+    """Turn layers into copies of their first channels, and what residual blocks add into nothing.
+
+    `kept` is what stays of the weights. Constants of deviation `offsets` in the channels beside the colours
+    keep GroupNorm from taking away the mean and the contrast of a crop.
+    """
+    for name, layer in layers:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            if PASSING.fullmatch(name):
+                layer.weight.mul_(kept).add_(nn.init.dirac_(torch.zeros_like(layer.weight)))
+                nn.init.zeros_(layer.bias[:COLOURS])
+                nn.init.normal_(layer.bias[COLOURS:], std=offsets)
+            elif RESIDUAL.fullmatch(name):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
+    """Let the LR image's colours pass from the encoder to the image, beside the first stage's features.
+
+    The last layer is fitted to `batch` (number, HR, LR, latent) by least squares.
+    """
+    pass_colours(network)
+    decoder, level = network.decoder, network.config.fusion_level
+    fusion = decoder.fusion
+    assert fusion is not None and level is not None, "without fusion there is nothing to pass"
+    pass_on(list(fusion.encode_enc_2.named_modules()), 0.0, 0.0)
+    weight = fusion.get_parameter("encode_enc_1.conv_out.weight")
+    count = len(weight)
+    nn.init.dirac_(weight)
+    weight[:, count:, 0, 0] = (KEPT - 1.0) * torch.eye(count)
+    weight[:COLOURS, count:] /= 1.0 - KEPT
+    weight /= (1.0 + RESIDUAL_SCALE) ** len(fusion.encode_enc_2)  # an RRDB that adds nothing still gains
+    pass_on(list(decoder.up[:level].named_modules()), 0.0, OFFSETS)
+    if level:
+        pass_on([("upsample.conv", decoder.up[level].get_submodule("upsample.conv"))], 0.0, OFFSETS)
+    refinement = getattr(decoder, "unet_1", None)
+    if refinement is not None:
+        for block in (refinement.conv1, refinement.up_conv2):
+            nn.init.zeros_(block.norm2.weight)
+            nn.init.zeros_(block.mlp.block.red_1x1.block.norm.weight)
+    fit_last_layer(network, batch)
+
+
+def fit_last_layer(network: Autoencoder, batch: Sequence[Tensor]) -> None:
+    """Set the decoder's last layer to the ridge regression of HR on the features that it sees."""
+    _, hr, lr, z = batch
+    last, seen = network.decoder.conv_out, list[Tensor]()
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.train().decode(z, to_float(resize_batch(lr, *hr.shape[-2:])))
+    hook.remove()
+    patches = F.unfold(seen[0], 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    patches = torch.cat((patches, torch.ones_like(patches[:, :1])), dim=1)
+    target = to_float(hr).permute(0, 2, 3, 1).reshape(-1, COLOURS).double()
+    gram = patches.T @ patches
+    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
+    solution = torch.linalg.solve(gram, patches.T @ target).float()
+    assert last.bias is not None
+    last.weight.copy_(solution[:-1].T.reshape(last.weight.shape))
+    last.bias.copy_(solution[-1])
