@@ -77,7 +77,10 @@ def spectra(plt: Any, panels: Mapping[str, np.ndarray], hr: np.ndarray, scale: i
 
 
 def quality_against_time(plt: Any, points: Sequence[tuple[str, Sequence[Point]]], path: Path) -> None:
-    """Save a plot for each measure (heading and points): its mean against mean seconds an image, log time."""
+    """Save a plot for each measure (heading and points): its mean against mean seconds an image, log time.
+
+    Points whose labels differ in the last word only (the number of steps) are joined.
+    """
     across = min(3, len(points))
     down = -(-len(points) // across)
     size = (4.4 * across, 3.3 * down)
@@ -85,16 +88,23 @@ def quality_against_time(plt: Any, points: Sequence[tuple[str, Sequence[Point]]]
     for axis in axes.flat[len(points) :]:
         axis.axis("off")
     for axis, (heading, marks) in zip(axes.flat, points, strict=False):
-        axis.plot([m.seconds for m in marks], [m.value for m in marks], "o", color="tab:blue", ms=5)
+        series: dict[str, list[Point]] = {}
         for m in marks:
-            offset = (m.seconds, m.value), (5, 4)
-            axis.annotate(m.label, *offset, textcoords="offset points", fontsize=8)
+            series.setdefault(m.label.rpartition(" ")[0] or m.label, []).append(m)
+        for i, (name, own) in enumerate(series.items()):
+            axis.plot([m.seconds for m in own], [m.value for m in own], "o-", ms=5, label=name)
+            for m in own:
+                text, place = m.label.removeprefix(name).strip(), (0, 5 if i % 2 else -12)
+                axis.annotate(text, (m.seconds, m.value), place, textcoords="offset points", fontsize=8)
         axis.set(xscale="log", xlabel="seconds an image", title=heading)
-        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1.0, 2.0, 5.0)))
+        seconds = [m.seconds for m in marks]
+        wide = max(seconds) > 100 * min(seconds)
+        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(plt.NullFormatter())
         axis.margins(x=0.25, y=0.15)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
