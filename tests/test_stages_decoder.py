@@ -168,7 +168,7 @@ def test_each_player_gets_its_own_gradient(start, tmp_path):
     task.critic.eval()  # fixed statistics make the losses below comparable
     total, figures = task.loss(batch(), 0)
     total.backward()
-    sr, target, _ = task._decode(batch())
+    _, sr, target, _ = task._decode(batch())
     own = hinge_loss(task.critic(target), task.critic(sr.detach()))
     wanted = torch.autograd.grad(own, list(task.critic.parameters()))
     for p, want in zip(task.critic.parameters(), wanted, strict=True):
@@ -292,7 +292,7 @@ def test_lpips_is_part_of_the_loss(start, tmp_path, fake_lpips):
     torch.save({**weights, "features.2.weight": torch.ones(1), "classifier.0.weight": torch.ones(1)}, path)
     task = decoder.prepare(lpips_recipe(str(path)), start, tiny.run(tmp_path))
     total, figures = task.loss(batch(), 0)
-    sr, target, _ = task._decode(batch())
+    _, sr, target, _ = task._decode(batch())
     difference = nn.functional.conv2d(sr - target, weights["features.0.weight"])
     torch.testing.assert_close(figures["lpips"], difference.square().mean())
     torch.testing.assert_close(total, figures["l1"] + figures["lpips"] + 10 * figures["ffl"])
