@@ -20,14 +20,14 @@ test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 
 demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled models again and export them
 
-$(RUNS)/photos: $(VENV)/.test
+$(RUNS)/photos: | $(VENV)/.test
 	$(BIN)/python -m moesr.training.demo_photos $@
 
 $(RUNS)/demo-x8/engine: private START = --from $(RUNS)/demo-x4/autoencoder/checkpoint
-$(RUNS)/demo-x8/engine: $(RUNS)/demo-x4/engine
+$(RUNS)/demo-x8/engine: | $(RUNS)/demo-x4/engine
 
 # All stages, then the decoder once more with the adversarial loss.
-$(RUNS)/%/engine: $(RUNS)/photos
+$(RUNS)/%/engine: | $(RUNS)/photos
 	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* $(START)
 	$(BIN)/moesr-train decoder --config $*-sharper --data $(RUNS)/photos/train -o $(RUNS)/$*/sharper \
 		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint

@@ -18,7 +18,7 @@ from moesr.export.graph import OPSET
 from moesr.export.graph import Graph as BuiltGraph
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.manifest import MANIFEST_NAME, Expert, Graph, Manifest, Parity, sha256_of
-from moesr.runtime.upscaler import DEMO_ENGINES
+from moesr.runtime.upscaler import demo_name
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
@@ -31,9 +31,9 @@ OnStage = Callable[[str], None]
 
 def checkpoint_directory(checkpoint: Path | None = None) -> Path:
     """Directory of a checkpoint given as a path or by the name of a bundled one; None is the x4 demo."""
-    name = DEMO_ENGINES[0] if checkpoint is None else str(checkpoint)
-    if checkpoint is not None and (name not in DEMO_ENGINES or checkpoint.exists()):
-        return checkpoint
+    name = demo_name(checkpoint)
+    if name is None:
+        return Path(str(checkpoint))
     directory = Path(str(resources.files("moesr.training"))) / "demo_checkpoints" / name
     if not (directory / "config.json").is_file():
         raise UsageError(

@@ -236,15 +236,22 @@ class Upscaler:
         return Settings(count, sampler, _whole("seed", seed, 0, 2**64 - 1), color_fix, float(fidelity))
 
 
+def demo_name(given: Path | str | None) -> str | None:
+    """The name in DEMO_ENGINES that is meant, the first for None; None where it is a path of the user's."""
+    if given is None:
+        return DEMO_ENGINES[0]
+    return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
+
+
 def engine_directory(engine: Path | str | None = None) -> Path:
     """Directory of an engine given as a path or as one of DEMO_ENGINES, which come with the package.
 
     None is the first of them; a directory of that name goes before the bundled one. Raises EngineError where
     a bundled engine was left out of the installation.
     """
-    name = DEMO_ENGINES[0] if engine is None else str(engine)
-    if engine is not None and (name not in DEMO_ENGINES or Path(engine).exists()):
-        return Path(engine)
+    name = demo_name(engine)
+    if name is None:
+        return Path(str(engine))
     path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))
     if not (path / MANIFEST_NAME).is_file():
         raise EngineError(

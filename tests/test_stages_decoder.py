@@ -66,7 +66,7 @@ def parts(names: Iterable[str]) -> set[str]:
     return {".".join(name.split(".")[:4]) if "encoder.down" in name else name.split(".")[1] for name in names}
 
 
-def test_start_passes_the_lr_image_on(tmp_path):
+def test_start_passes_the_lr_image_on():
     """Before any training, the decoder shows the LR image in its colours, whatever the latents are."""
     recipe = load_recipe("demo-x4")
     generator = torch.Generator().manual_seed(0)
@@ -74,16 +74,17 @@ def test_start_passes_the_lr_image_on(tmp_path):
     lr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)  # areas of 16 pixels of the output
     hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
     samples = [torch.arange(6), hr, lr, torch.randn(6, 3, 16, 16, generator=generator)]
-    config = dataclasses.replace(recipe.model, unet=None, decoder=plain(recipe.model.decoder))
-    first_stage = Autoencoder(config.decoder)
+    torch.manual_seed(0)
     network = Autoencoder(recipe.model.decoder)
-    decoder.start_from(first_stage, network)
-    pass_lr(network, [part[:4] for part in samples])
-    with torch.no_grad():
-        lr_up = to_float(resize_batch(lr, 64, 64))
-        sr = network.decode(samples[3], lr_up)
-    errors = (to_float(hr) - sr)[4:].square().mean(dim=(1, 2, 3))  # of samples that nothing was fitted to
-    assert float(errors.max()) < 0.1 * float(to_float(hr).var())
+    decoder.start_from(Autoencoder(plain(recipe.model.decoder)), network)
+    lr_up, errors = to_float(resize_batch(lr, 64, 64)), []
+    for _ in range(2):
+        with torch.no_grad():
+            sr = network.decode(samples[3], lr_up)
+        errors.append(float((to_float(hr) - sr)[4:].square().mean()))  # of samples that nothing is fitted to
+        pass_lr(network, [part[:4] for part in samples])
+    without, passed = errors
+    assert passed < 0.2 * float(to_float(hr).var()) < 0.2 * without
 
 
 def test_network_starts_as_the_first_stage(start, tmp_path):

@@ -66,7 +66,6 @@ class AutoencoderStage(StageConfig):
     l1_weight: float = 1.0
     frequency_weight: float = 0.0
     colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
-    pass_colours: bool = False  # start with colours in LR features; a narrow network hardly finds them
     commitment: float = 0.25
     refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
     quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use

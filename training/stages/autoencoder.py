@@ -20,7 +20,6 @@ from moesr.training.losses import frequency_loss, pixel_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, plain, publish
-from moesr.training.stages.start import pass_colours
 from moesr.training.validation import psnr
 
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
@@ -125,10 +124,7 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
 def prepare(recipe: Recipe) -> AutoencoderTask:
     """The task of this stage with fresh weights."""
     torch.manual_seed(recipe.seed)
-    network = Autoencoder(plain(recipe.model.decoder))
-    if recipe.autoencoder.pass_colours:
-        pass_colours(network)
-    return AutoencoderTask(network, recipe.autoencoder)
+    return AutoencoderTask(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
 
 
 def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:

@@ -25,12 +25,6 @@ PASSING = re.compile(r"conv_in$|.*(downsample\.conv|upsample\.conv|nin_shortcut)
 RESIDUAL = re.compile(r".*(block\.\d+\.conv2|rdb\d\.conv5)$")
 
 
-def pass_colours(network: Autoencoder) -> None:
-    """Let the encoder's levels, whose features of the LR image the decoder fuses, pass colours on."""
-    encoder = network.encoder
-    pass_on([("conv_in", encoder.conv_in), *encoder.down.named_modules(prefix="down")], 0.1, 1.0)
-
-
 @torch.no_grad()
 def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float) -> None:
     """Turn layers into copies of their first channels, and what residual blocks add into nothing.
@@ -55,16 +49,17 @@ def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
 
     The last layer is fitted to `batch` (number, HR, LR, latent) by least squares.
     """
-    pass_colours(network)
-    decoder, level = network.decoder, network.config.fusion_level
+    encoder, decoder, level = network.encoder, network.decoder, network.config.fusion_level
     fusion = decoder.fusion
     assert fusion is not None and level is not None, "without fusion there is nothing to pass"
+    pass_on([("conv_in", encoder.conv_in), *encoder.down.named_modules(prefix="down")], 0.1, 1.0)
     pass_on(list(fusion.encode_enc_2.named_modules()), 0.0, 0.0)
     weight = fusion.get_parameter("encode_enc_1.conv_out.weight")
     count = len(weight)
     nn.init.dirac_(weight)
-    weight[:, count:, 0, 0] = (KEPT - 1.0) * torch.eye(count)
-    weight[:COLOURS, count:] /= 1.0 - KEPT
+    kept = torch.full((count,), KEPT)
+    kept[:COLOURS] = 0.0
+    weight[:, count:, 0, 0] = torch.diag(kept - 1.0)  # the layer adds to these features: kept are left
     weight /= (1.0 + RESIDUAL_SCALE) ** len(fusion.encode_enc_2)  # an RRDB that adds nothing still gains
     pass_on(list(decoder.up[:level].named_modules()), 0.0, OFFSETS)
     if level:
