@@ -23,14 +23,17 @@ demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled 
 $(RUNS)/photos: | $(VENV)/.test
 	$(BIN)/python -m moesr.training.demo_photos $@
 
-$(RUNS)/demo-x8/engine: private START = --from $(RUNS)/demo-x4/autoencoder/checkpoint
-$(RUNS)/demo-x8/engine: | $(RUNS)/demo-x4/engine
+# One first stage serves both, so that `make -j2 demo-model` trains the two at once.
+FIRST := $(RUNS)/demo-x4/autoencoder/checkpoint
 
-# All stages, then the decoder once more with the adversarial loss.
-$(RUNS)/%/engine: | $(RUNS)/photos
-	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* $(START)
-	$(BIN)/moesr-train decoder --config $*-sharper --data $(RUNS)/photos/train -o $(RUNS)/$*/sharper \
-		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint
+$(FIRST): | $(RUNS)/photos
+	$(BIN)/moesr-train autoencoder --config demo-x4 --data $(RUNS)/photos/train -o $(@D)
+
+# The other stages, then the decoder once more with the adversarial loss.
+$(RUNS)/%/engine: | $(FIRST)
+	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* --from $(FIRST)
+	$(BIN)/moesr-train decoder --config $*-sharper --latents $(RUNS)/$*/decoder/latents \
+		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint -o $(RUNS)/$*/sharper
 	$(BIN)/moesr-export $(RUNS)/$*/sharper/checkpoint -o $@ --tile 192
 
 lint: $(VENV)/.lint  ## Style, imports and types

@@ -1,7 +1,8 @@
-"""The focal frequency loss against its published value and its authors' package; the colour loss."""
+"""The focal frequency loss against its published value and its authors' package; the other losses."""
 
 from __future__ import annotations
 
+import metrics
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from moesr.training.losses import (
     COLOUR_PX,
     colour_loss,
     focal_frequency_loss,
+    gradient_loss,
     spectral_weights,
     wavelet_colours,
 )
@@ -108,3 +110,22 @@ def test_colour_loss_sees_areas_and_no_detail():
     assert float(colour_loss(areas, pred)) < 1e-12 < float(colour_loss(shuffled, pred))
     assert float(colour_loss(pred + 0.25, pred)) == pytest.approx(0.25)
     assert torch.autograd.gradcheck(lambda x: colour_loss(x, target), pred.requires_grad_())
+
+
+def test_gradient_loss_is_the_measured_similarity():
+    images = torch.randint(256, (2, 3, 40, 28), generator=torch.Generator().manual_seed(0)).double()
+    for edge in (images[..., :4, :], images[..., -4:, :], images[..., :, :4], images[..., :, -4:]):
+        edge[:] = 90.0  # flat, so that it does not matter how the borders are treated
+    pred, target = images[:1], images[1:]
+    y_pred, y_target = (metrics.luma(image[0].permute(1, 2, 0).numpy()) for image in (pred, target))
+    dissimilar = (1.0 - metrics.gradient_similarity(y_pred, y_target)) * 20 * 14  # at half size
+    got = gradient_loss(pred / 127.5 - 1.0, target / 127.5 - 1.0)
+    assert float(got) * 18 * 12 == pytest.approx(dissimilar, rel=1e-6)
+
+
+def test_gradient_loss_has_gradients_also_where_images_are_flat():
+    pred, target = images(1, 3, 8, 8)
+    assert torch.autograd.gradcheck(lambda x: gradient_loss(x, target), pred.requires_grad_())
+    flat = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    gradient_loss(flat, target.float()).backward()
+    assert flat.grad is not None and bool(flat.grad.isfinite().all())

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pytest
 import tiny_training as tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moesr.runtime.errors import UsageError
@@ -140,6 +141,22 @@ def test_published_weights_may_hold_a_share_of_the_initial_ones(data, start, tmp
     for name, weight in before.items():
         if weight.is_floating_point():
             torch.testing.assert_close(initial[name], weight)
+
+
+def test_published_weights_may_be_stored_in_half(data, start, tmp_path):
+    files = []
+    for stored in ("fp32", "fp16"):
+        run = tiny.run(tmp_path / stored)
+        decoder.train(tiny.recipe(decoder={"stored": stored}), data, run, start)
+        whole = load_checkpoint(run.directory / "checkpoint").files[1:]
+        files.append({path.name: load_file(path) for path in whole})
+    full, half = files
+    assert full.keys() == half.keys()
+    for name, state in half.items():
+        for key, weight in state.items():
+            if weight.is_floating_point():
+                assert weight.dtype is torch.float16
+                torch.testing.assert_close(weight, full[name][key].half(), rtol=0, atol=0)
 
 
 def test_colours_are_compared_before_their_correction(start, tmp_path):

@@ -3,7 +3,8 @@
   python -m moesr.training.demo_photos photos
 
 They come with scikit-image, scikit-learn and Matplotlib; `photos/train` and `photos/validation` never share
-a scene.
+a scene. Those to train on are also written smaller, as Real-ESRGAN's training set was: detail of every size
+from few photographs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TRAIN = (
 TRAIN_SKLEARN = ("china.jpg", "flower.jpg")
 TRAIN_MATPLOTLIB = ("grace_hopper.jpg",)
 VALIDATION = ("chelsea", "coffee", "rocket")
+SIZES = {"train": (1.0, 0.75, 0.5), "validation": (1.0,)}
 
 
 def photographs(split: str) -> dict[str, np.ndarray]:
@@ -59,9 +61,13 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for name, image in photographs(split).items():
-            Image.fromarray(image).save(folder / split / f"{name}.png")
-            print(folder / split / f"{name}.png", f"{image.shape[1]}x{image.shape[0]}")
+        for name, pixels in photographs(split).items():
+            image = Image.fromarray(pixels)
+            for size in SIZES[split]:
+                path = folder / split / (f"{name}.png" if size == 1.0 else f"{name}_{size:g}.png")
+                width, height = (round(side * size) for side in image.size)
+                image.resize((width, height), Image.Resampling.LANCZOS).save(path)
+                print(path, f"{width}x{height}")
 
 
 if __name__ == "__main__":

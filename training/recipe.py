@@ -66,6 +66,7 @@ class AutoencoderStage(StageConfig):
     l1_weight: float = 1.0
     frequency_weight: float = 0.0
     colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
+    gradient_weight: float = 0.0  # one minus the gradient magnitude similarity
     commitment: float = 0.25
     refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
     quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use
@@ -112,6 +113,7 @@ class DecoderStage(StageConfig):
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
     colour_weight: float = 0.0  # as for the autoencoder
+    gradient_weight: float = 0.0  # as for the autoencoder
     wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
@@ -121,6 +123,7 @@ class DecoderStage(StageConfig):
     # whose encoder keeps no hues. The encoder then serves LR images only, no longer the first stage.
     trainable: Literal["fusion+refinement", "decoder", "decoder+lr"] = "fusion+refinement"
     init_share: float = 0.0  # of the weights of --init in those that are published: network interpolation
+    stored: Literal["fp32", "fp16"] = "fp32"  # weights of the published model, experts included
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
 

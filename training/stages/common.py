@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moesr.training import parallel
@@ -40,9 +41,13 @@ def cpu_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def publish(
-    directory: Path, config: ModelConfig, experts: Iterable[dict[str, Tensor]], decoder: dict[str, Tensor]
+    directory: Path,
+    config: ModelConfig,
+    experts: Iterable[dict[str, Tensor]],
+    decoder: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a checkpoint directory, in place of one from an earlier run; the process 0 does."""
     if parallel.rank() == 0:
-        save_checkpoint(directory, config, experts, decoder, force=True)
+        save_checkpoint(directory, config, experts, decoder, force=True, dtype=dtype)
     parallel.wait()

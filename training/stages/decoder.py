@@ -211,7 +211,8 @@ def interpolated(weights: dict[str, Tensor], others: dict[str, Tensor], share: f
 
 
 def _publish(fitted: Fitted, recipe: Recipe, start: Checkpoint, run: Run) -> None:
+    dtype = torch.float16 if recipe.decoder.stored == "fp16" else torch.float32
     for place, weights in ((CHECKPOINT, fitted.last), (BEST_CHECKPOINT, fitted.best)):
         if weights is not None:
             experts = (cpu_state(start.expert(k)) for k in range(expert_count(recipe.model)))
-            publish(run.directory / place, recipe.model, experts, weights)
+            publish(run.directory / place, recipe.model, experts, weights, dtype)
