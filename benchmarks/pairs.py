@@ -69,6 +69,6 @@ def degrade(hr: np.ndarray, kind: str, name: str) -> np.ndarray:
     from moesr.training.degradation import BlindDegradation, degrade_blind
 
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    batch = torch.from_numpy(hr).permute(2, 0, 1)[None].float() / 255
+    batch = torch.tensor(hr).permute(2, 0, 1)[None].float() / 255
     lr = degrade_blind(batch, BlindDegradation(scale=scale), torch.Generator().manual_seed(seed))
     return (lr[0] * 255).round().byte().permute(1, 2, 0).numpy()

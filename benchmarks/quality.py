@@ -81,19 +81,29 @@ def draw(stem: str, hr: np.ndarray, lr: np.ndarray, results: Mapping[str, np.nda
 
 
 def run(
-    originals: Mapping[str, np.ndarray], degradation: str, upscale: Mapping[str, Upscale], out: Path
+    originals: Mapping[str, np.ndarray],
+    degradation: str,
+    upscale: Mapping[str, Upscale],
+    out: Path,
+    draws: int = 1,
 ) -> tuple[list[Record], list[Record]]:
-    """Score and draw every image; returns the records and their means (with FID where it can be had)."""
+    """Score every image, degraded `draws` times, and draw it once.
+
+    Returns the records and their means (with FID where it can be had).
+    """
     learned, records = perceptual.load(), []
     with tempfile.TemporaryDirectory() as scratch:
         sets = ImageSets(Path(scratch))
-        for name, hr in tqdm(originals.items(), unit="image", disable=None):
-            lr = degrade(hr, degradation, name)
-            scored, results = score(name, hr, lr, upscale, learned)
+        cases = [(name, i) for name in originals for i in range(draws)]
+        for name, i in tqdm(cases, unit="image", disable=None):
+            hr, label = originals[name], f"{name} {i + 1}" if i else name
+            lr = degrade(hr, degradation, label)
+            scored, results = score(label, hr, lr, upscale, learned)
             records += scored
-            draw(Path(name).stem, hr, lr, results, out)
+            if i == 0:
+                draw(Path(name).stem, hr, lr, results, out)
             if perceptual.FID in learned:
-                sets.add(Path(name).stem, {**results, HR: hr})
+                sets.add(f"{Path(name).stem}_{i}", {**results, HR: hr})
         averaged = means(records)
         if perceptual.FID in learned:
             averaged = [sets.with_fid(r, learned) for r in averaged]
@@ -135,9 +145,10 @@ def plot(averaged: Sequence[Record], path: Path) -> None:
 def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     """Markdown above the tables: what was measured, and on what."""
     m, backend = up.manifest, up.backend
+    times = f", each degraded {args.draws} times" if args.draws > 1 else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
-        f"Originals: {args.hr}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
+        f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
         f"checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.device}, {platform.machine()}, {os.cpu_count()} logical cores.\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
@@ -153,6 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--engine", type=Path, metavar="DIR", help="engine directory (default: the bundled demo engine)")
     add("--hr", default="demo", metavar="DIR", help="originals; demo: three photographs (default: demo)")
     add("--degrade", choices=DEGRADATIONS, default="x4-bicubic", help="how LR is made (default %(default)s)")
+    add("--draws", type=int, default=1, metavar="N", help="blind: LR images of each original (default 1)")
     add(
         "--steps",
         type=int,
@@ -172,6 +184,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def benchmark(args: argparse.Namespace) -> str:
     """Run the whole benchmark and write its files; returns the Markdown page."""
+    if args.draws < 1 or (args.draws > 1 and args.degrade != "x4-blind"):
+        raise UsageError("--draws: expected 1 or more, and more than 1 of the blind degradation only")
     originals = load_originals(args.hr)
     with Upscaler(args.engine, threads=args.threads) as up:
         if DEGRADATIONS[args.degrade] != up.manifest.scale:
@@ -186,7 +200,7 @@ def benchmark(args: argparse.Namespace) -> str:
             raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
         # One small image through every expert, so that all graphs are loaded before the clock runs.
         up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
-        records, averaged = run(originals, args.degrade, upscale, args.out)
+        records, averaged = run(originals, args.degrade, upscale, args.out, args.draws)
         page = preamble(up, args) + markdown(records, averaged)
     plot(averaged, args.out / "quality_vs_time.png")
     (args.out / "quality.md").write_text(page, encoding="utf-8")

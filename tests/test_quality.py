@@ -115,6 +115,23 @@ def test_files_of_a_run(engine, originals, tmp_path, capsys):
     assert "| DDIM 2 |" in page and "PSNR↑" in page and "Mean of 2 images" in page
 
 
+def test_an_original_may_be_degraded_several_times(engine, originals, tmp_path):
+    blind = ("--degrade", "x4-blind", "--steps", "1")
+    assert run(engine, originals, tmp_path / "once", *blind) == 0
+    assert run(engine, originals, tmp_path / "thrice", *blind, "--draws", "3") == 0
+    psnr = {}
+    for name in ("once", "thrice"):
+        with (tmp_path / name / "quality.csv").open(encoding="utf-8") as stream:
+            psnr[name] = {
+                r["image"]: float(r["psnr"]) for r in csv.DictReader(stream) if r["method"] == "Bicubic"
+            }
+    once, thrice = psnr["once"], psnr["thrice"]
+    assert list(thrice) == [f"{n}{i}" for n in ("eye.png", "fur.png") for i in ("", " 2", " 3")] + ["mean"]
+    assert once["eye.png"] == thrice["eye.png"] and len(set(thrice.values())) == 7
+    assert thrice["mean"] == pytest.approx(sum(v for n, v in thrice.items() if n != "mean") / 6)
+    assert sorted(p.name for p in (tmp_path / "thrice").glob("sheet_*")) == ["sheet_eye.png", "sheet_fur.png"]
+
+
 def test_figures_need_matplotlib(engine, originals, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(engine, originals, tmp_path, "--steps", "1") == 0
@@ -138,8 +155,10 @@ def test_figures_with_matplotlib(engine, originals, tmp_path):
         (["--hr", "/nowhere"], 2, "no such directory"),
         (["--engine", "/nowhere"], 3, "no such engine"),
         (["--steps", "1001"], 2, "expected a whole number"),
+        (["--draws", "0"], 2, "expected 1 or more"),
+        (["--draws", "2"], 2, "of the blind degradation only"),
     ],
-    ids=["scale", "originals", "engine", "steps"],
+    ids=["scale", "originals", "engine", "steps", "no draws", "draws of bicubic"],
 )
 def test_errors(options, code, message, engine, originals, tmp_path, capsys):
     assert run(engine, originals, tmp_path, *options) == code

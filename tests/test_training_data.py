@@ -14,6 +14,7 @@ from moesr.runtime.errors import InputError
 from moesr.runtime.resize import imresize
 from moesr.training.data import Crops, Degradation, condition, find_photographs, load_rgb, resize_batch
 from moesr.training.draws import Draws, seed_of
+from moesr.training.recipe import Augmentation
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_lr_does_not_depend_on_the_batch(kind, tmp_path):
 
 def test_shuffled_channels_are_the_same_planes(tmp_path):
     plain = tiny.crops(tiny.photographs(tmp_path))
-    shuffled = Crops(plain.paths, 32, plain.seed, shuffle_channels=True)
+    shuffled = Crops(plain.paths, 32, plain.seed, augmentation=Augmentation(shuffle_channels=True))
     orders = set()
     for i in range(40):
         want, got = plain.crop(i), shuffled.crop(i)
@@ -125,6 +126,41 @@ def test_shuffled_channels_are_the_same_planes(tmp_path):
     assert len(orders) == 6
     _, hr, lr = shuffled.with_lr(Degradation("bicubic", 4, 0))[1]
     assert torch.equal(hr, shuffled.crop(1)) and torch.equal(lr, resize_batch(hr[None], 8, 8)[0])
+
+
+def test_photographs_may_be_made_smaller(tmp_path):
+    """Every crop then shows between one and two of its sides of a photograph, here a ramp of columns."""
+    ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (96, 96, 3))
+    Image.fromarray(ramp.copy()).save(tmp_path / "ramp.png")
+    crops = Crops([tmp_path / "ramp.png"], 32, 0, augmentation=Augmentation(smallest_size=0.5))
+    slopes = []
+    for i in range(60):
+        crop = crops.crop(i)[0].double().numpy()
+        assert crop.shape == (32, 32)
+        slopes.append(max(abs(np.diff(crop[4:-4, 4:-4], axis=axis)).mean() for axis in (0, 1)))
+    assert 1.9 <= min(slopes) < 2.4 and 3.6 < max(slopes) <= 4.1
+    np.testing.assert_array_equal(crops.crop(5), crops.crop(5))
+
+
+def test_crops_as_large_as_the_photograph_are_not_made_smaller(tmp_path):
+    photograph = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    Image.fromarray(photograph).save(tmp_path / "small.png")
+    crops = Crops([tmp_path / "small.png"], 32, 0, augmentation=Augmentation(smallest_size=0.5))
+    plain = Crops([tmp_path / "small.png"], 32, 0)
+    assert {tuple(crops.crop(i).flatten().sort().values.tolist()) for i in range(60)} == {
+        tuple(plain.crop(i).flatten().sort().values.tolist()) for i in range(200)
+    }
+
+
+def test_contrast_keeps_the_mean_colour(tmp_path):
+    plain = tiny.crops(tiny.photographs(tmp_path))
+    pale = Crops(plain.paths, 32, plain.seed, augmentation=Augmentation(least_contrast=0.25))
+    shares = []
+    for i in range(60):
+        want, got = plain.crop(i).double(), pale.crop(i).double()
+        torch.testing.assert_close(got.mean(dim=(1, 2)), want.mean(dim=(1, 2)), atol=0.5, rtol=0)
+        shares.append(float(got.std() / want.std()))
+    assert 0.24 < min(shares) < 0.4 and 0.85 < max(shares) < 1.01
 
 
 def test_share_of_a_blind_recipe_is_bicubic(tmp_path):

@@ -38,7 +38,7 @@ from moesr.training.data import Crops, find_photographs
 from moesr.training.dryrun import measure
 from moesr.training.journal import summary_writer
 from moesr.training.loop import Run, Samples
-from moesr.training.recipe import Recipe, StageConfig, load_recipe, presets
+from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe, presets
 from moesr.training.stages import autoencoder, decoder, experts, latents
 from moesr.training.stages.common import CHECKPOINT, with_lr
 from moesr.training.trainer import Task
@@ -158,7 +158,7 @@ def stage_config(stage: str, recipe: Recipe) -> StageConfig:
 def crops(folder: Path, patch_px: int, recipe: Recipe) -> Crops:
     """Crops of the photographs in `folder`."""
     photographs = find_photographs(folder, patch_px)
-    return Crops(photographs, patch_px, recipe.seed, shuffle_channels=recipe.shuffle_channels)
+    return Crops(photographs, patch_px, recipe.seed, augmentation=recipe.augmentation)
 
 
 def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
@@ -184,7 +184,7 @@ def run_stage(
     """Run one stage in `directory`, from the checkpoint of the stage before."""
     patch_px = stage_config(stage, recipe).patch_px
     data = crops(args.data, patch_px, recipe) if args.data else None
-    held_out = crops(args.val, patch_px, replace(recipe, shuffle_channels=False)) if args.val else None
+    held_out = crops(args.val, patch_px, replace(recipe, augmentation=Augmentation())) if args.val else None
     run = Run(directory, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
     init = load_checkpoint(args.init) if args.init else None
     if stage == "decoder":

@@ -19,6 +19,7 @@ from moesr.runtime.image_io import READ_SUFFIXES, load
 from moesr.runtime.resize import imresize
 from moesr.training.degradation import BlindDegradation, degrade_blind
 from moesr.training.draws import DEGRADATION, Draws
+from moesr.training.recipe import Augmentation
 
 log = logging.getLogger("moesr")
 CACHED_IMAGES = 64  # decoded photographs kept in memory by each loader process
@@ -112,15 +113,14 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         seed: int,
         degradation: Degradation | None = None,
         *,
-        shuffle_channels: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.paths, self.patch_px, self.seed, self.degradation = paths, patch_px, seed, degradation
-        self.shuffle_channels = shuffle_channels
+        self.augmentation = augmentation or Augmentation()
 
     def with_lr(self, degradation: Degradation) -> Crops:
         """The same crops with LR images."""
-        shuffle = self.shuffle_channels
-        return Crops(self.paths, self.patch_px, self.seed, degradation, shuffle_channels=shuffle)
+        return Crops(self.paths, self.patch_px, self.seed, degradation, augmentation=self.augmentation)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """Sample `index` (from 0, without end): its number, HR uint8 [3, P, P], LR where it is made here."""
@@ -130,15 +130,23 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         return number, hr, self.degradation(hr[None], number[None])[0]
 
     def crop(self, index: int) -> Tensor:
-        """Pixels of sample `index`: drawn photograph, place, flip, transposition, colours."""
-        draw = np.random.default_rng((self.seed, index))
+        """Pixels of sample `index`: drawn photograph, size, place, flip, transposition, colours, contrast."""
+        draw, augmentation = np.random.default_rng((self.seed, index)), self.augmentation
         image = self._photograph(draw)
-        y, x = (int(draw.integers(0, side - self.patch_px + 1)) for side in image.shape[:2])
-        pixels = image[y : y + self.patch_px, x : x + self.patch_px]
+        cut = self.patch_px
+        if augmentation.smallest_size < 1.0:
+            cut = min(round(cut / draw.uniform(augmentation.smallest_size, 1.0)), *image.shape[:2])
+        y, x = (int(draw.integers(0, side - cut + 1)) for side in image.shape[:2])
+        pixels = image[y : y + cut, x : x + cut]
         flip_y, flip_x, transpose = draw.integers(0, 2, size=3)
         pixels = pixels[:: 1 - 2 * flip_y, :: 1 - 2 * flip_x]
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
-        pixels = pixels[..., draw.permutation(3)] if self.shuffle_channels else pixels
+        pixels = pixels[..., draw.permutation(3)] if augmentation.shuffle_channels else pixels
+        pixels = pixels if cut == self.patch_px else imresize(pixels, self.patch_px, self.patch_px)
+        if augmentation.least_contrast < 1.0:
+            mean = pixels.mean(axis=(0, 1))
+            contrast = draw.uniform(augmentation.least_contrast, 1.0)
+            pixels = np.rint(mean + contrast * (pixels - mean)).astype(np.uint8)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def crops(self, first: int, count: int) -> Tensor:

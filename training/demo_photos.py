@@ -3,8 +3,8 @@
   python -m moesr.training.demo_photos photos
 
 They come with scikit-image, scikit-learn and Matplotlib; `photos/train` and `photos/validation` never share
-a scene. Those to train on are also written smaller, as Real-ESRGAN's training set was: detail of every size
-from few photographs.
+a scene. Scenes to train on are also written smaller, as Real-ESRGAN's were: detail of every size from few
+photographs, and fewer of the crops from plain textures and soft or scientific pictures.
 """
 
 from __future__ import annotations
@@ -15,41 +15,48 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TRAIN = (
-    "astronaut",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "retina",
+SCENES = ("astronaut", "camera", "motorcycle", "china.jpg", "flower.jpg", "grace_hopper.jpg")
+OTHERS = (
     "brick",
+    "clock",
+    "coins",
     "grass",
     "gravel",
-    "camera",
-    "motorcycle",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "retina",
 )
-TRAIN_SKLEARN = ("china.jpg", "flower.jpg")
-TRAIN_MATPLOTLIB = ("grace_hopper.jpg",)
 VALIDATION = ("chelsea", "coffee", "rocket")
-SIZES = {"train": (1.0, 0.75, 0.5), "validation": (1.0,)}
+SMALLER = (0.75, 0.5)
 
 
 def photographs(split: str) -> dict[str, np.ndarray]:
     """The photographs of `split` ("train" or "validation"), uint8 [H, W, 3] by name."""
-    from skimage import data
-
     if split == "validation":
-        return {name: getattr(data, name)() for name in VALIDATION}
-    from matplotlib import pyplot as plt
-    from matplotlib.cbook import get_sample_data
+        return {name: photograph(name) for name in VALIDATION}
+    images = {Path(name).stem: photograph(name) for name in (*SCENES, *OTHERS)}
+    for name in SCENES:
+        image = Image.fromarray(images[Path(name).stem])
+        for size in SMALLER:
+            sides = round(image.width * size), round(image.height * size)
+            images[f"{Path(name).stem}_{size:g}"] = np.asarray(image.resize(sides, Image.Resampling.LANCZOS))
+    return images
+
+
+def photograph(name: str) -> np.ndarray:
+    """One photograph, uint8 [H, W, 3]."""
+    from matplotlib import cbook
+    from skimage import data
     from sklearn.datasets import load_sample_image
 
-    images = {n: getattr(data, n)() for n in TRAIN if n != "motorcycle"}
-    images["motorcycle"] = data.stereo_motorcycle()[0]
-    images |= {Path(n).stem: load_sample_image(n) for n in TRAIN_SKLEARN}
-    samples = {n: get_sample_data(n, asfileobj=False) for n in TRAIN_MATPLOTLIB}
-    images |= {Path(n).stem: plt.imread(str(path)) for n, path in samples.items()}
-    return {
-        n: image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for n, image in images.items()
-    }
+    if name == "grace_hopper.jpg":
+        image = np.asarray(Image.open(cbook.get_sample_data(name)))
+    elif name.endswith(".jpg"):
+        image = load_sample_image(name)
+    else:
+        image = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
 def main() -> None:
@@ -61,13 +68,9 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for name, pixels in photographs(split).items():
-            image = Image.fromarray(pixels)
-            for size in SIZES[split]:
-                path = folder / split / (f"{name}.png" if size == 1.0 else f"{name}_{size:g}.png")
-                width, height = (round(side * size) for side in image.size)
-                image.resize((width, height), Image.Resampling.LANCZOS).save(path)
-                print(path, f"{width}x{height}")
+        for name, image in photographs(split).items():
+            Image.fromarray(image).save(folder / split / f"{name}.png")
+            print(folder / split / f"{name}.png", f"{image.shape[1]}x{image.shape[0]}")
 
 
 if __name__ == "__main__":

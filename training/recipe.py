@@ -136,13 +136,29 @@ class DecoderStage(StageConfig):
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """How crops differ from what photographs show, beyond flips and transposition; all off by default.
+
+    Few photographs are learnt by heart without it: their textures, not what textures have in common.
+    """
+
+    shuffle_channels: bool = False  # an order of red, green and blue for every crop: every hue
+    smallest_size: float = 1.0  # photographs are made smaller by a factor between this and 1
+    least_contrast: float = 1.0  # differences from a crop's mean colour are multiplied by this to 1
+
+    def __post_init__(self) -> None:
+        _check("augmentation.smallest_size", self.smallest_size, 0.1, 1.0)
+        _check("augmentation.least_contrast", self.least_contrast, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A model and how to train it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     degradation: Literal["bicubic", "blind"] = "bicubic"
     bicubic_share: float = 0.0  # of the samples of a blind recipe, which are degraded by bicubic alone
-    shuffle_channels: bool = False  # of every crop, so that few photographs show every hue
+    augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     experts: ExpertStage = field(default_factory=ExpertStage)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict
         "scale": recipe.model.scale,
         "degradation": recipe.degradation,
         "bicubic_share": recipe.bicubic_share,
-        "shuffle_channels": data.shuffle_channels,
+        "augmentation": asdict(data.augmentation),
         "patch_px": data.patch_px,
         "sampler": recipe.model.sampler,
         "steps": recipe.decoder.latent_steps,
@@ -156,7 +157,7 @@ def _open(path: Path) -> Any:
 def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
     """Open a set made before; UsageError where it is not of this recipe and stage 1."""
     found = read_description(directory)
-    crops = Crops([], recipe.decoder.patch_px, recipe.seed, shuffle_channels=recipe.shuffle_channels)
+    crops = Crops([], recipe.decoder.patch_px, recipe.seed, augmentation=recipe.augmentation)
     wanted = describe(recipe, start, crops, recipe.decoder.latents)
     _check(directory, {**wanted, "photographs": found.get("photographs")})
     return Triples(directory, recipe.seed)
