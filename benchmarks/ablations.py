@@ -142,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="a trained model with all its stages")
     add("--data", type=Path, required=True, metavar="DIR", help="the photographs that it was trained on")
-    add("--decoder-steps", type=int, default=90, help="(default: %(default)s)")
-    add("--base-steps", type=int, default=300, help="(default: %(default)s)")
+    add("--decoder-steps", type=int, default=200, help="(default: %(default)s)")
+    add("--base-steps", type=int, default=400, help="(default: %(default)s)")
     add("--expert-steps", type=int, default=50, help="(default: %(default)s)")
     add("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
     add("--tile", type=int, default=192, metavar="PX", help="of the engines (default: %(default)s)")

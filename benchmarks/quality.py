@@ -146,11 +146,12 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     """Markdown above the tables: what was measured, and on what."""
     m, backend = up.manifest, up.backend
     times = f", each degraded {args.draws} times" if args.draws > 1 else ""
+    threads = f", {args.threads} threads" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
         f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
         f"checkpoint {m.checkpoint_sha256[:12]}. "
-        f"{backend.name} on {backend.device}, {platform.machine()}, {os.cpu_count()} logical cores.\n"
+        f"{backend.name} on {backend.device}{threads}, {platform.machine()}, {os.cpu_count()} logical cores.\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
         "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"
     )
