@@ -24,7 +24,10 @@ LR_PATH = Path(__file__).parent / "assets" / "chelsea_lr.png"
 LARGEST_BYTES = 25_000_000
 STEPS = 8  # enough to tell a working engine from a broken one
 DEGRADED = {"demo-x4": "x4-blind", "demo-x8": "x8-bicubic"}
-BETTER = {"demo-x4": ("spectrum", "high_spectrum"), "demo-x8": ("spectrum", "high_spectrum", "gms", "psnr")}
+BETTER = {
+    "demo-x4": ("psnr", "spectrum", "high_spectrum"),
+    "demo-x8": ("psnr", "spectrum", "high_spectrum", "gms"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +62,17 @@ def test_lr_is_the_photograph_made_smaller(hr):
 
 
 @pytest.mark.parametrize("name", DEMO_ENGINES)
-def test_beats_bicubic(name, hr):
-    """A spectrum nearer to the original's than bicubic's, at no less than its PSNR minus 1.5 dB."""
-    lr = pairs.degrade(hr, DEGRADED[name], "chelsea")
+def test_beats_bicubic(name):
+    """In the mean over the photographs kept out of training, which vary more than the methods do."""
+    pytest.importorskip("skimage.data")
+    got, plain = [], []
     with Upscaler(name) as up:
-        got = metrics.scores(up(lr, steps=STEPS), hr, up.manifest.scale)
-        plain = metrics.scores(imresize(lr, *hr.shape[:2]), hr, up.manifest.scale)
-    assert got["psnr"] > plain["psnr"] - 1.5
+        for photograph, hr in pairs.load_originals("demo").items():
+            lr, scale = pairs.degrade(hr, DEGRADED[name], photograph), up.manifest.scale
+            got.append(metrics.scores(up(lr, steps=STEPS), hr, scale))
+            plain.append(metrics.scores(imresize(lr, *hr.shape[:2]), hr, scale))
     for measure in BETTER[name]:
-        assert got[measure] > plain[measure], measure
+        assert sum(s[measure] for s in got) > sum(s[measure] for s in plain), measure
 
 
 def test_command_without_engine(tmp_path, hr):

@@ -21,7 +21,7 @@ from moesr.training.recipe import StageConfig
 
 log = logging.getLogger("moesr")
 
-FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples")  # entries that a resumed run may change
+FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored")  # on resuming
 
 
 class Task(Protocol):
