@@ -146,7 +146,7 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     """Markdown above the tables: what was measured, and on what."""
     m, backend = up.manifest, up.backend
     times = f", each degraded {args.draws} times" if args.draws > 1 else ""
-    threads = f", {args.threads} threads" if args.threads else ""
+    threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
         f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "

@@ -51,7 +51,7 @@ def photograph(name: str) -> np.ndarray:
     from sklearn.datasets import load_sample_image
 
     if name == "grace_hopper.jpg":
-        image = np.asarray(Image.open(cbook.get_sample_data(name)))
+        image = np.asarray(Image.open(str(cbook.get_sample_data(name, asfileobj=False))))
     elif name.endswith(".jpg"):
         image = load_sample_image(name)
     else:
