@@ -18,6 +18,8 @@ test: $(VENV)/.test  ## Run the default test suite
 test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
+# A thread each, since two trainings that share cores wait for each other.
+demo-model: export OMP_NUM_THREADS ?= 1
 demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled models again and export them
 
 $(RUNS)/photos: | $(VENV)/.test
