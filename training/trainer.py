@@ -21,7 +21,8 @@ from moesr.training.recipe import StageConfig
 
 log = logging.getLogger("moesr")
 
-FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored")  # on resuming
+# Entries that a resumed run may change: its length, and what does not reach a step.
+FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored")
 
 
 class Task(Protocol):
