@@ -1,8 +1,9 @@
 """The engine directory's `manifest.json`: written by the export, read by the runtime, defined once here.
 
-An engine directory holds `manifest.json`, one ONNX graph for each sampling expert and one for the decoder.
-The manifest says how to drive the graphs (scale, tile, schedule, expert ranges) and proves them (SHA-256,
-parity with the network).
+An engine directory holds `manifest.json` and the ONNX graphs that it lists by role: `expert_0` and further
+ones, which predict what a sampler needs, at most one `decoder`, and an `encoder` where the condition is a
+latent. The manifest says how to drive the graphs (scale, tile, schedule, the experts' timesteps) and proves
+them (SHA-256, parity with the network). `docs/engine-format.md` describes it entry by entry.
 """
 
 from __future__ import annotations
@@ -10,49 +11,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from moesr.runtime import manifest_v1, onnx_files
 from moesr.runtime.errors import EngineError
-from moesr.runtime.samplers import ETA
+from moesr.runtime.graphs import Expert, File, Graph
+from moesr.runtime.records import build
+from moesr.runtime.samplers import ETA, Prediction
 from moesr.runtime.schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
+DECODER, ENCODER = "decoder", "encoder"
 SAMPLERS = tuple(ETA)
 CURE = "export the engine again with moesr-export, or copy the whole directory again"
-
-
-@dataclass(frozen=True)
-class Graph:
-    """An ONNX file of the engine directory (a plain file name) and its SHA-256 in hexadecimal."""
-
-    file: str
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """The file name without its suffix: the key of this graph's entry in `Manifest.parity`."""
-        return Path(self.file).stem
-
-
-@dataclass(frozen=True)
-class Expert(Graph):
-    """A sampling expert and the timesteps it serves: t_from inclusive, t_to exclusive."""
-
-    t_from: int
-    t_to: int
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Error of a graph against its network, on seeded inputs; `threshold` bounds `relative_l2`."""
-
-    relative_l2: float
-    max_abs: float
-    threshold: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +35,24 @@ class Manifest:
 
     schema: int = SCHEMA
     name: str
-    model: dict[
-        str, Any
-    ]  # the configuration of the networks, for the reader; the runtime does not look inside
+    model: dict[str, Any]  # configuration of the networks, for the reader
     scale: int  # output pixels per input pixel, along one side
     tile: int  # output pixels of one tile, along one side
     latent_channels: int
     latent_factor: int  # output pixels per latent pixel, along one side
-    precision: str
+    latent_scale: float = 1.0  # of the autoencoder's latents inside the graphs, for the reader
+    condition: Literal["image", "latent"] = "image"  # the LR image on the latent grid, or the encoder's latent
+    init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the noised condition
+    prediction: Prediction = "eps"
+    guidance: float = 1.0  # classifier-free guidance; 1 is none
+    fidelity: float = 1.0  # default weight of the LR features in the decoder
+    graphs: dict[str, Graph]  # by role
     experts: tuple[Expert, ...]  # ascending in t: the lowest noise first
-    decoder: Graph
     schedule: Schedule
     sampler: str  # default sampler, one of SAMPLERS
     steps: int  # default number of sampling steps
-    params: dict[str, int]  # parameters of one "expert" and of the "decoder"
-    macs: dict[str, int]  # multiply-accumulates of one "expert" step and of one "decoder" pass, for one tile
     versions: dict[str, str]  # of the packages that made the engine
     checkpoint_sha256: str
-    parity: dict[str, Parity] = field(default_factory=dict)  # by graph name
-
-    @property
-    def graphs(self) -> tuple[Graph, ...]:
-        """All graphs of the engine: the experts, then the decoder."""
-        return (*self.experts, self.decoder)
 
     @property
     def latent_tile(self) -> int:
@@ -95,18 +64,27 @@ class Manifest:
         """(t_from, t_to) of every expert."""
         return tuple((e.t_from, e.t_to) for e in self.experts)
 
+    @property
+    def precision(self) -> str:
+        """Precision of the experts, by which an engine is called."""
+        return self.graphs[self.experts[0].graph].precision
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Every file that the manifest lists."""
+        return tuple(f for g in self.graphs.values() for a in g.arrangements for f in a.files)
+
     def write(self, directory: Path) -> Path:
         """Write `manifest.json` into an existing directory, checked as on reading, and return its path."""
         path = Path(directory) / MANIFEST_NAME
         _check_values(self, path)
-        path.write_text(
-            json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        path.write_text(text, encoding="utf-8")
         return path
 
     @classmethod
     def read(cls, directory: Path, verify: bool = True) -> Manifest:
-        """Read and check an engine directory; `verify` also compares every graph's SHA-256.
+        """Read and check an engine directory; `verify` also compares every file's SHA-256.
 
         Raises EngineError naming the file at fault and the cure.
         """
@@ -121,10 +99,14 @@ class Manifest:
                 f"{path}: the engine has manifest schema {schema}, this moesr reads schema {SCHEMA}; "
                 "upgrade moesr, or export the engine again with this version's moesr-export"
             )
-        manifest = _build(cls, values, path, "")
+        try:
+            if schema == 1:
+                values = manifest_v1.upgraded(values)
+            manifest = build(cls, values)
+        except ValueError as error:
+            raise EngineError(f"{path}: {error}; {CURE}") from error
         _check_values(manifest, path)
-        for graph in manifest.graphs:
-            _check_file(directory / graph.file, graph.sha256, verify)
+        _check_files(manifest, directory, verify)
         return manifest
 
 
@@ -135,21 +117,19 @@ def sha256_of(path: Path) -> str:
 
 
 def _load_json(directory: Path, path: Path) -> dict[str, Any]:
-    if not directory.exists():
-        raise EngineError(f"{directory}: no such engine directory; make one with moesr-export -o {directory}")
-    if not directory.is_dir():
-        raise EngineError(
-            f"{directory}: an engine is a directory with {MANIFEST_NAME}, this is a file; name its directory"
-        )
-    if not path.is_file():
-        raise EngineError(
-            f"{directory}: not an engine directory, it has no {MANIFEST_NAME}; "
-            "make one with moesr-export -o DIR"
-        )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(_no_manifest(directory)) from None
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise EngineError(
+            f"{path}: cannot be read ({reason}); check the name and the permissions of the engine directory"
+        ) from error
+    try:
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
     if not isinstance(values, dict):
@@ -157,13 +137,37 @@ def _load_json(directory: Path, path: Path) -> dict[str, Any]:
     return values
 
 
+def _no_manifest(directory: Path) -> str:
+    """Why a directory has no readable manifest, and what to do."""
+    if directory.is_dir():
+        return (
+            f"{directory}: not an engine directory, it has no {MANIFEST_NAME}; "
+            "make one with moesr-export -o DIR"
+        )
+    if directory.exists():
+        return f"{directory}: an engine is a directory with {MANIFEST_NAME}, this is a file; name its directory"
+    return f"{directory}: no such engine directory; make one with moesr-export -o {directory}"
+
+
+def _check_files(manifest: Manifest, directory: Path, verify: bool) -> None:
+    """Compare what is there with what the manifest lists; weights that it does not list are refused."""
+    for graph in manifest.graphs.values():
+        for arrangement in graph.arrangements:
+            for file in arrangement.files:
+                _check_file(directory / file.file, file.sha256, verify)
+            listed = {file.file for file in arrangement.data}
+            if verify and (stray := onnx_files.external_files(directory / arrangement.file) - listed):
+                raise EngineError(
+                    f"{directory / arrangement.file}: takes weights from {', '.join(sorted(stray))}, which "
+                    f"{MANIFEST_NAME} does not list; {CURE}"
+                )
+
+
 def _check_file(path: Path, sha256: str, verify: bool) -> None:
-    if not path.is_file():
-        raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {CURE}")
-    if not verify:
-        return
     try:
-        got = sha256_of(path)
+        if not path.is_file():
+            raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {CURE}")
+        got = sha256_of(path) if verify else sha256
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if got != sha256:
@@ -182,18 +186,35 @@ def _check_values(m: Manifest, path: Path) -> None:
     ]
     if not problems and m.tile % m.latent_factor:
         problems.append(f"tile {m.tile} is not a multiple of latent_factor {m.latent_factor}")
+    if m.model.get("scale", m.scale) != m.scale:
+        problems.append(f"scale is {m.scale}, the model's is {m.model['scale']}")
     if not 1 <= m.steps <= m.schedule.timesteps:
         problems.append(f"steps is {m.steps}, expected 1 to {m.schedule.timesteps}")
     if m.sampler not in SAMPLERS:
         problems.append(f"sampler is {m.sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    for graph in m.graphs:
-        if not graph.file or Path(graph.file).name != graph.file or "\\" in graph.file:
-            problems.append(
-                f"graph file {graph.file!r} must be a plain file name inside the engine directory"
-            )
-    problems.extend(_gaps(m))
+    if not 0.0 <= m.fidelity <= 1.0:
+        problems.append(f"fidelity is {m.fidelity}, expected 0 to 1")
+    if m.guidance != 1.0:
+        problems.append(f"guidance is {m.guidance}, this moesr runs models without it (1) only")
+    problems += [
+        f"graph file {file.file!r} must be a plain file name inside the engine directory"
+        for file in m.files
+        if not file.file or Path(file.file).name != file.file or "\\" in file.file
+    ]
+    problems += _missing_roles(m) or _gaps(m)
     if problems:
         raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
+
+
+def _missing_roles(m: Manifest) -> list[str]:
+    """Roles that the model needs and no graph fills, in words."""
+    needed = {e.graph for e in m.experts} | ({ENCODER} if m.condition == "latent" else set())
+    missing = [f"no graph {role!r}" for role in sorted(needed - m.graphs.keys())]
+    if DECODER not in m.graphs and (m.latent_channels, m.latent_factor) != (3, 1):
+        missing.append("without a decoder, latents must be images: latent_channels 3, latent_factor 1")
+    if m.init == "latent" and m.condition != "latent":
+        missing.append("init is 'latent', which needs condition 'latent'")
+    return missing
 
 
 def _gaps(m: Manifest) -> list[str]:
@@ -202,39 +223,9 @@ def _gaps(m: Manifest) -> list[str]:
     for expert in m.experts:
         if expert.t_from != edge or expert.t_to <= expert.t_from:
             found.append(
-                f"{expert.file} serves t {expert.t_from} to {expert.t_to}, expected to start at {edge}"
+                f"{expert.graph} serves t {expert.t_from} to {expert.t_to}, expected to start at {edge}"
             )
         edge = expert.t_to
     if edge != m.schedule.timesteps:
         found.append(f"the experts serve t up to {edge}, expected {m.schedule.timesteps}")
     return found
-
-
-def _build(kind: Any, value: Any, path: Path, where: str) -> Any:
-    """Build a dataclass, tuple[X, ...], dict[str, X] or scalar from JSON; EngineError names the entry."""
-    args = typing.get_args(kind)
-    origin = typing.get_origin(kind) or kind
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        fields = [f for f in dataclasses.fields(kind) if f.init]
-        required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-        if missing := [f"{where}{name}" for name in required if name not in value]:
-            raise EngineError(f"{path}: lacks {', '.join(missing)}; {CURE}")
-        given = {f.name: value[f.name] for f in fields if f.name in value}
-        built = {k: _build(hints[k], v, path, f"{where}{k}.") for k, v in given.items()}
-        try:
-            return kind(**built)  # type: ignore[operator]
-        except ValueError as error:  # a schedule that cannot be
-            raise EngineError(f"{path}: {where.rstrip('.')}: {error}; {CURE}") from error
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(args[0], v, path, f"{where}{i}.") for i, v in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {k: _build(args[1], v, path, f"{where}{k}.") for k, v in value.items()}
-    if origin is Any:
-        return value
-    if origin is float and type(value) in (int, float):
-        return float(value)
-    if isinstance(origin, type) and type(value) is origin:
-        return value
-    wanted = {dict: "an object", tuple: "a list"}.get(origin, getattr(origin, "__name__", str(origin)))
-    raise EngineError(f"{path}: {where.rstrip('.')} is {value!r:.80}, expected {wanted}; {CURE}")

@@ -65,7 +65,7 @@ def sample(experts: Sequence[Denoiser], cond: Tensor, table: StepTable, draws: D
     for step, (t, k) in enumerate(zip(table.t.tolist(), table.expert.tolist(), strict=True)):
         c = coefficients(table, step)
         eps = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
-        z = float(c.c_z) * z + float(c.c_eps) * eps
+        z = float(c.c_z) * z + float(c.c_out) * eps
         if c.c_noise:
             z += float(c.c_noise) * draws.normal(*shape).to(z.device)
     return z

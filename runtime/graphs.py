@@ -1,0 +1,115 @@
+"""The graphs of an engine as the manifest describes them: their files, their inputs and outputs, their cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+BATCH = "B"
+"""The dimension that counts the tiles of one run."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph: its element type ("float32") and dimensions, numbers or `BATCH`."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+    @property
+    def per_tile(self) -> bool:
+        """Whether each tile of a run has a value of its own; otherwise one value serves the whole run."""
+        return bool(self.dims) and self.dims[0] == BATCH
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Its shape in a run of `batch` tiles."""
+        return tuple(batch if isinstance(size, str) else size for size in self.dims)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """All that a graph takes and gives."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(str, self.inputs))} -> {', '.join(map(str, self.outputs))}"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the engine directory (a plain name) and its SHA-256 in hexadecimal."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Arrangement(File):
+    """A graph as one ONNX file, with the files of its external weights, in one precision."""
+
+    precision: str
+    data: tuple[File, ...] = field(default=(), kw_only=True)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The ONNX file and its weights."""
+        return (File(self.file, self.sha256), *self.data)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Error of a graph against its network, on seeded inputs; `threshold` bounds `relative_l2`."""
+
+    relative_l2: float
+    max_abs: float
+    threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph(Arrangement):
+    """A graph of the engine. Its own files are for any target; `variants` hold others for some targets.
+
+    `params` counts the network's parameters, `macs` the multiply-accumulates of one tile.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    params: int
+    macs: int
+    parity: Parity | None = None
+    variants: dict[str, Arrangement] = field(default_factory=dict)  # by target: "cpu", "gpu"
+
+    @property
+    def boundary(self) -> Boundary:
+        """What every arrangement of it takes and gives."""
+        return Boundary(self.inputs, self.outputs)
+
+    def arrangement(self, target: str) -> Arrangement:
+        """The files that serve a target best."""
+        return self.variants.get(target, self)
+
+    @property
+    def arrangements(self) -> Iterator[Arrangement]:
+        """All of them, its own first."""
+        yield self
+        yield from self.variants.values()
+
+    def pixels(self) -> int:
+        """Pixels of its largest input or output, for one tile."""
+        return max(math.prod(spec.shape(1)[2:]) for spec in (*self.inputs, *self.outputs))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The timesteps that a graph serves: t_from inclusive, t_to exclusive."""
+
+    graph: str
+    t_from: int
+    t_to: int
