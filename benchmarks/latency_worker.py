@@ -20,7 +20,7 @@ import numpy as np
 
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.sessions import select_backend
-from moesr.runtime.sessions.onnxruntime import session_options
+from moesr.runtime.sessions.ort import session_options
 
 Run = Callable[[], object]
 Inputs = dict[str, np.ndarray]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Parity
-from moesr.runtime.sessions.onnxruntime import session_options
+from moesr.runtime.sessions.ort import session_options
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 # Bounds on the relative L2 error. Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at

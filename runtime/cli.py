@@ -26,7 +26,7 @@ from moesr.runtime.colour import COLOR_FIXES
 from moesr.runtime.errors import MemoryLimitError, MoesrError, UsageError
 from moesr.runtime.manifest import SAMPLERS
 from moesr.runtime.paths import Task, check_usage, plan
-from moesr.runtime.sessions import BACKENDS
+from moesr.runtime.backends import BACKENDS
 from moesr.runtime.upscaler import Upscaler
 
 log = logging.getLogger("moesr")
@@ -124,7 +124,7 @@ class Batch:
                 self._fail(task, error)
                 continue
             self._begun.append(task)
-            yield image_io.to_pil(loaded.pixels, loaded)
+            yield image_io.to_pil(loaded)
 
     def _fail(self, task: Task, error: Exception) -> None:
         """Report a task's error; the exit code becomes the gravest one."""

@@ -20,8 +20,9 @@ from moesr.runtime import memory
 from moesr.runtime.cli import HelpFormatter, add_engine_options, guarded, logging_to_stderr
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.sessions import BACKENDS, probe
-from moesr.runtime.upscaler import Upscaler, engine_directory
+from moesr.runtime.backends import BACKENDS, probe
+from moesr.runtime.engines import engine_directory
+from moesr.runtime.upscaler import Upscaler
 
 _PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu")
 _SMOKE_PX = 16  # side of the image of the smoke run
@@ -80,9 +81,10 @@ def _show_engine(manifest: Manifest, where: str) -> None:
     ranges = ", ".join(f"{t_from}..{t_to - 1}" for t_from, t_to in manifest.expert_ranges)
     _line("experts", f"{len(manifest.experts)}, for t in {ranges}")
     _line("defaults", f"{manifest.sampler}, {manifest.steps} steps")
-    for name, parity in manifest.parity.items():
-        verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
-        _line(f"parity {name}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
+    for role, graph in manifest.graphs.items():
+        if parity := graph.parity:
+            verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
+            _line(f"parity {role}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
 
 
 def _line(label: str, text: str) -> None:

@@ -125,14 +125,20 @@ def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
     return LoadedImage(_pixels(image, name), icc, block, dpi if dpi and all(dpi) else None)
 
 
-def to_pil(pixels: np.ndarray, like: LoadedImage | None = None) -> Image.Image:
-    """Make a PIL image (L, LA, RGB, RGBA, I;16) of an array, with the metadata of `like`."""
+def like(loaded: LoadedImage, pixels: np.ndarray) -> LoadedImage:
+    """Other pixels, of another size, with what travels along with an image."""
+    height, width = pixels.shape[:2]
+    return LoadedImage(pixels, loaded.icc, exif.resized(loaded.exif, width, height), loaded.dpi)
+
+
+def to_pil(loaded: LoadedImage) -> Image.Image:
+    """Make a PIL image (L, LA, RGB, RGBA, I;16) with its metadata."""
+    pixels = loaded.pixels
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
         pixels = np.rint(pixels / np.float32(257.0)).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    if like:
-        metadata = {"icc_profile": like.icc, "exif": exif.resized(like.exif, *image.size), "dpi": like.dpi}
-        image.info.update({key: value for key, value in metadata.items() if value})
+    metadata = {"icc_profile": loaded.icc, "exif": loaded.exif, "dpi": loaded.dpi}
+    image.info.update({key: value for key, value in metadata.items() if value})
     return image
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moesr.runtime import manifest_v1, onnx_files
+from moesr.runtime import contract, manifest_v1, onnx_files
+from moesr.runtime.contract import DECODER, ENCODER
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Expert, File, Graph
 from moesr.runtime.records import build
@@ -24,7 +25,6 @@ from moesr.runtime.schedule import Schedule
 
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
-DECODER, ENCODER = "decoder", "encoder"
 SAMPLERS = tuple(ETA)
 CURE = "export the engine again with moesr-export, or copy the whole directory again"
 
@@ -201,7 +201,7 @@ def _check_values(m: Manifest, path: Path) -> None:
         for file in m.files
         if not file.file or Path(file.file).name != file.file or "\\" in file.file
     ]
-    problems += _missing_roles(m) or _gaps(m)
+    problems = problems or _missing_roles(m) + _gaps(m) or contract.mismatches(m)
     if problems:
         raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
 

@@ -18,6 +18,9 @@ import numpy as np
 INITIAL_NOISE = -1
 """The `step` of the noise that sampling starts from, x_T."""
 
+ENCODING_NOISE = (1 << 64) - 2
+"""The `step` of the noise by which an encoder's latent is sampled."""
+
 _BLOCK_WORDS = 1 << 16  # bounds the float64 temporaries to a few MB
 
 

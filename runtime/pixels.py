@@ -56,6 +56,12 @@ def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:
     return image[..., 0] if like.ndim == 2 else image
 
 
+def to_unit(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Map uint8 or uint16 values to [-1, 1] in `out`, float32 of the same shape."""
+    np.multiply(pixels, np.float32(2.0 / np.iinfo(pixels.dtype).max), out=out)
+    return np.subtract(out, np.float32(1.0), out=out)
+
+
 def grey_of(rgb: np.ndarray) -> np.ndarray:
     """Luma of uint8 or uint16 [H, W, 3], rounded: [H, W] of the same type."""
     return np.rint(rgb @ _LUMA).astype(rgb.dtype)

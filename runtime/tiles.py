@@ -62,52 +62,25 @@ def feather_weights(tile: int, overlap: int) -> np.ndarray:
     return np.outer(profile, profile).astype(np.float32)
 
 
-class Blend:
-    """Weighted mean of tiles on a canvas; everything is allocated at construction.
+def weight_sum(
+    height: int, width: int, origins: Sequence[tuple[int, int]], weights: np.ndarray
+) -> np.ndarray:
+    """Sum of the weights of all tiles at each place of a canvas, by which a mean divides: float32 [H, W].
 
-    After `reset`, `add` each tile of `origins` once, in any order; then `result` is the blended canvas.
+    `weights` float32 [tile, tile], positive. Raises ValueError where the tiles leave the canvas or do not
+    cover it.
     """
-
-    def __init__(
-        self, shape: tuple[int, int, int], origins: Sequence[tuple[int, int]], tile: int, weights: np.ndarray
-    ) -> None:
-        """`shape` is the canvas [C, H, W]; `weights` float32 [tile, tile], positive.
-
-        Raises ValueError where the weights have another shape, or the tiles leave the canvas or do not cover
-        it.
-        """
-        channels, height, width = shape
-        if weights.shape != (tile, tile):
-            raise ValueError(f"weights must be {tile}x{tile}, got {weights.shape}")
-        self._tile = tile
-        self._weights = weights
-        self._weight_sum = np.zeros((height, width), np.float32)
-        for y, x in origins:
-            if not (0 <= y <= height - tile and 0 <= x <= width - tile):
-                raise ValueError(f"the tile of {tile} at {(y, x)} leaves the canvas of {height}x{width}")
-            self._weight_sum[y : y + tile, x : x + tile] += weights
-        if not self._weight_sum.all():
-            raise ValueError(f"{len(origins)} tiles of {tile} do not cover the canvas of {height}x{width}")
-        self._canvas = np.zeros(shape, np.float32)
-        self._share = np.empty((tile, tile), np.float32)
-        self._scratch = np.empty((channels, tile, tile), np.float32)
-
-    def reset(self) -> None:
-        """Start again from an empty canvas."""
-        self._canvas.fill(0.0)
-
-    def add(self, y: int, x: int, tile_chw: np.ndarray) -> None:
-        """Add one tile, [C, tile, tile], at its origin."""
-        rows, columns = slice(y, y + self._tile), slice(x, x + self._tile)
-        # Dividing here needs no second canvas, and w / w is exactly 1 where one tile stands alone.
-        np.divide(self._weights, self._weight_sum[rows, columns], out=self._share)
-        np.multiply(tile_chw, self._share, out=self._scratch)
-        window = self._canvas[:, rows, columns]
-        np.add(window, self._scratch, out=window)
-
-    def result(self) -> np.ndarray:
-        """The canvas, float32 [C, H, W]: a view that `reset` and `add` overwrite."""
-        return self._canvas
+    tile = len(weights)
+    if weights.shape != (tile, tile):
+        raise ValueError(f"weights must be square, got {weights.shape}")
+    total = np.zeros((height, width), np.float32)
+    for y, x in origins:
+        if not (0 <= y <= height - tile and 0 <= x <= width - tile):
+            raise ValueError(f"the tile of {tile} at {(y, x)} leaves the canvas of {height}x{width}")
+        total[y : y + tile, x : x + tile] += weights
+    if not total.all():
+        raise ValueError(f"{len(origins)} tiles of {tile} do not cover the canvas of {height}x{width}")
+    return total
 
 
 def reflect_pad(

@@ -8,49 +8,69 @@ with Upscaler("engine") as up:
 
 from __future__ import annotations
 
-import importlib.resources
 import operator
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
 
-from moesr.runtime import image_io, memory, pipeline
+from moesr.runtime import image_io, pipeline
+from moesr.runtime.admission import Admission, Reservation
+from moesr.runtime.backends import Backend, select_backend
 from moesr.runtime.colour import COLOR_FIXES
-from moesr.runtime.errors import EngineError, MemoryLimitError, MoesrError, NonFiniteError, UsageError
-from moesr.runtime.manifest import MANIFEST_NAME, SAMPLERS, Graph, Manifest
+from moesr.runtime.costs import Costs
+from moesr.runtime.engines import engine_directory
+from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageError
+from moesr.runtime.image_io import LoadedImage
+from moesr.runtime.jobs import Job, Settings
+from moesr.runtime.manifest import SAMPLERS, Manifest
 from moesr.runtime.pixels import Planes, split
 from moesr.runtime.residency import Residency
-from moesr.runtime.scheduler import Job, Scheduler, Settings
-from moesr.runtime.sessions import Session, select_backend
+from moesr.runtime.sessions import Session
+from moesr.runtime.worker import CLOSED, Worker
 
-Progress = Callable[[int, int, str], None]
-"""Called with the tiles run so far, the tiles in all and the stage ("sampling" or "decoding")."""
+Progress = Callable[[float, float, str], None]
+"""Called with the work done and the work in all, both in estimated seconds, and the stage.
 
-DEMO_ENGINES = ("demo-x4", "demo-x8")
-"""Names of the engines that come with the package."""
-
-HELD, OPENING = 2.0, 3.5
-"""Memory of a graph over its file's size, once open and while it opens: its kernels are kept transformed.
-
-Measured on the full-width networks with ONNX Runtime on a CPU.
+The stage is "encoding", "sampling" or "decoding". Estimates start from multiply-accumulates and follow what
+this process measures, so the work in all may change on the way.
 """
 
-Picture = TypeVar("Picture", np.ndarray, Image.Image)
+DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
+
+Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
+
+
+class Options(TypedDict, total=False):
+    """How an image is made; what is left out, or None, takes its default.
+
+    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim") and `fidelity`, from 0 (free) to 1
+    (faithful to the LR image), default to the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain",
+    "wavelet" or "none") to "adain".
+    """
+
+    steps: int | None
+    sampler: str | None
+    seed: int | None
+    color_fix: str | None
+    fidelity: float | None
 
 
 @dataclass(eq=False)
 class _Ticket:
     """An image in flight: either a job, or the error that kept it from becoming one."""
 
-    loaded: image_io.LoadedImage | None = None  # where the image came as a PIL image
+    loaded: LoadedImage | None = None  # what came in, where that was not an array
+    kind: type = np.ndarray
     planes: Planes | None = None
+    room: Reservation | None = None
     job: Job | None = None
     error: Exception | None = None
 
@@ -73,19 +93,19 @@ class Upscaler:
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. Raises EngineError or UsageError; graphs are loaded when first needed.
         """
+        self.backend = select_backend(backend, device, threads, max_batch)
         self.directory = engine_directory(engine)
         self.manifest = Manifest.read(self.directory, verify=verify)
-        self.backend = select_backend(backend, device, threads, max_batch)
-        self._sizes = {g.file: (self.directory / g.file).stat().st_size for g in self.manifest.graphs}
-        free = memory.available_bytes()
-        self._keep_all = free is None or HELD * sum(self._sizes.values()) <= free // 2
-        self._residency = Residency(self._open, self._keep_all)
-        self._scheduler = Scheduler(self._residency, self.manifest.precision)
-        self._closed = False
-        self._warm = False  # whether the graphs have taken their working memory
-
-    def _open(self, graph: Graph) -> Session:
-        return self.backend.open(self.directory, self.manifest, graph)
+        opener = partial(_open, self.backend, self.directory, self.manifest)
+        self._costs = Costs(self.manifest.graphs)
+        self._admission = Admission(
+            self.manifest, self.directory, self.backend.target, self.backend.max_batch, lambda: residency.loaded
+        )
+        residency = Residency(opener, self._admission.keep_all)
+        self._worker = Worker(
+            self.manifest, self.backend.device(), residency, self._costs, self.backend.max_batch
+        )
+        self._release = weakref.finalize(self, _close, self._worker, self.backend)
 
     def __enter__(self) -> Upscaler:
         return self
@@ -96,31 +116,20 @@ class Upscaler:
         self.close()
 
     def close(self) -> None:
-        """Release the graphs. Further calls raise UsageError."""
-        self._closed = True
-        self._residency.close()
+        """Release the graphs. Images in flight, and further calls, end with UsageError."""
+        self._release()
 
     def __call__(
-        self,
-        image: Picture,
-        *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        seed: int = 42,
-        color_fix: str = "adain",
-        fidelity: float = 1.0,
-        progress: Progress | None = None,
+        self, image: Picture, *, progress: Progress | None = None, **options: Unpack[Options]
     ) -> Picture:
         """Super-resolve one image: a uint8 or uint16 array HxW or HxWx{1,2,3,4}, or a PIL image of any mode.
 
         Returns the same kind, dtype and channels (grey stays grey, alpha is kept), `scale` times the size;
-        PIL images come back as L, LA, RGB, RGBA or I;16. `steps` (1 to the schedule's timesteps) and
-        `sampler` ("ddpm", "ddim") default to the engine's; `color_fix` is "adain", "wavelet" or "none";
-        `fidelity` goes from 0 (free) to 1 (faithful). `progress` is called from this thread after each batch.
-        Raises InputError, UsageError, MemoryLimitError or EngineError.
+        PIL images come back as L, LA, RGB, RGBA or I;16. For the options see `Options`. `progress` is called
+        from this thread while the work goes on. Raises InputError, UsageError, MemoryLimitError or
+        EngineError.
         """
-        settings = self._settings(steps, sampler, seed, color_fix, fidelity)
-        return next(self._map([image], settings, False, progress))
+        return next(self._map([image], *self._settings(**options), False, progress))
 
     def map(
         self,
@@ -128,137 +137,173 @@ class Upscaler:
         *,
         return_errors: bool = False,
         progress: Progress | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Iterator[Any]:
         """Super-resolve many images in order, several in flight; options and results as for one image.
 
-        With `return_errors`, the MoesrError or MemoryError of one image is yielded in its place and the
-        others go on; an engine that cannot be used at all is raised. `progress` counts the images begun.
+        The next image is fetched while the one before it is worked on. With `return_errors`, the MoesrError
+        or MemoryError of one image is yielded in its place and the others go on; an engine that cannot be
+        used at all is raised. `progress` counts the images begun.
         """
-        return self._map(images, self._settings(**options), return_errors, progress)
+        return self._map(images, *self._settings(**options), return_errors, progress)
 
     def _map(
-        self, images: Iterable[Any], settings: Settings, return_errors: bool, progress: Progress | None
+        self,
+        images: Iterable[Any],
+        settings: Settings,
+        color_fix: str,
+        return_errors: bool,
+        progress: Progress | None,
     ) -> Iterator[Any]:
         flight: deque[_Ticket] = deque()
-        finished = 0  # tiles of images that have left
-        source = iter(images)
+        finished: Counter[str] = Counter()  # tiles of images that have left
+        coming = _LookAhead(images)
 
         def report() -> None:
             jobs = [ticket.job for ticket in flight if ticket.job]
             if progress and jobs:
-                done, total = sum(job.units for job in jobs), sum(job.total for job in jobs)
-                progress(finished + done, finished + total, jobs[0].phase.stage)
+                done = sum((job.ran for job in jobs), finished)
+                total = sum((job.planned for job in jobs), finished)
+                progress(self._costs.seconds(done), self._costs.seconds(total), jobs[0].stage)
 
         try:
             while True:
-                for image in islice(source, self.backend.max_batch - len(flight)):
-                    flight.append(self._begin(image, settings))
+                while len(flight) < max(self.backend.max_batch, 2) and coming.fetch():
+                    ticket = self._begin(coming.item, settings, wait=not flight)
+                    if ticket is None:  # no room yet
+                        break
+                    coming.take()
+                    flight.append(ticket)
                 if not flight:
                     return
                 report()
-                result = self._end(flight[0], settings, report)
+                result = self._end(flight[0], color_fix, report)
                 if isinstance(result, Exception) and not (return_errors and _spares_others(result)):
                     raise result
                 ticket = flight.popleft()
-                finished += ticket.job.units if ticket.job else 0
+                finished += ticket.job.ran if ticket.job else Counter()
                 yield result
         finally:
             for ticket in flight:
-                if ticket.job:
-                    self._scheduler.cancel(ticket.job)
+                self._let_go(ticket)
 
-    def _begin(self, image: Any, settings: Settings) -> _Ticket:
-        """Check an image and put it in flight; what is wrong with it goes into the ticket."""
-        ticket = _Ticket()
+    def _begin(self, image: Any, settings: Settings, wait: bool) -> _Ticket | None:
+        """Check an image and put it in flight; what is wrong with it goes into the ticket.
+
+        None where memory has to be freed first by images in flight and the caller would not `wait`.
+        """
+        ticket = _Ticket(kind=type(image))
         try:
             if isinstance(image, Image.Image):
-                ticket.loaded = image_io.from_pil(image)
-                image = ticket.loaded.pixels
-            self._check_memory(image)
-            ticket.planes = split(image)
-            ticket.job = pipeline.prepare(self.manifest, ticket.planes, settings)
-            self._scheduler.submit(ticket.job)
+                ticket.loaded, ticket.kind = image_io.from_pil(image), Image.Image
+            elif isinstance(image, LoadedImage):
+                ticket.loaded = image
+            ticket.planes = split(ticket.loaded.pixels if ticket.loaded else image)
+            ticket.room = self._reserve(*ticket.planes.rgb.shape[:2], wait=wait)
+            if ticket.room is None:
+                return None
+            ticket.job = ticket.room.job = pipeline.prepare(self.manifest, ticket.planes, settings)
+            self._worker.submit(ticket.job)
         except (MoesrError, MemoryError) as error:
+            self._let_go(ticket)
             ticket.error = error
         return ticket
 
-    def _end(self, ticket: _Ticket, settings: Settings, report: Callable[[], None]) -> Any:
+    def _reserve(self, height: int, width: int, *, wait: bool) -> Reservation | None:
+        """Room for an image; None where there is none yet and the caller would not wait."""
+        found: list[Reservation] = []
+
+        def attempt() -> bool:
+            room = self._admission.reserve(height, width)
+            found.extend([room] if room else [])
+            return bool(room) or not wait
+
+        self._worker.wait_until(attempt)
+        return found[0] if found else None
+
+    def _end(self, ticket: _Ticket, color_fix: str, report: Callable[[], None]) -> Any:
         """Wait for an image; returns the result or the error."""
         if ticket.error or not ticket.job or not ticket.planes:
             return ticket.error
         try:
-            self._scheduler.run(ticket.job, report)
-            pixels = pipeline.finish(self.manifest, ticket.planes, ticket.job, settings.color_fix)
+            self._worker.wait(ticket.job, report)
+            pixels = pipeline.finish(self.manifest, ticket.planes, ticket.job, color_fix)
         except (MoesrError, MemoryError) as error:
             return error
-        self._warm = True
-        return image_io.to_pil(pixels, ticket.loaded) if ticket.loaded else pixels
+        finally:
+            self._let_go(ticket)
+        self._admission.warm = True
+        if ticket.loaded is None:
+            return pixels
+        result = image_io.like(ticket.loaded, pixels)
+        return image_io.to_pil(result) if ticket.kind is Image.Image else result
 
-    def _check_memory(self, image: Any) -> None:
-        """Compare an estimate with what is free; MemoryLimitError before any work where it cannot fit."""
-        free = memory.available_bytes()
-        if free is None or np.ndim(image) < 2:
-            return
-        height, width = np.shape(image)[:2]
-        sizes = sorted(size for file, size in self._sizes.items() if file not in self._residency.loaded)
-        held = sizes if self._keep_all else sizes[-2:]
-        weights = int(HELD * sum(held) + (OPENING - HELD) * max(held, default=0))
-        work = 0 if self._warm else pipeline.activation_bytes(self.manifest, self.backend.max_batch)
-        need = weights + work + pipeline.image_bytes(self.manifest, height, width)
-        if need > free:
-            scale = self.manifest.scale
-            raise MemoryLimitError(
-                f"{width}x{height} to {width * scale}x{height * scale} pixels needs about "
-                f"{memory.readable(need)} of memory, {memory.readable(free)} are free; close other programs, "
-                "split the image, or export an engine with smaller tiles"
-            )
+    def _let_go(self, ticket: _Ticket) -> None:
+        """Forget an image that has left, failed, or is not wanted any more."""
+        if ticket.job:
+            self._worker.cancel(ticket.job)
+        if ticket.room:
+            ticket.room.dropped = True
 
     def _settings(
         self,
         steps: int | None = None,
         sampler: str | None = None,
-        seed: int = 42,
-        color_fix: str = "adain",
-        fidelity: float = 1.0,
-    ) -> Settings:
-        """Fill in the engine's defaults and check everything; UsageError names the option."""
-        if self._closed:
-            raise UsageError("this Upscaler is closed; open another")
+        seed: int | None = None,
+        color_fix: str | None = None,
+        fidelity: float | None = None,
+    ) -> tuple[Settings, str]:
+        """Fill in the defaults and check everything; UsageError names the option."""
+        if not self._release.alive:
+            raise UsageError(CLOSED)
         manifest = self.manifest
         sampler = manifest.sampler if sampler is None else sampler
+        color_fix = DEFAULT_COLOR_FIX if color_fix is None else color_fix
+        seed = DEFAULT_SEED if seed is None else seed
+        fidelity = manifest.fidelity if fidelity is None else fidelity
         for option, value, choices in (("sampler", sampler, SAMPLERS), ("color_fix", color_fix, COLOR_FIXES)):
             if value not in choices:
                 raise UsageError(f"{option} is {value!r}, expected one of {', '.join(choices)}")
         count = _whole("steps", manifest.steps if steps is None else steps, 1, manifest.schedule.timesteps)
         if not isinstance(fidelity, (int, float, np.floating)) or not 0.0 <= fidelity <= 1.0:
             raise UsageError(f"fidelity is {fidelity!r}, expected a number from 0 to 1")
-        return Settings(count, sampler, _whole("seed", seed, 0, 2**64 - 1), color_fix, float(fidelity))
+        settings = Settings(count, sampler, _whole("seed", seed, 0, 2**64 - 1), float(fidelity))
+        return settings, color_fix
 
 
-def demo_name(given: Path | str | None) -> str | None:
-    """The name in DEMO_ENGINES that is meant, the first for None; None where it is a path of the user's."""
-    if given is None:
-        return DEMO_ENGINES[0]
-    return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
+class _LookAhead:
+    """An iterator whose next item may be looked at before it is taken."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._source = iter(items)
+        self._held: list[Any] = []
+
+    def fetch(self) -> bool:
+        """Have the next item at hand; False at the end."""
+        if not self._held:
+            for item in self._source:
+                self._held.append(item)
+                break
+        return bool(self._held)
+
+    @property
+    def item(self) -> Any:
+        """The next item."""
+        return self._held[0]
+
+    def take(self) -> None:
+        """Go on to the one after it."""
+        self._held.clear()
 
 
-def engine_directory(engine: Path | str | None = None) -> Path:
-    """Directory of an engine given as a path or as one of DEMO_ENGINES, which come with the package.
+def _open(backend: Backend, directory: Path, manifest: Manifest, role: str) -> Session:
+    return backend.open(directory, manifest.graphs[role])
 
-    None is the first of them; a directory of that name goes before the bundled one. Raises EngineError where
-    a bundled engine was left out of the installation.
-    """
-    name = demo_name(engine)
-    if name is None:
-        return Path(str(engine))
-    path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))
-    if not (path / MANIFEST_NAME).is_file():
-        raise EngineError(
-            f"this installation has no bundled demo engine ({path}); name an engine directory, "
-            "made with moesr-export -o DIR"
-        )
-    return path
+
+def _close(worker: Worker, backend: Backend) -> None:
+    """Release what an Upscaler holds; it is not referred to, so that this can run when it is gone."""
+    worker.close()
+    backend.release()
 
 
 def _whole(option: str, value: Any, least: int, most: int) -> int:
@@ -273,4 +318,4 @@ def _whole(option: str, value: Any, least: int, most: int) -> int:
 
 def _spares_others(error: Exception) -> bool:
     """Whether other images can still be done after this error."""
-    return isinstance(error, NonFiniteError) or not isinstance(error, EngineError)
+    return isinstance(error, NonFiniteError) or not isinstance(error, (EngineError, UsageError))

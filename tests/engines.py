@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from moesr.runtime.manifest import Expert, Graph, Manifest, Parity, sha256_of
+from moesr.runtime.contract import boundary_of
+from moesr.runtime.graphs import Expert, Graph, Parity
+from moesr.runtime.manifest import Manifest, sha256_of
 from moesr.runtime.schedule import Schedule
 
 FACTOR = 4
@@ -24,36 +27,53 @@ def build_engine(
     precision: str = "fp32",
     steps: int = 4,
     nan_expert: int | None = None,
+    encoder: bool = False,
+    **entries: Any,
 ) -> Path:
-    """Write the engine; expert `nan_expert` produces NaN. Returns `directory`."""
+    """Write the engine; expert `nan_expert` produces NaN. Returns `directory`.
+
+    `encoder`: the condition is a latent that a graph makes. `entries` replace some of the manifest's.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    schedule = Schedule()
+    schedule, side = Schedule(), tile // FACTOR
     edges = [schedule.timesteps * k // experts for k in range(experts + 1)]
-    entries = []
-    for k in range(experts):
-        path = directory / f"expert_{k}.onnx"
-        onnx.save(expert_graph(tile // FACTOR, shift=0.01 * k, nan=k == nan_expert), path)
-        entries.append(Expert(path.name, sha256_of(path), edges[k], edges[k + 1]))
-    onnx.save(decoder_graph(tile), directory / "decoder.onnx")
-    Manifest(
-        name="synthetic",
-        model={},
-        scale=scale,
-        tile=tile,
-        latent_channels=3,
-        latent_factor=FACTOR,
-        precision=precision,
-        experts=tuple(entries),
-        decoder=Graph("decoder.onnx", sha256_of(directory / "decoder.onnx")),
-        schedule=schedule,
-        sampler="ddpm",
-        steps=steps,
-        params={"expert": 1, "decoder": 1},
-        macs={"expert": 1000, "decoder": 1000},
-        versions={"moesr": "0"},
-        checkpoint_sha256="0" * 64,
-        parity={"decoder": Parity(0.0, 0.0, 1e-5)},
-    ).write(directory)
+    models = {f"expert_{k}": expert_graph(side, shift=0.01 * k, nan=k == nan_expert) for k in range(experts)}
+    models["decoder"] = decoder_graph(tile)
+    if encoder:
+        models["encoder"] = encoder_graph(tile)
+    graphs = {}
+    for role, model in models.items():
+        path = directory / f"{role}.onnx"
+        onnx.save(model, path)
+        full = boundary_of(role, tile, 3, FACTOR, with_latent=encoder)
+        parity = Parity(0.0, 0.0, 1e-5) if role == "decoder" else None
+        graphs[role] = Graph(
+            file=path.name,
+            sha256=sha256_of(path),
+            precision=precision,
+            inputs=full.inputs,
+            outputs=full.outputs,
+            params=1,
+            macs=1000,
+            parity=parity,
+        )
+    values = {
+        "name": "synthetic",
+        "model": {},
+        "scale": scale,
+        "tile": tile,
+        "latent_channels": 3,
+        "latent_factor": FACTOR,
+        "condition": "latent" if encoder else "image",
+        "graphs": graphs,
+        "experts": tuple(Expert(f"expert_{k}", edges[k], edges[k + 1]) for k in range(experts)),
+        "schedule": schedule,
+        "sampler": "ddpm",
+        "steps": steps,
+        "versions": {"moesr": "0"},
+        "checkpoint_sha256": "0" * 64,
+    }
+    Manifest(**(values | entries)).write(directory)
     return directory
 
 
@@ -77,19 +97,33 @@ def expert_graph(side: int, *, shift: float, nan: bool = False) -> onnx.ModelPro
 
 
 def decoder_graph(tile: int) -> onnx.ModelProto:
-    """image = fidelity * lr + 0.05 * nearest-neighbour(z)."""
+    """image = fidelity * lr + 0.05 * nearest-neighbour(z), each tile by its own fidelity."""
     image, latent = ["B", 3, tile, tile], ["B", 3, tile // FACTOR, tile // FACTOR]
     nodes = [
         helper.make_node("Resize", ["z", "", "scales"], ["z_up"], mode="nearest"),
         helper.make_node("Mul", ["z_up", "share"], ["detail"]),
-        helper.make_node("Mul", ["lr", "fidelity"], ["base"]),
+        helper.make_node("Reshape", ["fidelity", "column"], ["gain"]),
+        helper.make_node("Mul", ["lr", "gain"], ["base"]),
         helper.make_node("Add", ["base", "detail"], ["image"]),
     ]
     values = [
         numpy_helper.from_array(np.array([1, 1, FACTOR, FACTOR], np.float32), "scales"),
         numpy_helper.from_array(np.array(0.05, np.float32), "share"),
+        numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), "column"),
     ]
-    return _model(nodes, {"z": latent, "lr": image, "fidelity": [1]}, ("image", image), values)
+    return _model(nodes, {"z": latent, "lr": image, "fidelity": ["B"]}, ("image", image), values)
+
+
+def encoder_graph(tile: int) -> onnx.ModelProto:
+    """latent = mean of each block of the image + 0.1 noise."""
+    image, latent = ["B", 3, tile, tile], ["B", 3, tile // FACTOR, tile // FACTOR]
+    nodes = [
+        helper.make_node("AveragePool", ["image"], ["mean"], kernel_shape=[FACTOR] * 2, strides=[FACTOR] * 2),
+        helper.make_node("Mul", ["noise", "share"], ["spread"]),
+        helper.make_node("Add", ["mean", "spread"], ["latent"]),
+    ]
+    values = [numpy_helper.from_array(np.array(0.1, np.float32), "share")]
+    return _model(nodes, {"image": image, "noise": latent}, ("latent", latent), values)
 
 
 def _model(nodes: list, inputs: dict[str, list], output: tuple[str, list], values: list) -> onnx.ModelProto:

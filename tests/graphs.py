@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moesr.export.graph import Graph
-from moesr.runtime.sessions.onnxruntime import session_options
+from moesr.runtime.sessions.ort import session_options
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
-from moesr.runtime.samplers import ETA, advance, coefficients, predict_x0
+from moesr.runtime.samplers import ETA, Prediction, advance, coefficients
 from moesr.runtime.schedule import Schedule, StepTable, step_table
 
 SHAPE = (3, 24, 20)
@@ -45,16 +45,21 @@ def test_loop_matches_ddim_in_float64(steps, eta):
     assert relative_l2(z, want) < 1e-5
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("step", [0, 10, 19])
-def test_x0_is_recovered_where_eps_is_known(step):
-    table = make_table(20, 1.0)
-    a = table.alpha_bar[step]
-    x0, eps = normal(1).astype(np.float64), normal(2)
-    z = (np.sqrt(a) * x0 + np.sqrt(1 - a) * eps).astype(np.float32)
-    got, scratch = np.empty(SHAPE, np.float32), np.empty(SHAPE, np.float32)
-    predict_x0(z, eps, coefficients(table, step), got, scratch)
-    # Rounding of z_t grows by 1/sqrt(alpha_bar), which is 29 at the first step.
-    assert relative_l2(got, x0) < 1e-6 / np.sqrt(a)
+def test_every_prediction_takes_the_same_step(step: int, eta: float, prediction: Prediction):
+    table = make_table(20, eta)
+    a, a_prev = table.alpha_bar[step], table.alpha_bar_prev[step]
+    x0, eps = normal(1).astype(np.float64), normal(2).astype(np.float64)
+    z = np.sqrt(a) * x0 + np.sqrt(1 - a) * eps
+    noise = normal(3)
+    want = ddim_float64(z, eps, noise, a, a_prev, eta)
+    out = {"eps": eps, "x0": x0, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x0}[prediction]
+    got, scratch = z.astype(np.float32), np.empty(SHAPE, np.float32)
+    advance(got, out.astype(np.float32), noise, coefficients(table, step, prediction), scratch)
+    # In terms of eps, rounding of z_t grows by sqrt(a_prev / a) at the first steps.
+    assert relative_l2(got, want) < 1e-6 / np.sqrt(a)
 
 
 def test_deterministic_sampler_with_the_true_eps_returns_to_x0():
@@ -108,4 +113,4 @@ def test_only_z_and_scratch_are_written_and_nothing_is_allocated():
     tracemalloc.stop()
     assert peak_bytes < z.nbytes // 10
     assert np.all(eps == 2.0) and np.all(noise == 3.0)
-    np.testing.assert_allclose(z, c.c_z + 2 * c.c_eps + 3 * c.c_noise, rtol=1e-6)
+    np.testing.assert_allclose(z, c.c_z + 2 * c.c_out + 3 * c.c_noise, rtol=1e-6)

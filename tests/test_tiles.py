@@ -1,13 +1,11 @@
-"""Tile grids, blending weights, the accumulator and padding."""
+"""Tile grids, blending weights and padding."""
 
 from __future__ import annotations
-
-import tracemalloc
 
 import numpy as np
 import pytest
 
-from moesr.runtime.tiles import Blend, feather_weights, gaussian_weights, grid, reflect_pad, tile_origins
+from moesr.runtime.tiles import feather_weights, gaussian_weights, grid, reflect_pad, tile_origins
 
 CANVASES = [(128, 128), (129, 128), (1000, 137), (131, 300), (255, 256)]
 WEIGHTS = {"gaussian": gaussian_weights, "feather": lambda tile: feather_weights(tile, 16)}
@@ -73,99 +71,6 @@ def test_feather_weights_take_any_overlap(tile, overlap):
     assert weights.min() > 0 and weights.max() <= 1
     with pytest.raises(ValueError, match="overlap"):
         feather_weights(tile, tile)
-
-
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("canvas", CANVASES, ids=str)
-@pytest.mark.parametrize("overlap", [0, 32, 100])
-def test_tiles_cut_from_one_image_blend_to_that_image(kind, canvas, overlap):
-    tile = 128
-    image = np.random.default_rng(0).standard_normal((3, *canvas)).astype(np.float32)
-    origins = grid(*canvas, tile, overlap)
-    blend = Blend(image.shape, origins, tile, WEIGHTS[kind](tile))
-    for _ in range(2):  # a second round must not remember the first
-        blend.reset()
-        for y, x in reversed(origins):
-            blend.add(y, x, image[:, y : y + tile, x : x + tile])
-        np.testing.assert_allclose(blend.result(), image, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_every_8_bit_level_survives_blending_of_constant_tiles(kind):
-    tile, canvas = 32, (45, 83)
-    origins = grid(*canvas, tile, 20)
-    levels = np.arange(256, dtype=np.float32) / 127.5 - 1
-    blend = Blend((256, *canvas), origins, tile, WEIGHTS[kind](tile))
-    constant = np.broadcast_to(levels[:, None, None], (256, tile, tile))
-    for y, x in origins:
-        blend.add(y, x, constant)
-    got = np.rint((blend.result() + 1) * 127.5)
-    np.testing.assert_array_equal(got, np.broadcast_to(np.arange(256)[:, None, None], got.shape))
-
-
-def test_border_and_lone_tiles_are_kept_exactly():
-    tile, canvas = 16, (16, 28)
-    rng = np.random.default_rng(1)
-    left, right = rng.random((2, 3, tile, tile), np.float32)
-    blend = Blend((3, *canvas), [(0, 0), (0, 12)], tile, feather_weights(tile, 4))
-    blend.add(0, 0, left)
-    blend.add(0, 12, right)
-    np.testing.assert_array_equal(blend.result()[..., :12], left[..., :12])
-    np.testing.assert_array_equal(blend.result()[..., 16:], right[..., 4:])
-
-
-def test_blend_is_the_weighted_mean_of_disagreeing_tiles():
-    tile = 8
-    weights = np.random.default_rng(2).random((tile, tile), np.float32) + np.float32(0.1)
-    origins = [(0, 0), (0, 3), (2, 0), (2, 3)]
-    total, weight_sum = np.zeros((2, 10, 11)), np.zeros((10, 11))
-    blend = Blend((2, 10, 11), origins, tile, weights)
-    for k, (y, x) in enumerate(origins):
-        value = np.random.default_rng(10 + k).random((2, tile, tile), np.float32)
-        blend.add(y, x, value)
-        total[:, y : y + tile, x : x + tile] += weights * value
-        weight_sum[y : y + tile, x : x + tile] += weights
-    np.testing.assert_allclose(blend.result(), total / weight_sum, rtol=1e-5)
-
-
-def test_seam_between_disagreeing_tiles_is_a_smooth_ramp():
-    tile, overlap = 64, 32
-    blend = Blend((1, 64, 96), [(0, 0), (0, 32)], tile, feather_weights(tile, overlap))
-    blend.add(0, 0, np.zeros((1, tile, tile), np.float32))
-    blend.add(0, 32, np.ones((1, tile, tile), np.float32))
-    row = blend.result()[0, 30]
-    steps = np.diff(row)
-    assert row[0] == 0 and row[-1] == 1
-    assert steps.min() >= -1e-6
-    assert steps.max() < 1.7 / overlap  # a raised cosine is steepest at pi/2 times the linear ramp
-
-
-def test_adding_allocates_nothing():
-    tile = 256
-    blend = Blend((3, 300, 300), grid(300, 300, tile, 32), tile, gaussian_weights(tile))
-    data = np.ones((3, tile, tile), np.float32)
-    tracemalloc.start()
-    blend.reset()
-    blend.add(44, 44, data)
-    blend.result()
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak_bytes < data[0].nbytes / 2  # NumPy's iterator keeps a fixed buffer of 64 KiB
-
-
-@pytest.mark.parametrize(
-    ("origins", "message"),
-    [([(0, 0)], "do not cover"), ([(0, 0), (0, 5)], "leaves the canvas"), ([], "do not cover")],
-    ids=["gap", "outside", "none"],
-)
-def test_unfit_tilings_are_refused(origins, message):
-    with pytest.raises(ValueError, match=message):
-        Blend((3, 8, 12), origins, 8, gaussian_weights(8))
-
-
-def test_weights_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="8x8"):
-        Blend((3, 8, 8), [(0, 0)], 8, gaussian_weights(4))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (5, 40), (37, 16)], ids=str)

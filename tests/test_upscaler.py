@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +21,12 @@ from moesr.runtime import (
     NonFiniteError,
     Upscaler,
     UsageError,
+    admission,
     memory,
+    pipeline,
 )
-from moesr.runtime import upscaler as upscaler_module
+from moesr.runtime import engines as engines_module
+from moesr.runtime.manifest import Manifest
 from moesr.runtime.pixels import fill_transparent
 from moesr.runtime.resize import imresize
 
@@ -136,19 +142,31 @@ def test_scales(tmp_path: Path, scale: int):
 
 
 def test_progress_counts_to_the_total_from_this_thread(up: Upscaler):
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[float, float, str]] = []
     threads = set()
 
-    def progress(done: int, total: int, stage: str) -> None:
+    def progress(done: float, total: float, stage: str) -> None:
         calls.append((done, total, stage))
         threads.add(threading.get_ident())
 
     up(image(20, 20, 3), steps=3, progress=progress)
-    assert [done for done, _, _ in calls] == list(range(len(calls)))
-    assert {total for _, total, _ in calls} == {3 * 4 + 4}
-    assert calls[0][2] == "sampling"
-    assert calls[-1] == (16, 16, "decoding")
+    shares = [done / total for done, total, _ in calls]
+    assert shares[0] == 0 and shares[-1] == pytest.approx(1)
+    assert calls[0][2] == "sampling" and calls[-1][2] == "decoding"
     assert threads == {threading.get_ident()}
+
+
+def test_work_is_weighed_by_what_it_costs(tmp_path: Path):
+    """Before anything was measured: by multiply-accumulates, 16 times as many for the tile that is decoded."""
+    engine = build_engine(tmp_path, experts=1)
+    manifest = Manifest.read(engine)
+    graphs = manifest.graphs | {"decoder": replace(manifest.graphs["decoder"], macs=16_000)}
+    replace(manifest, graphs=graphs).write(engine)
+    with Upscaler(engine) as up:
+        calls: list[tuple[float, float, str]] = []
+        up(image(8, 8, 3), steps=4, progress=lambda *call: calls.append(call))
+    (_, total, _), expert_s = calls[0], 1000 * 1e-11
+    assert total == pytest.approx((4 + 16) * expert_s)
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
@@ -174,7 +192,97 @@ def test_abandoned_iterator_leaves_nothing_behind(engine: Path):
         results = up.map([image(16, 16) for _ in range(5)], steps=2)
         next(results)
         results.close()  # type: ignore[attr-defined]
-        assert up._scheduler._jobs == []
+        assert up._worker._jobs == []
+
+
+def test_the_next_image_is_fetched_while_one_is_worked_on(engine: Path):
+    """Reading overlaps with inference also where tiles run one at a time."""
+    fetched: list[int] = []
+
+    def source() -> Iterator[np.ndarray]:
+        for k in range(4):
+            fetched.append(k)
+            yield image(8, 8)
+
+    with Upscaler(engine, max_batch=1) as up:
+        results = up.map(source(), steps=1)
+        next(results)
+        assert fetched == [0, 1]
+        next(results)
+        assert fetched == [0, 1, 2]
+
+
+def test_images_wait_for_memory_that_others_in_flight_may_take(engine: Path, monkeypatch: pytest.MonkeyPatch):
+    with Upscaler(engine) as up:
+        up(image(64, 64), steps=1)
+        need = admission.image_bytes(up.manifest, 64, 64)
+        monkeypatch.setattr(memory, "available_bytes", lambda: int(1.5 * need))
+        most: list[int] = []
+        prepare = pipeline.prepare
+
+        def spy(*arguments: Any) -> Any:
+            job = prepare(*arguments)
+            most.append(sum(r.stands for r in up._admission._reservations))
+            return job
+
+        monkeypatch.setattr(pipeline, "prepare", spy)
+        assert len(list(up.map([image(64, 64) for _ in range(4)], steps=2))) == 4
+        threads = [threading.Thread(target=up, args=(image(64, 64),), kwargs={"steps": 2}) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert most == [1] * 8
+        monkeypatch.setattr(memory, "available_bytes", lambda: need // 2)
+        with pytest.raises(MemoryLimitError):
+            up(image(64, 64))
+
+
+def test_a_suspended_iterator_does_not_hold_up_others(engine: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its finished images hold memory that shows as taken; nothing would ever free it by waiting."""
+    with Upscaler(engine) as up:
+        up(image(64, 64), steps=1)
+        need = admission.image_bytes(up.manifest, 64, 64)
+        monkeypatch.setattr(memory, "available_bytes", lambda: int(2.5 * need))
+        results = up.map([image(64, 64) for _ in range(3)], steps=1)
+        next(results)
+        assert up(image(64, 64), steps=1).shape == (256, 256)
+        results.close()  # type: ignore[attr-defined]
+
+
+def test_closing_ends_images_in_flight_with_a_clear_error(engine: Path):
+    with Upscaler(engine) as up:
+        results = up.map([image(8, 8) for _ in range(3)], steps=1, return_errors=True)
+        next(results)
+        up.close()
+        with pytest.raises(UsageError, match="is closed"):
+            list(results)
+
+
+def test_closing_while_a_graph_runs(engine: Path):
+    up, caught, begun = Upscaler(engine), [], threading.Event()
+
+    def work() -> None:
+        try:
+            up(image(40, 40, 3), steps=1000, progress=lambda done, *_: begun.set() if done else None)
+        except UsageError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(60)
+    up.close()
+    thread.join(timeout=60)
+    assert [str(error) for error in caught] == ["this Upscaler is closed; open another"]
+
+
+def test_an_upscaler_that_is_forgotten_closes(engine: Path):
+    up = Upscaler(engine)
+    up(image(4, 4), steps=1)
+    thread = up._worker._thread
+    del up
+    gc.collect()
+    assert thread and not thread.is_alive()
 
 
 def test_closed(engine: Path):
@@ -217,7 +325,7 @@ def test_bad_setup(engine: Path):
 
 
 def test_missing_bundled_engine_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upscaler_module.importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(engines_module.importlib.resources, "files", lambda _: tmp_path)
     for name in (None, "demo-x8"):
         with pytest.raises(EngineError, match=r"no bundled demo engine .* moesr-export"):
             Upscaler(name)
@@ -227,10 +335,12 @@ def test_directory_goes_before_the_bundled_engine_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    bundled = upscaler_module.engine_directory("demo-x4")
-    assert bundled == upscaler_module.engine_directory() and bundled.is_absolute()
+    bundled = engines_module.engine_directory("demo-x4")
+    assert bundled == engines_module.engine_directory() and bundled.is_absolute()
     (tmp_path / "demo-x4").mkdir()
-    assert upscaler_module.engine_directory("demo-x4") == Path("demo-x4")
+    assert engines_module.engine_directory("demo-x4") == Path("demo-x4")
+    with pytest.raises(EngineError, match="demo-x5: no such engine .*bundled engines .demo-x4, demo-x8"):
+        Upscaler("demo-x5")
 
 
 def test_graph_that_onnxruntime_cannot_load(tmp_path: Path):
@@ -248,9 +358,9 @@ def test_graph_with_another_boundary(tmp_path: Path):
     (engine / "expert_1.onnx").write_bytes((other / "expert_1.onnx").read_bytes())
     (engine / "decoder.onnx").write_bytes((engine / "expert_0.onnx").read_bytes())
     with Upscaler(engine, verify=False) as up:
-        with pytest.raises(EngineError, match=r"z_t is .* 8, 8\], expected .* 16, 16\]"):
+        with pytest.raises(EngineError, match=r"is z_t .* 8, 8\].*, expected .* 16, 16\]"):
             up(image(4, 4), steps=2)
-        with pytest.raises(EngineError, match=r"decoder\.onnx: has inputs z_t, cond, t .* expected z, lr"):
+        with pytest.raises(EngineError, match=r"decoder\.onnx: is z_t .* expected z .*, lr"):
             up(image(4, 4), steps=1)
 
 

@@ -1,55 +1,46 @@
-"""Sessions: one graph of an engine on one backend, with buffers bound once.
+"""Sessions: one graph of an engine on one backend, running between buffers of a device.
 
 A backend is a module of this package: its `probe` says what it offers, its `open_session` opens a graph.
+`moesr.runtime.backends` chooses among them.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
-
-from moesr.runtime.errors import EngineError, NonFiniteError, UsageError
-from moesr.runtime.manifest import Expert, Graph, Manifest
-
-BACKENDS = {"onnxruntime": "moesr.runtime.sessions.onnxruntime"}
-"""Module of each backend, the preferred one first; "auto" takes the first that loads."""
-
-log = logging.getLogger("moesr")
+from moesr.runtime.errors import EngineError
+from moesr.runtime.graphs import Boundary, TensorSpec
 
 
 class Session(Protocol):
-    """A graph ready to run. Not safe for several threads at once: its buffers are shared by all calls."""
+    """A graph ready to run. It knows nothing of jobs, and one thread at a time uses it."""
 
     @property
-    def inputs(self) -> Mapping[str, np.ndarray]:
-        """Buffers to fill before `run`: float32, the batch axis (if any) first, `max_batch` long."""
+    def boundary(self) -> Boundary:
+        """The inputs and outputs that the graph has."""
         ...
 
-    @property
-    def max_batch(self) -> int:
-        """Most samples in one `run`."""
+    def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:
+        """Run between these buffers from now on: one by name for each input and output, `max_batch` long."""
         ...
 
-    def run(self, batch: int) -> np.ndarray:
-        """Run on the first `batch` samples of the inputs: float32 [batch, ...], valid until the next run."""
+    def enqueue(self, batch: int) -> None:
+        """Run on the first `batch` tiles of the inputs; on the host, done when it returns.
+
+        Raises MemoryLimitError where the memory ran out, EngineError for any other failure.
+        """
         ...
 
+    def abort(self) -> None:
+        """Have a run under way in another thread end with EngineError; no further one will succeed."""
+        ...
 
-@dataclass(frozen=True)
-class Shapes:
-    """A graph's boundary: the inputs by name and the output. None stands for the batch; all float32."""
-
-    inputs: Mapping[str, tuple[int | None, ...]]
-    optional: frozenset[str]  # inputs that a graph may do without
-    output: tuple[int | None, ...]
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,79 +52,40 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A backend that loads, and how to use it."""
+class Options:
+    """How a session is to run its graph."""
 
-    name: str
-    device: str  # "cpu", "cuda" or "cuda:N"
-    threads: int | None  # None: the library's own choice
-    max_batch: int  # tiles in one run
+    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    threads: int | None = None  # None: the library's own choice
+    precision: str | None = None  # of the arithmetic, where a backend can change it; None: as the graph says
+    cache: Path | None = None  # directory for what a backend compiles; None: nothing is kept
 
-    def open(self, directory: Path, manifest: Manifest, graph: Graph) -> Session:
-        """Open one graph of an engine; EngineError where the file or the device cannot be used."""
-        module = importlib.import_module(BACKENDS[self.name])
-        shapes = graph_shapes(manifest, graph)
-        return module.open_session(directory / graph.file, shapes, self.device, self.threads, self.max_batch)
+    @property
+    def kind(self) -> str:
+        """The device without its number."""
+        return self.device.partition(":")[0]
 
-
-def graph_shapes(manifest: Manifest, graph: Graph) -> Shapes:
-    """The boundary of an expert or of the decoder, from the sizes in the manifest."""
-    latent = (None, manifest.latent_channels, manifest.latent_tile, manifest.latent_tile)
-    image = (None, 3, manifest.tile, manifest.tile)
-    if isinstance(graph, Expert):
-        condition = (None, 3, *latent[2:])
-        return Shapes({"z_t": latent, "cond": condition, "t": (None,)}, frozenset(), latent)
-    # A plain decoder is not conditioned on the LR image.
-    return Shapes({"z": latent, "lr": image, "fidelity": (1,)}, frozenset({"lr", "fidelity"}), image)
+    @property
+    def index(self) -> int:
+        """The device's number, 0 where there is none."""
+        return int(self.device.partition(":")[2] or 0)
 
 
-def probe(name: str) -> Offer:
-    """What a backend offers here; EngineError saying what to install where its library does not load."""
-    return importlib.import_module(BACKENDS[name]).probe()
-
-
-def select_backend(
-    name: str = "auto", device: str | None = None, threads: int | None = None, max_batch: int | None = None
-) -> Backend:
-    """Choose a backend and device, and log which and why.
-
-    "auto" takes the first of `BACKENDS` that loads; without `device`, its fastest. A name or device given
-    explicitly is used or refused (UsageError, EngineError), never replaced by another.
-    """
-    if name != "auto" and name not in BACKENDS:
-        raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}; expected a name such as cpu, cuda or cuda:1")
-    for option, value in (("threads", threads), ("max_batch", max_batch)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} is {value}, expected at least 1")
-    failures = []
-    for candidate in BACKENDS if name == "auto" else [name]:
-        try:
-            offer = probe(candidate)
-        except EngineError as error:
-            failures.append(str(error))
-            continue
-        names = ", ".join(offer.devices)
-        chosen = device or next(iter(offer.devices))
-        kind = chosen.partition(":")[0]
-        if kind in offer.devices:
-            why = "asked for" if device else f"the fastest of: {names}"
-            log.info("backend %s %s on %s (%s)", candidate, offer.version, chosen, why)
-            return Backend(candidate, chosen, threads, max_batch or offer.devices[kind])
-        failures.append(f"{candidate} {offer.version} cannot use device {chosen!r} here, only {names}")
-    raise EngineError("; ".join(failures))
-
-
-def require_finite(output: np.ndarray, graph: Graph, precision: str) -> None:
-    """Raise NonFiniteError where a graph's output has NaN or infinite values."""
-    if math.isfinite(float(output.min())) and math.isfinite(float(output.max())):
-        return
-    cure = (
-        "the engine or its weights are damaged: export it again"
-        if precision == "fp32"
-        else "export the engine in fp32 (moesr-export without --fp16, --bf16 or --int8) and use that"
+def check_boundary(path: Path, found: Boundary, declared: Boundary) -> None:
+    """EngineError where a file is not what the manifest declares; an input that it lacks is not missed."""
+    wanted = {spec.name: spec for spec in declared.inputs}
+    first = declared.inputs[0].name
+    known = all(spec.name in wanted and _agree(spec, wanted[spec.name]) for spec in found.inputs)
+    outputs = len(found.outputs) == len(declared.outputs) and all(
+        a.name == b.name and _agree(a, b) for a, b in zip(found.outputs, declared.outputs, strict=True)
     )
-    raise NonFiniteError(
-        f"{graph.file}: NaN or infinite values in its output (precision {precision}); {cure}"
-    )
+    if not (known and outputs and first in {spec.name for spec in found.inputs}):
+        raise EngineError(f"{path}: is {found}, expected {declared}; export the engine again")
+
+
+def _agree(found: TensorSpec, declared: TensorSpec) -> bool:
+    """Equal in type and dimensions, where a dimension that the file leaves open fits any."""
+    if found.dtype != declared.dtype or len(found.dims) != len(declared.dims):
+        return False
+    pairs = zip(found.dims, declared.dims, strict=True)
+    return all(isinstance(f, str) or f == d for f, d in pairs)

@@ -1,0 +1,78 @@
+"""What the runtime feeds to each graph of an engine and takes from it: the boundary by role.
+
+=======  =======================================================================  ============================
+role     inputs                                                                   output
+=======  =======================================================================  ============================
+expert   `z_t` [B, C, h, w], `cond` [B, 3 or C, h, w], `t` [B]                    `eps`, `x0` or `v`, as `z_t`
+decoder  `z` [B, C, h, w], `lr` [B, 3, H, W], `fidelity` [B] (or [1])             `image` [B, 3, H, W]
+encoder  `image` [B, 3, H, W], `noise` [B, C, h, w]                               `latent` [B, C, h, w]
+=======  =======================================================================  ============================
+
+float32 at the boundary whatever the inside; images in [-1, 1]; h, w the tile in latent pixels, H, W in output
+pixels. A graph may do without any input but the first of its row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesr.runtime.graphs import BATCH, Boundary, TensorSpec
+
+if TYPE_CHECKING:
+    from moesr.runtime.manifest import Manifest
+
+DECODER, ENCODER = "decoder", "encoder"
+
+
+def boundary(m: Manifest, role: str) -> Boundary:
+    """All that the runtime can feed to the graph of a role, and what it takes from it."""
+    return boundary_of(
+        role, m.tile, m.latent_channels, m.latent_factor, m.prediction, with_latent=m.condition == "latent"
+    )
+
+
+def boundary_of(
+    role: str,
+    tile: int,
+    latent_channels: int,
+    latent_factor: int,
+    prediction: str = "eps",
+    *,
+    with_latent: bool = False,
+) -> Boundary:
+    """The same from the sizes alone; `with_latent`: the condition is a latent."""
+    side = tile // latent_factor
+    latent = (BATCH, latent_channels, side, side)
+    image = (BATCH, 3, tile, tile)
+    condition = latent if with_latent else (BATCH, 3, side, side)
+    if role == DECODER:
+        inputs, output = {"z": latent, "lr": image, "fidelity": (BATCH,)}, ("image", image)
+    elif role == ENCODER:
+        inputs, output = {"image": image, "noise": latent}, ("latent", latent)
+    else:
+        inputs, output = {"z_t": latent, "cond": condition, "t": (BATCH,)}, (prediction, latent)
+    return Boundary(tuple(_spec(*item) for item in inputs.items()), (_spec(*output),))
+
+
+def mismatches(m: Manifest) -> list[str]:
+    """Where the manifest describes graphs that the runtime cannot drive, in words."""
+    found = []
+    for role, graph in m.graphs.items():
+        full = boundary(m, role)
+        offered = {spec.name: spec for spec in full.inputs}
+        known = all(_fits(spec, offered.get(spec.name)) for spec in graph.inputs)
+        needed = full.inputs[0].name in {spec.name for spec in graph.inputs}
+        if not (known and needed and graph.outputs == full.outputs):
+            found.append(f"{role} is {graph.boundary}, expected {full}")
+    return found
+
+
+def _fits(spec: TensorSpec, offered: TensorSpec | None) -> bool:
+    """A single value of each tile may be one for the whole run too: schema 1 had it so."""
+    if offered is None:
+        return False
+    return spec == offered or (offered.dims == (BATCH,) and spec.dims == (1,) and spec.dtype == offered.dtype)
+
+
+def _spec(name: str, dims: tuple[int | str, ...]) -> TensorSpec:
+    return TensorSpec(name, "float32", dims)

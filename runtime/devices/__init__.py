@@ -1,0 +1,120 @@
+"""Devices: where canvases live, and what surrounds a graph in a tick.
+
+A tick is one run of a graph over a few slots, and what runs is always the same: `gather` fills the graph's
+inputs from the canvases that the slots name, the session runs, `blend` adds its output to the canvases' sums,
+and for an image whose step is complete `advance` moves its latent by one step of the sampler. Only the slots
+differ from tick to tick. Nothing here returns values to the host but `finite` and `download`, so a device that
+works on its own may fall behind the host that feeds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from moesr.runtime.graphs import TensorSpec
+from moesr.runtime.samplers import Coefficients
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """An image or latent of any size in a device's memory.
+
+    `data` is float32 [C, H, W], or an image's own uint8 or uint16 [H, W, C], which `gather` maps to [-1, 1].
+    `factor` is how many of its pixels stand for one of the latent grid, along one side.
+    """
+
+    data: Any
+    factor: int = 1
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mean(Canvas):
+    """A canvas made of tiles: their mean, weighted by `weights` [tile, tile] over `weight_sum` [H, W].
+
+    `state` is the device's own: among it a flag that is raised by values that are not finite.
+    """
+
+    weights: Any
+    weight_sum: Any
+    state: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A row of a tick's table: where one tile's inputs come from, and where its output goes.
+
+    `sources` and `scalars` are by the graph's inputs; (y, x) is the tile's origin on the latent grid.
+    """
+
+    sources: Mapping[str, Canvas]
+    scalars: Mapping[str, float]
+    target: Mean
+    y: int
+    x: int
+
+
+class Device(Protocol):
+    """Memory of one processor and the operations of a tick. One thread at a time uses it."""
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether every call is done when it returns, so that results may be looked at between ticks."""
+        ...
+
+    def buffer(self, spec: TensorSpec, batch: int) -> Any:
+        """Memory for a graph's input or output, `batch` tiles long, to be bound to a session."""
+        ...
+
+    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+        """An empty latent, float32 [C, H, W]."""
+        ...
+
+    def mean(
+        self,
+        shape: tuple[int, int, int],
+        origins: Sequence[tuple[int, int]],
+        weights: np.ndarray,
+        factor: int = 1,
+    ) -> Mean:
+        """A canvas [C, H, W] to be made of tiles at `origins` on the latent grid.
+
+        `weights` float32 [tile, tile], positive. Raises ValueError where the tiles leave the canvas or do not
+        cover it.
+        """
+        ...
+
+    def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
+        """Copy an image [H, W, C] of uint8 or uint16; the array may be kept, and must not change."""
+        ...
+
+    def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
+        """Fill a latent with the noise of `moesr.runtime.noise`."""
+        ...
+
+    def gather(self, slots: Sequence[Slot], buffers: Mapping[str, Any]) -> None:
+        """Fill a graph's inputs, one tile a slot. An input with one value for the run takes the first's."""
+        ...
+
+    def blend(self, slots: Sequence[Slot], output: Any) -> None:
+        """Add a graph's output, one tile a slot, to the slots' targets."""
+        ...
+
+    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
+        """Move `z` by one step: `c_z * z + c_out * out + c_noise * noise(seed, step)`; clears `out`."""
+        ...
+
+    def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
+        """Replace `z` by `c_z * z + c_other * other`."""
+        ...
+
+    def finite(self, mean: Mean) -> bool:
+        """Whether all values blended so far were finite. Waits for the device."""
+        ...
+
+    def download(self, canvas: Canvas) -> np.ndarray:
+        """The canvas as a host array, float32 [C, H, W], which the caller may change. Waits for the device."""
+        ...

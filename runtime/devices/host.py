@@ -1,0 +1,125 @@
+"""The host as a device: NumPy, every call done when it returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesr.runtime import noise, samplers, tiles
+from moesr.runtime.devices import Canvas, Mean, Slot
+from moesr.runtime.graphs import TensorSpec
+from moesr.runtime.pixels import to_unit
+from moesr.runtime.samplers import Coefficients
+
+
+@dataclass
+class _State:
+    """What the host keeps with a mean."""
+
+    share: np.ndarray  # [tile, tile]
+    scratch: np.ndarray  # [C, tile, tile]
+    finite: bool = True
+
+
+class HostDevice:
+    """See `Device`. Buffers and canvases are NumPy arrays."""
+
+    synchronous = True
+
+    def __init__(self) -> None:
+        self._scratch = np.empty(0, np.float32)
+
+    def buffer(self, spec: TensorSpec, batch: int) -> np.ndarray:
+        """See `Device.buffer`."""
+        return np.zeros(spec.shape(batch), spec.dtype)
+
+    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+        """See `Device.canvas`."""
+        return Canvas(np.zeros(shape, np.float32))
+
+    def mean(
+        self,
+        shape: tuple[int, int, int],
+        origins: Sequence[tuple[int, int]],
+        weights: np.ndarray,
+        factor: int = 1,
+    ) -> Mean:
+        """See `Device.mean`."""
+        pixels = [(y * factor, x * factor) for y, x in origins]
+        weight_sum = tiles.weight_sum(shape[1], shape[2], pixels, weights)
+        state = _State(np.empty_like(weights), np.empty((shape[0], *weights.shape), np.float32))
+        data = np.zeros(shape, np.float32)
+        return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state)
+
+    def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
+        """See `Device.upload`: the array itself is kept."""
+        return Canvas(image, factor)
+
+    def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
+        """See `Device.gaussian`."""
+        noise.gaussian(seed, step, canvas.data.shape, canvas.data)
+
+    def gather(self, slots: Sequence[Slot], buffers: Mapping[str, np.ndarray]) -> None:
+        """See `Device.gather`."""
+        for i, slot in enumerate(slots):
+            for name, canvas in slot.sources.items():
+                _read(canvas, slot, buffers[name][i])
+            for name, value in slot.scalars.items():
+                buffers[name][i % len(buffers[name])] = value
+
+    def blend(self, slots: Sequence[Slot], output: np.ndarray) -> None:
+        """See `Device.blend`."""
+        for slot, tile in zip(slots, output, strict=False):
+            mean, state = slot.target, slot.target.state
+            if not (math.isfinite(float(tile.min())) and math.isfinite(float(tile.max()))):
+                state.finite = False
+            rows, columns = _window(mean, slot, tile.shape)
+            # Dividing here needs no second canvas, and w / w is exactly 1 where one tile stands alone.
+            np.divide(mean.weights, mean.weight_sum[rows, columns], out=state.share)
+            np.multiply(tile, state.share, out=state.scratch)
+            window = mean.data[:, rows, columns]
+            np.add(window, state.scratch, out=window)
+
+    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
+        """See `Device.advance`."""
+        first, second = self._two_like(z.data)
+        added = noise.gaussian(seed, step, z.data.shape, first) if c.c_noise else None
+        samplers.advance(z.data, out.data, added, c, second)
+        out.data.fill(0.0)
+
+    def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
+        """See `Device.mix`."""
+        c = Coefficients(np.float32(c_z), np.float32(c_other), np.float32(0.0))
+        samplers.advance(z.data, other.data, None, c, self._two_like(z.data)[0])
+
+    def finite(self, mean: Mean) -> bool:
+        """See `Device.finite`."""
+        return mean.state.finite
+
+    def download(self, canvas: Canvas) -> np.ndarray:
+        """See `Device.download`: the array itself."""
+        return canvas.data
+
+    def _two_like(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Two arrays of that shape to work in, allocated anew only for a larger canvas than any before."""
+        if self._scratch.size < 2 * array.size:
+            self._scratch = np.empty(2 * array.size, np.float32)
+        first, second = self._scratch[: array.size], self._scratch[array.size : 2 * array.size]
+        return first.reshape(array.shape), second.reshape(array.shape)
+
+
+def _window(canvas: Canvas, slot: Slot, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Rows and columns of a slot's tile on a canvas, for a tile [C, h, w]."""
+    top, left = slot.y * canvas.factor, slot.x * canvas.factor
+    return slice(top, top + shape[1]), slice(left, left + shape[2])
+
+
+def _read(canvas: Canvas, slot: Slot, out: np.ndarray) -> None:
+    rows, columns = _window(canvas, slot, out.shape)
+    if canvas.data.dtype == np.float32:
+        out[...] = canvas.data[:, rows, columns]
+    else:
+        to_unit(canvas.data[rows, columns].transpose(2, 0, 1), out)

@@ -1,0 +1,169 @@
+"""What an image goes through: encode, denoise, decode, each a list of tiles to run through a graph.
+
+Encoding makes the latent that conditions the sampler, where the model has an encoder; every tile runs once.
+Sampling visits all tiles of the latent canvas at every step, blends their predictions, then moves the whole
+canvas by one step of the sampler (StableSR's progressive aggregation). Decoding runs every tile once and
+blends in pixels. A pass allocates its canvases when it begins; it is driven from the worker's thread alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import ClassVar
+
+from moesr.runtime import noise, samplers, tiles
+from moesr.runtime.contract import DECODER, ENCODER
+from moesr.runtime.devices import Canvas, Device, Mean, Slot
+from moesr.runtime.graphs import Graph
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.schedule import StepTable
+
+SAMPLING_OVERLAP = 4  # neighbours share a quarter of a tile at every step
+CODING_OVERLAP = 8  # and an eighth when encoding and decoding, which happen once
+
+Grid = list[tuple[int, int]]
+
+
+class Pass:
+    """Tiles of one image that need a graph. `cursor` counts those of this round that ran."""
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tiles: Grid,
+        target: Mean,
+        sources: dict[str, Canvas],
+        scalars: dict[str, float],
+    ) -> None:
+        """`sources` and `scalars` are what the pass can feed to its graphs, by input."""
+        self.tiles, self.target, self.cursor, self.done = tiles, target, 0, False
+        self._manifest, self._sources, self._scalars = manifest, sources, scalars
+
+    @property
+    def role(self) -> str:
+        """The graph that the next tiles need."""
+        raise NotImplementedError
+
+    @property
+    def upcoming(self) -> str | None:
+        """The graph that this pass needs after it, if it needs another one."""
+        return None
+
+    @property
+    def graph(self) -> Graph:
+        """The manifest's entry of `role`."""
+        return self._manifest.graphs[self.role]
+
+    @property
+    def group(self) -> Hashable:
+        """Tiles of equal group may share a tick: one graph, and equal values of what a run has one of."""
+        single = (i.name for i in self.graph.inputs if not i.per_tile)
+        return self.role, *(self._scalars[name] for name in single)
+
+    def slot(self, tile: int) -> Slot:
+        """The row of a tick's table for one tile."""
+        taken = [spec.name for spec in self.graph.inputs]
+        sources = {name: self._sources[name] for name in taken if name in self._sources}
+        scalars = {name: self._scalars[name] for name in taken if name in self._scalars}
+        return Slot(sources, scalars, self.target, *self.tiles[tile])
+
+    def ran(self, count: int) -> None:
+        """Take note that the next `count` tiles are blended; with the last one, end the round."""
+        self.cursor += count
+        if self.cursor == len(self.tiles):
+            self.cursor = 0
+            self._end_round()
+
+    def _end_round(self) -> None:
+        self.done = True
+
+
+class Encoding(Pass):
+    """From the image to the latent that conditions the sampler: `target`."""
+
+    stage = "encoding"
+    role = ENCODER
+
+    def __init__(self, manifest: Manifest, device: Device, lr: Canvas, size: tuple[int, int], seed: int) -> None:
+        """`lr` is the input at output size, `size` that of the latent canvas."""
+        grid = coding_grid(manifest, *size)
+        shape = (manifest.latent_channels, *size)
+        weights = tiles.feather_weights(manifest.latent_tile, manifest.latent_tile // CODING_OVERLAP)
+        sources = {"image": lr}
+        if any(spec.name == "noise" for spec in manifest.graphs[ENCODER].inputs):
+            sources["noise"] = device.canvas(shape)
+            device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
+        super().__init__(manifest, grid, device.mean(shape, grid, weights), sources, {})
+
+
+class Sampling(Pass):
+    """From noise, or from the noised condition, to a clean latent: `z`."""
+
+    stage = "sampling"
+
+    def __init__(
+        self, manifest: Manifest, device: Device, table: StepTable, cond: Canvas, size: tuple[int, int], seed: int
+    ) -> None:
+        """`cond` covers the latent canvas of `size`."""
+        grid = sampling_grid(manifest, *size)
+        shape = (manifest.latent_channels, *size)
+        weights = tiles.gaussian_weights(manifest.latent_tile)
+        self.z = device.canvas(shape)
+        sources = {"z_t": self.z, "cond": cond}
+        super().__init__(manifest, grid, device.mean(shape, grid, weights), sources, {"t": float(table.t[0])})
+        self._device, self._table, self._seed, self._step = device, table, seed, 0
+        device.gaussian(self.z, seed, noise.INITIAL_NOISE)
+        if manifest.init == "latent":
+            signal = float(manifest.schedule.alpha_bar[-1])
+            device.mix(self.z, cond, math.sqrt(1.0 - signal), math.sqrt(signal))
+
+    @property
+    def role(self) -> str:
+        """The expert that serves the current step."""
+        return self._manifest.experts[self._table.expert[min(self._step, len(self._table) - 1)]].graph
+
+    @property
+    def upcoming(self) -> str | None:
+        """The expert that follows."""
+        later = self._table.expert[self._step :]
+        others = later[later != later[0]]
+        return self._manifest.experts[others[0]].graph if others.size else None
+
+    def _end_round(self) -> None:
+        """Move the canvas by one step of the sampler."""
+        c = samplers.coefficients(self._table, self._step, self._manifest.prediction)
+        self._device.advance(self.z, self.target, c, self._seed, self._step)
+        self._step += 1
+        self.done = self._step == len(self._table)
+        if not self.done:
+            self._scalars["t"] = float(self._table.t[self._step])
+
+
+class Decoding(Pass):
+    """From a clean latent to pixels: `target`."""
+
+    stage = "decoding"
+    role = DECODER
+
+    def __init__(
+        self, manifest: Manifest, device: Device, z: Canvas, lr: Canvas, size: tuple[int, int], fidelity: float
+    ) -> None:
+        """`z` the latent canvas of `size`, `lr` the input at output size."""
+        grid, factor = coding_grid(manifest, *size), manifest.latent_factor
+        overlap = manifest.latent_tile // CODING_OVERLAP * factor
+        weights = tiles.feather_weights(manifest.tile, overlap)
+        target = device.mean((3, size[0] * factor, size[1] * factor), grid, weights, factor)
+        super().__init__(manifest, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
+
+
+def sampling_grid(manifest: Manifest, height: int, width: int) -> Grid:
+    """Tiles of a step over a latent canvas."""
+    return tiles.grid(height, width, manifest.latent_tile, manifest.latent_tile // SAMPLING_OVERLAP)
+
+
+def coding_grid(manifest: Manifest, height: int, width: int) -> Grid:
+    """Tiles to encode or decode, in latent pixels."""
+    return tiles.grid(height, width, manifest.latent_tile, manifest.latent_tile // CODING_OVERLAP)

@@ -1,0 +1,183 @@
+"""ONNX Runtime: the default backend on CPUs, and on NVIDIA GPUs with the onnxruntime-gpu package."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime import memory
+from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.graphs import Boundary, TensorSpec
+from moesr.runtime.sessions import Offer, Options, check_boundary
+
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
+_MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
+_TYPES = {"tensor(float)": "float32"}
+_SAME_AS_REQUESTED = 1  # arena growth; the default doubles it, which wastes up to half of the peak
+# A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
+_SMALLEST_MODEL = (
+    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02"
+    b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+_arena_lock = threading.Lock()
+_arena_made = False
+
+
+def probe() -> Offer:
+    """Version and devices; EngineError where the library is not installed or does not load."""
+    ort = _library()
+    available = ort.get_available_providers()
+    return Offer(ort.__version__, {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available})
+
+
+def open_session(path: Path, declared: Boundary, options: Options) -> OnnxSession:
+    """Open an ONNX file; EngineError where it cannot be loaded or is not what was declared."""
+    ort = _library()
+    settings = session_options(options.threads)
+    _share_arena(ort, settings)
+    provider: Any = _PROVIDERS[options.kind]
+    if options.kind == "cuda":
+        provider = (provider, {"device_id": options.index, "arena_extend_strategy": "kSameAsRequested"})
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=[provider])
+    except Exception as error:  # the library has no common base for its errors
+        raise _explain(path, error) from error
+    if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only
+        raise EngineError(
+            f"onnxruntime offers {options.kind} but cannot use it (driver, CUDA or cuDNN missing or "
+            "of another version); repair these, or choose --device cpu"
+        )
+    found = Boundary(_specs(session.get_inputs()), _specs(session.get_outputs()))
+    check_boundary(path, found, declared)
+    memory.return_freed()
+    return OnnxSession(ort, session, path, declared, options)
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options under which graphs are run; `threads` None leaves their number to the library."""
+    options = _library().SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # fatal ones; errors come as exceptions
+    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
+    # full-width decoder at 512 px); the arena uses them again without a plan.
+    options.enable_mem_reuse = False
+    return options
+
+
+def release() -> None:
+    """Give the system the working memory that no open session needs."""
+    if not _arena_made:
+        return
+    ort = _library()
+    settings, run = session_options(1), ort.RunOptions()
+    _share_arena(ort, settings)
+    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    with contextlib.suppress(Exception):  # nothing depends on it
+        session = ort.InferenceSession(_SMALLEST_MODEL, settings, providers=[_PROVIDERS["cpu"]])
+        session.run(None, {"x": np.zeros(1, np.float32)}, run)
+    memory.return_freed()
+
+
+class OnnxSession:
+    """A loaded graph with one binding a batch size, all over the same buffers."""
+
+    def __init__(self, ort: Any, session: Any, path: Path, declared: Boundary, options: Options) -> None:
+        """`declared` holds more inputs than the graph has where the runtime offers more than it takes."""
+        names = {i.name for i in session.get_inputs()}
+        self._boundary = Boundary(tuple(i for i in declared.inputs if i.name in names), declared.outputs)
+        self._ort, self._session, self._path, self._options = ort, session, path, options
+        self._run = ort.RunOptions()
+        self._bindings: list[Any] = []
+        self._copies: list[list[tuple[Any, np.ndarray]]] = []
+
+    @property
+    def boundary(self) -> Boundary:
+        """See `Session.boundary`."""
+        return self._boundary
+
+    def bind(self, buffers: Mapping[str, np.ndarray], max_batch: int) -> None:
+        """See `Session.bind`; the buffers are host arrays, copied to a GPU and back at every run."""
+        kind, index = self._options.kind, self._options.index
+        value_of = self._ort.OrtValue.ortvalue_from_numpy
+        self._bindings, self._copies = [], []
+        for batch in range(1, max_batch + 1):
+            binding, copies = self._session.io_binding(), []
+            for spec in self._boundary.inputs:
+                part = buffers[spec.name][:batch] if spec.per_tile else buffers[spec.name]
+                value = value_of(part, kind, index)  # on the CPU: the same memory
+                binding.bind_ortvalue_input(spec.name, value)
+                copies.append((value, part))
+            for spec in self._boundary.outputs:
+                binding.bind_ortvalue_output(spec.name, value_of(buffers[spec.name][:batch]))
+            self._bindings.append(binding)
+            self._copies.append([] if kind == "cpu" else copies)
+
+    def enqueue(self, batch: int) -> None:
+        """See `Session.enqueue`."""
+        try:
+            for value, array in self._copies[batch - 1]:
+                value.update_inplace(array)
+            self._session.run_with_iobinding(self._bindings[batch - 1], self._run)
+        except Exception as error:  # the library has no common base for its errors
+            raise _explain(self._path, error) from error
+
+    def abort(self) -> None:
+        """See `Session.abort`."""
+        self._run.terminate = True
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._bindings, self._copies, self._session = [], [], None
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"onnxruntime does not load ({error}); install it with: pip install 'moesr[cpu]' "
+            "(or 'moesr[cuda]' for an NVIDIA GPU)"
+        ) from error
+    return onnxruntime
+
+
+def _share_arena(ort: Any, options: Any) -> None:
+    """Let all sessions draw on one CPU arena: graphs run in turn, so their peaks need not add up."""
+    global _arena_made
+    with _arena_lock:
+        if not _arena_made:
+            info = ort.OrtMemoryInfo(
+                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+            )
+            ort.create_and_register_allocator(
+                info, ort.OrtArenaCfg({"arena_extend_strategy": _SAME_AS_REQUESTED})
+            )
+            _arena_made = True
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    """The library's description of inputs or outputs; a dimension left open is a name, or "?"."""
+    return tuple(
+        TensorSpec(v.name, _TYPES.get(v.type, v.type), tuple("?" if d is None else d for d in v.shape))
+        for v in values
+    )
+
+
+def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", text, re.IGNORECASE):
+        return MemoryLimitError(
+            f"{path.name}: out of memory ({text:.200}); close other programs, "
+            "or use an engine with smaller tiles"
+        )
+    return EngineError(
+        f"{path}: onnxruntime cannot run it ({text:.300}); export the engine again with moesr-export"
+    )
