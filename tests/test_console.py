@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_streams_that_cannot_be_written(tmp_path, redirection: str, code: int):
 
 def test_help_into_a_full_device():
     script = PROGRAM.replace("work, []", "work, ['--help']")
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, check=False
         )

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent, leftovers of killed processes, and paths nobody can look at."""
+"""Files and directories that are whole or absent, leftovers of killed processes, and closed paths."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_ctrl_c_keeps_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_may_be_replaced(tmp_path: Path):
     target = directory(tmp_path / "engine", "old")
-    with pytest.raises(OutputError, match="exists; .* --force"):
+    with pytest.raises(OutputError, match=r"exists; .* --force"):
         make(target, "new", force=False)
     (tmp_path / "link").symlink_to(target)
     (tmp_path / "file").touch()
@@ -159,7 +159,7 @@ def test_leftovers_that_may_be_in_use_stay(tmp_path: Path):
     os.utime(aged, (0, 0))
     os.utime(unknown, (0, 0))
     files.sweep(tmp_path)
-    assert {path for path in tmp_path.iterdir()} == {mine, elsewhere, unknown}
+    assert set(tmp_path.iterdir()) == {mine, elsewhere, unknown}
 
 
 def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
