@@ -1,4 +1,4 @@
-"""Checks of the options that mean something without an engine; each returns the value or raises UsageError."""
+"""Checks of options that mean something without an engine; each returns the value or raises UsageError."""
 
 from __future__ import annotations
 
