@@ -30,21 +30,21 @@ FOREIGN_AGE_S = 86_400
 _LEFTOVER = re.compile(r"\.moesr-(?:([0-9a-f]{8})-)?(\d+)-[0-9a-f]+\.tmp")
 _NEW, _OLD = "new", "old"  # inside the temporary directory of `new_directory`
 
-_REASONS = {
-    errno.ENAMETOOLONG: "its name is too long; shorten it",
-    errno.EACCES: "permission denied; check the permissions of it and of the directories above it",
-    errno.EPERM: "permission denied; check the permissions of it and of the directories above it",
-    errno.ELOOP: "links that lead in a circle; name the file itself",
-    errno.ENOSPC: "no space left on the device; free some",
-    errno.EROFS: "the file system is read-only; name another place",
+_PERMISSIONS = "check the permissions of it and of the directories above it"
+_CURES = {
+    errno.ENAMETOOLONG: "shorten it",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.ELOOP: "its links lead in a circle",
+    errno.ENOSPC: "free some",
 }
 
 
 def reason(error: Exception) -> str:
-    """What went wrong with a path and what to do, in half a sentence."""
-    if isinstance(error, OSError):
-        known = _REASONS.get(error.errno or 0)
-        return known or error.strerror or str(error) or type(error).__name__
+    """What went wrong with a path, in the system's words, and what to do where that is known."""
+    if isinstance(error, OSError) and error.strerror:
+        cure = _CURES.get(error.errno or 0)
+        return f"{error.strerror}; {cure}" if cure else error.strerror
     if isinstance(error, ValueError):  # a NUL character, or one that has no form on disk
         return f"not a possible file name ({error}); name another"
     return str(error) or type(error).__name__
@@ -67,6 +67,21 @@ def kind_of(status: os.stat_result) -> str:
         if test(mode):
             return name
     return "socket" if stat.S_ISSOCK(mode) else "device"
+
+
+def check_file(path: Path) -> os.stat_result:
+    """Status of a regular file; InputError for anything else, since reading a pipe could wait for ever."""
+    status = examine(path)
+    if status is None:
+        if path.is_symlink():
+            raise InputError(f"{path}: a link that leads nowhere (to {path.readlink()})")
+        raise InputError(f"{path}: no such file")
+    kind = kind_of(status)
+    if kind == "directory":
+        raise InputError(f"{path}: is a directory, expected an image file")
+    if kind != "file":
+        raise InputError(f"{path}: is a {kind}, expected a file; save what comes from it as a file first")
+    return status
 
 
 def sha256_of(path: Path) -> str:

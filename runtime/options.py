@@ -36,7 +36,7 @@ def check_seed(value: Any) -> int:
 
 def check_fidelity(value: Any) -> float:
     """Fidelity to the input, 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
         raise UsageError(f"fidelity is {value!r}, expected a number from 0 to 1")
     return float(value)
 

@@ -166,7 +166,7 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     assert files.examine(tmp_path / "absent") is None
     (tmp_path / "file").touch()
     assert files.examine(tmp_path / "file" / "below") is None
-    with pytest.raises(InputError, match="name is too long; shorten it"):
+    with pytest.raises(InputError, match="File name too long; shorten it"):
         files.examine(tmp_path / ("n" * 256))
     with pytest.raises(EngineError, match="not a possible file name"):
         files.examine(tmp_path / "a\0b", EngineError)
@@ -178,7 +178,7 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", refuse)
-    with pytest.raises(InputError, match="permission denied; check"):
+    with pytest.raises(InputError, match="Permission denied; check"):
         files.examine(tmp_path)
 
 
