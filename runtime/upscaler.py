@@ -49,7 +49,8 @@ Picture = TypeVar("Picture", np.ndarray, Image.Image)
 class _Ticket:
     """An image in flight: either a job, or the error that kept it from becoming one."""
 
-    loaded: image_io.LoadedImage | None = None  # where the image came as a PIL image
+    loaded: image_io.LoadedImage | None = None  # where the image came as one, or as a PIL image
+    as_pil: bool = False
     planes: Planes | None = None
     job: Job | None = None
     error: Exception | None = None
@@ -173,7 +174,10 @@ class Upscaler:
         ticket = _Ticket()
         try:
             if isinstance(image, Image.Image):
-                ticket.loaded = image_io.from_pil(image)
+                ticket.loaded, ticket.as_pil = image_io.from_pil(image), True
+            elif isinstance(image, image_io.LoadedImage):
+                ticket.loaded = image
+            if ticket.loaded:
                 image = ticket.loaded.pixels
             self._check_memory(image)
             ticket.planes = split(image)
@@ -193,7 +197,11 @@ class Upscaler:
         except (MoesrError, MemoryError) as error:
             return error
         self._warm = True
-        return image_io.to_pil(pixels, ticket.loaded) if ticket.loaded else pixels
+        if ticket.loaded is None:
+            return pixels
+        if ticket.as_pil:
+            return image_io.to_pil(pixels, ticket.loaded)
+        return image_io.with_pixels(ticket.loaded, pixels)
 
     def _check_memory(self, image: Any) -> None:
         """Compare an estimate with what is free; MemoryLimitError before any work where it cannot fit."""
