@@ -107,7 +107,9 @@ def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever their parsers meet
-        raise InputError(f"{name}: {_damaged(error)}") from error
+        closed = getattr(image, "fp", image) is None or "closed" in str(error)
+        text = "is closed; open it again, and keep it open until it is done" if closed else _damaged(error)
+        raise InputError(f"{name}: {text}") from error
 
 
 def _take(image: Image.Image, name: str) -> LoadedImage:
@@ -213,8 +215,6 @@ def _too_large(size: str) -> str:
 
 
 def _damaged(error: Exception) -> str:
-    if isinstance(error, ValueError) and "closed" in str(error):
-        return "the image is closed; open it again, or keep it open until it is done"
     return f"truncated or damaged ({error}); get the file again"
 
 
@@ -228,7 +228,7 @@ def _unidentified(path: Path, head: bytes) -> str:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory and accept and accept(head) is True:
             try:
-                with path.open("rb") as stream:
+                with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
                     factory(stream, "")
             except Exception as error:
                 return f"a {name} that cannot be opened ({error}); get the file again, or convert it to PNG"

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+
+from moesr.runtime import libtiff
 
 KEY = "moesr"
 _MARK = re.compile(r"(?:; )?moesr (\{.*\})\s*\Z", re.DOTALL)
@@ -78,7 +81,7 @@ def without_mark(text: str) -> str:
 def read(path: Path) -> Record | None:
     """The record of a result, from the head of the file; None where it is no result, or is damaged there."""
     try:
-        with path.open("rb") as stream:
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             text = _png_text(stream) if head == _PNG else _other_text(stream, head)
         return _parse(text) if text else None
@@ -89,7 +92,7 @@ def read(path: Path) -> Record | None:
 def is_whole(path: Path) -> bool:
     """Whether a result can be read to its end: a PNG by its checksums, others by decoding them."""
     try:
-        with path.open("rb") as stream:
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             if head == _PNG:
                 return any(kind == b"IEND" for kind, _ in _chunks(stream))
@@ -143,6 +146,7 @@ def _other_text(stream: BinaryIO, head: bytes) -> str | None:
 def _open(stream: BinaryIO, head: bytes) -> Image.Image | None:
     """The file as Pillow reads it, of any size: results are larger than what is taken as an input."""
     stream.seek(0)
+    libtiff.silence()
     Image.init()
     for signature, name in _KINDS:
         if head.startswith(signature) and name in Image.OPEN:
