@@ -99,6 +99,9 @@ class Batch:
             else:
                 self.done += 1
                 console.say(f"{task.source} -> {task.target}")
+        if bar.n:  # the images after the last one begun could not be loaded
+            bar.total = bar.n
+            bar.refresh()
 
     def _images(self) -> Iterator[image_io.LoadedImage]:
         """Load each input when the upscaler has room for it."""

@@ -109,8 +109,8 @@ def check_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary stream whose content becomes `path` when the block succeeds, and nothing when it does not.
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write a file at that becomes `path` when the block succeeds, and nothing when it does not.
 
     Makes the directories above and replaces a file that is there. OSError where the system refuses.
     """
@@ -118,15 +118,21 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     sweep(path.parent)
     scratch = path.with_name(_scratch_name())
     try:
-        with scratch.open("xb") as stream:
-            yield stream
-            stream.flush()
+        yield scratch
+        with scratch.open("rb+") as stream:
             os.fsync(stream.fileno())
         scratch.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream whose content becomes `path` when the block succeeds; see `new_file`."""
+    with new_file(path) as scratch, scratch.open("xb") as stream:
+        yield stream
 
 
 @contextlib.contextmanager

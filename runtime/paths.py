@@ -111,10 +111,12 @@ def _expand(inputs: Sequence[Path], made: Plan) -> Iterator[tuple[Path, bool]]:
     seen: dict[str, Path] = {}
 
     def first(path: Path, listed: bool) -> bool:
-        earlier = seen.setdefault(_real(path), path)
-        if earlier is not path:
+        earlier = seen.get(_real(path))
+        if earlier is not None:
             made.notes.append(f"{path}: passed over, the same {'file' if listed else 'input'} as {earlier}")
-        return earlier is path
+            return False
+        seen[_real(path)] = path
+        return True
 
     for path in inputs:
         try:
@@ -201,13 +203,16 @@ class _Names:
     def target(self, source: Path, listed: bool) -> tuple[Path, str]:
         """Where the result of a source goes, and why it need not be made, or ""."""
         folder = self._folder(source)
-        self._check_folder(folder)
         wanted = self._wanted.of(source.name, sha256_of(source))
         for target in self._earlier(source, folder):
             record = records.read(target)
             if _key(target) not in self._taken and record and self._is_own(record, wanted, target, source):
                 self._taken.add(_key(target))
-                return target, self._finished(source, target, record, wanted, listed)
+                line = self._finished(source, target, record, wanted, listed)
+                if not line:
+                    self._check_folder(folder)
+                return target, line
+        self._check_folder(folder)
         target = self._one or self._free(source, folder, listed)
         self._check_target(source, target)
         self._taken.add(_key(target))

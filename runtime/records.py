@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from moesr.runtime import libtiff
+from moesr.runtime.files import check_file
 
 KEY = "moesr"
 _MARK = re.compile(r"(?:; )?moesr (\{.*\})\s*\Z", re.DOTALL)
@@ -81,6 +82,7 @@ def without_mark(text: str) -> str:
 def read(path: Path) -> Record | None:
     """The record of a result, from the head of the file; None where it is no result, or is damaged there."""
     try:
+        check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             text = _png_text(stream) if head == _PNG else _other_text(stream, head)
@@ -92,6 +94,7 @@ def read(path: Path) -> Record | None:
 def is_whole(path: Path) -> bool:
     """Whether a result can be read to its end: a PNG by its checksums, others by decoding them."""
     try:
+        check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             if head == _PNG:

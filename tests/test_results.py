@@ -173,9 +173,10 @@ def test_results_of_other_folders_do_not_count(photos: Path, tmp_path: Path):
 def test_one_file_by_several_names_is_done_once(photos: Path, monkeypatch: pytest.MonkeyPatch):
     (photos / "latest.png").symlink_to("a.png")
     monkeypatch.chdir(photos)
-    made = planned(Path("a.png"), photos / "a.png", Path("./a.png"), photos)
+    twice = Path("a.png")
+    made = planned(twice, twice, photos / "a.png", Path("./a.png"), photos)
     assert [task.target.name for task in made.tasks] == ["a_x4.png", "b_x4.png"]
-    assert sum("passed over, the same" in note for note in made.notes) == 4
+    assert sum("passed over, the same" in note for note in made.notes) == 5
 
 
 def test_what_is_no_image_is_noted(photos: Path):
@@ -233,15 +234,15 @@ def test_what_is_there_is_not_overwritten(photos: Path):
     assert do(planned(source, force=True)) == ["a_x4.png"]
     (error,) = planned(source, output=source, force=True).failed
     assert "overwritten by its own result" in str(error)
-    for other in ("b.jpg", "sub.png"):
-        (photos / "sub.png").mkdir(exist_ok=True)
-        target = photos / other
-        made = planned(source, output=f"{target}") if other == "b.jpg" else planned(photos, output=None)
-        assert made.failed if other == "b.jpg" else made.tasks
+    (error,) = planned(source, output=photos / "b.jpg").failed
+    assert "b.jpg: exists and is no result of" in str(error)
     (photos / "a_x4.png").unlink()
-    (photos / "a_x4.png").mkdir()
-    (error,) = planned(source, force=True).failed
-    assert "is a directory" in str(error)
+    for make, kind in ((Path.mkdir, "directory"), (os.mkfifo, "pipe")):
+        make(photos / "a_x4.png")
+        (error,) = planned(source, force=True).failed
+        assert f"is a {kind}; name another file" in str(error)
+        if kind == "directory":
+            (photos / "a_x4.png").rmdir()
 
 
 def test_other_settings_and_engines_are_told_apart(photos: Path):
@@ -283,6 +284,10 @@ def test_a_place_beside_the_inputs_that_cannot_be_written(photos: Path, monkeypa
     made = planned(photos)
     assert not made.tasks and len(made.failed) == 2
     assert "name another place with -o" in str(made.failed[0])
+    monkeypatch.undo()
+    do(planned(photos))
+    monkeypatch.setattr("moesr.runtime.paths.check_writable", refuse)
+    assert len(planned(photos).skipped) == 2  # nothing is to be written
 
 
 def test_a_run_over_a_folder_ends_with_a_summary(
@@ -293,7 +298,9 @@ def test_a_run_over_a_folder_ends_with_a_summary(
     (photos / "c.png").write_bytes((photos / "a.png").read_bytes()[:50])
     (photos / "notes.txt").touch()
     assert run(engine, photos) == 1
-    lines = capsys.readouterr().err.splitlines()
+    err = capsys.readouterr().err
+    assert "1/2 b.jpg: 100%" in err
+    lines = err.splitlines()
     assert lines[-1] == "moesr-run: 1 done, 1 skipped, 1 failed"
     assert sum("skipped," in line and "a_x4.png exists (--force" in line for line in lines) == 1
     (photos / "c.png").unlink()
