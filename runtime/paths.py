@@ -42,9 +42,9 @@ def plan(inputs: Sequence[Path], output: str | None, wanted: Record, force: bool
 
     Without `output`, results go beside their inputs as `{stem}_x{scale}.png`; otherwise see `check_usage`.
     A whole result is not made again unless `force`; one that `wanted` (engine, settings) does not describe is
-    an error for an input named directly. A file that is no result of its input is not replaced without
-    `force`: an input named directly is refused then, one from a directory gets the next name that is free
-    (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...), as do inputs whose results would have one name.
+    an error for an input named directly. Where another input or its result has that name, the next one that
+    is free is taken (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...). Any other file is not replaced without
+    `force`: an input named directly is refused then, one from a directory gets the next name.
     """
     directory = check_usage(inputs, output)
     made = Plan()
@@ -168,7 +168,8 @@ def _without_results(
     kept, results = [], set[Path]()
     for source, listed in found:
         record = records.read(source)
-        if record is not None and _real(source.with_name(record.source)) in sources - {_real(source)}:
+        origin = _real(source.with_name(record.source)) if record else ""
+        if origin in sources and origin != _real(source):
             results.add(source)
         elif not (source in places and source.stat().st_size == 0):
             kept.append((source, listed))
@@ -249,13 +250,14 @@ class _Names:
         """The first name that is not in use."""
         short, long = _first_names(source, self._suffix)
         first = [long] if self._stems[folder / source.stem] > 1 else [short, long]
-        for name in itertools.chain(first, _later_names(source, self._suffix)):
-            target = folder / name
-            if _key(target) in self._taken | self._sources:
-                continue
-            if not listed or self._is_vacant(target):
-                return target
-        raise AssertionError("endless")
+        names = itertools.chain(first, _later_names(source, self._suffix))
+        return next(target for target in map(folder.joinpath, names) if self._is_free(target, listed))
+
+    def _is_free(self, target: Path, listed: bool) -> bool:
+        """Whether a name is to be taken, be it to say that what is there is in the way."""
+        if _key(target) in self._taken or _key(target) in self._sources or records.read(target):
+            return False
+        return not listed or self._is_vacant(target) or (self._force and target.is_file())
 
     def _is_vacant(self, target: Path) -> bool:
         status = examine(target, OutputError)

@@ -168,6 +168,19 @@ def test_results_of_other_folders_do_not_count(photos: Path, tmp_path: Path):
     assert do(planned(other, output=tmp_path / "out")) == ["b_jpg_x4.png"]
     assert not planned(other, output=tmp_path / "out").tasks
     assert not planned(photos, output=tmp_path / "out").tasks
+    picture(other / "b.jpg")
+    assert do(planned(other / "b.jpg", output=f"{tmp_path}/out/")) == ["b_jpg_2_x4.png"]
+
+
+def test_force_replaces_what_is_neither_an_input_nor_the_result_of_another(photos: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a_x4.png").write_bytes(b"of an earlier version, without a mark")
+    assert do(planned(photos, output=out)) == ["a_png_x4.png", "b_x4.png"]
+    (out / "a_png_x4.png").unlink()
+    assert do(planned(photos, output=out, force=True)) == ["a_x4.png", "b_x4.png"]
+    picture(photos / "b.png")
+    assert do(planned(photos / "b.png", output=f"{out}/", force=True)) == ["b_png_x4.png"]
 
 
 def test_one_file_by_several_names_is_done_once(photos: Path, monkeypatch: pytest.MonkeyPatch):
