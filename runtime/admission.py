@@ -39,7 +39,12 @@ class Admission:
     """Decides whether one more image fits into memory. Call it under one lock."""
 
     def __init__(
-        self, manifest: Manifest, directory: Path, target: str, max_batch: int, loaded: Callable[[], frozenset[str]]
+        self,
+        manifest: Manifest,
+        directory: Path,
+        target: str,
+        max_batch: int,
+        loaded: Callable[[], frozenset[str]],
     ) -> None:
         """`loaded` tells the roles of the graphs in memory."""
         self._manifest, self._loaded = manifest, loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,14 @@ from moesr.runtime.devices import Device
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.graphs import Graph
+from moesr.runtime.options import check_device, check_threads, whole
 from moesr.runtime.sessions import Offer, Options, Session
 
 BACKENDS = {"onnxruntime": "moesr.runtime.sessions.ort"}
 """Module of each backend, the preferred one first; "auto" takes the first that loads."""
+
+MAX_BATCH = 256
+"""Most tiles in one run that may be asked for."""
 
 log = logging.getLogger("moesr")
 
@@ -62,11 +65,9 @@ def select_backend(
     """
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    if device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}; expected a name such as cpu, cuda or cuda:1")
-    for option, value in (("threads", threads), ("max_batch", max_batch)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} is {value}, expected at least 1")
+    device, threads = check_device(device), check_threads(threads)
+    if max_batch is not None:
+        whole("max_batch", max_batch, 1, MAX_BATCH)
     failures = []
     for candidate in BACKENDS if name == "auto" else [name]:
         try:
@@ -80,5 +81,7 @@ def select_backend(
             why = "asked for" if device else f"the fastest of: {names}"
             log.info("backend %s %s on %s (%s)", candidate, offer.version, options.device, why)
             return Backend(candidate, options, max_batch or offer.devices[options.kind])
-        failures.append(f"{candidate} {offer.version} cannot use device {options.device!r} here, only {names}")
+        failures.append(
+            f"{candidate} {offer.version} cannot use device {options.device!r} here, only {names}"
+        )
     raise EngineError("; ".join(failures))

@@ -14,21 +14,11 @@ pixels. A graph may do without any input but the first of its row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from moesr.runtime.graphs import BATCH, Boundary, TensorSpec
-
-if TYPE_CHECKING:
-    from moesr.runtime.manifest import Manifest
+from moesr.runtime.graphs import BATCH, Boundary, Graph, TensorSpec
 
 DECODER, ENCODER = "decoder", "encoder"
-
-
-def boundary(m: Manifest, role: str) -> Boundary:
-    """All that the runtime can feed to the graph of a role, and what it takes from it."""
-    return boundary_of(
-        role, m.tile, m.latent_channels, m.latent_factor, m.prediction, with_latent=m.condition == "latent"
-    )
 
 
 def boundary_of(
@@ -40,7 +30,10 @@ def boundary_of(
     *,
     with_latent: bool = False,
 ) -> Boundary:
-    """The same from the sizes alone; `with_latent`: the condition is a latent."""
+    """All that the runtime can feed to the graph of a role, and what it takes from it.
+
+    `tile` in output pixels; `with_latent`: the condition is a latent.
+    """
     side = tile // latent_factor
     latent = (BATCH, latent_channels, side, side)
     image = (BATCH, 3, tile, tile)
@@ -54,13 +47,13 @@ def boundary_of(
     return Boundary(tuple(_spec(*item) for item in inputs.items()), (_spec(*output),))
 
 
-def mismatches(m: Manifest) -> list[str]:
-    """Where the manifest describes graphs that the runtime cannot drive, in words."""
+def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> list[str]:
+    """Where graphs are not what the runtime can drive, in words; both by role."""
     found = []
-    for role, graph in m.graphs.items():
-        full = boundary(m, role)
-        offered = {spec.name: spec for spec in full.inputs}
-        known = all(_fits(spec, offered.get(spec.name)) for spec in graph.inputs)
+    for role, graph in graphs.items():
+        full = offered[role]
+        inputs = {spec.name: spec for spec in full.inputs}
+        known = all(_fits(spec, inputs.get(spec.name)) for spec in graph.inputs)
         needed = full.inputs[0].name in {spec.name for spec in graph.inputs}
         if not (known and needed and graph.outputs == full.outputs):
             found.append(f"{role} is {graph.boundary}, expected {full}")

@@ -1,4 +1,4 @@
-"""What a tile of each graph costs: by multiply-accumulates at first, then by what this process has measured."""
+"""What a tile of each graph costs: by multiply-accumulates, then by what this process has measured."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import logging
 import os
 import platform
 import sys
@@ -16,12 +15,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesr.runtime import memory
-from moesr.runtime.cli import HelpFormatter, add_engine_options, guarded, logging_to_stderr
+from moesr.runtime import console, memory
+from moesr.runtime.backends import BACKENDS, probe
+from moesr.runtime.cli import add_engine_options
+from moesr.runtime.engines import engine_directory
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.backends import BACKENDS, probe
-from moesr.runtime.engines import engine_directory
 from moesr.runtime.upscaler import Upscaler
 
 _PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu")
@@ -30,11 +29,14 @@ _SMOKE_PX = 16  # side of the image of the smoke run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `moesr-doctor`; returns the exit code."""
-    parser = argparse.ArgumentParser("moesr-doctor", description=__doc__, formatter_class=HelpFormatter)
-    add_engine_options(parser)
-    args = parser.parse_args(argv)
-    with logging_to_stderr(logging.INFO):
-        return guarded(lambda: examine(args), debug=args.debug)
+    return console.run_program("moesr-doctor", parser, examine, argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `moesr-doctor`."""
+    p = argparse.ArgumentParser("moesr-doctor", description=__doc__, formatter_class=console.HelpFormatter)
+    add_engine_options(p)
+    return p
 
 
 def examine(args: argparse.Namespace) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 from pathlib import Path
 
 from moesr.runtime.errors import EngineError
+from moesr.runtime.files import examine
 from moesr.runtime.manifest import MANIFEST_NAME
 
 DEMO_ENGINES = ("demo-x4", "demo-x8")
@@ -17,7 +17,7 @@ def demo_name(given: Path | str | None) -> str | None:
     """The name in DEMO_ENGINES that is meant, the first for None; None where it is a path of the user's."""
     if given is None:
         return DEMO_ENGINES[0]
-    return str(given) if str(given) in DEMO_ENGINES and not os.path.exists(given) else None
+    return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
 
 
 def engine_directory(engine: Path | str | None = None) -> Path:
@@ -29,10 +29,10 @@ def engine_directory(engine: Path | str | None = None) -> Path:
     name = demo_name(engine)
     if name is None:
         path = Path(str(engine))
-        if not os.path.lexists(path) and len(path.parts) == 1:
+        if len(path.parts) == 1 and examine(path, EngineError) is None:
             raise EngineError(
-                f"{path}: no such engine directory, and none of the bundled engines ({', '.join(DEMO_ENGINES)}); "
-                f"name one of these, or make it with moesr-export -o {path}"
+                f"{path}: no such engine directory, and none of the bundled engines "
+                f"({', '.join(DEMO_ENGINES)}); name one of these, or make it with moesr-export -o {path}"
             )
         return path
     path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))

@@ -6,7 +6,10 @@ import logging
 
 from PIL import Image
 
-_ORIENTATION, _DETAILS, _POSITION, _WIDTH, _HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
+from moesr.runtime.marks import Record, to_software, without_mark
+
+_ORIENTATION, _SOFTWARE, _DETAILS, _POSITION = 0x0112, 0x0131, 0x8769, 0x8825
+_WIDTH, _HEIGHT = 0xA002, 0xA003
 _SUB_NAMES = {_DETAILS: "exposure data", _POSITION: "position"}
 # Of a TIFF's tags those that describe how its own pixels are stored, and the ICC profile, kept elsewhere.
 _STORAGE_TAGS = frozenset(
@@ -17,7 +20,7 @@ log = logging.getLogger("moesr")
 
 
 def read(image: Image.Image, name: str) -> tuple[bytes | None, int]:
-    """EXIF without orientation and the storage tags of a TIFF, and the orientation (1 is upright)."""
+    """EXIF and the orientation (1 is upright); without it, the storage tags of a TIFF and our own mark."""
     try:
         exif = image.getexif()
         turn = int(exif.get(_ORIENTATION, 1))
@@ -25,6 +28,10 @@ def read(image: Image.Image, name: str) -> tuple[bytes | None, int]:
         copy.load(exif.tobytes())
         for tag in _STORAGE_TAGS & set(copy):
             del copy[tag]
+        if isinstance(software := copy.get(_SOFTWARE), str):
+            copy[_SOFTWARE] = without_mark(software)
+            if not copy[_SOFTWARE]:
+                del copy[_SOFTWARE]
         return (copy.tobytes() if len(copy) else None), turn
     except Exception as error:  # a damaged block may hold anything; the picture is good without it
         log.warning("%s: its EXIF block is damaged and left out (%s)", name, error)
@@ -37,10 +44,21 @@ def resized(exif: bytes | None, width: int, height: int) -> bytes | None:
         return None
     block = Image.Exif()
     block.load(exif)
+    if _DETAILS not in block:
+        return exif
     details = block.get_ifd(_DETAILS)
     for tag, size in ((_WIDTH, width), (_HEIGHT, height)):
         if tag in details:
             details[tag] = size
+    return block.tobytes()
+
+
+def marked(exif: bytes | None, record: Record) -> bytes:
+    """EXIF whose Software tag holds `record` too."""
+    block = Image.Exif()
+    if exif:
+        block.load(exif)
+    block[_SOFTWARE] = to_software(block.get(_SOFTWARE), record)
     return block.tobytes()
 
 

@@ -1,4 +1,4 @@
-"""The graphs of an engine as the manifest describes them: their files, their inputs and outputs, their cost."""
+"""The graphs of an engine as the manifest describes them: files, inputs and outputs, cost."""
 
 from __future__ import annotations
 

@@ -6,21 +6,22 @@ whole (a temporary file in the same directory, then a rename).
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import os
-import secrets
+import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from moesr.runtime import exif
+from moesr.runtime import exif, libtiff
 from moesr.runtime.errors import InputError, OutputError, UsageError
+from moesr.runtime.files import check_file, reason, write_atomically
+from moesr.runtime.marks import KEY, Record
 
 READ_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
 _SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .gif .ico .tga .avif"
@@ -69,17 +70,15 @@ WRITE_FORMATS = {
 def load(path: Path) -> LoadedImage:
     """Read an image file; InputError saying what is wrong with it. Warnings go to the log."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory, expected an image file")
+    check_file(path)
     try:
         with path.open("rb") as stream:
             head = stream.read(32)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     if not head:
         raise InputError(f"{path}: is empty (0 bytes); get the file again")
+    libtiff.silence()
     Image.init()
     try:
         with warnings.catch_warnings():
@@ -91,54 +90,65 @@ def load(path: Path) -> LoadedImage:
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path}: not an image of a known kind (it begins with {head[:8]!r}); "
-            f"expected one of {', '.join(READ_FORMATS)}"
-        ) from error
+        raise InputError(f"{path}: {_unidentified(path, head)}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {_too_large(str(error))}") from error
     except Exception as error:  # decoders raise whatever their parsers meet
-        raise InputError(f"{path}: truncated or damaged ({error}); get the file again") from error
+        raise InputError(f"{path}: {_damaged(error)}") from error
 
 
 def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
     """Take the first frame of a PIL image of any mode, turned upright, as an array and its metadata.
 
-    Raises InputError where the image is too large, empty or has floating-point pixels. A damaged file raises
-    what Pillow does: `load` translates that.
+    Raises InputError where the image is too large, empty, closed, damaged or has floating-point pixels.
     """
+    try:
+        return _take(image, name)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever their parsers meet
+        closed = getattr(image, "fp", image) is None or "closed" in str(error)
+        text = "is closed; open it again, and keep it open until it is done" if closed else _damaged(error)
+        raise InputError(f"{name}: {text}") from error
+
+
+def _take(image: Image.Image, name: str) -> LoadedImage:
     if image.width * image.height > MAX_INPUT_PX:
         raise InputError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     if not image.width or not image.height:
         raise InputError(f"{name}: has no pixels ({image.width}x{image.height})")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO holds views of one photograph
         log.warning("%s: has %d frames or pages; only the first is used", name, getattr(image, "n_frames", 0))
-    if _loses_depth(image):
-        log.warning("%s: 16-bit colour is read with 8 bits a channel; only 16-bit grey is kept", name)
+    grey = _grey_and_alpha_16(image)
+    if grey or _loses_depth(image):
+        what = "grey with alpha" if grey else "colour"
+        log.warning("%s: 16-bit %s is read with 8 bits a channel; only 16-bit grey is kept", name, what)
     image.load()
     icc, dpi = image.info.get("icc_profile"), image.info.get("dpi")
     block, turn = exif.read(image, name)
     if turn != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "CMYK":
-        image, icc = _cmyk_to_rgb(image, icc, name), None
+    if image.mode in ("CMYK", "LAB"):
+        image, icc = _to_srgb(image, icc, name), None
+    if grey and image.mode == "RGBA":
+        image = Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
     return LoadedImage(_pixels(image, name), icc, block, dpi if dpi and all(dpi) else None)
 
 
-def like(loaded: LoadedImage, pixels: np.ndarray) -> LoadedImage:
-    """Other pixels, of another size, with what travels along with an image."""
+def with_pixels(like: LoadedImage, pixels: np.ndarray) -> LoadedImage:
+    """Other pixels with the metadata of `like`; its EXIF block gets their size."""
     height, width = pixels.shape[:2]
-    return LoadedImage(pixels, loaded.icc, exif.resized(loaded.exif, width, height), loaded.dpi)
+    return replace(like, pixels=pixels, exif=exif.resized(like.exif, width, height))
 
 
-def to_pil(loaded: LoadedImage) -> Image.Image:
-    """Make a PIL image (L, LA, RGB, RGBA, I;16) with its metadata."""
-    pixels = loaded.pixels
+def to_pil(pixels: np.ndarray, like: LoadedImage | None = None) -> Image.Image:
+    """Make a PIL image (L, LA, RGB, RGBA, I;16) of an array, with the metadata of `like`."""
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
         pixels = np.rint(pixels / np.float32(257.0)).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    metadata = {"icc_profile": loaded.icc, "exif": loaded.exif, "dpi": loaded.dpi}
-    image.info.update({key: value for key, value in metadata.items() if value})
+    if like:
+        metadata = {"icc_profile": like.icc, "exif": exif.resized(like.exif, *image.size), "dpi": like.dpi}
+        image.info.update({key: value for key, value in metadata.items() if value})
     return image
 
 
@@ -157,42 +167,84 @@ def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
     return kind
 
 
-def save(path: Path, image: Image.Image) -> None:
-    """Write a PIL image as its suffix says, with its ICC, EXIF and resolution; replaces an existing file.
+def save(path: Path, image: LoadedImage | Image.Image, record: Record | None = None) -> None:
+    """Write an image as its suffix says, with ICC, EXIF, resolution and `record`; replaces an existing file.
 
     UsageError for the suffix, OutputError where it cannot be written. Alpha that the format lacks is
     flattened on white and 16-bit grey reduced to 8 bits, both with a warning.
     """
     path = Path(path)
+    if isinstance(image, LoadedImage):
+        image = to_pil(image.pixels, image)
     kind = check_output(path, *image.size)
-    metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if image.info.get(key)}
-    if kind is _TIFF and "exif" in metadata:
-        metadata["exif"] = exif.for_tiff(metadata["exif"], str(path))
+    metadata = _metadata(image, kind, record, str(path))
     if image.mode in ("LA", "RGBA") and not kind.alpha:
         log.warning("%s: %s has no transparency; flattened on white", path, kind.name)
         image = _flatten(image)
     if image.mode == "I;16" and not kind.deep:
         log.warning("%s: %s has no 16-bit grey; reduced to 8 bits", path, kind.name)
         image = Image.fromarray(np.rint(np.asarray(image) / np.float32(257.0)).astype(np.uint8))
-    temporary = path.with_name(f".moesr-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
+        with write_atomically(path) as stream:
             image.save(stream, kind.name, **kind.options, **metadata)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, MemoryError) or not isinstance(error, Exception):
-            raise
-        reason = getattr(error, "strerror", None) or error  # encoders raise errors of many kinds
-        raise OutputError(f"{path}: cannot be written ({reason}); name another place with -o") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # encoders raise errors of many kinds
+        raise OutputError(
+            f"{path}: cannot be written: {reason(error)}; name another place with -o"
+        ) from error
+
+
+def _metadata(image: Image.Image, kind: _Format, record: Record | None, name: str) -> dict[str, Any]:
+    """What travels with the pixels, as options of Pillow's encoder."""
+    metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if image.info.get(key)}
+    if record and kind.name == "PNG":
+        metadata["pnginfo"] = PngInfo()
+        metadata["pnginfo"].add_text(KEY, record.to_json())
+    elif record and kind.name == "JPEG":
+        metadata["comment"] = f"{KEY} {record.to_json()}"
+    elif record and kind.name in ("TIFF", "WEBP"):
+        metadata["exif"] = exif.marked(metadata.get("exif"), record)
+    if kind is _TIFF and "exif" in metadata:
+        metadata["exif"] = exif.for_tiff(metadata["exif"], name)
+    return metadata
 
 
 def _too_large(size: str) -> str:
     return f"too large ({size}): at most {MAX_INPUT_PX // 10**6} million pixels are taken; cut it into parts"
+
+
+def _damaged(error: Exception) -> str:
+    return f"truncated or damaged ({error}); get the file again"
+
+
+def _unidentified(path: Path, head: bytes) -> str:
+    """Why Pillow does not know a file: not an image, or one of a known kind that it cannot open."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
+        width, height = struct.unpack(">II", head[16:24])
+        if not width or not height:
+            return f"has no pixels ({width}x{height})"
+    for name in READ_FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory and accept and accept(head) is True:
+            try:
+                with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
+                    factory(stream, "")
+            except Exception as error:
+                return f"a {name} that cannot be opened ({error}); get the file again, or convert it to PNG"
+    known = ", ".join(READ_FORMATS)
+    return f"not an image of a known kind (it begins with {head[:8]!r}); expected one of {known}"
+
+
+def _tile_modes(image: Image.Image) -> list[str]:
+    """How the pixels of an image that is not decoded yet lie in its file, in Pillow's words."""
+    tile = getattr(image, "tile", None) or []
+    return [str(part) for entry in tile for part in np.atleast_1d(np.array(entry[3], dtype=object))]
+
+
+def _grey_and_alpha_16(image: Image.Image) -> bool:
+    """Whether Pillow is about to make RGBA of 16-bit grey with alpha, for which it has no mode."""
+    return any(mode.startswith("LA;16") for mode in _tile_modes(image))
 
 
 def _loses_depth(image: Image.Image) -> bool:
@@ -201,22 +253,25 @@ def _loses_depth(image: Image.Image) -> bool:
         return False
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (8,))) > 8  # type: ignore[attr-defined]  # BitsPerSample
-    tile = getattr(image, "tile", None) or []
-    arguments = [str(part) for entry in tile for part in np.atleast_1d(np.array(entry[3], dtype=object))]
-    return any(";16" in part for part in arguments)
+    return any(";16" in mode for mode in _tile_modes(image))
 
 
-def _cmyk_to_rgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
-    """To sRGB by the embedded profile, or by the plain formula where there is none."""
-    if not icc:
-        return image.convert("RGB")
-    try:
-        source, target = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ImportError) as error:
-        log.warning("%s: its CMYK profile cannot be used (%s); converted without it", name, error)
-        converted = None
-    return converted or image.convert("RGB")
+def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
+    """CMYK or Lab by the embedded profile; without one by the plain formula, or as CIE Lab of D50."""
+    lab = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
+    if icc:
+        try:
+            return _by_profile(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)))
+        except (ImageCms.PyCMSError, OSError, ImportError) as error:
+            log.warning("%s: its %s profile cannot be used (%s); converted without", name, image.mode, error)
+    return _by_profile(image, lab) if lab else image.convert("RGB")
+
+
+def _by_profile(image: Image.Image, source: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if converted is None:
+        raise OSError("no conversion")
+    return converted
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:

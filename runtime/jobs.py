@@ -31,17 +31,17 @@ class Settings:
 class Job:
     """One image on its way. Once it is `done`, there is an `error` or an `image`, the result.
 
-    `planned` and `ran` count tiles by the graph they run through. Made by the caller; then the worker's thread
-    alone changes it, until it is done.
+    `planned` and `ran` count tiles by the graph they run through. Made by the caller; then the worker's
+    thread alone changes it, until it is done.
     """
 
     def __init__(
         self, manifest: Manifest, lr: np.ndarray, condition: np.ndarray | None, settings: Settings
     ) -> None:
-        """`lr` [H, W, 3] is the input at output size, at least a tile; `condition` [h, w, 3] on the latent grid.
+        """`lr` [H, W, 3] is the input at output size, `condition` [h, w, 3] that on the latent grid.
 
-        Both uint8 or uint16; the condition is None where an encoder makes it. ValueError where the settings do
-        not fit the schedule.
+        Both at least a tile, uint8 or uint16; the condition is None where an encoder makes it. ValueError
+        where the settings do not fit the schedule.
         """
         eta = ETA[settings.sampler]
         self._table = step_table(manifest.schedule, settings.steps, eta, manifest.expert_ranges)
@@ -95,7 +95,7 @@ class Job:
             self.finished = True
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError where a graph gave NaN or infinite values for this image; waits for the device."""
+        """Raise NonFiniteError where a graph gave NaN or infinity for this image; waits for the device."""
         for entered in self._entered:
             if not self._device.finite(entered.target):
                 raise NonFiniteError(_not_finite(entered.graph))

@@ -9,16 +9,16 @@ them (SHA-256, parity with the network). `docs/engine-format.md` describes it en
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moesr.runtime import contract, manifest_v1, onnx_files
-from moesr.runtime.contract import DECODER, ENCODER
+from moesr.runtime import manifest_v1, onnx_files
+from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
 from moesr.runtime.errors import EngineError
-from moesr.runtime.graphs import Expert, File, Graph
+from moesr.runtime.files import sha256_of
+from moesr.runtime.graphs import Boundary, Expert, File, Graph
 from moesr.runtime.records import build
 from moesr.runtime.samplers import ETA, Prediction
 from moesr.runtime.schedule import Schedule
@@ -41,7 +41,9 @@ class Manifest:
     latent_channels: int
     latent_factor: int  # output pixels per latent pixel, along one side
     latent_scale: float = 1.0  # of the autoencoder's latents inside the graphs, for the reader
-    condition: Literal["image", "latent"] = "image"  # the LR image on the latent grid, or the encoder's latent
+    condition: Literal["image", "latent"] = (
+        "image"  # the LR image on the latent grid, or the encoder's latent
+    )
     init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the noised condition
     prediction: Prediction = "eps"
     guidance: float = 1.0  # classifier-free guidance; 1 is none
@@ -68,6 +70,13 @@ class Manifest:
     def precision(self) -> str:
         """Precision of the experts, by which an engine is called."""
         return self.graphs[self.experts[0].graph].precision
+
+    @property
+    def boundaries(self) -> dict[str, Boundary]:
+        """What the runtime can feed to each graph, and takes from it, by role."""
+        sizes = self.tile, self.latent_channels, self.latent_factor, self.prediction
+        latent = self.condition == "latent"
+        return {role: boundary_of(role, *sizes, with_latent=latent) for role in self.graphs}
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -110,12 +119,6 @@ class Manifest:
         return manifest
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks, as hexadecimal digits."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _load_json(directory: Path, path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -145,7 +148,9 @@ def _no_manifest(directory: Path) -> str:
             "make one with moesr-export -o DIR"
         )
     if directory.exists():
-        return f"{directory}: an engine is a directory with {MANIFEST_NAME}, this is a file; name its directory"
+        return (
+            f"{directory}: an engine is a directory with {MANIFEST_NAME}, this is a file; name its directory"
+        )
     return f"{directory}: no such engine directory; make one with moesr-export -o {directory}"
 
 
@@ -201,7 +206,7 @@ def _check_values(m: Manifest, path: Path) -> None:
         for file in m.files
         if not file.file or Path(file.file).name != file.file or "\\" in file.file
     ]
-    problems = problems or _missing_roles(m) + _gaps(m) or contract.mismatches(m)
+    problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
     if problems:
         raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
 

@@ -22,7 +22,8 @@ from moesr.runtime.schedule import StepTable
 SAMPLING_OVERLAP = 4  # neighbours share a quarter of a tile at every step
 CODING_OVERLAP = 8  # and an eighth when encoding and decoding, which happen once
 
-Grid = list[tuple[int, int]]
+Grid = list[tuple[int, int]]  # origins (y, x) of tiles
+Size = tuple[int, int]  # height and width of a latent canvas
 
 
 class Pass:
@@ -85,9 +86,10 @@ class Encoding(Pass):
     """From the image to the latent that conditions the sampler: `target`."""
 
     stage = "encoding"
-    role = ENCODER
 
-    def __init__(self, manifest: Manifest, device: Device, lr: Canvas, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, manifest: Manifest, device: Device, lr: Canvas, size: tuple[int, int], seed: int
+    ) -> None:
         """`lr` is the input at output size, `size` that of the latent canvas."""
         grid = coding_grid(manifest, *size)
         shape = (manifest.latent_channels, *size)
@@ -98,6 +100,11 @@ class Encoding(Pass):
             device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
         super().__init__(manifest, grid, device.mean(shape, grid, weights), sources, {})
 
+    @property
+    def role(self) -> str:
+        """The encoder."""
+        return ENCODER
+
 
 class Sampling(Pass):
     """From noise, or from the noised condition, to a clean latent: `z`."""
@@ -105,7 +112,13 @@ class Sampling(Pass):
     stage = "sampling"
 
     def __init__(
-        self, manifest: Manifest, device: Device, table: StepTable, cond: Canvas, size: tuple[int, int], seed: int
+        self,
+        manifest: Manifest,
+        device: Device,
+        table: StepTable,
+        cond: Canvas,
+        size: tuple[int, int],
+        seed: int,
     ) -> None:
         """`cond` covers the latent canvas of `size`."""
         grid = sampling_grid(manifest, *size)
@@ -146,10 +159,15 @@ class Decoding(Pass):
     """From a clean latent to pixels: `target`."""
 
     stage = "decoding"
-    role = DECODER
 
     def __init__(
-        self, manifest: Manifest, device: Device, z: Canvas, lr: Canvas, size: tuple[int, int], fidelity: float
+        self,
+        manifest: Manifest,
+        device: Device,
+        z: Canvas,
+        lr: Canvas,
+        size: tuple[int, int],
+        fidelity: float,
     ) -> None:
         """`z` the latent canvas of `size`, `lr` the input at output size."""
         grid, factor = coding_grid(manifest, *size), manifest.latent_factor
@@ -157,6 +175,11 @@ class Decoding(Pass):
         weights = tiles.feather_weights(manifest.tile, overlap)
         target = device.mean((3, size[0] * factor, size[1] * factor), grid, weights, factor)
         super().__init__(manifest, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
+
+    @property
+    def role(self) -> str:
+        """The decoder."""
+        return DECODER
 
 
 def sampling_grid(manifest: Manifest, height: int, width: int) -> Grid:

@@ -1,95 +1,301 @@
-"""Which file each input becomes: directories opened, names chosen, nothing overwritten by accident."""
+"""Which file each input becomes: directories opened, names chosen, nothing overwritten by accident.
+
+A result is known by the record in it (see marks.py), not by its name.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from moesr.runtime import marks
 from moesr.runtime.errors import InputError, MoesrError, OutputError, UsageError
+from moesr.runtime.files import check_file, check_writable, examine, kind_of, reason, sha256_of
 from moesr.runtime.image_io import READ_SUFFIXES, check_output
+from moesr.runtime.marks import Record
 
 
 @dataclass(frozen=True)
 class Task:
-    """One input file: where its result goes, and why it is not to be done, if so."""
+    """An input file to be done, and where its result goes."""
 
     source: Path
     target: Path
-    error: MoesrError | None = None
-    finished: bool = False  # an earlier run over the directory made the target
 
 
-def plan(inputs: Sequence[Path], output: str | None, scale: int, force: bool) -> list[Task]:
+@dataclass
+class Plan:
+    """What a run has to do; the lists of text hold one line for the user each."""
+
+    tasks: list[Task] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # inputs whose results exist
+    failed: list[MoesrError] = field(default_factory=list)  # inputs that cannot be done
+    notes: list[str] = field(default_factory=list)  # what is no input
+
+
+def plan(inputs: Sequence[Path], output: str | None, wanted: Record, force: bool) -> Plan:
     """One task a file, in the order given; the images of a directory in the order of their names.
 
     Without `output`, results go beside their inputs as `{stem}_x{scale}.png`; otherwise see `check_usage`.
-    Results that exist are errors unless `force`, but for inputs from a directory they count as finished.
+    A whole result is not made again unless `force`; one that `wanted` (engine, settings) does not describe is
+    an error for an input named directly. Where another input or its result has that name, the next one that
+    is free is taken (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...). Any other file is not replaced without
+    `force`: an input named directly is refused then, one from a directory gets the next name.
     """
     directory = check_usage(inputs, output)
+    made = Plan()
+    found, results = _without_results(list(_expand(inputs, made)), f"_x{wanted.scale}.png")
     if output is not None and directory is None:
-        return list(_tasks([(inputs[0], Path(output), False)], force))
-    suffix = f"_x{scale}.png"
-    found = list(_expand(inputs, suffix))
-    folders = [directory or source.parent for source, _ in found]
-    stems = Counter(folder / source.stem for folder, (source, _) in zip(folders, found, strict=True))
-    named = []
-    for folder, (source, listed) in zip(folders, found, strict=True):
-        # Two images that differ in their suffix only keep it in the name.
-        unique = stems[folder / source.stem] == 1
-        stem = source.stem if unique else source.name.replace(".", "_")
-        named.append((source, folder / (stem + suffix), listed))
-    return list(_tasks(named, force))
+        choose = _Names([], wanted, force, Path(output))
+    else:
+        choose = _Names([source for source, _ in found], wanted, force, directory)
+    for source, listed in found:
+        try:
+            check_file(source)
+            target, line = choose.target(source, listed)
+        except (MoesrError, OSError) as error:
+            made.failed.append(
+                error if isinstance(error, MoesrError) else InputError(_unreadable(source, error))
+            )
+            continue
+        results.discard(target)
+        if line:
+            made.skipped.append(line)
+        else:
+            made.tasks.append(Task(source, target))
+    for folder, count in Counter(path.parent for path in results).items():
+        made.notes.append(f"{folder}: passed over, results of its images ({count})")
+    return made
 
 
 def check_usage(inputs: Sequence[Path], output: str | None) -> Path | None:
     """The directory that `output` names, None where it names a file or nothing.
 
     It is a directory where it is one already, ends in a slash, or has to take the results of several inputs
-    or of a directory. Raises UsageError for a file where a directory is needed, or of unknown kind.
+    or of a directory. Raises UsageError for a file where a directory is needed, or of unknown kind, and
+    OutputError where the directory cannot be made or written to.
     """
     if output is None:
         return None
     path = Path(output)
-    several = len(inputs) > 1 or inputs[0].is_dir()
-    if several or path.is_dir() or output.endswith(("/", os.sep)):
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path}: is a file, expected a directory for the results")
+    status = examine(path, OutputError)
+    there = kind_of(status) if status else "nothing"
+    if len(inputs) > 1 or there == "directory" or output.endswith(("/", os.sep)) or _is_directory(inputs[0]):
+        if there not in ("directory", "nothing"):
+            raise UsageError(f"{path}: is a {there}, expected a directory for the results")
+        check_writable(path)
         return path
     check_output(path)
+    check_writable(path.parent)
     return None
 
 
-def _expand(inputs: Iterable[Path], suffix: str) -> Iterator[tuple[Path, bool]]:
-    """Files named, and the images of directories (marked True) without earlier results."""
+def _is_directory(path: Path) -> bool:
+    try:
+        status = examine(path)
+    except InputError:
+        return False
+    return status is not None and kind_of(status) == "directory"
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be read: {reason(error)}"
+
+
+def _expand(inputs: Sequence[Path], made: Plan) -> Iterator[tuple[Path, bool]]:
+    """Files named, and the images of directories (marked True), each once."""
+    seen: dict[str, Path] = {}
+
+    def first(path: Path, listed: bool) -> bool:
+        earlier = seen.get(_real(path))
+        if earlier is not None:
+            made.notes.append(f"{path}: passed over, the same {'file' if listed else 'input'} as {earlier}")
+            return False
+        seen[_real(path)] = path
+        return True
+
     for path in inputs:
-        if not path.is_dir():
-            yield path, False
+        try:
+            if not _is_directory(path):
+                check_file(path)
+                if first(path, False):
+                    yield path, False
+            elif first(path, False):
+                yield from ((image, True) for image in _images(path, made) if first(image, True))
+        except InputError as error:
+            made.failed.append(error)
+
+
+def _images(folder: Path, made: Plan) -> list[Path]:
+    """The image files of a directory by name; what else is in it is noted."""
+    images, others = [], []
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(_unreadable(folder, error)) from error
+    for path in paths:
+        if path.name.startswith("."):
             continue
-        names = sorted(p for p in path.iterdir() if p.suffix.lower() in READ_SUFFIXES and p.name[0] != ".")
-        results = {p.with_name(stem + suffix) for p in names for stem in (p.stem, p.name.replace(".", "_"))}
-        yield from ((p, True) for p in names if p not in results and p.is_file())
+        try:
+            status = examine(path)
+        except InputError as error:
+            made.failed.append(error)
+            continue
+        kind = kind_of(status) if status else "link that leads nowhere"
+        if kind != "file":
+            cure = "; name it to do its images" if kind == "directory" else ""
+            made.notes.append(f"{path}: passed over, a {kind}{cure}")
+        elif path.suffix.lower() in READ_SUFFIXES:
+            images.append(path)
+        else:
+            others.append(path.name)
+    if others:
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        made.notes.append(f"{folder}: passed over, no images: {names} ({len(others)} in all)")
+    return images
 
 
-def _tasks(named: Iterable[tuple[Path, Path, bool]], force: bool) -> Iterator[Task]:
-    taken: dict[Path, Path] = {}
-    for source, target, listed in named:
-        error: MoesrError | None = None
-        finished = False
-        earlier = taken.setdefault(target.resolve(), source)
-        if earlier is not source:
-            error = OutputError(f"{source}: its result {target} is that of {earlier} too; run them apart")
-        elif not source.exists():
-            error = InputError(f"{source}: no such file")
-        elif target.exists() and target.samefile(source):
-            error = OutputError(
-                f"{source}: would be overwritten by its own result; name another file with -o"
+def _without_results(
+    found: list[tuple[Path, bool]], suffix: str
+) -> tuple[list[tuple[Path, bool]], set[Path]]:
+    """Take out the results of other inputs of this run, and empty files that stand where a result should."""
+    sources = {_real(source) for source, _ in found}
+    places = {source.with_name(name) for source, _ in found for name in _first_names(source, suffix)}
+    kept, results = [], set[Path]()
+    for source, listed in found:
+        record = marks.read(source)
+        origin = _real(source.with_name(record.source)) if record else ""
+        if origin in sources and origin != _real(source):
+            results.add(source)
+        elif not (source in places and source.stat().st_size == 0):
+            kept.append((source, listed))
+    return kept, results
+
+
+def _first_names(source: Path, suffix: str) -> tuple[str, str]:
+    return source.stem + suffix, source.name.replace(".", "_") + suffix
+
+
+def _later_names(source: Path, suffix: str) -> Iterator[str]:
+    return (f"{source.name.replace('.', '_')}_{n}{suffix}" for n in itertools.count(2))
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path)
+
+
+class _Names:
+    """Chooses the target of each source of a run."""
+
+    def __init__(self, sources: Sequence[Path], wanted: Record, force: bool, place: Path | None) -> None:
+        """`place` is the directory of all results, or the one result where `sources` is empty."""
+        self._wanted, self._force, self._place = wanted, force, place
+        self._one = place if place and not sources else None
+        self._suffix = f"_x{wanted.scale}.png"
+        self._sources = {_key(source) for source in sources}
+        self._stems = Counter(self._folder(source) / source.stem for source in sources)
+        self._taken: set[str] = set()
+        self._folders: dict[Path, OutputError | None] = {}
+
+    def target(self, source: Path, listed: bool) -> tuple[Path, str]:
+        """Where the result of a source goes, and why it need not be made, or ""."""
+        folder = self._folder(source)
+        wanted = self._wanted.of(source.name, sha256_of(source))
+        for target in self._earlier(source, folder):
+            record = marks.read(target)
+            if _key(target) not in self._taken and record and self._is_own(record, wanted, target, source):
+                self._taken.add(_key(target))
+                line = self._finished(source, target, record, wanted, listed)
+                if not line:
+                    self._check_folder(folder)
+                return target, line
+        self._check_folder(folder)
+        target = self._one or self._free(source, folder, listed)
+        self._check_target(source, target)
+        self._taken.add(_key(target))
+        return target, ""
+
+    def _earlier(self, source: Path, folder: Path) -> Iterator[Path]:
+        """Where earlier runs may have put the result of a source."""
+        if self._one:
+            yield self._one
+            return
+        yield from (folder / name for name in _first_names(source, self._suffix))
+        later = (folder / name for name in _later_names(source, self._suffix))
+        yield from itertools.takewhile(lambda path: examine(path, OutputError) is not None, later)
+
+    def _is_own(self, record: Record, wanted: Record, target: Path, source: Path) -> bool:
+        """Whether a result is that of a source: made of this file, or beside it and of its name."""
+        if (record.source, record.scale) != (wanted.source, wanted.scale):
+            return False
+        return self._force or record.digest == wanted.digest or _real(target.parent) == _real(source.parent)
+
+    def _finished(self, source: Path, target: Path, record: Record, wanted: Record, listed: bool) -> str:
+        """The line that says that a source is done; "" where its result has to be made again."""
+        if self._force or not marks.is_whole(target):
+            return ""
+        differences = record.differences(wanted)
+        if differences and not listed:
+            raise OutputError(
+                f"{source}: {target} exists, made with {differences}; pass --force to make it again"
             )
-        elif target.is_dir():
-            error = OutputError(f"{target}: is a directory; name another file with -o")
-        elif target.exists() and not force:
-            finished = listed
-            error = None if listed else OutputError(f"{target}: exists; pass --force to overwrite it")
-        yield Task(source, target, error, finished)
+        made = f", made with {differences}" if differences else ""
+        return f"{source}: skipped, {target} exists{made} (--force does it again)"
+
+    def _free(self, source: Path, folder: Path, listed: bool) -> Path:
+        """The first name that is not in use."""
+        short, long = _first_names(source, self._suffix)
+        first = [long] if self._stems[folder / source.stem] > 1 else [short, long]
+        names = itertools.chain(first, _later_names(source, self._suffix))
+        return next(target for target in map(folder.joinpath, names) if self._is_free(target, listed))
+
+    def _is_free(self, target: Path, listed: bool) -> bool:
+        """Whether a name is to be taken, be it to say that what is there is in the way."""
+        if _key(target) in self._taken or _key(target) in self._sources or marks.read(target):
+            return False
+        return not listed or self._is_vacant(target) or (self._force and target.is_file())
+
+    def _is_vacant(self, target: Path) -> bool:
+        status = examine(target, OutputError)
+        return status is None or (kind_of(status) == "file" and status.st_size == 0)
+
+    def _check_target(self, source: Path, target: Path) -> None:
+        """Raise OutputError where a result may not be written over what is there."""
+        if self._is_vacant(target):
+            return
+        status = examine(target, OutputError)
+        kind = kind_of(status) if status else "file"
+        if _real(target) == _real(source):
+            raise OutputError(f"{source}: would be overwritten by its own result; name another file with -o")
+        if kind != "file":
+            raise OutputError(f"{target}: is a {kind}; name another file with -o")
+        if not self._force:
+            raise OutputError(
+                f"{target}: exists and is no result of {source}; "
+                "pass --force to overwrite it, or name another file with -o"
+            )
+
+    def _folder(self, source: Path) -> Path:
+        if self._one:
+            return self._one.parent
+        return self._place or source.parent
+
+    def _check_folder(self, folder: Path) -> None:
+        if folder not in self._folders:
+            try:
+                check_writable(folder)
+                self._folders[folder] = None
+            except OutputError as error:
+                self._folders[folder] = OutputError(f"{error}; name another place with -o")
+        problem = self._folders[folder]
+        if problem:
+            raise problem
+
+
+def _key(path: Path) -> str:
+    """What two paths share that may be one file, also where capitals do not count."""
+    return f"{_real(path.parent)}/{path.name}".casefold()

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from moesr.runtime.errors import InputError
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+
+_CURES = {
+    "b": "for black and white pass image.astype(np.uint8) * 255",
+    "f": "for values of 0 to 1 pass (image * 255).round().astype(np.uint8)",
+    "O": "its rows may be of several lengths; pass np.asarray(rows, np.uint8)",
+}
+"""What to do with an array, by the kind of its type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,18 +29,13 @@ class Planes:
     grey: bool
 
 
-def split(image: np.ndarray) -> Planes:
+def split(image: Any) -> Planes:
     """Take apart a uint8 or uint16 array of shape HxW or HxWxC; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
 
     Grey becomes three equal channels. Colour under fully transparent pixels, which is arbitrary, is replaced
     by that of visible pixels nearby, so that it cannot bleed into them. Raises InputError for anything else.
     """
-    if not isinstance(image, np.ndarray):
-        raise InputError(f"got {type(image).__name__}, expected a NumPy array or a PIL image")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise InputError(
-            f"got an array of {image.dtype}, expected uint8 (0..255) or uint16 (0..65535); convert it"
-        )
+    image = _plain(image)
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or image.size == 0:
         raise InputError(
@@ -45,6 +48,23 @@ def split(image: np.ndarray) -> Planes:
     if alpha is not None and not alpha.all():
         rgb = fill_transparent(rgb, alpha)
     return Planes(rgb, alpha, image.ndim, grey)
+
+
+def _plain(image: Any) -> np.ndarray:
+    """A plain array of native uint8 or uint16; InputError with what to do for whatever else was given."""
+    if isinstance(image, np.ma.MaskedArray):
+        raise InputError("got a masked array, expected a plain one; pass image.filled(0), or image.data")
+    if isinstance(image, np.matrix):
+        raise InputError("got a np.matrix, expected an array; pass np.asarray(image)")
+    if not isinstance(image, np.ndarray):
+        cure = "; pass np.asarray(image, np.uint8)" if isinstance(image, (list, tuple)) else ""
+        raise InputError(f"got {type(image).__name__}, expected a NumPy array or a PIL image{cure}")
+    if image.dtype.kind != "u" or image.dtype.itemsize > 2:
+        cure = _CURES.get(image.dtype.kind, "convert it with image.astype(np.uint8)")
+        raise InputError(
+            f"got an array of {image.dtype}, expected uint8 (0..255) or uint16 (0..65535); {cure}"
+        )
+    return np.asarray(image, image.dtype.newbyteorder("="))
 
 
 def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:

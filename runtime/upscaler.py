@@ -8,7 +8,6 @@ with Upscaler("engine") as up:
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageE
 from moesr.runtime.image_io import LoadedImage
 from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import SAMPLERS, Manifest
+from moesr.runtime.options import DEFAULT_COLOR_FIX, DEFAULT_SEED, check_fidelity, check_seed, whole
 from moesr.runtime.pixels import Planes, split
 from moesr.runtime.residency import Residency
 from moesr.runtime.sessions import Session
@@ -42,8 +42,6 @@ Progress = Callable[[float, float, str], None]
 The stage is "encoding", "sampling" or "decoding". Estimates start from multiply-accumulates and follow what
 this process measures, so the work in all may change on the way.
 """
-
-DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
 
 Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
 
@@ -99,7 +97,11 @@ class Upscaler:
         opener = partial(_open, self.backend, self.directory, self.manifest)
         self._costs = Costs(self.manifest.graphs)
         self._admission = Admission(
-            self.manifest, self.directory, self.backend.target, self.backend.max_batch, lambda: residency.loaded
+            self.manifest,
+            self.directory,
+            self.backend.target,
+            self.backend.max_batch,
+            lambda: residency.loaded,
         )
         residency = Residency(opener, self._admission.keep_all)
         self._worker = Worker(
@@ -235,8 +237,9 @@ class Upscaler:
         self._admission.warm = True
         if ticket.loaded is None:
             return pixels
-        result = image_io.like(ticket.loaded, pixels)
-        return image_io.to_pil(result) if ticket.kind is Image.Image else result
+        if ticket.kind is Image.Image:
+            return image_io.to_pil(pixels, ticket.loaded)
+        return image_io.with_pixels(ticket.loaded, pixels)
 
     def _let_go(self, ticket: _Ticket) -> None:
         """Forget an image that has left, failed, or is not wanted any more."""
@@ -259,15 +262,15 @@ class Upscaler:
         manifest = self.manifest
         sampler = manifest.sampler if sampler is None else sampler
         color_fix = DEFAULT_COLOR_FIX if color_fix is None else color_fix
-        seed = DEFAULT_SEED if seed is None else seed
-        fidelity = manifest.fidelity if fidelity is None else fidelity
         for option, value, choices in (("sampler", sampler, SAMPLERS), ("color_fix", color_fix, COLOR_FIXES)):
             if value not in choices:
                 raise UsageError(f"{option} is {value!r}, expected one of {', '.join(choices)}")
-        count = _whole("steps", manifest.steps if steps is None else steps, 1, manifest.schedule.timesteps)
-        if not isinstance(fidelity, (int, float, np.floating)) or not 0.0 <= fidelity <= 1.0:
-            raise UsageError(f"fidelity is {fidelity!r}, expected a number from 0 to 1")
-        settings = Settings(count, sampler, _whole("seed", seed, 0, 2**64 - 1), float(fidelity))
+        settings = Settings(
+            steps=whole("steps", manifest.steps if steps is None else steps, 1, manifest.schedule.timesteps),
+            sampler=sampler,
+            seed=check_seed(DEFAULT_SEED if seed is None else seed),
+            fidelity=check_fidelity(manifest.fidelity if fidelity is None else fidelity),
+        )
         return settings, color_fix
 
 
@@ -304,16 +307,6 @@ def _close(worker: Worker, backend: Backend) -> None:
     """Release what an Upscaler holds; it is not referred to, so that this can run when it is gone."""
     worker.close()
     backend.release()
-
-
-def _whole(option: str, value: Any, least: int, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        raise UsageError(f"{option} is {value!r}, expected a whole number from {least} to {most}")
-    return number
 
 
 def _spares_others(error: Exception) -> bool:

@@ -60,14 +60,13 @@ class Worker:
 
     def wait(self, job: Job, progress: Callable[[], None]) -> None:
         """Sleep until `job` is done, calling `progress` as work goes on; raises what made the job fail."""
-        seen = -1
-        while True:
+        seen, done = -1, False
+        while not done:
             with self._changed:
-                self._changed.wait_for(lambda: job.done or job.ran.total() != seen)
+                while not job.done and job.ran.total() == seen:
+                    self._changed.wait()
                 seen, done = job.ran.total(), job.done
             progress()
-            if done:
-                break
         if job.error:
             raise job.error
 

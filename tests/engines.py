@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from moesr.runtime.contract import boundary_of
+from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import Expert, Graph, Parity
-from moesr.runtime.manifest import Manifest, sha256_of
+from moesr.runtime.manifest import Manifest
 from moesr.runtime.schedule import Schedule
 
 FACTOR = 4

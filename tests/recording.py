@@ -10,7 +10,7 @@ import numpy as np
 
 from moesr.runtime.devices import Canvas, Mean, Slot
 from moesr.runtime.devices.host import HostDevice
-from moesr.runtime.graphs import Boundary, Graph, TensorSpec
+from moesr.runtime.graphs import Graph, TensorSpec
 from moesr.runtime.samplers import Coefficients
 
 Function = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -91,7 +91,11 @@ class RecordingDevice:
         return Canvas(self._handle("canvas", lambda: self.host.canvas(shape)))
 
     def mean(
-        self, shape: tuple[int, int, int], origins: Sequence[tuple[int, int]], weights: np.ndarray, factor: int = 1
+        self,
+        shape: tuple[int, int, int],
+        origins: Sequence[tuple[int, int]],
+        weights: np.ndarray,
+        factor: int = 1,
     ) -> Mean:
         handle = self._handle("mean", lambda: self.host.mean(shape, origins, weights, factor))
         return Mean(handle, factor, weights=None, weight_sum=None, state=None)

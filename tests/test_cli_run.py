@@ -14,7 +14,6 @@ from engines import build_engine
 from PIL import Image
 
 from moesr.runtime import cli, doctor, memory
-from moesr.runtime.paths import plan
 
 RNG = np.random.default_rng(5)
 
@@ -59,7 +58,9 @@ def test_one_image_beside_its_input(engine: Path, photos: Path, capsys: pytest.C
 
 def test_progress_on_stderr_unless_quiet(engine: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     assert run(engine, photos / "a.png") == 0
-    assert "3/3" in capsys.readouterr().err  # two steps and a decode of one tile
+    err = capsys.readouterr().err
+    assert "1/1 a.png: 100%" in err
+    assert "/3" not in err  # tiles of unlike cost are not counted
     assert run(engine, photos / "b.jpg", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -102,31 +103,6 @@ def test_bad_inputs_do_not_stop_the_others(
     assert "Traceback" not in err
 
 
-def test_nothing_is_overwritten(engine: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
-    existing = photos / "a_x4.png"
-    existing.write_bytes(b"precious")
-    assert run(engine, photos / "a.png") == 1
-    assert "exists; pass --force" in capsys.readouterr().err
-    assert existing.read_bytes() == b"precious"
-    source = (photos / "a.png").read_bytes()
-    assert run(engine, photos / "a.png", "-o", photos / "a.png", "--force") == 1
-    assert (photos / "a.png").read_bytes() == source
-    assert run(engine, photos / "a.png", "--force") == 0
-    assert Image.open(existing).size == (48, 36)
-
-
-def test_names_that_would_collide(photos: Path, tmp_path: Path):
-    picture().save(photos / "a.jpg")
-    tasks = plan([photos], f"{tmp_path}/out", 4, False)
-    assert [t.target.name for t in tasks] == ["a_jpg_x4.png", "a_png_x4.png", "b_x4.png"]
-    other = tmp_path / "other"
-    other.mkdir()
-    picture().save(other / "b.jpg")
-    first, second = plan([photos / "b.jpg", other / "b.jpg"], f"{tmp_path}/out", 4, False)
-    assert first.error is None
-    assert "is that of" in str(second.error)
-
-
 USAGE = {
     "unknown suffix": (["-o", "x.xyz"], "cannot write .xyz"),
     "no suffix": (["-o", "result"], "cannot write a file without suffix"),
@@ -135,6 +111,8 @@ USAGE = {
     "fidelity": (["--fidelity", "2"], "fidelity is 2.0"),
     "seed": (["--seed", "-1"], "seed is -1"),
     "threads": (["--threads", "0"], "threads is 0"),
+    "too many threads": (["--threads", "100000"], "threads is 100000, expected a whole number from 1 to"),
+    "device": (["--device", "cpu:7"], "device is 'cpu:7'"),
 }
 
 
@@ -154,7 +132,8 @@ def test_usage_errors(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["a.png", "--sampler", "euler"], ["a.png", "--color-fix", "sepia"]]
+    "arguments",
+    [[], ["a.png", "--sampler", "euler"], ["a.png", "--color-fix", "sepia"], [""], ["a.png", "-o", ""]],
 )
 def test_arguments_that_argparse_refuses(engine: Path, arguments: list[str]):
     with pytest.raises(SystemExit) as caught:
@@ -177,7 +156,7 @@ ENGINES = {
     "missing": (lambda e: e.rename(e.with_name("moved")), "no such engine directory"),
     "damaged": (lambda e: (e / "decoder.onnx").write_bytes(b"x"), "decoder.onnx: damaged"),
     "foreign": (lambda e: (e / "manifest.json").unlink(), "not an engine directory"),
-    "newer": (_newer_schema, "schema 99, this moesr reads schema 1"),
+    "newer": (_newer_schema, "schema 99, this moesr reads schema 2"),
 }
 
 
@@ -197,16 +176,16 @@ def test_unusable_engine(tmp_path, photos, harm, message, program, capsys):
 def test_nan_in_one_image_leaves_the_others(
     engine: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from moesr.runtime import NonFiniteError, scheduler
+    from moesr.runtime import NonFiniteError, jobs
 
     calls = []
 
-    def require_finite(*_: object) -> None:
+    def check_finite(_: object) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise NonFiniteError("expert_3.onnx: NaN")
 
-    monkeypatch.setattr(scheduler, "require_finite", require_finite)
+    monkeypatch.setattr(jobs.Job, "check_finite", check_finite)
     assert run(engine, photos) == 3
     assert names(photos) == ["a.png", "b.jpg", "b_x4.png", "notes.txt"]
     assert "a.png: expert_3.onnx: NaN" in capsys.readouterr().err
@@ -233,7 +212,9 @@ def test_whatever_is_raised_becomes_one_line(engine, photos, raised, code, messa
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr("moesr.runtime.image_io.to_pil", fail)
+    monkeypatch.setattr("moesr.runtime.image_io.load", fail)
+    if isinstance(raised, MemoryError):
+        monkeypatch.setattr("moesr.runtime.batch.run", fail)
     assert run(engine, photos / "a.png") == code
     err = capsys.readouterr().err
     assert message in err
@@ -285,5 +266,5 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    for text in ("default: 42", "default: adain", "default: 1.0", "default: auto", "Exit codes"):
+    for text in ("default: 42", "default: adain", "the engine's", "default: auto", "Exit codes"):
         assert text in out

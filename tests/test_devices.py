@@ -16,12 +16,15 @@ from moesr.runtime.samplers import Coefficients
 from moesr.runtime.tiles import feather_weights, gaussian_weights, grid
 
 RNG = np.random.default_rng(8)
+Shape = tuple[int, int, int]
 
 
 class Blend:
     """A mean on the host, tile by tile."""
 
-    def __init__(self, shape: tuple[int, int, int], origins: list[tuple[int, int]], weights: np.ndarray) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], origins: list[tuple[int, int]], weights: np.ndarray
+    ) -> None:
         self.device = HostDevice()
         self.mean = self.device.mean(shape, origins, weights)
         self._z = self.device.canvas(shape)
@@ -44,15 +47,16 @@ def test_gather_reads_windows_of_any_canvas():
     specs += [TensorSpec("fidelity", "float32", (1,))]
     buffers = {spec.name: device.buffer(spec, 3) for spec in specs}
     slots, wants = [], []
+    target = device.mean((3, 5, 5), [(0, 0)], np.ones((5, 5), np.float32))
     for (height, width), dtype, (y, x) in [((9, 7), np.uint8, (4, 2)), ((5, 6), np.uint16, (0, 1))]:
-        z = device.canvas((3, height, width))
+        z, top = device.canvas((3, height, width)), np.iinfo(dtype).max
         device.gaussian(z, 1, 2)
-        small = RNG.integers(0, np.iinfo(dtype).max + 1, (height, width, 3), dtype)
-        large = RNG.integers(0, np.iinfo(dtype).max + 1, (2 * height, 2 * width, 3), dtype)
+        small = RNG.integers(0, top + 1, (height, width, 3), dtype)
+        large = RNG.integers(0, top + 1, (2 * height, 2 * width, 3), dtype)
         sources = {"z_t": z, "cond": device.upload(small), "image": device.upload(large, 2)}
-        slots.append(Slot(sources, {"t": 7.0 + y, "fidelity": 0.5}, device.mean((3, 5, 5), [(0, 0)], np.ones((5, 5), np.float32)), y, x))
-        half = np.iinfo(dtype).max / 2
-        wants.append((z.data[:, y : y + 5, x : x + 5], small[y : y + 5, x : x + 5] / half - 1, large[2 * y : 2 * y + 10, 2 * x : 2 * x + 10] / half - 1))
+        slots.append(Slot(sources, {"t": 7.0 + y, "fidelity": 0.5}, target, y, x))
+        cond, image = small[y : y + 5, x : x + 5], large[2 * y : 2 * y + 10, 2 * x : 2 * x + 10]
+        wants.append((z.data[:, y : y + 5, x : x + 5], cond / (top / 2) - 1, image / (top / 2) - 1))
     device.gather(slots, buffers)
     for i, (z, cond, image) in enumerate(wants):
         np.testing.assert_array_equal(buffers["z_t"][i], z)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import struct
 import zlib
 from pathlib import Path
@@ -168,28 +170,119 @@ def test_first_frame_of_an_animation_with_a_warning(tmp_path: Path, caplog: pyte
     assert "3 frames or pages; only the first" in caplog.text
 
 
-def _png_rgb16(path: Path) -> None:
+def _png(path: Path, width: int, height: int, colour: int, row: bytes, depth: int = 16) -> None:
+    """A PNG of equal rows, without filters; `colour` as in its header: 2 RGB, 4 grey with alpha."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = b"".join(b"\0" + bytes(range(12)) for _ in range(2))  # 2x2 pixels of 6 bytes, no filter
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
         + chunk(b"IEND", b"")
     )
 
 
 def test_16_bit_colour_is_reduced_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    _png_rgb16(tmp_path / "deep.png")
+    _png(tmp_path / "deep.png", 2, 2, 2, bytes(range(12)))
     picture("RGB").save(tmp_path / "plain.png")
     with caplog.at_level(logging.WARNING, "moesr"):
         assert image_io.load(tmp_path / "plain.png").pixels.dtype == np.uint8
         assert not caplog.records
         assert image_io.load(tmp_path / "deep.png").pixels.dtype == np.uint8
     assert "16-bit colour is read with 8 bits" in caplog.text
+
+
+def test_16_bit_grey_with_alpha_stays_grey(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    _png(tmp_path / "deep.png", 2, 1, 4, struct.pack(">4H", 0x8000, 0xFFFF, 0x1234, 0x4000))
+    with caplog.at_level(logging.WARNING, "moesr"):
+        pixels = image_io.load(tmp_path / "deep.png").pixels
+    assert pixels.tolist() == [[[0x80, 0xFF], [0x12, 0x40]]]
+    assert "16-bit grey with alpha is read with 8 bits" in caplog.text
+
+
+@pytest.mark.parametrize("profile", ["none", "lab", "foreign"])
+def test_lab_becomes_srgb_without_its_profile(tmp_path: Path, profile: str, caplog: pytest.LogCaptureFixture):
+    lab = ImageCms.profileToProfile(
+        Image.new("RGB", (4, 4), (200, 60, 30)),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert lab is not None
+    blocks = {"lab": ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), "foreign": SRGB}
+    lab.save(tmp_path / "a.tif", **({"icc_profile": blocks[profile]} if profile in blocks else {}))
+    loaded = image_io.load(tmp_path / "a.tif")
+    assert loaded.icc is None
+    np.testing.assert_allclose(loaded.pixels[0, 0], (200, 60, 30), atol=4)
+    assert ("LAB profile cannot be used" in caplog.text) == (profile == "foreign")
+
+
+def test_files_of_known_kinds_that_cannot_be_opened(tmp_path: Path):
+    _png(tmp_path / "none.png", 0, 5, 2, b"", depth=8)
+    with pytest.raises(InputError, match=r"has no pixels \(0x5\)"):
+        image_io.load(tmp_path / "none.png")
+    picture("RGB").save(tmp_path / "a.tif")
+    whole = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(whole[:40])
+    with pytest.raises(InputError, match="a TIFF that cannot be opened"):
+        image_io.load(tmp_path / "cut.tif")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        for name, message in {
+            "pipe.png": "is a pipe, expected a file; save what comes from it as a file first",
+            "s": "is a socket",
+            "link.png": "a link that leads nowhere",
+            "n" * 256: "File name too long; shorten it",
+            "a\0b": "not a possible file name",
+        }.items():
+            with pytest.raises(InputError, match=message):
+                image_io.load(tmp_path / name)
+    with pytest.raises(InputError, match="is a device"):
+        image_io.load(Path("/dev/zero"))
+
+
+def test_damaged_tiffs_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg"):
+        path = tmp_path / f"{compression}.tif"
+        picture("RGB", (64, 64)).save(path, compression=compression)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3 : len(data) // 3 + 300] = bytes(range(250, 200, -1)) * 6
+        path.write_bytes(data)
+        try:
+            image_io.load(path)
+        except InputError as error:
+            assert "damaged" in str(error)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pil_images_that_cannot_be_decoded(tmp_path: Path):
+    picture("RGB", (64, 64)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as closed:
+        pass
+    with pytest.raises(InputError, match="is closed; open it again"):
+        image_io.from_pil(closed)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        image_io.from_pil(Image.open(tmp_path / "cut.png"))
+
+
+def test_other_pixels_with_the_same_metadata():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA002] = 9
+    loaded = image_io.LoadedImage(np.zeros((6, 9), np.uint8), SRGB, exif.tobytes(), (300.0, 300.0))
+    larger = image_io.with_pixels(loaded, np.zeros((24, 36), np.uint16))
+    block = Image.Exif()
+    block.load(larger.exif or b"")
+    assert (larger.pixels.shape, larger.icc, larger.dpi) == ((24, 36), SRGB, (300.0, 300.0))
+    assert block.get_ifd(0x8769)[0xA002] == 36
 
 
 def test_pixels_without_a_meaning_here():

@@ -12,7 +12,8 @@ import pytest
 from engines import build_engine
 
 from moesr.runtime.errors import EngineError
-from moesr.runtime.manifest import Manifest, sha256_of
+from moesr.runtime.files import sha256_of
+from moesr.runtime.manifest import Manifest
 from moesr.runtime.onnx_files import external_files
 
 
@@ -74,7 +75,10 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "unknown prediction": (lambda v: v.update(prediction="score"), "expected one of eps, x0, v"),
     "guidance": (lambda v: v.update(guidance=7.0), "guidance is 7.0"),
     "fidelity": (lambda v: v.update(fidelity=2), "fidelity is 2.0, expected 0 to 1"),
-    "another scale than the model's": (lambda v: v.update(scale=3, model={"scale": 4}), "scale is 3, the model's is 4"),
+    "another scale than the model's": (
+        lambda v: v.update(scale=3, model={"scale": 4}),
+        "scale is 3, the model's is 4",
+    ),
     "unknown sampler": (
         lambda v: v.update(sampler="euler"),
         "sampler is 'euler', expected one of ddpm, ddim",
@@ -82,7 +86,10 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "no steps": (lambda v: v.update(steps=0), "steps is 0, expected 1 to 1000"),
     "zero tile": (lambda v: v.update(tile=0), "tile is 0"),
     "uneven tile": (lambda v: v.update(tile=62), "tile 62 is not a multiple"),
-    "another tile": (lambda v: v.update(tile=32), r"expert_0 is z_t float32 \[B, 3, 16, 16\].*expected z_t .*8, 8"),
+    "another tile": (
+        lambda v: v.update(tile=32),
+        r"expert_0 is z_t float32 \[B, 3, 16, 16\].*expected z_t .*8, 8",
+    ),
     "unknown input": (lambda v: _tensor(v, "decoder", "lr").update(name="hint"), "decoder is .*hint"),
     "another type": (lambda v: _tensor(v, "expert_1", "t").update(dtype="int64"), "expert_1 is .*t int64"),
     "file outside": (
@@ -191,7 +198,7 @@ def test_weights_elsewhere_must_be_listed(engine: Path):
     assert external_files(engine / "expert_0.onnx") == set()
     files = {"sha256": sha256_of(path)}
     _edit(engine, lambda v: v["graphs"]["decoder"].update(files))
-    with pytest.raises(EngineError, match=r"takes weights from weights\.bin, which manifest\.json does not list"):
+    with pytest.raises(EngineError, match=r"takes weights from weights\.bin, which manifest\.json does not"):
         Manifest.read(engine)
     listed = {"data": [{"file": "weights.bin", "sha256": sha256_of(engine / "weights.bin")}]}
     _edit(engine, lambda v: v["graphs"]["decoder"].update(listed))

@@ -1,4 +1,4 @@
-"""Jobs and ticks: the sampler's algebra on a canvas, order, sharing of ticks, residency, failures, devices."""
+"""Jobs and ticks: the sampler's algebra on a canvas, order, sharing, residency, failures, devices."""
 
 from __future__ import annotations
 
@@ -55,7 +55,12 @@ class Rig:
     """A worker over fake sessions, which it keeps for inspection."""
 
     def __init__(
-        self, manifest: Manifest, max_batch: int = 1, keep_all: bool = True, device: Any = None, **functions: Any
+        self,
+        manifest: Manifest,
+        max_batch: int = 1,
+        keep_all: bool = True,
+        device: Any = None,
+        **functions: Any,
     ) -> None:
         self.manifest, self.sessions, self.opened = manifest, {}, []
         self.device = device or HostDevice()
@@ -65,7 +70,9 @@ class Rig:
             self.opened.append(role)
             graph = manifest.graphs[role]
             recording = isinstance(self.device, RecordingDevice)
-            session = RecordingSession(self.device, graph, function) if recording else FakeSession(graph, function)
+            session = (
+                RecordingSession(self.device, graph, function) if recording else FakeSession(graph, function)
+            )
             self.sessions[role] = session
             return session
 

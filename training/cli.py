@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from moesr.runtime.cli import guarded, logging_to_stderr
+from moesr.runtime import console
 from moesr.runtime.errors import MemoryLimitError, UsageError
 from moesr.runtime.memory import keep_freed
 from moesr.training import parallel
@@ -56,9 +56,7 @@ OWN = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `moesr-train`; returns the exit code."""
-    args = parser().parse_args(argv)
-    with logging_to_stderr(logging.WARNING if args.quiet else logging.INFO):
-        return guarded(lambda: start(args), debug=args.debug)
+    return console.run_program("moesr-train", parser, start, argv)
 
 
 def parser() -> argparse.ArgumentParser:

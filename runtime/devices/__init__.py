@@ -3,8 +3,8 @@
 A tick is one run of a graph over a few slots, and what runs is always the same: `gather` fills the graph's
 inputs from the canvases that the slots name, the session runs, `blend` adds its output to the canvases' sums,
 and for an image whose step is complete `advance` moves its latent by one step of the sampler. Only the slots
-differ from tick to tick. Nothing here returns values to the host but `finite` and `download`, so a device that
-works on its own may fall behind the host that feeds it.
+differ from tick to tick. Nothing here returns values to the host but `finite` and `download`, so a device
+that works on its own may fall behind the host that feeds it.
 """
 
 from __future__ import annotations
@@ -116,5 +116,5 @@ class Device(Protocol):
         ...
 
     def download(self, canvas: Canvas) -> np.ndarray:
-        """The canvas as a host array, float32 [C, H, W], which the caller may change. Waits for the device."""
+        """The canvas as a host array, float32 [C, H, W], that the caller may change. Waits for the device."""
         ...

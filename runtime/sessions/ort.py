@@ -22,7 +22,7 @@ _TYPES = {"tensor(float)": "float32"}
 _SAME_AS_REQUESTED = 1  # arena growth; the default doubles it, which wastes up to half of the peak
 # A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
 _SMALLEST_MODEL = (
-    b"\x08\x08:7\n\x10\n\x01x\x12\x01y\"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02"
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
     b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
@@ -134,7 +134,8 @@ class OnnxSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._bindings, self._copies, self._session = [], [], None
+        self._bindings, self._copies = [], []
+        del self._session
 
 
 def _library() -> Any:
@@ -166,7 +167,7 @@ def _share_arena(ort: Any, options: Any) -> None:
 def _specs(values: Any) -> tuple[TensorSpec, ...]:
     """The library's description of inputs or outputs; a dimension left open is a name, or "?"."""
     return tuple(
-        TensorSpec(v.name, _TYPES.get(v.type, v.type), tuple("?" if d is None else d for d in v.shape))
+        TensorSpec(v.name, _TYPES.get(v.type) or str(v.type), tuple("?" if d is None else d for d in v.shape))
         for v in values
     )
 

@@ -1,0 +1,131 @@
+"""Many image files through one upscaler: loaded, done, saved and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moesr.runtime import console, image_io
+from moesr.runtime.errors import MemoryLimitError, MoesrError, UsageError
+from moesr.runtime.files import sha256_of
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.marks import Record
+from moesr.runtime.paths import Task, plan
+from moesr.runtime.upscaler import Upscaler
+
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+log = logging.getLogger("moesr")
+
+
+def run(
+    upscaler: Upscaler,
+    inputs: Sequence[Path],
+    output: str | None,
+    options: Mapping[str, Any],
+    *,
+    force: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Do all inputs and say how it went; returns the exit code, the gravest of all inputs'.
+
+    `options` are those of `Upscaler.map`. UsageError where there are no inputs.
+    """
+    upscaler.map((), **options)  # refuses options before any file is looked at
+    wanted = describe(upscaler.manifest, options)
+    made = plan(inputs, output, wanted, force)
+    for note in made.notes:
+        log.info("%s", note)
+    if not (made.tasks or made.skipped or made.failed):
+        raise UsageError(f"no images in {', '.join(map(str, inputs))}")
+    batch = Batch(upscaler, made.tasks, wanted)
+    for line in made.skipped:
+        log.info("%s", line)
+    for error in made.failed:
+        batch.fail(None, error)
+    if made.tasks:
+        with console.bar(quiet, total=1.0, bar_format=BAR) as bar:
+            batch.run(options, bar)
+    counts = {"done": batch.done, "skipped": len(made.skipped), "failed": batch.failed}
+    if sum(counts.values()) > 1:
+        log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return batch.code
+
+
+def describe(manifest: Manifest, options: Mapping[str, Any]) -> Record:
+    """The record of results that `options` make with an engine, its defaults filled in; no source yet."""
+    defaults = {"steps": manifest.steps, "sampler": manifest.sampler, "fidelity": manifest.fidelity}
+    settings = {k: defaults.get(k) if value is None else value for k, value in options.items()}
+    engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
+    return Record(manifest.scale, engine, settings)
+
+
+class Batch:
+    """Tasks on their way through one upscaler; a task that fails is reported and leaves the others alone."""
+
+    def __init__(self, upscaler: Upscaler, tasks: Sequence[Task], wanted: Record) -> None:
+        self._upscaler, self._tasks, self._wanted = upscaler, tasks, wanted
+        self._begun: deque[tuple[Task, Record]] = deque()  # loaded, result outstanding
+        self._loaded = self._lost = 0  # tasks that were begun, and that could not be
+        self.done = self.failed = self.code = 0
+
+    def run(self, options: Mapping[str, Any], bar: tqdm) -> None:
+        """Do every task."""
+
+        def progress(done: float, total: float, stage: str) -> None:
+            # The upscaler knows the images begun; the others are taken to be as large.
+            bar.total = total * (len(self._tasks) - self._lost) / max(self._loaded, 1)
+            task = self._begun[0][0]
+            position = self._tasks.index(task) + 1
+            bar.set_description(f"{position}/{len(self._tasks)} {task.source.name}"[-40:], refresh=False)
+            bar.set_postfix_str(stage, refresh=False)
+            bar.update(done - bar.n)
+
+        results = self._upscaler.map(self._images(), return_errors=True, progress=progress, **options)
+        for result in results:
+            task, record = self._begun.popleft()
+            if isinstance(result, Exception):
+                self.fail(task, result)
+                continue
+            try:
+                image_io.save(task.target, result, record)
+            except (MoesrError, MemoryError) as error:
+                self.fail(task, error)
+            else:
+                self.done += 1
+                console.say(f"{task.source} -> {task.target}")
+        if bar.n:  # the images after the last one begun could not be loaded
+            bar.total = bar.n
+            bar.refresh()
+
+    def _images(self) -> Iterator[image_io.LoadedImage]:
+        """Load each input when the upscaler has room for it."""
+        for task in self._tasks:
+            try:
+                loaded = image_io.load(task.source)
+                height, width = (side * self._wanted.scale for side in loaded.pixels.shape[:2])
+                image_io.check_output(task.target, width, height)
+                record = self._wanted.of(task.source.name, sha256_of(task.source))
+            except (MoesrError, MemoryError) as error:
+                self._lost += 1
+                self.fail(task, error)
+                continue
+            self._loaded += 1
+            self._begun.append((task, record))
+            yield loaded
+
+    def fail(self, task: Task | None, error: Exception) -> None:
+        """Report an input's error; the exit code becomes the gravest one."""
+        self.failed += 1
+        text = str(error) or "out of memory; use a smaller image"
+        if task and str(task.source) not in text:
+            text = f"{task.source}: {text}"
+        log.error("%s", text)
+        code = error.exit_code if isinstance(error, MoesrError) else MemoryLimitError.exit_code
+        # A UsageError of one file: the command was right, the file was not.
+        self.code = max(self.code, 1 if code == UsageError.exit_code else code)

@@ -1,0 +1,37 @@
+"""Pillow's libtiff made silent: it writes about damaged files to stderr what Pillow raises anyway."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import PIL
+
+
+@functools.cache
+def silence() -> None:
+    """Take away the handlers that print, for this process. Where libtiff cannot be found, nothing happens."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # warnings go nowhere unless asked for
+    with contextlib.suppress(OSError, AttributeError):
+        path = _library()
+        if path:
+            library = ctypes.CDLL(path)
+            for function in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+                function(None)
+
+
+def _library() -> str | None:
+    """Path of the libtiff that this process has loaded."""
+    if sys.platform == "linux":
+        from PIL import _imaging  # noqa: F401 - loads it
+
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+        loaded = [line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libtiff" in line]
+    else:
+        loaded = [str(path) for path in (Path(PIL.__file__).parent / ".dylibs").glob("libtiff*")]
+    return loaded[0] if loaded else None
