@@ -1,4 +1,8 @@
-"""The deployment runtime: `Upscaler` and its errors."""
+"""The deployment runtime: `Upscaler`, loaded when it is first named, and its errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from moesr.runtime.errors import (
     EngineError,
@@ -9,7 +13,9 @@ from moesr.runtime.errors import (
     OutputError,
     UsageError,
 )
-from moesr.runtime.upscaler import Upscaler
+
+if TYPE_CHECKING:
+    from moesr.runtime.upscaler import Upscaler
 
 __all__ = [
     "EngineError",
@@ -21,3 +27,12 @@ __all__ = [
     "Upscaler",
     "UsageError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `Upscaler`; programs import this package before they can answer to Ctrl-C."""
+    if name != "Upscaler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moesr.runtime.upscaler import Upscaler
+
+    return Upscaler
