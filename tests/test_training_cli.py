@@ -173,7 +173,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
 import numpy as np
-from moesr.runtime.memory import keep_freed
+from moesr.training.allocator import keep_freed
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     sys.exit("no mallopt")
 keep_freed()

@@ -31,8 +31,8 @@ import torch
 
 from moesr.runtime.cli import guarded, logging_to_stderr
 from moesr.runtime.errors import MemoryLimitError, UsageError
-from moesr.runtime.memory import keep_freed
 from moesr.training import parallel
+from moesr.training.allocator import keep_freed
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.data import Crops, find_photographs
 from moesr.training.dryrun import measure
