@@ -88,6 +88,49 @@ def test_steps_after_the_last_saved_one_are_made_again(tmp_path, uninterrupted):
     assert tiny.losses(tmp_path) == losses
 
 
+class Overflow(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] * math.inf
+
+
+class Exploding(Regression):
+    """A finite loss whose gradient is not, in the network or in its critic, at step 3."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+        if part == "discriminator":
+            self.critic = nn.Linear(4, 1)
+
+    def loss(self, batch, step):
+        parts = {"network": super().loss(batch, step)[0]}
+        if self.critic is not None:
+            parts["discriminator"] = self.critic(batch[1]).square().mean()
+        if step == 3:
+            parts[self.part] = Overflow.apply(parts[self.part])
+        return torch.stack(list(parts.values())).sum(), {}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["free", "clipped"])
+@pytest.mark.parametrize("part", ["network", "discriminator"])
+def test_infinite_gradient_of_a_finite_loss_stops_before_the_weights(part, clip_norm, tmp_path):
+    stage = dataclasses.replace(STAGE, clip_norm=clip_norm, save_every=1)
+    task = Exploding(part)
+    with pytest.raises(NonFiniteError, match=rf"step 3: the gradient is not finite .*{part}.*clip_norm"):
+        train(tmp_path, stage, task)
+    saved = read_state(tmp_path / "last.pt")
+    assert saved["step"] == 3
+    for weights in (*saved["modules"], saved["ema"], task.network.state_dict()):
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def test_interrupt_saves_the_step_it_came_in(tmp_path, uninterrupted, caplog):
     weights, losses = uninterrupted
     task = Regression()

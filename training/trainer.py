@@ -79,7 +79,7 @@ class Trainer:
     def advance(self, batches: Iterator[Sequence[Tensor]]) -> dict[str, float]:
         """Make one optimiser step over `stage.accumulate` batches; returns the mean figures.
 
-        Raises NonFiniteError where the loss is not finite, before it reaches the weights.
+        Raises NonFiniteError where the loss or a gradient is not finite, before it reaches the weights.
         """
         stage = self.stage
         torch.manual_seed(seed_of(self.seed, STEP, self.step))  # what networks draw, alike in all processes
@@ -94,21 +94,36 @@ class Trainer:
             for key, value in {"loss": loss, **figures}.items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / stage.accumulate
         means = parallel.mean_figures(totals)
-        if not all(math.isfinite(value) for value in means.values()):
-            raise NonFiniteError(
-                f"step {self.step}: the loss is not finite ({means}); lower learning_rate or set clip_norm, "
-                "and run the same command again to continue from the last saved step"
-            )
-        for group in self.groups:
-            parallel.average_gradients(group)
-            if stage.clip_norm:
-                nn.utils.clip_grad_norm_(group, stage.clip_norm)
+        self._check_finite("loss", means)
+        self._check_finite("gradient", self._average_gradients())
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.task.after_step(self.step)
         self._average(min(stage.ema_decay, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return means
+
+    def _average_gradients(self) -> dict[str, float]:
+        """Average gradients over the processes and clip them; returns each network's norm before that.
+
+        The norms are those of the averages, so all processes have the same ones.
+        """
+        norms = []
+        for group in self.groups:
+            parallel.average_gradients(group)
+            norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            if self.stage.clip_norm:
+                nn.utils.clip_grads_with_norm_(group, self.stage.clip_norm, norm)
+            norms.append(norm.to(self.device))  # on the CPU where there is no gradient yet
+        names = ("network", "discriminator")
+        return dict(zip(names, torch.stack(norms).tolist(), strict=False))
+
+    def _check_finite(self, what: str, figures: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise NonFiniteError(
+                f"step {self.step}: the {what} is not finite ({figures}); lower learning_rate or set "
+                "clip_norm, and run the same command again to continue from the last saved step"
+            )
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
