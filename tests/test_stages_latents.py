@@ -27,7 +27,6 @@ def start(tmp_path_factory):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 2)
-    monkeypatch.setattr(latents, "BATCH", 2)
 
 
 def make(data, start, directory, recipe=RECIPE):
@@ -70,10 +69,9 @@ def test_triples_belong_together(data, start, tmp_path, small_shards):
     assert torch.equal(drawn[7][3], latents.Triples(tmp_path, 0)[7][3])
 
 
-def test_a_latent_does_not_depend_on_its_batch(data, start, tmp_path, small_shards, monkeypatch):
+def test_a_latent_does_not_depend_on_its_batch(data, start, tmp_path, small_shards):
     make(data, start, tmp_path / "two")
-    monkeypatch.setattr(latents, "BATCH", 1)
-    make(data, start, tmp_path / "one")
+    make(data, start, tmp_path / "one", tiny.recipe(decoder={"latent_batch": 1}))
     for number in range(5):
         torch.testing.assert_close(
             *(latents.Triples(tmp_path / name, None)[number][3] for name in ("one", "two")),

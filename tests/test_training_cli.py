@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import tiny_training as tiny
 import torch
 
 from moesr.training.checkpoint import load_checkpoint
-from moesr.training.cli import main
+from moesr.training.cli import main, parser
+from moesr.training.recipe import load_recipe
+from moesr.training.relief import lighter, memory_relief
 from moesr.training.trainer import read_state
 
 
@@ -125,6 +128,52 @@ def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("moesr: error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "fixed"),
+    [
+        ("autoencoder", torch.OutOfMemoryError("CUDA out of memory."), {"batch": 1, "accumulate": 2}),
+        ("all", RuntimeError("DefaultCPUAllocator: can't allocate memory"), {"batch": 1, "accumulate": 2}),
+        ("latents", torch.OutOfMemoryError("CUDA out of memory."), {"latent_batch": 8}),
+    ],
+    ids=["stage", "all-cpu", "latents"],
+)
+def test_advice_on_memory_is_a_command_that_works(stage, error, fixed, chain, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("moesr.training.trainer.Trainer.advance", fail)
+    monkeypatch.setattr("moesr.training.stages.latents.sample", fail)
+    start = ["--from", str(chain / "experts/checkpoint")] if stage == "latents" else []
+    command = [*arguments(chain, stage, *start), "-o", str(tmp_path)]
+    assert main(command) == 4
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(error) in message
+    advised = re.search(r"run again with (--set .*)", message)
+    assert advised
+    changes = parser().parse_args([*command, *advised[1].split()]).changes
+    changed = load_recipe(str(chain / "tiny.json"), changes)
+    part = changed.decoder if stage == "latents" else changed.autoencoder
+    assert {key: getattr(part, key) for key in fixed} == fixed
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"batch": 9, "accumulate": 2}, ["experts.batch=3", "experts.accumulate=6"]),
+        ({"batch": 1}, ["experts.precision=bf16"]),
+        ({"batch": 1, "precision": "bf16"}, []),
+    ],
+    ids=["nine", "one", "least"],
+)
+def test_less_memory_keeps_the_samples_of_a_step(changes, want):
+    assert lighter("experts", tiny.recipe(experts=changes)) == want
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="shape"), memory_relief("experts", tiny.recipe()):
+        raise RuntimeError("shape mismatch")
 
 
 def test_photographs_are_asked_for(chain, capsys):

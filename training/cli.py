@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from moesr.runtime.cli import guarded, logging_to_stderr
-from moesr.runtime.errors import MemoryLimitError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.training import parallel
 from moesr.training.allocator import keep_freed
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
@@ -39,6 +39,7 @@ from moesr.training.dryrun import measure
 from moesr.training.journal import summary_writer
 from moesr.training.loop import Run, Samples
 from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe, presets
+from moesr.training.relief import memory_relief
 from moesr.training.stages import autoencoder, decoder, experts, latents
 from moesr.training.stages.common import CHECKPOINT, with_lr
 from moesr.training.trainer import Task
@@ -122,19 +123,13 @@ def start(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed()
-    try:
-        with parallel.processes(check_device(args.device)) as device:
-            if parallel.rank() > 0:
-                log.setLevel(logging.ERROR)  # the process 0 reports for all
-            if args.dry_run:
-                dry_run(args, recipe, device)
-            else:
-                train(args, recipe, device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(
-            f"the GPU is out of memory ({str(error).splitlines()[0]}); set a smaller batch and more "
-            f"accumulate (--set {args.stage}.batch=1), or precision bf16"
-        ) from error
+    with parallel.processes(check_device(args.device)) as device:
+        if parallel.rank() > 0:
+            log.setLevel(logging.ERROR)  # the process 0 reports for all
+        if args.dry_run:
+            dry_run(args, recipe, device)
+        else:
+            train(args, recipe, device)
     return 0
 
 
@@ -165,11 +160,13 @@ def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Non
     """Run one stage, or all of them, to the end."""
     before = load_checkpoint(args.start) if args.start else None
     if args.stage != "all":
-        run_stage(args.stage, args, recipe, device, args.output, before)
+        with memory_relief(args.stage, recipe):
+            run_stage(args.stage, args, recipe, device, args.output, before)
         return
     for stage in ALL[1:] if before else ALL:
         directory = args.output / stage
-        run_stage(stage, args, recipe, device, directory, before)
+        with memory_relief(stage, recipe):
+            run_stage(stage, args, recipe, device, directory, before)
         before = load_checkpoint(directory / CHECKPOINT)
 
 
@@ -207,7 +204,8 @@ def dry_run(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> N
     run = Run(args.output, recipe.seed, device, args.workers, args.quiet)
     before = load_checkpoint(args.start) if args.start else None
     task, samples = measurable(args.stage, recipe, data, run, before)
-    measured = measure(task, stage_config(args.stage, recipe), samples, run)
+    with memory_relief(args.stage, recipe):
+        measured = measure(task, stage_config(args.stage, recipe), samples, run)
     if parallel.rank() == 0:
         print(measured)
 

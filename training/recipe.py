@@ -126,11 +126,12 @@ class DecoderStage(StageConfig):
     stored: Literal["fp32", "fp16"] = "fp32"  # weights of the published model, experts included
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
+    latent_batch: int = 16  # latents sampled together
 
     def check(self, name: str) -> None:
         """Raise UsageError where an entry of this stage, called `name`, is out of range."""
         super().check(name)
-        for entry in ("latents", "latent_steps"):
+        for entry in ("latents", "latent_steps", "latent_batch"):
             _check(f"{name}.{entry}", getattr(self, entry), 1)
         _check(f"{name}.init_share", self.init_share, 0.0, 1.0)
 

@@ -22,7 +22,7 @@ from moesr.training.recipe import StageConfig
 log = logging.getLogger("moesr")
 
 # Entries that a resumed run may change: its length, and what does not reach a step.
-FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored")
+FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored", "latent_batch")
 
 
 class Task(Protocol):

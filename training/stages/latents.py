@@ -39,7 +39,6 @@ from moesr.training.stopping import stop_requests
 
 SET_NAME = "set.json"
 SHARD = 64  # triples a file
-BATCH = 16  # latents sampled together
 OPEN_SHARDS = 64  # files a loader process keeps mapped
 
 
@@ -83,7 +82,7 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
 def _make_shards(
     recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, numbers: Sequence[int]
 ) -> None:
-    model = recipe.model
+    model, batch = recipe.model, recipe.decoder.latent_batch
     try:
         eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
         table = step_table(model.schedule, steps, eta, model.expert_ranges)
@@ -99,8 +98,8 @@ def _make_shards(
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
-                _triples(indices[at : at + BATCH], experts, table, recipe, data, run.device)
-                for at in range(0, len(indices), BATCH)
+                _triples(indices[at : at + batch], experts, table, recipe, data, run.device)
+                for at in range(0, len(indices), batch)
             ]
             columns = (torch.cat(column) for column in zip(*parts, strict=True))
             _write_shard(
