@@ -69,10 +69,11 @@ def test_chain_run_again_changes_nothing(chain, capsys):
     assert "broken.png: skipped, cannot be read" in capsys.readouterr().err
 
 
-def test_all_stages_in_one_command(chain, tmp_path):
+def test_all_stages_in_one_command(chain, tmp_path, capsys):
     """The same weights as stage by stage, though the decoder makes its latents; also from a first stage."""
     whole = arguments(chain, "all", "-o", tmp_path / "whole")
     assert main(whole) == 0
+    assert capsys.readouterr().err.count("broken.png: skipped") == 1  # one scan serves all stages
     got = load_checkpoint(tmp_path / "whole/decoder/checkpoint")
     first = load_checkpoint(chain / "autoencoder/checkpoint")
     assert tiny.same(

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from moesr.training.checkpoint import Checkpoint, save_checkpoint
-from moesr.training.data import Crops, find_photographs
+from moesr.training.data import Crops
 from moesr.training.loop import Run
 from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.photographs import scan
 from moesr.training.recipe import Recipe, merged
 from moesr.training.stages.common import plain
 
@@ -94,7 +95,7 @@ def photographs(folder: Path, count: int = 2, side: int = 48) -> Path:
 
 def crops(folder: Path, seed: int = 0) -> Crops:
     """Crops of the photographs in `folder`."""
-    return Crops(find_photographs(folder, PATCH), PATCH, seed)
+    return Crops(scan(folder).at_least(PATCH), PATCH, seed)
 
 
 def run(directory: Path, **options: Any) -> Run:

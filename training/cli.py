@@ -24,7 +24,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,10 +34,11 @@ from moesr.runtime.errors import UsageError
 from moesr.training import parallel
 from moesr.training.allocator import keep_freed
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
-from moesr.training.data import Crops, find_photographs
+from moesr.training.data import Crops
 from moesr.training.dryrun import measure
 from moesr.training.journal import summary_writer
 from moesr.training.loop import Run, Samples
+from moesr.training.photographs import PhotoFolder, scan
 from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe, presets
 from moesr.training.relief import memory_relief
 from moesr.training.stages import autoencoder, decoder, experts, latents
@@ -126,10 +127,9 @@ def start(args: argparse.Namespace) -> int:
     with parallel.processes(check_device(args.device)) as device:
         if parallel.rank() > 0:
             log.setLevel(logging.ERROR)  # the process 0 reports for all
-        if args.dry_run:
-            dry_run(args, recipe, device)
-        else:
-            train(args, recipe, device)
+        folders = [None if path is None else scan(path) for path in (args.data, args.val)]
+        inputs = Inputs(args, recipe, device, *folders)
+        (dry_run if args.dry_run else train)(inputs)
     return 0
 
 
@@ -150,61 +150,72 @@ def stage_config(stage: str, recipe: Recipe) -> StageConfig:
     return recipe.decoder if stage == "latents" else getattr(recipe, stage)
 
 
-def crops(folder: Path, patch_px: int, recipe: Recipe) -> Crops:
-    """Crops of the photographs in `folder`."""
-    photographs = find_photographs(folder, patch_px)
-    return Crops(photographs, patch_px, recipe.seed, augmentation=recipe.augmentation)
+@dataclass(frozen=True)
+class Inputs:
+    """What all stages of one command share."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    device: torch.device
+    data: PhotoFolder | None
+    val: PhotoFolder | None
+
+    def crops(self, folder: PhotoFolder | None, stage: str, augmentation: Augmentation) -> Crops | None:
+        """Crops for `stage` of the photographs in `folder`, if there is one."""
+        if folder is None:
+            return None
+        patch_px = stage_config(stage, self.recipe).patch_px
+        return Crops(folder.at_least(patch_px), patch_px, self.recipe.seed, augmentation=augmentation)
+
+    def run(self, directory: Path) -> Run:
+        """A run in `directory`."""
+        args = self.args
+        return Run(directory, self.recipe.seed, self.device, args.workers, args.quiet, args.tensorboard)
 
 
-def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
+def train(inputs: Inputs) -> None:
     """Run one stage, or all of them, to the end."""
+    args = inputs.args
     before = load_checkpoint(args.start) if args.start else None
     if args.stage != "all":
-        with memory_relief(args.stage, recipe):
-            run_stage(args.stage, args, recipe, device, args.output, before)
+        run_stage(args.stage, inputs, args.output, before)
         return
     for stage in ALL[1:] if before else ALL:
         directory = args.output / stage
-        with memory_relief(stage, recipe):
-            run_stage(stage, args, recipe, device, directory, before)
+        run_stage(stage, inputs, directory, before)
         before = load_checkpoint(directory / CHECKPOINT)
 
 
-def run_stage(
-    stage: str,
-    args: argparse.Namespace,
-    recipe: Recipe,
-    device: torch.device,
-    directory: Path,
-    before: Checkpoint | None,
-) -> None:
+def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | None) -> None:
     """Run one stage in `directory`, from the checkpoint of the stage before."""
-    patch_px = stage_config(stage, recipe).patch_px
-    data = crops(args.data, patch_px, recipe) if args.data else None
-    held_out = crops(args.val, patch_px, replace(recipe, augmentation=Augmentation())) if args.val else None
-    run = Run(directory, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
+    args, recipe, run = inputs.args, inputs.recipe, inputs.run(directory)
+    data = inputs.crops(inputs.data, stage, recipe.augmentation)
+    held_out = inputs.crops(inputs.val, stage, Augmentation())
     init = load_checkpoint(args.init) if args.init else None
-    if stage == "decoder":
+    with memory_relief(stage, recipe):
+        if stage == "decoder":
+            assert before is not None
+            return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
+        assert data is not None
+        if stage == "autoencoder":
+            return autoencoder.train(recipe, data, run, held_out)
         assert before is not None
-        return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
-    assert data is not None
-    if stage == "autoencoder":
-        return autoencoder.train(recipe, data, run, held_out)
-    assert before is not None
-    if stage == "latents":
-        return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
-    return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
+        if stage == "latents":
+            return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
+        return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
 
 
-def dry_run(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
+def dry_run(inputs: Inputs) -> None:
     """Measure three steps of the stage and print what was found."""
+    args, recipe = inputs.args, inputs.recipe
     if args.stage in ("latents", "all") or args.data is None:
         raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
-    data = crops(args.data, stage_config(args.stage, recipe).patch_px, recipe)
-    run = Run(args.output, recipe.seed, device, args.workers, args.quiet)
+    data = inputs.crops(inputs.data, args.stage, recipe.augmentation)
+    assert data is not None
+    run = inputs.run(args.output)
     before = load_checkpoint(args.start) if args.start else None
-    task, samples = measurable(args.stage, recipe, data, run, before)
     with memory_relief(args.stage, recipe):
+        task, samples = measurable(args.stage, recipe, data, run, before)
         measured = measure(task, stage_config(args.stage, recipe), samples, run)
     if parallel.rank() == 0:
         print(measured)
