@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny_training as tiny
 import torch
 from safetensors import safe_open
 
 from moesr.runtime.errors import InputError, UsageError
+from moesr.training import parallel
 from moesr.training.stages import latents
 from moesr.training.stages.common import degradation
 
@@ -47,6 +50,25 @@ def test_latents_are_made_once_and_resumed(data, start, tmp_path, small_shards):
     assert [p.read_bytes() for p in shards] == before
     assert shards[0].stat().st_mtime_ns == stamps[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set.json", *(p.name for p in shards)]
+
+
+def test_a_slow_process_makes_its_own_shards_whatever_a_fast_one_has_made(
+    data, start, tmp_path, small_shards, monkeypatch
+):
+    """Process 1 of two looks for missing shards when process 0 has made its first one already."""
+    make(data, start, tmp_path / "whole")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("set.json", "shard_00000.safetensors"):
+        shutil.copy(tmp_path / "whole" / name, own)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "wait", lambda: None)
+    make(data, start, own)
+    assert sorted(p.name for p in own.glob("shard_*")) == [
+        "shard_00000.safetensors",
+        "shard_00001.safetensors",
+    ]
 
 
 def test_triples_belong_together(data, start, tmp_path, small_shards):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,18 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
         directory.mkdir(parents=True, exist_ok=True)
         _write_text(directory / SET_NAME, json.dumps(wanted, indent=1) + "\n")
     parallel.wait()
-    missing = [i for i, n in enumerate(shard_sizes(count)) if not _whole(shard_path(directory, i), n)]
+    # A process's share does not depend on what is on disk, which others are changing already.
+    share = list(enumerate(shard_sizes(count)))[parallel.rank() :: parallel.size()]
+    missing = {number: n for number, n in share if not _whole(shard_path(directory, number), n)}
     if missing:
-        _make_shards(recipe, start, data, run, directory, missing[parallel.rank() :: parallel.size()])
+        _make_shards(recipe, start, data, run, directory, missing)
     parallel.wait()
 
 
 def _make_shards(
-    recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, numbers: Sequence[int]
+    recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, sizes: Mapping[int, int]
 ) -> None:
+    """Make the shards of these numbers, each of so many triples."""
     model, batch = recipe.model, recipe.decoder.latent_batch
     try:
         eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
@@ -89,11 +92,10 @@ def _make_shards(
     except ValueError as error:
         raise UsageError(f"decoder.latent_steps: {error}") from error
     experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
-    sizes = shard_sizes(json.loads((directory / SET_NAME).read_text())["triples"])
     hidden = run.quiet or parallel.rank() > 0
     with (
         stop_requests() as stopping,
-        progress_bar(numbers, desc="latents", unit="shard", disable=hidden) as bar,
+        progress_bar(sizes, desc="latents", unit="shard", disable=hidden) as bar,
     ):
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
