@@ -207,6 +207,20 @@ def test_damage_is_named(damage, intact, tmp_path):
         load_checkpoint(directory)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("decoder.safetensors", "encoder.conv_out.bias"), ("expert_1.safetensors", KEY)],
+    ids=["unused-by-the-graphs", "used"],
+)
+def test_weights_that_are_not_finite_are_named(name, key, value, intact, tmp_path):
+    directory = shutil.copytree(intact, tmp_path / "model")
+    edit_weights(name, lambda state: state[key].view(-1)[-1:].fill_(value))(directory)
+    checkpoint = load_checkpoint(directory)
+    with pytest.raises(CheckpointError, match=rf"{name}: {key} is not finite; train or import"):
+        checkpoint.decoder() if "decoder" in name else checkpoint.expert(1)
+
+
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_not_a_directory(name, tmp_path):
     (tmp_path / "file").touch()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tiny_training as tiny
 import torch
 
 from moesr.runtime.errors import InputError, UsageError
-from moesr.training.checkpoint import load_checkpoint
+from moesr.training import parallel
+from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.diffusion import add_noise, eps_loss, predict_x0
 from moesr.training.draws import DIFFUSION, Draws
 from moesr.training.loop import fit
@@ -34,6 +36,11 @@ def train(photos, directory, start, recipe=RECIPE, **options):
     experts.train(recipe, tiny.crops(photos), tiny.run(directory), start, **options)
 
 
+def task_of(recipe, start, t_range=None):
+    first_stage = experts.first_stage_of(recipe, start, tiny.run(Path()))
+    return experts.prepare(recipe, first_stage, t_range)
+
+
 @pytest.mark.parametrize("gamma", [0.999, 0.7, 0.0, 1.0])
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 def test_sharing_is_equation_5(count, gamma):
@@ -52,7 +59,7 @@ def test_sharing_is_equation_5(count, gamma):
 
 
 def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (0, 500))
+    task = task_of(RECIPE, start, (0, 500))
     trainer = Trainer(task, RECIPE.experts, tiny.CPU, 0)
     moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
     weights = [block.get_parameter("0.weight") for block in moe.moe_blocks]
@@ -72,7 +79,7 @@ def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
 
 def test_sharing_follows_the_schedule(start, tmp_path):
     recipe = tiny.recipe(experts={"sharing": "ramp", "ramp_to": 1.0, "ramp_steps": 2})
-    task = experts.prepare(recipe, start, tiny.run(tmp_path))
+    task = task_of(recipe, start)
     moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
     first, *others = [block.get_parameter("0.weight").detach().clone() for block in moe.moe_blocks]
     task.after_step(0)  # gamma 0.5 after one of two steps
@@ -103,7 +110,7 @@ def test_groups_partition_the_tokens(tokens, count):
 
 
 def test_timesteps_stay_in_the_experts_range(start, photos, tmp_path):
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (500, 1000))
+    task = task_of(RECIPE, start, (500, 1000))
     seen = []
     task.network.register_forward_hook(lambda m, args, out: seen.append(args[2]))
     data = tiny.crops(photos)
@@ -148,6 +155,36 @@ def test_experts_apart_equal_experts_together(photos, start, tmp_path):
     assert not tiny.same(together.expert(0).state_dict(), together.expert(1).state_dict())
 
 
+def test_first_stage_is_read_once(photos, start, tmp_path, monkeypatch):
+    reads = []
+    decoder = Checkpoint.decoder
+    monkeypatch.setattr(Checkpoint, "decoder", lambda self: (reads.append(self), decoder(self))[1])
+    train(photos, tmp_path, start, tiny.recipe(experts={"base_steps": 1, "latent_pool": 3}))
+    assert reads == [start]
+
+
+def test_finished_experts_are_not_read_whole(photos, start, tmp_path, monkeypatch):
+    """Of an expert trained before, only the averages reach memory: its file is mapped, not read."""
+    train(photos, tmp_path, start, expert=1)
+    load, opened = torch.load, {}
+    monkeypatch.setattr(torch, "load", lambda path, **k: (opened.update({path: k}), load(path, **k))[1])
+    train(photos, tmp_path, start, expert=0)
+    assert opened[tmp_path / "expert_1" / "last.pt"]["mmap"]
+    assert (tmp_path / "checkpoint").is_dir()
+
+
+def test_processes_agree_on_making_the_pool(photos, start, tmp_path, monkeypatch):
+    """A process that finds the pool made by a faster one still makes it with the others, or waits alone."""
+    recipe = tiny.recipe(experts={"latent_pool": 3, "steps": 1})
+    train(photos, tmp_path, start, recipe)
+    task, encoded = task_of(recipe, start), []
+    encode = task.encode
+    monkeypatch.setattr(task, "encode", lambda batch: (encoded.append(1), encode(batch))[1])
+    monkeypatch.setattr(parallel, "any_process", lambda flag, device: True)  # another one lacks it
+    experts.make_pool(task, tiny.crops(photos), tiny.run(tmp_path), tmp_path / "latents.pt")
+    assert encoded
+
+
 def test_experts_start_from_the_base_network(photos, start, tmp_path):
     recipe = tiny.recipe(experts={"steps": 0, "base_steps": 2, "latent_pool": 3})
     train(photos, tmp_path, start, recipe)
@@ -186,7 +223,7 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
     recipe = tiny.recipe(
         degradation="blind", experts={"learning_rate": 0.0, "val_every": 1, "val_samples": 2}
     )
-    task = experts.prepare(recipe, start, tiny.run(tmp_path), (0, 500))
+    task = task_of(recipe, start, (0, 500))
     held_out = experts.with_lr(tiny.crops(photos, seed=9), recipe, "cpu")
     fit(task, recipe.experts, tiny.crops(photos), tiny.run(tmp_path), "x", held_out)
     import json
@@ -198,7 +235,7 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
 
 def test_noise_is_that_of_the_sample(start, photos, tmp_path):
     """What makes N processes equal one: a sample's loss does not depend on its batch."""
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path))
+    task = task_of(RECIPE, start)
     tiny.randomised(task.network)
     task.network.eval()
     hr = tiny.crops(photos).crops(0, 3)
@@ -233,7 +270,7 @@ def test_initial_weights_of_another_network_are_refused(tmp_path):
 
 def test_without_space_moe_nothing_is_shared(start, tmp_path):
     recipe = tiny.recipe(model={"unet": {"space_experts": 0}})
-    task = experts.prepare(recipe, start, tiny.run(tmp_path))
+    task = task_of(recipe, start)
     before = {k: v.clone() for k, v in task.network.state_dict().items()}
     task.after_step(0)
     assert tiny.same(task.network.state_dict(), before)

@@ -164,8 +164,16 @@ def test_damaged_state_is_refused(content, tmp_path):
     train(tmp_path)
     path = tmp_path / "last.pt"
     path.write_bytes(path.read_bytes()[:-400] if content is None else content)
-    with pytest.raises(InputError, match=r"last\.pt: damaged .*; remove it and run again"):
+    message = r"last\.pt: the saved state is damaged \(.*\); delete it and run the same command again"
+    with pytest.raises(InputError, match=message) as caught:
         train(tmp_path)
+    assert "weights_only" not in str(caught.value)  # PyTorch's own message advises to run what the file holds
+
+
+def test_state_without_its_entries_is_refused(tmp_path):
+    write_state(tmp_path / "last.pt", {"loss": 1.0})
+    with pytest.raises(InputError, match="holds no training state; delete it"):
+        read_state(tmp_path / "last.pt", "step")
 
 
 def test_state_of_another_network_is_refused(tmp_path):

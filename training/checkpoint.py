@@ -200,6 +200,7 @@ def _load_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig, pa
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
     check_shapes(str(path), state_shapes(state), state_shapes(network.state_dict()))
+    check_finite(str(path), state, CURE)
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()

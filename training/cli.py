@@ -230,7 +230,7 @@ def measurable(
     assert before is not None
     samples = with_lr(data, recipe, run.device.type)
     if stage == "experts":
-        return experts.prepare(recipe, before, run), samples
+        return experts.prepare(recipe, experts.first_stage_of(recipe, before, run)), samples
     model = recipe.model.decoder
     pairs = with_lr(data, recipe, "cpu")
     return decoder.prepare(recipe, before, run), decoder.StandIns(pairs, model.embed_dim, model.factor)

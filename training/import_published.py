@@ -27,6 +27,7 @@ from moesr.training.infer_config import infer_autoencoder_config, infer_unet_con
 from moesr.training.weights import (
     CheckpointError,
     StateDict,
+    brief,
     check_finite,
     check_shapes,
     expected_shapes,
@@ -203,8 +204,7 @@ def _load_pickle(path: Path, trust: bool, mmap: bool) -> Any:
                 f"{path}: holds Python objects besides tensors ({refused[1] or refused[2]}), which could "
                 "run code when loaded; if you trust where the file came from, add --trust-pickle"
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise CheckpointError(f"{path}: not a whole PyTorch file ({reason}); {CURE}") from error
+        raise CheckpointError(f"{path}: not a whole PyTorch file ({brief(error)}); {CURE}") from error
 
 
 def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:

@@ -136,7 +136,19 @@ def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -
         write_state(run.directory / BEST_NAME, state)
 
 
-def _best(path: Path) -> dict[str, Tensor] | None:
+def finished(directory: Path, steps: int, *, best: bool) -> Fitted | None:
+    """What the run in `directory` has left, read when it is used; None where it has not made all its steps.
+
+    The best weights are looked for where `best` is set.
+    """
+    path = directory / STATE_NAME
     if not path.exists():
         return None
-    return read_state(path)["ema"]
+    state = read_state(path, "step", "ema", mmap=True)  # of gigabytes, the optimiser's share is not touched
+    if int(state["step"]) < steps:
+        return None
+    return Fitted(state["ema"], _best(directory / BEST_NAME) if best else None)
+
+
+def _best(path: Path) -> dict[str, Tensor] | None:
+    return read_state(path, "ema", mmap=True)["ema"] if path.exists() else None

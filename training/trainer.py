@@ -18,6 +18,7 @@ from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageE
 from moesr.training import parallel
 from moesr.training.draws import STEP, seed_of
 from moesr.training.recipe import StageConfig
+from moesr.training.weights import brief
 
 log = logging.getLogger("moesr")
 
@@ -163,7 +164,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a saved state; InputError where it is damaged or of another network."""
-        state = read_state(path, self.device)
+        state = read_state(path, device=self.device)
         try:
             for module, weights in zip(self.modules, state["modules"], strict=True):
                 module.load_state_dict(weights)
@@ -203,13 +204,18 @@ def write_state(path: Path, state: object) -> None:
     parallel.wait()
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `write_state` wrote; InputError where it is damaged."""
+def read_state(
+    path: Path, *holds: str, device: torch.device | str = "cpu", mmap: bool = False
+) -> dict[str, Any]:
+    """Read what `write_state` wrote; InputError where it is damaged or lacks an entry of `holds`.
+
+    With `mmap` tensors are read from the file when they are used.
+    """
+    cure = "delete it and run the same command again, which begins this part anew, or use another -o"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # unpickling raises whatever it meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason}); remove it and run again, or use another -o") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: holds no training state; remove it and run again, or use another -o")
+        raise InputError(f"{path}: the saved state is damaged ({brief(error)}); {cure}") from error
+    if not isinstance(state, dict) or not all(key in state for key in holds):
+        raise InputError(f"{path}: holds no training state; {cure}")
     return state
