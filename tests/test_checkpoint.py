@@ -249,8 +249,12 @@ def test_existing_directory_is_replaced_only_by_force(tmp_path):
 def test_force_replaces_nothing_but_a_checkpoint(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
-    with pytest.raises(OutputError, match=r"holds other files \(cat\.png\)"):
+    with pytest.raises(OutputError, match=r"holds files but no config\.json"):
         save(tmp_path / "photos", FAMILIES["ldm"], force=True)
+    directory = save(tmp_path / "model", FAMILIES["ldm"]).directory
+    (directory / "cat.png").touch()
+    with pytest.raises(OutputError, match=r"holds other files \(cat\.png\)"):
+        save(directory, FAMILIES["ldm"], force=True)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is not a directory"):
         save(tmp_path / "file", FAMILIES["ldm"], force=True)
@@ -295,6 +299,24 @@ def test_failed_rename_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
     with pytest.raises(OutputError, match="no space left"):
+        save(directory, FAMILIES["moe"], force=True)
+    assert load_checkpoint(directory).sha256() == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_interrupt_between_the_renames_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    digest = save(directory, FAMILIES["ldm"]).sha256()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        result = rename(self, target)
+        if self == directory:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         save(directory, FAMILIES["moe"], force=True)
     assert load_checkpoint(directory).sha256() == digest
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moesr.runtime.errors import InputError, NonFiniteError, UsageError
+from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
 from moesr.training.loop import fit
 from moesr.training.recipe import StageConfig
 from moesr.training.trainer import Trainer, learning_rate, read_state, write_state
@@ -154,7 +154,7 @@ def test_failed_write_keeps_the_last_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(Exception, match="No space left"):
+    with pytest.raises(OutputError, match=r"last\.pt: cannot be written: no space left"):
         write_state(path, {"step": 2})
     assert read_state(path) == {"step": 1}
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moesr.runtime.schedule import Schedule
-from moesr.training.checkpoint import Checkpoint, check_replaceable, save_checkpoint
+from moesr.training.checkpoint import Checkpoint, check_writable_as_checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.infer_config import infer_autoencoder_config, infer_unet_config
 from moesr.training.weights import (
@@ -76,7 +76,7 @@ def import_published(
     is called with each file that is done. Raises CheckpointError naming the file that cannot be used, and
     OutputError where nothing can be written; the place is then as it was.
     """
-    check_replaceable(directory, force)
+    check_writable_as_checkpoint(directory, force)
     for path in (*experts, decoder):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected a published weight file")

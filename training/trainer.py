@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
+from moesr.runtime.files import reason, write_atomically
 from moesr.training import parallel
 from moesr.training.draws import STEP, seed_of
 from moesr.training.recipe import StageConfig
@@ -188,19 +188,13 @@ class Trainer:
 
 
 def write_state(path: Path, state: object) -> None:
-    """Write `state` beside its place, then rename: an interrupted write damages nothing. Process 0 does."""
+    """Write `state` to `path`, whole or not at all; the process 0 does, the others wait."""
     if parallel.rank() == 0:
-        scratch = path.with_name(path.name + ".tmp")
         try:
-            with scratch.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(
-                f"{path}: cannot be written ({error}); free some space and run again"
-            ) from error
+            with write_atomically(path) as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # torch.save raises either where a disk is full
+            raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
     parallel.wait()
 
 

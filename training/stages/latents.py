@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError, OutputError, UsageError
+from moesr.runtime.files import reason, write_atomically
 from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import StepTable, step_table
 from moesr.training import parallel
@@ -38,6 +39,7 @@ from moesr.training.stages.common import degradation
 from moesr.training.stopping import stop_requests
 
 SET_NAME = "set.json"
+COLUMNS = ("lr", "latent", "hr")
 SHARD = 64  # triples a file
 OPEN_SHARDS = 64  # files a loader process keeps mapped
 
@@ -70,8 +72,7 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
     if (directory / SET_NAME).exists():
         _check(directory, wanted)
     elif parallel.rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_text(directory / SET_NAME, json.dumps(wanted, indent=1) + "\n")
+        _write(directory / SET_NAME, (json.dumps(wanted, indent=1) + "\n").encode())
     parallel.wait()
     # A process's share does not depend on what is on disk, which others are changing already.
     share = list(enumerate(shard_sizes(count)))[parallel.rank() :: parallel.size()]
@@ -103,10 +104,8 @@ def _make_shards(
                 _triples(indices[at : at + batch], experts, table, recipe, data, run.device)
                 for at in range(0, len(indices), batch)
             ]
-            columns = (torch.cat(column) for column in zip(*parts, strict=True))
-            _write_shard(
-                shard_path(directory, number), dict(zip(("lr", "latent", "hr"), columns, strict=True))
-            )
+            columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
+            _write(shard_path(directory, number), save(dict(zip(COLUMNS, columns, strict=True))))
             if stopping.is_set():
                 raise KeyboardInterrupt
 
@@ -199,22 +198,14 @@ def _whole(path: Path, rows: int) -> bool:
     """Whether `path` is a shard of `rows` triples; reads its header only."""
     try:
         with safe_open(path, framework="pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == rows for name in ("lr", "latent", "hr"))
+            return all(file.get_slice(name).get_shape()[0] == rows for name in COLUMNS)
     except (OSError, SafetensorError):
         return False
 
 
-def _write_shard(path: Path, columns: dict[str, Tensor]) -> None:
-    scratch = path.with_name(path.name + ".tmp")
+def _write(path: Path, content: bytes) -> None:
     try:
-        save_file({k: v.contiguous() for k, v in columns.items()}, scratch)
-        scratch.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner only
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); free some space and run again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+        with write_atomically(path) as stream:
+            stream.write(content)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
