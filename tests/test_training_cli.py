@@ -197,7 +197,8 @@ def test_dry_run_measures_and_writes_nothing(stage, chain, tmp_path, capsys):
     assert "MiB of memory at the peak" in lines[2] and "3 steps take about" in lines[3]
 
 
-def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_interrupt_leaves_a_loadable_state(number, code, chain, tmp_path):
     out = tmp_path / "out"
     long = ["--set", "autoencoder.steps=100000", "--set", "autoencoder.save_every=100000", "-o", str(out)]
     command = [sys.executable, "-m", "moesr.training.cli", *arguments(chain, "autoencoder"), *long]
@@ -208,13 +209,19 @@ def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
     while not (out / "losses.jsonl").exists() or (out / "losses.jsonl").stat().st_size < 200:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors and "the same command continues it" in errors
     steps = len(tiny.losses(out))
     assert steps > 0 and read_state(out / "last.pt")["step"] == steps
     assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("program", ["cli", "import_cli"])
+def test_programs_are_under_their_guard_before_torch_is_loaded(program):
+    code = f"import sys, moesr.training.{program} as m; m.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moesr.runtime import console
 from moesr.runtime.errors import InputError
 from moesr.training import parallel
 from moesr.training.journal import Journal
-from moesr.training.progress import progress_bar
 from moesr.training.recipe import StageConfig
 from moesr.training.stopping import ignore_interrupts, stop_requests
 from moesr.training.trainer import Task, Trainer, read_state, write_state
@@ -108,7 +108,7 @@ def _train(
     stage, last = trainer.stage, run.directory / STATE_NAME
     source = batches(data, stage, trainer.step, run)
     hidden = run.quiet or parallel.rank() > 0
-    bar = progress_bar(total=stage.steps, initial=trainer.step, desc=label, unit="step", disable=hidden)
+    bar = console.bar(hidden, total=stage.steps, initial=trainer.step, desc=label, unit="step")
     with bar, stop_requests() as stopping:
         while trainer.step < stage.steps:
             figures = trainer.advance(source)
@@ -123,7 +123,7 @@ def _train(
                 trainer.save(last)
             if stop and not done:
                 log.warning("%s: stopped after step %d; the same command continues it", label, trainer.step)
-                raise KeyboardInterrupt
+                stopping.stop()
 
 
 def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moesr.runtime import console
 from moesr.runtime.errors import InputError, OutputError, UsageError
 from moesr.runtime.files import reason, write_atomically
 from moesr.runtime.samplers import ETA
@@ -33,7 +34,6 @@ from moesr.training.diffusion import sample
 from moesr.training.draws import SAMPLING, Draws
 from moesr.training.loop import Run
 from moesr.training.networks import DenoisingUNet
-from moesr.training.progress import progress_bar
 from moesr.training.recipe import Recipe
 from moesr.training.stages.common import degradation
 from moesr.training.stopping import stop_requests
@@ -96,7 +96,7 @@ def _make_shards(
     hidden = run.quiet or parallel.rank() > 0
     with (
         stop_requests() as stopping,
-        progress_bar(sizes, desc="latents", unit="shard", disable=hidden) as bar,
+        console.bar(hidden, iterable=sizes, desc="latents", unit="shard") as bar,
     ):
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
@@ -107,7 +107,7 @@ def _make_shards(
             columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
             _write(shard_path(directory, number), save(dict(zip(COLUMNS, columns, strict=True))))
             if stopping.is_set():
-                raise KeyboardInterrupt
+                stopping.stop()
 
 
 def _triples(
