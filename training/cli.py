@@ -62,12 +62,7 @@ def parser() -> argparse.ArgumentParser:
         dest="changes",
         help="change an entry of the recipe, as in experts.steps=1000; may be repeated",
     )
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="photographs, at any depth; damaged ones are skipped",
-    )
+    add("--data", type=Path, metavar="DIR", help="photographs, at any depth; damaged ones are skipped")
     add("--val", type=Path, metavar="DIR", help="photographs to validate on; keeps checkpoint-best too")
     add("--latents", type=Path, metavar="DIR", help="decoder: the set that moesr-train latents made")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
@@ -78,11 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
     add("--tensorboard", action="store_true", help="also write scalars and images for TensorBoard")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="measure parameters, memory and speed; write nothing",
-    )
+    add("--dry-run", action="store_true", help="measure parameters, memory and speed; write nothing")
     add("--quiet", action="store_true", help="no progress bar, warnings only")
     add("--debug", action="store_true", help="show where an internal error was raised")
     return result

@@ -21,7 +21,7 @@ from moesr.training import parallel
 from moesr.training.journal import Journal
 from moesr.training.recipe import StageConfig
 from moesr.training.stopping import ignore_interrupts, stop_requests
-from moesr.training.trainer import Task, Trainer, read_state, write_state
+from moesr.training.trainer import Objective, Trainer, read_state, write_state
 from moesr.training.validation import validate
 
 log = logging.getLogger("moesr")
@@ -82,14 +82,19 @@ def batches(data: Samples, stage: StageConfig, first_step: int, run: Run) -> Ite
 
 
 def fit(
-    task: Task, stage: StageConfig, data: Samples, run: Run, label: str, held_out: Samples | None = None
+    objective: Objective,
+    stage: StageConfig,
+    data: Samples,
+    run: Run,
+    label: str,
+    held_out: Samples | None = None,
 ) -> Fitted:
-    """Train `task.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
+    """Train `objective.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
 
     Continues from `run.directory/last.pt` where there is one. Ctrl-C or SIGTERM finishes the step, saves and
     raises KeyboardInterrupt.
     """
-    trainer = Trainer(task, stage, run.device, run.seed)
+    trainer = Trainer(objective, stage, run.device, run.seed)
     last, best = run.directory / STATE_NAME, run.directory / BEST_NAME
     if parallel.rank() == 0:
         run.directory.mkdir(parents=True, exist_ok=True)

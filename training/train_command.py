@@ -22,17 +22,14 @@ from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe
 from moesr.training.relief import memory_relief
 from moesr.training.stages import autoencoder, decoder, experts, latents
 from moesr.training.stages.common import CHECKPOINT, with_lr
-from moesr.training.trainer import Task
+from moesr.training.trainer import Objective
 
 log = logging.getLogger("moesr")
 
 ALL = ("autoencoder", "experts", "decoder")
 BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
-OWN = {
-    "expert": ("experts",),
-    "init": ("experts", "decoder"),
-    "latents": ("decoder",),
-}  # options of some stages only
+# options of some stages only
+OWN = {"expert": ("experts",), "init": ("experts", "decoder"), "latents": ("decoder",)}
 
 
 def start(args: argparse.Namespace) -> int:
@@ -146,16 +143,16 @@ def dry_run(inputs: Inputs) -> None:
     run = inputs.run(args.output)
     before = load_checkpoint(args.start) if args.start else None
     with memory_relief(args.stage, recipe):
-        task, samples = measurable(args.stage, recipe, data, run, before)
-        measured = measure(task, stage_config(args.stage, recipe), samples, run)
+        objective, samples = measurable(args.stage, recipe, data, run, before)
+        measured = measure(objective, stage_config(args.stage, recipe), samples, run)
     if parallel.rank() == 0:
         print(measured)
 
 
 def measurable(
     stage: str, recipe: Recipe, data: Crops, run: Run, before: Checkpoint | None
-) -> tuple[Task, Samples]:
-    """The stage's task and samples like its own, without files."""
+) -> tuple[Objective, Samples]:
+    """The stage's objective and samples like its own, without files."""
     if stage == "autoencoder":
         return autoencoder.prepare(recipe), data
     assert before is not None

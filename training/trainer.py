@@ -26,8 +26,8 @@ log = logging.getLogger("moesr")
 FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored", "latent_batch")
 
 
-class Task(Protocol):
-    """What a stage adds to the loop."""
+class Objective(Protocol):
+    """What a stage trains and by which loss."""
 
     @property
     def network(self) -> nn.Module:
@@ -60,12 +60,12 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 
 
 class Trainer:
-    """Trains `task.network` by `stage`; `step` is the number of finished steps."""
+    """Trains `objective.network` by `stage`; `step` is the number of finished steps."""
 
-    def __init__(self, task: Task, stage: StageConfig, device: torch.device, seed: int) -> None:
-        self.task, self.stage, self.device, self.seed = task, stage, device, seed
-        self.network = task.network.to(device).train()
-        self.critic = None if task.critic is None else task.critic.to(device).train()
+    def __init__(self, objective: Objective, stage: StageConfig, device: torch.device, seed: int) -> None:
+        self.objective, self.stage, self.device, self.seed = objective, stage, device, seed
+        self.network = objective.network.to(device).train()
+        self.critic = None if objective.critic is None else objective.critic.to(device).train()
         self.modules = [self.network] if self.critic is None else [self.network, self.critic]
         for module in self.modules:
             parallel.synchronise_batch_norms(module)
@@ -90,7 +90,7 @@ class Trainer:
         for _ in range(stage.accumulate):
             batch = [part.to(self.device, non_blocking=True) for part in next(batches)]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-                loss, figures = self.task.loss(batch, self.step)
+                loss, figures = self.objective.loss(batch, self.step)
             (loss / stage.accumulate).backward()
             for key, value in {"loss": loss, **figures}.items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / stage.accumulate
@@ -99,7 +99,7 @@ class Trainer:
         self._check_finite("gradient", self._average_gradients())
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.task.after_step(self.step)
+        self.objective.after_step(self.step)
         self._average(min(stage.ema_decay, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return means

@@ -37,7 +37,7 @@ POOL_NAME = "latents.pt"
 POOL_BATCH = 16  # crops encoded together
 
 
-class ExpertTask:
+class ExpertObjective:
     """Predict eps for timesteps of one range."""
 
     critic = None
@@ -96,16 +96,16 @@ class Pool(Dataset[tuple[Tensor, ...]]):
         return torch.tensor(index), self.z[pick], self.cond[pick]
 
 
-def make_pool(task: ExpertTask, data: Crops, run: Run, path: Path) -> Pool:
+def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> Pool:
     """Encode `latent_pool` crops once and keep them in `path`, or read them back."""
-    recipe, count = task.recipe, task.recipe.experts.latent_pool
+    recipe, count = objective.recipe, objective.recipe.experts.latent_pool
     # asked of all processes before one of them writes it
     if parallel.any_process(not path.exists(), run.device):
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []
         for at in range(0, count, POOL_BATCH):
             numbers = torch.arange(at, min(count, at + POOL_BATCH))
-            parts.append(task.encode((numbers, data.crops(at, len(numbers)).to(run.device))))
+            parts.append(objective.encode((numbers, data.crops(at, len(numbers)).to(run.device))))
         z, cond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         write_state(path, {"z": z, "cond": cond})
     pairs = read_state(path, "z", "cond")
@@ -183,14 +183,14 @@ def prepare(
     first_stage: Autoencoder,
     t_range: tuple[int, int] | None = None,
     weights: dict[str, Tensor] | None = None,
-) -> ExpertTask:
-    """The task of one expert, with `weights` or fresh ones; all timesteps without a range."""
+) -> ExpertObjective:
+    """The objective of one expert, with `weights` or fresh ones; all timesteps without a range."""
     config = unet_config(recipe)
     torch.manual_seed(recipe.seed)
     network = DenoisingUNet(config)
     if weights is not None:
         network.load_state_dict(weights)
-    return ExpertTask(network, first_stage, recipe, t_range or (0, recipe.model.schedule.timesteps))
+    return ExpertObjective(network, first_stage, recipe, t_range or (0, recipe.model.schedule.timesteps))
 
 
 def train(
@@ -217,8 +217,9 @@ def train(
     if stage.latent_pool:
         samples = make_pool(prepare(recipe, first_stage), data, run, run.directory / POOL_NAME)
 
-    def fit_part(name: str, part: ExpertStage, task: ExpertTask) -> Fitted:
-        return fit(task, part, samples, dataclasses.replace(run, directory=run.directory / name), name, shown)
+    def fit_part(name: str, part: ExpertStage, objective: ExpertObjective) -> Fitted:
+        own = dataclasses.replace(run, directory=run.directory / name)
+        return fit(objective, part, samples, own, name, shown)
 
     base = None
     if stage.base_steps and init is None:
