@@ -106,7 +106,7 @@ def test_model_can_be_exported(chain, tmp_path):
         ("experts", [], 2, "experts builds on another stage: give --from with the checkpoint of autoencoder"),
         ("decoder", [], 2, "give --from with the checkpoint of experts"),
         ("autoencoder", ["--config", "nope"], 2, "nope: no such recipe file; presets are"),
-        ("autoencoder", ["--set", "autoencoder.stepz=3"], 2, "unknown entries ['stepz']"),
+        ("autoencoder", ["--set", "autoencoder.stepz=3"], 2, "unknown entries autoencoder.stepz"),
         (
             "autoencoder",
             ["--data", "nowhere"],

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moesr.runtime.records import build
 from moesr.training.checkpoint import Checkpoint, save_checkpoint
 from moesr.training.data import Crops
 from moesr.training.loop import Run
@@ -70,9 +71,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 def recipe(**changes: Any) -> Recipe:
     """The tiny recipe with changed entries."""
-    from moesr.training.config import build
-
-    return build(Recipe, values(**changes))
+    return build(Recipe, values(**changes), strict=True)
 
 
 def write_recipe(path: Path, **changes: Any) -> Path:

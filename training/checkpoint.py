@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.files import check_replaceable, new_directory, reason
+from moesr.runtime.records import build
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 from moesr.training.weights import (
@@ -170,7 +171,7 @@ def _read_config(path: Path) -> ModelConfig:
     if type(schema) is not int or schema != SCHEMA:
         raise CheckpointError(f"{path}: schema is {schema!r}, this version reads {SCHEMA}; {CURE}")
     try:
-        config = ModelConfig.from_dict(values)
+        config = build(ModelConfig, values, strict=True)
     except (UsageError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if config.unet is not None and config.unet.space_experts not in (0, 1):

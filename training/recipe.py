@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
-from moesr.training.config import ModelConfig, build
+from moesr.runtime.records import build
+from moesr.training.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,10 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = ()) -> Recipe:
         for part in reversed(key.split(".")):
             entry = {part: entry}
         values = merged(values, entry)
-    return build(Recipe, values, where=name_or_path)
+    try:
+        return build(Recipe, values, strict=True)
+    except ValueError as error:
+        raise UsageError(f"{name_or_path}: {error}; correct the recipe") from error
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
