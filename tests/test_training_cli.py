@@ -127,7 +127,7 @@ def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     assert main([*arguments(chain, stage), *options, "-o", str(tmp_path / "out")]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("moesr: error: ") and message in error
+    assert error.startswith("moesr-train: error: ") and message in error
     assert not (tmp_path / "out").exists()
 
 

@@ -150,11 +150,11 @@ def test_failed_write_keeps_the_last_state(tmp_path, monkeypatch):
     write_state(path, {"step": 1})
 
     def fail(state, file):
-        file.write(b"half of it")
+        file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OutputError, match=r"last\.pt: cannot be written: no space left"):
+    with pytest.raises(OutputError, match=r"last\.pt: cannot be written: No space left on device; free some"):
         write_state(path, {"step": 2})
     assert read_state(path) == {"step": 1}
 

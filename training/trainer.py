@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
-from moesr.runtime.files import reason, write_atomically
+from moesr.runtime.files import new_file, reason
 from moesr.training import parallel
 from moesr.training.draws import STEP, seed_of
 from moesr.training.recipe import StageConfig
@@ -191,8 +191,8 @@ def write_state(path: Path, state: object) -> None:
     """Write `state` to `path`, whole or not at all; the process 0 does, the others wait."""
     if parallel.rank() == 0:
         try:
-            with write_atomically(path) as stream:
-                torch.save(state, stream)
+            with new_file(path) as scratch:
+                torch.save(state, scratch)
         except (OSError, RuntimeError) as error:  # torch.save raises either where a disk is full
             raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
     parallel.wait()

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from moesr.runtime import console
 from moesr.runtime.errors import InputError, OutputError, UsageError
-from moesr.runtime.files import reason, write_atomically
+from moesr.runtime.files import new_file, reason
 from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import StepTable, step_table
 from moesr.training import parallel
@@ -205,7 +205,7 @@ def _whole(path: Path, rows: int) -> bool:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        with write_atomically(path) as stream:
-            stream.write(content)
+        with new_file(path) as scratch:
+            scratch.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
