@@ -16,7 +16,6 @@ _CGROUPS = (  # (limit, used, statistics): version 2, then version 1
         "total_inactive_file",
     ),
 )
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -26,19 +25,6 @@ def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgr
     """
     figures = [figure for figure in (_system_bytes(proc), _container_bytes(cgroup)) if figure is not None]
     return min(figures, default=None)
-
-
-def keep_freed() -> None:
-    """Have the C library keep freed memory for itself, where it is glibc.
-
-    Training frees and takes the same large blocks at every step; mapping them anew costs a page fault each
-    4 KiB.
-    """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):
-            library.mallopt(_M_MMAP_MAX, 0)
-            library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed() -> None:

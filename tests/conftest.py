@@ -1,8 +1,11 @@
-"""Shared fixtures: the published reference data, the weights made from key names, and small photographs."""
+"""Shared fixtures: published results, weights made from names, and how closely two results agree.
+
+The whole set of reference data is a directory beside the project; parts of it lie in `assets/goldens`. Tests
+of what is only in the whole set are skipped without it.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -10,43 +13,70 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_goldens import GOLDENS
+from weights_of_names import weights
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("MOESR_REFERENCE", REPO.parent / "shared" / "reference"))
+WITHOUT = f"not among the project's goldens, and no reference data at {REFERENCE}; set MOESR_REFERENCE"
+
+
+class Golden(dict[str, np.ndarray]):
+    """Arrays of one golden file by name; a test that asks for one that is not there is skipped."""
+
+    def __missing__(self, key: str) -> np.ndarray:
+        pytest.skip(f"{key}: {WITHOUT}")
+
+    def thinned(self, array: np.ndarray) -> np.ndarray:
+        """The pixels [..., H, W] that the file holds of a result: all, or every n-th in both directions."""
+        every = int(self.get("every", 1))
+        return array[..., ::every, ::every]
 
 
 @pytest.fixture(scope="session")
-def reference_dir() -> Path:
-    """Directory of the published facts (key lists, weight filler, goldens)."""
-    if not REFERENCE.is_dir():
-        pytest.skip(f"reference data not found at {REFERENCE}; set MOESR_REFERENCE to its directory")
-    return REFERENCE
-
-
-@pytest.fixture(scope="session")
-def golden(reference_dir: Path) -> Callable[[str], dict[str, np.ndarray]]:
+def golden() -> Callable[[str], Golden]:
     """Load one golden file by stem: `golden("unet_w32")["eps"]`."""
 
-    def load(stem: str) -> dict[str, np.ndarray]:
-        with np.load(reference_dir / "golden" / f"{stem}.npz") as data:
-            return dict(data)
+    def load(stem: str) -> Golden:
+        for folder in (REFERENCE / "golden", GOLDENS):
+            if (folder / f"{stem}.npz").is_file():
+                with np.load(folder / f"{stem}.npz") as data:
+                    return Golden(data)
+        pytest.skip(f"{stem}: {WITHOUT}")
 
     return load
 
 
 @pytest.fixture(scope="session")
-def published_weights(reference_dir: Path) -> Callable[[str, str], dict[str, np.ndarray]]:
-    """Weights of a published network, made from its key list: `published_weights("unet_w32", "dev")`."""
-    spec = importlib.util.spec_from_file_location("reference_fill", reference_dir / "fill.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shapes = json.loads((reference_dir / "checkpoint_keys.json").read_text())
+def published_weights() -> Callable[[str, str], dict[str, np.ndarray]]:
+    """Weights of a published network: `published_weights("unet_w32", "dev")`."""
 
     def make(network: str, salt: str) -> dict[str, np.ndarray]:
-        return module.fill_all({k: tuple(s) for k, s in shapes[network].items()}, salt)
+        return weights(published_shapes(network), salt)
 
     return make
+
+
+def published_shapes(network: str) -> dict[str, list[int]]:
+    """Shapes of a published network's tensors by name; without the reference data, our network's."""
+    keys = REFERENCE / "checkpoint_keys.json"
+    return json.loads(keys.read_text())[network] if keys.is_file() else own_shapes(network)
+
+
+def own_shapes(network: str) -> dict[str, list[int]]:
+    """Shapes of the tensors that our network of these sizes has, by name."""
+    from moesr.training.config import AutoencoderConfig, UNetConfig
+    from moesr.training.networks import Autoencoder, DenoisingUNet
+    from moesr.training.weights import meta_network
+
+    kind, config = {
+        "unet_w32": (DenoisingUNet, UNetConfig(width=32)),
+        "unet_w160": (DenoisingUNet, UNetConfig()),
+        "ldm_unet_w32": (DenoisingUNet, UNetConfig(width=32, space_experts=0)),
+        "decoder_c32": (Autoencoder, AutoencoderConfig(channels=32, codebook_size=256)),
+        "decoder_c128": (Autoencoder, AutoencoderConfig()),
+    }[network]
+    return {key: list(tensor.shape) for key, tensor in meta_network(kind, config).state_dict().items()}
 
 
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:

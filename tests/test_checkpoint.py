@@ -165,8 +165,8 @@ DAMAGE = {
     ),
     "no-object": (lambda d: (d / "config.json").write_text("[]"), r"config\.json: schema is None"),
     "other-schema": (edit_config(schema=2), r"config\.json: schema is 2, this version reads 1"),
-    "unknown-entry": (edit_config(colour="blue"), r"config\.json: .*unknown entries \['colour'\]"),
-    "wrong-type": (edit_config(scale="4"), r"config\.json: config\.scale: got '4'"),
+    "unknown-entry": (edit_config(colour="blue"), r"config\.json: unknown entries colour, expected"),
+    "wrong-type": (edit_config(scale="4"), r"config\.json: scale is '4', expected int"),
     "bad-schedule": (edit_config(schedule={"timesteps": 0}), r"config\.json: .*timestep"),
     "bad-ranges": (edit_config(expert_ranges=[[0, 500], [400, 1000]]), r"config\.json: expert ranges"),
     "bad-sizes": (edit_config(decoder={"channels": 33}), r"config\.json: these sizes make no network"),
@@ -207,6 +207,20 @@ def test_damage_is_named(damage, intact, tmp_path):
         load_checkpoint(directory)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("decoder.safetensors", "encoder.conv_out.bias"), ("expert_1.safetensors", KEY)],
+    ids=["unused-by-the-graphs", "used"],
+)
+def test_weights_that_are_not_finite_are_named(name, key, value, intact, tmp_path):
+    directory = shutil.copytree(intact, tmp_path / "model")
+    edit_weights(name, lambda state: state[key].view(-1)[-1:].fill_(value))(directory)
+    checkpoint = load_checkpoint(directory)
+    with pytest.raises(CheckpointError, match=rf"{name}: {key} is not finite; train or import"):
+        checkpoint.decoder() if "decoder" in name else checkpoint.expert(1)
+
+
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_not_a_directory(name, tmp_path):
     (tmp_path / "file").touch()
@@ -235,8 +249,12 @@ def test_existing_directory_is_replaced_only_by_force(tmp_path):
 def test_force_replaces_nothing_but_a_checkpoint(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
-    with pytest.raises(OutputError, match=r"holds other files \(cat\.png\)"):
+    with pytest.raises(OutputError, match=r"holds files but no config\.json"):
         save(tmp_path / "photos", FAMILIES["ldm"], force=True)
+    directory = save(tmp_path / "model", FAMILIES["ldm"]).directory
+    (directory / "cat.png").touch()
+    with pytest.raises(OutputError, match=r"holds other files \(cat\.png\)"):
+        save(directory, FAMILIES["ldm"], force=True)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is not a directory"):
         save(tmp_path / "file", FAMILIES["ldm"], force=True)
@@ -281,6 +299,24 @@ def test_failed_rename_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
     with pytest.raises(OutputError, match="no space left"):
+        save(directory, FAMILIES["moe"], force=True)
+    assert load_checkpoint(directory).sha256() == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_interrupt_between_the_renames_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    digest = save(directory, FAMILIES["ldm"]).sha256()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        result = rename(self, target)
+        if self == directory:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         save(directory, FAMILIES["moe"], force=True)
     assert load_checkpoint(directory).sha256() == digest
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

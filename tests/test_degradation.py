@@ -17,7 +17,7 @@ from torch import Tensor
 from moesr.runtime.resize import imresize
 from moesr.training import degradation
 from moesr.training.blur import bell_kernels, filter2d, sinc_kernels
-from moesr.training.degradation import BlindDegradation, Draw, Stage, bicubic, degrade_blind
+from moesr.training.degradation import BlindDegradation, ClassicalDegradation, Draw, bicubic, degrade_blind
 
 CONFIG = BlindDegradation()
 
@@ -103,7 +103,7 @@ def test_filter_gives_each_image_its_kernel(size):
 
 
 def test_random_kernels_follow_the_published_odds():
-    kernels = degradation.blur_kernels(Stage(), 2000, Draw(seeded()))
+    kernels = degradation.blur_kernels(ClassicalDegradation(), 2000, Draw(seeded()))
     torch.testing.assert_close(kernels.sum(dim=(1, 2)), torch.ones(2000, dtype=torch.float64))
     round_ones = ((kernels - kernels.transpose(1, 2)).abs().amax(dim=(1, 2)) < 1e-12).double().mean()
     assert float(round_ones) == pytest.approx(0.1 + 0.9 * (0.45 + 0.12 + 0.12), abs=0.04)
@@ -129,7 +129,7 @@ def test_draws():
 
 
 def test_resize_goes_up_down_or_nowhere_as_published():
-    stage = dataclasses.replace(Stage(), blur=0.0)
+    stage = dataclasses.replace(ClassicalDegradation(), blur=0.0)
     draw, x = Draw(seeded()), torch.full((1, 3, 100, 40), 0.5)
     sizes = [tuple(degradation._distort(x, stage, (100, 40), draw).shape[2:]) for _ in range(300)]
     heights = np.array([height for height, _ in sizes])

@@ -187,6 +187,27 @@ def test_given_sizes_must_fit(options, message, small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("odd"), 1, "internal error, please report it: RuntimeError: odd"),
+        (MemoryError(), 4, "out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    ],
+    ids=["internal", "memory", "ctrl-c"],
+)
+def test_whatever_is_raised_becomes_one_line(error, code, message, small, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    torch.save(small[1], tmp_path / "vae.pth")
+    monkeypatch.setattr("moesr.training.import_published.save_checkpoint", fail)
+    assert run("--decoder", tmp_path / "vae.pth", "-o", tmp_path / "model", "--quiet") == code
+    err = capsys.readouterr().err
+    assert err.startswith("moesr-import: error: ") and message in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
     "args", [(), ("--decoder", "x", "-o", "y", "--scale", "3")], ids=["nothing", "scale-3"]
 )
 def test_usage_errors(args):

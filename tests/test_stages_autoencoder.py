@@ -12,7 +12,12 @@ from moesr.training.checkpoint import load_checkpoint
 from moesr.training.config import AutoencoderConfig
 from moesr.training.networks import Autoencoder
 from moesr.training.stages import autoencoder
-from moesr.training.stages.autoencoder import AutoencoderTask, encode_crops, normalise_latents, refit_codebook
+from moesr.training.stages.autoencoder import (
+    AutoencoderObjective,
+    encode_crops,
+    normalise_latents,
+    refit_codebook,
+)
 from moesr.training.stages.common import plain
 
 CONFIG = plain(tiny.recipe().model.decoder)
@@ -59,31 +64,35 @@ def test_latents_without_spread_are_only_shifted():
 
 def test_codebook_starts_from_encoder_outputs():
     torch.manual_seed(0)
-    task = AutoencoderTask(Autoencoder(CONFIG), tiny.recipe(autoencoder={"quantise_from": 4}).autoencoder)
-    codes = task.network.quantize.embedding.weight
+    objective = AutoencoderObjective(
+        Autoencoder(CONFIG), tiny.recipe(autoencoder={"quantise_from": 4}).autoencoder
+    )
+    codes = objective.network.quantize.embedding.weight
     before = codes.detach().clone()
     hr = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     batch = [torch.arange(2), hr]
-    _, figures = task.loss(batch, 2)
+    _, figures = objective.loss(batch, 2)
     assert float(figures["code"]) == 0
-    task.after_step(2)
+    objective.after_step(2)
     assert torch.equal(codes, before)
-    task.after_step(3)
-    vectors = task.network.encode(hr.float() / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 3)
+    objective.after_step(3)
+    vectors = objective.network.encode(hr.float() / 127.5 - 1).permute(0, 2, 3, 1).reshape(-1, 3)
     nearest = torch.cdist(codes, vectors).amin(dim=1)
     assert float(nearest.detach().max()) < 0.1 * float(vectors.std().detach()) and not torch.equal(
         codes, before
     )
-    assert task.loss(batch, 4)[1]["code"] > 0
+    assert objective.loss(batch, 4)[1]["code"] > 0
 
 
 def test_quantiser_passes_gradients_straight_through():
     torch.manual_seed(0)
     stage = tiny.recipe(autoencoder={"quantise_from": 0, "commitment": 0.0}).autoencoder
-    task = AutoencoderTask(Autoencoder(CONFIG), stage)
-    task.loss([torch.arange(1), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)], 0)[0].backward()
+    objective = AutoencoderObjective(Autoencoder(CONFIG), stage)
+    objective.loss([torch.arange(1), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)], 0)[
+        0
+    ].backward()
     for name in ("encoder.conv_in.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
-        gradient = task.network.get_parameter(name).grad
+        gradient = objective.network.get_parameter(name).grad
         assert gradient is not None and gradient.abs().sum() > 0, name
 
 

@@ -90,9 +90,9 @@ def test_start_passes_the_lr_image_on():
 
 def test_network_starts_as_the_first_stage(start, tmp_path):
     """Fusion adds nothing at first, so the decoder begins close to where stage 1 left it."""
-    task = decoder.prepare(RECIPE, start, tiny.run(tmp_path))
+    objective = decoder.prepare(RECIPE, start, tiny.run(tmp_path))
     plain = start.decoder()
-    state = task.network.state_dict()
+    state = objective.network.state_dict()
     assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
     baseline = tiny.recipe(model={"decoder": {"refinement": "none"}})
     fused = decoder.prepare(baseline, start, tiny.run(tmp_path)).network.eval()
@@ -113,12 +113,12 @@ def test_baseline_decoder_has_nothing_new_to_train(data, start, tmp_path):
 
 def test_loss_adds_its_terms_with_their_weights(start, tmp_path):
     stage = {"l1_weight": 2.0, "frequency_weight": 10.0, "adversarial_weight": 0.8, "adversarial_from": 1}
-    task = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
-    task.network.eval()
-    total, f = task.loss(batch(), 0)
+    objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
+    objective.network.eval()
+    total, f = objective.loss(batch(), 0)
     assert set(f) == {"l1", "ffl"}
     torch.testing.assert_close(total, 2 * f["l1"] + 10 * f["ffl"])
-    total, f = task.loss(batch(), 1)
+    total, f = objective.loss(batch(), 1)
     assert set(f) == {"l1", "ffl", "adv", "adv_weight", "critic"}
     want = 2 * f["l1"] + 10 * f["ffl"] + 0.8 * f["adv_weight"] * f["adv"] + f["critic"]
     torch.testing.assert_close(total, want)
@@ -162,14 +162,14 @@ def test_published_weights_may_be_stored_in_half(data, start, tmp_path):
 def test_colours_are_compared_before_their_correction(start, tmp_path):
     """All other terms see the image that the wavelet correction leaves, without the decoder's cast."""
     changes = {"wavelet_colours": True, "colour_weight": 3.0, "frequency_weight": 0.0}
-    task = decoder.prepare(tiny.recipe(decoder=changes), start, tiny.run(tmp_path))
-    task.network.eval()
-    bias = task.network.decoder.conv_out.bias
+    objective = decoder.prepare(tiny.recipe(decoder=changes), start, tiny.run(tmp_path))
+    objective.network.eval()
+    bias = objective.network.decoder.conv_out.bias
     assert bias is not None
     losses = []
     with torch.no_grad():
         for _ in range(2):
-            losses.append(task.loss(batch(), 0))
+            losses.append(objective.loss(batch(), 0))
             bias += 5.0
     (total, before), (_, after) = losses
     torch.testing.assert_close(total, before["l1"] + 3 * before["colour"])
@@ -180,19 +180,19 @@ def test_colours_are_compared_before_their_correction(start, tmp_path):
 def test_each_player_gets_its_own_gradient(start, tmp_path):
     """One backward pass trains the decoder against the discriminator and that by the hinge loss."""
     recipe = tiny.recipe(decoder={"adversarial_weight": 0.8, "l1_weight": 1.0, "frequency_weight": 0.0})
-    task = decoder.prepare(recipe, start, tiny.run(tmp_path))
-    assert task.critic is not None
-    task.network.eval()
-    task.critic.eval()  # fixed statistics make the losses below comparable
-    total, figures = task.loss(batch(), 0)
+    objective = decoder.prepare(recipe, start, tiny.run(tmp_path))
+    assert objective.critic is not None
+    objective.network.eval()
+    objective.critic.eval()  # fixed statistics make the losses below comparable
+    total, figures = objective.loss(batch(), 0)
     total.backward()
-    _, sr, target, _ = task._decode(batch())
-    own = hinge_loss(task.critic(target), task.critic(sr.detach()))
-    wanted = torch.autograd.grad(own, list(task.critic.parameters()))
-    for p, want in zip(task.critic.parameters(), wanted, strict=True):
+    _, sr, target, _ = objective._decode(batch())
+    own = hinge_loss(objective.critic(target), objective.critic(sr.detach()))
+    wanted = torch.autograd.grad(own, list(objective.critic.parameters()))
+    for p, want in zip(objective.critic.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-6)
-    weights = [p for p in task.network.parameters() if p.requires_grad]
-    loss = (sr - target).abs().mean() - 0.8 * figures["adv_weight"] * task.critic(sr).mean()
+    weights = [p for p in objective.network.parameters() if p.requires_grad]
+    loss = (sr - target).abs().mean() - 0.8 * figures["adv_weight"] * objective.critic(sr).mean()
     wanted = torch.autograd.grad(loss, weights, allow_unused=True)
     for p, want in zip(weights, wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
@@ -200,8 +200,8 @@ def test_each_player_gets_its_own_gradient(start, tmp_path):
 
 def test_discriminator_learns_to_tell(start, tmp_path):
     recipe = tiny.recipe(decoder={"adversarial_weight": 0.8, "learning_rate": 1e-3, "batch": 2})
-    task = decoder.prepare(recipe, start, tiny.run(tmp_path))
-    trainer = Trainer(task, recipe.decoder, tiny.CPU, 0)
+    objective = decoder.prepare(recipe, start, tiny.run(tmp_path))
+    trainer = Trainer(objective, recipe.decoder, tiny.CPU, 0)
     losses = [trainer.advance(iter([batch()]))["critic"] for _ in range(8)]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -308,13 +308,13 @@ def test_lpips_is_part_of_the_loss(start, tmp_path, fake_lpips):
     path = tmp_path / "vgg.pth"
     weights = {"features.0.weight": torch.randn(2, 3, 1, 1), "features.0.bias": torch.randn(2)}
     torch.save({**weights, "features.2.weight": torch.ones(1), "classifier.0.weight": torch.ones(1)}, path)
-    task = decoder.prepare(lpips_recipe(str(path)), start, tiny.run(tmp_path))
-    total, figures = task.loss(batch(), 0)
-    _, sr, target, _ = task._decode(batch())
+    objective = decoder.prepare(lpips_recipe(str(path)), start, tiny.run(tmp_path))
+    total, figures = objective.loss(batch(), 0)
+    _, sr, target, _ = objective._decode(batch())
     difference = nn.functional.conv2d(sr - target, weights["features.0.weight"])
     torch.testing.assert_close(figures["lpips"], difference.square().mean())
     torch.testing.assert_close(total, figures["l1"] + figures["lpips"] + 10 * figures["ffl"])
-    assert "net" not in {name.split(".")[0] for name in task.network.state_dict()}
+    assert "net" not in {name.split(".")[0] for name in objective.network.state_dict()}
 
 
 def test_training_resumes_with_its_discriminator(data, start, tmp_path, monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tiny_training as tiny
 import torch
 
 from moesr.runtime.errors import InputError, UsageError
-from moesr.training.checkpoint import load_checkpoint
+from moesr.training import parallel
+from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.diffusion import add_noise, eps_loss, predict_x0
 from moesr.training.draws import DIFFUSION, Draws
 from moesr.training.loop import fit
@@ -34,6 +36,11 @@ def train(photos, directory, start, recipe=RECIPE, **options):
     experts.train(recipe, tiny.crops(photos), tiny.run(directory), start, **options)
 
 
+def objective_of(recipe, start, t_range=None):
+    first_stage = experts.first_stage_of(recipe, start, tiny.run(Path()))
+    return experts.prepare(recipe, first_stage, t_range)
+
+
 @pytest.mark.parametrize("gamma", [0.999, 0.7, 0.0, 1.0])
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
 def test_sharing_is_equation_5(count, gamma):
@@ -52,9 +59,9 @@ def test_sharing_is_equation_5(count, gamma):
 
 
 def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (0, 500))
-    trainer = Trainer(task, RECIPE.experts, tiny.CPU, 0)
-    moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
+    objective = objective_of(RECIPE, start, (0, 500))
+    trainer = Trainer(objective, RECIPE.experts, tiny.CPU, 0)
+    moe = next(m for m in objective.network.modules() if isinstance(m, SpaceMoE))
     weights = [block.get_parameter("0.weight") for block in moe.moe_blocks]
     places = [w.data_ptr() for w in weights]
     data = tiny.crops(photos)
@@ -62,7 +69,7 @@ def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
     trainer.advance(iter([batch] * 2))
     moments = [trainer.optimiser.state[w]["exp_avg"].clone() for w in weights]
     spread = float((weights[0] - weights[1]).detach().norm())
-    share_expert_weights(task.network, 0.5)
+    share_expert_weights(objective.network, 0.5)
     assert float((weights[0] - weights[1]).detach().norm()) == pytest.approx(spread * 0.25, rel=1e-4)
     assert [w.data_ptr() for w in weights] == places
     assert all(
@@ -72,10 +79,10 @@ def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
 
 def test_sharing_follows_the_schedule(start, tmp_path):
     recipe = tiny.recipe(experts={"sharing": "ramp", "ramp_to": 1.0, "ramp_steps": 2})
-    task = experts.prepare(recipe, start, tiny.run(tmp_path))
-    moe = next(m for m in task.network.modules() if isinstance(m, SpaceMoE))
+    objective = objective_of(recipe, start)
+    moe = next(m for m in objective.network.modules() if isinstance(m, SpaceMoE))
     first, *others = [block.get_parameter("0.weight").detach().clone() for block in moe.moe_blocks]
-    task.after_step(0)  # gamma 0.5 after one of two steps
+    objective.after_step(0)  # gamma 0.5 after one of two steps
     want = 0.5 * first + 0.5 * sum(others) / 2
     torch.testing.assert_close(moe.moe_blocks[0].get_parameter("0.weight").detach(), want)
 
@@ -103,12 +110,12 @@ def test_groups_partition_the_tokens(tokens, count):
 
 
 def test_timesteps_stay_in_the_experts_range(start, photos, tmp_path):
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path), (500, 1000))
+    objective = objective_of(RECIPE, start, (500, 1000))
     seen = []
-    task.network.register_forward_hook(lambda m, args, out: seen.append(args[2]))
+    objective.network.register_forward_hook(lambda m, args, out: seen.append(args[2]))
     data = tiny.crops(photos)
     for at in range(0, 64, 8):
-        task.loss([torch.arange(at, at + 8), data.crops(0, 8)], 0)
+        objective.loss([torch.arange(at, at + 8), data.crops(0, 8)], 0)
     t = torch.cat(seen)
     assert t.min() >= 500 and t.max() < 1000 and len(t.unique()) > 50
 
@@ -146,6 +153,36 @@ def test_experts_apart_equal_experts_together(photos, start, tmp_path):
     together, apart = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("together", "apart"))
     assert together.sha256() == apart.sha256()
     assert not tiny.same(together.expert(0).state_dict(), together.expert(1).state_dict())
+
+
+def test_first_stage_is_read_once(photos, start, tmp_path, monkeypatch):
+    reads = []
+    decoder = Checkpoint.decoder
+    monkeypatch.setattr(Checkpoint, "decoder", lambda self: (reads.append(self), decoder(self))[1])
+    train(photos, tmp_path, start, tiny.recipe(experts={"base_steps": 1, "latent_pool": 3}))
+    assert reads == [start]
+
+
+def test_finished_experts_are_not_read_whole(photos, start, tmp_path, monkeypatch):
+    """Of an expert trained before, only the averages reach memory: its file is mapped, not read."""
+    train(photos, tmp_path, start, expert=1)
+    load, opened = torch.load, {}
+    monkeypatch.setattr(torch, "load", lambda path, **k: (opened.update({path: k}), load(path, **k))[1])
+    train(photos, tmp_path, start, expert=0)
+    assert opened[tmp_path / "expert_1" / "last.pt"]["mmap"]
+    assert (tmp_path / "checkpoint").is_dir()
+
+
+def test_processes_agree_on_making_the_pool(photos, start, tmp_path, monkeypatch):
+    """A process that finds the pool made by a faster one still makes it with the others, or waits alone."""
+    recipe = tiny.recipe(experts={"latent_pool": 3, "steps": 1})
+    train(photos, tmp_path, start, recipe)
+    objective, encoded = objective_of(recipe, start), []
+    encode = objective.encode
+    monkeypatch.setattr(objective, "encode", lambda batch: (encoded.append(1), encode(batch))[1])
+    monkeypatch.setattr(parallel, "any_process", lambda flag, device: True)  # another one lacks it
+    experts.make_pool(objective, tiny.crops(photos), tiny.run(tmp_path), tmp_path / "latents.pt")
+    assert encoded
 
 
 def test_experts_start_from_the_base_network(photos, start, tmp_path):
@@ -186,9 +223,9 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
     recipe = tiny.recipe(
         degradation="blind", experts={"learning_rate": 0.0, "val_every": 1, "val_samples": 2}
     )
-    task = experts.prepare(recipe, start, tiny.run(tmp_path), (0, 500))
+    objective = objective_of(recipe, start, (0, 500))
     held_out = experts.with_lr(tiny.crops(photos, seed=9), recipe, "cpu")
-    fit(task, recipe.experts, tiny.crops(photos), tiny.run(tmp_path), "x", held_out)
+    fit(objective, recipe.experts, tiny.crops(photos), tiny.run(tmp_path), "x", held_out)
     import json
 
     lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
@@ -198,12 +235,12 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
 
 def test_noise_is_that_of_the_sample(start, photos, tmp_path):
     """What makes N processes equal one: a sample's loss does not depend on its batch."""
-    task = experts.prepare(RECIPE, start, tiny.run(tmp_path))
-    tiny.randomised(task.network)
-    task.network.eval()
+    objective = objective_of(RECIPE, start)
+    tiny.randomised(objective.network)
+    objective.network.eval()
     hr = tiny.crops(photos).crops(0, 3)
-    whole = task.loss([torch.arange(3), hr], 0)[0]
-    apart = [task.loss([torch.tensor([i]), hr[i : i + 1]], 0)[0] for i in range(3)]
+    whole = objective.loss([torch.arange(3), hr], 0)[0]
+    apart = [objective.loss([torch.tensor([i]), hr[i : i + 1]], 0)[0] for i in range(3)]
     torch.testing.assert_close(whole, torch.stack(apart).mean())
     assert len({x.item() for x in apart}) == 3
     assert len(Draws(0, 2, range(3)).generators) == 3
@@ -233,8 +270,8 @@ def test_initial_weights_of_another_network_are_refused(tmp_path):
 
 def test_without_space_moe_nothing_is_shared(start, tmp_path):
     recipe = tiny.recipe(model={"unet": {"space_experts": 0}})
-    task = experts.prepare(recipe, start, tiny.run(tmp_path))
-    before = {k: v.clone() for k, v in task.network.state_dict().items()}
-    task.after_step(0)
-    assert tiny.same(task.network.state_dict(), before)
+    objective = objective_of(recipe, start)
+    before = {k: v.clone() for k, v in objective.network.state_dict().items()}
+    objective.after_step(0)
+    assert tiny.same(objective.network.state_dict(), before)
     assert dataclasses.replace(recipe.experts).gamma_at(1) == 0.999

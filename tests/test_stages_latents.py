@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny_training as tiny
 import torch
 from safetensors import safe_open
 
 from moesr.runtime.errors import InputError, UsageError
+from moesr.training import parallel
 from moesr.training.stages import latents
 from moesr.training.stages.common import degradation
 
@@ -27,7 +30,6 @@ def start(tmp_path_factory):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 2)
-    monkeypatch.setattr(latents, "BATCH", 2)
 
 
 def make(data, start, directory, recipe=RECIPE):
@@ -50,6 +52,25 @@ def test_latents_are_made_once_and_resumed(data, start, tmp_path, small_shards):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set.json", *(p.name for p in shards)]
 
 
+def test_a_slow_process_makes_its_own_shards_whatever_a_fast_one_has_made(
+    data, start, tmp_path, small_shards, monkeypatch
+):
+    """Process 1 of two looks for missing shards when process 0 has made its first one already."""
+    make(data, start, tmp_path / "whole")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("set.json", "shard_00000.safetensors"):
+        shutil.copy(tmp_path / "whole" / name, own)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "wait", lambda: None)
+    make(data, start, own)
+    assert sorted(p.name for p in own.glob("shard_*")) == [
+        "shard_00000.safetensors",
+        "shard_00001.safetensors",
+    ]
+
+
 def test_triples_belong_together(data, start, tmp_path, small_shards):
     make(data, start, tmp_path)
     triples = latents.Triples(tmp_path, None)
@@ -70,10 +91,9 @@ def test_triples_belong_together(data, start, tmp_path, small_shards):
     assert torch.equal(drawn[7][3], latents.Triples(tmp_path, 0)[7][3])
 
 
-def test_a_latent_does_not_depend_on_its_batch(data, start, tmp_path, small_shards, monkeypatch):
+def test_a_latent_does_not_depend_on_its_batch(data, start, tmp_path, small_shards):
     make(data, start, tmp_path / "two")
-    monkeypatch.setattr(latents, "BATCH", 1)
-    make(data, start, tmp_path / "one")
+    make(data, start, tmp_path / "one", tiny.recipe(decoder={"latent_batch": 1}))
     for number in range(5):
         torch.testing.assert_close(
             *(latents.Triples(tmp_path / name, None)[number][3] for name in ("one", "two")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import tiny_training as tiny
 import torch
 
 from moesr.training.checkpoint import load_checkpoint
-from moesr.training.cli import main
+from moesr.training.cli import main, parser
+from moesr.training.recipe import load_recipe
+from moesr.training.relief import lighter, memory_relief
 from moesr.training.trainer import read_state
 
 
@@ -66,10 +69,11 @@ def test_chain_run_again_changes_nothing(chain, capsys):
     assert "broken.png: skipped, cannot be read" in capsys.readouterr().err
 
 
-def test_all_stages_in_one_command(chain, tmp_path):
+def test_all_stages_in_one_command(chain, tmp_path, capsys):
     """The same weights as stage by stage, though the decoder makes its latents; also from a first stage."""
     whole = arguments(chain, "all", "-o", tmp_path / "whole")
     assert main(whole) == 0
+    assert capsys.readouterr().err.count("broken.png: skipped") == 1  # one scan serves all stages
     got = load_checkpoint(tmp_path / "whole/decoder/checkpoint")
     first = load_checkpoint(chain / "autoencoder/checkpoint")
     assert tiny.same(
@@ -102,7 +106,7 @@ def test_model_can_be_exported(chain, tmp_path):
         ("experts", [], 2, "experts builds on another stage: give --from with the checkpoint of autoencoder"),
         ("decoder", [], 2, "give --from with the checkpoint of experts"),
         ("autoencoder", ["--config", "nope"], 2, "nope: no such recipe file; presets are"),
-        ("autoencoder", ["--set", "autoencoder.stepz=3"], 2, "unknown entries ['stepz']"),
+        ("autoencoder", ["--set", "autoencoder.stepz=3"], 2, "unknown entries autoencoder.stepz"),
         (
             "autoencoder",
             ["--data", "nowhere"],
@@ -127,6 +131,52 @@ def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "error", "fixed"),
+    [
+        ("autoencoder", torch.OutOfMemoryError("CUDA out of memory."), {"batch": 1, "accumulate": 2}),
+        ("all", RuntimeError("DefaultCPUAllocator: can't allocate memory"), {"batch": 1, "accumulate": 2}),
+        ("latents", torch.OutOfMemoryError("CUDA out of memory."), {"latent_batch": 8}),
+    ],
+    ids=["stage", "all-cpu", "latents"],
+)
+def test_advice_on_memory_is_a_command_that_works(stage, error, fixed, chain, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("moesr.training.trainer.Trainer.advance", fail)
+    monkeypatch.setattr("moesr.training.stages.latents.sample", fail)
+    start = ["--from", str(chain / "experts/checkpoint")] if stage == "latents" else []
+    command = [*arguments(chain, stage, *start), "-o", str(tmp_path)]
+    assert main(command) == 4
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(error) in message
+    advised = re.search(r"run again with (--set .*)", message)
+    assert advised
+    changes = parser().parse_args([*command, *advised[1].split()]).changes
+    changed = load_recipe(str(chain / "tiny.json"), changes)
+    part = changed.decoder if stage == "latents" else changed.autoencoder
+    assert {key: getattr(part, key) for key in fixed} == fixed
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"batch": 9, "accumulate": 2}, ["experts.batch=3", "experts.accumulate=6"]),
+        ({"batch": 1}, ["experts.precision=bf16"]),
+        ({"batch": 1, "precision": "bf16"}, []),
+    ],
+    ids=["nine", "one", "least"],
+)
+def test_less_memory_keeps_the_samples_of_a_step(changes, want):
+    assert lighter("experts", tiny.recipe(experts=changes)) == want
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="shape"), memory_relief("experts", tiny.recipe()):
+        raise RuntimeError("shape mismatch")
+
+
 def test_photographs_are_asked_for(chain, capsys):
     assert main(arguments(chain, "autoencoder", data=False)) == 2
     assert "autoencoder needs photographs: give --data" in capsys.readouterr().err
@@ -147,7 +197,8 @@ def test_dry_run_measures_and_writes_nothing(stage, chain, tmp_path, capsys):
     assert "MiB of memory at the peak" in lines[2] and "3 steps take about" in lines[3]
 
 
-def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_interrupt_leaves_a_loadable_state(number, code, chain, tmp_path):
     out = tmp_path / "out"
     long = ["--set", "autoencoder.steps=100000", "--set", "autoencoder.save_every=100000", "-o", str(out)]
     command = [sys.executable, "-m", "moesr.training.cli", *arguments(chain, "autoencoder"), *long]
@@ -158,13 +209,19 @@ def test_interrupt_leaves_a_loadable_state(chain, tmp_path):
     while not (out / "losses.jsonl").exists() or (out / "losses.jsonl").stat().st_size < 200:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors and "the same command continues it" in errors
     steps = len(tiny.losses(out))
     assert steps > 0 and read_state(out / "last.pt")["step"] == steps
     assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("program", ["cli", "import_cli"])
+def test_programs_are_under_their_guard_before_torch_is_loaded(program):
+    code = f"import sys, moesr.training.{program} as m; m.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -173,7 +230,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
 import numpy as np
-from moesr.runtime.memory import keep_freed
+from moesr.training.allocator import keep_freed
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     sys.exit("no mallopt")
 keep_freed()

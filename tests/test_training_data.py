@@ -9,17 +9,19 @@ import pytest
 import tiny_training as tiny
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from moesr.runtime.errors import InputError
 from moesr.runtime.resize import imresize
-from moesr.training.data import Crops, Degradation, condition, find_photographs, load_rgb, resize_batch
+from moesr.training import photographs
+from moesr.training.data import Crops, Degradation, condition, resize_batch
 from moesr.training.draws import Draws, seed_of
 from moesr.training.recipe import Augmentation
 
 
 @pytest.fixture(autouse=True)
 def fresh_cache():
-    load_rgb.cache_clear()
+    photographs.decoded.clear()
 
 
 def test_corrupt_and_small_files_are_skipped_and_reported(tmp_path, caplog):
@@ -30,7 +32,7 @@ def test_corrupt_and_small_files_are_skipped_and_reported(tmp_path, caplog):
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("not an image, and not said to be one")
     Image.new("RGB", (40, 31)).save(folder / "small.png")
-    found = find_photographs(folder, 32)
+    found = photographs.scan(folder).at_least(32)
     assert [p.name for p in found] == ["photo_1.PNG", "photo_0.png"]
     for name in ("broken.jpg", "empty.png"):
         assert f"{name}: skipped, cannot be read" in caplog.text
@@ -58,7 +60,7 @@ def test_only_damaged_files_end_in_one_clear_line(workers, tmp_path):
     folder = tiny.photographs(tmp_path, count=1)
     whole = (folder / "photo_0.png").read_bytes()
     (folder / "photo_0.png").write_bytes(whole[:200])
-    data = Crops(find_photographs(folder, 32), 32, 0)
+    data = Crops(photographs.scan(folder).at_least(32), 32, 0)
     with pytest.raises(InputError) as caught:
         next(batches(data, StageConfig(batch=1), 0, tiny.run(tmp_path, workers=workers)))
     assert str(caught.value) == f"{folder}: 100 photographs in a row are damaged; replace them"
@@ -72,7 +74,7 @@ def test_folder_without_photographs_is_refused(content, tmp_path):
     if content == "small":
         Image.new("RGB", (20, 20)).save(folder / "a.png")
     with pytest.raises(InputError, match="photographs"):
-        find_photographs(folder, 32)
+        photographs.scan(folder).at_least(32)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "1"])
@@ -84,10 +86,57 @@ def test_every_kind_of_image_gives_three_channels(mode, tmp_path):
         else Image.fromarray(ramp).convert(mode)
     )
     image.save(tmp_path / "a.png")
-    pixels = load_rgb(tmp_path / "a.png")
+    pixels = photographs.load_rgb(tmp_path / "a.png")
     assert pixels is not None and pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8
     if mode != "1":
         assert np.abs(pixels.astype(int) - ramp[..., None]).max() <= 1
+
+
+@pytest.fixture
+def four_photographs(tmp_path, monkeypatch):
+    """Paths of four photographs, and room for two and a half of them."""
+    folder = tiny.photographs(tmp_path, count=4)
+    paths = sorted(folder.iterdir())
+    one = photographs.load_rgb(paths[0])
+    assert one is not None
+    monkeypatch.setattr(photographs, "CACHE_BYTES", one.nbytes * 5 // 2)
+    return paths, one.nbytes
+
+
+def test_cache_is_bounded_in_bytes_and_forgets_what_was_used_least_lately(four_photographs, monkeypatch):
+    paths, size = four_photographs
+    read = []
+    load = photographs.load_rgb
+    monkeypatch.setattr(photographs, "load_rgb", lambda path: (read.append(path), load(path))[1])
+    cache = photographs.PhotoCache()
+    for i in (0, 1, 0, 2, 0, 1):
+        got = cache.load(paths[i])
+        np.testing.assert_array_equal(got, load(paths[i]))
+        assert cache.held_bytes <= 2 * size
+    assert read == [paths[i] for i in (0, 1, 2, 1)]
+
+
+def test_photograph_larger_than_the_cache_is_held_alone(four_photographs, monkeypatch):
+    paths, size = four_photographs
+    monkeypatch.setattr(photographs, "CACHE_BYTES", size // 2)
+    cache = photographs.PhotoCache()
+    for path in paths:
+        assert cache.load(path) is cache.load(path)
+        assert cache.held_bytes == size
+
+
+class Shares(Dataset[int]):
+    """What a loader process may cache."""
+
+    def __getitem__(self, index: int) -> int:
+        return photographs.share_bytes()
+
+
+def test_loader_processes_share_the_cache(monkeypatch):
+    assert photographs.share_bytes() == photographs.CACHE_BYTES
+    assert set(DataLoader(Shares(), sampler=range(2), batch_size=None, num_workers=2)) == {2**29}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert set(DataLoader(Shares(), sampler=range(2), batch_size=None, num_workers=2)) == {2**27}
 
 
 def test_a_sample_depends_on_seed_and_number_only(tmp_path):
@@ -212,5 +261,5 @@ def test_reports_go_to_the_log_of_the_project(tmp_path, caplog):
     folder = tiny.photographs(tmp_path)
     (folder / "bad.png").write_bytes(b"x")
     with caplog.at_level(logging.WARNING, logger="moesr"):
-        find_photographs(folder, 32)
+        photographs.scan(folder).at_least(32)
     assert [r.name for r in caplog.records] == ["moesr"]

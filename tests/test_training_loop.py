@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moesr.runtime.errors import InputError, NonFiniteError, UsageError
+from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
 from moesr.training.loop import fit
 from moesr.training.recipe import StageConfig
 from moesr.training.trainer import Trainer, learning_rate, read_state, write_state
@@ -57,9 +57,9 @@ class Regression:
         return {"loss": loss}, torch.zeros(1, 3, 4, 8)
 
 
-def train(directory, stage=STAGE, task=None, **options):
+def train(directory, stage=STAGE, objective=None, **options):
     held_out = options.pop("held_out", None)
-    return fit(task or Regression(), stage, Numbers(), tiny.run(directory, **options), "test", held_out)
+    return fit(objective or Regression(), stage, Numbers(), tiny.run(directory, **options), "test", held_out)
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +78,66 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted):
 
 def test_steps_after_the_last_saved_one_are_made_again(tmp_path, uninterrupted):
     weights, losses = uninterrupted
-    task = Regression()
-    task.bad_at = 5  # step 4 is done and logged, but the last saved state is that before it
+    objective = Regression()
+    objective.bad_at = 5  # step 4 is done and logged, but the last saved state is that before it
     with pytest.raises(NonFiniteError, match=r"step 5: the loss is not finite .* learning_rate"):
-        train(tmp_path, task=task)
+        train(tmp_path, objective=objective)
     assert read_state(tmp_path / "last.pt")["step"] == 4
     assert len(tiny.losses(tmp_path)) == 5
     assert tiny.same(train(tmp_path).last, weights)
     assert tiny.losses(tmp_path) == losses
 
 
+class Overflow(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] * math.inf
+
+
+class Exploding(Regression):
+    """A finite loss whose gradient is not, in the network or in its critic, at step 3."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+        if part == "discriminator":
+            self.critic = nn.Linear(4, 1)
+
+    def loss(self, batch, step):
+        parts = {"network": super().loss(batch, step)[0]}
+        if self.critic is not None:
+            parts["discriminator"] = self.critic(batch[1]).square().mean()
+        if step == 3:
+            parts[self.part] = Overflow.apply(parts[self.part])
+        return torch.stack(list(parts.values())).sum(), {}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["free", "clipped"])
+@pytest.mark.parametrize("part", ["network", "discriminator"])
+def test_infinite_gradient_of_a_finite_loss_stops_before_the_weights(part, clip_norm, tmp_path):
+    stage = dataclasses.replace(STAGE, clip_norm=clip_norm, save_every=1)
+    objective = Exploding(part)
+    with pytest.raises(NonFiniteError, match=rf"step 3: the gradient is not finite .*{part}.*clip_norm"):
+        train(tmp_path, stage, objective)
+    saved = read_state(tmp_path / "last.pt")
+    assert saved["step"] == 3
+    for weights in (*saved["modules"], saved["ema"], objective.network.state_dict()):
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def test_interrupt_saves_the_step_it_came_in(tmp_path, uninterrupted, caplog):
     weights, losses = uninterrupted
-    task = Regression()
-    task.interrupt_at = 2
+    objective = Regression()
+    objective.interrupt_at = 2
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, dataclasses.replace(STAGE, save_every=100), task)
+        train(tmp_path, dataclasses.replace(STAGE, save_every=100), objective)
     assert signal.getsignal(signal.SIGINT) is before
     assert "stopped after step 3; the same command continues it" in caplog.text
     assert read_state(tmp_path / "last.pt")["step"] == 3
@@ -107,11 +150,11 @@ def test_failed_write_keeps_the_last_state(tmp_path, monkeypatch):
     write_state(path, {"step": 1})
 
     def fail(state, file):
-        file.write(b"half of it")
+        file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(Exception, match="No space left"):
+    with pytest.raises(OutputError, match=r"last\.pt: cannot be written: No space left on device; free some"):
         write_state(path, {"step": 2})
     assert read_state(path) == {"step": 1}
 
@@ -121,8 +164,16 @@ def test_damaged_state_is_refused(content, tmp_path):
     train(tmp_path)
     path = tmp_path / "last.pt"
     path.write_bytes(path.read_bytes()[:-400] if content is None else content)
-    with pytest.raises(InputError, match=r"last\.pt: damaged .*; remove it and run again"):
+    message = r"last\.pt: the saved state is damaged \(.*\); delete it and run the same command again"
+    with pytest.raises(InputError, match=message) as caught:
         train(tmp_path)
+    assert "weights_only" not in str(caught.value)  # PyTorch's own message advises to run what the file holds
+
+
+def test_state_without_its_entries_is_refused(tmp_path):
+    write_state(tmp_path / "last.pt", {"loss": 1.0})
+    with pytest.raises(InputError, match="holds no training state; delete it"):
+        read_state(tmp_path / "last.pt", "step")
 
 
 def test_state_of_another_network_is_refused(tmp_path):
@@ -130,7 +181,7 @@ def test_state_of_another_network_is_refused(tmp_path):
     other = Regression()
     other.network = nn.Linear(4, 2)
     with pytest.raises(InputError, match="not a state of this recipe"):
-        train(tmp_path, task=other)
+        train(tmp_path, objective=other)
 
 
 def test_continuing_with_another_recipe_is_reported(tmp_path, caplog):
@@ -143,15 +194,15 @@ def test_continuing_with_another_recipe_is_reported(tmp_path, caplog):
 
 def test_finished_run_trains_no_more(tmp_path, uninterrupted):
     train(tmp_path)
-    task = Regression()
-    assert tiny.same(train(tmp_path, task=task).last, uninterrupted[0])
-    assert not task.seen
+    objective = Regression()
+    assert tiny.same(train(tmp_path, objective=objective).last, uninterrupted[0])
+    assert not objective.seen
 
 
 def test_samples_are_consecutive_and_loader_processes_change_nothing(tmp_path, uninterrupted):
-    task = Regression()
-    assert tiny.same(train(tmp_path, task=task, workers=1).last, uninterrupted[0])
-    numbers = [n for batch in task.seen for n in batch]
+    objective = Regression()
+    assert tiny.same(train(tmp_path, objective=objective, workers=1).last, uninterrupted[0])
+    numbers = [n for batch in objective.seen for n in batch]
     assert numbers == list(range(STAGE.steps * STAGE.accumulate * STAGE.batch))
 
 
@@ -161,7 +212,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             loss = (self.network(batch[1])[:, 0] - batch[1].sum(dim=1)).square().mean()
             return loss, {}
 
-    parts = train(tmp_path / "parts", task=Quiet()).last
+    parts = train(tmp_path / "parts", objective=Quiet()).last
     whole = train(tmp_path / "whole", dataclasses.replace(STAGE, batch=4, accumulate=1), Quiet()).last
     for key in parts:
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-5, atol=1e-6)
@@ -174,9 +225,9 @@ def test_seed_changes_what_is_drawn(tmp_path, uninterrupted):
 
 
 def test_average_follows_its_definition():
-    task = Regression()
-    trainer = Trainer(task, STAGE, tiny.CPU, 0)
-    want = task.network.weight.detach().clone()
+    objective = Regression()
+    trainer = Trainer(objective, STAGE, tiny.CPU, 0)
+    want = objective.network.weight.detach().clone()
     batches = iter(
         [
             list(map(torch.stack, zip(*[Numbers()[i] for i in range(k, k + 2)], strict=True)))
@@ -186,11 +237,11 @@ def test_average_follows_its_definition():
     for step in range(12):
         trainer.advance(batches)
         decay = min(0.9, (1 + step) / (10 + step))
-        want = decay * want + (1 - decay) * task.network.weight.detach()
+        want = decay * want + (1 - decay) * objective.network.weight.detach()
     torch.testing.assert_close(trainer.ema["weight"], want)
     with trainer.averaged():
-        assert torch.equal(task.network.weight, trainer.ema["weight"]) and not task.network.training
-    assert not torch.equal(task.network.weight, trainer.ema["weight"]) and task.network.training
+        assert torch.equal(objective.network.weight, trainer.ema["weight"]) and not objective.network.training
+    assert not torch.equal(objective.network.weight, trainer.ema["weight"]) and objective.network.training
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -203,13 +254,13 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_gradients_are_clipped(tmp_path):
     stage = dataclasses.replace(STAGE, steps=1, clip_norm=1e-3)
-    task = Regression()
-    trainer = Trainer(task, stage, tiny.CPU, 0)
+    objective = Regression()
+    trainer = Trainer(objective, stage, tiny.CPU, 0)
     norms = []
     step = trainer.optimiser.step
 
     def watched():
-        norms.append(torch.stack([p.grad.norm() for p in task.network.parameters()]).norm())
+        norms.append(torch.stack([p.grad.norm() for p in objective.network.parameters()]).norm())
         step()
 
     trainer.optimiser.step = watched
@@ -223,16 +274,16 @@ def test_bf16_keeps_float32_weights(tmp_path):
             self.seen_type = self.network(batch[1]).dtype
             return super().loss(batch, step)
 
-    task = Watched()
-    train(tmp_path, dataclasses.replace(STAGE, precision="bf16"), task)
-    assert task.seen_type == torch.bfloat16 and task.network.weight.dtype == torch.float32
+    objective = Watched()
+    train(tmp_path, dataclasses.replace(STAGE, precision="bf16"), objective)
+    assert objective.seen_type == torch.bfloat16 and objective.network.weight.dtype == torch.float32
 
 
 def test_nothing_to_train_is_refused(tmp_path):
-    task = Regression()
-    task.network.requires_grad_(False)
+    objective = Regression()
+    objective.network.requires_grad_(False)
     with pytest.raises(UsageError, match="nothing to train"):
-        train(tmp_path, task=task)
+        train(tmp_path, objective=objective)
 
 
 def test_best_is_kept_beside_the_last(tmp_path):
@@ -242,8 +293,8 @@ def test_best_is_kept_beside_the_last(tmp_path):
             return {"loss": torch.tensor(float(self.count))}, torch.zeros(1, 3, 4, 8)
 
     stage = dataclasses.replace(STAGE, val_every=2, val_samples=1)
-    task = Worsening()
-    fitted = train(tmp_path, stage, task, held_out=Numbers())
+    objective = Worsening()
+    fitted = train(tmp_path, stage, objective, held_out=Numbers())
     early = train(tmp_path / "early", dataclasses.replace(STAGE, steps=2))
     assert fitted.best is not None and tiny.same(fitted.best, early.last)
     assert not tiny.same(fitted.best, fitted.last)

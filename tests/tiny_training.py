@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moesr.runtime.records import build
 from moesr.training.checkpoint import Checkpoint, save_checkpoint
-from moesr.training.data import Crops, find_photographs
+from moesr.training.data import Crops
 from moesr.training.loop import Run
 from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.photographs import scan
 from moesr.training.recipe import Recipe, merged
 from moesr.training.stages.common import plain
 
@@ -69,9 +71,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 def recipe(**changes: Any) -> Recipe:
     """The tiny recipe with changed entries."""
-    from moesr.training.config import build
-
-    return build(Recipe, values(**changes))
+    return build(Recipe, values(**changes), strict=True)
 
 
 def write_recipe(path: Path, **changes: Any) -> Path:
@@ -94,7 +94,7 @@ def photographs(folder: Path, count: int = 2, side: int = 48) -> Path:
 
 def crops(folder: Path, seed: int = 0) -> Crops:
     """Crops of the photographs in `folder`."""
-    return Crops(find_photographs(folder, PATCH), PATCH, seed)
+    return Crops(scan(folder).at_least(PATCH), PATCH, seed)
 
 
 def run(directory: Path, **options: Any) -> Run:

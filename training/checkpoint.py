@@ -2,7 +2,7 @@
 
 `config.json` (the model's configuration and a schema number), `expert_{k}.safetensors` (one denoising UNet
 each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder). A
-directory is written beside its place and renamed, so it is whole or absent.
+directory is whole or absent.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesr.runtime.errors import OutputError, UsageError
+from moesr.runtime.files import check_replaceable, new_directory, reason
+from moesr.runtime.records import build
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 from moesr.training.weights import (
     CURE,
-    NAMED,
     CheckpointError,
     Network,
     StateDict,
@@ -42,6 +41,7 @@ from moesr.training.weights import (
 SCHEMA = 1
 CONFIG_NAME = "config.json"
 DECODER_NAME = "decoder.safetensors"
+OURS = r"config\.json|expert_\d+\.safetensors|decoder\.safetensors"  # names of a checkpoint's files
 
 
 @dataclass(frozen=True)
@@ -128,35 +128,35 @@ def save_checkpoint(
     CheckpointError where the weights do not fit the configuration; both leave the place as it was.
     """
     directory = Path(directory)
-    check_replaceable(directory, force)
     if config.unet is not None:
         unet = dataclasses.replace(config.unet, space_experts=min(config.unet.space_experts, 1))
         config = dataclasses.replace(config, unet=unet)
+    try:
+        with new_directory(directory, force=force, marker=CONFIG_NAME, only=OURS) as new:
+            _write_files(new, config, experts, decoder, dtype)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{directory}: cannot write the checkpoint: {reason(error)}") from error
+    return load_checkpoint(directory)
+
+
+def _write_files(
+    new: Path, config: ModelConfig, experts: Iterable[StateDict], decoder: StateDict, dtype: torch.dtype
+) -> None:
+    """Write a checkpoint's files to the empty directory `new`."""
     expected = expected_shapes(config, "the configuration")
     count, written = expert_count(config), 0
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            for written, state in enumerate(experts, 1):
-                if written > count:
-                    raise CheckpointError(
-                        f"got more than {count} experts, expected one a range {config.expert_ranges}"
-                    )
-                name = expert_name(written - 1)
-                _write_state(new / name, merge_space_experts(state), expected["expert"], dtype)
-            if written < count:
-                raise CheckpointError(
-                    f"got {written} experts, expected {count}: one a range {config.expert_ranges}"
-                )
-            _write_state(new / DECODER_NAME, decoder, expected["decoder"], dtype)
-            values = {"schema": SCHEMA, **config.to_dict()}
-            (new / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            _publish(new, directory, Path(scratch) / "old")
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{directory}: cannot write the checkpoint: {error}") from error
-    return load_checkpoint(directory)
+    for written, state in enumerate(experts, 1):
+        if written > count:
+            raise CheckpointError(
+                f"got more than {count} experts, expected one a range {config.expert_ranges}"
+            )
+        name = expert_name(written - 1)
+        _write_state(new / name, merge_space_experts(state), expected["expert"], dtype)
+    if written < count:
+        raise CheckpointError(f"got {written} experts, expected {count}: one a range {config.expert_ranges}")
+    _write_state(new / DECODER_NAME, decoder, expected["decoder"], dtype)
+    values = {"schema": SCHEMA, **config.to_dict()}
+    (new / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -171,7 +171,7 @@ def _read_config(path: Path) -> ModelConfig:
     if type(schema) is not int or schema != SCHEMA:
         raise CheckpointError(f"{path}: schema is {schema!r}, this version reads {SCHEMA}; {CURE}")
     try:
-        config = ModelConfig.from_dict(values)
+        config = build(ModelConfig, values, strict=True)
     except (UsageError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if config.unet is not None and config.unet.space_experts not in (0, 1):
@@ -200,6 +200,7 @@ def _load_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig, pa
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
     check_shapes(str(path), state_shapes(state), state_shapes(network.state_dict()))
+    check_finite(str(path), state, CURE)
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
@@ -225,32 +226,6 @@ def _write_state(
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
 
 
-def _publish(new: Path, directory: Path, old: Path) -> None:
-    """Rename `new` to `directory`; what was there moves to `old`, and back if the second rename fails."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    directory.rename(old)
-    try:
-        new.rename(directory)
-    except BaseException:
-        old.rename(directory)
-        raise
-
-
-def check_replaceable(directory: Path, force: bool) -> None:
-    """Raise OutputError where `directory` exists and may not be replaced."""
-    if not directory.exists() and not directory.is_symlink():
-        return
-    if not force:
-        raise OutputError(
-            f"{directory}: exists; choose another directory or replace it with --force (force=True)"
-        )
-    if directory.is_symlink() or not directory.is_dir():
-        raise OutputError(f"{directory}: is not a directory; choose another one")
-    ours = re.compile(r"config\.json|expert_\d+\.safetensors|decoder\.safetensors")
-    foreign = sorted(p.name for p in directory.iterdir() if not ours.fullmatch(p.name))
-    if foreign:
-        raise OutputError(
-            f"{directory}: holds other files ({', '.join(foreign[:NAMED])}); choose another directory"
-        )
+def check_writable_as_checkpoint(directory: Path, force: bool) -> None:
+    """Raise OutputError where `directory` exists and may not be replaced by a checkpoint."""
+    check_replaceable(directory, force=force, marker=CONFIG_NAME, only=OURS)

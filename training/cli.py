@@ -15,55 +15,42 @@ moesr-export and the next stage read. On several GPUs:
   torchrun --nproc-per-node 8 -m moesr.training.cli experts --config x4 ...
 
 Exit codes: 0 done, 1 bad data or checkpoint, 2 usage, 3 the loss is not finite, 4 out of memory,
-130 interrupted (what is done is saved).
+130 interrupted, 143 ended by SIGTERM (what is done is saved).
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from moesr.runtime import console
-from moesr.runtime.errors import MemoryLimitError, UsageError
-from moesr.runtime.memory import keep_freed
-from moesr.training import parallel
-from moesr.training.checkpoint import Checkpoint, load_checkpoint
-from moesr.training.data import Crops, find_photographs
-from moesr.training.dryrun import measure
-from moesr.training.journal import summary_writer
-from moesr.training.loop import Run, Samples
-from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe, presets
-from moesr.training.stages import autoencoder, decoder, experts, latents
-from moesr.training.stages.common import CHECKPOINT, with_lr
-from moesr.training.trainer import Task
-
-log = logging.getLogger("moesr")
-
-ALL = ("autoencoder", "experts", "decoder")
-BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
-OWN = {
-    "expert": ("experts",),
-    "init": ("experts", "decoder"),
-    "latents": ("decoder",),
-}  # options of some stages only
+from moesr.runtime.console import HelpFormatter, run_program
+from moesr.training.recipe import presets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `moesr-train`; returns the exit code."""
-    return console.run_program("moesr-train", parser, start, argv)
+    return run_program(
+        "moesr-train",
+        parser,
+        run,
+        argv,
+        interrupted="the same command continues after the last saved step",
+        out_of_memory="close other programs",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    from moesr.training import train_command
+
+    return train_command.start(args)
 
 
 def parser() -> argparse.ArgumentParser:
     """Command line of moesr-train."""
-    result = argparse.ArgumentParser(
-        prog="moesr-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = argparse.ArgumentParser(prog="moesr-train", description=__doc__, formatter_class=HelpFormatter)
     add = result.add_argument
     add("stage", choices=("all", "autoencoder", "experts", "latents", "decoder"))
     add("--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}")
@@ -75,154 +62,21 @@ def parser() -> argparse.ArgumentParser:
         dest="changes",
         help="change an entry of the recipe, as in experts.steps=1000; may be repeated",
     )
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="photographs, at any depth; damaged ones are skipped",
-    )
+    add("--data", type=Path, metavar="DIR", help="photographs, at any depth; damaged ones are skipped")
     add("--val", type=Path, metavar="DIR", help="photographs to validate on; keeps checkpoint-best too")
     add("--latents", type=Path, metavar="DIR", help="decoder: the set that moesr-train latents made")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
     add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the stage before")
     add("--expert", type=int, metavar="K", help="experts: train only this one (0 has the lowest noise)")
     add("--init", type=Path, metavar="DIR", help="experts, decoder: start from its weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU, else cpu)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
     add("--tensorboard", action="store_true", help="also write scalars and images for TensorBoard")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="measure parameters, memory and speed; write nothing",
-    )
+    add("--dry-run", action="store_true", help="measure parameters, memory and speed; write nothing")
     add("--quiet", action="store_true", help="no progress bar, warnings only")
     add("--debug", action="store_true", help="show where an internal error was raised")
     return result
-
-
-def start(args: argparse.Namespace) -> int:
-    """Check what can be checked at once, join the other processes, and run the stage."""
-    recipe = load_recipe(args.config, args.changes)
-    for option, stages in OWN.items():
-        if getattr(args, option) is not None and args.stage not in stages:
-            raise UsageError(f"--{option}: is for {' and '.join(stages)} only, not for {args.stage}")
-    if args.stage in BEFORE and args.start is None:
-        raise UsageError(
-            f"{args.stage} builds on another stage: give --from with the checkpoint of {BEFORE[args.stage]}"
-        )
-    if args.data is None and args.latents is None:
-        raise UsageError(f"{args.stage} needs photographs: give --data with their folder")
-    if args.workers < 0 or args.threads < 0:
-        raise UsageError("--workers and --threads: expected 0 or more")
-    if args.tensorboard:
-        summary_writer()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    keep_freed()
-    try:
-        with parallel.processes(check_device(args.device)) as device:
-            if parallel.rank() > 0:
-                log.setLevel(logging.ERROR)  # the process 0 reports for all
-            if args.dry_run:
-                dry_run(args, recipe, device)
-            else:
-                train(args, recipe, device)
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(
-            f"the GPU is out of memory ({str(error).splitlines()[0]}); set a smaller batch and more "
-            f"accumulate (--set {args.stage}.batch=1), or precision bf16"
-        ) from error
-    return 0
-
-
-def check_device(name: str) -> str:
-    """The name, if torch can use this device here; else UsageError."""
-    try:
-        torch.zeros(1, device=torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--device {name}: cannot be used ({reason}); expected cpu, cuda or cuda:N"
-        ) from error
-    return name
-
-
-def stage_config(stage: str, recipe: Recipe) -> StageConfig:
-    """The part of the recipe for this stage."""
-    return recipe.decoder if stage == "latents" else getattr(recipe, stage)
-
-
-def crops(folder: Path, patch_px: int, recipe: Recipe) -> Crops:
-    """Crops of the photographs in `folder`."""
-    photographs = find_photographs(folder, patch_px)
-    return Crops(photographs, patch_px, recipe.seed, augmentation=recipe.augmentation)
-
-
-def train(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
-    """Run one stage, or all of them, to the end."""
-    before = load_checkpoint(args.start) if args.start else None
-    if args.stage != "all":
-        run_stage(args.stage, args, recipe, device, args.output, before)
-        return
-    for stage in ALL[1:] if before else ALL:
-        directory = args.output / stage
-        run_stage(stage, args, recipe, device, directory, before)
-        before = load_checkpoint(directory / CHECKPOINT)
-
-
-def run_stage(
-    stage: str,
-    args: argparse.Namespace,
-    recipe: Recipe,
-    device: torch.device,
-    directory: Path,
-    before: Checkpoint | None,
-) -> None:
-    """Run one stage in `directory`, from the checkpoint of the stage before."""
-    patch_px = stage_config(stage, recipe).patch_px
-    data = crops(args.data, patch_px, recipe) if args.data else None
-    held_out = crops(args.val, patch_px, replace(recipe, augmentation=Augmentation())) if args.val else None
-    run = Run(directory, recipe.seed, device, args.workers, args.quiet, args.tensorboard)
-    init = load_checkpoint(args.init) if args.init else None
-    if stage == "decoder":
-        assert before is not None
-        return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
-    assert data is not None
-    if stage == "autoencoder":
-        return autoencoder.train(recipe, data, run, held_out)
-    assert before is not None
-    if stage == "latents":
-        return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
-    return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
-
-
-def dry_run(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> None:
-    """Measure three steps of the stage and print what was found."""
-    if args.stage in ("latents", "all") or args.data is None:
-        raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
-    data = crops(args.data, stage_config(args.stage, recipe).patch_px, recipe)
-    run = Run(args.output, recipe.seed, device, args.workers, args.quiet)
-    before = load_checkpoint(args.start) if args.start else None
-    task, samples = measurable(args.stage, recipe, data, run, before)
-    measured = measure(task, stage_config(args.stage, recipe), samples, run)
-    if parallel.rank() == 0:
-        print(measured)
-
-
-def measurable(
-    stage: str, recipe: Recipe, data: Crops, run: Run, before: Checkpoint | None
-) -> tuple[Task, Samples]:
-    """The stage's task and samples like its own, without files."""
-    if stage == "autoencoder":
-        return autoencoder.prepare(recipe), data
-    assert before is not None
-    samples = with_lr(data, recipe, run.device.type)
-    if stage == "experts":
-        return experts.prepare(recipe, before, run), samples
-    model = recipe.model.decoder
-    pairs = with_lr(data, recipe, "cpu")
-    return decoder.prepare(recipe, before, run), decoder.StandIns(pairs, model.embed_dim, model.factor)
 
 
 if __name__ == "__main__":

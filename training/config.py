@@ -9,8 +9,6 @@ give its Table 6).
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,47 +82,5 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_dict` is the inverse."""
+        """Return plain JSON values, as `moesr.runtime.records.build` reads them."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from JSON values; a `UsageError` names an unknown entry or one of the wrong type."""
-        return build(cls, values)
-
-
-def build(kind: Any, value: Any, where: str = "config") -> Any:
-    """Build `kind` (a dataclass, tuple, optional, literal or scalar type) from JSON `value`.
-
-    Missing entries take their defaults; an unknown entry or a wrong type raises `UsageError` naming its path.
-    """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        known = {f.name for f in dataclasses.fields(kind) if f.init}
-        if not isinstance(value, dict):
-            raise UsageError(f"{where}: got {value!r}; expected entries among {sorted(known)}")
-        if unknown := sorted(set(value) - known):
-            raise UsageError(f"{where}: unknown entries {unknown}; expected entries among {sorted(known)}")
-        entries = {k: build(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-        try:
-            return kind(**entries)  # type: ignore[operator]
-        except ValueError as error:
-            raise UsageError(f"{where}: {error}") from error
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return build(next(a for a in args if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        item_kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(item_kinds) == len(value):
-            return tuple(
-                build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(item_kinds, value, strict=True))
-            )
-    if origin is Literal and value in args:
-        return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise UsageError(f"{where}: got {value!r}, expected {getattr(kind, '__name__', kind)}")

@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError
-from moesr.runtime.image_io import READ_SUFFIXES, load
 from moesr.runtime.resize import imresize
 from moesr.training.degradation import BlindDegradation, degrade_blind
 from moesr.training.draws import DEGRADATION, Draws
+from moesr.training.photographs import decoded
 from moesr.training.recipe import Augmentation
 
-log = logging.getLogger("moesr")
-CACHED_IMAGES = 64  # decoded photographs kept in memory by each loader process
 TRIES = 100  # photographs drawn in search of a readable one
-
-
-def find_photographs(folder: Path, minimum_px: int) -> list[Path]:
-    """List the images under `folder` with both sides of at least `minimum_px`, sorted.
-
-    Only headers are read, so that a million files are no obstacle. Files that are no images by their suffix
-    are passed over; empty, unreadable and too small ones are reported. Raises InputError where nothing is
-    left.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a directory; expected a folder of photographs")
-    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = []
-    for path in sorted(p for p in files if p.suffix.lower() in READ_SUFFIXES and p.name[0] != "."):
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            log.warning("%s: skipped, cannot be read (%s)", path, error)
-            continue
-        if min(width, height) < minimum_px:
-            log.warning("%s: skipped, %dx%d is smaller than a crop of %d px", path, width, height, minimum_px)
-            continue
-        found.append(path)
-    if not found:
-        raise InputError(f"{folder}: no readable image of at least {minimum_px} px a side; add photographs")
-    return found
-
-
-@lru_cache(maxsize=CACHED_IMAGES)
-def load_rgb(path: Path) -> np.ndarray | None:
-    """Decode a photograph to uint8 [H, W, 3], upright; None, reported, where it is damaged."""
-    try:
-        pixels = load(path).pixels
-    except InputError as error:
-        log.warning("%s: skipped", error)
-        return None
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
-        pixels = pixels[..., :-1]  # without alpha
-    return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
 
 
 @dataclass(frozen=True)
@@ -100,11 +53,7 @@ class Degradation:
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded.
-
-    `shuffle_channels` draws an order of red, green and blue for every crop: few photographs then show all
-    hues.
-    """
+    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded."""
 
     def __init__(
         self,
@@ -155,7 +104,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 
     def _photograph(self, draw: np.random.Generator) -> np.ndarray:
         for _ in range(TRIES):
-            image = load_rgb(self.paths[draw.integers(len(self.paths))])
+            image = decoded.load(self.paths[draw.integers(len(self.paths))])
             if image is not None and min(image.shape[:2]) >= self.patch_px:
                 return image
         raise InputError(f"{self.paths[0].parent}: {TRIES} photographs in a row are damaged; replace them")

@@ -29,7 +29,7 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Stage:
+class ClassicalDegradation:
     """One round of blur, resize, noise and JPEG: probabilities, and ranges that are drawn from uniformly."""
 
     blur: float = 1.0
@@ -48,8 +48,8 @@ class Stage:
     jpeg_quality: tuple[int, int] = (30, 95)
 
 
-def _second() -> Stage:
-    return Stage(
+def _second() -> ClassicalDegradation:
+    return ClassicalDegradation(
         blur=0.8,
         sigma_px=(0.2, 1.5),
         resize=(0.3, 0.4, 0.3),
@@ -64,8 +64,8 @@ class BlindDegradation:
     """The whole degradation; the defaults are Real-ESRGAN's published ones for x4."""
 
     scale: int = 4
-    first: Stage = field(default_factory=Stage)
-    second: Stage = field(default_factory=_second)
+    first: ClassicalDegradation = field(default_factory=ClassicalDegradation)
+    second: ClassicalDegradation = field(default_factory=_second)
     final_sinc: float = 0.8
 
 
@@ -129,10 +129,8 @@ def degrade_blind(hr: Tensor, config: BlindDegradation, generator: torch.Generat
     x = _distort(hr, config.first, (height, width), draw)
     x = jpeg(x, draw.qualities(config.first.jpeg_quality, batch))
     x = _distort(x, config.second, small, draw)
-    kernels, quality = (
-        final_kernels(batch, config.final_sinc, draw),
-        draw.qualities(config.second.jpeg_quality, batch),
-    )
+    kernels = final_kernels(batch, config.final_sinc, draw)
+    quality = draw.qualities(config.second.jpeg_quality, batch)
     if draw.chance(0.5):
         x = jpeg(filter2d(_resize(x, small, draw), kernels), quality)
     else:
@@ -140,18 +138,18 @@ def degrade_blind(hr: Tensor, config: BlindDegradation, generator: torch.Generat
     return (x.clamp(0.0, 1.0) * 255.0).round() / 255.0
 
 
-def _distort(x: Tensor, stage: Stage, base: tuple[int, int], draw: Draw) -> Tensor:
+def _distort(x: Tensor, model: ClassicalDegradation, base: tuple[int, int], draw: Draw) -> Tensor:
     """Blur, resize relative to the size `base`, and noise."""
-    if draw.chance(stage.blur):
-        x = filter2d(x, blur_kernels(stage, len(x), draw))
-    low, high = stage.resize_range
-    limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(draw.choice(stage.resize))]  # up, down, keep
+    if draw.chance(model.blur):
+        x = filter2d(x, blur_kernels(model, len(x), draw))
+    low, high = model.resize_range
+    limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(draw.choice(model.resize))]  # up, down, keep
     factor = draw.number(*limits)
     x = _resize(x, (max(1, int(base[0] * factor)), max(1, int(base[1] * factor))), draw)
-    grey = draw.uniform(0.0, 1.0, len(x)) < stage.grey_noise
-    if draw.chance(stage.gaussian_noise):
-        return gaussian_noise(x, draw.uniform(*stage.noise_sigma, len(x)), grey, draw.generator)
-    return poisson_noise(x, draw.uniform(*stage.poisson_scale, len(x)), grey, draw.generator)
+    grey = draw.uniform(0.0, 1.0, len(x)) < model.grey_noise
+    if draw.chance(model.gaussian_noise):
+        return gaussian_noise(x, draw.uniform(*model.noise_sigma, len(x)), grey, draw.generator)
+    return poisson_noise(x, draw.uniform(*model.poisson_scale, len(x)), grey, draw.generator)
 
 
 def _resize(x: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
@@ -160,21 +158,21 @@ def _resize(x: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
     return F.interpolate(x, size, mode=mode)
 
 
-def blur_kernels(stage: Stage, count: int, draw: Draw) -> Tensor:
-    """Random kernels [count, 21, 21] of a stage, float64, each summing to 1 (sections 3.1, 3.3)."""
-    kind = draw.choice(stage.kernels, count)
-    sigma_x, sigma_y = draw.uniform(*stage.sigma_px, count), draw.uniform(*stage.sigma_px, count)
+def blur_kernels(model: ClassicalDegradation, count: int, draw: Draw) -> Tensor:
+    """Random kernels [count, 21, 21] of one round, float64, each summing to 1 (sections 3.1, 3.3)."""
+    kind = draw.choice(model.kernels, count)
+    sigma_x, sigma_y = draw.uniform(*model.sigma_px, count), draw.uniform(*model.sigma_px, count)
     angle = draw.uniform(-math.pi, math.pi, count)
     isotropic, plateau = kind % 2 == 0, kind >= 4
     beta = torch.where(
-        plateau, draw.beta(stage.plateau_beta, count), draw.beta(stage.generalised_beta, count)
+        plateau, draw.beta(model.plateau_beta, count), draw.beta(model.generalised_beta, count)
     )
     beta = torch.where(kind < 2, 1.0, beta)
     sigma_y, angle = torch.where(isotropic, sigma_x, sigma_y), torch.where(isotropic, 0.0, angle)
     sides = draw.sides(count)
     lowest = torch.where(sides < 13, math.pi / 3, math.pi / 5)  # a small kernel cannot cut as low
     cutoff = lowest + (math.pi - lowest) * draw.uniform(0.0, 1.0, count)
-    is_sinc = draw.uniform(0.0, 1.0, count) < stage.sinc
+    is_sinc = draw.uniform(0.0, 1.0, count) < model.sinc
     bells = bell_kernels(sides, sigma_x, sigma_y, angle, beta, plateau)
     return torch.where(is_sinc[:, None, None], sinc_kernels(sides, cutoff), bells)
 

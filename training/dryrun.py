@@ -12,7 +12,7 @@ import torch
 from moesr.training import parallel
 from moesr.training.loop import Run, Samples, batches
 from moesr.training.recipe import StageConfig
-from moesr.training.trainer import Task, Trainer
+from moesr.training.trainer import Objective, Trainer
 
 STEPS = 3  # the first one warms up and is not timed
 
@@ -38,9 +38,9 @@ class Measured:
         )
 
 
-def measure(task: Task, stage: StageConfig, data: Samples, run: Run) -> Measured:
+def measure(objective: Objective, stage: StageConfig, data: Samples, run: Run) -> Measured:
     """Make three steps of the stage."""
-    trainer, cuda = Trainer(task, stage, run.device, run.seed), run.device.type == "cuda"
+    trainer, cuda = Trainer(objective, stage, run.device, run.seed), run.device.type == "cuda"
     source, started = batches(data, stage, 0, run), 0.0
     for step in range(STEPS):
         trainer.advance(source)
@@ -49,7 +49,7 @@ def measure(task: Task, stage: StageConfig, data: Samples, run: Run) -> Measured
         started = time.perf_counter() if step == 0 else started
     seconds = (time.perf_counter() - started) / (STEPS - 1)
     return Measured(
-        parameters=sum(p.numel() for p in task.network.parameters()),
+        parameters=sum(p.numel() for p in objective.network.parameters()),
         trained=sum(p.numel() for group in trainer.groups for p in group),
         samples_a_step=stage.batch * stage.accumulate * parallel.size(),
         memory_bytes=torch.cuda.max_memory_allocated(run.device) if cuda else peak_memory_bytes(),

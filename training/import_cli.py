@@ -2,6 +2,7 @@
 
 Sizes are inferred from the weights. Experts are given with the lowest noise first; the exponential moving
 average is used where a file has one. Without --experts the result is a decoder on its own.
+Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,41 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from moesr.runtime.errors import MoesrError
-from moesr.training.config import AutoencoderConfig, UNetConfig
-from moesr.training.import_published import Imported, import_published
-from moesr.training.networks import Autoencoder, DenoisingUNet
-from moesr.training.weights import meta_network
+from moesr.runtime.console import HelpFormatter, run_program
+from moesr.training.config import UNetConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `moesr-import`: 0 done, 1 a file cannot be used or written, 2 usage."""
-    args = parser().parse_args(argv)
-    files = [*args.experts, args.decoder]
-    try:
-        with tqdm(total=len(files), desc="import", unit="file", file=sys.stderr, disable=None) as bar:
-            imported = import_published(
-                args.experts,
-                args.decoder,
-                args.output,
-                scale=args.scale,
-                name=args.name,
-                head_channels=args.head_channels,
-                norm_groups=args.norm_groups,
-                force=args.force,
-                trust_pickle=args.trust_pickle,
-                on_file=lambda path: bar.update(),
-            )
-    except MoesrError as error:
-        print(f"moesr-import: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("moesr-import: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    print("\n".join(summary(imported, args.experts, args.decoder)))
-    return 0
+    """Entry point of `moesr-import`; returns the exit code."""
+    return run_program("moesr-import", parser, run, argv, interrupted="nothing was written")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    from moesr.training import import_command
+
+    return import_command.run(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="groups of every GroupNorm, which the weights do not tell",
     )
+    add("--quiet", action="store_true", help="no progress bar, warnings only")
+    add("--debug", action="store_true", help="show where an internal error was raised")
     add("--force", action="store_true", help="replace an existing checkpoint directory")
     add(
         "--trust-pickle",
@@ -93,47 +75,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def summary(imported: Imported, experts: Sequence[Path], decoder: Path) -> list[str]:
-    """Lines that say what was found in which file, and where it went."""
-    config = imported.checkpoint.config
-    lines = []
-    if imported.unet is not None and config.unet is not None:
-        unet = imported.unet
-        params = _millions(meta_network(DenoisingUNet, config.unet))
-        attention = ", ".join(f"1/{factor}" for factor in unet.attention_factors)
-        moe = f"{unet.space_experts} space experts merged" if unet.space_experts else "no space experts"
-        lines.append(
-            f"experts: {len(experts)} x {params}, width {unet.width}, multipliers {unet.channel_mult}, "
-            f"{unet.res_blocks} residual blocks, attention at {attention or 'the middle only'}, {moe}"
-        )
-        for k, (path, ema) in enumerate(zip(experts, imported.ema, strict=True)):
-            t_from, t_to = config.expert_ranges[k]
-            lines.append(
-                f"  expert {k}: t {t_from}..{t_to - 1} from {path}, {'EMA' if ema else 'raw'} weights"
-            )
-    params = _millions(meta_network(Autoencoder, config.decoder))
-    lines += [f"decoder: {params}, {_autoencoder(config.decoder)}, from {decoder}"]
-    return [*lines, f"wrote {imported.checkpoint.directory} ({config.name}, x{config.scale})"]
-
-
-def _autoencoder(config: AutoencoderConfig) -> str:
-    """Describe the sizes of an autoencoder."""
-    codes = (
-        f"VQ {config.codebook_size} x {config.embed_dim}"
-        if config.codebook_size
-        else f"KL {config.embed_dim}"
-    )
-    fusion = "no LR fusion" if config.fusion_level is None else f"LR fusion at level {config.fusion_level}"
-    return (
-        f"{codes}, 1/{config.factor}, {config.channels} channels, multipliers {config.channel_mult}, "
-        f"{config.res_blocks} residual blocks, {fusion}, refinement {config.refinement}"
-    )
-
-
-def _millions(network: Autoencoder | DenoisingUNet) -> str:
-    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -141,7 +82,7 @@ def _positive(text: str) -> int:
     return value
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(HelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moesr.runtime.schedule import Schedule
-from moesr.training.checkpoint import Checkpoint, check_replaceable, save_checkpoint
+from moesr.training.checkpoint import Checkpoint, check_writable_as_checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.infer_config import infer_autoencoder_config, infer_unet_config
 from moesr.training.weights import (
     CheckpointError,
     StateDict,
+    brief,
     check_finite,
     check_shapes,
     expected_shapes,
@@ -38,13 +39,25 @@ UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
 AUTOENCODER_PREFIX = "first_stage_model."
 CURE = "download the file again, or check that it is the right one for this option"
-ZIP_MAGIC = (
-    b"PK\x03\x04"  # torch.save since PyTorch 1.6; older files are bare pickles and cannot be memory-mapped
-)
+# torch.save writes zip files since PyTorch 1.6; older ones are bare pickles and cannot be memory-mapped
+ZIP_MAGIC = b"PK\x03\x04"
 SCHEDULE_BUFFER = re.compile(
     r"(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|betas|lvlb_weights|logvar|scale_factor"
 )
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published files, and what their tensors do not tell. Without experts: a decoder on its own."""
+
+    decoder: Path
+    experts: tuple[Path, ...] = ()  # lowest noise first
+    scale: int = 4
+    name: str | None = None  # None: made from kind and scale
+    head_channels: int = UNetConfig.head_channels
+    norm_groups: int = UNetConfig.norm_groups
+    trust_pickle: bool = False  # load files that hold more than tensors, which can run any code
 
 
 @dataclass(frozen=True)
@@ -57,59 +70,63 @@ class Imported:
 
 
 def import_published(
-    experts: Sequence[Path],
-    decoder: Path,
+    source: Published,
     directory: Path,
     *,
-    scale: int = 4,
-    name: str | None = None,
-    head_channels: int = UNetConfig.head_channels,
-    norm_groups: int = UNetConfig.norm_groups,
     force: bool = False,
-    trust_pickle: bool = False,
     on_file: Callable[[Path], object] = lambda path: None,
 ) -> Imported:
-    """Write `directory` from published files: `experts`, lowest noise first (none: a decoder on its own).
+    """Write the checkpoint `directory` from published files.
 
     The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `on_file`
     is called with each file that is done. Raises CheckpointError naming the file that cannot be used, and
     OutputError where nothing can be written; the place is then as it was.
     """
-    check_replaceable(directory, force)
-    for path in (*experts, decoder):
+    check_writable_as_checkpoint(directory, force)
+    for path in (*source.experts, source.decoder):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected a published weight file")
-    autoencoder, autoencoder_config = read_autoencoder(decoder, norm_groups, trust_pickle)
-    on_file(decoder)
-    unet, ema_used = None, []
-    if experts:
-        unet = read_unet(experts[0], head_channels, norm_groups, trust_pickle)[1]
-        if unet.out_channels != autoencoder_config.embed_dim:
-            raise CheckpointError(
-                f"{experts[0]} predicts latents of {unet.out_channels} channels, {decoder} decodes "
-                f"{autoencoder_config.embed_dim}; give the decoder that belongs to the experts"
-            )
+    decoder, decoder_config = read_autoencoder(source)
+    on_file(source.decoder)
+    unet = _unet_config(source, decoder_config)
+    ema_used: list[bool] = []
 
     def states() -> Iterator[StateDict]:
-        for path in experts:
-            state, found, ema = read_unet(path, head_channels, norm_groups, trust_pickle)
+        for path in source.experts:
+            state, found, ema = read_unet(path, source)
             if found != unet:
-                raise CheckpointError(f"{path}: {found} differs from {unet} of {experts[0]}; {CURE}")
+                raise CheckpointError(f"{path}: {found} differs from {unet} of {source.experts[0]}; {CURE}")
             ema_used.append(ema)
             yield state
             on_file(path)
 
-    ranges = split_timesteps(Schedule().timesteps, len(experts))
-    family = "decoder" if unet is None else "moesr" if unet.space_experts else "ldm"
-    config = ModelConfig(
-        name=name or f"{family}-x{scale}",
-        scale=scale,
-        unet=unet,
-        decoder=autoencoder_config,
-        expert_ranges=ranges,
-    )
-    checkpoint = save_checkpoint(directory, config, states(), autoencoder, force=force)
+    config = _model_config(source, unet, decoder_config)
+    checkpoint = save_checkpoint(directory, config, states(), decoder, force=force)
     return Imported(checkpoint, unet, tuple(ema_used))
+
+
+def _unet_config(source: Published, decoder: AutoencoderConfig) -> UNetConfig | None:
+    """Sizes of the first expert, if there is one; CheckpointError where the decoder is of another model."""
+    if not source.experts:
+        return None
+    unet = _raw_unet(source.experts[0], source)[1]
+    if unet.out_channels != decoder.embed_dim:
+        raise CheckpointError(
+            f"{source.experts[0]} predicts latents of {unet.out_channels} channels, {source.decoder} decodes "
+            f"{decoder.embed_dim}; give the decoder that belongs to the experts"
+        )
+    return unet
+
+
+def _model_config(source: Published, unet: UNetConfig | None, decoder: AutoencoderConfig) -> ModelConfig:
+    family = "decoder" if unet is None else "moesr" if unet.space_experts else "ldm"
+    return ModelConfig(
+        name=source.name or f"{family}-x{source.scale}",
+        scale=source.scale,
+        unet=unet,
+        decoder=decoder,
+        expert_ranges=split_timesteps(Schedule().timesteps, len(source.experts)),
+    )
 
 
 def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]:
@@ -118,11 +135,17 @@ def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]
     return tuple(itertools.pairwise(edges))
 
 
-def read_unet(
-    path: Path, head_channels: int, norm_groups: int, trust_pickle: bool
-) -> tuple[dict[str, Tensor], UNetConfig, bool]:
+def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, bool]:
     """Weights of one UNet, space experts merged; its configuration as found; whether they are EMA."""
-    state = read_state_dict(path, trust_pickle)
+    raw, config, ema = _raw_unet(path, source)
+    weights = _ema_weights(path, raw, ema) if ema else raw
+    check_finite(str(path), weights, CURE)
+    return _named(path, merge_space_experts, _float32(weights)), config, bool(ema)
+
+
+def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
+    """A UNet's tensors as stored, its configuration, and what stands under the prefix of EMA copies."""
+    state = read_state_dict(path, source.trust_pickle)
     prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
     ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
     raw = {
@@ -130,19 +153,14 @@ def read_unet(
         for key, tensor in state.items()
         if not key.startswith(ignored) and not SCHEDULE_BUFFER.fullmatch(key)
     }
-    config = _named(path, infer_unet_config, raw, head_channels, norm_groups)
+    config = _named(path, infer_unet_config, raw, source.head_channels, source.norm_groups)
     check_shapes(str(path), state_shapes(raw), _shapes(path, ModelConfig(unet=config), "expert"), CURE)
-    ema = {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
-    weights = _ema_weights(path, raw, ema) if ema else raw
-    check_finite(str(path), weights, CURE)
-    return _named(path, merge_space_experts, _float32(weights)), config, bool(ema)
+    return raw, config, {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
 
 
-def read_autoencoder(
-    path: Path, norm_groups: int, trust_pickle: bool
-) -> tuple[dict[str, Tensor], AutoencoderConfig]:
+def read_autoencoder(source: Published) -> tuple[dict[str, Tensor], AutoencoderConfig]:
     """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
-    state = read_state_dict(path, trust_pickle)
+    path, state = source.decoder, read_state_dict(source.decoder, source.trust_pickle)
     whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
     # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
     ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)
@@ -152,7 +170,7 @@ def read_autoencoder(
         if not key.startswith((*ignored, f"{AUTOENCODER_PREFIX}loss."))
         and not (whole and SCHEDULE_BUFFER.fullmatch(key))
     }
-    config = _named(path, infer_autoencoder_config, found, norm_groups)
+    config = _named(path, infer_autoencoder_config, found, source.norm_groups)
     check_shapes(str(path), state_shapes(found), _shapes(path, ModelConfig(decoder=config), "decoder"), CURE)
     check_finite(str(path), found, CURE)
     return _float32(found), config
@@ -203,8 +221,7 @@ def _load_pickle(path: Path, trust: bool, mmap: bool) -> Any:
                 f"{path}: holds Python objects besides tensors ({refused[1] or refused[2]}), which could "
                 "run code when loaded; if you trust where the file came from, add --trust-pickle"
             ) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise CheckpointError(f"{path}: not a whole PyTorch file ({reason}); {CURE}") from error
+        raise CheckpointError(f"{path}: not a whole PyTorch file ({brief(error)}); {CURE}") from error
 
 
 def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:

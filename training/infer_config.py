@@ -10,9 +10,7 @@ from moesr.training.weights import CheckpointError, StateDict
 
 
 def infer_unet_config(
-    state: StateDict,
-    head_channels: int = UNetConfig.head_channels,
-    norm_groups: int = UNetConfig.norm_groups,
+    state: StateDict, head_channels: int = UNetConfig.head_channels, norm_groups: int = UNetConfig.norm_groups
 ) -> UNetConfig:
     """Sizes of a denoising UNet from its state dict (bare keys).
 

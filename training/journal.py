@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from moesr.runtime.errors import UsageError
+from moesr.runtime.files import new_file
 from moesr.training import parallel
 
 LOG_NAME = "losses.jsonl"
@@ -74,6 +75,5 @@ def _forget(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    scratch.replace(path)
+    with new_file(path) as scratch:
+        scratch.write_text("".join(kept), encoding="utf-8")

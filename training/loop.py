@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moesr.runtime import console
 from moesr.runtime.errors import InputError
 from moesr.training import parallel
 from moesr.training.journal import Journal
-from moesr.training.progress import progress_bar
 from moesr.training.recipe import StageConfig
 from moesr.training.stopping import ignore_interrupts, stop_requests
-from moesr.training.trainer import Task, Trainer, read_state, write_state
+from moesr.training.trainer import Objective, Trainer, read_state, write_state
 from moesr.training.validation import validate
 
 log = logging.getLogger("moesr")
@@ -82,14 +82,19 @@ def batches(data: Samples, stage: StageConfig, first_step: int, run: Run) -> Ite
 
 
 def fit(
-    task: Task, stage: StageConfig, data: Samples, run: Run, label: str, held_out: Samples | None = None
+    objective: Objective,
+    stage: StageConfig,
+    data: Samples,
+    run: Run,
+    label: str,
+    held_out: Samples | None = None,
 ) -> Fitted:
-    """Train `task.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
+    """Train `objective.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
 
     Continues from `run.directory/last.pt` where there is one. Ctrl-C or SIGTERM finishes the step, saves and
     raises KeyboardInterrupt.
     """
-    trainer = Trainer(task, stage, run.device, run.seed)
+    trainer = Trainer(objective, stage, run.device, run.seed)
     last, best = run.directory / STATE_NAME, run.directory / BEST_NAME
     if parallel.rank() == 0:
         run.directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,7 @@ def _train(
     stage, last = trainer.stage, run.directory / STATE_NAME
     source = batches(data, stage, trainer.step, run)
     hidden = run.quiet or parallel.rank() > 0
-    bar = progress_bar(total=stage.steps, initial=trainer.step, desc=label, unit="step", disable=hidden)
+    bar = console.bar(hidden, total=stage.steps, initial=trainer.step, desc=label, unit="step")
     with bar, stop_requests() as stopping:
         while trainer.step < stage.steps:
             figures = trainer.advance(source)
@@ -123,7 +128,7 @@ def _train(
                 trainer.save(last)
             if stop and not done:
                 log.warning("%s: stopped after step %d; the same command continues it", label, trainer.step)
-                raise KeyboardInterrupt
+                stopping.stop()
 
 
 def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -> None:
@@ -136,7 +141,19 @@ def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -
         write_state(run.directory / BEST_NAME, state)
 
 
-def _best(path: Path) -> dict[str, Tensor] | None:
+def finished(directory: Path, steps: int, *, best: bool) -> Fitted | None:
+    """What the run in `directory` has left, read when it is used; None where it has not made all its steps.
+
+    The best weights are looked for where `best` is set.
+    """
+    path = directory / STATE_NAME
     if not path.exists():
         return None
-    return read_state(path)["ema"]
+    state = read_state(path, "step", "ema", mmap=True)  # of gigabytes, the optimiser's share is not touched
+    if int(state["step"]) < steps:
+        return None
+    return Fitted(state["ema"], _best(directory / BEST_NAME) if best else None)
+
+
+def _best(path: Path) -> dict[str, Tensor] | None:
+    return read_state(path, "ema", mmap=True)["ema"] if path.exists() else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesr.runtime.errors import UsageError
+from moesr.training.weights import brief
 
 WITHOUT = "or train without LPIPS: --set decoder.lpips_weight=0"
 
@@ -43,8 +44,7 @@ def load_lpips(weights: str, device: torch.device) -> Distance:
         own = network.net.state_dict()
         network.net.load_state_dict({key: features[key.partition(".")[2]] for key in own})
     except Exception as error:  # unpickling raises whatever it meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: not torchvision's VGG16 weights ({reason}); {WITHOUT}") from error
+        raise UsageError(f"{path}: not torchvision's VGG16 weights ({brief(error)}); {WITHOUT}") from error
     network = network.requires_grad_(False).eval().to(device)
 
     def distance(image: Tensor, target: Tensor) -> Tensor:

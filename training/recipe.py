@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
-from moesr.training.config import ModelConfig, build
+from moesr.runtime.records import build
+from moesr.training.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,12 @@ class DecoderStage(StageConfig):
     stored: Literal["fp32", "fp16"] = "fp32"  # weights of the published model, experts included
     latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
     latent_steps: int = 200  # sampler steps for them
+    latent_batch: int = 16  # latents sampled together
 
     def check(self, name: str) -> None:
         """Raise UsageError where an entry of this stage, called `name`, is out of range."""
         super().check(name)
-        for entry in ("latents", "latent_steps"):
+        for entry in ("latents", "latent_steps", "latent_batch"):
             _check(f"{name}.{entry}", getattr(self, entry), 1)
         _check(f"{name}.init_share", self.init_share, 0.0, 1.0)
 
@@ -202,7 +204,10 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = ()) -> Recipe:
         for part in reversed(key.split(".")):
             entry = {part: entry}
         values = merged(values, entry)
-    return build(Recipe, values, where=name_or_path)
+    try:
+        return build(Recipe, values, strict=True)
+    except ValueError as error:
+        raise UsageError(f"{name_or_path}: {error}; correct the recipe") from error
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

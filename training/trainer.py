@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import InputError, NonFiniteError, OutputError, UsageError
+from moesr.runtime.files import new_file, reason
 from moesr.training import parallel
 from moesr.training.draws import STEP, seed_of
 from moesr.training.recipe import StageConfig
+from moesr.training.weights import brief
 
 log = logging.getLogger("moesr")
 
 # Entries that a resumed run may change: its length, and what does not reach a step.
-FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored")
+FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored", "latent_batch")
 
 
-class Task(Protocol):
-    """What a stage adds to the loop."""
+class Objective(Protocol):
+    """What a stage trains and by which loss."""
 
     @property
     def network(self) -> nn.Module:
@@ -59,12 +60,12 @@ def learning_rate(stage: StageConfig, step: int) -> float:
 
 
 class Trainer:
-    """Trains `task.network` by `stage`; `step` is the number of finished steps."""
+    """Trains `objective.network` by `stage`; `step` is the number of finished steps."""
 
-    def __init__(self, task: Task, stage: StageConfig, device: torch.device, seed: int) -> None:
-        self.task, self.stage, self.device, self.seed = task, stage, device, seed
-        self.network = task.network.to(device).train()
-        self.critic = None if task.critic is None else task.critic.to(device).train()
+    def __init__(self, objective: Objective, stage: StageConfig, device: torch.device, seed: int) -> None:
+        self.objective, self.stage, self.device, self.seed = objective, stage, device, seed
+        self.network = objective.network.to(device).train()
+        self.critic = None if objective.critic is None else objective.critic.to(device).train()
         self.modules = [self.network] if self.critic is None else [self.network, self.critic]
         for module in self.modules:
             parallel.synchronise_batch_norms(module)
@@ -79,7 +80,7 @@ class Trainer:
     def advance(self, batches: Iterator[Sequence[Tensor]]) -> dict[str, float]:
         """Make one optimiser step over `stage.accumulate` batches; returns the mean figures.
 
-        Raises NonFiniteError where the loss is not finite, before it reaches the weights.
+        Raises NonFiniteError where the loss or a gradient is not finite, before it reaches the weights.
         """
         stage = self.stage
         torch.manual_seed(seed_of(self.seed, STEP, self.step))  # what networks draw, alike in all processes
@@ -89,26 +90,41 @@ class Trainer:
         for _ in range(stage.accumulate):
             batch = [part.to(self.device, non_blocking=True) for part in next(batches)]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-                loss, figures = self.task.loss(batch, self.step)
+                loss, figures = self.objective.loss(batch, self.step)
             (loss / stage.accumulate).backward()
             for key, value in {"loss": loss, **figures}.items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / stage.accumulate
         means = parallel.mean_figures(totals)
-        if not all(math.isfinite(value) for value in means.values()):
-            raise NonFiniteError(
-                f"step {self.step}: the loss is not finite ({means}); lower learning_rate or set clip_norm, "
-                "and run the same command again to continue from the last saved step"
-            )
-        for group in self.groups:
-            parallel.average_gradients(group)
-            if stage.clip_norm:
-                nn.utils.clip_grad_norm_(group, stage.clip_norm)
+        self._check_finite("loss", means)
+        self._check_finite("gradient", self._average_gradients())
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.task.after_step(self.step)
+        self.objective.after_step(self.step)
         self._average(min(stage.ema_decay, (1 + self.step) / (10 + self.step)))
         self.step += 1
         return means
+
+    def _average_gradients(self) -> dict[str, float]:
+        """Average gradients over the processes and clip them; returns each network's norm before that.
+
+        The norms are those of the averages, so all processes have the same ones.
+        """
+        norms = []
+        for group in self.groups:
+            parallel.average_gradients(group)
+            norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            if self.stage.clip_norm:
+                nn.utils.clip_grads_with_norm_(group, self.stage.clip_norm, norm)
+            norms.append(norm.to(self.device))  # on the CPU where there is no gradient yet
+        names = ("network", "discriminator")
+        return dict(zip(names, torch.stack(norms).tolist(), strict=False))
+
+    def _check_finite(self, what: str, figures: Mapping[str, float]) -> None:
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise NonFiniteError(
+                f"step {self.step}: the {what} is not finite ({figures}); lower learning_rate or set "
+                "clip_norm, and run the same command again to continue from the last saved step"
+            )
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
@@ -148,7 +164,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a saved state; InputError where it is damaged or of another network."""
-        state = read_state(path, self.device)
+        state = read_state(path, device=self.device)
         try:
             for module, weights in zip(self.modules, state["modules"], strict=True):
                 module.load_state_dict(weights)
@@ -172,29 +188,28 @@ class Trainer:
 
 
 def write_state(path: Path, state: object) -> None:
-    """Write `state` beside its place, then rename: an interrupted write damages nothing. Process 0 does."""
+    """Write `state` to `path`, whole or not at all; the process 0 does, the others wait."""
     if parallel.rank() == 0:
-        scratch = path.with_name(path.name + ".tmp")
         try:
-            with scratch.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(
-                f"{path}: cannot be written ({error}); free some space and run again"
-            ) from error
+            with new_file(path) as scratch:
+                torch.save(state, scratch)
+        except (OSError, RuntimeError) as error:  # torch.save raises either where a disk is full
+            raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
     parallel.wait()
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `write_state` wrote; InputError where it is damaged."""
+def read_state(
+    path: Path, *holds: str, device: torch.device | str = "cpu", mmap: bool = False
+) -> dict[str, Any]:
+    """Read what `write_state` wrote; InputError where it is damaged or lacks an entry of `holds`.
+
+    With `mmap` tensors are read from the file when they are used.
+    """
+    cure = "delete it and run the same command again, which begins this part anew, or use another -o"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # unpickling raises whatever it meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged ({reason}); remove it and run again, or use another -o") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: holds no training state; remove it and run again, or use another -o")
+        raise InputError(f"{path}: the saved state is damaged ({brief(error)}); {cure}") from error
+    if not isinstance(state, dict) or not all(key in state for key in holds):
+        raise InputError(f"{path}: holds no training state; {cure}")
     return state

@@ -28,7 +28,7 @@ def validate(trainer: Trainer, data: Dataset[tuple[Tensor, ...]]) -> tuple[dict[
         mine = range(parallel.rank() * share, min(count, (parallel.rank() + 1) * share))
         for index in mine or [0]:  # a process without samples measures one for the names of the figures
             batch = [part.to(trainer.device) for part in default_collate([data[index]])]
-            figures, images = trainer.task.evaluate(batch)
+            figures, images = trainer.objective.evaluate(batch)
             for key, value in figures.items():
                 weight = float(index in mine)
                 totals[key] = totals.get(key, torch.zeros((), device=trainer.device)) + weight * value.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import TypeVar
@@ -101,5 +102,16 @@ def check_shapes(
 def check_finite(where: str, state: StateDict, cure: str) -> None:
     """Raise CheckpointError naming the first tensor that holds an infinity or a NaN."""
     for key, tensor in state.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise CheckpointError(f"{where}: {key} is not finite; {cure}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether the least and the largest element are; both are NaN where one element is."""
+    return all(math.isfinite(bound) for bound in map(float, torch.aminmax(tensor)))
+
+
+def brief(error: Exception) -> str:
+    """What an error says of a damaged pickle in a few words, without PyTorch's advice to run it."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"\. |\.?\n", text, maxsplit=1)[0]

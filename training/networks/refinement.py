@@ -1,7 +1,7 @@
 """The refinement network: a small UNet of AFF blocks after the decoder's last level (paper section 3.3).
 
 AFF is the adaptive frequency filter of Huang et al. (2023): a filter made from the spectrum itself, then
-applied to it.
+applied to it. Its maths stands once, with the kernels, whose other forms are compared with it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SLOPE = 0.1  # of every LeakyReLU in this network
-SHRINK = 0.01  # soft-shrink threshold of the filter
+from moesr.kernels.aff_filter.reference import aff_filter
+
+SLOPE = 0.1  # of every LeakyReLU outside the filter
 
 
 class AFFFilter(nn.Module):
@@ -30,39 +31,9 @@ class AFFFilter(nn.Module):
         self.b2 = nn.Parameter(scale * torch.randn(2, blocks, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W], the filtered features plus the input."""
+        """[B, C, H, W] -> [B, C, H, W], the filtered features plus the input; W must be even."""
         with torch.autocast(x.device.type, enabled=False):
-            spectrum = torch.fft.rfft2(x.float(), norm="ortho")
-            real, imag = self.mask(spectrum.real, spectrum.imag)
-            filtered = torch.fft.irfft2(spectrum * torch.complex(real, imag), s=x.shape[-2:], norm="ortho")
-        return filtered.to(x.dtype) + x
-
-    def mask(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the complex mask for a spectrum given as two [B, C, U, V] tensors."""
-        real, imag = complex_layer(real, imag, self.w1, self.b1)
-        real, imag = F.leaky_relu(real, SLOPE), F.leaky_relu(imag, SLOPE)
-        real, imag = complex_layer(real, imag, self.w2, self.b2)
-        return F.softshrink(real, SHRINK), F.softshrink(imag, SHRINK)
-
-
-def complex_layer(real: Tensor, imag: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Complex block-diagonal linear layer over channels.
-
-    `real`, `imag` [B, C, U, V]; `weight` [2, blocks, in, out] and `bias` [2, blocks, out] hold real and
-    imaginary parts.
-    """
-    _, blocks, size_in, size_out = weight.shape
-    shape = real.shape
-
-    def linear(x: Tensor, w: Tensor) -> Tensor:
-        # [blocks, out, in] @ [B, blocks, in, U*V]
-        return w.transpose(1, 2) @ x.reshape(shape[0], blocks, size_in, -1)
-
-    b_real, b_imag = bias[0][..., None], bias[1][..., None]
-    out_real = linear(real, weight[0]) - linear(imag, weight[1]) + b_real
-    out_imag = linear(imag, weight[0]) + linear(real, weight[1]) + b_imag
-    out_shape = (shape[0], blocks * size_out, *shape[2:])
-    return out_real.reshape(out_shape), out_imag.reshape(out_shape)
+            return aff_filter(x.float(), self.w1, self.b1, self.w2, self.b2).to(x.dtype)
 
 
 class ConvNorm(nn.Module):

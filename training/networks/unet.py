@@ -94,7 +94,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.Sequential):
+class TimestepSequential(nn.Sequential):
     """A sequence whose residual blocks also take the timestep embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
@@ -120,20 +120,22 @@ class DenoisingUNet(nn.Module):
                 block.append(SpaceMoE(channels, config.space_experts))
             return block
 
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList(
+            [TimestepSequential(nn.Conv2d(config.in_channels, width, 3, padding=1))]
+        )
         skips, channels = [width], width
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.res_blocks):
                 layers: list[nn.Module] = [ResBlock(channels, mult * width, emb, groups)]
                 channels = mult * width
                 layers += attention(channels) if 2**level in config.attention_factors else []
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(TimestepSequential(*layers))
                 skips.append(channels)
             if level < len(config.channel_mult) - 1:
-                self.input_blocks.append(Stage(Downsample(channels)))
+                self.input_blocks.append(TimestepSequential(Downsample(channels)))
                 skips.append(channels)
 
-        self.middle_block = Stage(
+        self.middle_block = TimestepSequential(
             ResBlock(channels, channels, emb, groups),
             *attention(channels),
             ResBlock(channels, channels, emb, groups),
@@ -147,7 +149,7 @@ class DenoisingUNet(nn.Module):
                 layers += attention(channels) if 2**level in config.attention_factors else []
                 if level and block == config.res_blocks:
                     layers.append(Upsample(channels))
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(TimestepSequential(*layers))
 
         out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         nn.init.zeros_(out.weight)
@@ -160,10 +162,10 @@ class DenoisingUNet(nn.Module):
         """
         emb = self.time_embed(timestep_embedding(t, self.config.width))
         h, skips = torch.cat((z_t, cond), dim=1), []
-        for stage in self.input_blocks:
-            h = stage(h, emb)
+        for block in self.input_blocks:
+            h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
-        for stage in self.output_blocks:
-            h = stage(torch.cat((h, skips.pop()), dim=1), emb)
+        for block in self.output_blocks:
+            h = block(torch.cat((h, skips.pop()), dim=1), emb)
         return self.out(h)

@@ -25,7 +25,7 @@ from moesr.training.validation import psnr
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
 
-class AutoencoderTask:
+class AutoencoderObjective:
     """Reconstruct crops through the quantiser, with straight-through gradients."""
 
     critic = None
@@ -121,10 +121,10 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
     return torch.cat(chunks).cpu()
 
 
-def prepare(recipe: Recipe) -> AutoencoderTask:
-    """The task of this stage with fresh weights."""
+def prepare(recipe: Recipe) -> AutoencoderObjective:
+    """The objective of this stage with fresh weights."""
     torch.manual_seed(recipe.seed)
-    return AutoencoderTask(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
+    return AutoencoderObjective(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
 
 
 def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:

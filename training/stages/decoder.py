@@ -31,7 +31,7 @@ NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
 START_CROPS = 6  # of the batch that the last layer's start is fitted to
 
 
-class DecoderTask:
+class DecoderObjective:
     """Reconstruct HR from stage 1's latents and the LR image, by VQGAN's and the frequency loss (Eq. 6)."""
 
     def __init__(self, network: Autoencoder, stage: DecoderStage, device: torch.device) -> None:
@@ -128,8 +128,8 @@ def start_from(plain: Autoencoder, network: Autoencoder) -> None:
             nn.init.zeros_(block.up_dim.bias)
 
 
-def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None = None) -> DecoderTask:
-    """The task of this stage on top of a checkpoint of stage 1, starting from the weights of `init` if given.
+def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None = None) -> DecoderObjective:
+    """The objective of this stage on top of a checkpoint of stage 1, from the weights of `init` if given.
 
     Raises UsageError where either is another model's.
     """
@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None
         network.load_state_dict(init.decoder().state_dict())
     else:
         raise UsageError(f"{init.directory}: its decoder is {init.config.decoder}, expected {model.decoder}")
-    return DecoderTask(network, recipe.decoder, run.device)
+    return DecoderObjective(network, recipe.decoder, run.device)
 
 
 class StandIns(Dataset[tuple[Tensor, ...]]):
@@ -176,7 +176,7 @@ def train(
     The latents are the set in `made`, or else are made from `data` in `run.directory/latents`. The weights
     start from the decoder of `init` where there is one, else from the first stage.
     """
-    task, stage = prepare(recipe, start, run, init), recipe.decoder
+    objective, stage = prepare(recipe, start, run, init), recipe.decoder
     if made is None:
         if data is None:
             raise UsageError("decoder needs photographs (--data) or latents made from them (--latents)")
@@ -185,15 +185,15 @@ def train(
         triples = latents.Triples(made, recipe.seed)
     else:
         triples = latents.open_set(made, recipe, start)
-    if stage.trainable == "decoder+lr" and init is None and task.network.decoder.fusion is not None:
+    if stage.trainable == "decoder+lr" and init is None and objective.network.decoder.fusion is not None:
         torch.manual_seed(recipe.seed)  # making latents may have drawn, unlike in another process
-        pass_lr(task.network, default_collate([triples[i] for i in range(START_CROPS)]))
+        pass_lr(objective.network, default_collate([triples[i] for i in range(START_CROPS)]))
     shown = None
     if held_out is not None:
         place = run.directory / VAL_LATENTS_NAME
         latents.make(recipe, start, held_out, run, place, stage.val_samples)
         shown = latents.Triples(place, None)
-    fitted = fit(task, stage, triples, run, "decoder", shown)
+    fitted = fit(objective, stage, triples, run, "decoder", shown)
     if init is not None and stage.init_share:
         mix = partial(interpolated, others=cpu_state(init.decoder()), share=stage.init_share)
         fitted = Fitted(mix(fitted.last), None if fitted.best is None else mix(fitted.best))

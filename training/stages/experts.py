@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError, UsageError
+from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.config import UNetConfig
 from moesr.training.data import Crops, condition, to_float
 from moesr.training.diffusion import add_noise, eps_loss, predict_x0
 from moesr.training.draws import DIFFUSION, Draws
-from moesr.training.loop import STATE_NAME, Fitted, Run, Samples, fit
+from moesr.training.loop import Fitted, Run, Samples, finished, fit
 from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE, share_expert_weights
-from moesr.training.recipe import Recipe
+from moesr.training.recipe import ExpertStage, Recipe
 from moesr.training.stages.common import (
     BEST_CHECKPOINT,
     CHECKPOINT,
@@ -33,9 +34,10 @@ from moesr.training.trainer import read_state, write_state
 from moesr.training.validation import psnr
 
 POOL_NAME = "latents.pt"
+POOL_BATCH = 16  # crops encoded together
 
 
-class ExpertTask:
+class ExpertObjective:
     """Predict eps for timesteps of one range."""
 
     critic = None
@@ -94,19 +96,20 @@ class Pool(Dataset[tuple[Tensor, ...]]):
         return torch.tensor(index), self.z[pick], self.cond[pick]
 
 
-def make_pool(task: ExpertTask, data: Crops, run: Run, path: Path) -> Pool:
+def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> Pool:
     """Encode `latent_pool` crops once and keep them in `path`, or read them back."""
-    recipe, count = task.recipe, task.recipe.experts.latent_pool
-    if not path.exists():
+    recipe, count = objective.recipe, objective.recipe.experts.latent_pool
+    # asked of all processes before one of them writes it
+    if parallel.any_process(not path.exists(), run.device):
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []
-        for at in range(0, count, 16):
-            numbers = torch.arange(at, min(count, at + 16))
-            parts.append(task.encode((numbers, data.crops(at, len(numbers)).to(run.device))))
+        for at in range(0, count, POOL_BATCH):
+            numbers = torch.arange(at, min(count, at + POOL_BATCH))
+            parts.append(objective.encode((numbers, data.crops(at, len(numbers)).to(run.device))))
         z, cond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         write_state(path, {"z": z, "cond": cond})
-    pairs = read_state(path)
-    if set(pairs) != {"z", "cond"} or len(pairs["z"]) != count:
+    pairs = read_state(path, "z", "cond")
+    if len(pairs["z"]) != count:
         raise InputError(f"{path}: not the {count} latents of this recipe; remove it or use another -o")
     return Pool(pairs["z"], pairs["cond"], recipe.seed)
 
@@ -177,19 +180,17 @@ def _moved(key: str, stage: str, place: int) -> str:
 
 def prepare(
     recipe: Recipe,
-    start: Checkpoint,
-    run: Run,
+    first_stage: Autoencoder,
     t_range: tuple[int, int] | None = None,
     weights: dict[str, Tensor] | None = None,
-) -> ExpertTask:
-    """The task of one expert, with `weights` or fresh ones; all timesteps without a range."""
+) -> ExpertObjective:
+    """The objective of one expert, with `weights` or fresh ones; all timesteps without a range."""
     config = unet_config(recipe)
     torch.manual_seed(recipe.seed)
     network = DenoisingUNet(config)
     if weights is not None:
         network.load_state_dict(weights)
-    whole = (0, recipe.model.schedule.timesteps)
-    return ExpertTask(network, first_stage_of(recipe, start, run), recipe, t_range or whole)
+    return ExpertObjective(network, first_stage, recipe, t_range or (0, recipe.model.schedule.timesteps))
 
 
 def train(
@@ -207,45 +208,44 @@ def train(
     With `init` they start from its weights, else with `base_steps` from one network trained first on all
     timesteps, else from fresh ones. The checkpoint holds a plain decoder.
     """
-    model, stage, config = recipe.model, recipe.experts, unet_config(recipe)
-    count = expert_count(model)
-    if expert is not None and not 0 <= expert < count:
-        raise UsageError(f"--expert {expert}: the recipe has experts 0 to {count - 1}")
+    stage, config, ranges = recipe.experts, unet_config(recipe), recipe.model.expert_ranges
+    if expert is not None and not 0 <= expert < len(ranges):
+        raise UsageError(f"--expert {expert}: the recipe has experts 0 to {len(ranges) - 1}")
+    first_stage = first_stage_of(recipe, start, run)
     samples: Samples = with_lr(data, recipe, run.device.type)
     shown = None if held_out is None else with_lr(held_out, recipe, run.device.type)
     if stage.latent_pool:
-        samples = make_pool(prepare(recipe, start, run), data, run, run.directory / POOL_NAME)
+        samples = make_pool(prepare(recipe, first_stage), data, run, run.directory / POOL_NAME)
 
-    def fit_part(name: str, steps: int, k: int | None, weights: dict[str, Tensor] | None) -> Fitted:
-        task = prepare(recipe, start, run, None if k is None else model.expert_ranges[k], weights)
-        part = dataclasses.replace(stage, steps=steps)
-        return fit(task, part, samples, dataclasses.replace(run, directory=run.directory / name), name, shown)
+    def fit_part(name: str, part: ExpertStage, objective: ExpertObjective) -> Fitted:
+        own = dataclasses.replace(run, directory=run.directory / name)
+        return fit(objective, part, samples, own, name, shown)
 
     base = None
     if stage.base_steps and init is None:
-        base = fit_part("base", stage.base_steps, None, None).last
+        whole = dataclasses.replace(stage, steps=stage.base_steps)
+        base = fit_part("base", whole, prepare(recipe, first_stage)).last
     fitted: dict[int, Fitted] = {}
-    for k in range(count) if expert is None else [expert]:
-        fitted[k] = fit_part(
-            f"expert_{k}", stage.steps, k, initial_weights(config, init, k) if init else base
-        )
-    if all(finished(run.directory / f"expert_{k}", stage.steps) for k in range(count) if k not in fitted):
-        for k in set(range(count)) - set(fitted):
-            fitted[k] = fit_part(f"expert_{k}", stage.steps, k, None)
-        _publish(
-            recipe, [fitted[k] for k in range(count)], cpu_state(first_stage_of(recipe, start, run)), run
-        )
+    for k in range(len(ranges)) if expert is None else [expert]:
+        weights = initial_weights(config, init, k) if init else base
+        fitted[k] = fit_part(f"expert_{k}", stage, prepare(recipe, first_stage, ranges[k], weights))
+    _publish_if_complete(recipe, fitted, first_stage, run, validated=held_out is not None)
 
 
-def _publish(recipe: Recipe, fitted: list[Fitted], decoder: dict[str, Tensor], run: Run) -> None:
+def _publish_if_complete(
+    recipe: Recipe, fitted: dict[int, Fitted], first_stage: Autoencoder, run: Run, *, validated: bool
+) -> None:
+    """Write the checkpoint where the experts that are not in `fitted` were finished by earlier runs."""
+    count, steps = expert_count(recipe.model), recipe.experts.steps
+    parts = [
+        fitted.get(k) or finished(run.directory / f"expert_{k}", steps, best=validated) for k in range(count)
+    ]
+    complete = [part for part in parts if part is not None]
+    if parallel.any_process(len(complete) < count, run.device):
+        return
     whole = dataclasses.replace(recipe.model, decoder=plain(recipe.model.decoder))
-    publish(run.directory / CHECKPOINT, whole, [one.last for one in fitted], decoder)
-    best = [one.best for one in fitted if one.best is not None]
-    if len(best) == len(fitted):
+    decoder = cpu_state(first_stage)
+    publish(run.directory / CHECKPOINT, whole, [part.last for part in complete], decoder)
+    best = [part.best for part in complete if part.best is not None]
+    if len(best) == count:
         publish(run.directory / BEST_CHECKPOINT, whole, best, decoder)
-
-
-def finished(directory: Path, steps: int) -> bool:
-    """Whether the run in `directory` has made all its steps."""
-    path = directory / STATE_NAME
-    return path.exists() and int(read_state(path)["step"]) >= steps

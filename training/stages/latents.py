@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moesr.runtime import console
 from moesr.runtime.errors import InputError, OutputError, UsageError
+from moesr.runtime.files import new_file, reason
 from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import StepTable, step_table
 from moesr.training import parallel
@@ -32,14 +34,13 @@ from moesr.training.diffusion import sample
 from moesr.training.draws import SAMPLING, Draws
 from moesr.training.loop import Run
 from moesr.training.networks import DenoisingUNet
-from moesr.training.progress import progress_bar
 from moesr.training.recipe import Recipe
 from moesr.training.stages.common import degradation
 from moesr.training.stopping import stop_requests
 
 SET_NAME = "set.json"
+COLUMNS = ("lr", "latent", "hr")
 SHARD = 64  # triples a file
-BATCH = 16  # latents sampled together
 OPEN_SHARDS = 64  # files a loader process keeps mapped
 
 
@@ -71,43 +72,42 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
     if (directory / SET_NAME).exists():
         _check(directory, wanted)
     elif parallel.rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_text(directory / SET_NAME, json.dumps(wanted, indent=1) + "\n")
+        _write(directory / SET_NAME, (json.dumps(wanted, indent=1) + "\n").encode())
     parallel.wait()
-    missing = [i for i, n in enumerate(shard_sizes(count)) if not _whole(shard_path(directory, i), n)]
+    # A process's share does not depend on what is on disk, which others are changing already.
+    share = list(enumerate(shard_sizes(count)))[parallel.rank() :: parallel.size()]
+    missing = {number: n for number, n in share if not _whole(shard_path(directory, number), n)}
     if missing:
-        _make_shards(recipe, start, data, run, directory, missing[parallel.rank() :: parallel.size()])
+        _make_shards(recipe, start, data, run, directory, missing)
     parallel.wait()
 
 
 def _make_shards(
-    recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, numbers: Sequence[int]
+    recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, sizes: Mapping[int, int]
 ) -> None:
-    model = recipe.model
+    """Make the shards of these numbers, each of so many triples."""
+    model, batch = recipe.model, recipe.decoder.latent_batch
     try:
         eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
         table = step_table(model.schedule, steps, eta, model.expert_ranges)
     except ValueError as error:
         raise UsageError(f"decoder.latent_steps: {error}") from error
     experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
-    sizes = shard_sizes(json.loads((directory / SET_NAME).read_text())["triples"])
     hidden = run.quiet or parallel.rank() > 0
     with (
         stop_requests() as stopping,
-        progress_bar(numbers, desc="latents", unit="shard", disable=hidden) as bar,
+        console.bar(hidden, iterable=sizes, desc="latents", unit="shard") as bar,
     ):
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
-                _triples(indices[at : at + BATCH], experts, table, recipe, data, run.device)
-                for at in range(0, len(indices), BATCH)
+                _triples(indices[at : at + batch], experts, table, recipe, data, run.device)
+                for at in range(0, len(indices), batch)
             ]
-            columns = (torch.cat(column) for column in zip(*parts, strict=True))
-            _write_shard(
-                shard_path(directory, number), dict(zip(("lr", "latent", "hr"), columns, strict=True))
-            )
+            columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
+            _write(shard_path(directory, number), save(dict(zip(COLUMNS, columns, strict=True))))
             if stopping.is_set():
-                raise KeyboardInterrupt
+                stopping.stop()
 
 
 def _triples(
@@ -198,22 +198,14 @@ def _whole(path: Path, rows: int) -> bool:
     """Whether `path` is a shard of `rows` triples; reads its header only."""
     try:
         with safe_open(path, framework="pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == rows for name in ("lr", "latent", "hr"))
+            return all(file.get_slice(name).get_shape()[0] == rows for name in COLUMNS)
     except (OSError, SafetensorError):
         return False
 
 
-def _write_shard(path: Path, columns: dict[str, Tensor]) -> None:
-    scratch = path.with_name(path.name + ".tmp")
+def _write(path: Path, content: bytes) -> None:
     try:
-        save_file({k: v.contiguous() for k, v in columns.items()}, scratch)
-        scratch.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner only
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); free some space and run again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+        with new_file(path) as scratch:
+            scratch.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error

@@ -1,0 +1,164 @@
+"""What `moesr-train` does once its arguments are read: the stages in order, or a measurement of one."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moesr.runtime.errors import UsageError
+from moesr.training import parallel
+from moesr.training.allocator import keep_freed
+from moesr.training.checkpoint import Checkpoint, load_checkpoint
+from moesr.training.data import Crops
+from moesr.training.dryrun import measure
+from moesr.training.journal import summary_writer
+from moesr.training.loop import Run, Samples
+from moesr.training.photographs import PhotoFolder, scan
+from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe
+from moesr.training.relief import memory_relief
+from moesr.training.stages import autoencoder, decoder, experts, latents
+from moesr.training.stages.common import CHECKPOINT, with_lr
+from moesr.training.trainer import Objective
+
+log = logging.getLogger("moesr")
+
+ALL = ("autoencoder", "experts", "decoder")
+BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
+# options of some stages only
+OWN = {"expert": ("experts",), "init": ("experts", "decoder"), "latents": ("decoder",)}
+
+
+def start(args: argparse.Namespace) -> int:
+    """Check what can be checked at once, join the other processes, and run the stage."""
+    recipe = load_recipe(args.config, args.changes)
+    for option, stages in OWN.items():
+        if getattr(args, option) is not None and args.stage not in stages:
+            raise UsageError(f"--{option}: is for {' and '.join(stages)} only, not for {args.stage}")
+    if args.stage in BEFORE and args.start is None:
+        raise UsageError(
+            f"{args.stage} builds on another stage: give --from with the checkpoint of {BEFORE[args.stage]}"
+        )
+    if args.data is None and args.latents is None:
+        raise UsageError(f"{args.stage} needs photographs: give --data with their folder")
+    if args.workers < 0 or args.threads < 0:
+        raise UsageError("--workers and --threads: expected 0 or more")
+    if args.tensorboard:
+        summary_writer()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed()
+    with parallel.processes(pick_device(args.device)) as device:
+        if parallel.rank() > 0:
+            log.setLevel(logging.ERROR)  # the process 0 reports for all
+        folders = [None if path is None else scan(path) for path in (args.data, args.val)]
+        inputs = Inputs(args, recipe, device, *folders)
+        (dry_run if args.dry_run else train)(inputs)
+    return 0
+
+
+def pick_device(name: str | None) -> str:
+    """The name, if torch can use this device here, else UsageError; without one, a GPU where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {name}: cannot be used ({reason}); expected cpu, cuda or cuda:N"
+        ) from error
+    return name
+
+
+def stage_config(stage: str, recipe: Recipe) -> StageConfig:
+    """The part of the recipe for this stage."""
+    return recipe.decoder if stage == "latents" else getattr(recipe, stage)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all stages of one command share."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    device: torch.device
+    data: PhotoFolder | None
+    val: PhotoFolder | None
+
+    def crops(self, folder: PhotoFolder | None, stage: str, augmentation: Augmentation) -> Crops | None:
+        """Crops for `stage` of the photographs in `folder`, if there is one."""
+        if folder is None:
+            return None
+        patch_px = stage_config(stage, self.recipe).patch_px
+        return Crops(folder.at_least(patch_px), patch_px, self.recipe.seed, augmentation=augmentation)
+
+    def run(self, directory: Path) -> Run:
+        """A run in `directory`."""
+        args = self.args
+        return Run(directory, self.recipe.seed, self.device, args.workers, args.quiet, args.tensorboard)
+
+
+def train(inputs: Inputs) -> None:
+    """Run one stage, or all of them, to the end."""
+    args = inputs.args
+    before = load_checkpoint(args.start) if args.start else None
+    if args.stage != "all":
+        run_stage(args.stage, inputs, args.output, before)
+        return
+    for stage in ALL[1:] if before else ALL:
+        directory = args.output / stage
+        run_stage(stage, inputs, directory, before)
+        before = load_checkpoint(directory / CHECKPOINT)
+
+
+def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | None) -> None:
+    """Run one stage in `directory`, from the checkpoint of the stage before."""
+    args, recipe, run = inputs.args, inputs.recipe, inputs.run(directory)
+    data = inputs.crops(inputs.data, stage, recipe.augmentation)
+    held_out = inputs.crops(inputs.val, stage, Augmentation())
+    init = load_checkpoint(args.init) if args.init else None
+    with memory_relief(stage, recipe):
+        if stage == "decoder":
+            assert before is not None
+            return decoder.train(recipe, data, run, before, held_out, made=args.latents, init=init)
+        assert data is not None
+        if stage == "autoencoder":
+            return autoencoder.train(recipe, data, run, held_out)
+        assert before is not None
+        if stage == "latents":
+            return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
+        return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
+
+
+def dry_run(inputs: Inputs) -> None:
+    """Measure three steps of the stage and print what was found."""
+    args, recipe = inputs.args, inputs.recipe
+    if args.stage in ("latents", "all") or args.data is None:
+        raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
+    data = inputs.crops(inputs.data, args.stage, recipe.augmentation)
+    assert data is not None
+    run = inputs.run(args.output)
+    before = load_checkpoint(args.start) if args.start else None
+    with memory_relief(args.stage, recipe):
+        objective, samples = measurable(args.stage, recipe, data, run, before)
+        measured = measure(objective, stage_config(args.stage, recipe), samples, run)
+    if parallel.rank() == 0:
+        print(measured)
+
+
+def measurable(
+    stage: str, recipe: Recipe, data: Crops, run: Run, before: Checkpoint | None
+) -> tuple[Objective, Samples]:
+    """The stage's objective and samples like its own, without files."""
+    if stage == "autoencoder":
+        return autoencoder.prepare(recipe), data
+    assert before is not None
+    samples = with_lr(data, recipe, run.device.type)
+    if stage == "experts":
+        return experts.prepare(recipe, experts.first_stage_of(recipe, before, run)), samples
+    model = recipe.model.decoder
+    pairs = with_lr(data, recipe, "cpu")
+    return decoder.prepare(recipe, before, run), decoder.StandIns(pairs, model.embed_dim, model.factor)
