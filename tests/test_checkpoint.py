@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -319,4 +321,24 @@ def test_interrupt_between_the_renames_brings_the_old_checkpoint_back(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         save(directory, FAMILIES["moe"], force=True)
     assert load_checkpoint(directory).sha256() == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    directory = tmp_path / "model"
+    digest = save(directory, FAMILIES["moe"]).sha256()
+    experts, decoder = make_networks(FAMILIES["moe"])
+
+    def killed_at_the_second():
+        yield experts[0].state_dict()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        save_checkpoint(directory, FAMILIES["moe"], killed_at_the_second(), decoder.state_dict(), force=True)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert load_checkpoint(directory).sha256() == digest
+    save(directory, FAMILIES["moe"], force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
