@@ -74,8 +74,9 @@ def _summary(manifest: Manifest, directory: Path) -> str:
     precisions = dict.fromkeys(a.precision for g in manifest.graphs.values() for a in g.arrangements)
     size = sum((directory / file.file).stat().st_size for file in manifest.files)
     return (
-        f"{manifest.name}, {' and '.join(precisions)}, tile {manifest.tile} px, {len(manifest.experts)} experts, "
-        f"{size / MEGA:.1f} MB; largest error {max(proofs):.1e} against the network"
+        f"{manifest.name}, {' and '.join(precisions)}, tile {manifest.tile} px, "
+        f"{len(manifest.experts)} experts, {size / MEGA:.1f} MB; "
+        f"largest error {max(proofs):.1e} against the network"
     )
 
 
@@ -101,8 +102,8 @@ def parser() -> argparse.ArgumentParser:
         "--target",
         choices=["cpu", "gpu", "both"],
         default="cpu",
-        help="what the graphs are arranged for; they run on either, and both puts a second file of each graph "
-        "into the engine (default: cpu)",
+        help="what the graphs are arranged for, though all run on either; with both the engine holds a "
+        "second file of each graph (default: cpu)",
     )
     add(
         "--fp16",
@@ -114,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
         "--store",
         choices=["fp32", "fp16"],
         default="fp32",
-        help="how files hold the weights of float32 graphs: fp16 halves their size, and weights are cast back "
-        "when the engine opens (default: fp32)",
+        help="how files hold the weights of float32 graphs: fp16 halves their size, and opening the engine "
+        "casts them back (default: fp32)",
     )
     add("--tile", type=int, default=512, metavar="PX", help="side of a tile in output pixels (default: 512)")
     add("--force", action="store_true", help="replace an existing engine directory")

@@ -149,7 +149,7 @@ class GraphBuilder:
         return replace(reshaped, shape=(BATCH if images == 1 else f"{images}*{BATCH}", *shape[1:]))
 
     def constant(self, weight: Weight) -> Value:
-        """A constant that loses nothing beyond float32: for nodes of constants alone, and where it matters."""
+        """A constant that storage does not round, also for nodes that have constants alone."""
         return self._stored(self._array(weight, TensorProto.FLOAT), 0.0)
 
     def split(self, value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:

@@ -1,4 +1,4 @@
-"""How networks become operators: what a target runs fastest and a precision allows, all choices in one object.
+"""How networks become operators: what a target runs fastest and a precision allows, in one object.
 
 The graphs say the same whatever is chosen here, but for rounding. A CPU gains from fewer multiplications
 (Winograd) and from tensors that stay in its cache (strips); the compilers of a GPU want the plain operators.

@@ -15,11 +15,11 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Parity
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-THRESHOLDS = {("fp32", "fp32"): 1e-4, ("fp32", "fp16"): 2e-3, ("fp16", "fp16"): 1e-2}
+THRESHOLDS = {("fp32", "fp32"): 1e-4, ("fp32", "fp16"): 5e-3, ("fp16", "fp16"): 1e-2}
 """Bounds on the relative L2 error, by the precision of a graph and of its stored weights.
 
-Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at 512 px, whose norms over large groups
-amplify any rounding), half precision about 1e-3.
+Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at 512 px, whose norms over large
+groups amplify any rounding), half precision about 1e-3, and nearly all of it from rounding the weights.
 """
 
 SEED = 0
