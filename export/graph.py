@@ -111,7 +111,12 @@ class GraphBuilder:
     def ops(
         self, op_type: str, outputs: int, *inputs: Value | Weight | None, **attributes: Any
     ) -> list[Value]:
-        """Add a node with several outputs. Float constants take the precision of the first float value."""
+        """Add a node with several outputs. Float constants take the precision of the first float value.
+
+        None leaves an optional input out; TensorRT wants those at the end not even named.
+        """
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         floats = (i.dtype for i in inputs if isinstance(i, Value) and i.dtype in NUMPY_TYPES)
         like = next(floats, TensorProto.FLOAT)
         values = [i if i is None or isinstance(i, Value) else self._weight(i, like) for i in inputs]

@@ -123,12 +123,14 @@ def _onnxruntime(path: Path, inputs: Inputs) -> list[np.ndarray]:
 BACKENDS: dict[str, Callable[[Path, Inputs], list[np.ndarray]]] = {"onnxruntime": _onnxruntime}
 
 
-def prove(path: Path, inputs: Inputs, want: np.ndarray, lowering: Lowering) -> Parity:
-    """Measure a graph file against `want`, what its network makes of `inputs`.
+def prove(
+    path: Path, inputs: Inputs, want: np.ndarray, lowering: Lowering, backend: str = "onnxruntime"
+) -> Parity:
+    """Measure a graph file, run by a backend, against `want`: what its network makes of `inputs`.
 
     Raises ParityError above the lowering's threshold.
     """
-    got, limit = outputs(path, inputs)[0], threshold(lowering)
+    got, limit = outputs(path, inputs, backend)[0], threshold(lowering)
     if got.shape != want.shape:
         raise ParityError(
             f"{path.name}: output shape {got.shape}, the network's is {want.shape}; please report this"

@@ -125,6 +125,7 @@ def test_gpu_graphs_are_plain(kind, expert, decoder):
         )
     assert _cuts(fine) and _foldable(fine)
     assert not _cuts(plain) and not _foldable(plain)
+    assert all(node.input[-1] for node in plain.model.graph.node)  # TensorRT refuses one without a name
 
 
 def _cuts(graph: BuiltGraph) -> int:
