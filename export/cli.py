@@ -43,7 +43,8 @@ def _export(args: argparse.Namespace) -> int:
 
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     precision = "fp16" if args.fp16 else "fp32"
-    directory = args.output or Path(f"{checkpoint.config.name}-{precision}")
+    own = next(iter(package.lowerings(args.target, precision, args.store).values()))
+    directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
     done = itertools.count()
     stages = package.stage_count(checkpoint.config, args.target)
     with console.bar(args.quiet, total=stages, unit="stage") as bar:

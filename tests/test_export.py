@@ -191,6 +191,8 @@ def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, c
         (tmp_path / f"demo_checkpoints/demo-x{number}").symlink_to(checkpoint)
         assert cli.main([*arguments, "--tile", "32"]) == 0
     assert Manifest.read(tmp_path / "tiny-fp32").name == Manifest.read(tmp_path / "other").name == "tiny"
+    assert cli.main(["--tile", "32", "--target", "both", "--fp16", "--force"]) == 0
+    assert Manifest.read(tmp_path / "tiny-fp32").graphs["decoder"].variants["gpu"].precision == "fp16"
 
 
 @torch.inference_mode()
