@@ -17,7 +17,7 @@ import onnxruntime as ort
 import torch
 from machine import machine_line
 
-from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
+from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
 from moesr.export.refinement import onnx_ops
 from moesr.kernels.aff_filter import portable
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def round_trip(form: str, channels: int, side: int) -> Graph:
+def round_trip(form: str, channels: int, side: int) -> BuiltGraph:
     """A graph that transforms and transforms back: [B, C, side, side] -> same."""
     g = GraphBuilder(form)
     shape = (BATCH, channels, side, side)
@@ -68,7 +68,7 @@ def _operators(g: GraphBuilder, x: Value, side: int) -> Value:
     return g.reshape(h, 0, channels, side, side)
 
 
-def open_graph(graph: Graph, threads: int) -> ort.InferenceSession:
+def open_graph(graph: BuiltGraph, threads: int) -> ort.InferenceSession:
     """Load a graph on the CPU."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

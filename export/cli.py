@@ -11,33 +11,30 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from moesr.runtime import console
 
-from moesr.runtime.errors import MemoryLimitError, MoesrError
+if TYPE_CHECKING:
+    from moesr.runtime.manifest import Manifest
 
-OUT_OF_MEMORY = "out of memory; close other programs, or take a smaller --tile"
+MEGA = 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `moesr-export` and return its exit code.
 
     0 done, 1 a checkpoint that cannot be read or an engine that cannot be written, 2 usage, 3 no parity,
-    4 out of memory.
+    4 out of memory, 128 and a signal's number where that ended it.
     """
-    args = parser().parse_args(argv)
-    try:
-        return _export(args)
-    except MoesrError as error:
-        return _fail(str(error), error.exit_code)
-    except MemoryError:
-        return _fail(OUT_OF_MEMORY, MemoryLimitError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted, nothing was written", 130)
-    except Exception as error:
-        if "alloc" in str(error).lower():  # the libraries have no exception of their own for it
-            return _fail(OUT_OF_MEMORY, MemoryLimitError.exit_code)
-        return _fail(f"internal error, please report it: {type(error).__name__}: {error}", 1)
+    return console.run_program(
+        "moesr-export",
+        parser,
+        _export,
+        argv,
+        interrupted="nothing was written",
+        out_of_memory="close other programs, or take a smaller --tile",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -46,33 +43,47 @@ def _export(args: argparse.Namespace) -> int:
 
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     precision = "fp16" if args.fp16 else "fp32"
-    directory = args.output or Path(f"{checkpoint.config.name}-{precision}")
+    own = next(iter(package.lowerings(args.target, precision, args.store).values()))
+    directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
     done = itertools.count()
-    with tqdm(
-        total=package.stage_count(checkpoint.config), unit="stage", file=sys.stderr, disable=None
-    ) as bar:
+    stages = package.stage_count(checkpoint.config, args.target)
+    with console.bar(args.quiet, total=stages, unit="stage") as bar:
 
         def on_stage(stage: str) -> None:
             bar.n = next(done)
             bar.set_description(stage)
 
         manifest = package.export_engine(
-            checkpoint, directory, precision=precision, tile_px=args.tile, force=args.force, on_stage=on_stage
+            checkpoint,
+            directory,
+            target=args.target,
+            precision=precision,
+            store=args.store,
+            tile_px=args.tile,
+            force=args.force,
+            on_stage=on_stage,
         )
-        bar.update()
-    worst = max(proof.relative_l2 for proof in manifest.parity.values())
-    print(
-        f"wrote {directory} ({manifest.name}, {precision}, tile {manifest.tile} px, "
-        f"{len(manifest.experts)} experts; largest error {worst:.1e} against the network)"
-    )
+        bar.n = stages
+        bar.refresh()
+    if not args.quiet:
+        console.say(f"wrote {directory} ({_summary(manifest, directory)})")
     return 0
+
+
+def _summary(manifest: Manifest, directory: Path) -> str:
+    proofs = [graph.parity.relative_l2 for graph in manifest.graphs.values() if graph.parity]
+    precisions = dict.fromkeys(a.precision for g in manifest.graphs.values() for a in g.arrangements)
+    size = sum((directory / file.file).stat().st_size for file in manifest.files)
+    return (
+        f"{manifest.name}, {' and '.join(precisions)}, tile {manifest.tile} px, "
+        f"{len(manifest.experts)} experts, {size / MEGA:.1f} MB; "
+        f"largest error {max(proofs):.1e} against the network"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    p = argparse.ArgumentParser(
-        "moesr-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser("moesr-export", description=__doc__, formatter_class=console.HelpFormatter)
     add = p.add_argument
     add(
         "checkpoint",
@@ -89,18 +100,30 @@ def parser() -> argparse.ArgumentParser:
         help="engine directory to write (default: ./NAME-PRECISION)",
     )
     add(
+        "--target",
+        choices=["cpu", "gpu", "both"],
+        default="cpu",
+        help="what the graphs are arranged for, though all run on either; with both the engine holds a "
+        "second file of each graph (default: cpu)",
+    )
+    add(
         "--fp16",
         action="store_true",
-        help="half precision weights and arithmetic, float32 where the model needs it (default: float32)",
+        help="half precision weights and arithmetic, float32 where the model needs it; with --target both "
+        "for the GPU's graphs alone (default: float32)",
+    )
+    add(
+        "--store",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="how files hold the weights of float32 graphs: fp16 halves their size, and opening the engine "
+        "casts them back (default: fp32)",
     )
     add("--tile", type=int, default=512, metavar="PX", help="side of a tile in output pixels (default: 512)")
     add("--force", action="store_true", help="replace an existing engine directory")
+    add("--quiet", action="store_true", help="no bar and no report, only errors")
+    add("--debug", action="store_true", help="show where an internal error comes from")
     return p
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"moesr-export: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

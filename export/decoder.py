@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from moesr.export import winograd
-from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
+from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
 from moesr.export.layers import attention, conv, conv_module, group_norm, upsample_conv
+from moesr.export.lowering import CPU, Lowering, cut
 from moesr.export.refinement import refine
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.autoencoder import AttnBlock, Level, Middle
-from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, FusionLayer, ResnetBlock
-
-SCORE_BYTES = 32 << 20  # largest score matrix of attention or quantiser, for one image
+from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, ResnetBlock
 
 
-def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> Graph:
-    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [1]; output `image` [B, 3, f*h, f*w].
+def decoder_graph(network: Autoencoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
+    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [B]; output `image` [B, 3, f*h, f*w].
 
     h = w = `latent_px`, f the factor of the autoencoder. A decoder that is not conditioned on the LR image
-    has the same inputs, and ignores two of them.
+    has `z` alone.
     """
-    g = GraphBuilder("decoder", half)
+    g = GraphBuilder("decoder", lowering)
     config, decoder = network.config, network.decoder
-    image_px = latent_px * config.factor
-    image = (BATCH, 3, image_px, image_px)
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
-    lr, fidelity = g.input("lr", image), g.input("fidelity", (1,))
+    condition = _condition(g, latent_px * config.factor) if decoder.fusion else None
     with g.scope("quantize"):
-        h = g.compute(
-            _quantise(g, z, network) if config.codebook_size else conv_module(g, z, network.post_quant_conv)
-        )
+        h = g.compute(_quantise(g, z, network))
     with g.scope("decoder.mid"):
         h = _middle(g, conv_module(g, h, decoder.conv_in), decoder.mid)
     for i in reversed(range(len(decoder.up))):
         with g.scope(f"decoder.up.{i}"):
             level = decoder.up[i]
             h = _level(g, h, level)
-            if i == config.fusion_level and decoder.fusion is not None:
-                features = _lr_features(g, g.compute(lr), network, i)
-                h = _fuse(g, features, h, decoder.fusion, g.compute(fidelity))
+            if condition and i == config.fusion_level:
+                h = _fuse(g, h, network, *condition)
             if i > 0:
                 h = upsample_conv(g, h, level.get_submodule("upsample.conv"))
     if config.refinement != "none":
@@ -49,27 +42,38 @@ def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> G
             h = refine(g, h, decoder.unet_1)
     with g.scope("decoder.out"):
         h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
-    g.output("image", h, image)
+    g.output("image", h)
     return g.finish()
+
+
+def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
+    """The inputs of a conditioned decoder, to compute with: the LR image, and its weight as [B, 1, 1, 1]."""
+    lr = g.input("lr", (BATCH, 3, image_px, image_px))
+    fidelity = g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3]))
+    return g.compute(lr), g.compute(fidelity)
 
 
 def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
     """Nearest codes, already through `post_quant_conv`, in float32: half precision would pick other codes.
 
-    A few rows of the latent at a time, as the distances of all positions to all codes are many.
+    A few rows of the latent at a time, as the distances of all positions to all codes are many. A KL
+    autoencoder has no codes, only the convolution.
     """
+    if not network.config.codebook_size:
+        return conv_module(g, z, network.post_quant_conv)
     codes = network.quantize.embedding.weight.detach()  # [codes, D]
     post = network.post_quant_conv
     table = (codes.double() @ post.weight.flatten(1).t().double() + _bias(post).double()).float()
     side, width = z.size(2), z.size(3)
-    rows = max(1, min(side, SCORE_BYTES // (4 * len(codes) * width)))
+    rows = cut(side, 4 * len(codes) * width, g.lowering.score_bytes)
+    # |z - e|^2 without |z|^2, which does not depend on the code
+    products, squares = g.constant(-2 * codes.t()), g.constant((codes * codes).sum(dim=1))
     found = []
     for start in range(0, side, rows):
         stop = min(start + rows, side)
         strip = g.op("Transpose", g.slice(z, 2, start, stop), perm=(0, 2, 3, 1))
         flat = g.reshape(strip, -1, codes.shape[1])
-        # |z - e|^2 without |z|^2, which does not depend on the code
-        distance = g.op("Gemm", flat, -2 * codes.t(), (codes * codes).sum(dim=1))
+        distance = g.op("Gemm", flat, products, squares)
         index = g.op("ArgMin", distance, axis=1, keepdims=0)
         found.append(g.reshape(index, -1, stop - start, width))
     return g.op("Transpose", g.op("Gather", table, g.concat(found, 1)), perm=(0, 3, 1, 2))
@@ -125,8 +129,7 @@ def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
     q = conv(g, h, block.q.weight * scale, _bias(block.q) * scale)
     k = conv(g, h, block.k.weight, None)
     q, k, v = (g.reshape(part, 0, channels, height * width) for part in (q, k, conv(g, h, w_v, b_v)))
-    chunk = max(1, SCORE_BYTES // (4 * height * width))
-    return g.op("Add", x, g.reshape(attention(g, q, k, v, chunk), 0, channels, height, width))
+    return g.op("Add", x, g.reshape(attention(g, q, k, v), 0, channels, height, width))
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:
@@ -134,8 +137,11 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def _fuse(g: GraphBuilder, features: Value, h: Value, layer: FusionLayer, fidelity: Value) -> Value:
-    """`h + fidelity * fuse(cat(features, h))`."""
+def _fuse(g: GraphBuilder, h: Value, network: Autoencoder, lr: Value, fidelity: Value) -> Value:
+    """`h + fidelity * fuse(cat(LR features, h))`."""
+    layer, level = network.decoder.fusion, network.config.fusion_level
+    assert layer is not None and level is not None
+    features = _lr_features(g, lr, network, level)
     with g.scope("fusion"):
         fused = _resnet_block(g, g.concat([features, h], 1), layer.encode_enc_1)
         for block in layer.encode_enc_2:
@@ -151,7 +157,7 @@ def _dense_block(g: GraphBuilder, x: Value, block: DenseBlock) -> Value:
     """Five convolutions over growing features; the residual scale is folded into the last one."""
     scales = (1.0, 1.0, 1.0, 1.0, RESIDUAL_SCALE)
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
-    tiled = x.dtype == TensorProto.FLOAT and winograd.pays(channels, channels, 3, height, width)
+    tiled = winograd.chosen(g, (channels, channels, 3, 3), height, width)
     features, h = [], x
     for i, scale in enumerate(scales, 1):
         layer = block.get_submodule(f"conv{i}")

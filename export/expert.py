@@ -7,23 +7,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moesr.export.graph import BATCH, Graph, GraphBuilder, Value
+from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
 from moesr.export.layers import attention, conv, conv_module, group_norm, silu, upsample_conv
+from moesr.export.lowering import CPU, Lowering
 from moesr.training.networks import DenoisingUNet, SpaceMoE
 from moesr.training.networks.unet import AttentionBlock, ResBlock, Upsample
 
-QUERY_CHUNK = 1024  # only tiles above 256 latent pixels have more tokens where the UNet attends
 MAX_PERIOD = 10_000.0  # of the sinusoidal embedding
 
 Offsets = dict[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
 
 
-def expert_graph(network: DenoisingUNet, latent_px: int, half: bool = False) -> Graph:
+def expert_graph(network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
     """Inputs `z_t`, `cond` [B, 3, h, w] and `t` [B], output `eps` [B, 3, h, w], with h = w = `latent_px`."""
-    g = GraphBuilder("expert", half)
+    g = GraphBuilder("expert", lowering)
     config = network.config
-    image = (BATCH, config.out_channels, latent_px, latent_px)
-    z_t = g.input("z_t", image)
+    z_t = g.input("z_t", (BATCH, config.out_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
     with g.scope("time_embed"):
         offsets = _time_offsets(g, network, g.input("t", (BATCH,)))
@@ -40,7 +39,7 @@ def expert_graph(network: DenoisingUNet, latent_px: int, half: bool = False) -> 
     with g.scope("out"):
         norm, _, out = network.out
         eps = conv_module(g, group_norm(g, h, norm, activate=True), out)
-    g.output("eps", eps, image)
+    g.output("eps", eps)
     return g.finish()
 
 
@@ -110,7 +109,7 @@ def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:
     weight, bias = (_queries_first(part.reshape(channels * 3, -1), block.heads) for part in parts)
     qkv = conv(g, group_norm(g, x, block.norm), weight[..., None, None], bias[:, 0])
     q, k, v = g.split(g.reshape(qkv, 0, 3 * block.heads, head, tokens), 1, [block.heads] * 3)
-    h = g.reshape(attention(g, q, k, v, QUERY_CHUNK), 0, channels, side, tokens // side)
+    h = g.reshape(attention(g, q, k, v), 0, channels, side, tokens // side)
     return g.op("Add", x, conv_module(g, h, block.proj_out))
 
 

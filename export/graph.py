@@ -20,12 +20,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.errors import EngineError
+from moesr.runtime.graphs import BATCH, Boundary, TensorSpec
 
 OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 and later
 IR_VERSION = 9  # the one of opset 20
-BATCH = "B"
+FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 NUMPY_TYPES: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+STORED_FROM = 1024
+"""Elements from which a constant is worth storing in half precision."""
+
+STORED_ERROR = 2.0**-11
+"""Largest relative L2 error that this may make to a matrix or kernel; others are stored in float32."""
 
 Shape = tuple[int | str, ...]
 Weight = np.ndarray | Tensor
@@ -48,23 +56,29 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """A finished graph; `macs` counts all multiply-accumulates of convolutions and products, at batch 1."""
+class BuiltGraph:
+    """A finished graph, what it takes and gives, and its multiply-accumulates for one image (batch 1)."""
 
     model: onnx.ModelProto
+    boundary: Boundary
     macs: int
+
+    def to_bytes(self) -> bytes:
+        """The content of its file; the same graph gives the same bytes."""
+        return self.model.SerializeToString(deterministic=True)
 
 
 class GraphBuilder:
-    """One graph under construction. `half` asks for half precision inside: `compute` casts to it."""
+    """One graph under construction, arranged as `lowering` says; `compute` casts to its precision."""
 
-    def __init__(self, name: str, half: bool = False) -> None:
-        self.name = name
-        self.compute_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    def __init__(self, name: str, lowering: Lowering = CPU) -> None:
+        self.name, self.lowering = name, lowering
         self._nodes: list[onnx.NodeProto] = []
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
-        self._constants: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[TensorSpec] = []
+        self._outputs: list[TensorSpec] = []
+        self._tensors: dict[str, onnx.TensorProto] = {}  # by digest
+        self._loaded: dict[str, Value] = {}  # weights stored in half precision, cast to float32
+        self._integers: dict[str, onnx.TensorProto] = {}  # by name; shape inference looks at their values
         self._scope: list[str] = []
         self._macs = 0
         self._folded: set[str] = set()  # values made of constants alone, which a session computes once
@@ -79,17 +93,16 @@ class GraphBuilder:
 
     def input(self, name: str, shape: Shape) -> Value:
         """Declare a float32 graph input."""
-        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        self._inputs.append(TensorSpec(name, "float32", shape))
         return Value(name, shape, TensorProto.FLOAT)
 
-    def output(self, name: str, value: Value, shape: Shape) -> None:
-        """Declare `value`, as float32, to be a graph output; `shape` is what it must have."""
-        if value.shape != shape:
-            raise ValueError(f"{self.name}: output {name} has shape {value.shape}, expected {shape}")
-        self._nodes.append(
-            helper.make_node("Identity", [self.cast(value, TensorProto.FLOAT).name], [name], name=name)
-        )
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def output(self, name: str, value: Value) -> None:
+        """Declare `value`, as float32, to be a graph output; all but its batch must be fixed."""
+        if not all(isinstance(size, int) or (i, size) == (0, BATCH) for i, size in enumerate(value.shape)):
+            raise ValueError(f"{self.name}: output {name} has shape {value.shape}, which is not fixed")
+        source = self.cast(value, TensorProto.FLOAT).name
+        self._nodes.append(helper.make_node("Identity", [source], [name], name=name))
+        self._outputs.append(TensorSpec(name, "float32", value.shape))
 
     def op(self, op_type: str, *inputs: Value | Weight | None, **attributes: Any) -> Value:
         """Add a node with one output."""
@@ -98,39 +111,27 @@ class GraphBuilder:
     def ops(
         self, op_type: str, outputs: int, *inputs: Value | Weight | None, **attributes: Any
     ) -> list[Value]:
-        """Add a node with several outputs. Float constants take the precision of the first float value."""
+        """Add a node with several outputs. Float constants take the precision of the first float value.
+
+        None leaves an optional input out; TensorRT wants those at the end not even named.
+        """
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         floats = (i.dtype for i in inputs if isinstance(i, Value) and i.dtype in NUMPY_TYPES)
         like = next(floats, TensorProto.FLOAT)
+        values = [i if i is None or isinstance(i, Value) else self._weight(i, like) for i in inputs]
         name = "/".join([*self._scope, f"{op_type}_{len(self._nodes)}"])
-        types: dict[str, onnx.TypeProto] = {}
-        data: dict[str, onnx.TensorProto] = {}
-        names: list[str] = []
-        for item in inputs:
-            if item is None:
-                names.append("")
-            elif isinstance(item, Value):
-                names.append(item.name)
-                types[item.name] = helper.make_tensor_type_proto(item.dtype, item.shape)
-            else:
-                tensor = self._constant(item, like)
-                names.append(tensor.name)
-                types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
-                data[tensor.name] = tensor
-        node = helper.make_node(
-            op_type, names, [f"{name}:{i}" for i in range(outputs)], name=name, **attributes
-        )
+        names = [value.name if value else "" for value in values]
+        results = [f"{len(self._nodes)}:{i}" for i in range(outputs)]
+        node = helper.make_node(op_type, names, results, name=name, **attributes)
         self._nodes.append(node)
-        schema = onnx.defs.get_schema(op_type, OPSET)
-        small = {k: v for k, v in data.items() if v.data_type == TensorProto.INT64}
-        inferred = onnx.shape_inference.infer_node_outputs(
-            schema, node, types, small, opset_imports=self._opsets, ir_version=IR_VERSION
-        )
-        values = [_value(output, inferred[output]) for output in node.output]
-        if all(n in data or n in self._folded for n in names if n):
-            self._folded.update(node.output)
+        given = [value for value in values if value]
+        made = self._inferred(node, given)
+        if all(value.name in self._folded for value in given):
+            self._folded.update(results)
         else:
-            self._macs += _macs(op_type, [_shape(types[n]) for n in names if n], values[0].shape)
-        return values
+            self._macs += _macs(op_type, [value.shape for value in given], made[0].shape)
+        return made
 
     def cast(self, value: Value, dtype: int) -> Value:
         """Change the precision, where it differs."""
@@ -138,7 +139,7 @@ class GraphBuilder:
 
     def compute(self, value: Value) -> Value:
         """Cast to the precision the graph computes in."""
-        return self.cast(value, self.compute_type)
+        return self.cast(value, FLOATS[self.lowering.precision])
 
     def float32(self, value: Value) -> Value:
         """Cast to float32, for what half precision cannot hold."""
@@ -152,11 +153,9 @@ class GraphBuilder:
         images = _elements(value.shape) // _elements(shape[1:])  # leading entries for each image of the batch
         return replace(reshaped, shape=(BATCH if images == 1 else f"{images}*{BATCH}", *shape[1:]))
 
-    def constant(self, weight: Weight, dtype: int = TensorProto.FLOAT) -> Value:
-        """A constant as a value, for a node that has no other input."""
-        tensor = self._constant(weight, dtype)
-        self._folded.add(tensor.name)
-        return Value(tensor.name, tuple(tensor.dims), tensor.data_type)
+    def constant(self, weight: Weight) -> Value:
+        """A constant that storage does not round, also for nodes that have constants alone."""
+        return self._stored(self._array(weight, TensorProto.FLOAT), 0.0)
 
     def split(self, value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
         """Cut along an axis into pieces of these sizes."""
@@ -174,32 +173,80 @@ class GraphBuilder:
         """Join along an axis."""
         return values[0] if len(values) == 1 else self.op("Concat", *values, axis=axis)
 
-    def finish(self) -> Graph:
+    def finish(self) -> BuiltGraph:
         """Return the finished graph."""
         graph = helper.make_graph(
-            self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._constants.values())
+            self._nodes,
+            self.name,
+            [_declared(spec) for spec in self._inputs],
+            [_declared(spec) for spec in self._outputs],
+            initializer=list(self._tensors.values()),
         )
         model = helper.make_model(
             graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr"
         )
-        return Graph(model, self._macs)
+        return BuiltGraph(model, Boundary(tuple(self._inputs), tuple(self._outputs)), self._macs)
 
-    def _constant(self, weight: Weight, like: int) -> onnx.TensorProto:
-        """Store a constant once however often it is used; float ones in the precision `like`."""
+    def _inferred(self, node: onnx.NodeProto, inputs: Sequence[Value]) -> list[Value]:
+        """The outputs of a node with their shapes and types."""
+        types = {v.name: helper.make_tensor_type_proto(v.dtype, v.shape) for v in inputs}
+        integers = {v.name: self._integers[v.name] for v in inputs if v.name in self._integers}
+        inferred = onnx.shape_inference.infer_node_outputs(
+            onnx.defs.get_schema(node.op_type, OPSET),
+            node,
+            types,
+            integers,
+            opset_imports=self._opsets,
+            ir_version=IR_VERSION,
+        )
+        return [_value(name, inferred[name]) for name in node.output]
+
+    def _weight(self, weight: Weight, like: int) -> Value:
+        """A constant in the precision `like`; a matrix or kernel may be rounded for storage, a vector not."""
+        array = self._array(weight, like)
+        return self._stored(array, STORED_ERROR if sum(size > 1 for size in array.shape) > 1 else 0.0)
+
+    def _stored(self, array: np.ndarray, largest_error: float) -> Value:
+        """A constant, in half precision and cast back where that is asked for, pays and rounds little."""
+        if array.dtype != np.float32 or self.lowering.store == "fp32" or array.size < STORED_FROM:
+            return self._constant(array)
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        error = np.linalg.norm((half.astype(np.float64) - array).ravel())
+        if not error <= largest_error * np.linalg.norm(array.astype(np.float64).ravel()):
+            return self._constant(array)
+        stored = self._constant(half)
+        if stored.name not in self._loaded:
+            self._loaded[stored.name] = self.cast(stored, TensorProto.FLOAT)
+        return self._loaded[stored.name]
+
+    def _array(self, weight: Weight, like: int) -> np.ndarray:
+        """A constant as a contiguous array; floating-point ones in the precision `like`, and finite there."""
         array = weight.detach().numpy() if isinstance(weight, Tensor) else np.asarray(weight)
         if array.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 array = array.astype(NUMPY_TYPES[like])
             if not np.isfinite(array).all():
-                raise EngineError(
-                    f"a weight of {'/'.join([self.name, *self._scope])} is not finite as {array.dtype}; "
-                    "export without --fp16, or train again if float32 has it too"
-                )
-        array = np.asarray(array, order="C")
+                cure = "train again" if like == TensorProto.FLOAT else "export without --fp16"
+                place = "/".join([self.name, *self._scope])
+                raise EngineError(f"a weight of {place} is not finite as {array.dtype}; {cure}")
+        return np.asarray(array, order="C")
+
+    def _constant(self, array: np.ndarray) -> Value:
+        """Store a constant, once however often it is used."""
         digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-        if digest not in self._constants:
-            self._constants[digest] = numpy_helper.from_array(array, f"constant_{len(self._constants)}")
-        return self._constants[digest]
+        if digest not in self._tensors:
+            tensor = numpy_helper.from_array(array, f"constant_{len(self._tensors)}")
+            self._tensors[digest] = tensor
+            self._folded.add(tensor.name)
+            if tensor.data_type == TensorProto.INT64:
+                self._integers[tensor.name] = tensor
+        tensor = self._tensors[digest]
+        return Value(tensor.name, tuple(tensor.dims), tensor.data_type)
+
+
+def _declared(spec: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.dims)
 
 
 def _value(name: str, inferred: onnx.TypeProto) -> Value:

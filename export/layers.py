@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from moesr.export import winograd
 from moesr.export.graph import GraphBuilder, Value
+from moesr.export.lowering import cut
 
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel in its 2x2 block
 MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
@@ -33,10 +33,8 @@ def conv(
     kernel = [int(k) for k in weight.shape[2:]]
     pads = [k // 2 for k in kernel] * 2 if pads is None else list(pads)
     height, width = (x.size(axis) + pads[axis - 2] + pads[axis] - kernel[axis - 2] + 1 for axis in (2, 3))
-    plain = stride > 1 or groups > 1 or x.dtype != TensorProto.FLOAT or kernel[0] != kernel[1]
-    if isinstance(weight, Tensor) and not plain:
-        plain = not winograd.pays(weight.shape[1], weight.shape[0], kernel[0], height, width)
-    if isinstance(weight, Tensor) and not plain:
+    square = stride == groups == 1 and kernel[0] == kernel[1]
+    if isinstance(weight, Tensor) and square and winograd.chosen(g, weight.shape, height, width):
         return winograd.multiply(g, [winograd.transform_input(g, x, kernel[0], pads)], weight, bias, width)
     attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride, stride], "group": groups}
     return g.op("Conv", x, weight, bias, **attributes)
@@ -64,7 +62,7 @@ def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
     ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
     flat = g.op("InstanceNormalization", flat, ones, zeros, epsilon=norm.eps)
     scale, shift = norm.weight[:, None, None], norm.bias[:, None, None]
-    if elements > EXACT_SUM and x.dtype == TensorProto.FLOAT:
+    if elements > EXACT_SUM and g.lowering.centre_norms:
         shift = _centred_shift(g, flat, norm, spatial[-1])
     h = g.op("Add", g.op("Mul", g.reshape(flat, 0, channels, *spatial), scale), shift)
     h = g.cast(h, x.dtype)
@@ -101,27 +99,30 @@ def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
 def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor | Value]:
     """The 2x2 kernel of each phase, [out, in, 2, 2].
 
-    In float32 they are summed in the graph, which a session does once: the file then holds 9 taps and not 16.
+    Where they are summed in the graph, which a session does once, the file holds 9 taps and not 16.
     """
     out, channels = weight.shape[:2]
     merge = np.stack([np.kron(MERGE[a], MERGE[b]) for a, b in PHASES]).reshape(4 * len(PHASES), 9)
     taps = weight.permute(2, 3, 0, 1).reshape(9, out * channels)
-    if x.dtype != TensorProto.FLOAT or winograd.pays(channels, out, 2, x.size(2), x.size(3)):
+    shape = (out, channels, 2, 2)
+    if not g.lowering.sum_kernels or winograd.chosen(g, shape, x.size(2), x.size(3)):
         kernels = torch.from_numpy(merge).to(taps) @ taps
-        return [k.reshape(2, 2, out, channels).permute(2, 3, 0, 1) for k in kernels.split(len(PHASES), dim=0)]
+        return [k.reshape(2, 2, out, channels).permute(2, 3, 0, 1) for k in kernels.split(4, dim=0)]
     kernels = g.op("MatMul", g.constant(merge), taps)
     kernels = g.reshape(kernels, len(PHASES), 2, 2, out, channels)
     kernels = g.reshape(g.op("Transpose", kernels, perm=(0, 3, 4, 1, 2)), len(PHASES) * out, channels, 2, 2)
     return g.split(kernels, 0, [out] * len(PHASES))
 
 
-def attention(g: GraphBuilder, q: Value, k: Value, v: Value, chunk: int) -> Value:
-    """Attention over [..., channels, tokens] with `q` already scaled, `chunk` queries at a time.
+def attention(g: GraphBuilder, q: Value, k: Value, v: Value) -> Value:
+    """Attention over [B, channels, tokens] or [B, heads, channels, tokens] with `q` already scaled.
 
-    A row of scores needs all keys but no other row, so chunks are exact, and the score matrix never exists
-    whole. Softmax is in float32.
+    A row of scores needs all keys but no other row, so a few queries at a time are exact, and the score
+    matrix never exists whole. Softmax is in float32.
     """
     tokens, out = q.size(-1), []
+    heads = q.size(1) if len(q.shape) == 4 else 1
+    chunk = cut(tokens, 4 * heads * tokens, g.lowering.score_bytes)
     swap = [*range(len(q.shape) - 2), len(q.shape) - 1, len(q.shape) - 2]
     for start in range(0, tokens, chunk):
         rows = g.slice(q, len(q.shape) - 1, start, min(start + chunk, tokens))

@@ -1,23 +1,27 @@
-"""Checkpoint to engine directory: write every graph, prove it, hash it, publish the whole by a rename."""
+"""Checkpoint to engine directory: write every graph, hash it, prove it, publish the whole by a rename."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 
 from moesr.export import parity
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
-from moesr.export.graph import OPSET
-from moesr.export.graph import Graph as BuiltGraph
+from moesr.export.graph import OPSET, BuiltGraph
+from moesr.export.lowering import Lowering, Precision, Target, lowering
+from moesr.runtime import files
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.manifest import MANIFEST_NAME, Expert, Graph, Manifest, Parity, sha256_of
+from moesr.runtime.graphs import Arrangement, Expert, Graph, Parity
+from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
 from moesr.runtime.upscaler import demo_name
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
@@ -26,7 +30,9 @@ from moesr.training.networks import Autoencoder, DenoisingUNet
 DEFAULT_TILE_PX = 512
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
+Targets = Literal[Target, "both"]
 OnStage = Callable[[str], None]
+Build = Callable[[Lowering], BuiltGraph]
 
 
 def checkpoint_directory(checkpoint: Path | None = None) -> Path:
@@ -61,9 +67,21 @@ def check_tile(config: ModelConfig, tile_px: int) -> None:
         )
 
 
-def stage_count(config: ModelConfig) -> int:
-    """How many times `export_engine` reports a stage."""
-    return 2 * (len(config.expert_ranges) + 1) + 1
+def lowerings(
+    target: Targets = "cpu", precision: Precision = "fp32", store: Precision = "fp32"
+) -> dict[Target, Lowering]:
+    """How the graphs are arranged by target; the first is the engine's own, any other a variant.
+
+    With "both", `precision` is that of the GPU's graphs, and the CPU's are float32.
+    """
+    if target != "both":
+        return {target: lowering(target, precision, store)}
+    return {"cpu": lowering("cpu", "fp32", store), "gpu": lowering("gpu", precision, store)}
+
+
+def stage_count(config: ModelConfig, target: Targets = "cpu") -> int:
+    """How many times `export_engine` reports a stage, at most."""
+    return (len(config.expert_ranges) + 1) * (1 + 2 * len(lowerings(target))) + 1
 
 
 @torch.inference_mode()
@@ -71,17 +89,19 @@ def export_engine(
     checkpoint: Checkpoint,
     directory: Path,
     *,
-    precision: str = "fp32",
+    target: Targets = "cpu",
+    precision: Precision = "fp32",
+    store: Precision = "fp32",
     tile_px: int = DEFAULT_TILE_PX,
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
     """Write the engine directory of a checkpoint and return its manifest.
 
-    The same checkpoint gives the same graphs. `precision` is "fp32" or "fp16". `on_stage` hears what begins.
-    An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
-    UsageError for a tile or a model that cannot be, ParityError where a graph misses its network, OutputError
-    where nothing can be written; each leaves the place as it was.
+    The same checkpoint gives the same graphs. For `target`, `precision` and `store` see `lowerings`.
+    `on_stage` hears what begins. An existing directory is refused unless `force`, which replaces an engine
+    and nothing else. Raises UsageError for a tile or a model that cannot be, ParityError where a graph misses
+    its network, OutputError where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:
@@ -89,112 +109,95 @@ def export_engine(
             f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too"
         )
     check_tile(config, tile_px)
-    check_replaceable(directory, force)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            manifest = _write_engine(checkpoint, new, precision, tile_px, on_stage)
+        with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
+            writer = _Writer(new, lowerings(target, precision, store), on_stage)
+            manifest = _manifest(checkpoint, tile_px, _write_graphs(checkpoint, tile_px, writer))
+            manifest.write(new)
             on_stage("publish")
-            publish(new, directory, Path(scratch) / "old")
     except OSError as error:
-        raise OutputError(f"{directory}: cannot write the engine: {error}") from error
+        raise OutputError(f"{directory}: cannot write the engine: {files.reason(error)}") from error
     return manifest
 
 
-def _write_engine(
-    checkpoint: Checkpoint, directory: Path, precision: str, tile_px: int, on_stage: OnStage
-) -> Manifest:
-    """Write all files of an engine into an empty directory."""
-    config, half = checkpoint.config, precision == "fp16"
-    latent_px = tile_px // config.decoder.factor
-    writer = _Writer(directory, precision, on_stage)
-    experts: list[Expert] = []
+class _Writer:
+    """Writes graphs into a directory, arranged for every target."""
+
+    def __init__(self, directory: Path, lowerings: dict[Target, Lowering], on_stage: OnStage) -> None:
+        self._directory, self._lowerings, self._on_stage = directory, lowerings, on_stage
+
+    def write(
+        self, role: str, network: DenoisingUNet | Autoencoder, build: Build, inputs: parity.Inputs
+    ) -> Graph:
+        """Write the graph that `build` makes of a network, and prove it on `inputs`."""
+        self._on_stage(f"run the network of {role}")
+        want = parity.network_output(network, inputs)
+        (_, own), *others = self._lowerings.items()
+        built, variants = build(own), {}
+        main = self._save(role, built, own)
+        proof = self._prove(main, inputs, want, own)
+        for target, choices in others:
+            variant = self._save(f"{role}.{target}", build(choices), choices)
+            if variant.sha256 == main.sha256:  # as with small tiles, which nothing cuts
+                (self._directory / variant.file).unlink()
+                continue
+            self._prove(variant, inputs, want, choices)
+            variants[target] = variant
+        return Graph(
+            file=main.file,
+            sha256=main.sha256,
+            precision=main.precision,
+            inputs=built.boundary.inputs,
+            outputs=built.boundary.outputs,
+            params=sum(p.numel() for p in network.parameters()),
+            macs=built.macs,
+            parity=proof,
+            variants=variants,
+        )
+
+    def _save(self, name: str, built: BuiltGraph, choices: Lowering) -> Arrangement:
+        self._on_stage(f"write {name}")
+        path, data = self._directory / f"{name}.onnx", built.to_bytes()
+        path.write_bytes(data)
+        return Arrangement(path.name, hashlib.sha256(data).hexdigest(), choices.precision)
+
+    def _prove(
+        self, arrangement: Arrangement, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
+    ) -> Parity:
+        self._on_stage(f"prove {arrangement.file.removesuffix('.onnx')}")
+        return parity.prove(self._directory / arrangement.file, inputs, want, choices)
+
+
+def _write_graphs(checkpoint: Checkpoint, tile_px: int, writer: _Writer) -> dict[str, Graph]:
+    """Write all graphs of a checkpoint; returns them by role."""
+    config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
+    graphs: dict[str, Graph] = {}
     for k, t_range in enumerate(config.expert_ranges):
         unet = checkpoint.expert(k)
         inputs = parity.expert_inputs(unet, latent_px, t_range)
-        written = writer.write(f"expert_{k}", unet, partial(expert_graph, unet, latent_px, half), inputs)
-        experts.append(Expert(written.file, written.sha256, *t_range))
+        graphs[f"expert_{k}"] = writer.write(
+            f"expert_{k}", unet, partial(expert_graph, unet, latent_px), inputs
+        )
     autoencoder = checkpoint.decoder()
     inputs = parity.decoder_inputs(autoencoder, latent_px)
-    decoder = writer.write(
-        "decoder", autoencoder, partial(decoder_graph, autoencoder, latent_px, half), inputs
-    )
-    manifest = Manifest(
+    build = partial(decoder_graph, autoencoder, latent_px)
+    return graphs | {DECODER: writer.write(DECODER, autoencoder, build, inputs)}
+
+
+def _manifest(checkpoint: Checkpoint, tile_px: int, graphs: dict[str, Graph]) -> Manifest:
+    config = checkpoint.config
+    return Manifest(
         name=config.name,
         model=config.to_dict(),
         scale=config.scale,
         tile=tile_px,
         latent_channels=config.decoder.embed_dim,
         latent_factor=config.decoder.factor,
-        precision=precision,
-        experts=tuple(experts),
-        decoder=decoder,
+        graphs=graphs,
+        experts=tuple(Expert(f"expert_{k}", *t_range) for k, t_range in enumerate(config.expert_ranges)),
         schedule=config.schedule,
         sampler=config.sampler,
         steps=config.steps,
-        params=writer.params,
-        macs=writer.macs,
         versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(OPSET)},
         checkpoint_sha256=checkpoint.sha256(),
-        parity=writer.proofs,
     )
-    manifest.write(directory)
-    return manifest
-
-
-class _Writer:
-    """Writes graphs one by one and keeps what the manifest says of them."""
-
-    def __init__(self, directory: Path, precision: str, on_stage: OnStage) -> None:
-        self._directory, self._precision, self._on_stage = directory, precision, on_stage
-        self.params: dict[str, int] = {}
-        self.macs: dict[str, int] = {}
-        self.proofs: dict[str, Parity] = {}
-
-    def write(
-        self,
-        name: str,
-        network: DenoisingUNet | Autoencoder,
-        build: Callable[[], BuiltGraph],
-        inputs: parity.Inputs,
-    ) -> Graph:
-        """Write the graph of a network, then prove it."""
-        self._on_stage(f"write {name}")
-        built, path = build(), self._directory / f"{name}.onnx"
-        path.write_bytes(built.model.SerializeToString(deterministic=True))
-        kind = name.partition("_")[0]  # all experts are alike
-        self.params[kind], self.macs[kind] = sum(p.numel() for p in network.parameters()), built.macs
-        self._on_stage(f"prove {name}")
-        self.proofs[name] = parity.prove(path, network, inputs, self._precision)
-        return Graph(path.name, sha256_of(path))
-
-
-def check_replaceable(directory: Path, force: bool) -> None:
-    """Raise OutputError where `directory` may not be replaced: without `force`, or if it is no engine."""
-    if not directory.exists() and not directory.is_symlink():
-        return
-    if not force:
-        raise OutputError(
-            f"{directory}: exists; choose another directory with -o, or replace it with --force"
-        )
-    if directory.is_symlink() or not directory.is_dir():
-        raise OutputError(f"{directory}: is not a directory; choose another one with -o")
-    if any(directory.iterdir()) and not (directory / MANIFEST_NAME).is_file():
-        raise OutputError(
-            f"{directory}: holds files but no {MANIFEST_NAME}, so it is no engine; choose another one with -o"
-        )
-
-
-def publish(new: Path, directory: Path, old: Path) -> None:
-    """Rename `new` to `directory`; what was there moves to `old`, and back should the second rename fail."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    directory.rename(old)
-    try:
-        new.rename(directory)
-    except BaseException:
-        old.rename(directory)
-        raise

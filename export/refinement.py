@@ -1,8 +1,8 @@
 """The refinement network in the decoder graph: AFF blocks whose large inner tensors never exist whole.
 
 The inverted residual widens the features by four at full image size, and the filter holds a complex spectrum:
-both are cut (by rows, by channel blocks) into strips that stay in a CPU's cache and free their memory for the
-next one.
+both can be cut (by rows, by channel blocks) into strips that stay in a CPU's cache and free their memory for
+the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moesr.export.graph import GraphBuilder, Value
 from moesr.export.layers import conv, conv_module, group_norm
+from moesr.export.lowering import cut
 from moesr.kernels.aff_filter import portable
 from moesr.training.networks.refinement import (
     SLOPE,
@@ -25,8 +26,6 @@ from moesr.training.networks.refinement import (
     InvertedResidual,
     RefinementUNet,
 )
-
-STRIP_BYTES = 16 << 20  # largest inner tensor of a strip of rows or channels
 
 make_plan = functools.cache(portable.make_plan)
 
@@ -71,14 +70,12 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock
     mlp, height, width = block.mlp, x.size(2), x.size(3)
     (w_expand, b_expand), (w_depth, b_depth), (w_reduce, b_reduce) = _folded(mlp)
     inner = w_expand.shape[0]
-    rows = _strip_size(height, inner * width * 4)
+    rows = cut(height, inner * width * 4, g.lowering.strip_bytes)
     strips = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        top, bottom = (
-            int(start == 0),
-            int(stop == height),
-        )  # zeros go around the activation, not around its input
+        # zeros go around the activation, not around its input
+        top, bottom = int(start == 0), int(stop == height)
         h = g.slice(normed, 2, start - 1 + top, stop + 1 - bottom)
         h = g.op("LeakyRelu", conv(g, h, w_expand, b_expand), alpha=SLOPE)
         h = g.op("LeakyRelu", conv(g, h, w_depth, b_depth, (top, 1, bottom, 1), groups=inner), alpha=SLOPE)
@@ -108,7 +105,7 @@ def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
     w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
     blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)
-    plan, step = make_plan(height, width), _strip_size(blocks, size * height * width * 4)
+    plan, step = make_plan(height, width), cut(blocks, size * height * width * 4, g.lowering.strip_bytes)
     starts = range(0, blocks, step)
     counts = [min(step, blocks - start) for start in starts]
     strips = []
@@ -117,12 +114,6 @@ def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
         weights = w1[:, mine], b1[:, mine], w2[:, mine], b2[:, mine]
         strips.append(g.cast(portable.aff_filter(plan, g.float32(part), weights, onnx_ops(g)), x.dtype))
     return g.concat(strips, 1)
-
-
-def _strip_size(total: int, unit_bytes: int) -> int:
-    """How many of `total` units of `unit_bytes` make a strip: all, or as many as stay under STRIP_BYTES."""
-    strips = -(-total * unit_bytes // STRIP_BYTES)
-    return max(1, -(-total // strips))
 
 
 def onnx_ops(g: GraphBuilder) -> portable.TensorOps:
@@ -153,7 +144,8 @@ class _OnnxOps:
         return self.g.op("ReduceSum", x, np.array([axis]), keepdims=0)
 
     def matmul(self, a: Any, b: Any) -> Value:
-        return self.g.op("MatMul", a, b)
+        exact = [m if isinstance(m, Value) else self.g.constant(m) for m in (a, b)]
+        return self.g.op("MatMul", *exact)
 
     def add(self, a: Value, b: Value) -> Value:
         return self.g.op("Add", a, b)

@@ -23,7 +23,6 @@ from moesr.export.graph import GraphBuilder, Value
 
 TILE = 4  # m
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # the first m + r - 2 of them, and infinity
-STRIP_TILES = 512  # tiles of a strip of rows: few enough for a cache, enough for an efficient matrix product
 
 # Nanoseconds on one core of an AVX2 machine, measured: per multiply-accumulate, and per element to transform
 DIRECT_NS, PRODUCT_NS, INPUT_NS, OUTPUT_NS = 0.022, 0.026, 5.1, 3.5
@@ -57,6 +56,11 @@ def pays(channels_in: int, channels_out: int, kernel: int, height: int, width: i
     return tiled < 0.8 * direct
 
 
+def chosen(g: GraphBuilder, shape: Sequence[int], height: int, width: int) -> bool:
+    """Whether the lowering has a convolution of a square kernel [out, in, r, r] computed this way."""
+    return g.lowering.winograd and pays(shape[1], shape[0], shape[2], height, width)
+
+
 def transform_input(g: GraphBuilder, x: Value, kernel: int, pads: Sequence[int]) -> list[Value]:
     """Tiles V of `x` padded by (top, left, bottom, right): strips of rows, [B, (m+r-1)^2, C, tiles] each."""
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
@@ -64,8 +68,8 @@ def transform_input(g: GraphBuilder, x: Value, kernel: int, pads: Sequence[int])
     size = TILE + kernel - 1
     out_height, columns = height + top + bottom - kernel + 1, (width + left + right - kernel + 1) // TILE
     _, _, b_t = matrices(kernel)
-    filters = np.einsum("ai,bj->abij", b_t, b_t).reshape(size * size, 1, size, size)
-    rows, strips = max(1, STRIP_TILES // columns) * TILE, []
+    filters = g.constant(np.einsum("ai,bj->abij", b_t, b_t).reshape(size * size, 1, size, size))
+    rows, strips = max(1, g.lowering.strip_tiles // columns) * TILE, []
     for start in range(0, out_height, rows):
         stop = min(start + rows, out_height)
         # rows of x, halo included; outside of it there are zeros
@@ -97,7 +101,7 @@ def multiply(
     out, size = weight.shape[0], TILE + weight.shape[2] - 1
     kernels = [_transform_kernel(g, w) for w in weight.split([part[0].size(2) for part in parts], dim=1)]
     a_t, _, _ = matrices(weight.shape[2])
-    inverse, columns, rows = np.kron(a_t, a_t), width // TILE, []
+    inverse, columns, rows = g.constant(np.kron(a_t, a_t)), width // TILE, []
     for strips in zip(*parts, strict=True):
         products = [g.op("MatMul", u, v) for u, v in zip(kernels, strips, strict=True)]
         tiles = products[0].size(3)

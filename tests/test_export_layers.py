@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from conftest import relative_l2
 from graphs import random_network, run
+from onnx import TensorProto
 from torch import nn
 from torch.nn import functional as F
 
 from moesr.export import layers, winograd
 from moesr.export.graph import BATCH, GraphBuilder
+from moesr.export.lowering import CPU, GPU
 
 
 @pytest.mark.parametrize("strip_tiles", [4, 1000], ids=["strips", "whole"])
@@ -21,13 +26,11 @@ from moesr.export.graph import BATCH, GraphBuilder
 )
 def test_winograd_convolves(kernel, pads, strip_tiles, monkeypatch):
     monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
-    monkeypatch.setattr(winograd, "STRIP_TILES", strip_tiles)
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(6, 10, kernel, kernel, generator=rng) / kernel
     bias, x = torch.randn(6, generator=rng), torch.randn(2, 10, 16, 24, generator=rng)
-    g = GraphBuilder("conv")
-    y = layers.conv(g, g.input("x", (BATCH, 10, 16, 24)), weight, bias, pads)
-    g.output("y", y, (BATCH, 6, 16, 24))
+    g = GraphBuilder("conv", replace(CPU, strip_tiles=strip_tiles))
+    g.output("y", layers.conv(g, g.input("x", (BATCH, 10, 16, 24)), weight, bias, pads))
     graph = g.finish()
     top, left, bottom, right = pads
     want = F.conv2d(F.pad(x, (left, right, top, bottom)).double(), weight.double(), bias.double())
@@ -44,7 +47,7 @@ def test_group_norm_far_from_zero(side):
     norm = random_network(nn.GroupNorm(2, 4, eps=1e-6), 1)
     x = 50 + torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(side))
     g = GraphBuilder("norm")
-    g.output("y", layers.group_norm(g, g.input("x", (BATCH, 4, side, side)), norm), (BATCH, 4, side, side))
+    g.output("y", layers.group_norm(g, g.input("x", (BATCH, 4, side, side)), norm))
     want = norm.double()(x.double()).numpy()
     assert relative_l2(run(g.finish(), {"x": x.numpy()}), want) < 5e-6
 
@@ -52,5 +55,45 @@ def test_group_norm_far_from_zero(side):
 def test_macs_of_a_plain_convolution():
     g = GraphBuilder("conv")
     y = layers.conv(g, g.input("x", (BATCH, 8, 10, 10)), torch.zeros(16, 8, 3, 3), None)
-    g.output("y", y, (BATCH, 16, 10, 10))
+    g.output("y", y)
     assert g.finish().macs == 16 * 8 * 9 * 100
+
+
+@pytest.mark.parametrize("choices", [CPU, GPU], ids=["cpu", "gpu"])
+@torch.inference_mode()
+def test_upsampling_convolves(choices):
+    """Kernels summed in the graph or beforehand: nearest neighbour and a convolution either way."""
+    conv = random_network(nn.Conv2d(4, 6, 3, padding=1), 1)
+    x = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(2))
+    g = GraphBuilder("up", choices)
+    g.output("y", layers.upsample_conv(g, g.input("x", (BATCH, 4, 8, 12)), conv))
+    want = conv(F.interpolate(x, scale_factor=2)).numpy()
+    assert relative_l2(run(g.finish(), {"x": x.numpy()}), want) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weight", "half"),
+    [
+        (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)), True),
+        (torch.rand(4, 4), False),
+        (torch.rand(4096, generator=torch.Generator().manual_seed(3)), False),
+        (torch.arange(2048.0), True),
+        (torch.full((64, 64), 1e-7), False),
+        (torch.full((64, 64), 1e6), False),
+    ],
+    ids=["matrix", "small", "vector", "exact-vector", "too-fine", "too-large"],
+)
+def test_what_is_stored_in_half_precision(weight, half):
+    g = GraphBuilder("store", replace(CPU, store="fp16"))
+    g.output("y", g.op("Add", g.op("Add", g.input("x", (1,)), weight), weight))
+    graph = g.finish()
+    stored = [tensor.data_type == TensorProto.FLOAT16 for tensor in graph.model.graph.initializer]
+    assert stored == [half] and [n.op_type for n in graph.model.graph.node].count("Cast") == half
+    got = run(graph, {"x": np.zeros(1, np.float32)})
+    assert relative_l2(got, 2 * weight.numpy()) < (3e-4 if half else 1e-7)
+
+
+def test_output_must_be_fixed():
+    g = GraphBuilder("free")
+    with pytest.raises(ValueError, match="which is not fixed"):
+        g.output("y", g.op("NonZero", g.input("x", (BATCH, 3))))

@@ -1,0 +1,69 @@
+"""How networks become operators: what a target runs fastest and a precision allows, in one object.
+
+The graphs say the same whatever is chosen here, but for rounding. A CPU gains from fewer multiplications
+(Winograd) and from tensors that stay in its cache (strips); the compilers of a GPU want the plain operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Precision = Literal["fp32", "fp16"]
+Target = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """The choices. Byte limits are for one image; None cuts nothing."""
+
+    precision: Precision = "fp32"  # of features and weights; what half cannot hold is float32 in any case
+    store: Precision = "fp32"  # of large weights inside the file; half precision is cast on opening
+    winograd: bool  # where its cost model says so
+    strip_tiles: int  # Winograd tiles of a strip: few enough for a cache, enough for a matrix product
+    strip_bytes: int | None  # largest inner tensor of a strip of rows or channel blocks
+    score_bytes: int | None  # largest score matrix of an attention or of the quantiser
+    sum_kernels: bool  # sum the kernels of an upsampling in the graph: fewer bytes, folded on opening
+    centre_norms: bool  # take out what the backend's normalisation leaves of a mean
+
+
+CPU = Lowering(
+    winograd=True,
+    strip_tiles=512,
+    strip_bytes=16 << 20,
+    score_bytes=32 << 20,
+    sum_kernels=True,
+    centre_norms=True,
+)
+GPU = Lowering(
+    winograd=False,
+    strip_tiles=0,
+    strip_bytes=None,
+    score_bytes=None,
+    sum_kernels=False,
+    centre_norms=False,
+)
+TARGETS: dict[Target, Lowering] = {"cpu": CPU, "gpu": GPU}
+
+
+def lowering(target: Target, precision: Precision = "fp32", store: Precision = "fp32") -> Lowering:
+    """The choices for a target in a precision; half precision is stored as such, whatever `store` says.
+
+    Half precision has no bits to spare for Winograd's transforms or for kernels summed after rounding, and
+    its own rounding hides what a normalisation leaves of a mean.
+    """
+    if precision == "fp32":
+        return replace(TARGETS[target], store=store)
+    plain = replace(TARGETS[target], winograd=False, sum_kernels=False, centre_norms=False)
+    return replace(plain, precision=precision, store=precision)
+
+
+def cut(total: int, unit_bytes: int, limit: int | None) -> int:
+    """How many of `total` units of `unit_bytes` make a strip: all, or as many as stay under `limit` bytes.
+
+    Strips are even, and hold one unit at least.
+    """
+    if limit is None:
+        return total
+    strips = max(1, -(-total * unit_bytes // limit))
+    return max(1, -(-total // strips))
