@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moesr.runtime.contract import DECODER
 from moesr.runtime.errors import MoesrError
 from moesr.runtime.manifest import Manifest
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
@@ -201,13 +202,9 @@ def parts(moe: Cost) -> dict[str, float]:
 def engine_row(directory: Path, steps: int) -> Row:
     """The line of an exported engine, from its manifest: the MACs of its graphs, for one tile."""
     m = Manifest.read(directory, verify=False)
-    try:
-        params = len(m.experts) * m.params["expert"] + m.params["decoder"]
-        step, decode = m.macs["expert"], m.macs["decoder"]
-    except KeyError as error:
-        raise MoesrError(
-            f"{directory}: its manifest has no count for {error}; export the engine again"
-        ) from None
+    params = sum(graph.params for graph in m.graphs.values())
+    step = m.graphs[m.experts[0].graph].macs
+    decode = m.graphs[DECODER].macs if DECODER in m.graphs else 0
     total_t = (steps * step + decode) / TERA
     return Row(f"engine {m.name}", params / 1e6, step / TERA, total_t, "full", "counted", m.tile, steps)
 

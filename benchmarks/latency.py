@@ -102,8 +102,8 @@ def measure(config: ModelConfig, scratch: Path, args: argparse.Namespace) -> dic
             k: getattr(args, k) for k in ("width", "channels", "tile", "steps", "threads", "repeats")
         },
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-        "macs": manifest.macs,
-        "parity": {name: asdict(proof) for name, proof in manifest.parity.items()},
+        "macs": {role: graph.macs for role, graph in manifest.graphs.items()},
+        "parity": {role: asdict(g.parity) for role, g in manifest.graphs.items() if g.parity},
         "where": where,
     }
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from moesr.runtime.backends import select_backend
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.sessions import select_backend
 from moesr.runtime.sessions.ort import session_options
+
+ROLES = ("expert_0", "decoder")
 
 Run = Callable[[], object]
 Inputs = dict[str, np.ndarray]
@@ -42,14 +44,16 @@ def engine(directory: Path, threads: int) -> tuple[Run, Run]:
     """Step and decode as the runtime does them."""
     manifest = Manifest.read(directory)
     backend = select_backend("onnxruntime", "cpu", threads)
+    device = backend.device()
     runs: list[Run] = []
-    for graph, values in zip(
-        (manifest.experts[0], manifest.decoder), inputs(manifest.tile, manifest.latent_factor), strict=True
-    ):
-        session = backend.open(directory, manifest, graph)
-        for name, buffer in session.inputs.items():
-            buffer[...] = values[name]
-        runs.append(lambda session=session: session.run(1))
+    for role, values in zip(ROLES, inputs(manifest.tile, manifest.latent_factor), strict=True):
+        session = backend.open(directory, manifest.graphs[role])
+        specs = (*session.boundary.inputs, *session.boundary.outputs)
+        buffers = {spec.name: device.buffer(spec, 1) for spec in specs}
+        for spec in session.boundary.inputs:
+            buffers[spec.name][...] = values[spec.name]
+        session.bind(buffers, 1)
+        runs.append(lambda session=session: session.enqueue(1))
     return runs[0], runs[1]
 
 
@@ -79,9 +83,8 @@ def eager(directory: Path, threads: int, tile_px: int) -> tuple[Run, Run]:
 def profile(directory: Path, threads: int) -> dict[str, dict[str, dict[str, float]]]:
     """Where one step and one decode spend their time: milliseconds by module and by operator, second run."""
     manifest, found = Manifest.read(directory), {}
-    graphs = (manifest.experts[0], manifest.decoder)
-    for graph, values in zip(graphs, inputs(manifest.tile, manifest.latent_factor), strict=True):
-        found[graph.name] = profile_graph(directory / graph.file, values, threads)
+    for role, values in zip(ROLES, inputs(manifest.tile, manifest.latent_factor), strict=True):
+        found[role] = profile_graph(directory / manifest.graphs[role].file, values, threads)
     return found
 
 

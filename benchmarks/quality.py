@@ -151,7 +151,7 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
         f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
         f"checkpoint {m.checkpoint_sha256[:12]}. "
-        f"{backend.name} on {backend.device}{threads}, {platform.machine()}, "
+        f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
         "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"

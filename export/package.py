@@ -19,10 +19,10 @@ from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET, BuiltGraph
 from moesr.export.lowering import Lowering, Precision, Target, lowering
 from moesr.runtime import files
+from moesr.runtime.engines import demo_name
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.graphs import Arrangement, Expert, Graph, Parity
 from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
-from moesr.runtime.upscaler import demo_name
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet

@@ -15,8 +15,8 @@ from PIL import Image
 
 from moesr.export.package import checkpoint_directory
 from moesr.runtime import Upscaler
+from moesr.runtime.engines import DEMO_ENGINES, engine_directory
 from moesr.runtime.resize import imresize
-from moesr.runtime.upscaler import DEMO_ENGINES, engine_directory
 from moesr.training.checkpoint import load_checkpoint
 from moesr.training.recipe import load_recipe
 
