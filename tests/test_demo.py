@@ -21,7 +21,7 @@ from moesr.training.checkpoint import load_checkpoint
 from moesr.training.recipe import load_recipe
 
 LR_PATH = Path(__file__).parent / "assets" / "chelsea_lr.png"
-LARGEST_BYTES = 25_000_000
+LARGEST_BYTES = 12_000_000
 STEPS = 8  # enough to tell a working engine from a broken one
 DEGRADED = {"demo-x4": "x4-blind", "demo-x8": "x8-bicubic"}
 BETTER = {
@@ -84,3 +84,42 @@ def test_command_without_engine(tmp_path, hr):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert Image.open(target).size == (hr.shape[1], hr.shape[0])
+
+
+@pytest.mark.parametrize("options", [{"max_batch": 4}, {"threads": 1}], ids=["batch", "threads"])
+def test_batches_and_threads_change_roundings_only(options):
+    """A backend's kernels may add up in another order: a level here and there, and no more than one."""
+    lr = np.asarray(Image.open(LR_PATH).convert("RGB"))[:60]  # several tiles
+    with Upscaler("demo-x4", max_batch=1, threads=2) as up:
+        want = up(lr, steps=STEPS)
+    with Upscaler("demo-x4", **({"max_batch": 1, "threads": 2} | options)) as up:
+        got = up(lr, steps=STEPS)
+    difference = np.abs(got.astype(int) - want)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 2e-3
+
+
+MEMORY = """
+import gc, os
+import numpy as np
+from moesr.runtime import Upscaler
+
+def resident():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+import onnxruntime
+before = resident()
+up = Upscaler()
+up(np.zeros((64, 64, 3), np.uint8), steps=4)
+working = resident()
+up.close()
+print((resident() - before) / (working - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_closing_gives_memory_back():
+    """That of the arena which all sessions share, too."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.5
