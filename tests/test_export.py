@@ -25,6 +25,7 @@ from moesr.export import cli, package, parity
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET
 from moesr.export.lowering import CPU, TARGETS, lowering
+from moesr.runtime import Upscaler
 from moesr.runtime.manifest import Manifest
 from moesr.training.networks import DenoisingUNet
 
@@ -99,6 +100,13 @@ def test_manifest_states_the_boundary(engine):
                 assert [(s.name, s.dims) for s in specs] == list(
                     zip((v.name for v in values), dims, strict=True)
                 )
+
+
+def test_runtime_drives_it(engine):
+    directory, _, _ = engine
+    image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
+    with Upscaler(directory, device="cpu") as up:
+        assert up(image, steps=2, seed=0).shape == (48, 40, 3)
 
 
 def test_directory_holds_what_the_manifest_lists(engine):

@@ -55,7 +55,11 @@ def raising(error: BaseException):
         (fail_parity, 3, "nothing was published; please report this"),
         (raising(KeyboardInterrupt()), 130, "nothing was written"),
         (raising(MemoryError()), 4, "smaller --tile"),
-        (raising(OSError(28, "No space left on device")), 1, "no space left on the device; free some"),
+        (
+            raising(OSError(28, "No space left on device")),
+            1,
+            "cannot write the engine: No space left on device",
+        ),
         (raising(RuntimeError("a fault")), 1, "internal error, please report it: RuntimeError: a fault"),
     ],
     ids=["parity", "ctrl-c", "memory", "full", "fault"],
