@@ -21,7 +21,7 @@ from moesr.training.checkpoint import load_checkpoint
 from moesr.training.recipe import load_recipe
 
 LR_PATH = Path(__file__).parent / "assets" / "chelsea_lr.png"
-LARGEST_BYTES = 12_000_000
+LARGEST_BYTES = 12 << 20
 STEPS = 8  # enough to tell a working engine from a broken one
 DEGRADED = {"demo-x4": "x4-blind", "demo-x8": "x8-bicubic"}
 BETTER = {
