@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import flops
 import pytest
 import torch
+from engines import build_engine
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moesr.runtime.manifest import Expert, Graph, Manifest, sha256_of
-from moesr.runtime.schedule import Schedule
+from moesr.runtime.manifest import Manifest
 from moesr.training.config import AutoencoderConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
@@ -153,39 +152,20 @@ def test_bad_options(argv, capsys):
     assert argv[1] in message and "expected" in message
 
 
-def write_engine(directory: Path, macs: dict[str, int]) -> None:
-    for name in ("expert_0.onnx", "decoder.onnx"):
-        (directory / name).write_bytes(b"graph")
-    digest = sha256_of(directory / "decoder.onnx")
-    Manifest(
-        name="tiny",
-        model={},
-        scale=4,
-        tile=64,
-        latent_channels=3,
-        latent_factor=4,
-        precision="fp32",
-        experts=(Expert("expert_0.onnx", digest, 0, 1000),),
-        decoder=Graph("decoder.onnx", digest),
-        schedule=Schedule(),
-        sampler="ddpm",
-        steps=8,
-        params={"expert": 3_000_000, "decoder": 1_000_000},
-        macs=macs,
-        versions={},
-        checkpoint_sha256=digest,
-    ).write(directory)
-
-
 def test_engine_row(tmp_path):
-    write_engine(tmp_path, {"expert": 2 * 10**9, "decoder": 5 * 10**9})
-    row = flops.engine_row(tmp_path, steps=10)
-    assert row == flops.Row("engine tiny", 4.0, 0.002, 0.025, "full", "counted", tile=64, steps=10)
+    engine = build_engine(tmp_path, experts=2)
+    manifest = Manifest.read(engine)
+    cost = {"expert_0": (3_000_000, 2 * 10**9), "expert_1": (3_000_000, 2 * 10**9)}
+    cost |= {"decoder": (1_000_000, 5 * 10**9)}
+    graphs = {
+        role: dataclasses.replace(graph, params=cost[role][0], macs=cost[role][1])
+        for role, graph in manifest.graphs.items()
+    }
+    dataclasses.replace(manifest, graphs=graphs).write(engine)
+    row = flops.engine_row(engine, steps=10)
+    assert row == flops.Row("engine synthetic", 7.0, 0.002, 0.025, "full", "counted", tile=64, steps=10)
 
 
-@pytest.mark.parametrize("present", [False, True], ids=["no engine", "no counts"])
-def test_unusable_engine(present, tmp_path, capsys):
-    if present:
-        write_engine(tmp_path, {})
+def test_unusable_engine(tmp_path, capsys):
     assert flops.main(["--engine", str(tmp_path)]) != 0
     assert "error: " in capsys.readouterr().err
