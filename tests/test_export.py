@@ -179,7 +179,8 @@ def test_published_decoder(key, fidelity, golden, published_weights):
     weights = published_weights("decoder_c32", "dev")
     network.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()})
     inputs = {"z": data["z"], "lr": data["lr_upsampled"], "fidelity": np.array([fidelity], np.float32)}
-    assert relative_l2(data.thinned(run(decoder_graph(network, 32), inputs)), data[key]) < 1e-5
+    image = run(decoder_graph(network, 32), inputs)
+    assert relative_l2(data.thinned(image), data[key]) < 1e-5 * data.leeway
 
 
 @torch.inference_mode()
