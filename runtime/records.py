@@ -21,7 +21,8 @@ def build(kind: type[Record], value: Any, where: str = "", *, strict: bool = Fal
 
 
 def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
-    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    origin: Any = typing.get_origin(kind) or kind
+    args = typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _record(kind, value, where, strict)
     if origin in (typing.Union, types.UnionType):
@@ -36,7 +37,7 @@ def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
         return {k: _build(args[1], v, _below(where, k), strict) for k, v in value.items()}
     if origin is Any or (origin is Literal and value in args):
         return value
-    if origin is float and type(value) in (int, float):
+    if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(origin, type) and type(value) is origin and origin not in (tuple, dict):
         return value
