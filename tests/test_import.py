@@ -139,7 +139,7 @@ def test_decoder_gives_the_golden_image(unet_dev, vq_file, golden, tmp_path):
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
     with torch.inference_mode():
         image = load_checkpoint(tmp_path / "model").decoder().decode(z, lr)
-    assert relative_l2(data.thinned(image.numpy()), data["image_w1"]) < LIMIT
+    assert relative_l2(data.thinned(image.numpy()), data["image_w1"]) < LIMIT * data.leeway
 
 
 @pytest.mark.parametrize("one_file", [True, False], ids=["one-file", "two-files"])

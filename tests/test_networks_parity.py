@@ -53,7 +53,8 @@ def decoder_c32(golden, published_weights):
 def test_decoder_fidelity(key, fidelity, decoder_c32):
     network, data = decoder_c32
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
-    assert relative_l2(data.thinned(network.decode(z, lr, fidelity).numpy()), data[key]) < LIMIT
+    image = network.decode(z, lr, fidelity).numpy()
+    assert relative_l2(data.thinned(image), data[key]) < LIMIT * data.leeway
 
 
 @torch.inference_mode()
