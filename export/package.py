@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -50,16 +49,9 @@ def checkpoint_directory(checkpoint: Path | None = None) -> Path:
     return directory
 
 
-def tile_multiple(config: ModelConfig) -> int:
-    """Output pixels that a tile's side must be a multiple of."""
-    latent = config.decoder.factor * (config.unet.factor if config.unet else 1)
-    # the refinement network halves the image twice, and its real DFT needs an even width
-    return latent if config.decoder.refinement == "none" else math.lcm(latent, 8)
-
-
 def check_tile(config: ModelConfig, tile_px: int) -> None:
     """Raise UsageError, naming the valid neighbours, where the model cannot have tiles of this side."""
-    step = tile_multiple(config)
+    step = config.tile_multiple
     if tile_px < step or tile_px % step:
         below = max(step, tile_px // step * step)
         near = f"{below} or {below + step}" if tile_px > step else f"{step}"
