@@ -71,8 +71,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _summary(manifest: Manifest, directory: Path) -> str:
-    proofs = [graph.parity.relative_l2 for graph in manifest.graphs.values() if graph.parity]
-    precisions = dict.fromkeys(a.precision for g in manifest.graphs.values() for a in g.arrangements)
+    arrangements = [a for graph in manifest.graphs.values() for a in graph.arrangements]
+    proofs = [a.parity.relative_l2 for a in arrangements if a.parity]
+    precisions = dict.fromkeys(a.precision for a in arrangements)
     size = sum((directory / file.file).stat().st_size for file in manifest.files)
     return (
         f"{manifest.name}, {' and '.join(precisions)}, tile {manifest.tile} px, "

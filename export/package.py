@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from moesr.export.lowering import Lowering, Precision, Target, lowering
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.graphs import Arrangement, Expert, Graph, Parity
+from moesr.runtime.graphs import Arrangement, Expert, Graph
 from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
@@ -49,16 +49,9 @@ def checkpoint_directory(checkpoint: Path | None = None) -> Path:
     return directory
 
 
-def tile_multiple(config: ModelConfig) -> int:
-    """Output pixels that a tile's side must be a multiple of."""
-    latent = config.decoder.factor * (config.unet.factor if config.unet else 1)
-    # the refinement network halves the image twice, and its real DFT needs an even width
-    return latent if config.decoder.refinement == "none" else math.lcm(latent, 8)
-
-
 def check_tile(config: ModelConfig, tile_px: int) -> None:
     """Raise UsageError, naming the valid neighbours, where the model cannot have tiles of this side."""
-    step = tile_multiple(config)
+    step = config.tile_multiple
     if tile_px < step or tile_px % step:
         below = max(step, tile_px // step * step)
         near = f"{below} or {below + step}" if tile_px > step else f"{step}"
@@ -135,23 +128,23 @@ class _Writer:
         (_, own), *others = self._lowerings.items()
         built, variants = build(own), {}
         main = self._save(role, built, own)
-        proof = self._prove(main, inputs, want, own)
+        main = self._proved(main, inputs, want, own)
         for target, choices in others:
             variant = self._save(f"{role}.{target}", build(choices), choices)
             if variant.sha256 == main.sha256:  # as with small tiles, which nothing cuts
                 (self._directory / variant.file).unlink()
                 continue
-            self._prove(variant, inputs, want, choices)
-            variants[target] = variant
+            variants[target] = self._proved(variant, inputs, want, choices)
         return Graph(
             file=main.file,
             sha256=main.sha256,
             precision=main.precision,
+            stored=main.stored,
+            parity=main.parity,
             inputs=built.boundary.inputs,
             outputs=built.boundary.outputs,
             params=sum(p.numel() for p in network.parameters()),
             macs=built.macs,
-            parity=proof,
             variants=variants,
         )
 
@@ -159,13 +152,15 @@ class _Writer:
         self._on_stage(f"write {name}")
         path, data = self._directory / f"{name}.onnx", built.to_bytes()
         path.write_bytes(data)
-        return Arrangement(path.name, hashlib.sha256(data).hexdigest(), choices.precision)
+        stored = choices.store if choices.store != choices.precision else None
+        return Arrangement(path.name, hashlib.sha256(data).hexdigest(), choices.precision, stored=stored)
 
-    def _prove(
+    def _proved(
         self, arrangement: Arrangement, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
-    ) -> Parity:
+    ) -> Arrangement:
         self._on_stage(f"prove {arrangement.file.removesuffix('.onnx')}")
-        return parity.prove(self._directory / arrangement.file, inputs, want, choices)
+        proof = parity.prove(self._directory / arrangement.file, inputs, want, choices)
+        return replace(arrangement, parity=proof)
 
 
 def _write_graphs(checkpoint: Checkpoint, tile_px: int, writer: _Writer) -> dict[str, Graph]:

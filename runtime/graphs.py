@@ -51,25 +51,30 @@ class File:
 
 
 @dataclass(frozen=True)
-class Arrangement(File):
-    """A graph as one ONNX file, with the files of its external weights, in one precision."""
-
-    precision: str
-    data: tuple[File, ...] = field(default=(), kw_only=True)
-
-    @property
-    def files(self) -> tuple[File, ...]:
-        """The ONNX file and its weights."""
-        return (File(self.file, self.sha256), *self.data)
-
-
-@dataclass(frozen=True)
 class Parity:
     """Error of a graph against its network, on seeded inputs; `threshold` bounds `relative_l2`."""
 
     relative_l2: float
     max_abs: float
     threshold: float
+
+
+@dataclass(frozen=True)
+class Arrangement(File):
+    """A graph as one ONNX file, with the files of its external weights, in one precision.
+
+    `stored` is the precision in which the file keeps its large weights, where that is another.
+    """
+
+    precision: str
+    data: tuple[File, ...] = field(default=(), kw_only=True)
+    stored: str | None = field(default=None, kw_only=True)
+    parity: Parity | None = field(default=None, kw_only=True)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The ONNX file and its weights."""
+        return (File(self.file, self.sha256), *self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,6 @@ class Graph(Arrangement):
     outputs: tuple[TensorSpec, ...]
     params: int
     macs: int
-    parity: Parity | None = None
     variants: dict[str, Arrangement] = field(default_factory=dict)  # by target: "cpu", "gpu"
 
     @property

@@ -143,6 +143,20 @@ def test_variants_for_a_gpu(both):
     assert 1e-5 < relative_l2(got, parity.network_output(random_decoder(), inputs)) < LIMITS["fp16"]
 
 
+def test_every_file_has_its_proof(both):
+    _, manifest = both
+    for graph in manifest.graphs.values():
+        own, variant = graph.parity, graph.variants["gpu"].parity
+        assert own and variant and own.relative_l2 < 1e-4 < variant.relative_l2 < variant.threshold
+        assert own.threshold < variant.threshold
+
+
+def test_manifest_says_how_weights_are_stored(engine):
+    _, manifest, kind = engine
+    stored = {graph.stored for graph in manifest.graphs.values()}
+    assert stored == ({"fp16"} if kind == "stored" else {None})
+
+
 def test_variants_are_proved(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(parity.THRESHOLDS, ("fp16", "fp16"), 0.0)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", "32", *ENGINES["both"]]) == 3

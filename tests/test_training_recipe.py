@@ -142,6 +142,15 @@ def test_mistakes_are_named(change, message, tmp_path):
         load_recipe(str(path), [change])
 
 
+def test_patches_suit_the_refinement_network(tmp_path):
+    """It halves the image twice and needs an even width there; the other networks take a multiple of 4."""
+    path = tiny.write_recipe(tmp_path / "r.json")
+    shallow = ["model.unet.channel_mult=[1]", "model.unet.attention_factors=[1]", "decoder.patch_px=36"]
+    with pytest.raises(UsageError, match=r"decoder\.patch_px is 36, expected a multiple of 8"):
+        load_recipe(str(path), [*shallow, "model.decoder.refinement=aff"])
+    assert load_recipe(str(path), [*shallow, "model.decoder.refinement=none"]).model.tile_multiple == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "no such recipe file; presets are .*demo-x4"), ("{", "not JSON"), ("[1]", "got list, expected")],

@@ -9,6 +9,7 @@ give its Table 6).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,6 +72,13 @@ class ModelConfig:
     expert_ranges: tuple[tuple[int, int], ...] = ((0, 250), (250, 500), (500, 750), (750, 1000))
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     steps: int = 50
+
+    @property
+    def tile_multiple(self) -> int:
+        """Output pixels that a tile's or a patch's side must be a multiple of."""
+        latent = self.decoder.factor * (self.unet.factor if self.unet else 1)
+        # the refinement network halves the image twice, and its real DFT needs an even width
+        return latent if self.decoder.refinement == "none" else math.lcm(latent, 8)
 
     def __post_init__(self) -> None:
         edges = [0, *(t_to for _, t_to in self.expert_ranges)]

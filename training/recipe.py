@@ -172,9 +172,8 @@ class Recipe:
         self.autoencoder.check("autoencoder")
         self.experts.check("experts")
         self.decoder.check("decoder")
-        factor, unet = self.model.decoder.factor, self.model.unet
-        latent = math.lcm(self.model.scale, factor * (unet.factor if unet else 1))
-        multiple = {"autoencoder": factor, "experts": latent, "decoder": latent}
+        tile = math.lcm(self.model.scale, self.model.tile_multiple)
+        multiple = {"autoencoder": self.model.decoder.factor, "experts": tile, "decoder": tile}
         for name, px in multiple.items():
             patch: int = getattr(self, name).patch_px
             if patch % px:
