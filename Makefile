@@ -36,7 +36,7 @@ $(RUNS)/%/engine: | $(FIRST)
 	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* --from $(FIRST)
 	$(BIN)/moesr-train decoder --config $*-sharper --latents $(RUNS)/$*/decoder/latents \
 		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint -o $(RUNS)/$*/sharper
-	$(BIN)/moesr-export $(RUNS)/$*/sharper/checkpoint -o $@ --tile 192
+	$(BIN)/moesr-export $(RUNS)/$*/sharper/checkpoint -o $@ --tile 192 --store fp16
 
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .

@@ -105,8 +105,9 @@ def image_bytes(manifest: Manifest, height: int, width: int) -> int:
 def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:
     """Weights of a graph as a session holds them: in float32, unless the graph computes in less."""
     graph = manifest.graphs[role]
-    size = sum((directory / file.file).stat().st_size for file in graph.arrangement(target).files)
-    return max(size, 4 * graph.params) if graph.precision == "fp32" else size
+    arrangement = graph.arrangement(target)
+    size = sum((directory / file.file).stat().st_size for file in arrangement.files)
+    return max(size, 4 * graph.params) if arrangement.precision == "fp32" else size
 
 
 def _activation_bytes(manifest: Manifest, role: str, batch: int) -> int:
