@@ -86,7 +86,7 @@ def test_refinement(key, path, decoder_c32):
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """PyTorch's GroupNorm of channels-last features sums one long run a thread; a single one loses a digit."""
+    """PyTorch sums a channels-last GroupNorm in one run a thread; a single one loses a digit."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, 2))
     yield
