@@ -1,0 +1,8 @@
+"""The operators that have kernels: one test suite, one build and one benchmark run over these rows."""
+
+from __future__ import annotations
+
+from moesr.kernels.group_norm_silu.op import OP as GROUP_NORM_SILU
+from moesr.kernels.plan import Op
+
+OPS: dict[str, Op] = {op.name: op for op in (GROUP_NORM_SILU,)}
