@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from moesr.kernels.attention.op import OP as ATTENTION
 from moesr.kernels.group_norm_silu.op import OP as GROUP_NORM_SILU
 from moesr.kernels.plan import Op
+from moesr.kernels.vq_nearest.op import OP as VQ_NEAREST
 
-OPS: dict[str, Op] = {op.name: op for op in (GROUP_NORM_SILU,)}
+OPS: dict[str, Op] = {op.name: op for op in (GROUP_NORM_SILU, ATTENTION, VQ_NEAREST)}

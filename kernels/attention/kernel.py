@@ -21,35 +21,39 @@ def attention(
     q,
     k,
     v,
-    residual,
     out,
     tokens,
-    head_stride,
-    out_stride,
     scale,
     WIDTH: tl.constexpr,
     VALUES: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS_LAST: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`out = softmax(scale q k^T) v (+ residual)`. Grid: (blocks of queries, heads, WIDTH / VALUES).
+    """`out = softmax(scale q k^T) v`. Grid: (blocks of queries, heads, WIDTH / VALUES).
 
-    A head is [WIDTH, tokens] with `TOKENS_LAST`, else [tokens, WIDTH]; heads are `head_stride` elements apart
-    (`out` and `residual`: `out_stride`). A program makes `VALUES` columns of `BLOCK_M` rows of the output.
-    `EVEN`: the blocks divide `tokens`. `residual` is read only with `RESIDUAL`.
+    A head is [WIDTH, tokens] with `TOKENS_LAST`, else [tokens, WIDTH]. `PACKED`: q, k and v are one tensor
+    [heads, 3, ...], given three times. A program makes `VALUES` columns of `BLOCK_M` rows of the output.
+    `EVEN`: the blocks divide `tokens`.
     """
+    if EVEN:
+        tokens = tokens // 16 * 16  # tells the compiler that rows are aligned
     head, part = tl.program_id(1).to(tl.int64), tl.program_id(2) * VALUES
+    size = tokens * WIDTH
     by_token = 1 if TOKENS_LAST else WIDTH
     by_channel = tokens if TOKENS_LAST else 1
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n, c = tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
-    q += head * head_stride
-    k += head * head_stride
-    v += head * head_stride + part * by_channel
+    stride = 3 * size if PACKED else size
+    q += head * stride
+    k += head * stride
+    v += head * stride + part * by_channel
+    if PACKED:
+        k += size
+        v += 2 * size
     row_at = m * by_token + c[None, :] * by_channel
     key_at = n[None, :] * by_token + c[:, None] * by_channel
     value_at = n[:, None] * by_token + c[None, :] * by_channel
@@ -84,10 +88,7 @@ def attention(
             new_sums = new_sums + (grown,)  # noqa: RUF005
         sums = new_sums
 
-    out += head * out_stride + part * by_channel
-    residual += head * out_stride + part * by_channel
+    out += head * size + part * by_channel
     for i in tl.static_range(VALUES // CHUNK):
-        result = sums[i] / total[:, None]
-        if RESIDUAL:
-            result += _load(residual + i * CHUNK * by_channel + row_at, m < tokens, EVEN).to(tl.float32)
-        tl.store(out + i * CHUNK * by_channel + row_at, result.to(out.dtype.element_ty), mask=m < tokens)
+        result = (sums[i] / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + i * CHUNK * by_channel + row_at, result, mask=m < tokens)
