@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from moesr.kernels.interpreter import cure
+from moesr.kernels.interpreter import interpreted, repair
 from moesr.kernels.plan import Op, Plan
 
 DTYPES = {
@@ -26,8 +25,6 @@ DTYPES = {
 
 def kernel_module(op: str) -> ModuleType:
     """The module with the operator's Triton functions."""
-    if interpreted():
-        cure()
     return importlib.import_module(f"moesr.kernels.{op}.kernel")
 
 
@@ -74,13 +71,10 @@ def kernel_buffers(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> dict[st
 def launch(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> None:
     """Launch on buffers that are all there; nothing is allocated or checked."""
     functions = kernel_module(op.name)
+    if interpreted():
+        repair()
     for step in plan.launches:
         arguments = [buffers[a] if a in buffers else plan.scalars[a] for a in step.arguments]
         function = getattr(functions, step.function)
         options = {"num_warps": step.num_warps, "num_stages": step.num_stages}
         function[plan.grid(step)](*arguments, **step.constants, **options, enable_fp_fusion=step.fp_fusion)
-
-
-def interpreted() -> bool:
-    """Whether Triton's functions run in its interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

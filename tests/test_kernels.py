@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from moesr.kernels.check import errors
-from moesr.kernels.launch import interpreted
+from moesr.kernels.interpreter import interpreted
 from moesr.kernels.plan import Case, Op
 from moesr.kernels.registry import OPS
 
