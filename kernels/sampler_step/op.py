@@ -20,7 +20,7 @@ KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> Plan:
-    """One launch of a fixed grid; canvases are reached through the table alone. The third job is empty."""
+    """One launch of a fixed grid; canvases are reached through the table alone. A third job is empty."""
     del arch
     sizes = _sizes(shape)
     return Plan(
@@ -33,7 +33,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
         launches=(
             Launch("sampler_step", ("jobs",), {"BLOCK": BLOCK}, (str(PROGRAMS), "jobs"), fp_fusion=False),
         ),
-        scalars={"jobs": 3},
+        scalars={"jobs": shape.get("jobs", 3)},
     )
 
 

@@ -24,8 +24,8 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     return Plan(
         buffers=(
             Buffer("slots", "i64", ("slots", COLUMNS), "input"),
-            Buffer("tiles", dtype, ("slots", "channels", "tile", "tile"), "input"),
-            Buffer("weights", "fp32", ("tile", "tile"), "input"),
+            Buffer("tiles", dtype, ("slots", "channels", "height", "width"), "input"),
+            Buffer("weights", "fp32", ("height", "width"), "input"),
             *(Buffer(f"weight_sum_{i}", "fp32", side, "input") for i, side in enumerate(sides)),
             *(Buffer(f"sums_{i}", "fp32", ("channels", *side), "state") for i, side in enumerate(sides)),
             Buffer("flags", "i32", (2,), "state"),
@@ -33,29 +33,29 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
         launches=(
             Launch(
                 "tile_blend",
-                ("slots", "tiles", "weights", "tile", "tile"),
+                ("slots", "tiles", "weights", "height", "width"),
                 {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W},
-                ("cdiv(tile, BLOCK_H) * cdiv(tile, BLOCK_W)", "channels", "slots"),
+                ("cdiv(height, BLOCK_H) * cdiv(width, BLOCK_W)", "channels", "slots"),
                 fp_fusion=False,
             ),
         ),
-        scalars={name: shape[name] for name in ("slots", "channels", "tile")},
+        scalars={name: shape[name] for name in ("slots", "channels", "height", "width")},
     )
 
 
 def _sides(shape: Shape, canvas: int) -> tuple[int, int]:
-    tile = shape["tile"]
+    tile = shape["height"]
     return (2 * tile - 3, 2 * tile + 5) if canvas == 0 else (tile, tile + 7)
 
 
 def _origins(shape: Shape, canvas: int) -> list[tuple[int, int]]:
-    return tiles.grid(*_sides(shape, canvas), shape["tile"], shape["tile"] // 4)
+    return tiles.grid(*_sides(shape, canvas), shape["height"], shape["height"] // 4)
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
     """Slots that alternate between the canvases, their neighbours overlapping; the third is empty."""
     generator = torch.Generator().manual_seed(seed)
-    tile, channels = shape["tile"], shape["channels"]
+    tile, channels = shape["height"], shape["channels"]
     weights = torch.from_numpy(tiles.gaussian_weights(tile))
     given: dict[str, Any] = {"weights": weights}
     for i in (0, 1):
@@ -115,12 +115,12 @@ def outputs(**given: Any) -> Mapping[str, Tensor]:
 
 def cost(shape: Shape, dtype: str) -> Cost:
     """Tiles read once; sums read and written, weights and their sum read, for each value of the batch."""
-    values = shape["slots"] * shape["channels"] * shape["tile"] ** 2
+    values = shape["slots"] * shape["channels"] * shape["height"] * shape["width"]
     return Cost(bytes=values * (SIZES[dtype] + 8) + 8 * values // shape["channels"], flops=0)
 
 
 def _shape(slots: int, channels: int, tile: int) -> dict[str, int]:
-    return {"slots": slots, "channels": channels, "tile": tile}
+    return {"slots": slots, "channels": channels, "height": tile, "width": tile}
 
 
 # The reference is float64 here; tests/test_kernels_loop.py compares with the host's float32, to the last bit.
