@@ -22,7 +22,11 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def call(
-    op: Op, shape: Shape, like: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, Scalar] | None = None
+    op: Op,
+    shape: Shape,
+    like: Tensor,
+    buffers: Mapping[str, Tensor],
+    scalars: Mapping[str, Scalar] | None = None,
 ) -> dict[str, Tensor]:
     """Run an operator in the type and on the device of `like`; `scalars` replace the plan's own."""
     plan = plan_for(op, shape, like.dtype, like.device)

@@ -128,7 +128,9 @@ class Op:
         None  # what PyTorch runs; default: the reference, in the case's type
     )
     max_spill_bytes: int = 0  # of one thread's registers, stores and loads each
-    link: Callable[[dict[str, Any]], None] | None = None  # writes addresses of buffers into int64 input tables
+    link: Callable[[dict[str, Any]], None] | None = (
+        None  # writes addresses of buffers into int64 input tables
+    )
 
 
 def cases(

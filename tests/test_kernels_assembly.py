@@ -13,7 +13,9 @@ from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES
 from moesr.kernels.registry import OPS
 
 EXACT = ("vq_nearest", "tile_gather", "tile_blend", "sampler_step")
-FUSED = re.compile(r"^\s*fma\.|\bmul\.f32|\badd\.f32|\bsub\.f32|\bmul\.f64|\badd\.f64|div\.(full|approx)", re.MULTILINE)
+FUSED = re.compile(
+    r"^\s*fma\.|\bmul\.f32|\badd\.f32|\bsub\.f32|\bmul\.f64|\badd\.f64|div\.(full|approx)", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The kernels of the sampling loop do the host's arithmetic: equal to the last bit, whatever shares a batch."""
+"""The kernels of the loop do the host's arithmetic: equal to the last bit, whatever shares a batch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Canvases:
         self.flags = torch.zeros(2, dtype=torch.int32)
 
     def slots(self) -> list[tuple[int, int, int]]:
-        """Every tile of both canvases, in an order that puts neighbours into one batch and empty slots between."""
+        """Every tile of both canvases, shuffled so that a batch holds some of each, and an empty slot."""
         every = [(i, y, x) for i, origins in enumerate(self.origins) for y, x in origins]
         order = np.random.default_rng(3).permutation(len(every))
         return [every[i] for i in order] + [(-1, 0, 0)]

@@ -9,11 +9,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _load(pointers, mask, EVEN: tl.constexpr):
     """Zeros where masked; no mask at all where every block is full."""
-    if EVEN:
-        value = tl.load(pointers)
-    else:
-        value = tl.load(pointers, mask=mask, other=0.0)
-    return value
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit

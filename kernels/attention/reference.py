@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool = False) -> Tensor:
-    """`softmax(scale q k^T) v` for heads [heads, tokens, width], or [heads, width, tokens] with `tokens_last`."""
+    """`softmax(scale q k^T) v` of heads [heads, tokens, width], `tokens_last`: [heads, width, tokens]."""
     if tokens_last:
         return attention(q.mT, k.mT, v.mT, scale).mT.contiguous()
     return torch.softmax(scale * (q @ k.mT), dim=-1) @ v

@@ -1,7 +1,7 @@
 """`z <- c_z z + c_out sums + c_noise noise` and `sums <- 0`, the noise made on the way.
 
 Compile without fused multiply-add (`fp_fusion=False`): every operation below is then correctly rounded by
-IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The README beside this file has the maths.
+IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The README has the maths.
 """
 
 import triton

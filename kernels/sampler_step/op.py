@@ -1,4 +1,4 @@
-"""The registry's row for the sampler's step: plan, cases and cost. One launch moves jobs of different sizes."""
+"""The registry's row for the sampler's step: plan, cases and cost. A launch moves jobs of different sizes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _shape(channels: int, height: int, width: int, **extra: int) -> dict[str, in
     return {"channels": channels, "height": height, "width": width, **extra}
 
 
-# The reference is float64 but for the noise; tests/test_kernels_loop.py compares with the host, to the last bit.
+# The reference is float64 but for the noise; tests/test_kernels_loop.py compares with the host's float32.
 TOLERANCES = {"fp32": 2e-7}
 CHECKED = {
     "odd": _shape(3, 7, 5),

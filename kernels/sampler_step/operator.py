@@ -15,8 +15,8 @@ from moesr.kernels.sampler_step.op import OP, table
 def sampler_step(z: Tensor, sums: Tensor, coefficients: Tensor, seed: int, step: int) -> None:
     """`z <- c_z z + c_out sums + c_noise noise(seed, step)` and `sums <- 0`; all float32, contiguous.
 
-    `z` and `sums` [C, H, W]; `coefficients` [3] are (c_z, c_out, c_noise). `seed` is 0 .. 2**63 - 1, `step` as
-    in `moesr.runtime.noise`. ValueError where a tensor does not fit.
+    `z` and `sums` [C, H, W]; `coefficients` [3] are (c_z, c_out, c_noise). `seed` is 0 .. 2**63 - 1, `step`
+    as in `moesr.runtime.noise`. ValueError where a tensor does not fit.
     """
     for name, x in {"z": z, "sums": sums, "coefficients": coefficients}.items():
         if x.dtype != torch.float32 or not x.is_contiguous():

@@ -1,7 +1,7 @@
 """Add the slots of a batch to the sums of their canvases, in the order of the slots, without a race.
 
-A pixel of a canvas belongs to the first slot of the launch that covers it. That slot's program adds the share of
-every slot that covers the pixel, one after another, and nobody else touches it. Compile without fused
+A pixel of a canvas belongs to the first slot of the launch that covers it. That slot's program adds the share
+of every slot that covers the pixel, one after another, and nobody else touches it. Compile without fused
 multiply-add (`fp_fusion=False`): the sums are then those of `moesr.runtime.tiles.Blend` to the last bit.
 """
 
@@ -17,7 +17,7 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def tile_blend(slots, tiles, weights, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Grid: (blocks of a tile, channels, slots). `tiles` [slots, C, height, width], `weights` [height, width].
+    """Grid: (blocks of a tile, channels, slots). `tiles` [slots, C, height, width], `weights` one tile's.
 
     Sums are float32 [C, H, W], the sum of weights float32 [H, W]. Bit 0 of a canvas' flag is set where one of
     its tiles holds a value that is not finite.

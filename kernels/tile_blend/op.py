@@ -108,8 +108,8 @@ def table(
 
 def outputs(**given: Any) -> Mapping[str, Tensor]:
     """The reference's results by the names of their buffers."""
-    pairs = [[given[f"{name}_{i}"] for i in (0, 1)] for name in ("sums", "weight_sum")]
-    sums, flags = reference.tile_blend(*pairs, given["tiles"], given["weights"], given["slots"])
+    sums, weight_sums = [[given[f"{name}_{i}"] for i in (0, 1)] for name in ("sums", "weight_sum")]
+    sums, flags = reference.tile_blend(sums, weight_sums, given["tiles"], given["weights"], given["slots"])
     return {"sums_0": sums[0], "sums_1": sums[1], "flags": flags}
 
 

@@ -24,9 +24,9 @@ def tile_blend(
 ) -> None:
     """Add tiles [slots, C, h, w], weighted, to the canvases' float32 sums [C, H, W], in the slots' order.
 
-    `weights` [h, w] are divided by the canvas' `weight_sums` [H, W]; `flags` int32 [canvases] becomes 1 where a
-    tile is not finite. `slots` int64 [slots, 3] on the CPU: the canvas' number (negative: skip), y, x;
-    ValueError for a window outside.
+    `weights` [h, w] are divided by the canvas' `weight_sums` [H, W]; `flags` int32 [canvases] becomes 1
+    where a tile is not finite. `slots` int64 [slots, 3] on the CPU: the canvas' number (negative: skip), y,
+    x. ValueError for a window outside.
     """
     height, width = weights.shape
     for index, y, x in slots.tolist():

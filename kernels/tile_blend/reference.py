@@ -29,6 +29,8 @@ def tile_blend(
         if index < 0:
             continue
         rows, columns = slice(y, y + height), slice(x, x + width)
-        sums[index][:, rows, columns] += tile.to(weights.dtype) * (weights / weight_sums[index][rows, columns])
+        sums[index][:, rows, columns] += tile.to(weights.dtype) * (
+            weights / weight_sums[index][rows, columns]
+        )
         flags[index] |= (~tile.isfinite().all()).int()
     return sums, flags

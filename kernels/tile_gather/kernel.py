@@ -1,6 +1,6 @@
 """Copy windows of canvases, wherever they lie, into the slots of a batch.
 
-Compile without fused multiply-add (`fp_fusion=False`): pixels are then mapped to [-1, 1] as the host maps them.
+Compile without fused multiply-add (`fp_fusion=False`): pixels then become what the host makes of them.
 """
 
 import triton

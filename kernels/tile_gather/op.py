@@ -1,4 +1,4 @@
-"""The registry's row for gathering tiles: plan, cases and cost. Two canvases of different sizes feed a batch."""
+"""The registry's row for gathering tiles: plan, cases and cost. Two canvases, of two sizes, feed a batch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def link(buffers: dict[str, Any]) -> None:
     """Write addresses and strides over the canvases' numbers."""
-    buffers["slots"].copy_(table([buffers["canvas_0"], buffers["canvas_1"]], buffers["slots"][:, [0, 3, 4, 5]]))
+    buffers["slots"].copy_(
+        table([buffers["canvas_0"], buffers["canvas_1"]], buffers["slots"][:, [0, 3, 4, 5]])
+    )
 
 
 def table(canvases: list[Tensor], slots: Tensor) -> Tensor:

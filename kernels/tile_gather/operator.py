@@ -20,7 +20,8 @@ def tile_gather(
     """Windows of canvases as tiles [slots, C, height, width] in `dtype`, and float32 t [slots].
 
     Canvases are float32 [C, H, W], or all of them uint8 or all uint16 [H, W, C], mapped to [-1, 1]. `slots`
-    int64 [slots, 4] on the CPU: the canvas' number (negative: zeros), y, x, t; ValueError for a window outside.
+    int64 [slots, 4] on the CPU: the canvas' number (negative: zeros), y, x, t. ValueError for a window
+    outside.
     """
     for index, y, x, _ in slots.tolist():
         rows, columns = _sides(canvases[max(index, 0)])

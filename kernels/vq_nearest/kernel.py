@@ -1,7 +1,7 @@
 """The nearest code of every latent, the codebook streamed past the latents' distances so far.
 
-Compile without fused multiply-add (`fp_fusion=False`): distances are then the reference's to the last bit, and
-so are the ties, which the lower index wins.
+Compile without fused multiply-add (`fp_fusion=False`): distances are then the reference's to the last bit,
+and so are the ties, which the lower index wins.
 """
 
 import triton

@@ -117,7 +117,10 @@ OP = Op(
     plan=plan,
     inputs=inputs,
     reference=outputs,
-    cases=(*cases(CHECKED, TOLERANCES), *cases({"codebook": CHECKED["codebook"]}, {"fp16": 3e-4, "bf16": 2.4e-3})),
+    cases=(
+        *cases(CHECKED, TOLERANCES),
+        *cases({"codebook": CHECKED["codebook"]}, {"fp16": 3e-4, "bf16": 2.4e-3}),
+    ),
     deployed=cases(DEPLOYED, TOLERANCES),
     cost=cost,
     prepare=prepare,
