@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl
 
+from moesr.kernels.sampler_step.kernel import normals
 from moesr.kernels.sampler_step.operator import sampler_step
 from moesr.kernels.tile_blend.operator import tile_blend
 from moesr.kernels.tile_gather.operator import tile_gather
@@ -35,6 +37,29 @@ def test_noise_is_the_hosts(seed, step):
     # Both are float64 work rounded once; a platform's log, cos and sin may differ in the last place of that.
     np.testing.assert_array_max_ulp(z.numpy(), want, maxulp=1)
     assert (z.numpy() == want).mean() > 0.999
+
+
+@triton.jit
+def normals_of_words(words, out, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    cosine, sine = normals(tl.load(words + index).to(tl.uint64, bitcast=True))
+    tl.store(out + 2 * index, cosine)
+    tl.store(out + 2 * index + 1, sine)
+
+
+def test_normals_of_extreme_words():
+    """The ends of the radius, and angles beside every multiple of a quarter of pi."""
+    near = np.arange(-2, 3)
+    low = (np.arange(9)[:, None] * 2**29 + near).ravel() % 2**32
+    high = np.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1, 3037000499, 3037000500])  # the last: about 2^32 sqrt(1/2)
+    words = (high[:, None].astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)).ravel()
+    words = np.resize(words, 512)
+    got, want = np.full(1024, np.nan, np.float32), np.empty(1024, np.float32)
+    noise._fill(want, words)
+    out = torch.from_numpy(got)
+    normals_of_words[(1,)](torch.from_numpy(words.view(np.int64)), out, SIZE=512)
+    np.testing.assert_array_max_ulp(got, want, maxulp=1)
+    assert (got == want).mean() > 0.99
 
 
 @pytest.mark.parametrize("size", [*SIZES, (4, 61, 67)], ids=str)
