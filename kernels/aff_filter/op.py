@@ -236,26 +236,26 @@ def _shape(batch: int, channels: int, blocks: int, height: int, width: int, **ex
     }  # fmt: skip
 
 
-TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
+TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 1.5e-2}
+HALF = {"fp16": TOLERANCES["fp16"]}
 CHECKED = {
     "tiny": _shape(2, 4, 2, 6, 10),
     "odd_height": _shape(1, 24, 2, 15, 18),
     "prime_height": _shape(1, 16, 1, 37, 22),
     "norm": _shape(2, 16, 2, 24, 20, norm=1),
-    "level512": _shape(1, 16, 1, 512, 16),
-    "width512": _shape(1, 16, 1, 4, 512),
+    "level512": _shape(1, 16, 1, 512, 6),
+    "level256": _shape(1, 32, 1, 256, 6),
+    "level128": _shape(1, 64, 2, 128, 6),
+    "demo192": _shape(1, 16, 4, 192, 6),
+    "demo48": _shape(1, 32, 4, 48, 24),
+    "height1024": _shape(1, 16, 1, 1024, 4),
 }
-REAL = {
-    "height1024": _shape(1, 16, 1, 1024, 6),
-    "level256": _shape(1, 32, 1, 256, 16),
-    "level128": _shape(1, 64, 2, 128, 16),
-    "demo192": _shape(1, 16, 4, 192, 24),
-    "demo96": _shape(1, 32, 4, 96, 24),
-    "demo48": _shape(1, 32, 4, 48, 48),
-    "full192": _shape(1, 16, 4, 192, 192),
+WIDE = {"width512": _shape(1, 16, 1, 2, 512)}
+SQUARE = {
+    "demo96": _shape(1, 32, 4, 96, 96),
+    "demo192_whole": _shape(1, 16, 4, 192, 192),
     "block512": _shape(1, 16, 1, 512, 512),
 }
-WITHOUT_BF16 = {k: TOLERANCES[k] for k in ("fp32", "fp16")}  # slow in the interpreter
 DEPLOYED = {
     "full512": _shape(1, 128, 8, 512, 512),
     "full512_norm": _shape(1, 128, 8, 512, 512, norm=1),
@@ -271,7 +271,7 @@ OP = Op(
     plan=plan,
     inputs=inputs,
     reference=outputs,
-    cases=cases(CHECKED, TOLERANCES) + cases(REAL, WITHOUT_BF16, frozenset({"full192", "block512"})),
+    cases=cases(CHECKED, TOLERANCES) + cases(WIDE, HALF) + cases(SQUARE, TOLERANCES, frozenset(SQUARE)),
     deployed=cases(DEPLOYED, TOLERANCES),
     cost=cost,
     prepare=prepare,
