@@ -36,7 +36,8 @@ def repair() -> None:
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (
-            cast(self, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand for operand in (a, b)
+            cast(self, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand
+            for operand in (a, b)
         )
         return plain_dot(self, a, b, *rest)
 

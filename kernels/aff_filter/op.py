@@ -202,7 +202,13 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Mapping[str, Tensor]:
     """The reference's result; with a scale and a shift also what a block adds: its own residual."""
     if scale is None or shift is None:

@@ -48,9 +48,13 @@ def inverted_residual(
             h = tl.zeros([GH * GW, CHUNK], tl.float32)
             for first in range(0, CIN, BLOCK_C):
                 c = first + tl.arange(0, BLOCK_C)
-                pixels = tl.load(source + c[None, :] * X_CHANNEL, mask=real[:, None] & (c < CIN)[None, :], other=0.0)
+                pixels = tl.load(
+                    source + c[None, :] * X_CHANNEL, mask=real[:, None] & (c < CIN)[None, :], other=0.0
+                )
                 weight = tl.load(
-                    expand + k[None, :] * CIN + c[:, None], mask=(k < INNER)[None, :] & (c < CIN)[:, None], other=0.0
+                    expand + k[None, :] * CIN + c[:, None],
+                    mask=(k < INNER)[None, :] & (c < CIN)[:, None],
+                    other=0.0,
                 )
                 h = tl.dot(pixels, weight, h, input_precision=PRECISION)
             h = _leaky(h + tl.load(expand_bias + k, mask=k < INNER, other=0.0)[None, :])
@@ -65,7 +69,9 @@ def inverted_residual(
                 h += near.to(tl.float32) * weight[None, :]
             h = _leaky(h + tl.load(depthwise_bias + k, mask=k < INNER, other=0.0)[None, :]).to(kind)
             weight = tl.load(
-                reduce + out[None, :] * INNER + k[:, None], mask=(k < INNER)[:, None] & (out < COUT)[None, :], other=0.0
+                reduce + out[None, :] * INNER + k[:, None],
+                mask=(k < INNER)[:, None] & (out < COUT)[None, :],
+                other=0.0,
             )
             total = tl.dot(h, weight, total, input_precision=PRECISION)
         inner = real & (p // GW > 0) & (p // GW < GH - 1) & (p % GW > 0) & (p % GW < GW - 1)
