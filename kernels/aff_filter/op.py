@@ -136,14 +136,17 @@ def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str) -> La
 
 
 def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[int, int, int], int, int]:
-    """(BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps, stages: two accumulators of BLOCK_H x BLOCK_R a program."""
-    wide = SIZES[dtype] == 4
-    roomy = arch in (80, 90, 100)  # more than 99 KiB of shared memory
-    block_h = min(128 if not wide else 64, _pad(height))
-    block_r = min(128 if not wide else 64, _pad(half))
-    block_k = min(64 if roomy and not wide else 32, _pad(half))
-    warps = 8 if block_h * block_r >= 128 * 128 else 4
-    return (block_h, block_r, block_k), warps, 3 if roomy else 2
+    """(BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps, stages: two accumulators of BLOCK_H x BLOCK_R a program.
+
+    The largest that do not spill: where matrix products read shared memory (sm_90, sm_100), registers hold only sums.
+    """
+    asynchronous = arch in (90, 100)
+    if SIZES[dtype] == 4:
+        blocks = (64, 64, 32 if asynchronous else 16)
+    else:
+        blocks = (128, 128, 64) if asynchronous else (128, 64, 32)
+    block_h, block_r, block_k = (min(b, _pad(n)) for b, n in zip(blocks, (height, half, half), strict=True))
+    return (block_h, block_r, block_k), 8 if block_h * block_r >= 8192 else 4, 3 if asynchronous else 2
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -272,13 +275,15 @@ DEPLOYED = {
     "demo48": _shape(1, 32, 4, 48, 48),
 }
 
+WIDER = {"full512": DEPLOYED["full512"]}
+
 OP = Op(
     name="aff_filter",
     plan=plan,
     inputs=inputs,
     reference=outputs,
     cases=cases(CHECKED, TOLERANCES) + cases(WIDE, HALF) + cases(SQUARE, TOLERANCES, frozenset(SQUARE)),
-    deployed=cases(DEPLOYED, TOLERANCES),
+    deployed=cases(DEPLOYED, HALF) + cases(WIDER, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
     cost=cost,
     prepare=prepare,
     baseline=baseline,

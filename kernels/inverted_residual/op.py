@@ -143,7 +143,8 @@ OP = Op(
     inputs=inputs,
     reference=outputs,
     cases=cases(CHECKED, TOLERANCES),
-    deployed=cases(DEPLOYED, {k: TOLERANCES[k] for k in ("fp32", "fp16")}),
+    deployed=cases(DEPLOYED, {"fp16": TOLERANCES["fp16"]})
+    + cases({"full512": DEPLOYED["full512"]}, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
     cost=cost,
     prepare=prepare,
 )
