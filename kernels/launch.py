@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.interpreter import interpreted, repair
-from moesr.kernels.plan import Op, Plan
+from moesr.kernels.plan import Buffer, Op, Plan
 
 DTYPES = {
     "fp32": torch.float32,
@@ -60,12 +60,17 @@ def kernel_buffers(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> dict[st
             raise ValueError(f"{op.name}: {b.name} is {got}, the plan takes {b.dtype} {plan.dims(b)}")
     device = next(iter(given.values())).device
     for b in plan.with_role("table"):
-        given[b.name] = torch.from_numpy(plan.tables[b.name]).to(device, DTYPES[b.dtype])
+        given[b.name] = buffers[b.name] if b.name in buffers else table(plan, b, device)
     for b in plan.with_role("scratch", "output"):
         given[b.name] = torch.empty(plan.dims(b), dtype=DTYPES[b.dtype], device=device)
     if op.link:
         op.link(given)
     return given
+
+
+def table(plan: Plan, buffer: Buffer, device: torch.device) -> Tensor:
+    """A constant buffer on a device."""
+    return torch.from_numpy(plan.tables[buffer.name]).to(device, DTYPES[buffer.dtype])
 
 
 def launch(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from moesr.kernels.attention.op import OP
 from moesr.kernels.attention.operator import attention
+from moesr.kernels.interpreter import repair
 from moesr.kernels.launch import kernel_module
 from moesr.kernels.sampler_step.operator import sampler_step
 from moesr.kernels.tile_blend.operator import tile_blend
@@ -228,6 +229,7 @@ def test_attention_at_the_decoders_size(tokens_last):
     at = 64 * 77  # the first query, moved to the origin by the pointers
     moved = [x[..., at:] if tokens_last else x[:, at:] for x in (given[0], out)]
     kernel = kernel_module("attention").attention
+    repair()
     kernel[(1, 1, 1)](moved[0], given[1], given[2], moved[1], 16384, 512**-0.5, **step.constants)
     got = (out.mT if tokens_last else out)[0]
     rows = slice(at, at + 64)

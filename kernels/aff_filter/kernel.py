@@ -211,11 +211,17 @@ def columns(
     """
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = spectrum.dtype.element_ty
-    c, n2, n1 = tl.arange(0, C)[:, None, None], tl.arange(0, P2)[None, :, None], tl.arange(0, P1)[None, None, :]
+    c, n2, n1 = (
+        tl.arange(0, C)[:, None, None],
+        tl.arange(0, P2)[None, :, None],
+        tl.arange(0, P1)[None, None, :],
+    )
     first = (batch.to(tl.int64) * (HALF + 1) + frequency) * CHANNELS + group * SPAN
     at = spectrum + first * (2 * H) + c * (2 * H) + N2 * n1 + n2  # [C, P2, P1]
     inside = (c < SPAN) & (n2 < N2) & (n1 < N1)
-    both = inside & (n1 < N1 * tl.minimum(frequency * (HALF - frequency), 1))  # DC and Nyquist of a row are real
+    both = inside & (
+        n1 < N1 * tl.minimum(frequency * (HALF - frequency), 1)
+    )  # DC and Nyquist of a row are real
     zr, zi = tl.load(at, mask=inside, other=0.0), tl.load(at + H, mask=both, other=0.0)
     ar, ai = _forward(zr, zi, dft_1, dft_2, twiddle, C, N1, P1, P2, PRECISION)
     pr = tl.permute(tl.reshape(ar.to(kind), [C, P1, P2]), (1, 2, 0))
@@ -244,7 +250,11 @@ def columns_cached(
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = spectrum.dtype.element_ty
     base = spectrum + ((batch.to(tl.int64) * (HALF + 1) + frequency) * CHANNELS + group * SPAN) * (2 * H)
-    c, n2, n1 = tl.arange(0, CHUNK)[:, None, None], tl.arange(0, P2)[None, :, None], tl.arange(0, P1)[None, None, :]
+    c, n2, n1 = (
+        tl.arange(0, CHUNK)[:, None, None],
+        tl.arange(0, P2)[None, :, None],
+        tl.arange(0, P1)[None, None, :],
+    )
     k1, k2 = tl.arange(0, CHUNK * P1)[:, None], tl.arange(0, P2)[None, :]
     natural, turned = c * (2 * H) + N2 * n1 + n2, k1 // P1 * (2 * H) + k1 % P1 * N2 + k2
     for start in range(0, SPAN, CHUNK):

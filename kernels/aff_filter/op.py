@@ -136,14 +136,17 @@ def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str) -> La
 
 
 def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[int, int, int], int, int]:
-    """(BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps, stages: two accumulators of BLOCK_H x BLOCK_R a program."""
-    wide = SIZES[dtype] == 4
-    roomy = arch in (80, 90, 100)  # more than 99 KiB of shared memory
-    block_h = min(128 if not wide else 64, _pad(height))
-    block_r = min(128 if not wide else 64, _pad(half))
-    block_k = min(64 if roomy and not wide else 32, _pad(half))
-    warps = 8 if block_h * block_r >= 128 * 128 else 4
-    return (block_h, block_r, block_k), warps, 3 if roomy else 2
+    """(BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps, stages: two accumulators of BLOCK_H x BLOCK_R a program.
+
+    The largest that do not spill: where matrix products read shared memory (sm_90, sm_100), registers hold only sums.
+    """
+    asynchronous = arch in (90, 100)
+    if SIZES[dtype] == 4:
+        blocks = (64, 64, 32 if asynchronous else 16)
+    else:
+        blocks = (128, 128, 64) if asynchronous else (128, 64, 32)
+    block_h, block_r, block_k = (min(b, _pad(n)) for b, n in zip(blocks, (height, half, half), strict=True))
+    return (block_h, block_r, block_k), 8 if block_h * block_r >= 8192 else 4, 3 if asynchronous else 2
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -202,7 +205,13 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Mapping[str, Tensor]:
     """The reference's result; with a scale and a shift also what a block adds: its own residual."""
     if scale is None or shift is None:
@@ -236,26 +245,26 @@ def _shape(batch: int, channels: int, blocks: int, height: int, width: int, **ex
     }  # fmt: skip
 
 
-TOLERANCES = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
+TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 1.5e-2}
+HALF = {"fp16": TOLERANCES["fp16"]}
 CHECKED = {
     "tiny": _shape(2, 4, 2, 6, 10),
     "odd_height": _shape(1, 24, 2, 15, 18),
     "prime_height": _shape(1, 16, 1, 37, 22),
     "norm": _shape(2, 16, 2, 24, 20, norm=1),
-    "level512": _shape(1, 16, 1, 512, 16),
-    "width512": _shape(1, 16, 1, 4, 512),
+    "level512": _shape(1, 16, 1, 512, 6),
+    "level256": _shape(1, 32, 1, 256, 6),
+    "level128": _shape(1, 64, 2, 128, 6),
+    "demo192": _shape(1, 16, 4, 192, 6),
+    "demo48": _shape(1, 32, 4, 48, 24),
+    "height1024": _shape(1, 16, 1, 1024, 4),
 }
-REAL = {
-    "height1024": _shape(1, 16, 1, 1024, 6),
-    "level256": _shape(1, 32, 1, 256, 16),
-    "level128": _shape(1, 64, 2, 128, 16),
-    "demo192": _shape(1, 16, 4, 192, 24),
-    "demo96": _shape(1, 32, 4, 96, 24),
-    "demo48": _shape(1, 32, 4, 48, 48),
-    "full192": _shape(1, 16, 4, 192, 192),
+WIDE = {"width512": _shape(1, 16, 1, 2, 512)}
+SQUARE = {
+    "demo96": _shape(1, 32, 4, 96, 96),
+    "demo192_whole": _shape(1, 16, 4, 192, 192),
     "block512": _shape(1, 16, 1, 512, 512),
 }
-WITHOUT_BF16 = {k: TOLERANCES[k] for k in ("fp32", "fp16")}  # slow in the interpreter
 DEPLOYED = {
     "full512": _shape(1, 128, 8, 512, 512),
     "full512_norm": _shape(1, 128, 8, 512, 512, norm=1),
@@ -266,13 +275,15 @@ DEPLOYED = {
     "demo48": _shape(1, 32, 4, 48, 48),
 }
 
+WIDER = {"full512": DEPLOYED["full512"]}
+
 OP = Op(
     name="aff_filter",
     plan=plan,
     inputs=inputs,
     reference=outputs,
-    cases=cases(CHECKED, TOLERANCES) + cases(REAL, WITHOUT_BF16, frozenset({"full192", "block512"})),
-    deployed=cases(DEPLOYED, TOLERANCES),
+    cases=cases(CHECKED, TOLERANCES) + cases(WIDE, HALF) + cases(SQUARE, TOLERANCES, frozenset(SQUARE)),
+    deployed=cases(DEPLOYED, HALF) + cases(WIDER, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
     cost=cost,
     prepare=prepare,
     baseline=baseline,

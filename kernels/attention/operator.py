@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesr.kernels.attention import reference
 from moesr.kernels.attention.op import OP
-from moesr.kernels.dispatch import call, has_kernels
+from moesr.kernels.dispatch import has_kernels, run_buffers
 
 
 @torch.library.custom_op("moesr::attention", mutates_args=())
@@ -25,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool =
         return reference.attention(q, k, v, scale, tokens_last)
     tokens, width = q.shape[1:] if not tokens_last else q.shape[:0:-1]
     shape = {"heads": len(q), "tokens": tokens, "width": width, "tokens_last": int(tokens_last)}
-    return call(OP, shape, q, {"q": q, "k": k, "v": v}, {"scale": scale})["out"]
+    return run_buffers(OP, shape, q, {"q": q, "k": k, "v": v}, {"scale": scale})["out"]
 
 
 @attention.register_fake

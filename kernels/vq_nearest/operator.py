@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesr.kernels.dispatch import call, has_kernels
+from moesr.kernels.dispatch import has_kernels, run_buffers
 from moesr.kernels.vq_nearest import reference
 from moesr.kernels.vq_nearest.op import OP, planes
 
@@ -26,7 +26,8 @@ def vq_nearest(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]
     shape = {
         "codes": len(codes), "batch": b, "height": h, "width_px": w, "width": d, "out_width": table.shape[1]
     }  # fmt: skip
-    found = call(OP, shape, z, {"z": z.flatten(2), "planes": planes(codes), "table": table.float()})
+    buffers = {"z": z.flatten(2), "planes": planes(codes), "table": table.float()}
+    found = run_buffers(OP, shape, z, buffers, {})
     return found["values"].unflatten(2, (h, w)), found["indices"]
 
 
