@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run_kernels(op: Op, shape: Shape, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs by name; `inputs` as the reference takes them, x first among the types. ValueError: no plan fits."""
+    """Outputs by name; `inputs` as the reference takes them, in the type of x. ValueError: no plan fits."""
     x = inputs["x"]
     key = (op, tuple(sorted(shape.items())), NAMES[x.dtype], architecture(x.device))
     return run(op, _plan(*key), {**op.prepare(inputs), **_tables(*key, x.device)})
