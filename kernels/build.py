@@ -64,7 +64,9 @@ def deployments(ops: Iterable[Op], architectures: Iterable[int]) -> Iterator[Dep
 def _job(op: str, plan: Plan, launch: Launch, source: str) -> Job:
     types = tuple(plan.type_of(a) for a in launch.arguments)
     constants = tuple(launch.constants.items())
-    return Job(op, launch.function, types, constants, launch.num_warps, launch.num_stages, source)
+    return Job(
+        op, launch.function, types, constants, launch.num_warps, launch.num_stages, launch.fp_fusion, source
+    )
 
 
 def compile_all(

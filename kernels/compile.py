@@ -28,6 +28,7 @@ class Job:
     constants: tuple[tuple[str, int | float | bool | str], ...]
     num_warps: int
     num_stages: int
+    fp_fusion: bool
     source: str  # sha256 of the operator's kernel.py
 
     @property
@@ -84,7 +85,7 @@ def _compile(job: Job, arch: int, stem: Path) -> dict[str, object]:
         if types.get(name, "").startswith("*")
     }
     source = ASTSource(function, signature, constants, aligned)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": job.fp_fusion}
     log = io.StringIO()
     with _quiet_knobs(triton), contextlib.redirect_stdout(log):
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -18,6 +18,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "i64": torch.int64,
     "i32": torch.int32,
+    "u16": torch.uint16,
     "u8": torch.uint8,
 }
 
@@ -62,6 +63,8 @@ def kernel_buffers(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> dict[st
         given[b.name] = buffers[b.name] if b.name in buffers else table(plan, b, device)
     for b in plan.with_role("scratch", "output"):
         given[b.name] = torch.empty(plan.dims(b), dtype=DTYPES[b.dtype], device=device)
+    if op.link:
+        op.link(given)
     return given
 
 
@@ -78,5 +81,5 @@ def launch(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> None:
     for step in plan.launches:
         arguments = [buffers[a] if a in buffers else plan.scalars[a] for a in step.arguments]
         function = getattr(functions, step.function)
-        options = {"num_warps": step.num_warps, "num_stages": step.num_stages, "enable_fp_fusion": True}
-        function[plan.grid(step)](*arguments, **step.constants, **options)
+        options = {"num_warps": step.num_warps, "num_stages": step.num_stages}
+        function[plan.grid(step)](*arguments, **step.constants, **options, enable_fp_fusion=step.fp_fusion)

@@ -19,7 +19,7 @@ Shape = Mapping[str, int]
 Scalar = int | float
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "u8": 1}
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "u16": 2, "u8": 1}
 # Shared memory that one block of threads may take, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ROLES = ("input", "table", "scratch", "output", "state")
@@ -51,6 +51,7 @@ class Launch:
     ]  # one to three expressions over scalars and constants, such as "cdiv(pixels, BLOCK)"
     num_warps: int = 4
     num_stages: int = 2
+    fp_fusion: bool = True  # False: a * b + c rounds twice, as NumPy does
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,9 @@ class Op:
         None  # what PyTorch runs; default: the reference, in the case's type
     )
     max_spill_bytes: int = 0  # of one thread's registers, stores and loads each
+    link: Callable[[dict[str, Any]], None] | None = (
+        None  # writes addresses of buffers into int64 input tables
+    )
 
 
 def cases(

@@ -1,0 +1,49 @@
+"""`moesr::group_norm_silu` for PyTorch: compiled graphs keep it whole, and gradients flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.dispatch import call, channels_last, fits, in_layout, wide
+from moesr.kernels.group_norm_silu import reference
+from moesr.kernels.group_norm_silu.op import OP
+
+
+@torch.library.custom_op("moesr::group_norm_silu", mutates_args=())
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True) -> Tensor:
+    """`silu(group_norm(x))` of [B, C, H, W], eps 1e-6, statistics in float32; in x's type and memory layout."""
+    last = channels_last(x)
+    keys = ("batch", "channels", "height", "width")
+    shape = {
+        **dict(zip(keys, x.shape, strict=True)),
+        "groups": groups,
+        "channels_last": int(last),
+        "silu": int(silu),
+    }
+    if not fits(OP, shape, x):
+        return in_layout(reference.group_norm_silu(*wide(x, weight, bias), groups, silu=silu), x)
+    inputs = {"x": x.permute(0, 2, 3, 1) if last else x, "weight": weight.float(), "bias": bias.float()}
+    y = call(OP, shape, x, inputs)["y"]
+    return y.permute(0, 3, 1, 2) if last else y
+
+
+@group_norm_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True) -> Tensor:
+    return in_layout(x.new_empty(x.shape), x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.groups, ctx.silu = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = reference.group_norm_silu_backward(*wide(grad, *saved), ctx.groups, silu=ctx.silu)
+    return (*(g.to(s.dtype) for g, s in zip(grads, saved, strict=True)), None, None)
+
+
+group_norm_silu.register_autograd(_backward, setup_context=_save)
