@@ -1,4 +1,4 @@
-"""Triton's interpreter, with bfloat16 made right."""
+"""Triton's interpreter, with bfloat16 and loop bounds made right."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def interpreted() -> bool:
 
 @cache
 def repair() -> None:
-    """Make bfloat16 right in the interpreter of Triton 3.6 to 3.9.
+    """Make bfloat16 right in the interpreter of Triton 3.6 to 3.9, and run-time bounds of `range` in 3.6.
 
-    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate where a GPU rounds to even.
+    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate where GPUs round.
+    3.6 makes an integer of an array of one element, which NumPy 2.4 refuses.
     """
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
@@ -41,8 +43,19 @@ def repair() -> None:
         )
         return plain_dot(self, a, b, *rest)
 
-    InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.cast_impl = cast
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    # By name, as the new functions take the rest of their parameters as they come.
+    for owner, name, function in (
+        (InterpreterBuilder, "create_dot", create_dot),
+        (InterpreterBuilder, "cast_impl", cast),
+        (interpreter, "_patch_lang_tensor", patch),
+    ):
+        setattr(owner, name, function)
 
 
 def _widen(bits: NDArray[Any]) -> NDArray[Any]:

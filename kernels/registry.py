@@ -12,14 +12,6 @@ from moesr.kernels.tile_blend.op import OP as TILE_BLEND
 from moesr.kernels.tile_gather.op import OP as TILE_GATHER
 from moesr.kernels.vq_nearest.op import OP as VQ_NEAREST
 
-ROWS = (
-    AFF_FILTER,
-    GROUP_NORM_SILU,
-    INVERTED_RESIDUAL,
-    ATTENTION,
-    VQ_NEAREST,
-    TILE_GATHER,
-    TILE_BLEND,
-    SAMPLER_STEP,
-)
-OPS: dict[str, Op] = {op.name: op for op in ROWS}
+DECODER = (AFF_FILTER, GROUP_NORM_SILU, INVERTED_RESIDUAL, ATTENTION, VQ_NEAREST)
+LOOP = (TILE_GATHER, TILE_BLEND, SAMPLER_STEP)
+OPS: dict[str, Op] = {op.name: op for op in DECODER + LOOP}

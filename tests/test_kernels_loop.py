@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 import triton.language as tl
 
 from moesr.kernels.sampler_step.kernel import normals
@@ -51,7 +53,7 @@ def test_normals_of_extreme_words():
     """The ends of the radius, and angles beside every multiple of a quarter of pi."""
     near = np.arange(-2, 3)
     low = (np.arange(9)[:, None] * 2**29 + near).ravel() % 2**32
-    high = np.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1, 3037000499, 3037000500])  # the last: about 2^32 sqrt(1/2)
+    high = np.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1, 3037000499, 3037000500])  # 2^32 sqrt(1/2)
     words = (high[:, None].astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)).ravel()
     words = np.resize(words, 512)
     got, want = np.full(1024, np.nan, np.float32), np.empty(1024, np.float32)

@@ -1,4 +1,4 @@
-"""The decoder's kernels as PyTorch operators: fakes, gradients, torch.compile; kernels run in the interpreter."""
+"""The decoder's kernels as PyTorch operators: fakes, gradients, torch.compile, interpreted kernels."""
 
 from __future__ import annotations
 

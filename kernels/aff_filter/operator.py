@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.aff_filter import reference
-from moesr.kernels.aff_filter.op import OP, prepare
-from moesr.kernels.dispatch import call, fits, wide
+from moesr.kernels.aff_filter.op import OP
+from moesr.kernels.dispatch import has_plan, image_dims, run_kernels, wide
 
 
 @torch.library.custom_op("moesr::aff_filter", mutates_args=())
@@ -18,12 +18,11 @@ def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
 
     Where no tiling fits a height, and off the GPU, the reference runs, half precision in float32.
     """
-    keys = ("batch", "channels", "height", "width")
-    shape = {**dict(zip(keys, x.shape, strict=True)), "blocks": w1.shape[1]}
-    if not fits(OP, shape, x):
+    shape = {**image_dims(x), "blocks": w1.shape[1]}
+    if not has_plan(OP, shape, x):
         return reference.aff_filter(*wide(x, w1, b1, w2, b2)).to(x.dtype).contiguous()
     inputs = {"x": x.contiguous(), "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    return call(OP, shape, x, prepare(inputs))["y"]
+    return run_kernels(OP, shape, inputs)["y"]
 
 
 @aff_filter.register_fake

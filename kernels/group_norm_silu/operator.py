@@ -7,26 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesr.kernels.dispatch import call, channels_last, fits, in_layout, wide
+from moesr.kernels.dispatch import channels_last, has_plan, image_dims, in_layout, run_kernels, wide
 from moesr.kernels.group_norm_silu import reference
 from moesr.kernels.group_norm_silu.op import OP
 
 
 @torch.library.custom_op("moesr::group_norm_silu", mutates_args=())
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True) -> Tensor:
-    """`silu(group_norm(x))` of [B, C, H, W], eps 1e-6, statistics in float32; in x's type and memory layout."""
+    """`silu(group_norm(x))` of [B, C, H, W], eps 1e-6, in the type and memory layout of x."""
     last = channels_last(x)
-    keys = ("batch", "channels", "height", "width")
     shape = {
-        **dict(zip(keys, x.shape, strict=True)),
+        **image_dims(x),
         "groups": groups,
         "channels_last": int(last),
         "silu": int(silu),
     }
-    if not fits(OP, shape, x):
+    if not has_plan(OP, shape, x):
         return in_layout(reference.group_norm_silu(*wide(x, weight, bias), groups, silu=silu), x)
     inputs = {"x": x.permute(0, 2, 3, 1) if last else x, "weight": weight.float(), "bias": bias.float()}
-    y = call(OP, shape, x, inputs)["y"]
+    y = run_kernels(OP, shape, inputs)["y"]
     return y.permute(0, 3, 1, 2) if last else y
 
 

@@ -1,13 +1,13 @@
-"""`moesr::inverted_residual` for PyTorch. BatchNorm is folded in, so it is for inference and has no gradient."""
+"""`moesr::inverted_residual` for PyTorch. BatchNorm is folded in: it is for inference, without a gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from moesr.kernels.dispatch import call, channels_last, fits, in_layout, wide
+from moesr.kernels.dispatch import channels_last, has_plan, image_dims, in_layout, run_kernels, wide
 from moesr.kernels.inverted_residual import reference
-from moesr.kernels.inverted_residual.op import OP, prepare
+from moesr.kernels.inverted_residual.op import OP
 
 
 @torch.library.custom_op("moesr::inverted_residual", mutates_args=())
@@ -22,10 +22,9 @@ def inverted_residual(
 ) -> Tensor:
     """`reference.inverted_residual` of [B, C, H, W], in x's type and memory layout."""
     last = channels_last(x)
-    keys = ("batch", "channels", "height", "width")
-    shape = {**dict(zip(keys, x.shape, strict=True)), "out": reduce.shape[0], "channels_last": int(last)}
+    shape = {**image_dims(x), "out": reduce.shape[0], "channels_last": int(last)}
     weights = (expand, expand_bias, depthwise, depthwise_bias, reduce, reduce_bias)
-    if not fits(OP, shape, x):
+    if not has_plan(OP, shape, x):
         return in_layout(reference.inverted_residual(*wide(x, *weights)), x)
     inputs = {
         "x": x.permute(0, 2, 3, 1) if last else x,
@@ -36,7 +35,7 @@ def inverted_residual(
         "reduce": reduce.to(x.dtype),
         "reduce_bias": reduce_bias,
     }
-    y = call(OP, shape, x, prepare(inputs))["y"]
+    y = run_kernels(OP, shape, inputs)["y"]
     return y.permute(0, 3, 1, 2) if last else y
 
 
