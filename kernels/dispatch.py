@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run_kernels(op: Op, shape: Shape, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs by name; `inputs` as the reference takes them, in the type of x. ValueError: no plan fits."""
+    """Outputs by name; `inputs` as the reference takes them, in the type of x. ValueError: no plan."""
     x = inputs["x"]
     key = (op, tuple(sorted(shape.items())), NAMES[x.dtype], architecture(x.device))
     return run(op, _plan(*key), {**op.prepare(inputs), **_tables(*key, x.device)})
@@ -59,9 +59,32 @@ def _tables(
 
 
 def has_plan(op: Op, shape: Shape, x: Tensor) -> bool:
-    """Whether the kernels take this shape and type; the reference does otherwise."""
+    """Whether kernels run on the memory of x, at this shape and in its type; the reference does otherwise."""
+    if not has_kernels(x):
+        return False
     try:
         plan_for(op, shape, x.dtype, x.device)
     except ValueError:
         return False
     return True
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Half precision as float32, which references sum and transform in; other types stay."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def image_dims(x: Tensor) -> dict[str, int]:
+    """The sizes of [B, C, H, W] by the names that plans use."""
+    return dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether [B, C, H, W] lies in memory as [B, H, W, C]."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_layout(y: Tensor, x: Tensor) -> Tensor:
+    """y in the type and the memory layout of x."""
+    layout = torch.channels_last if channels_last(x) else torch.contiguous_format
+    return y.to(x.dtype).contiguous(memory_format=layout)

@@ -19,8 +19,7 @@ def interpreted() -> bool:
 def repair() -> None:
     """Make bfloat16 right in the interpreter of Triton 3.6 to 3.9, and run-time bounds of `range` in 3.6.
 
-    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate where a GPU rounds to
-    even.
+    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate where GPUs round.
     3.6 makes an integer of an array of one element, which NumPy 2.4 refuses.
     """
     import triton.language as tl

@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: fakes, gradients, torch.compile, and the CUDA side in the interpreter."""
+"""The decoder's kernels as PyTorch operators: fakes, gradients, torch.compile, interpreted kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ pytest.importorskip("triton")
 from conftest import relative_l2
 from torch.library import opcheck
 
-from moesr.kernels import torch_ops
+from moesr.kernels import dispatch
 from moesr.kernels.aff_filter import reference
+from moesr.kernels.aff_filter.operator import aff_filter
 from moesr.kernels.check import errors
+from moesr.kernels.group_norm_silu.operator import group_norm_silu
+from moesr.kernels.inverted_residual import operator as residual
 from moesr.kernels.inverted_residual.reference import fold, inverted_residual
 from moesr.kernels.registry import OPS
 from moesr.training.networks.refinement import InvertedResidual
@@ -28,6 +31,13 @@ def make(name: str, dtype: str = "fp32", **shape: int) -> list[torch.Tensor]:
 FILTER = {"batch": 2, "channels": 8, "blocks": 2, "height": 6, "width": 8}
 NORM = {"batch": 2, "channels": 6, "groups": 3, "height": 5, "width": 4}
 RESIDUAL = {"batch": 2, "channels": 4, "out": 4, "height": 5, "width": 7}
+
+
+OPERATORS = {
+    "aff_filter": (aff_filter, FILTER, ()),
+    "group_norm_silu": (group_norm_silu, NORM, (3, True)),
+    "inverted_residual": (residual.inverted_residual, RESIDUAL, ()),
+}
 
 
 def doubles(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -53,11 +63,7 @@ def test_norm_gradients(silu):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_operators_are_well_formed(layout, dtype):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    for name, shape, extra in (
-        ("aff_filter", FILTER, ()),
-        ("group_norm_silu", NORM, (3, True)),
-        ("inverted_residual", RESIDUAL, ()),
-    ):
+    for name, (_, shape, extra) in OPERATORS.items():
         x, *rest = make(name, dtype, **shape)
         arguments = (x.contiguous(memory_format=layout), *rest, *extra)
         opcheck(getattr(torch.ops.moesr, name).default, arguments, test_utils=checks)
@@ -68,32 +74,32 @@ def test_compiled_without_a_break():
     norm = make("group_norm_silu", **{**NORM, "channels": 8, "groups": 2})[1:]
 
     def block(x):
-        return torch_ops.aff_filter(torch_ops.group_norm_silu(x, *norm, 2, False), *rest) + x
+        return aff_filter(group_norm_silu(x, *norm, 2, False), *rest) + x
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), block(x))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_kernels_behind_the_operators(layout):
-    """The CUDA sides, on a CPU in the interpreter, equal what the operators give there."""
-    for name, shape, extra, kernels in (
-        ("aff_filter", FILTER, (), torch_ops.aff_filter_kernels),
-        ("group_norm_silu", NORM, (3, True), torch_ops.group_norm_silu_kernels),
-        ("inverted_residual", RESIDUAL, (), torch_ops.inverted_residual_kernels),
-    ):
-        x, *rest = make(name, **shape)
-        arguments = (x.contiguous(memory_format=layout), *rest, *extra)
-        got, want = kernels(*arguments), getattr(torch.ops.moesr, name)(*arguments)
-        assert got.stride() == want.stride()
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_and_reference_agree_on_the_result(name, layout, monkeypatch):
+    """Values and strides, where kernels run and where they do not."""
+    operator, shape, extra = OPERATORS[name]
+    x, *rest = make(name, **shape)
+    arguments = (x.contiguous(memory_format=layout), *rest, *extra)
+    got = operator(*arguments)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda tensor: False)
+    want = operator(*arguments)
+    assert got.stride() == want.stride()
+    assert not torch.equal(got, want), "the kernels did not run"
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_height_without_a_tiling_uses_the_reference():
     arguments = make("aff_filter", **{**FILTER, "height": 2 * 131})
     with pytest.raises(ValueError, match="factors 131 and 2, at most 64"):
         OPS["aff_filter"].plan({**FILTER, "height": 2 * 131}, "fp32", 90)
-    torch.testing.assert_close(torch_ops.aff_filter_kernels(*arguments), reference.aff_filter(*arguments))
+    torch.testing.assert_close(aff_filter(*arguments), reference.aff_filter(*arguments))
 
 
 @torch.inference_mode()
@@ -120,9 +126,9 @@ def test_published_filter(golden, published_weights):
         torch.from_numpy(a)
         for a in (data["aff_in"], *(weights[prefix + n] for n in ("w1", "b1", "w2", "b2")))
     )
-    got = torch_ops.aff_filter_kernels(x, *rest)
+    got = aff_filter(x, *rest)
     assert relative_l2(got.numpy(), data["aff_filter_out"]) < 1e-5
-    half = torch_ops.aff_filter_kernels(x.half(), *rest)
+    half = aff_filter(x.half(), *rest)
     assert relative_l2(half.float().numpy(), data["aff_filter_out"]) < OPS["aff_filter"].cases[1].tolerance
 
 

@@ -1,8 +1,9 @@
 """The adaptive frequency filter in three launches: rows, columns with the mask, rows back.
 
-The half spectrum lies between the launches as [B, U, C, 2 (part), H], U = W/2 + 1: a column of a block of channels is
-contiguous. A row of W real numbers has W/2 even and W/2 odd coefficients that are not zero by symmetry:
-coefficient r of a class is the real part of frequency 2 r (odd: 2 r + 1) for r < COSINES, then the imaginary parts.
+The half spectrum lies between the launches as [B, U, C, 2 (part), H], U = W/2 + 1: a column of a block of
+channels is contiguous. A row of W real numbers has W/2 even and W/2 odd coefficients that are not zero by
+symmetry: coefficient r of a class is the real part of frequency 2 r (odd: 2 r + 1) for r < COSINES, then come
+imaginary parts.
 """
 
 import triton
@@ -63,7 +64,7 @@ def rows_inverse(
     EVEN_COSINES: tl.constexpr, ODD_COSINES: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(W/2, BLOCK_N), cdiv(H, BLOCK_H), B * C). `even`, `odd` [W/2 (r), W/2 (n)]. Adds the residual."""
+    """Grid (cdiv(W/2, BLOCK_N), cdiv(H, BLOCK_H), B * C). `even`, `odd` [W/2 (r), W/2 (n)]. Adds x."""
     HALF: tl.constexpr = W // 2
     plane = tl.program_id(2)
     row = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -205,8 +206,8 @@ def columns(
 ):  # fmt: skip
     """Grid (U, GROUPS, B): one column of SPAN channels, transformed, filtered and transformed back in place.
 
-    Row n = N2 n1 + n2, frequency k1 + N1 k2; C, P1, P2 are SPAN, N1, N2 padded for the tensor cores, but P1 = 1
-    where N1 = 1: one dense product. Weights [2, GROUPS, C, C], biases [2, GROUPS, C], `dft_*` [2, P, P]
+    Row n = N2 n1 + n2, frequency k1 + N1 k2; C, P1, P2 are SPAN, N1, N2 padded for the tensor cores, but P1
+    is 1 where N1 is: one dense product. Weights [2, GROUPS, C, C], biases [2, GROUPS, C], `dft_*` [2, P, P]
     (symmetric), `twiddle` [2, P2 (n2), P1 (k1)].
     """
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -244,8 +245,8 @@ def columns_cached(
 ):  # fmt: skip
     """`columns` for what exceeds the registers: CHUNK channels or FREQUENCIES at a time.
 
-    Between its three loops the column lies where it came from, as [SPAN, 2, N1 (k1), N2 (k2)]: this program alone
-    touches it, so it stays in the cache.
+    Between its three loops the column lies where it came from, as [SPAN, 2, N1 (k1), N2 (k2)]: this program
+    alone touches it, so it stays in the cache.
     """
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = spectrum.dtype.element_ty

@@ -138,7 +138,7 @@ def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str) -> La
 def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[int, int, int], int, int]:
     """(BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps, stages: two accumulators of BLOCK_H x BLOCK_R a program.
 
-    The largest that do not spill: where matrix products read shared memory (sm_90, sm_100), registers hold only sums.
+    The largest that do not spill: products on sm_90 and sm_100 read shared memory, registers hold sums.
     """
     asynchronous = arch in (90, 100)
     if SIZES[dtype] == 4:
@@ -182,7 +182,7 @@ def pack_bias(bias: Tensor, tiling: Columns) -> Tensor:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """A normal image with a small mean, and weights that leave the soft-shrink open for about half the mask."""
+    """A normal image with a small mean, and weights that keep the variance."""
     generator = torch.Generator().manual_seed(seed)
     channels, blocks = shape["channels"], shape["blocks"]
     size = channels // blocks

@@ -30,8 +30,8 @@ def aff_filter_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `aff_filter` in the order of its arguments, from the gradient of its result.
 
-    A complex gradient holds those of the real and the imaginary part. Frequencies between DC and Nyquist stand for
-    two each in `irfft2`, so the adjoints of both transforms are the transforms with that weight.
+    A complex gradient holds those of the real and the imaginary part. Frequencies between DC and Nyquist
+    stand for two each in `irfft2`, so the adjoints of both transforms are the transforms with that weight.
     """
     size, weight = x.shape[-2:], _mirrored(x)
     spectrum = torch.fft.rfft2(x, norm="ortho")

@@ -1,8 +1,9 @@
-"""Expand, depthwise 3x3 and reduce in one launch: the wide tensor exists for one tile and CHUNK channels at a time.
+"""Expand, depthwise 3x3 and reduce in one launch: wide values exist for a tile and CHUNK channels at a time.
 
-A tile is a grid of GH x GW pixels with a halo of one around its (GH - 2) x (GW - 2) outputs, so that all products
-run over the same power of two. The chunk goes through a piece of scratch that belongs to the program alone and
-is written again and again, so it stays in the cache: nine shifted reads of it are the depthwise convolution.
+A tile is a grid of GH x GW pixels with a halo of one around its (GH - 2) x (GW - 2) outputs, so that all
+products run over the same power of two. The chunk goes through a piece of scratch that belongs to the program
+alone and is written again and again, so it stays in the cache: nine shifted reads of it are the depthwise
+convolution.
 """
 
 import triton

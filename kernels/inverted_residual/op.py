@@ -55,7 +55,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
 def _tiling(cout: int, dtype: str, arch: int) -> tuple[tuple[int, int], int, int, int]:
     """The pixel grid, the wide channels and the input channels at a time, and warps.
 
-    The registers hold the grid's outputs in float32: these are the largest tiles that do not spill (build's report).
+    The registers hold the grid's outputs in float32: these are the largest tiles that do not spill.
     """
     asynchronous = arch in (90, 100)  # their matrix products read shared memory, not registers
     if SIZES[dtype] == 4:

@@ -29,7 +29,7 @@ def inverted_residual(
 
 
 def fold(weight: Tensor, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A convolution's weight with the BatchNorm after it (in evaluation) folded in, and the bias that remains."""
+    """A convolution's weight with the BatchNorm after it (evaluating) folded in, and the remaining bias."""
     assert norm.running_mean is not None and norm.running_var is not None
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return weight * gain.view(-1, *[1] * (weight.dim() - 1)), norm.bias - norm.running_mean * gain
