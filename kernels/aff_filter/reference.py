@@ -25,6 +25,51 @@ def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
     return torch.fft.irfft2(spectrum * mask.flatten(1, 2), s=x.shape[-2:], norm="ortho") + x
 
 
+def aff_filter_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `aff_filter` in the order of its arguments, from the gradient of its result.
+
+    A complex gradient holds those of the real and the imaginary part. Frequencies between DC and Nyquist
+    stand for two each in `irfft2`, so the adjoints of both transforms are the transforms with that weight.
+    """
+    size, weight = x.shape[-2:], _mirrored(x)
+    spectrum = torch.fft.rfft2(x, norm="ortho")
+    blocks = spectrum.unflatten(1, (w1.shape[1], -1))
+    before = _layer(blocks, w1, b1)
+    hidden = _split(F.leaky_relu, before, SLOPE)
+    raw = _layer(hidden, w2, b2)
+    mask = _split(F.softshrink, raw, SHRINK)
+    product = torch.fft.rfft2(grad, norm="ortho").unflatten(1, (w1.shape[1], -1)) * weight
+    open_ = torch.view_as_complex((torch.view_as_real(raw).abs() > SHRINK).to(x.dtype))
+    inner, w2_grad, b2_grad = _layer_backward(_parts(product * blocks.conj(), open_), hidden, w2)
+    slope = torch.view_as_complex(torch.where(torch.view_as_real(before) > 0, 1.0, SLOPE).to(x.dtype))
+    outer, w1_grad, b1_grad = _layer_backward(_parts(inner, slope), blocks, w1)
+    total = (product * mask.conj() + outer).flatten(1, 2) / weight
+    return torch.fft.irfft2(total, s=size, norm="ortho") + grad, w1_grad, b1_grad, w2_grad, b2_grad
+
+
+def _mirrored(x: Tensor) -> Tensor:
+    """[W/2 + 1]: how many frequencies of the whole spectrum each of the half stands for."""
+    weight = torch.full((x.shape[-1] // 2 + 1,), 2.0, dtype=x.dtype, device=x.device)
+    weight[0] = weight[-1] = 1.0
+    return weight
+
+
+def _layer_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_layer` for its input, weight and bias."""
+    matrix = torch.complex(weight[0], weight[1])
+    inner = torch.einsum("bkohw,kio->bkihw", grad, matrix.conj())
+    outer = torch.einsum("bkihw,bkohw->kio", x.conj(), grad)
+    bias = grad.sum(dim=(0, 3, 4))
+    return inner, torch.stack([outer.real, outer.imag]), torch.stack([bias.real, bias.imag])
+
+
+def _parts(x: Tensor, y: Tensor) -> Tensor:
+    """Real part times real part, imaginary times imaginary."""
+    return torch.complex(x.real * y.real, x.imag * y.imag)
+
+
 def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     matrix = torch.complex(weight[0], weight[1])
     return torch.einsum("bkihw,kio->bkohw", x, matrix) + torch.complex(bias[0], bias[1])[..., None, None]

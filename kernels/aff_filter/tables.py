@@ -1,0 +1,55 @@
+"""Matrices of the filter's transforms for tensor cores, in double precision, ortho scaling inside."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def cosines(width: int) -> tuple[int, int]:
+    """How many even and odd row frequencies there are up to W/2."""
+    return width // 4 + 1, (width // 2 + 1) // 2
+
+
+def row_tables(width: int) -> dict[str, Matrix]:
+    """Real transforms of x[:W/2] + x[W/2:] and x[:W/2] - x[W/2:] [W/2 (n), W/2 (r)], and their inverses.
+
+    The columns are the coefficients that are not zero by symmetry: real parts, then imaginary ones.
+    """
+    half = width // 2
+    tables = {}
+    for name, start in (("even", 0), ("odd", 1)):
+        u = np.arange(start, half + 1, 2)
+        angle = -2 * np.pi * (np.outer(np.arange(half), u) % width) / width
+        own = (u == 0) | (2 * u == width)  # a frequency that is its own mirror image has no imaginary part
+        forward = np.concatenate([np.cos(angle), np.sin(angle)[:, ~own]], 1) / math.sqrt(width)
+        weight = np.concatenate([np.where(own, 1.0, 2.0), np.full((~own).sum(), 2.0)])
+        tables[name] = forward
+        tables[f"{name}_inverse"] = np.ascontiguousarray((forward * weight).T)
+    return tables
+
+
+def column_tables(n1: int, n2: int, p1: int, p2: int) -> dict[str, Matrix]:
+    """DFT matrices [2, P, P] of both factors and the twiddle factors [2, P2 (n2), P1 (k1)], zero-padded."""
+    height = n1 * n2
+    turns = np.exp(-2j * np.pi * (np.outer(np.arange(n2), np.arange(n1)) % height) / height)
+    return {
+        "dft_1": _parts(_dft(n1), p1, p1),
+        "dft_2": _parts(_dft(n2), p2, p2),
+        "twiddle": _parts(turns, p2, p1),
+    }
+
+
+def _dft(n: int) -> NDArray[np.complex128]:
+    index = np.arange(n)
+    return np.exp(-2j * np.pi * (np.outer(index, index) % n) / n) / math.sqrt(n)
+
+
+def _parts(matrix: NDArray[np.complex128], rows: int, columns: int) -> Matrix:
+    padded = np.zeros((2, rows, columns))
+    padded[:, : matrix.shape[0], : matrix.shape[1]] = matrix.real, matrix.imag
+    return padded

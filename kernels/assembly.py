@@ -1,0 +1,73 @@
+"""What the assembler says of a kernel: registers, spills, and counts from its instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+# Matrix products on tensor cores: mma (sm_80 to sm_89, sm_120), wgmma (sm_90), tcgen05 (sm_100).
+TENSOR_CORE = re.compile(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|QMMA)\b")
+_ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*?`?\(?(0x[0-9a-f]+|\.L_x_\d+)")
+_LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of a multiprocessor, and what its loops are made of."""
+
+    registers: int  # of a thread
+    shared_bytes: int  # dynamic, of a block
+    spill_bytes: int  # of a thread: the larger of stores and loads
+    tensor_core: int = 0  # instructions
+    local_in_loops: int = 0  # loads and stores of local memory inside a loop
+
+    def as_dict(self) -> dict[str, int]:
+        """For kernels.json."""
+        return asdict(self)
+
+
+def from_log(log: str, shared_bytes: int) -> Resources:
+    """Read `ptxas -v`; a log without its lines is a ValueError."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
+        raise ValueError(f"ptxas -v reported neither registers nor spills: {log!r}")
+    return Resources(int(registers[1]), shared_bytes, max(int(spills[1]), int(spills[2])))
+
+
+def with_instructions(resources: Resources, sass: str) -> Resources:
+    """Add the counts of a kernel's disassembly."""
+    return replace(
+        resources, tensor_core=len(TENSOR_CORE.findall(sass)), local_in_loops=_local_in_loops(sass)
+    )
+
+
+def disassemble(cubin: Path) -> str:
+    """SASS of a cubin, by the nvdisasm that Triton's wheel carries."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = folder / ("nvdisasm.exe" if sys.platform == "win32" else "nvdisasm")
+    done = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _local_in_loops(sass: str) -> int:
+    """Count local loads and stores between a backward branch and its target."""
+    places = [(m.start(), m[2]) for m in _ADDRESS.finditer(sass)]
+    labels = {m[1]: m.start() for m in _LABEL.finditer(sass)}
+    starts = [at for at, _ in places]
+    inside: set[int] = set()
+    for index, (at, text) in enumerate(places):
+        branch = _BRANCH.search(text)
+        if not branch or labels.get(branch[1], at) >= at:
+            continue
+        first = bisect_left(starts, labels[branch[1]])
+        if first < index:  # the final branch to itself pads the code
+            inside.update(range(first, index + 1))
+    return sum(bool(re.search(r"\b(?:LDL|STL)\b", places[i][1])) for i in inside)

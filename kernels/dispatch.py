@@ -1,0 +1,90 @@
+"""Run an operator's kernels on tensors, with its plan and tables made once for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.interpreter import interpreted
+from moesr.kernels.launch import DTYPES, architecture, run, table
+from moesr.kernels.plan import Op, Plan, Scalar, Shape
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run_kernels(op: Op, shape: Shape, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Outputs by name; `inputs` as the reference takes them, in the type of x. ValueError: no plan."""
+    x = inputs["x"]
+    key = (op, tuple(sorted(shape.items())), NAMES[x.dtype], architecture(x.device))
+    return run(op, _plan(*key), {**op.prepare(inputs), **_tables(*key, x.device)})
+
+
+def run_buffers(
+    op: Op, shape: Shape, like: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, Scalar]
+) -> dict[str, Tensor]:
+    """Outputs by name, from the plan's own input buffers; `scalars` replace some of the plan's."""
+    plan = plan_for(op, shape, like.dtype, like.device)
+    return run(op, replace(plan, scalars={**plan.scalars, **scalars}), buffers)
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels run on the tensor's memory: on CUDA, and on a CPU in the interpreter."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
+
+
+def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of an operator, made once; ValueError for a type or a shape that has none."""
+    if dtype not in FLOATS:
+        raise ValueError(f"{op.name} has no kernels for {dtype}, only for {', '.join(map(str, FLOATS))}")
+    return _plan(op, tuple(sorted(shape.items())), NAMES[dtype], architecture(device))
+
+
+@cache
+def _plan(op: Op, shape: tuple[tuple[str, int], ...], dtype: str, arch: int) -> Plan:
+    return op.plan(dict(shape), dtype, arch)
+
+
+@cache
+def _tables(
+    op: Op, shape: tuple[tuple[str, int], ...], dtype: str, arch: int, device: torch.device
+) -> dict[str, Tensor]:
+    plan = _plan(op, shape, dtype, arch)
+    return {b.name: table(plan, b, device) for b in plan.with_role("table")}
+
+
+def has_plan(op: Op, shape: Shape, x: Tensor) -> bool:
+    """Whether kernels run on the memory of x, at this shape and in its type; the reference does otherwise."""
+    if not has_kernels(x):
+        return False
+    try:
+        plan_for(op, shape, x.dtype, x.device)
+    except ValueError:
+        return False
+    return True
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Half precision as float32, which references sum and transform in; other types stay."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def image_dims(x: Tensor) -> dict[str, int]:
+    """The sizes of [B, C, H, W] by the names that plans use."""
+    return dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether [B, C, H, W] lies in memory as [B, H, W, C]."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_layout(y: Tensor, x: Tensor) -> Tensor:
+    """y in the type and the memory layout of x."""
+    layout = torch.channels_last if channels_last(x) else torch.contiguous_format
+    return y.to(x.dtype).contiguous(memory_format=layout)

@@ -1,0 +1,1 @@
+"""GroupNorm followed by SiLU, over NCHW or NHWC memory."""

@@ -1,0 +1,175 @@
+"""The registry's row for GroupNorm + SiLU: plan, cases and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.group_norm_silu import reference
+from moesr.kernels.launch import DTYPES
+from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, cdiv, next_power_of_2
+
+PARTS = 64  # of a group's values (NCHW); the second launch reads a group's partials in every block
+PARTS_NHWC = 256  # of an image's pixels
+
+
+def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+    """Two launches; the same tiling on every architecture, as nothing here needs shared memory."""
+    del arch
+    pixels, channels, groups = shape["height"] * shape["width"], shape["channels"], shape["groups"]
+    if channels % groups:
+        raise ValueError(f"{channels} channels cannot form {groups} groups; take a divisor")
+    nhwc = shape.get("channels_last", 0)
+    parts, launches = (_nhwc if nhwc else _nchw)(shape, pixels, channels // groups)
+    sides = (shape["height"], shape["width"])
+    dims = ("batch", *sides, channels) if nhwc else ("batch", channels, *sides)
+    return Plan(
+        buffers=(
+            Buffer("x", dtype, dims, "input"),
+            Buffer("weight", "fp32", (channels,), "input"),
+            Buffer("bias", "fp32", (channels,), "input"),
+            Buffer("partial", "fp32", ("batch", parts, groups, 2), "scratch"),
+            Buffer("y", dtype, dims, "output"),
+        ),
+        launches=launches,
+        scalars={"batch": shape["batch"]},
+    )
+
+
+def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...]]:
+    groups, size = shape["groups"], width * pixels
+    block = min(4096, next_power_of_2(size))
+    part = block * cdiv(size, PARTS * block)
+    parts = cdiv(size, part)
+    apply_block = min(4096, next_power_of_2(pixels))
+    constants = {
+        "CHANNELS": shape["channels"],
+        "GROUPS": groups,
+        "PIXELS": pixels,
+        "PART": part,
+        "PARTS": parts,
+        "PARTS_PAD": next_power_of_2(parts),
+        "EPS": reference.EPS,
+        "SILU": bool(shape.get("silu", 1)),
+        "BLOCK": apply_block,
+    }
+    return parts, (
+        Launch(
+            "statistics_nchw",
+            ("x", "partial"),
+            {"SIZE": size, "PART": part, "BLOCK": block},
+            (f"batch * {groups}", str(parts)),
+        ),
+        Launch(
+            "apply_nchw",
+            ("x", "weight", "bias", "partial", "y"),
+            constants,
+            ("batch * CHANNELS", "cdiv(PIXELS, BLOCK)"),
+        ),
+    )
+
+
+def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...]]:
+    groups, pad = shape["groups"], next_power_of_2(width)
+    span = groups & -groups  # the largest power of two that divides them
+    while span * pad > 512 and span > 1:
+        span //= 2
+    block = max(1, 4096 // (span * pad))
+    part = block * cdiv(pixels, PARTS_NHWC * block)
+    parts = cdiv(pixels, part)
+    common = {
+        "GROUPS": groups,
+        "WIDTH": width,
+        "WIDTH_PAD": pad,
+        "PIXELS": pixels,
+        "PART": part,
+        "BLOCK": block,
+        "SPAN": span,
+    }
+    second = {
+        "PARTS": parts,
+        "PARTS_PAD": next_power_of_2(parts),
+        "EPS": reference.EPS,
+        "SILU": bool(shape.get("silu", 1)),
+        "RUN": part,
+    }
+    last = "GROUPS // SPAN"
+    return parts, (
+        Launch("statistics_nhwc", ("x", "partial"), common, ("batch", str(parts), last)),
+        Launch(
+            "apply_nhwc",
+            ("x", "weight", "bias", "partial", "y"),
+            common | second,
+            ("batch", "cdiv(PIXELS, RUN)", last),
+        ),
+    )
+
+
+def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
+    """Values around a mean of 3, ten times their spread in the first group."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape["batch"], shape["channels"], shape["height"], shape["width"])
+    x = torch.randn(size, generator=generator) + 3
+    x[:, : shape["channels"] // shape["groups"]] *= 0.3
+    channels_last = bool(shape.get("channels_last", 0))
+    x = x.permute(0, 2, 3, 1).contiguous() if channels_last else x
+    return {
+        "x": x.to(DTYPES[dtype]),
+        "weight": 1 + 0.1 * torch.randn(shape["channels"], generator=generator),
+        "bias": 0.1 * torch.randn(shape["channels"], generator=generator),
+        "groups": shape["groups"],
+        "channels_last": channels_last,
+        "silu": bool(shape.get("silu", 1)),
+    }
+
+
+def outputs(**arguments: Any) -> Mapping[str, Tensor]:
+    """The reference's result by the name of its buffer."""
+    return {"y": reference.group_norm_silu(**arguments)}
+
+
+def cost(shape: Shape, dtype: str) -> Cost:
+    """x is read twice, as no cache holds it between the passes, and y written once."""
+    values = shape["batch"] * shape["channels"] * shape["height"] * shape["width"]
+    return Cost(bytes=3 * values * SIZES[dtype], flops=0)
+
+
+def _shape(batch: int, channels: int, groups: int, height: int, width: int, **extra: int) -> dict[str, int]:
+    return {
+        "batch": batch, "channels": channels, "groups": groups, "height": height, "width": width, **extra
+    }  # fmt: skip
+
+
+TOLERANCES = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 6e-3}
+CHECKED = {
+    "odd": _shape(2, 6, 3, 7, 5),
+    "five_wide": _shape(1, 160, 32, 16, 16),
+    "unet": _shape(1, 320, 32, 64, 64),
+    "no_silu": _shape(1, 32, 8, 33, 31, silu=0),
+    "odd_nhwc": _shape(2, 6, 3, 7, 5, channels_last=1),
+    "five_wide_nhwc": _shape(1, 160, 32, 17, 16, channels_last=1),
+    "unet_nhwc": _shape(2, 320, 32, 32, 32, channels_last=1),
+    "no_silu_nhwc": _shape(1, 32, 8, 33, 31, channels_last=1, silu=0),
+}
+DEPLOYED = {
+    f"decoder{size}{name}": _shape(1, channels, 32, size, size, channels_last=last)
+    for size, channels in ((512, 128), (256, 256), (128, 512))
+    for last, name in ((0, ""), (1, "_nhwc"))
+} | {
+    f"unet{size}_nhwc": _shape(8, channels, 32, size, size, channels_last=1)
+    for size, channels in ((128, 160), (64, 320), (32, 320), (16, 640))
+}
+
+OP = Op(
+    name="group_norm_silu",
+    plan=plan,
+    inputs=inputs,
+    reference=outputs,
+    cases=cases(CHECKED, TOLERANCES),
+    deployed=cases(DEPLOYED, {"fp16": TOLERANCES["fp16"]})
+    + cases({"decoder512": DEPLOYED["decoder512"]}, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
+    cost=cost,
+)

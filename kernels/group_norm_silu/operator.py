@@ -1,0 +1,48 @@
+"""`moesr::group_norm_silu` for PyTorch: compiled graphs keep it whole, and gradients flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.dispatch import channels_last, has_plan, image_dims, in_layout, run_kernels, wide
+from moesr.kernels.group_norm_silu import reference
+from moesr.kernels.group_norm_silu.op import OP
+
+
+@torch.library.custom_op("moesr::group_norm_silu", mutates_args=())
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True) -> Tensor:
+    """`silu(group_norm(x))` of [B, C, H, W], eps 1e-6, in the type and memory layout of x."""
+    last = channels_last(x)
+    shape = {
+        **image_dims(x),
+        "groups": groups,
+        "channels_last": int(last),
+        "silu": int(silu),
+    }
+    if not has_plan(OP, shape, x):
+        return in_layout(reference.group_norm_silu(*wide(x, weight, bias), groups, silu=silu), x)
+    inputs = {"x": x.permute(0, 2, 3, 1) if last else x, "weight": weight.float(), "bias": bias.float()}
+    y = run_kernels(OP, shape, inputs)["y"]
+    return y.permute(0, 3, 1, 2) if last else y
+
+
+@group_norm_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True) -> Tensor:
+    return in_layout(x.new_empty(x.shape), x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.groups, ctx.silu = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = reference.group_norm_silu_backward(*wide(grad, *saved), ctx.groups, silu=ctx.silu)
+    return (*(g.to(s.dtype) for g, s in zip(grads, saved, strict=True)), None, None)
+
+
+group_norm_silu.register_autograd(_backward, setup_context=_save)

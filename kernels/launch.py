@@ -1,0 +1,85 @@
+"""Run a plan in PyTorch with Triton's just-in-time compiler, or its interpreter on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.interpreter import interpreted, repair
+from moesr.kernels.plan import Buffer, Op, Plan
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "u16": torch.uint16,
+    "u8": torch.uint8,
+}
+
+
+def kernel_module(op: str) -> ModuleType:
+    """The module with the operator's Triton functions."""
+    return importlib.import_module(f"moesr.kernels.{op}.kernel")
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as two digits; the interpreter plays an H200."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def run(op: Op, plan: Plan, buffers: Mapping[str, Tensor], poison: bool = False) -> dict[str, Tensor]:
+    """Launch a plan on its input and state buffers; returns outputs and states by name.
+
+    `poison` fills scratch and outputs with NaN (integers: the largest value) before the launches.
+    """
+    given = kernel_buffers(op, plan, buffers)
+    if poison:
+        for b in plan.with_role("scratch", "output"):
+            full = given[b.name]
+            full.fill_(float("nan") if full.is_floating_point() else torch.iinfo(full.dtype).max)
+    launch(op, plan, given)
+    return {b.name: given[b.name] for b in plan.with_role("output", "state")}
+
+
+def kernel_buffers(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All buffers of a plan: the given ones, checked, and tables, scratch and outputs on their device."""
+    given: dict[str, Tensor] = {}
+    for b in plan.with_role("input", "state"):
+        value = given[b.name] = buffers[b.name].contiguous()
+        if value.dtype != DTYPES[b.dtype] or tuple(value.shape) != plan.dims(b):
+            got = f"{value.dtype} {tuple(value.shape)}"
+            raise ValueError(f"{op.name}: {b.name} is {got}, the plan takes {b.dtype} {plan.dims(b)}")
+    device = next(iter(given.values())).device
+    for b in plan.with_role("table"):
+        given[b.name] = buffers[b.name] if b.name in buffers else table(plan, b, device)
+    for b in plan.with_role("scratch", "output"):
+        given[b.name] = torch.empty(plan.dims(b), dtype=DTYPES[b.dtype], device=device)
+    if op.link:
+        op.link(given)
+    return given
+
+
+def table(plan: Plan, buffer: Buffer, device: torch.device) -> Tensor:
+    """A constant buffer on a device."""
+    return torch.from_numpy(plan.tables[buffer.name]).to(device, DTYPES[buffer.dtype])
+
+
+def launch(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> None:
+    """Launch on buffers that are all there; nothing is allocated or checked."""
+    functions = kernel_module(op.name)
+    if interpreted():
+        repair()
+    for step in plan.launches:
+        arguments = [buffers[a] if a in buffers else plan.scalars[a] for a in step.arguments]
+        function = getattr(functions, step.function)
+        options = {"num_warps": step.num_warps, "num_stages": step.num_stages}
+        function[plan.grid(step)](*arguments, **step.constants, **options, enable_fp_fusion=step.fp_fusion)

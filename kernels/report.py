@@ -1,0 +1,61 @@
+"""benchmarks/results/kernels.md: what each compiled kernel takes of a multiprocessor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Compiled kernels
+
+Written by `python -m moesr.kernels.build -o DIR --report benchmarks/results/kernels.md`, Triton {triton},
+without a GPU. For each architecture: registers of a thread / shared memory of a block in KiB / bytes spilled by
+a thread (the larger of stores and loads). "mma" counts tensor-core instructions and "local" loads and stores
+of local memory inside loops, the latter summed over the architectures; threads are those of a block.
+"""
+
+
+def write_report(content: Mapping[str, Any], path: Path) -> None:
+    """Write the table of everything in a kernels.json."""
+    cases = _cases(content)
+    targets = content["architectures"]
+    lines = [HEAD.format(triton=content["triton"])]
+    for op in content["sources"]:
+        lines.append(f"\n## {op}\n")
+        lines.append(f"| launch | cases | threads | {' | '.join(targets)} | mma | local |")
+        lines.append("| --- " * (5 + len(targets)) + "|")
+        rows = [(k["function"], name, k) for name, k in content["kernels"].items() if k["op"] == op]
+        for function, name, kernel in sorted(rows, key=lambda row: (row[0], cases[row[1]])):
+            lines.append(_row(function, cases[name], kernel["targets"], targets))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _cases(content: Mapping[str, Any]) -> dict[str, str]:
+    """The cases that use each kernel: "decoder512 fp16, bf16"."""
+    used: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for plan in content["plans"]:
+        for launch in plan["launches"]:
+            dtypes = used[launch["kernel"]][plan["case"]]
+            if plan["dtype"] not in dtypes:
+                dtypes.append(plan["dtype"])
+    return {
+        kernel: "; ".join(f"{case} {', '.join(dtypes)}" for case, dtypes in by_case.items())
+        for kernel, by_case in used.items()
+    }
+
+
+def _row(function: str, cases: str, compiled: Mapping[str, Any], targets: list[str]) -> str:
+    def cell(target: str) -> str:
+        if target not in compiled:
+            return "-"
+        c = compiled[target]
+        return f"{c['registers']} / {c['shared_bytes'] / 1024:.1f} / {c['spill_bytes']}"
+
+    mine = [compiled[t] for t in targets if t in compiled]
+    threads = "/".join(map(str, sorted({c["threads"] for c in mine})))
+    mma = "/".join(map(str, sorted({c["tensor_core"] for c in mine})))
+    local = sum(c["local_in_loops"] for c in mine)
+    columns = [function, cases, threads, *map(cell, targets), mma, str(local)]
+    return f"| {' | '.join(columns)} |"

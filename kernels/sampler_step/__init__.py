@@ -1,0 +1,1 @@
+"""One sampler step over whole canvases: update and noise in one pass."""

@@ -1,0 +1,121 @@
+"""The registry's row for the sampler's step: plan, cases and cost. A launch moves jobs of different sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesr.kernels.plan import Buffer, Cost, Launch, Op, Plan, Shape, cases
+from moesr.kernels.sampler_step import reference
+from moesr.runtime.noise import INITIAL_NOISE
+
+COLUMNS = 6  # of the table: addresses of z, sums and coefficients, elements, seed, step + 1
+BLOCK = 128  # Philox blocks of one pass of a program: 1024 elements
+PROGRAMS = 128  # a job: about one for each multiprocessor; more than one pass where a canvas is larger
+KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs
+
+
+def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+    """One launch of a fixed grid; canvases are reached through the table alone. A third job is empty."""
+    del arch
+    sizes = _sizes(shape)
+    return Plan(
+        buffers=(
+            Buffer("jobs", "i64", ("jobs", COLUMNS), "input"),
+            Buffer("coefficients", dtype, (2, 3), "input"),
+            *(Buffer(f"z_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
+            *(Buffer(f"sums_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
+        ),
+        launches=(
+            Launch("sampler_step", ("jobs",), {"BLOCK": BLOCK}, (str(PROGRAMS), "jobs"), fp_fusion=False),
+        ),
+        scalars={"jobs": shape.get("jobs", 3)},
+    )
+
+
+def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
+    c, h, w = (shape[name] for name in ("channels", "height", "width"))
+    return [(c, h, w), (c, h + 3, w + 1)]
+
+
+def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
+    """Two canvases; the second takes only noise where `pure_noise` is set, as x_T is made."""
+    del dtype
+    generator = torch.Generator().manual_seed(seed)
+    given: dict[str, Any] = {"coefficients": torch.tensor([[1.01, -0.2, 0.3], [0.99, 0.1, 0.0]])}
+    for i, size in enumerate(_sizes(shape)):
+        given[f"z_{i}"] = torch.randn(size, generator=generator)
+        given[f"sums_{i}"] = torch.randn(size, generator=generator)
+    if shape.get("pure_noise"):
+        given["coefficients"][1] = torch.tensor([0.0, 0.0, 1.0])
+    return given
+
+
+def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Canvases to overwrite, and room for the table."""
+    copies = {name: value.clone() for name, value in given.items()}
+    device = given["coefficients"].device
+    return {**copies, "jobs": torch.zeros(3, COLUMNS, dtype=torch.int64, device=device)}
+
+
+def link(buffers: dict[str, Any]) -> None:
+    """Write the table's rows."""
+    rows = [
+        (buffers[f"z_{i}"], buffers[f"sums_{i}"], buffers["coefficients"][i], seed, step)
+        for i, (seed, step) in enumerate(KEYS)
+    ]
+    buffers["jobs"][:2].copy_(table(rows))
+
+
+def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int]]) -> Tensor:
+    """Rows of (z, sums, coefficients, seed, step) as the kernel reads them: int64 [jobs, 6] on the CPU."""
+    words = np.zeros((len(rows), COLUMNS), np.uint64)
+    for row, (z, sums, coefficients, seed, step) in zip(words, rows, strict=True):
+        row[:3] = z.data_ptr(), sums.data_ptr(), coefficients.data_ptr()
+        row[3:] = z.numel(), seed, step - INITIAL_NOISE
+    return torch.from_numpy(words.view(np.int64))
+
+
+def outputs(coefficients: Tensor, **given: Tensor) -> Mapping[str, Tensor]:
+    """The reference's results by the names of their buffers."""
+    results = {}
+    for i, key in enumerate(KEYS):
+        moved = reference.sampler_step(given[f"z_{i}"], given[f"sums_{i}"], coefficients[i], *key)
+        results[f"z_{i}"], results[f"sums_{i}"] = moved
+    return results
+
+
+def cost(shape: Shape, dtype: str) -> Cost:
+    """z and sums read and written once; the noise costs about 85 float64 operations an element pair."""
+    del dtype
+    return Cost(bytes=16 * sum(int(np.prod(size)) for size in _sizes(shape)), flops=0)
+
+
+def _shape(channels: int, height: int, width: int, **extra: int) -> dict[str, int]:
+    return {"channels": channels, "height": height, "width": width, **extra}
+
+
+# The reference is float64 but for the noise; tests/test_kernels_loop.py compares with the host's float32.
+TOLERANCES = {"fp32": 2e-7}
+CHECKED = {
+    "odd": _shape(3, 7, 5),
+    "pure_noise": _shape(3, 9, 9, pure_noise=1),
+    "several_passes": _shape(4, 61, 67, pure_noise=1),
+}
+DEPLOYED = {"latent128": _shape(3, 128, 128), "latent512": _shape(3, 512, 512)}
+
+OP = Op(
+    name="sampler_step",
+    plan=plan,
+    inputs=inputs,
+    reference=outputs,
+    cases=cases(CHECKED, TOLERANCES),
+    deployed=cases(DEPLOYED, TOLERANCES),
+    cost=cost,
+    prepare=prepare,
+    link=link,
+)

@@ -1,0 +1,1 @@
+"""Slots of a graph's output onto the canvases' sums, weighted."""

@@ -1,0 +1,66 @@
+"""Add the slots of a batch to the sums of their canvases, in the order of the slots, without a race.
+
+A pixel of a canvas belongs to the first slot of the launch that covers it. That slot's program adds the share
+of every slot that covers the pixel, one after another, and nobody else touches it. Compile without fused
+multiply-add (`fp_fusion=False`): the sums are then those of `moesr.runtime.tiles.Blend` to the last bit.
+"""
+
+import triton
+import triton.language as tl
+
+SLOT_COLUMNS = tl.constexpr(7)
+"""int64 [slots, 7]: addresses of sums (0: empty slot), of the sum of weights and of the int32 flag; plane and
+row strides in elements; y, x."""
+
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def tile_blend(slots, tiles, weights, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Grid: (blocks of a tile, channels, slots). `tiles` [slots, C, height, width], `weights` one tile's.
+
+    Sums are float32 [C, H, W], the sum of weights float32 [H, W]. Bit 0 of a canvas' flag is set where one of
+    its tiles holds a value that is not finite.
+    """
+    channel, channels, slot = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    count = tl.num_programs(2)
+    blocks_w = tl.cdiv(width, BLOCK_W)
+    top = (tl.program_id(0) // blocks_w) * BLOCK_H
+    left = (tl.program_id(0) % blocks_w) * BLOCK_W
+    row = slots + slot * SLOT_COLUMNS
+    sums = tl.load(row)
+    if sums != 0:
+        y_0, x_0 = tl.load(row + 5), tl.load(row + 6)
+        y = tl.arange(0, BLOCK_H)[:, None] + top + y_0  # on the canvas
+        x = tl.arange(0, BLOCK_W)[None, :] + left + x_0
+        owned = (y < y_0 + height) & (x < x_0 + width)
+        earlier = slot * 0
+        while earlier < slot:
+            other = slots + earlier * SLOT_COLUMNS
+            if tl.load(other) == sums:
+                dy, dx = y - tl.load(other + 5), x - tl.load(other + 6)
+                owned = owned & ~((dy >= 0) & (dy < height) & (dx >= 0) & (dx < width))
+            earlier += 1
+
+        offset = y * tl.load(row + 4) + x
+        canvas = sums.to(tl.pointer_type(tl.float32)) + channel * tl.load(row + 3) + offset
+        total = tl.load(canvas, mask=owned, other=0.0)
+        weight_sum = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.float32)) + offset, mask=owned, other=1.0)
+        bad = tl.zeros([BLOCK_H, BLOCK_W], tl.int32)
+        later = slot
+        while later < count:
+            other = slots + later * SLOT_COLUMNS
+            y_1, x_1 = tl.load(other + 5), tl.load(other + 6)
+            meets = (tl.load(other) == sums) & (y_1 < y_0 + top + BLOCK_H) & (y_1 + height > y_0 + top)
+            if meets & (x_1 < x_0 + left + BLOCK_W) & (x_1 + width > x_0 + left):
+                dy, dx = y - y_1, x - x_1
+                covered = owned & (dy >= 0) & (dy < height) & (dx >= 0) & (dx < width)
+                tile = tiles + (later * channels + channel).to(tl.int64) * height * width
+                value = tl.load(tile + dy * width + dx, mask=covered, other=0.0).to(tl.float32)
+                weight = tl.load(weights + dy * width + dx, mask=covered, other=0.0)
+                total = tl.where(covered, total + value * tl.div_rn(weight, weight_sum), total)
+                bad = bad | (~(tl.abs(value) <= _LARGEST)).to(tl.int32)
+            later += 1
+        tl.store(canvas, total, mask=owned)
+        if tl.max(bad) > 0:
+            tl.atomic_or(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 1, sem="relaxed")

@@ -1,0 +1,57 @@
+"""`moesr::tile_blend` for PyTorch, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moesr.kernels.dispatch import has_kernels, plan_for
+from moesr.kernels.launch import launch
+from moesr.kernels.tile_blend import reference
+from moesr.kernels.tile_blend.op import OP, table
+
+
+@torch.library.custom_op("moesr::tile_blend", mutates_args=("sums", "flags"))
+def tile_blend(
+    sums: Sequence[Tensor],
+    flags: Tensor,
+    weight_sums: Sequence[Tensor],
+    tiles: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+) -> None:
+    """Add tiles [slots, C, h, w], weighted, to the canvases' float32 sums [C, H, W], in the slots' order.
+
+    `weights` [h, w] are divided by the canvas' `weight_sums` [H, W]; `flags` int32 [canvases] becomes 1
+    where a tile is not finite. `slots` int64 [slots, 3] on the CPU: the canvas' number (negative: skip), y,
+    x. ValueError for a window outside.
+    """
+    height, width = weights.shape
+    for index, y, x in slots.tolist():
+        rows, columns = weight_sums[max(index, 0)].shape
+        if index >= 0 and not (0 <= y <= rows - height and 0 <= x <= columns - width):
+            raise ValueError(f"the {height}x{width} tile at {(y, x)} leaves the canvas of {rows}x{columns}")
+    if not has_kernels(tiles):
+        added, found = reference.tile_blend(sums, weight_sums, tiles, weights, slots.tolist())
+        for canvas, value in zip(sums, added, strict=True):
+            canvas.copy_(value)
+        flags.bitwise_or_(found)
+        return
+    shape = {"slots": len(slots), "channels": tiles.shape[1], "height": height, "width": width}
+    rows = table(list(sums), list(weight_sums), flags, slots.tolist()).to(tiles.device)
+    buffers = {"slots": rows, "tiles": tiles.contiguous(), "weights": weights.contiguous()}
+    launch(OP, plan_for(OP, shape, tiles.dtype, tiles.device), buffers)
+
+
+@tile_blend.register_fake
+def _(
+    sums: Sequence[Tensor],
+    flags: Tensor,
+    weight_sums: Sequence[Tensor],
+    tiles: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+) -> None:
+    return None

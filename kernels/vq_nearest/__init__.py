@@ -1,0 +1,1 @@
+"""The nearest code of a codebook, without the matrix of distances."""
