@@ -10,7 +10,7 @@ from typing import Any
 HEAD = """# Compiled kernels
 
 Written by `python -m moesr.kernels.build -o DIR --report benchmarks/results/kernels.md`, Triton {triton},
-without a GPU. For each architecture: registers of a thread / shared memory of a block in KiB / bytes spilled by
+without a GPU. For each architecture: registers of a thread / shared memory of a block, KiB / bytes spilled by
 a thread (the larger of stores and loads). "mma" counts tensor-core instructions and "local" loads and stores
 of local memory inside loops, the latter summed over the architectures; threads are those of a block.
 """
