@@ -16,7 +16,9 @@ from moesr.kernels.sampler_step.operator import sampler_step
 from moesr.kernels.tile_blend.operator import tile_blend
 from moesr.kernels.tile_gather.operator import tile_gather
 from moesr.runtime import noise, samplers, tiles
-from moesr.runtime.scheduler import to_unit
+from moesr.runtime.devices import Slot
+from moesr.runtime.devices.host import HostDevice
+from moesr.runtime.pixels import to_unit
 
 SIZES = [(3, 29, 24), (3, 12, 37)]
 TILE = 12
@@ -25,7 +27,7 @@ KEYS = [(0, noise.INITIAL_NOISE), (0, 0), (42, 49), (2**63 - 1, 999), (2**63 - 1
 
 def advanced(z: np.ndarray, sums: np.ndarray, coefficients: list[float], seed: int, step: int) -> np.ndarray:
     """The host's step."""
-    c = samplers.Coefficients(np.float32(0), np.float32(0), *map(np.float32, coefficients))
+    c = samplers.Coefficients(*map(np.float32, coefficients))
     z = z.copy()
     samplers.advance(z, sums, noise.gaussian(seed, step, z.shape), c, np.empty_like(z))
     return z
@@ -88,12 +90,13 @@ class Canvases:
     def __init__(self) -> None:
         self.weights = tiles.gaussian_weights(TILE)
         self.origins = [tiles.grid(h, w, TILE, 5) for _, h, w in SIZES]
+        self.device = HostDevice()
         self.host = [
-            tiles.Blend(size, origins, TILE, self.weights)
+            self.device.mean(size, origins, self.weights)
             for size, origins in zip(SIZES, self.origins, strict=True)
         ]
         self.sums = [torch.zeros(size) for size in SIZES]
-        self.weight_sums = [torch.from_numpy(b._weight_sum) for b in self.host]
+        self.weight_sums = [torch.from_numpy(mean.weight_sum) for mean in self.host]
         self.flags = torch.zeros(2, dtype=torch.int32)
 
     def slots(self) -> list[tuple[int, int, int]]:
@@ -110,7 +113,7 @@ class Canvases:
         )  # fmt: skip
         for tile, (index, y, x) in zip(batch, slots, strict=True):
             if index >= 0:
-                self.host[index].add(y, x, tile)
+                self.device.blend([Slot({}, {}, self.host[index], y, x)], tile[None])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
@@ -121,7 +124,7 @@ def test_blend_is_the_hosts(batch):
     for start in range(0, len(slots), batch):
         canvases.blend(data[start : start + batch], slots[start : start + batch])
     for got, want in zip(canvases.sums, canvases.host, strict=True):
-        np.testing.assert_array_equal(got.numpy(), want.result())
+        np.testing.assert_array_equal(got.numpy(), want.data)
     assert not canvases.flags.any()
 
 

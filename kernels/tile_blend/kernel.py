@@ -2,7 +2,7 @@
 
 A pixel of a canvas belongs to the first slot of the launch that covers it. That slot's program adds the share
 of every slot that covers the pixel, one after another, and nobody else touches it. Compile without fused
-multiply-add (`fp_fusion=False`): the sums are then those of `moesr.runtime.tiles.Blend` to the last bit.
+multiply-add (`fp_fusion=False`): the sums are then those of `moesr.runtime.devices.host` to the last bit.
 """
 
 import triton

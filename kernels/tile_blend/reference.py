@@ -1,4 +1,4 @@
-"""Weighted tiles added one after another, as `moesr.runtime.tiles.Blend` does."""
+"""Weighted tiles added one after another, as `moesr.runtime.devices.host` does."""
 
 from __future__ import annotations
 
