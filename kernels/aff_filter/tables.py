@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +45,12 @@ def column_tables(n1: int, n2: int, p1: int, p2: int) -> dict[str, Matrix]:
     }
 
 
-def _dft(n: int) -> NDArray[np.complex128]:
+def _dft(n: int) -> NDArray[Any]:
     index = np.arange(n)
     return np.exp(-2j * np.pi * (np.outer(index, index) % n) / n) / math.sqrt(n)
 
 
-def _parts(matrix: NDArray[np.complex128], rows: int, columns: int) -> Matrix:
+def _parts(matrix: NDArray[Any], rows: int, columns: int) -> Matrix:
     padded = np.zeros((2, rows, columns))
     padded[:, : matrix.shape[0], : matrix.shape[1]] = matrix.real, matrix.imag
     return padded
