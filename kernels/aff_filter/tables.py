@@ -52,5 +52,5 @@ def _dft(n: int) -> NDArray[Any]:
 
 def _parts(matrix: NDArray[Any], rows: int, columns: int) -> Matrix:
     padded = np.zeros((2, rows, columns))
-    padded[:, : matrix.shape[0], : matrix.shape[1]] = matrix.real, matrix.imag
+    padded[:, : matrix.shape[0], : matrix.shape[1]] = np.real(matrix), np.imag(matrix)
     return padded
