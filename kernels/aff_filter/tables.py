@@ -46,7 +46,8 @@ def column_tables(n1: int, n2: int, p1: int, p2: int) -> dict[str, Matrix]:
 
 def _dft(n: int) -> NDArray[np.complex128]:
     index = np.arange(n)
-    return np.exp(-2j * np.pi * (np.outer(index, index) % n) / n) / math.sqrt(n)
+    matrix: NDArray[np.complex128] = np.exp(-2j * np.pi * (np.outer(index, index) % n) / n)
+    return matrix / math.sqrt(n)
 
 
 def _parts(matrix: NDArray[np.complex128], rows: int, columns: int) -> Matrix:
