@@ -25,9 +25,11 @@ def write_report(content: Mapping[str, Any], path: Path) -> None:
         lines.append(f"\n## {op}\n")
         lines.append(f"| launch | cases | threads | {' | '.join(targets)} | mma | local |")
         lines.append("| --- " * (5 + len(targets)) + "|")
-        rows = [(k["function"], name, k) for name, k in content["kernels"].items() if k["op"] == op]
-        for function, name, kernel in sorted(rows, key=lambda row: (row[0], cases[row[1]])):
-            lines.append(_row(function, cases[name], kernel["targets"], targets))
+        rows: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+        for name, kernel in content["kernels"].items():
+            if kernel["op"] == op:  # architectures with tiles of their own share a row
+                rows[kernel["function"], cases[name]].update(kernel["targets"])
+        lines += [_row(*row, compiled, targets) for row, compiled in sorted(rows.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 

@@ -47,7 +47,8 @@ def column_tables(n1: int, n2: int, p1: int, p2: int) -> dict[str, Matrix]:
 
 def _dft(n: int) -> NDArray[Any]:
     index = np.arange(n)
-    return np.exp(-2j * np.pi * (np.outer(index, index) % n) / n) / math.sqrt(n)
+    matrix: NDArray[np.complex128] = np.exp(-2j * np.pi * (np.outer(index, index) % n) / n)
+    return matrix / math.sqrt(n)
 
 
 def _parts(matrix: NDArray[Any], rows: int, columns: int) -> Matrix:

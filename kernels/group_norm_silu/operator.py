@@ -23,8 +23,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: 
         "silu": int(silu),
     }
     if not has_plan(OP, shape, x):
-        x_wide, weight, bias = wide(x, weight, bias)
-        return in_layout(reference.group_norm_silu(x_wide, weight, bias, groups, silu=silu), x)
+        value, gain, offset = wide(x, weight, bias)
+        return in_layout(reference.group_norm_silu(value, gain, offset, groups, silu=silu), x)
     inputs = {"x": x.permute(0, 2, 3, 1) if last else x, "weight": weight.float(), "bias": bias.float()}
     y = run_kernels(OP, shape, inputs)["y"]
     return y.permute(0, 3, 1, 2) if last else y
@@ -42,8 +42,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grad, x, weight, bias = wide(grad, *saved)
-    grads = reference.group_norm_silu_backward(grad, x, weight, bias, ctx.groups, silu=ctx.silu)
+    pulled, x, weight, bias = wide(grad, *saved)
+    grads = reference.group_norm_silu_backward(pulled, x, weight, bias, ctx.groups, silu=ctx.silu)
     return (*(g.to(s.dtype) for g, s in zip(grads, saved, strict=True)), None, None)
 
 
