@@ -12,7 +12,7 @@ from moesr.export.lowering import CPU, Lowering, cut
 from moesr.export.refinement import refine
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.autoencoder import AttnBlock, Level, Middle
-from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, ResnetBlock
+from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, FusionLayer, ResnetBlock
 
 
 def decoder_graph(network: Autoencoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
@@ -24,7 +24,8 @@ def decoder_graph(network: Autoencoder, latent_px: int, lowering: Lowering = CPU
     g = GraphBuilder("decoder", lowering)
     config, decoder = network.config, network.decoder
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
-    condition = _condition(g, latent_px * config.factor) if decoder.fusion else None
+    lr, fidelity = _condition(g, latent_px * config.factor) if decoder.fusions else (None, None)
+    features = _lr_features(g, lr, network) if lr else {}
     with g.scope("quantize"):
         h = g.compute(_quantise(g, z, network))
     with g.scope("decoder.mid"):
@@ -33,8 +34,8 @@ def decoder_graph(network: Autoencoder, latent_px: int, lowering: Lowering = CPU
         with g.scope(f"decoder.up.{i}"):
             level = decoder.up[i]
             h = _level(g, h, level)
-            if condition and i == config.fusion_level:
-                h = _fuse(g, h, network, *condition)
+            if fidelity and i in features:
+                h = _fuse(g, h, decoder.fusions[i], features[i], fidelity)
             if i > 0:
                 h = upsample_conv(g, h, level.get_submodule("upsample.conv"))
     if config.refinement != "none":
@@ -79,17 +80,19 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
     return g.op("Transpose", g.op("Gather", table, g.concat(found, 1)), perm=(0, 3, 1, 2))
 
 
-def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder, level: int) -> Value:
-    """The encoder up to the residual blocks of `level`; nothing past it is needed to decode."""
-    encoder = network.encoder
+def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder) -> dict[int, Value]:
+    """The features to fuse, by level; nothing of the encoder past the last of them is needed to decode."""
+    encoder, levels, found = network.encoder, network.config.fusion_levels, {}
     with g.scope("encoder"):
         h = conv_module(g, lr, encoder.conv_in)
-        for i in range(level + 1):
+        for i in range(max(levels) + 1):
             with g.scope(f"down.{i}"):
                 h = _level(g, h, encoder.down[i])
-                if i < level:
+                if i in levels:
+                    found[i] = h
+                if i < max(levels):
                     h = conv_module(g, h, encoder.down[i].get_submodule("downsample.conv"), pads=(0, 0, 1, 1))
-    return h
+    return found
 
 
 def _level(g: GraphBuilder, x: Value, level: nn.Module) -> Value:
@@ -137,11 +140,8 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def _fuse(g: GraphBuilder, h: Value, network: Autoencoder, lr: Value, fidelity: Value) -> Value:
+def _fuse(g: GraphBuilder, h: Value, layer: FusionLayer, features: Value, fidelity: Value) -> Value:
     """`h + fidelity * fuse(cat(LR features, h))`."""
-    layer, level = network.decoder.fusion, network.config.fusion_level
-    assert layer is not None and level is not None
-    features = _lr_features(g, lr, network, level)
     with g.scope("fusion"):
         fused = _resnet_block(g, g.concat([features, h], 1), layer.encode_enc_1)
         for block in layer.encode_enc_2:
