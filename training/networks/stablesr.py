@@ -6,15 +6,11 @@ what each of its residual blocks adds (SPADE, Park et al., CVPR 2019).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
+from moesr.training.config import StableSRUNetConfig, StructureConfig
 from moesr.training.networks.transformer import TextTransformer
 from moesr.training.networks.unet import AttentionBlock, Conditions, Downsample, HalfUNet, ResBlock, UNet
-
-if TYPE_CHECKING:
-    from moesr.training.config import StableSRUNetConfig, StructureConfig
 
 SPADE_CHANNELS = 128
 
@@ -52,7 +48,7 @@ class SPADEResBlock(ResBlock):
         return self.spade(h, given.structure[h.shape[-1]])
 
 
-class StructureEncoder(HalfUNet["StructureConfig"]):
+class StructureEncoder(HalfUNet[StructureConfig]):
     """Half a UNet over the LR latent: features of every resolution, for one timestep."""
 
     def __init__(self, config: StructureConfig) -> None:
@@ -82,7 +78,7 @@ class StructureEncoder(HalfUNet["StructureConfig"]):
         return {f.shape[-1]: f for f in features}
 
 
-class StableSRUNet(UNet["StableSRUNetConfig"]):
+class StableSRUNet(UNet[StableSRUNetConfig]):
     """Predict eps or v from z_t, the timestep, the structure of the LR image and a text."""
 
     def res_block(self, in_channels: int, out_channels: int) -> ResBlock:
