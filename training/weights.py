@@ -67,11 +67,13 @@ def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
     """Class and sizes of what a model consists of: an "expert" (if any), the "decoder" and, of StableSR, the
     "structure" encoder and the "text" encoder.
     """
-    decoder = {"decoder": (Autoencoder, config.decoder)}
+    parts: dict[str, tuple[type[nn.Module], Any]] = {}
     if isinstance(config, StableSRConfig):
-        structure, text = (StructureEncoder, config.structure), (TextEncoder, config.text)
-        return {"expert": (StableSRUNet, config.unet), "structure": structure, "text": text, **decoder}
-    return {"expert": (DenoisingUNet, config.unet), **decoder} if config.unet else decoder
+        parts["expert"] = StableSRUNet, config.unet
+        parts["structure"], parts["text"] = (StructureEncoder, config.structure), (TextEncoder, config.text)
+    elif config.unet is not None:
+        parts["expert"] = DenoisingUNet, config.unet
+    return parts | {"decoder": (Autoencoder, config.decoder)}
 
 
 def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -123,7 +123,7 @@ class Encoder(nn.Module):
     def features(self, x: Tensor, levels: tuple[int, ...]) -> dict[int, Tensor]:
         """Image [B, 3, H, W] -> features [B, C, H/2^i, W/2^i] after the blocks of each i of `levels`."""
         h, found = self.conv_in(x), {}
-        for i in range(max(levels, default=-1) + 1):
+        for i in range(max(levels) + 1):
             h = self.down[i](h if i == 0 else self.down[i - 1].downsample(h))  # type: ignore[operator]
             if i in levels:
                 found[i] = h
@@ -232,7 +232,8 @@ class Autoencoder(nn.Module):
 
     def lr_features(self, lr: Tensor) -> dict[int, Tensor]:
         """LR image in the output size [B, 3, H, W] in [-1, 1] -> the features that the decoder fuses."""
-        return self.encoder.features(lr, self.config.fusion_levels)
+        levels = self.config.fusion_levels
+        return self.encoder.features(lr, levels) if levels else {}
 
     def decode(self, z: Tensor, lr: Tensor | None = None, fidelity: Tensor | float = 1.0) -> Tensor:
         """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
