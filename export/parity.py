@@ -78,7 +78,7 @@ def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray
 
 
 @torch.inference_mode()
-def network_output(network: DenoisingUNet | Autoencoder, inputs: Inputs) -> np.ndarray:
+def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
     """What the float32 network makes of a graph's inputs, its GroupNorms computed in double precision.
 
     PyTorch's float32 GroupNorm on a CPU loses digits where a group is large: a decoder of 32 channels at
