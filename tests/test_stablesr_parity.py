@@ -74,7 +74,7 @@ def test_one_text_serves_a_batch(narrow, golden):
     z, t, text = (torch.from_numpy(data[key]) for key in ("x", "t", "context"))
     structure = structure_of(data)
     both = network(z, t, structure, text[:1])
-    each = network(z, t, structure, text[:1].repeat(2, 1, 1))
+    each = network(z, t, structure, text[:1].repeat(len(z), 1, 1))
     assert relative_l2(both.numpy(), each.numpy()) < 1e-6
 
 
@@ -93,7 +93,7 @@ def test_structure_encoder(case, narrow, golden):
 def test_text_encoder(narrow, golden):
     data, network = golden("stablesr_text"), narrow("text")
     out = network(torch.from_numpy(data["ids"]))
-    assert relative_l2(out.numpy(), data["out"]) < LIMIT
+    assert relative_l2(data.thinned(out.numpy()), data["out"]) < LIMIT
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def test_prompts_are_the_published_ones(narrow, golden):
         ids = data[f"ids.{key}"]
         assert ids[: len(prompt)].tolist() == list(prompt)
         assert not ids[len(prompt) :].any()
-        assert relative_l2(network.encode(prompt).numpy()[0], out) < LIMIT
+        assert relative_l2(data.thinned(network.encode(prompt).numpy())[0], out) < LIMIT
 
 
 @torch.inference_mode()
@@ -117,7 +117,7 @@ def test_encoder_and_features(narrow, golden):
     features = network.lr_features(image)
     assert sorted(features) == [1, 2]
     for level, feature in features.items():
-        assert relative_l2(feature.numpy(), data[f"fea_level{level}"]) < LIMIT
+        assert relative_l2(data.thinned(feature.numpy()), data[f"fea_level{level}"]) < LIMIT
 
 
 @torch.inference_mode()
