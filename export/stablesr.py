@@ -15,7 +15,7 @@ from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.samplers import Prediction
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
 from moesr.training.networks.autoencoder import LOG_VARIANCE
-from moesr.training.networks.unet import Downsample
+from moesr.training.networks.unet import Downsample, ResBlock
 
 
 class StableSRExpert(nn.Module):
@@ -86,6 +86,7 @@ def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -
         levels.append(stage(g, h, network.middle_block, given))
     features = {}
     for i, (tran, found) in enumerate(zip(network.fea_tran, levels, strict=True)):
+        assert isinstance(tran, ResBlock)
         with g.scope(f"fea_tran.{i}"):
             features[found.size(-1)] = res_block(g, found, tran, given)
     return features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import relative_l2
 from published_files import BUFFERS, run, tensors
 from safetensors.torch import save_file
-from stablesr import NARROW, SALT
+from stablesr import FULL, NARROW, NETWORKS, SALT
 
 from moesr.training.checkpoint import (
     CheckpointError,
@@ -21,6 +22,7 @@ from moesr.training.checkpoint import (
     save_checkpoint,
 )
 from moesr.training.networks import Autoencoder
+from moesr.training.weights import meta_network
 
 LIMIT = 1e-5
 PREFIXES = {
@@ -275,6 +277,28 @@ def test_the_hash_covers_every_network(imported, tmp_path):
         assert imported.sha256() != digest
     finally:
         text.write_bytes(before)
+
+
+@pytest.mark.slow
+def test_full_width(tmp_path):
+    """Every published shape; one number a tensor in the files, as its values say nothing of the layout."""
+    states = {name: alike(kind, sizes) for name, (kind, sizes) in NETWORKS.items() if name.endswith("_full")}
+    whole = {prefix + k: v for n, prefix in PREFIXES.items() for k, v in states[f"{n}_full"].items()}
+    torch.save({"state_dict": whole}, tmp_path / "stablesr_768v_000139.ckpt")
+    torch.save({"state_dict": states["vae_cfw_full"]}, tmp_path / "vqgan_cfw_00011.ckpt")
+    args = ("--cfw", tmp_path / "vqgan_cfw_00011.ckpt", "-o", tmp_path / "model", "--fp16")
+    assert run("--stablesr", tmp_path / "stablesr_768v_000139.ckpt", *args) == 0
+    checkpoint = load_checkpoint(tmp_path / "model")
+    assert checkpoint.config == dataclasses.replace(FULL, name="stablesr-768v-x4", prediction="v")
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    assert size == pytest.approx(2 * 1453.505e6, rel=1e-3)
+    shutil.rmtree(tmp_path / "model")
+
+
+def alike(kind: type[torch.nn.Module], sizes: object) -> State:
+    """Weights of a network that all are the same number, and take no memory."""
+    shapes = meta_network(kind, sizes).state_dict()
+    return {key: torch.full((), 0.5).expand(tensor.shape) for key, tensor in shapes.items()}
 
 
 def test_prompts_travel_in_the_configuration(imported):
