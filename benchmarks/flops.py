@@ -1,46 +1,51 @@
-"""Count parameters and multiply-accumulates of MoE-SR and plain latent diffusion (the paper's Table 6).
+"""Count parameters and multiply-accumulates of MoE-SR, latent diffusion and StableSR (the paper's Table 6).
 
-The networks are built without memory and run once under hooks, so every figure is counted from the layers;
-only StableSR's row is quoted. In two conventions, a multiply-accumulate (MAC) being the paper's "FLOP":
+The networks are built without memory and run once under hooks, so every figure is counted from the layers. In
+three conventions, a multiply-accumulate (MAC) being the paper's "FLOP":
 
-  paper  convolutions and linear layers; the attention products, the products and FFTs of the frequency
-         filter, the codebook search and the LR encoder are left out
-  full   all of these; an FFT of N points counts 5 N log2 N real operations, two to a MAC, and the LR encoder
-         counts whole, as the published code runs it (the parts say how much of it decoding needs)
+  paper      convolutions and linear layers; the attention products, the products and FFTs of the frequency
+             filter, the codebook search and the LR encoder of MoE-SR are left out
+  full       all of these; an FFT of N points counts 5 N log2 N real operations, two to a MAC, and the LR
+             encoder counts whole, as the published code runs it (the parts say how much decoding needs)
+  published  StableSR as in the paper's table, by the tool `thop`: the text encoder in every step, without its
+             attention, and four operations an element of the UNet's LayerNorms; parameters without CFW
 
-Activations, norms and element-wise products count in neither.
+Activations, other norms and element-wise products count in none. StableSR encodes its LR image once and its
+text once, which the first two conventions include in the total.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from macs import PAPER_KINDS, Counts, count, layer_norms, total
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesr.runtime.contract import DECODER
 from moesr.runtime.errors import MoesrError
 from moesr.runtime.manifest import Manifest
-from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE
-from moesr.training.networks.autoencoder import AttnBlock, VectorQuantiser
-from moesr.training.networks.refinement import AFFFilter
-from moesr.training.networks.unet import AttentionBlock
+from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig, UNetConfig
+from moesr.training.networks import (
+    Autoencoder,
+    DenoisingUNet,
+    StableSRUNet,
+    StructureEncoder,
+    TextEncoder,
+)
 
-PAPER_KINDS = ("conv", "linear")
 TILE_PX, STEPS = 512, 200  # of the paper's table
 TERA = 1e12
 
-Counts = Counter[tuple[str, str]]  # (module name, kind) -> MACs
+Convention = Literal["paper", "full", "published"]
 
 
 @dataclass(frozen=True)
@@ -51,64 +56,9 @@ class Row:
     params_m: float
     step_t: float
     total_t: float
-    convention: Literal["paper", "full"]
-    source: Literal["counted", "published"]
+    convention: Convention
     tile: int
     steps: int
-
-
-PUBLISHED = Row("StableSR", 1409.11, 0.4162, 86.27, "paper", "published", TILE_PX, STEPS)  # paper Table 6
-
-
-def count(network: nn.Module, call: Callable[[], object]) -> Counts:
-    """MACs of `call`, which runs `network`, by module name and kind of operation."""
-    counts: Counts = Counter()
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            for kind, macs in _macs(module, inputs[0], output).items():
-                counts[name, kind] += macs
-
-        return add
-
-    handles = [m.register_forward_hook(hook(name)) for name, m in network.named_modules()]
-    with torch.no_grad():
-        call()
-    for handle in handles:
-        handle.remove()
-    return counts
-
-
-def _macs(module: nn.Module, x: Tensor, output: Tensor) -> dict[str, int]:
-    """MACs that a module does itself, outside the modules it calls."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return {"conv": output.numel() * module.weight[0].numel()}
-    if isinstance(module, nn.Linear):
-        return {"linear": output.numel() * module.in_features}
-    if isinstance(module, SpaceMoE):  # one merged FFN over the tokens, called as functions
-        tokens = x.numel() // x.shape[1]
-        return {"linear": tokens * sum(w.numel() for w in module.mean_weights() if w.ndim == 2)}
-    if isinstance(module, (AttentionBlock, AttnBlock)):  # q k^T, then times v
-        return {"attention": 2 * x.numel() * math.prod(x.shape[2:])}
-    if isinstance(module, VectorQuantiser):
-        return {"codebook": x.numel() * module.embedding.num_embeddings}
-    if isinstance(module, AFFFilter):
-        batch, channels, height, width = x.shape
-        points, bins = height * width, height * (width // 2 + 1)
-        layers = sum(w.numel() for w in (module.w1, module.w2))  # real and imaginary, each used twice
-        transforms = 2 * batch * channels  # there and back
-        return {
-            "filter": 2 * batch * bins * layers,
-            "fft": round(transforms * 5 * points * math.log2(points) / 2),
-        }
-    return {}
-
-
-def total(counts: Counts, kinds: Sequence[str] | None = None, under: str = "") -> int:
-    """Sum the MACs of some kinds (None: all) in modules whose name starts with `under`."""
-    return sum(
-        n for (name, kind), n in counts.items() if name.startswith(under) and (not kinds or kind in kinds)
-    )
 
 
 @dataclass(frozen=True)
@@ -121,9 +71,7 @@ class Cost:
     decode: Counts
     encoder: Counts
 
-    def row(
-        self, model: str, experts: int, convention: Literal["paper", "full"], tile: int, steps: int
-    ) -> Row:
+    def row(self, model: str, experts: int, convention: Convention, tile: int, steps: int) -> Row:
         """The table's line for a model of `experts` UNets and one autoencoder."""
         kinds = PAPER_KINDS if convention == "paper" else None
         step, image = (
@@ -134,7 +82,7 @@ class Cost:
             image += total(self.encoder)
         params = experts * self.unet_params + self.decoder_params
         total_t = (steps * step + image) / TERA
-        return Row(model, params / 1e6, step / TERA, total_t, convention, "counted", tile, steps)
+        return Row(model, params / 1e6, step / TERA, total_t, convention, tile, steps)
 
 
 def measure(unet: UNetConfig, decoder: AutoencoderConfig, tile: int) -> Cost:
@@ -149,38 +97,98 @@ def measure(unet: UNetConfig, decoder: AutoencoderConfig, tile: int) -> Cost:
         step = count(network, lambda: network(z, z, torch.empty(1)))
         decode = count(first_stage, lambda: first_stage.decode(z, image))
         encoder = count(first_stage, lambda: first_stage.encoder(image))
-    params = [sum(p.numel() for p in m.parameters()) for m in (network, first_stage)]
-    return Cost(params[0], params[1], step, decode, encoder)
+    return Cost(_params(network), _params(first_stage), step, decode, encoder)
 
 
-def measure_all(tile: int) -> tuple[Cost, Cost]:
-    """(plain latent diffusion, MoE-SR x4) at full width, space experts merged as for inference."""
+@dataclass(frozen=True)
+class StableSRCost:
+    """Parameters by network, and MACs: of one step (UNet and structure encoder), and of what is done once."""
+
+    params: dict[str, int]
+    fusion_params: int
+    step: Counts
+    text: Counts
+    encode: Counts
+    decode: Counts  # without the LR features, which encoding makes
+    layer_norms: int  # of one step
+
+    def row(self, convention: Convention, tile: int, steps: int) -> Row:
+        """The table's line in one of the conventions."""
+        kinds, params = None if convention == "full" else PAPER_KINDS, sum(self.params.values())
+        step, once = total(self.step, kinds), total(self.encode, kinds) + total(self.decode, kinds)
+        if convention == "published":
+            step += self.layer_norms + sum(n for (name, _), n in self.text.items() if ".mlp." in name)
+            params -= self.fusion_params
+        else:
+            once += total(self.text, kinds)
+        total_t = (steps * step + once) / TERA
+        return Row("StableSR", params / 1e6, step / TERA, total_t, convention, tile, steps)
+
+
+def measure_stablesr(config: StableSRConfig, tile: int) -> StableSRCost:
+    """Build StableSR's networks on fake tensors; count one step and what is done once, at `tile` pixels."""
+    with FakeTensorMode(), torch.no_grad():
+        unet, structure = StableSRUNet(config.unet).eval(), StructureEncoder(config.structure).eval()
+        text, first_stage = TextEncoder(config.text).eval(), Autoencoder(config.decoder).eval()
+        side = tile // config.decoder.factor
+        z, image, t = torch.empty(1, 4, side, side), torch.empty(1, 3, tile, tile), torch.empty(1)
+        ids = torch.zeros(1, config.text.tokens, dtype=torch.int64)
+        features, prompt = structure(z, t), text(ids)
+        step = count(structure, lambda: structure(z, t)) + count(unet, lambda: unet(z, t, features, prompt))
+        norms = count(unet, lambda: unet(z, t, features, prompt), layer_norms)
+        encoded = count(text, lambda: text(ids))
+        encode = count(first_stage, lambda: first_stage.sample(image, z))
+        decode = _without_encoder(count(first_stage, lambda: first_stage.decode(z, image)))
+    networks = {
+        "UNet": unet,
+        "structure encoder": structure,
+        "text encoder": text,
+        "autoencoder": first_stage,
+    }
+    params = {name: _params(network) for name, network in networks.items()}
+    fusion = sum(_params(layer) for layer in first_stage.decoder.fusions.values())
+    return StableSRCost(params, fusion, step, encoded, encode, decode, total(norms))
+
+
+def _without_encoder(counts: Counts) -> Counts:
+    return Counter({key: n for key, n in counts.items() if not key[0].startswith("encoder.")})
+
+
+def _params(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def measure_all(tile: int) -> tuple[Cost, Cost, StableSRCost]:
+    """(plain latent diffusion, MoE-SR x4, StableSR) at full width, space experts merged as for inference."""
     config = ModelConfig()
     assert config.unet is not None
     plain = replace(config.decoder, fusion_level=None, refinement="none")
     return (
         measure(replace(config.unet, space_experts=0), plain, tile),
         measure(replace(config.unet, space_experts=1), config.decoder, tile),
+        measure_stablesr(StableSRConfig(), tile),
     )
 
 
-def rows(ldm: Cost, moe: Cost, tile: int, steps: int) -> list[Row]:
-    """Table 6 in the paper's convention, then the counted models in full."""
+def rows(ldm: Cost, moe: Cost, stablesr: StableSRCost, tile: int, steps: int) -> list[Row]:
+    """Table 6 in the paper's convention, all models in full, and StableSR as published."""
     experts = len(ModelConfig().expert_ranges)
-    counted = {
-        convention: [
+    counted = [
+        row
+        for convention in ("paper", "full")
+        for row in (
             ldm.row("LDM", 1, convention, tile, steps),
             moe.row("MoE-SR", experts, convention, tile, steps),
-        ]
-        for convention in ("paper", "full")
-    }
-    return [*counted["paper"], PUBLISHED, *counted["full"]]
+            stablesr.row(convention, tile, steps),
+        )
+    ]
+    return [*counted, stablesr.row("published", tile, steps)]
 
 
 def parts(moe: Cost) -> dict[str, float]:
     """Where MoE-SR's MACs go, in 1e12: one step, one decode without its LR encoder, and the LR encoder."""
     fusion, refinement = "decoder.fusion_layer", "decoder.unet_1"
-    own = Counter({key: n for key, n in moe.decode.items() if not key[0].startswith("encoder.")})
+    own = _without_encoder(moe.decode)
     macs = {
         "step: conv and linear": total(moe.step, PAPER_KINDS),
         "step: attention products": total(moe.step, ("attention",)),
@@ -206,30 +214,32 @@ def engine_row(directory: Path, steps: int) -> Row:
     step = m.graphs[m.experts[0].graph].macs
     decode = m.graphs[DECODER].macs if DECODER in m.graphs else 0
     total_t = (steps * step + decode) / TERA
-    return Row(f"engine {m.name}", params / 1e6, step / TERA, total_t, "full", "counted", m.tile, steps)
+    return Row(f"engine {m.name}", params / 1e6, step / TERA, total_t, "full", m.tile, steps)
 
 
 def table(table_rows: Sequence[Row]) -> str:
     """Aligned text, one line a row."""
     width = max(len("model"), *(len(row.model) for row in table_rows))
-    lines = [f"{'model':{width}}  convention  params (M)  step (T)  total (T)  tile (px)  steps  source"]
+    lines = [f"{'model':{width}}  convention  params (M)  step (T)  total (T)  tile (px)  steps"]
     lines += [
         f"{r.model:{width}}  {r.convention:10}  {r.params_m:10.2f}  {r.step_t:8.4f}  {r.total_t:9.2f}"
-        f"  {r.tile:9d}  {r.steps:5d}  {r.source}"
+        f"  {r.tile:9d}  {r.steps:5d}"
         for r in table_rows
     ]
     return "\n".join(lines)
 
 
-def text(table_rows: Sequence[Row], ldm: Cost, moe: Cost) -> str:
+def text(table_rows: Sequence[Row], ldm: Cost, moe: Cost, stablesr: StableSRCost) -> str:
     """The table, the sums of parameters behind it, and MoE-SR's parts."""
+    summed = " + ".join(f"{name} {n / 1e6:.2f}" for name, n in stablesr.params.items())
     experts, tile, moe_parts = len(ModelConfig().expert_ranges), table_rows[0].tile, parts(moe)
     width = max(map(len, moe_parts))
     lines = [
         table(table_rows),
         "",
         f"params (M): LDM = UNet {ldm.unet_params / 1e6:.2f} + autoencoder {ldm.decoder_params / 1e6:.2f}, "
-        f"MoE-SR = {experts} x {moe.unet_params / 1e6:.2f} + {moe.decoder_params / 1e6:.2f}",
+        f"MoE-SR = {experts} x {moe.unet_params / 1e6:.2f} + {moe.decoder_params / 1e6:.2f},",
+        f"StableSR = {summed} (of which CFW {stablesr.fusion_params / 1e6:.2f})",
         "",
         f"MoE-SR at {tile} px, 1e12 multiply-accumulates",
     ]
@@ -237,8 +247,7 @@ def text(table_rows: Sequence[Row], ldm: Cost, moe: Cost) -> str:
 
 
 def _tile(text: str) -> int:
-    config = ModelConfig()
-    assert config.unet is not None
+    config = StableSRConfig()  # what it needs will do for the others too
     multiple = config.unet.factor * config.decoder.factor
     if not text.isdecimal() or int(text) < multiple or int(text) % multiple:
         raise argparse.ArgumentTypeError(
@@ -273,13 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoesrError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    ldm, moe = measure_all(args.tile)
-    table_rows = [*rows(ldm, moe, args.tile, args.steps), *extra]
+    costs = measure_all(args.tile)
+    table_rows = [*rows(*costs, args.tile, args.steps), *extra]
     if args.json:
-        report: dict[str, Any] = {"rows": [asdict(r) for r in table_rows], "parts_t": parts(moe)}
+        report: dict[str, Any] = {"rows": [asdict(r) for r in table_rows], "parts_t": parts(costs[1])}
         print(json.dumps(report, indent=1))
         return 0
-    print(text(table_rows, ldm, moe))
+    print(text(table_rows, *costs))
     return 0
 
 

@@ -12,31 +12,34 @@ from moesr.export.lowering import CPU, Lowering, cut
 from moesr.export.refinement import refine
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.autoencoder import AttnBlock, Level, Middle
-from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, ResnetBlock
+from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlock, FusionLayer, ResnetBlock
 
 
-def decoder_graph(network: Autoencoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
+def decoder_graph(
+    network: Autoencoder, latent_px: int, lowering: Lowering = CPU, latent_scale: float = 1.0
+) -> BuiltGraph:
     """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [B]; output `image` [B, 3, f*h, f*w].
 
-    h = w = `latent_px`, f the factor of the autoencoder. A decoder that is not conditioned on the LR image
-    has `z` alone.
+    h = w = `latent_px`, f the factor of the autoencoder, whose latent is `z` divided by `latent_scale` (KL
+    autoencoders only). A decoder that is not conditioned on the LR image has `z` alone.
     """
     g = GraphBuilder("decoder", lowering)
     config, decoder = network.config, network.decoder
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
-    condition = _condition(g, latent_px * config.factor) if decoder.fusion else None
+    lr, fidelity = _condition(g, latent_px * config.factor) if decoder.fusions else (None, None)
+    features = _lr_features(g, lr, network) if lr else {}
     with g.scope("quantize"):
-        h = g.compute(_quantise(g, z, network))
+        h = g.compute(_quantise(g, z, network, latent_scale))
     with g.scope("decoder.mid"):
-        h = _middle(g, conv_module(g, h, decoder.conv_in), decoder.mid)
+        h = middle(g, conv_module(g, h, decoder.conv_in), decoder.mid)
     for i in reversed(range(len(decoder.up))):
         with g.scope(f"decoder.up.{i}"):
-            level = decoder.up[i]
-            h = _level(g, h, level)
-            if condition and i == config.fusion_level:
-                h = _fuse(g, h, network, *condition)
+            blocks = decoder.up[i]
+            h = level(g, h, blocks)
+            if fidelity and i in features:
+                h = _fuse(g, h, decoder.fusions[i], features[i], fidelity)
             if i > 0:
-                h = upsample_conv(g, h, level.get_submodule("upsample.conv"))
+                h = upsample_conv(g, h, blocks.get_submodule("upsample.conv"))
     if config.refinement != "none":
         with g.scope("decoder.unet_1"):
             h = refine(g, h, decoder.unet_1)
@@ -53,16 +56,16 @@ def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
     return g.compute(lr), g.compute(fidelity)
 
 
-def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
+def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: float) -> Value:
     """Nearest codes, already through `post_quant_conv`, in float32: half precision would pick other codes.
 
     A few rows of the latent at a time, as the distances of all positions to all codes are many. A KL
     autoencoder has no codes, only the convolution.
     """
-    if not network.config.codebook_size:
-        return conv_module(g, z, network.post_quant_conv)
-    codes = network.quantize.embedding.weight.detach()  # [codes, D]
     post = network.post_quant_conv
+    if not network.config.codebook_size:
+        return conv(g, z, post.weight / latent_scale, post.bias)
+    codes = network.quantize.embedding.weight.detach()  # [codes, D]
     table = (codes.double() @ post.weight.flatten(1).t().double() + _bias(post).double()).float()
     side, width = z.size(2), z.size(3)
     rows = cut(side, 4 * len(codes) * width, g.lowering.score_bytes)
@@ -79,27 +82,31 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder) -> Value:
     return g.op("Transpose", g.op("Gather", table, g.concat(found, 1)), perm=(0, 3, 1, 2))
 
 
-def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder, level: int) -> Value:
-    """The encoder up to the residual blocks of `level`; nothing past it is needed to decode."""
-    encoder = network.encoder
+def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder) -> dict[int, Value]:
+    """The features to fuse, by level; nothing of the encoder past the last of them is needed to decode."""
+    encoder, levels, found = network.encoder, network.config.fusion_levels, {}
     with g.scope("encoder"):
         h = conv_module(g, lr, encoder.conv_in)
-        for i in range(level + 1):
+        for i in range(max(levels) + 1):
             with g.scope(f"down.{i}"):
-                h = _level(g, h, encoder.down[i])
-                if i < level:
+                h = level(g, h, encoder.down[i])
+                if i in levels:
+                    found[i] = h
+                if i < max(levels):
                     h = conv_module(g, h, encoder.down[i].get_submodule("downsample.conv"), pads=(0, 0, 1, 1))
-    return h
+    return found
 
 
-def _level(g: GraphBuilder, x: Value, level: nn.Module) -> Value:
-    assert isinstance(level, Level)
-    for block in level.block:
-        x = _resnet_block(g, x, block)
+def level(g: GraphBuilder, x: Value, blocks: nn.Module) -> Value:
+    """The residual blocks of one resolution, without the resampling after them."""
+    assert isinstance(blocks, Level)
+    for block in blocks.block:
+        x = resnet_block(g, x, block)
     return x
 
 
-def _resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
+def resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
+    """A residual block of the autoencoder."""
     assert isinstance(block, ResnetBlock)
     h = conv_module(g, group_norm(g, x, block.norm1, activate=True), block.conv1)
     h = conv_module(g, group_norm(g, h, block.norm2, activate=True), block.conv2)
@@ -107,11 +114,12 @@ def _resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
     return g.op("Add", h, x if shortcut is None else conv_module(g, x, shortcut))
 
 
-def _middle(g: GraphBuilder, x: Value, middle: Middle) -> Value:
-    x = _resnet_block(g, x, middle.block_1)
+def middle(g: GraphBuilder, x: Value, blocks: Middle) -> Value:
+    """Residual block, attention, residual block."""
+    x = resnet_block(g, x, blocks.block_1)
     with g.scope("attention"):
-        x = _attention(g, x, middle.attn_1)
-    return _resnet_block(g, x, middle.block_2)
+        x = _attention(g, x, blocks.attn_1)
+    return resnet_block(g, x, blocks.block_2)
 
 
 def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
@@ -137,20 +145,17 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def _fuse(g: GraphBuilder, h: Value, network: Autoencoder, lr: Value, fidelity: Value) -> Value:
+def _fuse(g: GraphBuilder, h: Value, layer: FusionLayer, features: Value, fidelity: Value) -> Value:
     """`h + fidelity * fuse(cat(LR features, h))`."""
-    layer, level = network.decoder.fusion, network.config.fusion_level
-    assert layer is not None and level is not None
-    features = _lr_features(g, lr, network, level)
     with g.scope("fusion"):
-        fused = _resnet_block(g, g.concat([features, h], 1), layer.encode_enc_1)
+        fused = resnet_block(g, g.concat([features, h], 1), layer.encode_enc_1)
         for block in layer.encode_enc_2:
             assert isinstance(block, RRDB)
             inner = fused
             for dense in (block.rdb1, block.rdb2, block.rdb3):
                 inner = _dense_block(g, inner, dense)
             fused = g.op("Add", fused, g.op("Mul", inner, torch.tensor(RESIDUAL_SCALE)))
-        return g.op("Add", h, g.op("Mul", _resnet_block(g, fused, layer.encode_enc_3), fidelity))
+        return g.op("Add", h, g.op("Mul", resnet_block(g, fused, layer.encode_enc_3), fidelity))
 
 
 def _dense_block(g: GraphBuilder, x: Value, block: DenseBlock) -> Value:

@@ -1,8 +1,10 @@
-"""The graph of one sampling expert: the denoising UNet with its space experts merged."""
+"""The graph of one sampling expert: the denoising UNet with its space experts merged; UNets in general."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,22 @@ from torch import Tensor, nn
 from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
 from moesr.export.layers import attention, conv, conv_module, group_norm, silu, upsample_conv
 from moesr.export.lowering import CPU, Lowering
+from moesr.export.transformer import text_transformer
 from moesr.training.networks import DenoisingUNet, SpaceMoE
-from moesr.training.networks.unet import AttentionBlock, ResBlock, Upsample
+from moesr.training.networks.stablesr import SPADE, SPADEResBlock
+from moesr.training.networks.transformer import TextTransformer
+from moesr.training.networks.unet import AttentionBlock, HalfUNet, ResBlock, UNet, Upsample
 
 MAX_PERIOD = 10_000.0  # of the sinusoidal embedding
 
-Offsets = dict[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
+
+@dataclass(frozen=True)
+class Given:
+    """What the layers of a UNet see besides its features: the graph's side of `Conditions`."""
+
+    offsets: Mapping[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
+    structure: Mapping[int, Value] = field(default_factory=dict)  # of the LR image, by width
+    text: Tensor | None = None  # the encoded prompt, [1, tokens, C]
 
 
 def expert_graph(network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
@@ -25,25 +37,29 @@ def expert_graph(network: DenoisingUNet, latent_px: int, lowering: Lowering = CP
     z_t = g.input("z_t", (BATCH, config.out_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
     with g.scope("time_embed"):
-        offsets = _time_offsets(g, network, g.input("t", (BATCH,)))
-    h, skips = g.compute(g.concat([z_t, cond], 1)), []
-    for i, stage in enumerate(network.input_blocks):
-        with g.scope(f"input_blocks.{i}"):
-            h = _stage(g, h, stage, offsets)
-        skips.append(h)
-    with g.scope("middle_block"):
-        h = _stage(g, h, network.middle_block, offsets)
-    for i, stage in enumerate(network.output_blocks):
-        with g.scope(f"output_blocks.{i}"):
-            h = _stage(g, g.concat([h, skips.pop()], 1), stage, offsets)
-    with g.scope("out"):
-        norm, _, out = network.out
-        eps = conv_module(g, group_norm(g, h, norm, activate=True), out)
-    g.output("eps", eps)
+        given = Given(time_offsets(g, network, g.input("t", (BATCH,))))
+    g.output("eps", unet(g, g.compute(g.concat([z_t, cond], 1)), network, given))
     return g.finish()
 
 
-def _time_offsets(g: GraphBuilder, network: DenoisingUNet, t: Value) -> Offsets:
+def unet(g: GraphBuilder, x: Value, network: UNet, given: Given) -> Value:
+    """[B, in_channels, h, w] in the precision to compute in -> the prediction."""
+    h, skips = x, []
+    for i, block in enumerate(network.input_blocks):
+        with g.scope(f"input_blocks.{i}"):
+            h = stage(g, h, block, given)
+        skips.append(h)
+    with g.scope("middle_block"):
+        h = stage(g, h, network.middle_block, given)
+    for i, block in enumerate(network.output_blocks):
+        with g.scope(f"output_blocks.{i}"):
+            h = stage(g, g.concat([h, skips.pop()], 1), block, given)
+    with g.scope("out"):
+        norm, _, out = network.out
+        return conv_module(g, group_norm(g, h, norm, activate=True), out)
+
+
+def time_offsets(g: GraphBuilder, network: HalfUNet, t: Value) -> dict[nn.Module, Value]:
     """Embed the timesteps and project them for all residual blocks; angles in float32, as t reaches 999."""
     half = network.config.width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32))
@@ -75,11 +91,14 @@ def _bias(layer: nn.Module) -> Tensor:
     return layer.bias
 
 
-def _stage(g: GraphBuilder, x: Value, stage: nn.Module, offsets: Offsets) -> Value:
+def stage(g: GraphBuilder, x: Value, block: nn.Module, given: Given) -> Value:
     """One entry of the UNet's block lists."""
-    for layer in stage.children():
+    for layer in block.children():
         if isinstance(layer, ResBlock):
-            x = _res_block(g, x, layer, offsets[layer])
+            x = res_block(g, x, layer, given)
+        elif isinstance(layer, TextTransformer):
+            assert given.text is not None, "a network with text was given none"
+            x = text_transformer(g, x, layer, given.text)
         elif isinstance(layer, AttentionBlock):
             x = _attention_block(g, x, layer)
         elif isinstance(layer, SpaceMoE):
@@ -91,14 +110,26 @@ def _stage(g: GraphBuilder, x: Value, stage: nn.Module, offsets: Offsets) -> Val
     return x
 
 
-def _res_block(g: GraphBuilder, x: Value, block: ResBlock, offset: Value) -> Value:
+def res_block(g: GraphBuilder, x: Value, block: ResBlock, given: Given) -> Value:
+    """A residual block; one of StableSR's is modulated by the structure features of its width."""
     norm_in, _, conv_in = block.in_layers
     norm_out, _, _, conv_out = block.out_layers
     h = conv(g, group_norm(g, x, norm_in, activate=True), _weight(conv_in), None)
-    h = g.op("Add", h, offset)  # the bias of conv_in included
+    h = g.op("Add", h, given.offsets[block])  # the bias of conv_in included
     h = conv_module(g, group_norm(g, h, norm_out, activate=True), conv_out)
+    if isinstance(block, SPADEResBlock):
+        h = _spade(g, h, block.spade, given.structure[h.size(-1)])
     skip = block.skip_connection
     return g.op("Add", h, x if isinstance(skip, nn.Identity) else conv_module(g, x, skip))
+
+
+def _spade(g: GraphBuilder, h: Value, layer: SPADE, structure: Value) -> Value:
+    """`GroupNorm(h) * (1 + gamma) + beta`; both maps come from one convolution."""
+    maps = g.op("Relu", conv_module(g, structure, layer.mlp_shared[0]))
+    gamma, beta = layer.mlp_gamma, layer.mlp_beta
+    weight, bias = torch.cat([gamma.weight, beta.weight]), torch.cat([1 + _bias(gamma), _bias(beta)])
+    scale, shift = g.split(conv(g, maps, weight, bias), 1, [h.size(1)] * 2)
+    return g.op("Add", g.op("Mul", group_norm(g, h, layer.param_free_norm), scale), shift)
 
 
 def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:

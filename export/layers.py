@@ -117,12 +117,13 @@ def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value) -> Value:
     """Attention over [B, channels, tokens] or [B, heads, channels, tokens] with `q` already scaled.
 
-    A row of scores needs all keys but no other row, so a few queries at a time are exact, and the score
-    matrix never exists whole. Softmax is in float32.
+    Keys and values may be of other tokens, and the same for the whole batch. A row of scores needs all keys
+    but no other row, so a few queries at a time are exact, and the score matrix never exists whole. Softmax
+    is in float32.
     """
     tokens, out = q.size(-1), []
     heads = q.size(1) if len(q.shape) == 4 else 1
-    chunk = cut(tokens, 4 * heads * tokens, g.lowering.score_bytes)
+    chunk = cut(tokens, 4 * heads * k.size(-1), g.lowering.score_bytes)
     swap = [*range(len(q.shape) - 2), len(q.shape) - 1, len(q.shape) - 2]
     for start in range(0, tokens, chunk):
         rows = g.slice(q, len(q.shape) - 1, start, min(start + chunk, tokens))

@@ -24,7 +24,7 @@ from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.graphs import Arrangement, Expert, Graph
 from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
 from moesr.training.checkpoint import Checkpoint
-from moesr.training.config import ModelConfig
+from moesr.training.config import ModelConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 DEFAULT_TILE_PX = 512
@@ -101,6 +101,8 @@ def export_engine(
         raise UsageError(
             f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too"
         )
+    if isinstance(config, StableSRConfig):
+        raise UsageError(f"{checkpoint.directory}: holds StableSR, which this version cannot export yet")
     check_tile(config, tile_px)
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:

@@ -59,7 +59,7 @@ def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:
         chosen = torch.from_numpy(rng.integers(0, len(codes), latent_px * latent_px))
         z = _near(codes, chosen, rng).T.reshape(shape)
     inputs, side = {"z": np.ascontiguousarray(z)}, latent_px * config.factor
-    if network.decoder.fusion:
+    if network.decoder.fusions:
         lr = rng.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
         inputs |= {"lr": lr, "fidelity": np.ones(1, np.float32)}
     return inputs
@@ -78,7 +78,7 @@ def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray
 
 
 @torch.inference_mode()
-def network_output(network: DenoisingUNet | Autoencoder, inputs: Inputs) -> np.ndarray:
+def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
     """What the float32 network makes of a graph's inputs, its GroupNorms computed in double precision.
 
     PyTorch's float32 GroupNorm on a CPU loses digits where a group is large: a decoder of 32 channels at

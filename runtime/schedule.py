@@ -16,8 +16,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
+
+Spacing = Literal["leading", "linspace", "linspace_leading"]
+"""How the sampler's steps are spread over the timesteps, for S steps of T timesteps.
+
+================== ================================ =============================== ==============
+                   the network sees t               `alpha_bar` is taken at         the end
+================== ================================ =============================== ==============
+leading            floor(i T / S) + 1               t                               alpha_bar[0]
+linspace           round(i (T - 1) / (S - 1))       t                               1
+linspace_leading   round(i (T - 1) / (S - 1))       floor(i T / S)                  alpha_bar[0]
+================== ================================ =============================== ==============
+
+The first is LDM's DDIM and MoE-SR, the second StableSR's DDPM, and the last StableSR's DDIM, where the
+network is told of more noise than there is. Halves round to even.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Schedule:
     timesteps: int = 1000
     beta_start: float = 0.0015
     beta_end: float = 0.0155
+    spacing: Spacing = "leading"
 
     def __post_init__(self) -> None:
         if self.timesteps < 1:
@@ -68,18 +85,24 @@ class StepTable:
         return len(self.t)
 
 
-def respaced_timesteps(total: int, steps: int) -> np.ndarray:
+def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> np.ndarray:
     """Pick `steps` of `total` training timesteps: int64 [steps], ascending, each in [0, total - 1].
 
-    Where `steps` divides `total` this is the published sampler's `range(0, total, total // steps) + 1`.
-    Elsewhere that list would have more than `steps` entries; here entry i is `floor(i * total / steps) + 1`,
-    which spreads exactly `steps` entries over the whole range. Only `steps == total` leaves no room for the
-    offset of one: then every timestep is taken once.
+    "leading": where `steps` divides `total` this is the published sampler's `range(0, total, total // steps)
+    + 1`. Elsewhere that list would have more than `steps` entries; here entry i is `floor(i * total / steps)
+    + 1`, which spreads exactly `steps` entries over the whole range. Only `steps == total` leaves no room for
+    the offset of one: then every timestep is taken once. The others run from 0 to `total - 1`; one step alone
+    is at `total - 1`.
 
     Raises ValueError unless 1 <= steps <= total.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be in 1..{total} (the number of training timesteps), got {steps}")
+    if spacing != "leading":
+        strides = np.full(steps, (total - 1) / max(steps - 1, 1))
+        strides[0] = 0 if steps > 1 else total - 1
+        # summed up like the published list, whose rounding errors decide where halves go
+        return np.cumsum(strides).round().astype(np.int64)
     offset = 1 if steps < total else 0
     return np.arange(steps, dtype=np.int64) * total // steps + offset
 
@@ -87,15 +110,18 @@ def respaced_timesteps(total: int, steps: int) -> np.ndarray:
 def step_table(schedule: Schedule, steps: int, eta: float, ranges: Sequence[tuple[int, int]]) -> StepTable:
     """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
 
-    `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. The last step ends at `alpha_bar[0]`, as
-    the published sampler does. Raises ValueError for steps or eta out of range, or where a timestep belongs
-    to no expert or to several.
+    `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. Where the last step ends is a matter of
+    the schedule's spacing, as in the published samplers. Raises ValueError for steps or eta out of range, or
+    where a timestep belongs to no expert or to several.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
-    ascending = respaced_timesteps(schedule.timesteps, steps)
-    alpha_bar = schedule.alpha_bar[ascending]
-    alpha_bar_prev = np.concatenate([schedule.alpha_bar[:1], alpha_bar[:-1]])
+    spacing, total = schedule.spacing, schedule.timesteps
+    ascending = respaced_timesteps(total, steps, spacing)
+    positions = np.arange(steps) * total // steps if spacing == "linspace_leading" else ascending
+    alpha_bar = schedule.alpha_bar[positions]
+    end = 1.0 if spacing == "linspace" else schedule.alpha_bar[0]
+    alpha_bar_prev = np.concatenate([[end], alpha_bar[:-1]])
     variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
     columns = (ascending, _experts(ascending, ranges), alpha_bar, alpha_bar_prev, eta * np.sqrt(variance))
     return StepTable(*(_read_only(column[::-1].copy()) for column in columns))

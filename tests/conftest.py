@@ -21,6 +21,7 @@ from weights_of_names import weights
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("MOESR_REFERENCE", REPO.parent / "shared" / "reference"))
+STABLESR = "stablesr_"  # before the names of its networks
 WITHOUT = f"not among the project's goldens, and no reference data at {REFERENCE}; set MOESR_REFERENCE"
 
 
@@ -72,23 +73,31 @@ def published_weights() -> Callable[[str, str], dict[str, np.ndarray]]:
 
 def published_shapes(network: str) -> dict[str, list[int]]:
     """Shapes of a published network's tensors by name; without the reference data, our network's."""
-    keys = REFERENCE / "checkpoint_keys.json"
-    return json.loads(keys.read_text())[network] if keys.is_file() else own_shapes(network)
+    family = "stablesr_keys" if network.startswith(STABLESR) else "checkpoint_keys"
+    keys = REFERENCE / f"{family}.json"
+    if not keys.is_file():
+        return own_shapes(network)
+    return json.loads(keys.read_text())[network.removeprefix(STABLESR)]
 
 
 def own_shapes(network: str) -> dict[str, list[int]]:
     """Shapes of the tensors that our network of these sizes has, by name."""
+    from stablesr import NETWORKS
+
     from moesr.training.config import AutoencoderConfig, UNetConfig
     from moesr.training.networks import Autoencoder, DenoisingUNet
     from moesr.training.weights import meta_network
 
-    kind, config = {
-        "unet_w32": (DenoisingUNet, UNetConfig(width=32)),
-        "unet_w160": (DenoisingUNet, UNetConfig()),
-        "ldm_unet_w32": (DenoisingUNet, UNetConfig(width=32, space_experts=0)),
-        "decoder_c32": (Autoencoder, AutoencoderConfig(channels=32, codebook_size=256)),
-        "decoder_c128": (Autoencoder, AutoencoderConfig()),
-    }[network]
+    kind, config = (
+        NETWORKS.get(network.removeprefix(STABLESR))
+        or {
+            "unet_w32": (DenoisingUNet, UNetConfig(width=32)),
+            "unet_w160": (DenoisingUNet, UNetConfig()),
+            "ldm_unet_w32": (DenoisingUNet, UNetConfig(width=32, space_experts=0)),
+            "decoder_c32": (Autoencoder, AutoencoderConfig(channels=32, codebook_size=256)),
+            "decoder_c128": (Autoencoder, AutoencoderConfig()),
+        }[network]
+    )
     return {key: list(tensor.shape) for key, tensor in meta_network(kind, config).state_dict().items()}
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from moesr.runtime.samplers import coefficients
 from moesr.runtime.schedule import Schedule, respaced_timesteps, step_table
 
+DDPM_COLUMNS = (
+    "timesteps",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "posterior_variance",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
 QUARTERS = [(0, 250), (250, 500), (500, 750), (750, 1000)]
 
 
@@ -35,6 +46,68 @@ def test_step_table_matches_published_loops(golden, stem, steps, eta):
     np.testing.assert_allclose(table.alpha_bar[::-1], published["alphas"], atol=1e-7)
     np.testing.assert_allclose(table.alpha_bar_prev[::-1], published["alphas_prev"], atol=1e-7)
     np.testing.assert_allclose(table.sigma[::-1], published["sigmas"], atol=1e-6)
+
+
+STABLESR = Schedule(beta_start=0.00085, beta_end=0.012, spacing="linspace")
+
+
+def test_alpha_bar_of_stable_diffusion(golden):
+    published = golden("stablesr_schedule")
+    np.testing.assert_allclose(STABLESR.betas, published["s1000.betas"], rtol=1e-6)
+    np.testing.assert_allclose(STABLESR.alpha_bar, published["s1000.alphas_cumprod"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [200, 50, 6, 4])
+def test_linspace_table_matches_published_ddpm(golden, steps):
+    published = {key: golden("stablesr_schedule")[f"s{steps}.{key}"] for key in DDPM_COLUMNS}
+    table = step_table(STABLESR, steps, 1.0, [(0, 1000)])
+    np.testing.assert_array_equal(table.t[::-1], published["timesteps"])
+    np.testing.assert_allclose(table.alpha_bar[::-1], published["alphas_cumprod"], rtol=1e-5)
+    np.testing.assert_allclose(table.alpha_bar_prev[::-1], published["alphas_cumprod_prev"], rtol=1e-5)
+    np.testing.assert_allclose(table.sigma[::-1] ** 2, published["posterior_variance"], rtol=1e-4)
+    # the same step in the coefficients of DDPM's posterior: c1 x0 + c2 z, which the network's output enters
+    # through x0 = (z - sqrt(1 - a) eps) / sqrt(a)
+    steps_of = [coefficients(table, step) for step in reversed(range(steps))]
+    a, c1 = published["alphas_cumprod"].astype(np.float64), published["posterior_mean_coef1"]
+    c_z = c1 / np.sqrt(a) + published["posterior_mean_coef2"]
+    np.testing.assert_allclose([c.c_z for c in steps_of], c_z, rtol=5e-5)
+    np.testing.assert_allclose([c.c_out for c in steps_of], -c1 * np.sqrt(1 / a - 1), rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [50, 20, 5])
+def test_linspace_leading_table_matches_published_ddim(golden, steps):
+    published = golden("stablesr_schedule")
+    schedule = dataclasses.replace(STABLESR, spacing="linspace_leading")
+    table = step_table(schedule, steps, 1.0, [(0, 1000)])
+    np.testing.assert_array_equal(table.t[::-1], published[f"ddim{steps}.model_timesteps"])
+    at = published[f"ddim{steps}.table_timesteps"]
+    np.testing.assert_array_equal(table.alpha_bar[::-1], schedule.alpha_bar[at])
+    np.testing.assert_allclose(table.alpha_bar[::-1], published[f"ddim{steps}.alphas"], rtol=1e-6)
+    np.testing.assert_allclose(table.alpha_bar_prev[::-1], published[f"ddim{steps}.alphas_prev"], rtol=1e-6)
+    # the published alphas are float32, which next to 1 costs a few 1e-5
+    sigmas = published[f"ddim{steps}.sigmas_eta1"]
+    np.testing.assert_allclose(table.sigma[::-1], sigmas, rtol=5e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", [1000, 37])
+def test_linspace_covers_the_whole_range(total):
+    for steps in range(2, total + 1):
+        t = respaced_timesteps(total, steps, "linspace")
+        assert t.dtype == np.int64 and (t[0], t[-1], len(t)) == (0, total - 1, steps)
+        assert np.diff(t).min() >= 1
+        summed, position = [], 0.0
+        for _ in range(steps):
+            summed.append(round(position))
+            position += (total - 1) / (steps - 1)
+        assert t.tolist() == summed
+    assert respaced_timesteps(total, 1, "linspace").tolist() == [total - 1]  # sampling starts from noise
+
+
+def test_the_last_step_of_linspace_gives_the_clean_latent():
+    table = step_table(STABLESR, 5, 1.0, [(0, 1000)])
+    c = coefficients(table, 4)
+    assert table.alpha_bar_prev[-1] == 1.0 and c.c_noise == 0
+    assert c.c_z == np.float32(1 / np.sqrt(STABLESR.alpha_bar[0]))
 
 
 @pytest.mark.parametrize("total", [1000, 37, 1])

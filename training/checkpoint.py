@@ -1,8 +1,9 @@
 """The checkpoint directory: what training and import write and the export reads.
 
 `config.json` (the model's configuration and a schema number), `expert_{k}.safetensors` (one denoising UNet
-each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder). A
-directory is whole or absent.
+each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder); of
+StableSR also `structure.safetensors` and `text.safetensors` (the structure and the text encoder). A directory
+is whole or absent.
 """
 
 from __future__ import annotations
@@ -12,36 +13,39 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.files import check_replaceable, new_directory, reason
 from moesr.runtime.records import build
-from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 from moesr.training.weights import (
     CURE,
     CheckpointError,
-    Network,
     StateDict,
     check_finite,
     check_shapes,
     expected_shapes,
     merge_space_experts,
     meta_network,
+    networks,
     state_shapes,
 )
 
 SCHEMA = 1
 CONFIG_NAME = "config.json"
-DECODER_NAME = "decoder.safetensors"
-OURS = r"config\.json|expert_\d+\.safetensors|decoder\.safetensors"  # names of a checkpoint's files
+OURS = r"config\.json|(expert_\d+|decoder|structure|text)\.safetensors"  # names of a checkpoint's files
+FAMILIES: dict[str | None, type[ModelConfig]] = {None: ModelConfig, "stablesr": StableSRConfig}
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,23 @@ class Checkpoint:
     def expert(self, k: int) -> DenoisingUNet:
         """Return sampling expert `k` in evaluation mode, float32, on the CPU."""
         count = expert_count(self.config)
-        if self.config.unet is None or not 0 <= k < count:
+        if not 0 <= k < count:
             raise CheckpointError(f"{self.directory}: no expert {k}; the checkpoint holds {count} experts")
-        return _load_network(DenoisingUNet, self.config.unet, self.directory / expert_name(k))
+        return self._load(DenoisingUNet, "expert", expert_name(k))
 
     def decoder(self) -> Autoencoder:
         """Return the autoencoder in evaluation mode, float32, on the CPU."""
-        return _load_network(Autoencoder, self.config.decoder, self.directory / DECODER_NAME)
+        return self._load(Autoencoder, "decoder")
+
+    def _load(self, kind: type[Kind], part: str, file: str | None = None) -> Kind:
+        """The network `part`, which must be of this kind."""
+        got, sizes = networks(self.config)[part]
+        if got is not kind:
+            raise CheckpointError(
+                f"{self.directory}: its {part} is a {got.__name__}, expected a {kind.__name__}; this is a "
+                f"checkpoint of another family of models ({type(self.config).__name__})"
+            )
+        return _load_network(kind, sizes, self.directory / (file or f"{part}.safetensors"))
 
     def sha256(self) -> str:
         """Hash of the names and contents of all its files, hexadecimal; foreign files do not count."""
@@ -74,6 +88,24 @@ class Checkpoint:
             with path.open("rb") as file:
                 total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
         return total.hexdigest()
+
+
+class StableSRCheckpoint(Checkpoint):
+    """An opened checkpoint directory of StableSR. Each network is read anew, so keep one at a time."""
+
+    config: StableSRConfig
+
+    def unet(self) -> StableSRUNet:
+        """Return the denoising UNet in evaluation mode, float32, on the CPU."""
+        return self._load(StableSRUNet, "expert", expert_name(0))
+
+    def structure(self) -> StructureEncoder:
+        """Return the structure encoder in evaluation mode, float32, on the CPU."""
+        return self._load(StructureEncoder, "structure")
+
+    def text(self) -> TextEncoder:
+        """Return the text encoder in evaluation mode, float32, on the CPU."""
+        return self._load(TextEncoder, "text")
 
 
 def expert_name(k: int) -> str:
@@ -88,7 +120,8 @@ def expert_count(config: ModelConfig) -> int:
 
 def file_names(config: ModelConfig) -> list[str]:
     """File names of a checkpoint of this configuration, in a fixed order."""
-    return [CONFIG_NAME, *(expert_name(k) for k in range(expert_count(config))), DECODER_NAME]
+    others = [f"{part}.safetensors" for part in networks(config) if part != "expert"]
+    return [CONFIG_NAME, *(expert_name(k) for k in range(expert_count(config))), *others]
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
@@ -102,11 +135,11 @@ def load_checkpoint(directory: Path) -> Checkpoint:
             f"{directory}: not a directory; expected a checkpoint directory with {CONFIG_NAME}"
         )
     config = _read_config(directory / CONFIG_NAME)
-    checkpoint = Checkpoint(directory, config)
+    kind = StableSRCheckpoint if isinstance(config, StableSRConfig) else Checkpoint
+    checkpoint = kind(directory, config)
     expected = expected_shapes(config, str(directory / CONFIG_NAME))
     for path in checkpoint.files[1:]:
-        shapes = expected["decoder" if path.name == DECODER_NAME else "expert"]
-        check_shapes(str(path), _stored_shapes(path), shapes)
+        check_shapes(str(path), _stored_shapes(path), expected[path.stem.split("_")[0]])
     return checkpoint
 
 
@@ -116,13 +149,15 @@ def save_checkpoint(
     experts: Iterable[StateDict],
     decoder: StateDict,
     *,
+    others: Iterable[tuple[str, StateDict]] = (),
     force: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Write a checkpoint directory and return it opened.
 
     `experts` holds one state dict an expert, lowest noise first; they are taken one at a time, so a generator
-    keeps only one in memory. Space experts are merged on the way out. `dtype` (float32 or float16) is that of
+    keeps only one in memory; `others` likewise, by name ("structure" and "text" of StableSR). Space experts
+    are merged on the way out. `dtype` (float32 or float16) is that of
     the stored floating-point tensors; they load as float32. An existing directory is refused unless `force`,
     which replaces a checkpoint and nothing else. Raises OutputError where nothing can be written and
     CheckpointError where the weights do not fit the configuration; both leave the place as it was.
@@ -133,14 +168,18 @@ def save_checkpoint(
         config = dataclasses.replace(config, unet=unet)
     try:
         with new_directory(directory, force=force, marker=CONFIG_NAME, only=OURS) as new:
-            _write_files(new, config, experts, decoder, dtype)
+            _write_files(new, config, experts, chain(others, [("decoder", decoder)]), dtype)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{directory}: cannot write the checkpoint: {reason(error)}") from error
     return load_checkpoint(directory)
 
 
 def _write_files(
-    new: Path, config: ModelConfig, experts: Iterable[StateDict], decoder: StateDict, dtype: torch.dtype
+    new: Path,
+    config: ModelConfig,
+    experts: Iterable[StateDict],
+    others: Iterable[tuple[str, StateDict]],
+    dtype: torch.dtype,
 ) -> None:
     """Write a checkpoint's files to the empty directory `new`."""
     expected = expected_shapes(config, "the configuration")
@@ -154,7 +193,14 @@ def _write_files(
         _write_state(new / name, merge_space_experts(state), expected["expert"], dtype)
     if written < count:
         raise CheckpointError(f"got {written} experts, expected {count}: one a range {config.expert_ranges}")
-    _write_state(new / DECODER_NAME, decoder, expected["decoder"], dtype)
+    names = {part for part in expected if part != "expert"}
+    for part, state in others:
+        if part not in names:
+            raise CheckpointError(f"got weights of {part!r}, expected those of {', '.join(sorted(names))}")
+        names.remove(part)
+        _write_state(new / f"{part}.safetensors", state, expected[part], dtype)
+    if names:
+        raise CheckpointError(f"got no weights of {', '.join(sorted(names))}, which {config.name} needs")
     values = {"schema": SCHEMA, **config.to_dict()}
     (new / CONFIG_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -170,8 +216,15 @@ def _read_config(path: Path) -> ModelConfig:
     schema = values.pop("schema", None) if isinstance(values, dict) else None
     if type(schema) is not int or schema != SCHEMA:
         raise CheckpointError(f"{path}: schema is {schema!r}, this version reads {SCHEMA}; {CURE}")
+    kind = FAMILIES.get(values.get("family"))
+    if kind is None:
+        known = ", ".join(filter(None, FAMILIES))
+        raise CheckpointError(
+            f"{path}: family is {values['family']!r}, this version reads {known} and models without that "
+            "entry; upgrade moesr"
+        )
     try:
-        config = build(ModelConfig, values, strict=True)
+        config = build(kind, values, strict=True)
     except (UsageError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if config.unet is not None and config.unet.space_experts not in (0, 1):
@@ -192,7 +245,7 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
 
 
-def _load_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig, path: Path) -> Network:
+def _load_network(kind: type[Kind], sizes: Any, path: Path) -> Kind:
     """Build a network of these sizes and fill it, strictly, from a safetensors file."""
     network = meta_network(kind, sizes)
     try:
@@ -201,7 +254,8 @@ def _load_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig, pa
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
     check_shapes(str(path), state_shapes(state), state_shapes(network.state_dict()))
     check_finite(str(path), state, CURE)
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    for key, tensor in state.items():  # one at a time: the halves are freed as they are replaced
+        state[key] = tensor.float() if tensor.is_floating_point() else tensor
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
 

@@ -1,9 +1,10 @@
 """Sizes of every network of the model, as frozen dataclasses that travel inside a checkpoint as JSON.
 
-One family covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space MoE,
-plain VQ decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network) and
-anything smaller. The defaults are the published full size (paper Table 7, with the channel multipliers that
-give its Table 6).
+`ModelConfig` covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space
+MoE, plain VQ decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network)
+and anything smaller. `StableSRConfig` is StableSR: Stable Diffusion 2.1 with a structure encoder. The
+defaults are the published full sizes (MoE-SR's paper, Table 7, with the channel multipliers that give its
+Table 6).
 """
 
 from __future__ import annotations
@@ -14,7 +15,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
+from moesr.runtime.samplers import Prediction
 from moesr.runtime.schedule import Schedule
+
+START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
+
+
+def prompt_ids(words: str) -> tuple[int, ...]:
+    """Token ids of a prompt, given those of its words, with the start and the end."""
+    return (START_TOKEN, *map(int, words.split()), END_TOKEN)
+
+
+POSITIVE_PROMPT = prompt_ids(
+    "263 12066 281 273 2361 263 949 3027 281 273 2361 263 16157 281 273 2361 263 1070 3143 281 273 264"
+)
+"""(masterpiece:2), (best quality:2), (realistic:2), (very clear:2)"""
+
+NEGATIVE_PROMPT = prompt_ids(
+    "274 323 267 7651 267 6469 267 17622 267 263 5719 3027 281 273 2361 263 1042 3027 281 273 264"
+)
+"""3d, cartoon, anime, sketches, (worst quality:2), (low quality:2)"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,17 @@ class AutoencoderConfig:
     codebook_size: int = 8192  # 0: a KL autoencoder without a quantiser
     norm_groups: int = 32
     fusion_level: int | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
+    fusion_count: int = 1  # levels that are: this one and those of lower resolution after it
     fusion_blocks: int = 2  # RRDBs in the fusion layer
     fusion_growth: int = 32
     refinement: Literal["aff", "unet", "none"] = "aff"  # "unet": the ablation without the frequency filter
     filter_blocks: int = 8  # blocks of the AFF filter's block-diagonal layers
+
+    @property
+    def fusion_levels(self) -> tuple[int, ...]:
+        """Decoder levels that are fused with LR features, the highest resolution first."""
+        level = self.fusion_level
+        return () if level is None else tuple(range(level, level + self.fusion_count))
 
     @property
     def factor(self) -> int:
@@ -92,3 +119,94 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, as `moesr.runtime.records.build` reads them."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class StableSRUNetConfig(UNetConfig):
+    """StableSR's denoising UNet: that of Stable Diffusion 2.1, modulated by structure features."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    width: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    attention_factors: tuple[int, ...] = (1, 2, 4)
+    head_channels: int = 64
+    space_experts: int = 0
+    text_channels: int = 1024
+    structure_channels: int = 256
+
+
+@dataclass(frozen=True)
+class StructureConfig:
+    """StableSR's time-aware encoder of the LR latent."""
+
+    in_channels: int = 4
+    out_channels: int = 256  # of the features of every resolution
+    width: int = 256
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2)
+    res_blocks: int = 2
+    attention_factors: tuple[int, ...] = (1, 2, 4)
+    heads: int = 4
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower of OpenCLIP's ViT-H/14, and the prompts a model is used with, as token ids.
+
+    Ids run from the start token to the end token; the network pads them with 0.
+    """
+
+    width: int = 1024
+    layers: int = 24  # as stored; the last one is not run
+    heads: int = 16
+    vocabulary: int = 49408
+    tokens: int = 77
+    prompt: tuple[int, ...] = prompt_ids("")
+    guided_prompt: tuple[int, ...] = POSITIVE_PROMPT  # with guidance, together with the next
+    negative_prompt: tuple[int, ...] = NEGATIVE_PROMPT
+
+
+CFW_AUTOENCODER = AutoencoderConfig(
+    channel_mult=(1, 2, 4, 4),
+    z_channels=4,
+    embed_dim=4,
+    codebook_size=0,
+    fusion_level=1,
+    fusion_count=2,
+    refinement="none",
+)
+"""Stable Diffusion's KL autoencoder with StableSR's controllable feature wrapping at two levels."""
+
+STABLE_DIFFUSION = Schedule(beta_start=0.00085, beta_end=0.012, spacing="linspace")
+
+
+@dataclass(frozen=True)
+class StableSRConfig(ModelConfig):
+    """StableSR: one UNet for all timesteps, conditioned on a text and on the structure of the LR latent."""
+
+    family: Literal["stablesr"] = "stablesr"
+    name: str = "stablesr-x4"
+    unet: StableSRUNetConfig = field(default_factory=StableSRUNetConfig)
+    decoder: AutoencoderConfig = CFW_AUTOENCODER
+    schedule: Schedule = STABLE_DIFFUSION
+    expert_ranges: tuple[tuple[int, int], ...] = ((0, 1000),)
+    steps: int = 200
+    structure: StructureConfig = field(default_factory=StructureConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    prediction: Prediction = "eps"
+    init: Literal["noise", "latent"] = "latent"  # sampling starts from noise, or from the noised LR latent
+    latent_scale: float = 0.18215  # latents of the UNet are the autoencoder's times this
+    fidelity: float = 0.5  # default weight of the LR features in the decoder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unet, levels = self.unet, len(self.unet.channel_mult)
+        wanted = unet.structure_channels, levels, unet.text_channels, unet.out_channels
+        structure, z = self.structure, self.decoder.embed_dim
+        given = structure.out_channels, len(structure.channel_mult), self.text.width, z
+        if wanted != given:
+            raise UsageError(
+                f"{self.name}: channels and levels of the structure encoder, channels of the text and of the "
+                f"latent are {given}, the UNet expects {wanted}; correct the configuration"
+            )

@@ -1,7 +1,8 @@
 """Import published weights as a checkpoint directory that moesr-export reads.
 
 Sizes are inferred from the weights. Experts are given with the lowest noise first; the exponential moving
-average is used where a file has one. Without --experts the result is a decoder on its own.
+average is used where a file has one. With --decoder and without --experts the result is a decoder on its own.
+StableSR is given by --stablesr and --cfw.
 Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesr.runtime.console import HelpFormatter, run_program
-from moesr.training.config import UNetConfig
+from moesr.training.config import StableSRUNetConfig, UNetConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +44,20 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--decoder",
         type=Path,
-        required=True,
         metavar="FILE",
         help="weights of the autoencoder, or a whole latent diffusion model",
+    )
+    add("--stablesr", type=Path, metavar="FILE", help="weights of StableSR: 512, Turbo, 768v or faces")
+    add(
+        "--cfw",
+        type=Path,
+        metavar="FILE",
+        help="weights of StableSR's autoencoder with controllable feature wrapping",
+    )
+    add(
+        "--prediction",
+        choices=("eps", "v"),
+        help="what StableSR's network predicts (default: known from the name of the published file)",
     )
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
     add("--scale", type=int, choices=(4, 8), default=4, help="upscaling factor the model was trained for")
@@ -53,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--head-channels",
         type=_positive,
-        default=UNetConfig.head_channels,
         metavar="N",
-        help="channels of an attention head, which the weights do not tell",
+        help="channels of an attention head, which the weights do not tell (default: "
+        f"{UNetConfig.head_channels}, of StableSR {StableSRUNetConfig.head_channels})",
     )
     add(
         "--norm-groups",
@@ -64,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="groups of every GroupNorm, which the weights do not tell",
     )
+    add("--fp16", action="store_true", help="store the weights in half precision")
     add("--quiet", action="store_true", help="no progress bar, warnings only")
     add("--debug", action="store_true", help="show where an internal error was raised")
     add("--force", action="store_true", help="replace an existing checkpoint directory")

@@ -4,29 +4,70 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+from torch import nn
+
 from moesr.runtime import console
-from moesr.training.config import AutoencoderConfig
+from moesr.runtime.errors import UsageError
+from moesr.training.checkpoint import Checkpoint
+from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.import_published import Imported, Published, import_published
+from moesr.training.import_stablesr import PublishedStableSR, import_stablesr
 from moesr.training.networks import Autoencoder, DenoisingUNet
-from moesr.training.weights import meta_network
+from moesr.training.weights import meta_network, networks
 
 
 def run(args: argparse.Namespace) -> int:
     """Import the files that the arguments name and print what was found."""
-    source = Published(
-        decoder=args.decoder,
-        experts=tuple(args.experts),
-        scale=args.scale,
-        name=args.name,
-        head_channels=args.head_channels,
-        norm_groups=args.norm_groups,
-        trust_pickle=args.trust_pickle,
-    )
-    files = len(source.experts) + 1
+    _check_files_named(args)
+    files = 2 if args.stablesr else len(args.experts) + 1
+    dtype = torch.float16 if args.fp16 else torch.float32
+    common = {
+        "scale": args.scale,
+        "name": args.name,
+        "norm_groups": args.norm_groups,
+        "trust_pickle": args.trust_pickle,
+    }
+    if args.head_channels is not None:
+        common["head_channels"] = args.head_channels
     with console.bar(args.quiet, total=files, desc="import", unit="file") as bar:
-        imported = import_published(source, args.output, force=args.force, on_file=lambda path: bar.update())
-    console.say("\n".join(summary(imported, source)))
+        options = {"dtype": dtype, "force": args.force, "on_file": lambda path: bar.update()}
+        if args.stablesr:
+            stablesr = PublishedStableSR(args.stablesr, args.cfw, prediction=args.prediction, **common)
+            lines = stablesr_summary(import_stablesr(stablesr, args.output, **options), stablesr)
+        else:
+            source = Published(args.decoder, tuple(args.experts), **common)
+            lines = summary(import_published(source, args.output, **options), source)
+    console.say("\n".join(lines))
     return 0
+
+
+def _check_files_named(args: argparse.Namespace) -> None:
+    """Raise UsageError unless the files are those of one family."""
+    stablesr = [f"--{o}" for o in ("stablesr", "cfw", "prediction") if getattr(args, o) is not None]
+    others = [f"--{o}" for o in ("experts", "decoder") if getattr(args, o)]
+    if stablesr and others:
+        raise UsageError(f"got {stablesr[0]} and {others[0]}, expected the files of one model")
+    if stablesr and not (args.stablesr and args.cfw):
+        raise UsageError(f"got {', '.join(stablesr)}; StableSR needs both --stablesr FILE and --cfw FILE")
+    if not stablesr and not args.decoder:
+        raise UsageError("got no autoencoder; add --decoder FILE, or --stablesr FILE and --cfw FILE")
+
+
+def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[str]:
+    """Lines that say what was found in which file, and where it went."""
+    config = checkpoint.config
+    assert isinstance(config, StableSRConfig)
+    params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
+    unet = config.unet
+    return [
+        f"UNet: {params['expert']}, width {unet.width}, multipliers {unet.channel_mult}, predicts "
+        f"{config.prediction}, from {source.model}",
+        f"structure encoder: {params['structure']}, width {config.structure.width}",
+        f"text encoder: {params['text']}, width {config.text.width}, {config.text.layers} layers",
+        f"decoder: {params['decoder']}, {_autoencoder(config.decoder)}, from {source.cfw}",
+        f"wrote {checkpoint.directory} ({config.name}, x{config.scale}, {config.steps} steps)",
+    ]
 
 
 def summary(imported: Imported, source: Published) -> list[str]:
@@ -60,12 +101,13 @@ def _autoencoder(config: AutoencoderConfig) -> str:
         if config.codebook_size
         else f"KL {config.embed_dim}"
     )
-    fusion = "no LR fusion" if config.fusion_level is None else f"LR fusion at level {config.fusion_level}"
+    levels = " and ".join(map(str, config.fusion_levels))
+    fusion = f"LR fusion at level {levels}" if levels else "no LR fusion"
     return (
         f"{codes}, 1/{config.factor}, {config.channels} channels, multipliers {config.channel_mult}, "
         f"{config.res_blocks} residual blocks, {fusion}, refinement {config.refinement}"
     )
 
 
-def _millions(network: Autoencoder | DenoisingUNet) -> str:
+def _millions(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"

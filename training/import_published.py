@@ -8,26 +8,29 @@ lie under `model.diffusion_model.` or bare; their exponential moving averages (E
 from __future__ import annotations
 
 import itertools
-import pickle
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moesr.runtime.schedule import Schedule
 from moesr.training.checkpoint import Checkpoint, check_writable_as_checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.infer_config import infer_autoencoder_config, infer_unet_config
+from moesr.training.published_files import (
+    AUTOENCODER_PREFIX,
+    CURE,
+    SCHEDULE_BUFFER,
+    UNET_PREFIX,
+    float32,
+    named,
+    read_state_dict,
+)
 from moesr.training.weights import (
     CheckpointError,
     StateDict,
-    brief,
     check_finite,
     check_shapes,
     expected_shapes,
@@ -35,16 +38,7 @@ from moesr.training.weights import (
     state_shapes,
 )
 
-UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
-AUTOENCODER_PREFIX = "first_stage_model."
-CURE = "download the file again, or check that it is the right one for this option"
-# torch.save writes zip files since PyTorch 1.6; older ones are bare pickles and cannot be memory-mapped
-ZIP_MAGIC = b"PK\x03\x04"
-SCHEDULE_BUFFER = re.compile(
-    r"(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
-    r"|posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|betas|lvlb_weights|logvar|scale_factor"
-)
 
 
 @dataclass(frozen=True)
@@ -73,20 +67,22 @@ def import_published(
     source: Published,
     directory: Path,
     *,
+    dtype: torch.dtype = torch.float32,
     force: bool = False,
     on_file: Callable[[Path], object] = lambda path: None,
 ) -> Imported:
     """Write the checkpoint `directory` from published files.
 
-    The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `on_file`
-    is called with each file that is done. Raises CheckpointError naming the file that cannot be used, and
-    OutputError where nothing can be written; the place is then as it was.
+    The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `dtype` is
+    that of the stored weights, and `on_file` is called with each file that is done. Raises CheckpointError
+    naming the file that cannot be used, and OutputError where nothing can be written; the place is then as it
+    was.
     """
     check_writable_as_checkpoint(directory, force)
     for path in (*source.experts, source.decoder):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected a published weight file")
-    decoder, decoder_config = read_autoencoder(source)
+    decoder, decoder_config = read_autoencoder(source.decoder, source.norm_groups, source.trust_pickle)
     on_file(source.decoder)
     unet = _unet_config(source, decoder_config)
     ema_used: list[bool] = []
@@ -101,7 +97,7 @@ def import_published(
             on_file(path)
 
     config = _model_config(source, unet, decoder_config)
-    checkpoint = save_checkpoint(directory, config, states(), decoder, force=force)
+    checkpoint = save_checkpoint(directory, config, states(), decoder, dtype=dtype, force=force)
     return Imported(checkpoint, unet, tuple(ema_used))
 
 
@@ -140,7 +136,7 @@ def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
     raw, config, ema = _raw_unet(path, source)
     weights = _ema_weights(path, raw, ema) if ema else raw
     check_finite(str(path), weights, CURE)
-    return _named(path, merge_space_experts, _float32(weights)), config, bool(ema)
+    return named(path, merge_space_experts, float32(weights)), config, bool(ema)
 
 
 def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
@@ -153,14 +149,16 @@ def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
         for key, tensor in state.items()
         if not key.startswith(ignored) and not SCHEDULE_BUFFER.fullmatch(key)
     }
-    config = _named(path, infer_unet_config, raw, source.head_channels, source.norm_groups)
+    config = named(path, infer_unet_config, raw, source.head_channels, source.norm_groups)
     check_shapes(str(path), state_shapes(raw), _shapes(path, ModelConfig(unet=config), "expert"), CURE)
     return raw, config, {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
 
 
-def read_autoencoder(source: Published) -> tuple[dict[str, Tensor], AutoencoderConfig]:
+def read_autoencoder(
+    path: Path, norm_groups: int, trust_pickle: bool = False
+) -> tuple[dict[str, Tensor], AutoencoderConfig]:
     """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
-    path, state = source.decoder, read_state_dict(source.decoder, source.trust_pickle)
+    state = read_state_dict(path, trust_pickle)
     whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
     # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
     ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)
@@ -170,58 +168,10 @@ def read_autoencoder(source: Published) -> tuple[dict[str, Tensor], AutoencoderC
         if not key.startswith((*ignored, f"{AUTOENCODER_PREFIX}loss."))
         and not (whole and SCHEDULE_BUFFER.fullmatch(key))
     }
-    config = _named(path, infer_autoencoder_config, found, source.norm_groups)
+    config = named(path, infer_autoencoder_config, found, norm_groups)
     check_shapes(str(path), state_shapes(found), _shapes(path, ModelConfig(decoder=config), "decoder"), CURE)
     check_finite(str(path), found, CURE)
-    return _float32(found), config
-
-
-def read_state_dict(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """Read the tensors of a published file, below its `state_dict` level if it has one.
-
-    Pickles are loaded without running code unless `trust_pickle`. Raises CheckpointError naming the file.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(256)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {CURE}") from error
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty; {CURE}")
-    if head.lstrip().startswith(b"<"):
-        raise CheckpointError(f"{path}: holds a web page, not weights; {CURE}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
-    loaded = _load_pickle(path, trust_pickle, mmap=head.startswith(ZIP_MAGIC))
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(
-            f"{path}: holds {type(loaded).__name__}, expected a state dict of tensors; {CURE}"
-        )
-    others = [
-        str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if others:
-        raise CheckpointError(f"{path}: entries {', '.join(others[:4])} are not tensors; {CURE}")
-    return dict(loaded)
-
-
-def _load_pickle(path: Path, trust: bool, mmap: bool) -> Any:
-    """Unpickle with PyTorch; CheckpointError says whether the file is damaged or holds more than tensors."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
-    except Exception as error:  # a damaged or trusted pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|operand|global) (\S+)", str(error))
-        if not trust and isinstance(error, pickle.UnpicklingError) and refused:
-            raise CheckpointError(
-                f"{path}: holds Python objects besides tensors ({refused[1] or refused[2]}), which could "
-                "run code when loaded; if you trust where the file came from, add --trust-pickle"
-            ) from error
-        raise CheckpointError(f"{path}: not a whole PyTorch file ({brief(error)}); {CURE}") from error
+    return float32(found), config
 
 
 def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
@@ -237,15 +187,3 @@ def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor
 
 def _shapes(path: Path, config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
     return expected_shapes(config, str(path))[kind]
-
-
-def _float32(state: StateDict) -> dict[str, Tensor]:
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-
-
-def _named(path: Path, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; a CheckpointError it raises is raised again with the name of the file."""
-    try:
-        return function(*args)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}; {CURE}") from error

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
-from moesr.training.config import AutoencoderConfig, UNetConfig
+from moesr.training.config import (
+    AutoencoderConfig,
+    StableSRUNetConfig,
+    StructureConfig,
+    TextConfig,
+    UNetConfig,
+)
 from moesr.training.weights import CheckpointError, StateDict
 
 
@@ -17,6 +24,81 @@ def infer_unet_config(
     Heads and normalisation groups leave no trace in a shape and are given. Raises CheckpointError naming a
     missing tensor; keys that do not belong are left for a check against the network of these sizes.
     """
+    half = _half_unet(state)
+    _check_heads(half.attended, head_channels)
+    return UNetConfig(
+        half.in_channels,
+        _shape(state, "out.2.weight")[0],
+        half.width,
+        half.channel_mult,
+        half.res_blocks,
+        half.attention_factors,
+        head_channels,
+        norm_groups,
+        space_experts=_count(state, "middle_block.2.moe_blocks"),
+    )
+
+
+def infer_stablesr_unet_config(
+    state: StateDict,
+    head_channels: int = StableSRUNetConfig.head_channels,
+    norm_groups: int = StableSRUNetConfig.norm_groups,
+) -> StableSRUNetConfig:
+    """Sizes of StableSR's denoising UNet, as `infer_unet_config`."""
+    text = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    return StableSRUNetConfig(
+        **vars(infer_unet_config(state, head_channels, norm_groups)),
+        text_channels=_shape(state, text)[1],
+        structure_channels=_shape(state, "middle_block.0.spade.mlp_shared.0.weight")[1],
+    )
+
+
+def infer_structure_config(
+    state: StateDict,
+    head_channels: int = StableSRUNetConfig.head_channels,
+    norm_groups: int = StructureConfig.norm_groups,
+) -> StructureConfig:
+    """Sizes of a structure encoder from its state dict; `head_channels` is that of its narrowest level."""
+    half = _half_unet(state)
+    _check_heads([half.width], head_channels)
+    return StructureConfig(
+        half.in_channels,
+        _shape(state, "fea_tran.0.in_layers.2.weight")[0],
+        half.width,
+        half.channel_mult,
+        half.res_blocks,
+        half.attention_factors,
+        half.width // head_channels,
+        norm_groups,
+    )
+
+
+def infer_text_config(state: StateDict, head_channels: int = StableSRUNetConfig.head_channels) -> TextConfig:
+    """Sizes of a text encoder from its state dict."""
+    vocabulary, width = _shape(state, "model.token_embedding.weight")
+    _check_heads([width], head_channels)
+    return TextConfig(
+        width=width,
+        layers=_count(state, "model.transformer.resblocks"),
+        heads=width // head_channels,
+        vocabulary=vocabulary,
+        tokens=_shape(state, "model.positional_embedding")[0],
+    )
+
+
+@dataclass(frozen=True)
+class _HalfUNet:
+    """What the levels going down and the middle block show."""
+
+    in_channels: int
+    width: int
+    channel_mult: tuple[int, ...]
+    res_blocks: int
+    attention_factors: tuple[int, ...]
+    attended: list[int]  # channels that attention works on
+
+
+def _half_unet(state: StateDict) -> _HalfUNet:
     width, in_channels = _shape(state, "input_blocks.0.0.weight")[:2]
     levels: list[list[int]] = [[]]  # output channels of the residual blocks of each level
     attention: set[int] = set()
@@ -25,7 +107,7 @@ def infer_unet_config(
             levels.append([])
             continue
         levels[-1].append(_shape(state, f"input_blocks.{i}.0.in_layers.2.weight")[0])
-        if f"input_blocks.{i}.1.qkv.weight" in state:
+        if f"input_blocks.{i}.1.proj_out.weight" in state:
             attention.add(len(levels) - 1)
     if len({len(level) for level in levels}) > 1 or not levels[0]:
         counts = [len(level) for level in levels]
@@ -33,22 +115,23 @@ def infer_unet_config(
             f"levels of input_blocks have {counts} residual blocks, expected the same in each"
         )
     middle = _shape(state, "middle_block.1.proj_out.weight")[0]
-    heads_over = [c for c in {middle, *(levels[i][0] for i in attention)} if c % head_channels]
-    if heads_over:
-        raise CheckpointError(
-            f"attention over {heads_over[0]} channels has no heads of {head_channels} (--head-channels)"
-        )
-    return UNetConfig(
-        in_channels=in_channels,
-        out_channels=_shape(state, "out.2.weight")[0],
-        width=width,
+    return _HalfUNet(
+        in_channels,
+        width,
         channel_mult=tuple(level[0] // width for level in levels),
         res_blocks=len(levels[0]),
         attention_factors=tuple(2**level for level in sorted(attention)),
-        head_channels=head_channels,
-        norm_groups=norm_groups,
-        space_experts=_count(state, "middle_block.2.moe_blocks"),
+        attended=[middle, *(levels[i][0] for i in sorted(attention))],
     )
+
+
+def _check_heads(attended: list[int], head_channels: int) -> None:
+    """Raise CheckpointError where channels cannot be split into heads."""
+    over = [channels for channels in attended if channels % head_channels]
+    if over:
+        raise CheckpointError(
+            f"attention over {over[0]} channels has no heads of {head_channels} (--head-channels)"
+        )
 
 
 def infer_autoencoder_config(
@@ -70,7 +153,7 @@ def infer_autoencoder_config(
         refinement = "unet"
         if "decoder.unet_1.conv1.filter.w1" in state:
             refinement, filter_blocks = "aff", _shape(state, "decoder.unet_1.conv1.filter.w1")[1]
-    level, blocks, growth = _fusion(state)
+    levels, blocks, growth = _fusion(state)
     return AutoencoderConfig(
         channels=channels,
         channel_mult=mult,
@@ -79,7 +162,8 @@ def infer_autoencoder_config(
         embed_dim=_shape(state, "post_quant_conv.weight")[1],
         codebook_size=_shape(state, codebook)[0] if codebook in state else 0,
         norm_groups=norm_groups,
-        fusion_level=level,
+        fusion_level=levels[0] if levels else None,
+        fusion_count=len(levels) or AutoencoderConfig.fusion_count,
         fusion_blocks=blocks,
         fusion_growth=growth,
         refinement=refinement,
@@ -87,16 +171,16 @@ def infer_autoencoder_config(
     )
 
 
-def _fusion(state: StateDict) -> tuple[int | None, int, int]:
-    """Level, RRDBs and growth of the fusion layer; the level is None where there is no such layer."""
+def _fusion(state: StateDict) -> tuple[list[int], int, int]:
+    """Levels, RRDBs and growth of the fusion layers; no levels where there are no such layers."""
     matches = [re.match(r"decoder\.fusion_layer_(\d+)\.", key) for key in state]
-    level = min((int(match[1]) for match in matches if match), default=None)
+    levels = sorted({int(match[1]) for match in matches if match})
     blocks, growth = AutoencoderConfig.fusion_blocks, AutoencoderConfig.fusion_growth
-    if level is not None:
-        path = f"decoder.fusion_layer_{level}.encode_enc_2"
+    if levels:
+        path = f"decoder.fusion_layer_{levels[0]}.encode_enc_2"
         blocks = _count(state, path)
         growth = _shape(state, f"{path}.0.rdb1.conv1.weight")[0] if blocks else growth
-    return level, blocks, growth
+    return levels, blocks, growth
 
 
 def _shape(state: StateDict, key: str) -> tuple[int, ...]:

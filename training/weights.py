@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import MoesrError
-from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.networks import (
+    Autoencoder,
+    DenoisingUNet,
+    StableSRUNet,
+    StructureEncoder,
+    TextEncoder,
+)
 
 CURE = "train or import the checkpoint again, or copy the whole directory again"
 NAMED = 4  # keys named in one message
@@ -57,22 +63,34 @@ def merge_space_experts(state: StateDict) -> dict[str, Tensor]:
     return merged
 
 
+def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
+    """Class and sizes of what a model consists of: an "expert" (if any), the "decoder" and, of StableSR, the
+    "structure" encoder and the "text" encoder.
+    """
+    parts: dict[str, tuple[type[nn.Module], Any]] = {}
+    if isinstance(config, StableSRConfig):
+        parts["expert"] = StableSRUNet, config.unet
+        parts["structure"], parts["text"] = (StructureEncoder, config.structure), (TextEncoder, config.text)
+    elif config.unet is not None:
+        parts["expert"] = DenoisingUNet, config.unet
+    return parts | {"decoder": (Autoencoder, config.decoder)}
+
+
 def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Keys and shapes of an "expert" (empty without one) and the "decoder" that a configuration describes."""
+    """Keys and shapes of each of the networks that a configuration describes, named as in `networks`."""
     try:
-        expert = meta_network(DenoisingUNet, config.unet) if config.unet else nn.Module()
-        decoder = meta_network(Autoencoder, config.decoder)
+        built = {name: meta_network(kind, sizes) for name, (kind, sizes) in networks(config).items()}
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(
             f"{where}: these sizes make no network ({error}); correct the configuration"
         ) from error
-    return {"expert": state_shapes(expert.state_dict()), "decoder": state_shapes(decoder.state_dict())}
+    return {name: state_shapes(network.state_dict()) for name, network in built.items()}
 
 
-def meta_network(kind: type[Network], sizes: UNetConfig | AutoencoderConfig) -> Network:
+def meta_network(kind: Callable[[Any], Network], sizes: Any) -> Network:
     """Build a network without memory for its weights: it has names, shapes and counts only."""
     with torch.device("meta"):
-        return kind(sizes)  # type: ignore[arg-type]
+        return kind(sizes)
 
 
 def state_shapes(state: StateDict) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,17 @@
-"""Networks of the model; parameter names are those of the published checkpoints."""
+"""Networks of the models; parameter names are those of the published checkpoints."""
 
 from moesr.training.networks.autoencoder import Autoencoder
 from moesr.training.networks.space_moe import SpaceMoE, share_expert_weights
+from moesr.training.networks.stablesr import StableSRUNet, StructureEncoder
+from moesr.training.networks.text import TextEncoder
 from moesr.training.networks.unet import DenoisingUNet
 
-__all__ = ["Autoencoder", "DenoisingUNet", "SpaceMoE", "share_expert_weights"]
+__all__ = [
+    "Autoencoder",
+    "DenoisingUNet",
+    "SpaceMoE",
+    "StableSRUNet",
+    "StructureEncoder",
+    "TextEncoder",
+    "share_expert_weights",
+]

@@ -5,6 +5,7 @@ Module and parameter names are those of the published checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from moesr.training.networks.refinement import RefinementUNet
 
 if TYPE_CHECKING:
     from moesr.training.config import AutoencoderConfig
+
+LOG_VARIANCE = (-30.0, 20.0)  # bounds of the posterior's
 
 
 class AttnBlock(nn.Module):
@@ -117,21 +120,23 @@ class Encoder(nn.Module):
             h = h if downsample is None else downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
-    def features(self, x: Tensor, level: int) -> Tensor:
-        """Image [B, 3, H, W] -> features [B, C, H/2^level, W/2^level] after the blocks of `level`."""
-        h = self.conv_in(x)
-        for i in range(level):
-            h = self.down[i].downsample(self.down[i](h))  # type: ignore[operator]
-        return self.down[level](h)
+    def features(self, x: Tensor, levels: tuple[int, ...]) -> dict[int, Tensor]:
+        """Image [B, 3, H, W] -> features [B, C, H/2^i, W/2^i] after the blocks of each i of `levels`."""
+        h, found = self.conv_in(x), {}
+        for i in range(max(levels) + 1):
+            h = self.down[i](h if i == 0 else self.down[i - 1].downsample(h))  # type: ignore[operator]
+            if i in levels:
+                found[i] = h
+        return found
 
 
 class Decoder(nn.Module):
-    """Latent to image, fused with LR features at one level and refined in the frequency domain."""
+    """Latent to image, fused with LR features at some levels and refined in the frequency domain."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         ch, groups = config.channels, config.norm_groups
-        self.fusion_level = config.fusion_level
+        self.fusion_levels = config.fusion_levels
         channels = config.channel_mult[-1] * ch
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
         self.mid = Middle(channels, groups)
@@ -143,10 +148,10 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        if config.fusion_level is not None:
-            fused = config.channel_mult[config.fusion_level] * ch
+        for i in config.fusion_levels:
+            fused = config.channel_mult[i] * ch
             fusion = FusionLayer(fused, groups, config.fusion_blocks, config.fusion_growth)
-            self.add_module(f"fusion_layer_{config.fusion_level}", fusion)
+            self.add_module(f"fusion_layer_{i}", fusion)
         if config.refinement != "none":
             blocks = config.filter_blocks if config.refinement == "aff" else None
             self.unet_1 = RefinementUNet(channels, groups, blocks)
@@ -154,17 +159,20 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     @property
-    def fusion(self) -> FusionLayer | None:
-        """The layer that fuses LR features, if this decoder has one."""
-        return getattr(self, f"fusion_layer_{self.fusion_level}", None)
+    def fusions(self) -> dict[int, FusionLayer]:
+        """The layers that fuse LR features, by level; none where the decoder is not LR-conditioned."""
+        return {i: getattr(self, f"fusion_layer_{i}") for i in self.fusion_levels}
 
-    def forward(self, z: Tensor, lr_features: Tensor | None, fidelity: Tensor | float) -> Tensor:
-        """Latent [B, z, h, w] -> image [B, 3, f*h, f*w]; `fidelity` scales the fused LR features."""
+    def forward(self, z: Tensor, lr_features: Mapping[int, Tensor], fidelity: Tensor | float) -> Tensor:
+        """Latent [B, z, h, w] -> image [B, 3, f*h, f*w].
+
+        `lr_features`, by level, are fused where there are any; `fidelity` scales them.
+        """
         h = self.mid(self.conv_in(z))
         for i in reversed(range(len(self.up))):
             h = self.up[i](h)
-            if i == self.fusion_level and self.fusion is not None and lr_features is not None:
-                h = self.fusion(lr_features, h, fidelity)
+            if i in lr_features:
+                h = self.fusions[i](lr_features[i], h, fidelity)
             if i > 0:
                 h = self.up[i].upsample(h)  # type: ignore[operator]
         if hasattr(self, "unet_1"):
@@ -217,10 +225,15 @@ class Autoencoder(nn.Module):
         """Image [B, 3, H, W] in [-1, 1] -> latent [B, D, H/f, W/f] before quantisation (KL: the mean)."""
         return self.quant_conv(self.encoder(image))[:, : self.config.embed_dim]
 
-    def lr_features(self, lr: Tensor) -> Tensor | None:
+    def sample(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1], noise [B, D, H/f, W/f] -> a latent of the posterior (KL)."""
+        mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE)) * noise
+
+    def lr_features(self, lr: Tensor) -> dict[int, Tensor]:
         """LR image in the output size [B, 3, H, W] in [-1, 1] -> the features that the decoder fuses."""
-        level = self.config.fusion_level
-        return None if level is None else self.encoder.features(lr, level)
+        levels = self.config.fusion_levels
+        return self.encoder.features(lr, levels) if levels else {}
 
     def decode(self, z: Tensor, lr: Tensor | None = None, fidelity: Tensor | float = 1.0) -> Tensor:
         """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
@@ -230,5 +243,5 @@ class Autoencoder(nn.Module):
         """
         if self.config.codebook_size:
             z = self.quantize(z)
-        features = None if lr is None else self.lr_features(lr)
+        features = {} if lr is None else self.lr_features(lr)
         return self.decoder(self.post_quant_conv(z), features, fidelity)

@@ -1,4 +1,4 @@
-"""The denoising UNet of one sampling expert, with Space MoE (paper section 3.2).
+"""UNets of the latent diffusion family, and the one of a sampling expert, with Space MoE (paper section 3.2).
 
 Module and parameter names are those of the published checkpoints: these load by key, without renames.
 """
@@ -6,7 +6,9 @@ Module and parameter names are those of the published checkpoints: these load by
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,10 @@ from torch.nn import functional as F
 from moesr.training.networks.space_moe import SpaceMoE
 
 if TYPE_CHECKING:
-    from moesr.training.config import UNetConfig
+    from moesr.training.config import StructureConfig, UNetConfig
+
+HalfSizes = TypeVar("HalfSizes", bound="UNetConfig | StructureConfig")
+Sizes = TypeVar("Sizes", bound="UNetConfig")
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -26,7 +31,20 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1)
 
 
-class ResBlock(nn.Module):
+@dataclass(frozen=True)
+class Conditions:
+    """What the layers of a UNet see besides its features."""
+
+    emb: Tensor  # of the timesteps, [B, 4 * width]
+    structure: Mapping[int, Tensor] = field(default_factory=dict)  # of the LR image, by width: [B, C, h, w]
+    text: Tensor | None = None  # [B or 1, tokens, C]
+
+
+class ConditionedLayer(nn.Module):
+    """A layer that takes `Conditions` as its second input."""
+
+
+class ResBlock(ConditionedLayer):
     """Residual block with an added timestep embedding: [B, in, H, W] -> [B, out, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
@@ -44,10 +62,13 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Return the block's output for features `x` and embedding `emb` [B, emb_channels]."""
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def forward(self, x: Tensor, given: Conditions) -> Tensor:
+        """Return the block's output for features `x`, whose embedding has `emb_channels`."""
+        return self.skip_connection(x) + self.residual(x, given)
+
+    def residual(self, x: Tensor, given: Conditions) -> Tensor:
+        """What the block adds to its input."""
+        return self.out_layers(self.in_layers(x) + self.emb_layers(given.emb)[:, :, None, None])
 
 
 class AttentionBlock(nn.Module):
@@ -95,77 +116,100 @@ class Upsample(nn.Module):
 
 
 class TimestepSequential(nn.Sequential):
-    """A sequence whose residual blocks also take the timestep embedding."""
+    """A sequence whose conditioned layers also take the timestep embedding and what comes with it."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, given: Conditions) -> Tensor:  # type: ignore[override]
         """Run the layers in order."""
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, given) if isinstance(layer, ConditionedLayer) else layer(x)
         return x
 
 
-class DenoisingUNet(nn.Module):
-    """Predict eps from z_t, the condition and the timestep (paper Eq. 2)."""
+class HalfUNet(nn.Module, Generic[HalfSizes]):
+    """The half of a UNet that goes down, with the middle block."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: HalfSizes) -> None:
         super().__init__()
         self.config = config
-        width, groups = config.width, config.norm_groups
-        emb = 4 * width
+        width, emb = config.width, 4 * config.width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
-
-        def attention(channels: int) -> list[nn.Module]:
-            block: list[nn.Module] = [AttentionBlock(channels, config.head_channels, groups)]
-            if config.space_experts:
-                block.append(SpaceMoE(channels, config.space_experts))
-            return block
-
         self.input_blocks = nn.ModuleList(
             [TimestepSequential(nn.Conv2d(config.in_channels, width, 3, padding=1))]
         )
-        skips, channels = [width], width
+        self.skip_channels, channels = [width], width  # output channels of every input block
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.res_blocks):
-                layers: list[nn.Module] = [ResBlock(channels, mult * width, emb, groups)]
+                layers: list[nn.Module] = [self.res_block(channels, mult * width)]
                 channels = mult * width
-                layers += attention(channels) if 2**level in config.attention_factors else []
+                layers += self.attention(channels) if 2**level in config.attention_factors else []
                 self.input_blocks.append(TimestepSequential(*layers))
-                skips.append(channels)
+                self.skip_channels.append(channels)
             if level < len(config.channel_mult) - 1:
                 self.input_blocks.append(TimestepSequential(Downsample(channels)))
-                skips.append(channels)
-
+                self.skip_channels.append(channels)
         self.middle_block = TimestepSequential(
-            ResBlock(channels, channels, emb, groups),
-            *attention(channels),
-            ResBlock(channels, channels, emb, groups),
+            self.res_block(channels, channels), *self.attention(channels), self.res_block(channels, channels)
         )
 
+    def res_block(self, in_channels: int, out_channels: int) -> ResBlock:
+        """A residual block of this family."""
+        return ResBlock(in_channels, out_channels, 4 * self.config.width, self.config.norm_groups)
+
+    def attention(self, channels: int) -> list[nn.Module]:
+        """The layers that attend to all positions."""
+        raise NotImplementedError
+
+    def embed(self, t: Tensor) -> Tensor:
+        """Timesteps [B] -> embeddings [B, 4 * width]."""
+        return self.time_embed(timestep_embedding(t, self.config.width))
+
+
+class UNet(HalfUNet[Sizes]):
+    """A whole UNet: the levels going up see the features of those going down."""
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__(config)
         self.output_blocks = nn.ModuleList()
+        skips, channels = list(self.skip_channels), self.skip_channels[-1]
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for block in range(config.res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), mult * width, emb, groups)]
-                channels = mult * width
-                layers += attention(channels) if 2**level in config.attention_factors else []
+                layers: list[nn.Module] = [self.res_block(channels + skips.pop(), mult * config.width)]
+                channels = mult * config.width
+                layers += self.attention(channels) if 2**level in config.attention_factors else []
                 if level and block == config.res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(TimestepSequential(*layers))
 
-        out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
         nn.init.zeros_(out.weight)
-        self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), out)
+        self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, config.width), nn.SiLU(), out)
+
+    def run(self, x: Tensor, given: Conditions) -> Tensor:
+        """[B, in_channels, h, w] -> [B, out_channels, h, w]; h, w multiples of `config.factor`."""
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, given)
+            skips.append(h)
+        h = self.middle_block(h, given)
+        for block in self.output_blocks:
+            h = block(torch.cat((h, skips.pop()), dim=1), given)
+        return self.out(h)
+
+
+class DenoisingUNet(UNet["UNetConfig"]):
+    """Predict eps from z_t, the condition and the timestep (paper Eq. 2)."""
+
+    def attention(self, channels: int) -> list[nn.Module]:
+        """Attention with the Space MoE layer after it."""
+        config = self.config
+        block: list[nn.Module] = [AttentionBlock(channels, config.head_channels, config.norm_groups)]
+        if config.space_experts:
+            block.append(SpaceMoE(channels, config.space_experts))
+        return block
 
     def forward(self, z_t: Tensor, cond: Tensor, t: Tensor) -> Tensor:
         """Return eps [B, 3, h, w] for latents `z_t` and condition `cond`, both of that shape, and `t` [B].
 
         h and w must be multiples of `config.factor`.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.width))
-        h, skips = torch.cat((z_t, cond), dim=1), []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle_block(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat((h, skips.pop()), dim=1), emb)
-        return self.out(h)
+        return self.run(torch.cat((z_t, cond), dim=1), Conditions(self.embed(t)))

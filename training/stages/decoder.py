@@ -40,7 +40,7 @@ class DecoderObjective:
         self.lpips = load_lpips(stage.lpips_weights, device) if stage.lpips_weight else None
         network.requires_grad_(False)
         for name, parameter in network.named_parameters():
-            parameter.requires_grad = is_trained(name, stage, network.config.fusion_level)
+            parameter.requires_grad = is_trained(name, stage, network.config.fusion_levels)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of (number, HR, LR, latent); the discriminator's own is added and reaches only that."""
@@ -102,21 +102,21 @@ class DecoderObjective:
         return {"loss": total, "psnr": psnr(sr, target), **figures}, torch.cat((lr_up, sr, target), dim=-1)
 
 
-def is_trained(name: str, stage: DecoderStage, level: int | None) -> bool:
-    """Whether stage 2 trains the parameter `name`; `level` is the one that is fused with LR features."""
+def is_trained(name: str, stage: DecoderStage, levels: tuple[int, ...]) -> bool:
+    """Whether stage 2 trains the parameter `name`; `levels` are those that are fused with LR features."""
     if name.startswith("decoder."):
         return stage.trainable != "fusion+refinement" or name.startswith(NEW_PARTS)
-    if stage.trainable != "decoder+lr" or level is None:
+    if stage.trainable != "decoder+lr" or not levels:
         return False
-    before = tuple(f"encoder.down.{i}." for i in range(level))
-    return name.startswith(("encoder.conv_in.", *before, f"encoder.down.{level}.block."))
+    last = max(levels)
+    before = tuple(f"encoder.down.{i}." for i in range(last))
+    return name.startswith(("encoder.conv_in.", *before, f"encoder.down.{last}.block."))
 
 
 def start_from(plain: Autoencoder, network: Autoencoder) -> None:
     """Copy the first stage's weights; the new parts start close to passing features through."""
     network.load_state_dict({**network.state_dict(), **plain.state_dict()})
-    fusion = network.decoder.fusion
-    if fusion is not None:
+    for fusion in network.decoder.fusions.values():
         # every path but the shortcuts of its last blocks, which then have only small biases to pass on
         for part in ("encode_enc_1.conv2", "encode_enc_1.conv_out", "encode_enc_3.conv2"):
             nn.init.zeros_(fusion.get_parameter(f"{part}.weight"))
@@ -185,7 +185,7 @@ def train(
         triples = latents.Triples(made, recipe.seed)
     else:
         triples = latents.open_set(made, recipe, start)
-    if stage.trainable == "decoder+lr" and init is None and objective.network.decoder.fusion is not None:
+    if stage.trainable == "decoder+lr" and init is None and objective.network.decoder.fusions:
         torch.manual_seed(recipe.seed)  # making latents may have drawn, unlike in another process
         pass_lr(objective.network, default_collate([triples[i] for i in range(START_CROPS)]))
     shown = None
