@@ -24,7 +24,8 @@ BACKENDS = {
 MAX_BATCH = 256
 """Most tiles in one run that may be asked for."""
 
-_PLAIN = ("openvino",)  # backends that are slower on graphs whose convolutions are rearranged for a CPU
+_PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
+_APART = ("openvino",)  # backends whose sessions hold working memory each
 
 log = logging.getLogger("moesr")
 
@@ -49,6 +50,11 @@ class Backend:
         if self.options.kind != "cpu":
             return "gpu"
         return "plain" if self.name in _PLAIN else "cpu"
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its sessions, which run in turn, share their working memory."""
+        return self.name not in _APART
 
     def device(self) -> Device:
         """The device whose buffers its sessions run between."""

@@ -46,7 +46,9 @@ def examine(args: argparse.Namespace) -> int:
     directory = engine_directory(args.engine)
     manifest = Manifest.read(directory, verify=not args.no_verify)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
-    with Upscaler(directory, **engine_options(args) | {"verify": False}) as upscaler:
+    options = engine_options(args)
+    options["verify"] = False  # done above
+    with Upscaler(directory, **options) as upscaler:
         _show_choice(upscaler)
         image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
         start = time.perf_counter()

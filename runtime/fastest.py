@@ -89,7 +89,7 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
 
 
 def place(found: Sequence[Backend], manifest: Manifest) -> str:
-    """Name, below the cache directory, of the file of what was measured: another for whatever could matter."""
+    """Name of the file of what was measured, below the cache directory; all that could matter is in it."""
     expert = manifest.graphs[manifest.experts[0].graph]
     facts = {
         "graphs": [file.sha256 for arrangement in expert.arrangements for file in arrangement.files],
@@ -106,11 +106,10 @@ def machine() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    model = found[1].strip() if found else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        f"{model[1].strip() if model else platform.processor() or platform.machine()}, {cores} logical cores"
-    )
+    return f"{model}, {cores} logical cores"
 
 
 def _recall(found: Sequence[Backend], manifest: Manifest) -> Measured | None:

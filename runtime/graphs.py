@@ -98,7 +98,7 @@ class Graph(Arrangement):
     def arrangement(self, target: str) -> Arrangement:
         """The files that serve a target best: "cpu", "gpu" or "plain".
 
-        "plain" is a CPU that wants the plain operators of a GPU's files, in no less than the graph's precision.
+        "plain" is a CPU that wants the plain operators of a GPU's files, where their precision is the same.
         """
         if target == "plain":
             plain = self.variants.get("gpu", self)

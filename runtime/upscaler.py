@@ -109,6 +109,7 @@ class Upscaler:
             self.backend.target,
             self.backend.max_batch,
             lambda: residency.loaded,
+            shared=self.backend.shares_memory,
         )
         residency = Residency(opener, self._admission.keep_all)
         self._worker = Worker(
