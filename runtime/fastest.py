@@ -33,7 +33,7 @@ The quickest counts: the one least disturbed by other programs. A first run beyo
 """
 
 MARGIN = 0.9
-"""Part of the preferred backend's time that another may take at most to be chosen for it."""
+"""Part of a backend's time that a later one, less preferred, may take at most to be chosen for it."""
 
 AGREEMENT = 1e-2
 """Largest relative L2 difference of a step's result from the preferred backend's.
@@ -149,10 +149,10 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
             refused[backend.label] = f"differs by {difference:.1e}, more than {AGREEMENT:.0e}"
     if not seconds:
         return None
-    chosen = preferred = next(iter(seconds))
-    quickest = min(seconds, key=lambda label: seconds[label])
-    if seconds[quickest] <= MARGIN * seconds[preferred]:
-        chosen = quickest
+    chosen = next(iter(seconds))
+    for label, figure in seconds.items():
+        if figure <= MARGIN * seconds[chosen]:
+            chosen = label
     return Measured(manifest.name, machine(), seconds, refused, chosen)
 
 

@@ -68,12 +68,13 @@ def choose(engine: Path, *found: Backend) -> str:
         ({"onnxruntime": 2.0, "openvino": 1.0, "openvino bf16": 0.5}, "openvino bf16"),
         ({"onnxruntime": 2.0, "openvino": 1.0, "openvino bf16": (0.5, ONE * 1.02)}, "openvino"),
         ({"onnxruntime": 2.0, "openvino": 1.9, "openvino bf16": 1.95}, "onnxruntime"),
+        ({"onnxruntime": 2.0, "openvino": 1.0, "openvino bf16": 0.95}, "openvino"),
         ({"onnxruntime": 2.0, "openvino": EngineError("no"), "openvino bf16": MemoryError()}, "onnxruntime"),
         ({"onnxruntime": EngineError("no"), "openvino": 1.0, "openvino bf16": 1.5}, "openvino"),
         ({"onnxruntime": (2.0, ONE * np.nan), "openvino": 1.0, "openvino bf16": 1.5}, "onnxruntime"),
         (dict.fromkeys(("onnxruntime", "openvino", "openvino bf16"), EngineError("no")), "onnxruntime"),
     ],
-    ids=["fastest", "disagrees", "close", "fails", "preferred-fails", "nan", "all-fail"],
+    ids=["fastest", "disagrees", "close", "coarser-is-close", "fails", "preferred-fails", "nan", "all-fail"],
 )
 def test_choice(engine: Path, measure: Measure, figures: Figures, chosen: str):
     measure(figures)

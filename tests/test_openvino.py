@@ -21,7 +21,7 @@ from moesr.runtime.backends import BACKENDS, Backend, candidates
 from moesr.runtime.engines import engine_directory
 from moesr.runtime.graphs import Arrangement, Boundary, Graph
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.sessions import Options, openvino_
+from moesr.runtime.sessions import Options, Session, openvino_
 
 pytest.importorskip("openvino")
 
@@ -47,8 +47,12 @@ def backend(name: str = "openvino", max_batch: int = 1, **options: object) -> Ba
 
 
 def step(directory: Path, way: Backend, tiles: int = 1, role: str = "expert_0") -> np.ndarray:
-    """What a graph makes of `tiles` seeded tiles, in buffers one tile longer than the batch."""
-    session = way.open(directory, Manifest.read(directory).graphs[role])
+    """What a graph of an engine makes of `tiles` seeded tiles."""
+    return run(way.open(directory, Manifest.read(directory).graphs[role]), tiles)
+
+
+def run(session: Session, tiles: int = 1) -> np.ndarray:
+    """What a graph makes of `tiles` seeded tiles, in buffers one tile longer than the batch; closes it."""
     rng = np.random.default_rng(0)
     inputs, outputs = session.boundary.inputs, session.boundary.outputs
     buffers = {s.name: rng.standard_normal(s.shape(tiles + 1)).astype(np.float32) for s in inputs}
@@ -69,6 +73,14 @@ def test_graphs_compute_the_same(engine: Path, role: str):
 
 def test_bundled_expert_computes_the_same():
     assert relative_l2(step(DEMO, backend()), step(DEMO, backend("onnxruntime"))) < FLOAT32
+
+
+def test_weights_beside_the_graph(tmp_path: Path):
+    graph = Manifest.read(DEMO).graphs["expert_0"]
+    model = onnx.load(DEMO / graph.file)
+    onnx.save(model, tmp_path / graph.file, save_as_external_data=True, location="weights", size_threshold=0)
+    got = run(openvino_.open_session(tmp_path / graph.file, graph.boundary, Options()))
+    np.testing.assert_array_equal(got, step(DEMO, backend()))
 
 
 def test_bundled_engine_gives_the_same_image():
