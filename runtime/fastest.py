@@ -73,7 +73,7 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
     Where none can run the expert the preferred one is returned: using it will tell what is wrong.
     """
     if len(found) == 1:
-        found[0].announce("the only one that loads, or the one asked for")
+        found[0].announce("the only one in question")
         return found[0], None
     measured = _recall(found, manifest)
     if measured is None:

@@ -15,8 +15,10 @@ import pytest
 from conftest import relative_l2
 from engines import build_engine, expert_graph
 from onnx import helper
+from PIL import Image
 
-from moesr.runtime import EngineError, Upscaler, UsageError
+from moesr.runtime import EngineError, Upscaler, UsageError, cli
+from moesr.runtime.admission import Admission, _activation_bytes
 from moesr.runtime.backends import BACKENDS, Backend, candidates
 from moesr.runtime.engines import engine_directory
 from moesr.runtime.graphs import Arrangement, Boundary, Graph
@@ -146,6 +148,25 @@ def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path):
         blob.chmod(0o600)
         blob.write_bytes(blob.read_bytes()[:100])
     np.testing.assert_array_equal(step(engine, backend(cache=tmp_path / "new")), first)
+
+
+def test_command_line(tmp_path: Path, engine: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(RNG.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    options = ["--engine", str(engine), "--backend", "openvino", "--cache", str(tmp_path / "cache")]
+    assert cli.main([str(tmp_path / "a.png"), "--steps", "1", *options]) == 0
+    assert "backend openvino 20" in capsys.readouterr().err
+    assert (tmp_path / "a_x4.png").exists() and list((tmp_path / "cache").glob("*.blob"))
+    assert cli.main([str(tmp_path / "a.png"), "--backend", "onnxruntime", "--precision", "bf16"]) == 3
+
+
+def test_working_memory_of_every_session_counts(engine: Path):
+    manifest = Manifest.read(engine)
+    shared, apart = (
+        Admission(manifest, engine, "cpu", 1, frozenset, shared=way.shares_memory)
+        for way in (backend("onnxruntime"), backend())
+    )
+    work = [_activation_bytes(manifest, role, 1) for role in manifest.graphs]
+    assert apart._engine_bytes() - shared._engine_bytes() == sum(work) - max(work)
 
 
 def test_directory_that_cannot_be_written_is_done_without(
