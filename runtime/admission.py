@@ -45,13 +45,16 @@ class Admission:
         target: str,
         max_batch: int,
         loaded: Callable[[], frozenset[str]],
+        *,
+        shared: bool = True,
     ) -> None:
-        """`loaded` tells the roles of the graphs in memory."""
+        """`loaded` tells the roles of the graphs in memory; `shared`: their working memory is one."""
         self._manifest, self._loaded = manifest, loaded
         self._weights = {r: _weight_bytes(manifest, directory, r, target) for r in manifest.graphs}
-        self._work = max(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
+        work = sorted(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
         free = memory.available_bytes()
         self.keep_all = free is None or HELD * sum(self._weights.values()) <= free // 2
+        self._work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
         self.warm = False  # whether the graphs have taken their working memory
         self._reservations: list[Reservation] = []
 

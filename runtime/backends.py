@@ -1,24 +1,31 @@
-"""Which backend runs an engine, and on what: chosen once, said aloud, never replaced by another."""
+"""Which backends can run an engine here, and on what: said aloud, never replaced by another."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesr.runtime.devices import Device
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.graphs import Graph
-from moesr.runtime.options import check_device, check_threads, whole
+from moesr.runtime.options import PRECISIONS, check_device, check_threads, whole
 from moesr.runtime.sessions import Offer, Options, Session
 
-BACKENDS = {"onnxruntime": "moesr.runtime.sessions.ort"}
-"""Module of each backend, the preferred one first; "auto" takes the first that loads."""
+BACKENDS = {
+    "onnxruntime": "moesr.runtime.sessions.ort",
+    "openvino": "moesr.runtime.sessions.openvino_",
+}
+"""Module of each backend, the preferred one first."""
 
 MAX_BATCH = 256
 """Most tiles in one run that may be asked for."""
+
+_PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
+_APART = ("openvino",)  # backends whose sessions hold working memory each
 
 log = logging.getLogger("moesr")
 
@@ -30,11 +37,24 @@ class Backend:
     name: str
     options: Options
     max_batch: int  # tiles in one run
+    version: str = field(default="", kw_only=True)
+
+    @property
+    def label(self) -> str:
+        """Its name, with the precision where that is not the graph's."""
+        return f"{self.name} {self.options.precision}" if self.options.precision else self.name
 
     @property
     def target(self) -> str:
-        """What graphs should be arranged for: "cpu" or "gpu"."""
-        return "cpu" if self.options.kind == "cpu" else "gpu"
+        """What graphs should be arranged for: see `Graph.arrangement`."""
+        if self.options.kind != "cpu":
+            return "gpu"
+        return "plain" if self.name in _PLAIN else "cpu"
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its sessions, which run in turn, share their working memory."""
+        return self.name not in _APART
 
     def device(self) -> Device:
         """The device whose buffers its sessions run between."""
@@ -49,6 +69,10 @@ class Backend:
         """Give back what the library keeps for further sessions."""
         importlib.import_module(BACKENDS[self.name]).release()
 
+    def announce(self, why: str) -> None:
+        """Log that it was chosen, and why."""
+        log.info("backend %s %s on %s (%s)", self.label, self.version, self.options.device, why)
+
 
 def probe(name: str) -> Offer:
     """What a backend offers here; EngineError saying what to install where its library does not load."""
@@ -58,30 +82,65 @@ def probe(name: str) -> Offer:
 def select_backend(
     name: str = "auto", device: str | None = None, threads: int | None = None, max_batch: int | None = None
 ) -> Backend:
-    """Choose a backend and device, and log which and why.
+    """The preferred one of `candidates`, logged; where no engine is at hand to compare them on."""
+    backend = candidates(name, device, threads, max_batch)[0]
+    backend.announce("the first that loads" if name == "auto" else "asked for")
+    return backend
 
-    "auto" takes the first of `BACKENDS` that loads; without `device`, its fastest. A name or device given
-    explicitly is used or refused (UsageError, EngineError), never replaced by another.
+
+def candidates(
+    name: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    max_batch: int | None = None,
+    *,
+    precision: str = "graph",
+    cache: Path | None = None,
+) -> list[Backend]:
+    """The backends that may be chosen from, the preferred one first; at least one.
+
+    "auto" stands for all of `BACKENDS` that load; without `device` each uses its fastest, and only those on
+    the device of the first are kept. `precision` "auto" stands for all that a backend offers. `cache`: a
+    directory for what they compile. A name, device or precision given explicitly is used or refused
+    (UsageError, EngineError), never replaced by another.
     """
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     device, threads = check_device(device), check_threads(threads)
     if max_batch is not None:
         whole("max_batch", max_batch, 1, MAX_BATCH)
+    found: list[Backend] = []
     failures = []
-    for candidate in BACKENDS if name == "auto" else [name]:
+    for each in BACKENDS if name == "auto" else [name]:
         try:
-            offer = probe(candidate)
+            offer = probe(each)
+            for options in _ways(each, offer, device, threads, precision, cache):
+                size = max_batch or offer.devices[options.kind]
+                found.append(Backend(each, options, size, version=offer.version))
         except EngineError as error:
             failures.append(str(error))
-            continue
+    if not found:
+        raise EngineError("; ".join(failures))
+    return [b for b in found if b.options.device == found[0].options.device]
+
+
+def _ways(
+    name: str, offer: Offer, device: str | None, threads: int | None, precision: str, cache: Path | None
+) -> Iterator[Options]:
+    """How a backend may be used; EngineError where it has not what was asked for."""
+    options = Options(device or next(iter(offer.devices)), threads, cache=cache)
+    if options.kind not in offer.devices:
         names = ", ".join(offer.devices)
-        options = Options(device or next(iter(offer.devices)), threads)
-        if options.kind in offer.devices:
-            why = "asked for" if device else f"the fastest of: {names}"
-            log.info("backend %s %s on %s (%s)", candidate, offer.version, options.device, why)
-            return Backend(candidate, options, max_batch or offer.devices[options.kind])
-        failures.append(
-            f"{candidate} {offer.version} cannot use device {options.device!r} here, only {names}"
-        )
-    raise EngineError("; ".join(failures))
+        raise EngineError(f"{name} {offer.version} cannot use device {options.device!r} here, only {names}")
+    if precision in ("graph", "auto"):
+        yield options
+        wanted = offer.precisions if precision == "auto" else ()
+    elif precision in offer.precisions:
+        wanted = (precision,)
+    else:
+        known = ", ".join(("graph", *offer.precisions))
+        raise EngineError(f"{name} {offer.version} cannot compute in {precision} here, only as: {known}")
+    for other in wanted:
+        yield Options(options.device, threads, other, cache)

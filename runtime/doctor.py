@@ -15,15 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesr.runtime import console, memory
+from moesr.runtime import caches, console, fastest, memory
 from moesr.runtime.backends import BACKENDS, probe
-from moesr.runtime.cli import add_engine_options
+from moesr.runtime.cli import add_engine_options, engine_options
 from moesr.runtime.engines import engine_directory
 from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.upscaler import Upscaler
 
-_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino")
 _SMOKE_PX = 16  # side of the image of the smoke run
 
 
@@ -46,9 +46,10 @@ def examine(args: argparse.Namespace) -> int:
     directory = engine_directory(args.engine)
     manifest = Manifest.read(directory, verify=not args.no_verify)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
-    with Upscaler(
-        directory, backend=args.backend, device=args.device, threads=args.threads, verify=False
-    ) as upscaler:
+    options = engine_options(args)
+    options["verify"] = False  # done above
+    with Upscaler(directory, **options) as upscaler:
+        _show_choice(upscaler)
         image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
         start = time.perf_counter()
         shape = upscaler(image, steps=1).shape
@@ -72,7 +73,8 @@ def _show_backends() -> None:
     for name in BACKENDS:
         try:
             offer = probe(name)
-            _line(f"backend {name}", f"{offer.version} on {', '.join(offer.devices)}")
+            also = f", {', '.join(offer.precisions)} with --precision" if offer.precisions else ""
+            _line(f"backend {name}", f"{offer.version} on {', '.join(offer.devices)}{also}")
         except EngineError as error:
             _line(f"backend {name}", f"unusable: {error}")
 
@@ -87,6 +89,18 @@ def _show_engine(manifest: Manifest, where: str) -> None:
         if parity := graph.parity:
             verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
             _line(f"parity {role}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
+
+
+def _show_choice(upscaler: Upscaler) -> None:
+    """What runs the engine and, where there was a choice, what was measured and where that is kept."""
+    backend, measured = upscaler.backend, upscaler.measured
+    _line("runs on", f"{backend.label} {backend.version}, {backend.options.device}")
+    if measured:
+        folder = caches.directory()
+        _line("measured, one step", f"{measured} ({measured.machine})")
+        _line(
+            "measurements", f"{folder / fastest.FOLDER if folder else 'not kept, there is no home directory'}"
+        )
 
 
 def _line(label: str, text: str) -> None:

@@ -96,7 +96,13 @@ class Graph(Arrangement):
         return Boundary(self.inputs, self.outputs)
 
     def arrangement(self, target: str) -> Arrangement:
-        """The files that serve a target best."""
+        """The files that serve a target best: "cpu", "gpu" or "plain".
+
+        "plain" is a CPU that wants the plain operators of a GPU's files, where their precision is the same.
+        """
+        if target == "plain":
+            plain = self.variants.get("gpu", self)
+            return plain if plain.precision == self.precision else self
         return self.variants.get(target, self)
 
     @property

@@ -12,6 +12,8 @@ from moesr.runtime.errors import UsageError
 
 MAX_SEED = 2**64 - 1
 DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
+PRECISIONS = ("graph", "bf16", "auto")
+"""Of the arithmetic: as the graphs say; less where a backend can; whichever was measured the fastest."""
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:

@@ -20,9 +20,9 @@ from typing import Any, TypedDict, TypeVar, Unpack
 import numpy as np
 from PIL import Image
 
-from moesr.runtime import image_io, pipeline
+from moesr.runtime import fastest, image_io, pipeline
 from moesr.runtime.admission import Admission, Reservation
-from moesr.runtime.backends import Backend, select_backend
+from moesr.runtime.backends import Backend, candidates
 from moesr.runtime.colour import COLOR_FIXES
 from moesr.runtime.costs import Costs
 from moesr.runtime.engines import engine_directory
@@ -85,15 +85,22 @@ class Upscaler:
         threads: int | None = None,
         verify: bool = True,
         max_batch: int | None = None,
+        precision: str = "graph",
+        cache: Path | str | None = None,
     ) -> None:
         """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
 
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
-        backend's choice. Raises EngineError or UsageError; graphs are loaded when first needed.
+        backend's choice. `precision` of the arithmetic: "graph", "bf16" where a backend can, or "auto", the
+        faster of the two. `cache`: a directory where a backend may keep what it compiles. Where there is a
+        choice it falls on what was measured as the fastest, once for an engine and machine. Raises
+        EngineError or UsageError; graphs are loaded when first needed.
         """
-        self.backend = select_backend(backend, device, threads, max_batch)
+        kept = None if cache is None else Path(cache)
+        found = candidates(backend, device, threads, max_batch, precision=precision, cache=kept)
         self.directory = engine_directory(engine)
         self.manifest = Manifest.read(self.directory, verify=verify)
+        self.backend, self.measured = fastest.choose(found, self.directory, self.manifest)
         opener = partial(_open, self.backend, self.directory, self.manifest)
         self._costs = Costs(self.manifest.graphs)
         self._admission = Admission(
@@ -102,6 +109,7 @@ class Upscaler:
             self.backend.target,
             self.backend.max_batch,
             lambda: residency.loaded,
+            shared=self.backend.shares_memory,
         )
         residency = Residency(opener, self._admission.keep_all)
         self._worker = Worker(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Triton reads this when it is imported; kernels then run on a CPU. 0 tests them on a GPU.
@@ -19,10 +19,23 @@ import pytest
 from make_goldens import GOLDENS
 from weights_of_names import weights
 
+from moesr.runtime.backends import BACKENDS
+
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("MOESR_REFERENCE", REPO.parent / "shared" / "reference"))
 STABLESR = "stablesr_"  # before the names of its networks
+BACKEND = os.environ.get("MOESR_TEST_BACKEND", "onnxruntime")
 WITHOUT = f"not among the project's goldens, and no reference data at {REFERENCE}; set MOESR_REFERENCE"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where tests leave the choice there is but one backend, and nothing goes to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOESR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in BACKENDS.keys() - {BACKEND}:
+            patch.delitem(BACKENDS, name)
+        yield
 
 
 class Golden(dict[str, np.ndarray]):

@@ -49,6 +49,7 @@ class Offer:
 
     version: str
     devices: Mapping[str, int]  # the fastest first, each with the tiles it best runs at once
+    precisions: tuple[str, ...] = ()  # of `Options.precision`, beside the graph's own
 
 
 @dataclass(frozen=True)
