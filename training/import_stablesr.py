@@ -13,6 +13,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def import_stablesr(
         on_file(source.model)
 
     parts = checked()
-    experts = (state for _, state in (next(parts),))
+    experts = (state for _, state in islice(parts, 1))
     return save_checkpoint(directory, config, experts, decoder, others=parts, dtype=dtype, force=force)
 
 
