@@ -7,13 +7,13 @@ of time and writes it into `kernels.json`: both read the same plan.
 
 from __future__ import annotations
 
-import ast
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
+
+from moesr.runtime.expressions import evaluate
 
 Shape = Mapping[str, int]
 Scalar = int | float
@@ -152,30 +152,3 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
-
-
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-_FUNCTIONS: dict[str, Callable[..., int]] = {"cdiv": cdiv, "min": min, "max": max}
-
-
-def evaluate(expression: str, names: Mapping[str, Any]) -> int:
-    """An integer expression: numbers, names, + - * //, cdiv, min and max. Anything else is a ValueError."""
-
-    def value(node: ast.expr) -> int:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id=name) if name in names:
-                return int(names[name])
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](value(left), value(right))
-            case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
-                return _FUNCTIONS[name](*(value(a) for a in args))
-        raise ValueError(f"cannot evaluate {ast.unparse(node)!r} in {expression!r} with {sorted(names)}")
-
-    return value(ast.parse(expression, mode="eval").body)

@@ -87,6 +87,7 @@ class Worker:
             self._thread.join()
         self._residency.close()
         self._buffers.clear()
+        self._device.close()
 
     def _work(self) -> None:
         """The thread: a tick for the jobs in flight, again and again."""
@@ -125,9 +126,7 @@ class Worker:
         slots = [share.job.current.slot(tile) for share in shares for tile in share.tiles]
         buffers = self._buffers[session.boundary]
         start = time.perf_counter()
-        self._device.gather(slots, buffers)
-        session.enqueue(len(slots))
-        self._device.blend(slots, buffers[session.boundary.outputs[0].name])
+        self._device.tick(slots, session, buffers)
         if self._device.synchronous:
             self._costs.observe(role, len(slots), time.perf_counter() - start)
 

@@ -20,6 +20,8 @@ Function = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 class FakeSession:
     """A session over a plain function; records the size of each run."""
 
+    capturable = False
+
     def __init__(self, graph: Graph, function: Function) -> None:
         self.boundary, self.batches, self.function = graph.boundary, [], function
         self.buffers: Mapping[str, np.ndarray] = {}
@@ -62,7 +64,7 @@ class RecordingDevice:
     So a host that looked at a result between ticks would wait in vain, and show in the log.
     """
 
-    synchronous = False
+    synchronous, stream = False, None
 
     def __init__(self) -> None:
         self.host = HostDevice()
@@ -116,6 +118,14 @@ class RecordingDevice:
     def blend(self, slots: Sequence[Slot], output: Handle) -> None:
         slots = list(slots)
         self._later(f"blend {len(slots)}", lambda: self.host.blend([_real(s) for s in slots], output.made))
+
+    def tick(self, slots: Sequence[Slot], session: FakeSession, buffers: Mapping[str, Handle]) -> None:
+        self.gather(slots, buffers)
+        session.enqueue(len(slots))
+        self.blend(slots, buffers[session.boundary.outputs[0].name])
+
+    def close(self) -> None:
+        pass
 
     def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
         self._later("advance", lambda: self.host.advance(z.data.made, out.data.made, c, seed, step))

@@ -17,6 +17,7 @@ import numpy as np
 
 from moesr.runtime.graphs import TensorSpec
 from moesr.runtime.samplers import Coefficients
+from moesr.runtime.sessions import Session
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,11 @@ class Device(Protocol):
         """Whether every call is done when it returns, so that results may be looked at between ticks."""
         ...
 
+    @property
+    def stream(self) -> int | None:
+        """Handle of the stream on which sessions enqueue their runs; None where runs are calls."""
+        ...
+
     def buffer(self, spec: TensorSpec, batch: int) -> Any:
         """Memory for a graph's input or output, `batch` tiles long, to be bound to a session."""
         ...
@@ -103,6 +109,10 @@ class Device(Protocol):
         """Add a graph's output, one tile a slot, to the slots' targets."""
         ...
 
+    def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, Any]) -> None:
+        """Gather, run the graph, blend its first output; the session is bound to these buffers."""
+        ...
+
     def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
         """Move `z` by one step: `c_z * z + c_out * out + c_noise * noise(seed, step)`; clears `out`."""
         ...
@@ -117,4 +127,8 @@ class Device(Protocol):
 
     def download(self, canvas: Canvas) -> np.ndarray:
         """The canvas as a host array, float32 [C, H, W], that the caller may change. Waits for the device."""
+        ...
+
+    def close(self) -> None:
+        """Give all memory back; nothing is used afterwards."""
         ...

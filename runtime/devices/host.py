@@ -13,6 +13,7 @@ from moesr.runtime.devices import Canvas, Mean, Slot
 from moesr.runtime.graphs import TensorSpec
 from moesr.runtime.pixels import to_unit
 from moesr.runtime.samplers import Coefficients
+from moesr.runtime.sessions import Session
 
 
 @dataclass
@@ -27,7 +28,7 @@ class _State:
 class HostDevice:
     """See `Device`. Buffers and canvases are NumPy arrays."""
 
-    synchronous = True
+    synchronous, stream = True, None
 
     def __init__(self) -> None:
         self._scratch = np.empty(0, np.float32)
@@ -83,6 +84,12 @@ class HostDevice:
             window = mean.data[:, rows, columns]
             np.add(window, state.scratch, out=window)
 
+    def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, np.ndarray]) -> None:
+        """See `Device.tick`."""
+        self.gather(slots, buffers)
+        session.enqueue(len(slots))
+        self.blend(slots, buffers[session.boundary.outputs[0].name])
+
     def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
         """See `Device.advance`."""
         first, second = self._two_like(z.data)
@@ -102,6 +109,10 @@ class HostDevice:
     def download(self, canvas: Canvas) -> np.ndarray:
         """See `Device.download`: the array itself."""
         return canvas.data
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self._scratch = np.empty(0, np.float32)
 
     def _two_like(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two arrays of that shape to work in, allocated anew only for a larger canvas than any before."""

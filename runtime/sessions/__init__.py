@@ -23,6 +23,11 @@ class Session(Protocol):
         """The inputs and outputs that the graph has."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `enqueue` does no more than add work to the stream of its buffers' device."""
+        ...
+
     def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:
         """Run between these buffers from now on: one by name for each input and output, `max_batch` long."""
         ...
@@ -60,6 +65,9 @@ class Options:
     threads: int | None = None  # None: the library's own choice
     precision: str | None = None  # of the arithmetic, where a backend can change it; None: as the graph says
     cache: Path | None = None  # directory for what a backend compiles; None: nothing is kept
+    max_batch: int = 1  # tiles in one run at most
+    stream: int | None = None  # of the device, for sessions that enqueue on it
+    cuda_graphs: bool = True  # whether a GPU may be given a whole run at once
 
     @property
     def kind(self) -> str:

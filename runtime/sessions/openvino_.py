@@ -73,6 +73,8 @@ def release() -> None:
 class OpenVinoSession:
     """A compiled graph and its one request, which runs tiles in turn, in the memory of the buffers."""
 
+    capturable = False
+
     def __init__(self, compiled: Any, path: Path, boundary: Boundary) -> None:
         self._boundary, self._path = boundary, path
         self._compiled: Any = compiled

@@ -1,0 +1,301 @@
+"""A GPU as a device: canvases and buffers in its memory, our kernels around the graphs, ticks as CUDA graphs.
+
+Everything goes into one stream, so it happens in the order in which the host asks for it, and nothing is
+read back between ticks. What surrounds a graph reaches canvases through tables alone, so the launches are the
+same from tick to tick: gather, graph and blend are captured once as a CUDA graph for each graph of the engine
+and number of slots. Tables go up from pinned memory ahead of the tick that reads them.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime import tiles
+from moesr.runtime.devices import Canvas, Mean, Slot
+from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.devices.loop_kernels import LoopKernels
+from moesr.runtime.devices.staging import Staging
+from moesr.runtime.devices.tables import BLEND_COLUMNS, GATHER_COLUMNS, STEP_COLUMNS, Table, step_row
+from moesr.runtime.graphs import TensorSpec
+from moesr.runtime.kernel_files import KernelFiles, Launch
+from moesr.runtime.samplers import Coefficients
+from moesr.runtime.sessions import Session
+
+AHEAD = 64
+"""Ticks and steps that the host may be ahead of the GPU."""
+
+TABLE_BYTES = 1 << 17  # 256 slots of a graph with ten inputs
+_STEP_BYTES = STEP_COLUMNS * 8 + 16  # a row and its coefficients
+_TABLES_BYTES, _IMAGES_BYTES = 1 << 20, 32 << 20  # pinned, for what is on its way up
+
+
+class Array:
+    """A dense array in the GPU's memory."""
+
+    def __init__(self, block: Block, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.block, self.address, self.shape, self.dtype = block, block.address, shape, dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Buffer:
+    """A graph's input or output for `batch` tiles; sessions enqueue on the driver's stream."""
+
+    array: Array
+    spec: TensorSpec
+    batch: int
+    driver: Driver
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self.array.address
+
+
+class CudaDevice:
+    """See `Device`. Buffers are `Buffer`, canvases hold `Array`."""
+
+    synchronous = False
+
+    @property
+    def stream(self) -> int:
+        """See `Device.stream`."""
+        return self._driver.stream
+
+    def __init__(self, driver: Driver, kernels: KernelFiles, *, use_graphs: bool = True) -> None:
+        """`use_graphs` False is the eager twin: the same launches in the same order, one by one."""
+        self._driver, self._use_graphs = driver, use_graphs
+        self._loop = LoopKernels(kernels)
+        self._dead: deque[Block] = deque()  # of arrays that nobody has any more; any thread may append
+        self._graphs: weakref.WeakKeyDictionary[Session, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._weights: dict[bytes, Array] = {}
+        self._staging = Staging(driver, _TABLES_BYTES, AHEAD)
+        self._large = Staging(driver, _IMAGES_BYTES)
+        self._table_array = self._empty((TABLE_BYTES,), np.uint8)
+        self._table = Table(self._table_array.address, TABLE_BYTES)
+        self._step = self._empty((_STEP_BYTES,), np.uint8)
+        self._ignored_t = self._empty((TABLE_BYTES // 8,), np.float32)
+        self._zeros = self._filled((0,))
+
+    def buffer(self, spec: TensorSpec, batch: int) -> Buffer:
+        """See `Device.buffer`."""
+        return Buffer(self._filled(spec.shape(batch)), spec, batch, self._driver)
+
+    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+        """See `Device.canvas`."""
+        return Canvas(self._filled(shape))
+
+    def mean(
+        self,
+        shape: tuple[int, int, int],
+        origins: Sequence[tuple[int, int]],
+        weights: np.ndarray,
+        factor: int = 1,
+    ) -> Mean:
+        """See `Device.mean`; `state` is an int32 that `tile_blend` raises."""
+        pixels = [(y * factor, x * factor) for y, x in origins]
+        weight_sum = self._copied(tiles.weight_sum(shape[1], shape[2], pixels, weights))
+        key = weights.tobytes()  # equal windows share their memory, and so the launches that read it
+        if key not in self._weights:
+            self._weights[key] = self._copied(weights)
+        flag = self._filled((1,), np.int32)
+        return Mean(
+            self._filled(shape), factor, weights=self._weights[key], weight_sum=weight_sum, state=flag
+        )
+
+    def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
+        """See `Device.upload`."""
+        return Canvas(self._copied(image), factor)
+
+    def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
+        """See `Device.gaussian`: a step that keeps nothing but the noise."""
+        c = Coefficients(*map(np.float32, (0.0, 0.0, 1.0)))
+        self._take_step(canvas.data, self._cleared(canvas.data).address, c, seed, step)
+
+    def gather(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> None:
+        """See `Device.gather`."""
+        self._table.clear()
+        launches = self._gathering(slots, buffers)
+        self._send(slots, buffers)
+        self._enqueue(launches)
+
+    def blend(self, slots: Sequence[Slot], output: Buffer) -> None:
+        """See `Device.blend`."""
+        self._table.clear()
+        launches = self._blending(slots, output)
+        self._send(slots, {})
+        self._enqueue(launches)
+
+    def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, Buffer]) -> None:
+        """See `Device.tick`: one table, then one CUDA graph where the session can be part of it."""
+        self._collect()
+        self._table.clear()
+        before = self._gathering(slots, buffers)
+        after = self._blending(slots, buffers[session.boundary.outputs[0].name])
+        self._send(slots, buffers)
+
+        def enqueue() -> None:
+            self._enqueue(before)
+            session.enqueue(len(slots))
+            self._enqueue(after)
+
+        if self._use_graphs and session.capturable:
+            self._replay(session, (len(slots), *before, *after), enqueue)
+        else:
+            enqueue()
+
+    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
+        """See `Device.advance`: one launch."""
+        self._take_step(z.data, out.data.address, c, seed, step)
+
+    def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
+        """See `Device.mix`: a step without noise, over a copy that it may clear."""
+        copy = self._cleared(z.data)
+        self._driver.copy(copy.address, other.data.address, z.data.nbytes)
+        c = Coefficients(np.float32(c_z), np.float32(c_other), np.float32(0.0))
+        self._take_step(z.data, copy.address, c, 0, 0)
+
+    def finite(self, mean: Mean) -> bool:
+        """See `Device.finite`."""
+        flag = np.zeros(1, np.int32)
+        self._driver.copy_out(flag, mean.state.address)
+        return not flag[0]
+
+    def download(self, canvas: Canvas) -> np.ndarray:
+        """See `Device.download`."""
+        result = np.empty(canvas.data.shape, np.float32)
+        self._driver.copy_out(result, canvas.data.address)
+        return result
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self._driver.synchronize()
+        self._graphs.clear()
+        self._weights.clear()
+        self._collect()
+        self._driver.close()
+
+    def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[Launch]:
+        """One launch an input that comes from canvases, or more where their pixels differ in type."""
+        launches = []
+        for name in slots[0].sources:
+            buffer, canvases = buffers[name], [slot.sources[name] for slot in slots]
+            rows = [_gather_row(canvas, slot) for canvas, slot in zip(canvases, slots, strict=True)]
+            table, start = self._table.add(np.array(rows, np.int64)), 0
+            size = buffer.spec.shape(1)[1:]
+            for pixel_bytes, run in groupby(canvas.data.dtype.itemsize for canvas in canvases):
+                count = len(list(run))
+                at = table + start * GATHER_COLUMNS * 8, buffer.address + start * math.prod(size) * 4
+                launches.append(self._loop.gather(*at, self._ignored_t.address, count, size, pixel_bytes))
+                start += count
+        return launches
+
+    def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[Launch]:
+        """One launch, or more where slots differ in their windows."""
+        table, start = self._table.add(np.array([_blend_row(slot) for slot in slots], np.int64)), 0
+        launches, size = [], output.spec.shape(1)[1:]
+        for weights, run in groupby(slot.target.weights.address for slot in slots):
+            count = len(list(run))
+            at = table + start * BLEND_COLUMNS * 8, output.address + start * math.prod(size) * 4
+            launches.append(self._loop.blend(*at, weights, count, size))
+            start += count
+        return launches
+
+    def _send(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> None:
+        """Send the table and the inputs that are numbers, ahead of the launches that read them."""
+        parts = [(self._table.address, self._table.content)]
+        for name in slots[0].scalars if buffers else ():
+            given = slots if buffers[name].spec.per_tile else slots[:1]
+            parts.append((buffers[name].address, np.array([s.scalars[name] for s in given], np.float32)))
+        self._staging.send(parts)
+
+    def _enqueue(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            launch.enqueue(self._driver)
+
+    def _replay(self, session: Session, key: Hashable, enqueue: Callable[[], None]) -> None:
+        """Enqueue as a CUDA graph from the second time on: at the first, libraries prepare themselves."""
+        graphs = self._graphs.setdefault(session, {})
+        if key not in graphs:
+            enqueue()
+            graphs[key] = None
+            return
+        if graphs[key] is None:
+            self._driver.begin_capture()
+            try:
+                enqueue()
+            except BaseException:
+                self._driver.abandon_capture()
+                raise
+            graphs[key] = self._driver.end_capture()
+        self._driver.replay(graphs[key])
+
+    def _take_step(self, z: Array, sums: int, c: Coefficients, seed: int, step: int) -> None:
+        """`z <- c_z z + c_out sums + c_noise noise(seed, step)`, and `sums <- 0`."""
+        self._collect()
+        at = self._step.address
+        row = step_row(z.address, sums, at + STEP_COLUMNS * 8, math.prod(z.shape), seed, step)
+        coefficients = np.array([c.c_z, c.c_out, c.c_noise], np.float32)
+        self._staging.send([(at, row), (at + row.nbytes, coefficients)])
+        self._loop.step(at).enqueue(self._driver)
+
+    def _cleared(self, like: Array) -> Array:
+        """Zeros of at least that size, which a step clears again; the same memory every time."""
+        if self._zeros.nbytes < like.nbytes:
+            self._zeros = self._filled(like.shape)
+        return self._zeros
+
+    def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Memory of an array, given back some time after the last reference to it is gone."""
+        self._collect()
+        array_dtype = np.dtype(dtype)
+        block = self._driver.alloc(max(math.prod(shape) * array_dtype.itemsize, 1))
+        array = Array(block, shape, array_dtype)
+        weakref.finalize(array, self._dead.append, block).atexit = False
+        return array
+
+    def _filled(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Zeros."""
+        array = self._empty(shape, dtype)
+        if array.nbytes:
+            self._driver.clear(array.address, array.nbytes)
+        return array
+
+    def _copied(self, values: np.ndarray) -> Array:
+        array = self._empty(values.shape, values.dtype)
+        self._large.send_large(array.address, np.ascontiguousarray(values))
+        return array
+
+    def _collect(self) -> None:
+        """Free what nobody has any more: from this thread, in the order of the stream, in no capture."""
+        while self._dead:
+            self._driver.free(self._dead.popleft())
+
+
+def _strides(shape: tuple[int, ...], latent: bool) -> tuple[int, int]:
+    """Elements from plane to plane and from row to row: of [C, H, W], or of an image [H, W, C]."""
+    return (shape[1] * shape[2], shape[2]) if latent else (1, shape[1] * shape[2])
+
+
+def _gather_row(canvas: Canvas, slot: Slot) -> tuple[int, ...]:
+    data = canvas.data
+    plane, row = _strides(data.shape, latent=data.dtype == np.float32)
+    return data.address, plane, row, slot.y * canvas.factor, slot.x * canvas.factor, 0
+
+
+def _blend_row(slot: Slot) -> tuple[int, ...]:
+    mean = slot.target
+    addresses = mean.data.address, mean.weight_sum.address, mean.state.address
+    return *addresses, *_strides(mean.data.shape, latent=True), slot.y * mean.factor, slot.x * mean.factor

@@ -1,0 +1,42 @@
+"""The kernels around a graph, ready to launch: `tile_gather`, `tile_blend` and `sampler_step`."""
+
+from __future__ import annotations
+
+from moesr.runtime.kernel_files import KernelFiles, Launch, Step
+
+PIXEL_BYTES = (4, 2, 1)
+"""Kinds of canvases: float32 latents, uint16 and uint8 images."""
+
+
+class LoopKernels:
+    """Looked up once, so that kernels that are missing are missed before any work."""
+
+    def __init__(self, kernels: KernelFiles) -> None:
+        """EngineError where one of them is not there."""
+        self._kernels = kernels
+        self._gather = {n: self._only("tile_gather", pixel_bytes=n) for n in PIXEL_BYTES}
+        self._blend, self._step = self._only("tile_blend"), self._only("sampler_step")
+
+    def _only(self, op: str, **shape: int) -> Step:
+        (step,) = self._kernels.plan(op, "fp32", shape).launches
+        return step
+
+    def gather(
+        self, slots: int, tiles: int, t: int, count: int, size: tuple[int, ...], pixel_bytes: int
+    ) -> Launch:
+        """`count` rows at `slots`, into tiles of `size` (C, h, w) at `tiles`; `t` may be written, too."""
+        channels, height, width = size
+        buffers = {"slots": slots, "tiles": tiles, "t": t}
+        scalars = {"slots": count, "channels": channels, "height": height, "width": width}
+        return self._kernels.bind(self._gather[pixel_bytes], buffers, scalars)
+
+    def blend(self, slots: int, tiles: int, weights: int, count: int, size: tuple[int, ...]) -> Launch:
+        """`count` rows at `slots`, of tiles of `size` at `tiles`, weighted by the window at `weights`."""
+        channels, height, width = size
+        buffers = {"slots": slots, "tiles": tiles, "weights": weights}
+        scalars = {"slots": count, "channels": channels, "height": height, "width": width}
+        return self._kernels.bind(self._blend, buffers, scalars)
+
+    def step(self, jobs: int) -> Launch:
+        """The sampler's step of one job, whose row is at `jobs`."""
+        return self._kernels.bind(self._step, {"jobs": jobs}, {"jobs": 1})

@@ -1,0 +1,48 @@
+"""Tables by which kernels reach canvases: rows of int64, as `kernels/*/kernel.py` read them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+GATHER_COLUMNS = 6
+"""Address of the canvas (0: empty slot), plane and row strides in elements, y, x, t."""
+
+BLEND_COLUMNS = 7
+"""Addresses of the sums (0: empty slot), the sum of weights and the flag; plane and row strides; y, x."""
+
+STEP_COLUMNS = 6
+"""Addresses of z, of the sums and of three float32 coefficients; elements; seed; step + 1."""
+
+_ALIGNMENT = 16  # of every buffer of a kernel, bytes
+
+
+class Table:
+    """Arrays put together on the host, each where a kernel may read it once the whole is on the device."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        """`address` and size of its memory on the device."""
+        self.address = address
+        self._block, self._size = np.zeros(nbytes, np.uint8), 0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._size = 0
+
+    def add(self, rows: np.ndarray) -> int:
+        """Append an array; returns its address on the device. ValueError where the table is full."""
+        start, stop = self._size, self._size + rows.nbytes
+        if stop > len(self._block):
+            raise ValueError(f"{stop} bytes for a table of {len(self._block)}")
+        self._block[start:stop] = rows.reshape(-1).view(np.uint8)
+        self._size = -(-stop // _ALIGNMENT) * _ALIGNMENT
+        return self.address + start
+
+    @property
+    def content(self) -> np.ndarray:
+        """All that was added, uint8."""
+        return self._block[: self._size]
+
+
+def step_row(z: int, sums: int, coefficients: int, size: int, seed: int, step: int) -> np.ndarray:
+    """The row of a sampler's step. Step -1 is the initial noise; the noise is keyed by words of 64 bits."""
+    return np.array([z, sums, coefficients, size, seed, (step + 1) % (1 << 64)], np.uint64)
