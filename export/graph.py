@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import BATCH, Boundary, TensorSpec
@@ -28,6 +29,9 @@ OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 
 IR_VERSION = 9  # the one of opset 20
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
 NUMPY_TYPES: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+KERNEL_DOMAIN = "moesr"
+"""Of the nodes that no backend knows: the graph is cut at them."""
 
 STORED_FROM = 1024
 """Elements from which a constant is worth storing in half precision."""
@@ -62,6 +66,8 @@ class BuiltGraph:
     model: onnx.ModelProto
     boundary: Boundary
     macs: int
+    values: Mapping[str, Value] = field(default_factory=dict)
+    calls: Mapping[str, KernelCall] = field(default_factory=dict)  # by node; where there are any: see cutting
 
     def to_bytes(self) -> bytes:
         """The content of its file; the same graph gives the same bytes."""
@@ -81,6 +87,8 @@ class GraphBuilder:
         self._integers: dict[str, onnx.TensorProto] = {}  # by name; shape inference looks at their values
         self._scope: list[str] = []
         self._macs = 0
+        self._values: dict[str, Value] = {}
+        self._calls: dict[str, KernelCall] = {}
         self._folded: set[str] = set()  # values made of constants alone, which a session computes once
         self._opsets = [helper.make_opsetid("", OPSET)]
 
@@ -94,7 +102,8 @@ class GraphBuilder:
     def input(self, name: str, shape: Shape) -> Value:
         """Declare a float32 graph input."""
         self._inputs.append(TensorSpec(name, "float32", shape))
-        return Value(name, shape, TensorProto.FLOAT)
+        self._values[name] = Value(name, shape, TensorProto.FLOAT)
+        return self._values[name]
 
     def output(self, name: str, value: Value) -> None:
         """Declare `value`, as float32, to be a graph output; all but its batch must be fixed."""
@@ -102,6 +111,7 @@ class GraphBuilder:
             raise ValueError(f"{self.name}: output {name} has shape {value.shape}, which is not fixed")
         source = self.cast(value, TensorProto.FLOAT).name
         self._nodes.append(helper.make_node("Identity", [source], [name], name=name))
+        self._values[name] = Value(name, value.shape, TensorProto.FLOAT)
         self._outputs.append(TensorSpec(name, "float32", value.shape))
 
     def op(self, op_type: str, *inputs: Value | Weight | None, **attributes: Any) -> Value:
@@ -127,10 +137,31 @@ class GraphBuilder:
         self._nodes.append(node)
         given = [value for value in values if value]
         made = self._inferred(node, given)
+        self._values |= {value.name: value for value in made}
         if all(value.name in self._folded for value in given):
             self._folded.update(results)
         else:
             self._macs += _macs(op_type, [value.shape for value in given], made[0].shape)
+        return made
+
+    def kernel(
+        self,
+        op: str,
+        shape: Mapping[str, int],
+        inputs: Mapping[str, Value],
+        output: str,
+        like: Value,
+        **call: Any,
+    ) -> Value:
+        """Add a node that one of our kernels computes; its output is as `like`. See `KernelCall`."""
+        name = "/".join([*self._scope, f"{op}_{len(self._nodes)}"])
+        made = Value(f"{len(self._nodes)}:0", like.shape, like.dtype)
+        sources = {buffer: value.name for buffer, value in inputs.items()}
+        node = helper.make_node(op, list(sources.values()), [made.name], name=name, domain=KERNEL_DOMAIN)
+        self._nodes.append(node)
+        self._values[made.name] = made
+        dtype = next(kind for kind, number in FLOATS.items() if number == like.dtype)
+        self._calls[name] = KernelCall(op, dtype, shape, sources, (output, made.name), **call)
         return made
 
     def cast(self, value: Value, dtype: int) -> Value:
@@ -185,7 +216,8 @@ class GraphBuilder:
         model = helper.make_model(
             graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr"
         )
-        return BuiltGraph(model, Boundary(tuple(self._inputs), tuple(self._outputs)), self._macs)
+        boundary = Boundary(tuple(self._inputs), tuple(self._outputs))
+        return BuiltGraph(model, boundary, self._macs, self._values, self._calls)
 
     def _inferred(self, node: onnx.NodeProto, inputs: Sequence[Value]) -> list[Value]:
         """The outputs of a node with their shapes and types."""

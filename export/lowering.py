@@ -25,6 +25,7 @@ class Lowering:
     score_bytes: int | None  # largest score matrix of an attention or of the quantiser
     sum_kernels: bool  # sum the kernels of an upsampling in the graph: fewer bytes, folded on opening
     centre_norms: bool  # take out what the backend's normalisation leaves of a mean
+    kernels: bool = False  # leave what our kernels do faster to them: the graph is then cut there
 
 
 CPU = Lowering(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moesr.export import kernel_calls
 from moesr.export.graph import GraphBuilder, Value
 from moesr.export.layers import conv, conv_module, group_norm
 from moesr.export.lowering import cut
@@ -101,7 +102,9 @@ def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
 
 
 def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
-    """The adaptive frequency filter in float32, in strips of whole channel blocks: a block sees no other."""
+    """The adaptive frequency filter: our kernels, or else in float32, in strips of whole channel blocks."""
+    if (filtered := kernel_calls.aff_filter(g, x, module)) is not None:
+        return filtered
     w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
     blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)

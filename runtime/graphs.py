@@ -88,7 +88,7 @@ class Graph(Arrangement):
     outputs: tuple[TensorSpec, ...]
     params: int
     macs: int
-    variants: dict[str, Arrangement] = field(default_factory=dict)  # by target: "cpu", "gpu"
+    variants: dict[str, Arrangement] = field(default_factory=dict)  # by target: "cpu", "gpu", "parts"
 
     @property
     def boundary(self) -> Boundary:
@@ -96,13 +96,16 @@ class Graph(Arrangement):
         return Boundary(self.inputs, self.outputs)
 
     def arrangement(self, target: str) -> Arrangement:
-        """The files that serve a target best: "cpu", "gpu" or "plain".
+        """The files that serve a target best: "cpu", "gpu", "parts" or "plain".
 
+        "parts" is a GPU with our kernels between the parts of a graph, where there are any.
         "plain" is a CPU that wants the plain operators of a GPU's files, where their precision is the same.
         """
         if target == "plain":
             plain = self.variants.get("gpu", self)
             return plain if plain.precision == self.precision else self
+        if target == "parts" and target not in self.variants:
+            target = "gpu"
         return self.variants.get(target, self)
 
     @property

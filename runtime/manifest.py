@@ -19,6 +19,7 @@ from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
 from moesr.runtime.errors import EngineError
 from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import Boundary, Expert, File, Graph
+from moesr.runtime.parts import SUFFIX, read_parts
 from moesr.runtime.records import build
 from moesr.runtime.samplers import ETA, Prediction
 from moesr.runtime.schedule import Schedule
@@ -161,11 +162,16 @@ def _check_files(manifest: Manifest, directory: Path, verify: bool) -> None:
             for file in arrangement.files:
                 _check_file(directory / file.file, file.sha256, verify)
             listed = {file.file for file in arrangement.data}
-            if verify and (stray := onnx_files.external_files(directory / arrangement.file) - listed):
+            if verify and (stray := _taken(directory / arrangement.file) - listed):
                 raise EngineError(
                     f"{directory / arrangement.file}: takes weights from {', '.join(sorted(stray))}, which "
                     f"{MANIFEST_NAME} does not list; {CURE}"
                 )
+
+
+def _taken(path: Path) -> set[str]:
+    """Files, besides itself, that a graph is made of."""
+    return read_parts(path).files if path.name.endswith(SUFFIX) else onnx_files.external_files(path)
 
 
 def _check_file(path: Path, sha256: str, verify: bool) -> None:

@@ -1,0 +1,118 @@
+"""A graph with kernel calls in it, cut into parts: graphs for a compiler, and kernels between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import helper
+
+from moesr.export.graph import IR_VERSION, KERNEL_DOMAIN, OPSET, BuiltGraph, Value
+from moesr.export.kernel_calls import KernelCall
+from moesr.runtime.graphs import BATCH
+
+Part = onnx.ModelProto | KernelCall
+
+
+def cut(built: BuiltGraph) -> list[Part]:
+    """The parts in order. What a part takes was made by an earlier one, or is an input of the whole.
+
+    Everything runs as early as it can, so there are as few parts as possible. Nodes of constants alone go
+    into every part that needs them.
+    """
+    graph = built.model.graph
+    constant: dict[str, onnx.NodeProto | None] = dict.fromkeys(t.name for t in graph.initializer)
+    stages: dict[int, list[onnx.NodeProto]] = defaultdict(list)
+    made = {value.name: 0 for value in graph.input}  # stage of each value: kernels have the odd ones
+    for node in graph.node:
+        given = [name for name in node.input if name and name not in constant]
+        if not given:
+            constant |= dict.fromkeys(node.output, node)
+            continue
+        before = max(made[name] for name in given)
+        stage = before + (before % 2 if node.domain != KERNEL_DOMAIN else 1 + before % 2)
+        stages[stage].append(node)
+        made |= dict.fromkeys(node.output, stage)
+    parts: list[Part] = []
+    for stage, nodes in sorted(stages.items()):
+        if stage % 2:
+            parts += [built.calls[node.name] for node in nodes]
+        else:
+            others = [node for s, some in stages.items() if s != stage for node in some]
+            parts.append(_part(built, nodes, others, constant))
+    return parts
+
+
+def _part(
+    built: BuiltGraph,
+    nodes: list[onnx.NodeProto],
+    others: Iterable[onnx.NodeProto],
+    constant: Mapping[str, onnx.NodeProto | None],
+) -> onnx.ModelProto:
+    """The graph of some nodes, with those of the constants that they need."""
+    inside, wanted = (
+        {name for node in nodes for name in node.output},
+        {o.name for o in built.model.graph.output},
+    )
+    wanted |= {name for node in others for name in node.input}
+    taken = [name for node in nodes for name in node.input if name and name not in constant]
+    inputs = [built.values[name] for name in dict.fromkeys(taken) if name not in inside]
+    outputs = [built.values[name] for node in nodes for name in node.output if name in wanted]
+    before = _constants(nodes, constant)
+    used = {name for node in (*before, *nodes) for name in node.input}
+    graph = helper.make_graph(
+        [*before, *nodes],
+        built.model.graph.name,
+        [_declared(value) for value in inputs],
+        [_declared(value) for value in outputs],
+        initializer=[tensor for tensor in built.model.graph.initializer if tensor.name in used],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moesr")
+
+
+def _constants(
+    nodes: Iterable[onnx.NodeProto], constant: Mapping[str, onnx.NodeProto | None]
+) -> list[onnx.NodeProto]:
+    """Nodes of constants alone that others need, each after those that it needs itself."""
+    found: dict[str, onnx.NodeProto] = {}
+
+    def visit(node: onnx.NodeProto) -> None:
+        for name in node.input:
+            maker = constant.get(name)
+            if maker is not None and maker.name not in found:
+                visit(maker)
+                found[maker.name] = maker
+
+    for node in nodes:
+        visit(node)
+    return list(found.values())
+
+
+def _declared(value: Value) -> onnx.ValueInfoProto:
+    if value.shape[:1] != (BATCH,) or not all(isinstance(size, int) for size in value.shape[1:]):
+        raise ValueError(f"{value.name} {value.shape} crosses a cut, but only its batch may be open")
+    return helper.make_tensor_value_info(value.name, value.dtype, value.shape)
+
+
+def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+    """What the parts make of the whole's inputs: graphs on ONNX Runtime, kernels by their references."""
+    values = dict(inputs)
+    options = ort.SessionOptions()
+    options.log_severity_level, options.enable_mem_reuse = 3, False
+    for part in parts:
+        if isinstance(part, KernelCall):
+            given = {name: torch.from_numpy(values[value]) for name, value in part.inputs.items()}
+            dtype = next(iter(given.values())).dtype
+            values[part.output[1]] = part.reference(given).to(dtype).numpy()
+            continue
+        session = ort.InferenceSession(part.SerializeToString(), options, ["CPUExecutionProvider"])
+        names = [value.name for value in part.graph.output]
+        taken = {value.name: values[value.name] for value in part.graph.input}
+        made = (np.asarray(value) for value in session.run(names, taken))
+        values |= dict(zip(names, made, strict=True))
+    return values[output]
