@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from moesr.runtime.cuda_driver import CudaDriver
 from moesr.runtime.devices import Device
+from moesr.runtime.devices.cuda import CudaDevice
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.graphs import Graph
+from moesr.runtime.kernel_files import KernelFiles, find_kernels
 from moesr.runtime.options import PRECISIONS, check_device, check_threads, whole
 from moesr.runtime.sessions import Offer, Options, Session
 
 BACKENDS = {
+    "tensorrt": "moesr.runtime.sessions.tensorrt",
     "onnxruntime": "moesr.runtime.sessions.ort",
     "openvino": "moesr.runtime.sessions.openvino_",
 }
@@ -25,6 +29,7 @@ MAX_BATCH = 256
 """Most tiles in one run that may be asked for."""
 
 _PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
+_WITH_KERNELS = ("tensorrt",)  # backends that run graphs in parts, with our kernels between them
 _APART = ("openvino",)  # backends whose sessions hold working memory each
 
 log = logging.getLogger("moesr")
@@ -48,7 +53,7 @@ class Backend:
     def target(self) -> str:
         """What graphs should be arranged for: see `Graph.arrangement`."""
         if self.options.kind != "cpu":
-            return "gpu"
+            return "parts" if self.name in _WITH_KERNELS else "gpu"
         return "plain" if self.name in _PLAIN else "cpu"
 
     @property
@@ -56,14 +61,23 @@ class Backend:
         """Whether its sessions, which run in turn, share their working memory."""
         return self.name not in _APART
 
-    def device(self) -> Device:
-        """The device whose buffers its sessions run between."""
-        return HostDevice()
+    def device(self, directory: Path | None = None) -> Device:
+        """The device whose buffers its sessions run between, for an engine directory, which may hold kernels.
 
-    def open(self, directory: Path, graph: Graph) -> Session:
-        """Open one graph of an engine; EngineError where the file or the device cannot be used."""
+        EngineError where a GPU, its driver or the kernels for it are missing.
+        """
+        if self.options.kind == "cpu":
+            return HostDevice()
+        driver = CudaDriver(self.options.index)
+        kernels = KernelFiles(find_kernels(directory), driver)
+        log.info("on %s with kernels for %s", driver.name, kernels.architecture)
+        return CudaDevice(driver, kernels, use_graphs=self.options.cuda_graphs)
+
+    def open(self, directory: Path, graph: Graph, stream: int | None = None) -> Session:
+        """Open one graph of an engine, to run on a device's stream; EngineError where that cannot be."""
         path = directory / graph.arrangement(self.target).file
-        return importlib.import_module(BACKENDS[self.name]).open_session(path, graph.boundary, self.options)
+        options = replace(self.options, stream=stream, max_batch=self.max_batch)
+        return importlib.import_module(BACKENDS[self.name]).open_session(path, graph.boundary, options)
 
     def release(self) -> None:
         """Give back what the library keeps for further sessions."""
@@ -96,13 +110,15 @@ def candidates(
     *,
     precision: str = "graph",
     cache: Path | None = None,
+    cuda_graphs: bool = True,
 ) -> list[Backend]:
     """The backends that may be chosen from, the preferred one first; at least one.
 
     "auto" stands for all of `BACKENDS` that load; without `device` each uses its fastest, and only those on
     the device of the first are kept. `precision` "auto" stands for all that a backend offers. `cache`: a
-    directory for what they compile. A name, device or precision given explicitly is used or refused
-    (UsageError, EngineError), never replaced by another.
+    directory for what they compile. `cuda_graphs` False has a GPU do the same launch by launch. A name,
+    device or precision given explicitly is used or refused (UsageError, EngineError), never replaced by
+    another.
     """
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
@@ -118,6 +134,7 @@ def candidates(
             offer = probe(each)
             for options in _ways(each, offer, device, threads, precision, cache):
                 size = max_batch or offer.devices[options.kind]
+                options = replace(options, cuda_graphs=cuda_graphs)
                 found.append(Backend(each, options, size, version=offer.version))
         except EngineError as error:
             failures.append(str(error))

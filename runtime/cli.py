@@ -102,7 +102,13 @@ def add_engine_options(p: argparse.ArgumentParser) -> None:
         "--cache",
         type=_path,
         metavar="DIR",
-        help="keep what openvino compiles, for a faster start (default: no)",
+        help="keep what backends compile, for a faster start (default: tensorrt's plans in the user's cache, "
+        "nothing of openvino's)",
+    )
+    p.add_argument(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="have a GPU do a tick launch by launch: the same, slower, easier to look into",
     )
     p.add_argument(
         "--no-verify", action="store_true", help="do not compare the engine's hashes: a faster start"
@@ -113,7 +119,7 @@ def add_engine_options(p: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What they say to an Upscaler, beside the engine."""
     given = {name: getattr(args, name) for name in ("backend", "device", "threads", "precision", "cache")}
-    return given | {"verify": not args.no_verify}
+    return given | {"verify": not args.no_verify, "cuda_graphs": not args.no_cuda_graphs}
 
 
 def _name(text: str) -> str:

@@ -68,10 +68,15 @@ _measured: dict[str, Measured] = {}  # by file name, where nothing can be kept o
 
 
 def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tuple[Backend, Measured | None]:
-    """The fastest of several backends for an engine, and the figures; a single one is not measured. Logs why.
+    """The fastest of several backends for an engine, and the figures. Logs why.
+
+    A single one is not measured, nor are those of a GPU, of which the preferred one is taken.
 
     Where none can run the expert the preferred one is returned: using it will tell what is wrong.
     """
+    if found[0].options.kind != "cpu":
+        found[0].announce("preferred on a GPU")
+        return found[0], None
     if len(found) == 1:
         found[0].announce("the only one in question")
         return found[0], None

@@ -87,21 +87,26 @@ class Upscaler:
         max_batch: int | None = None,
         precision: str = "graph",
         cache: Path | str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
 
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. `precision` of the arithmetic: "graph", "bf16" where a backend can, or "auto", the
         faster of the two. `cache`: a directory where a backend may keep what it compiles. Where there is a
-        choice it falls on what was measured as the fastest, once for an engine and machine. Raises
-        EngineError or UsageError; graphs are loaded when first needed.
+        choice it falls on what was measured as the fastest, once for an engine and machine. `cuda_graphs`
+        False has a GPU do the same launch by launch. Raises EngineError or UsageError; graphs are loaded when
+        first needed.
         """
         kept = None if cache is None else Path(cache)
-        found = candidates(backend, device, threads, max_batch, precision=precision, cache=kept)
+        found = candidates(
+            backend, device, threads, max_batch, precision=precision, cache=kept, cuda_graphs=cuda_graphs
+        )
         self.directory = engine_directory(engine)
         self.manifest = Manifest.read(self.directory, verify=verify)
         self.backend, self.measured = fastest.choose(found, self.directory, self.manifest)
-        opener = partial(_open, self.backend, self.directory, self.manifest)
+        place = self.backend.device(self.directory)
+        opener = partial(_open, self.backend, self.directory, self.manifest, place.stream)
         self._costs = Costs(self.manifest.graphs)
         self._admission = Admission(
             self.manifest,
@@ -112,9 +117,7 @@ class Upscaler:
             shared=self.backend.shares_memory,
         )
         residency = Residency(opener, self._admission.keep_all)
-        self._worker = Worker(
-            self.manifest, self.backend.device(), residency, self._costs, self.backend.max_batch
-        )
+        self._worker = Worker(self.manifest, place, residency, self._costs, self.backend.max_batch)
         self._release = weakref.finalize(self, _close, self._worker, self.backend)
 
     def __enter__(self) -> Upscaler:
@@ -307,8 +310,8 @@ class _LookAhead:
         self._held.clear()
 
 
-def _open(backend: Backend, directory: Path, manifest: Manifest, role: str) -> Session:
-    return backend.open(directory, manifest.graphs[role])
+def _open(backend: Backend, directory: Path, manifest: Manifest, stream: int | None, role: str) -> Session:
+    return backend.open(directory, manifest.graphs[role], stream)
 
 
 def _close(worker: Worker, backend: Backend) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from moesr.runtime import memory
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.graphs import Boundary, TensorSpec
-from moesr.runtime.sessions import Offer, Options, check_boundary
+from moesr.runtime.sessions import Offer, Options, check_boundary, ort_cuda
+from moesr.runtime.sessions.ort_cuda import CudaOnnxSession
 
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
 _MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
@@ -37,14 +38,15 @@ def probe() -> Offer:
     return Offer(ort.__version__, {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available})
 
 
-def open_session(path: Path, declared: Boundary, options: Options) -> OnnxSession:
+def open_session(path: Path, declared: Boundary, options: Options) -> OnnxSession | CudaOnnxSession:
     """Open an ONNX file; EngineError where it cannot be loaded or is not what was declared."""
     ort = _library()
     settings = session_options(options.threads)
     _share_arena(ort, settings)
     provider: Any = _PROVIDERS[options.kind]
     if options.kind == "cuda":
-        provider = (provider, {"device_id": options.index, "arena_extend_strategy": "kSameAsRequested"})
+        provider = ort_cuda.provider(options)
+        ort_cuda.prepare(settings)
     try:
         session = ort.InferenceSession(str(path), settings, providers=[provider])
     except Exception as error:  # the library has no common base for its errors
@@ -57,7 +59,12 @@ def open_session(path: Path, declared: Boundary, options: Options) -> OnnxSessio
     found = Boundary(_specs(session.get_inputs()), _specs(session.get_outputs()))
     check_boundary(path, found, declared)
     memory.return_freed()
-    return OnnxSession(ort, session, path, declared, options)
+    names = {spec.name for spec in found.inputs}  # the runtime may offer more than it takes
+    boundary = Boundary(tuple(spec for spec in declared.inputs if spec.name in names), declared.outputs)
+    if options.kind == "cuda":
+        ort_cuda.check_assignment(session, path)
+        return ort_cuda.CudaOnnxSession(ort, session, path, boundary, ("cuda", options.index))
+    return OnnxSession(ort, session, path, boundary)
 
 
 def session_options(threads: int | None = None) -> Any:
@@ -88,14 +95,12 @@ def release() -> None:
 class OnnxSession:
     """A loaded graph with one binding a batch size, all over the same buffers."""
 
-    def __init__(self, ort: Any, session: Any, path: Path, declared: Boundary, options: Options) -> None:
-        """`declared` holds more inputs than the graph has where the runtime offers more than it takes."""
-        names = {i.name for i in session.get_inputs()}
-        self._boundary = Boundary(tuple(i for i in declared.inputs if i.name in names), declared.outputs)
-        self._ort, self._session, self._path, self._options = ort, session, path, options
+    capturable = False
+
+    def __init__(self, ort: Any, session: Any, path: Path, boundary: Boundary) -> None:
+        self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
         self._run = ort.RunOptions()
         self._bindings: list[Any] = []
-        self._copies: list[list[tuple[Any, np.ndarray]]] = []
 
     @property
     def boundary(self) -> Boundary:
@@ -103,27 +108,21 @@ class OnnxSession:
         return self._boundary
 
     def bind(self, buffers: Mapping[str, np.ndarray], max_batch: int) -> None:
-        """See `Session.bind`; the buffers are host arrays, copied to a GPU and back at every run."""
-        kind, index = self._options.kind, self._options.index
+        """See `Session.bind`; the buffers are host arrays, which a run reads and writes themselves."""
         value_of = self._ort.OrtValue.ortvalue_from_numpy
-        self._bindings, self._copies = [], []
+        self._bindings = []
         for batch in range(1, max_batch + 1):
-            binding, copies = self._session.io_binding(), []
+            binding = self._session.io_binding()
             for spec in self._boundary.inputs:
                 part = buffers[spec.name][:batch] if spec.per_tile else buffers[spec.name]
-                value = value_of(part, kind, index)  # on the CPU: the same memory
-                binding.bind_ortvalue_input(spec.name, value)
-                copies.append((value, part))
+                binding.bind_ortvalue_input(spec.name, value_of(part))
             for spec in self._boundary.outputs:
                 binding.bind_ortvalue_output(spec.name, value_of(buffers[spec.name][:batch]))
             self._bindings.append(binding)
-            self._copies.append([] if kind == "cpu" else copies)
 
     def enqueue(self, batch: int) -> None:
         """See `Session.enqueue`."""
         try:
-            for value, array in self._copies[batch - 1]:
-                value.update_inplace(array)
             self._session.run_with_iobinding(self._bindings[batch - 1], self._run)
         except Exception as error:  # the library has no common base for its errors
             raise _explain(self._path, error) from error
@@ -134,7 +133,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._bindings, self._copies = [], []
+        self._bindings = []
         del self._session
 
 

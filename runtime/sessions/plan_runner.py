@@ -1,0 +1,82 @@
+"""A TensorRT plan between fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.devices.driver import Driver
+from moesr.runtime.errors import EngineError
+from moesr.runtime.graphs import Boundary, TensorSpec
+from moesr.runtime.tensorrt_library import Library
+
+_TYPES = {"float": "float32", "half": "float16"}
+
+
+def boundary_of(library: Library, engine: Any) -> Boundary:
+    """What an engine of the library takes and gives."""
+    sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dims = tuple("?" if size < 0 else int(size) for size in engine.get_tensor_shape(name))
+        dtype = str(engine.get_tensor_dtype(name)).rpartition(".")[2].lower()
+        is_input = engine.get_tensor_mode(name) == library.module.TensorIOMode.INPUT
+        sides[is_input].append(TensorSpec(name, _TYPES.get(dtype, dtype), dims))
+    return Boundary(tuple(sides[True]), tuple(sides[False]))
+
+
+class PlanRunner:
+    """An engine of the library between fixed addresses: a context a number of tiles, one working memory.
+
+    Contexts are not shared between numbers of tiles, since a CUDA graph keeps what a context was set to.
+    """
+
+    def __init__(self, library: Library, engine: Any, path: Path) -> None:
+        self._library, self._engine, self._path = library, engine, path
+        self._boundary = boundary_of(library, engine)
+        self._contexts: dict[int, Any] = {}
+        self._addresses: Mapping[str, int] = {}
+        self._driver: Driver | None = None
+        self._work = 0
+
+    @property
+    def work_bytes(self) -> int:
+        """Working memory that a run needs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def bind(self, driver: Driver, addresses: Mapping[str, int], work: int) -> None:
+        """Run between these addresses from now on, with the working memory that begins at `work`."""
+        self._driver, self._addresses, self._work = driver, addresses, work
+        self._contexts = {}
+
+    def enqueue(self, batch: int) -> None:
+        """Add a run on the first `batch` tiles to the stream; EngineError where the library refuses."""
+        assert self._driver is not None
+        if batch not in self._contexts:
+            self._contexts[batch] = self._context(batch)
+        if not self._contexts[batch].execute_async_v3(self._driver.stream):
+            raise self._failure("does not run")
+
+    def _context(self, batch: int) -> Any:
+        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise self._failure("cannot be prepared")
+        if self.work_bytes:
+            context.set_device_memory(self._work, self.work_bytes)
+        shaped = all(context.set_input_shape(spec.name, spec.shape(batch)) for spec in self._boundary.inputs)
+        names = [spec.name for spec in (*self._boundary.inputs, *self._boundary.outputs)]
+        if not (shaped and all(context.set_tensor_address(name, self._addresses[name]) for name in names)):
+            raise self._failure(f"does not take {batch} tiles")
+        return context
+
+    def _failure(self, what: str) -> EngineError:
+        return EngineError(
+            f"{self._path.name}: its plan {what} ({self._library.complaint()}); see moesr-doctor"
+        )
+
+    def close(self) -> None:
+        """Let go of everything; nothing enqueued may be outstanding."""
+        self._contexts = {}
+        del self._engine

@@ -1,0 +1,73 @@
+"""ONNX Runtime on a GPU, as far as it shows without one: refusals, bindings at addresses, settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from engines import build_engine
+
+from moesr.runtime import backends
+from moesr.runtime.errors import EngineError
+from moesr.runtime.graphs import Boundary
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.sessions import Options, ort_cuda
+from moesr.runtime.sessions.ort import session_options
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> tuple[Path, Boundary]:
+    manifest = Manifest.read(build_engine(tmp_path / "engine"))
+    return tmp_path / "engine" / "decoder.onnx", manifest.graphs["decoder"].boundary
+
+
+def opened(path: Path) -> ort.InferenceSession:
+    settings = session_options(1)
+    ort_cuda.prepare(settings)
+    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def test_nodes_elsewhere_are_refused_by_name(graph):
+    session = opened(graph[0])
+    ort_cuda.check_assignment(session, graph[0], "CPUExecutionProvider")
+    with pytest.raises(EngineError, match=r"part of it elsewhere \(.*1 Resize on CPU.*--target gpu"):
+        ort_cuda.check_assignment(session, graph[0])
+
+
+def test_runs_go_between_the_addresses_of_buffers(graph):
+    """With the library's CPU in the GPU's place, whose addresses are those of arrays."""
+    path, boundary = graph
+    session = ort_cuda.CudaOnnxSession(ort, opened(path), path, boundary, ("cpu", 0))
+    rng = np.random.default_rng(1)
+    arrays = {s.name: rng.random(s.shape(3), np.float32) for s in (*boundary.inputs, *boundary.outputs)}
+    buffers = {name: SimpleNamespace(address=array.ctypes.data) for name, array in arrays.items()}
+    session.bind(buffers, 3)
+    for batch in (2, 3):
+        arrays["image"][:] = np.nan
+        session.enqueue(batch)
+        z = arrays["z"].repeat(4, axis=2).repeat(4, axis=3)
+        want = arrays["fidelity"][:, None, None, None] * arrays["lr"] + 0.05 * z
+        np.testing.assert_allclose(arrays["image"][:batch], want[:batch], rtol=1e-5)
+        assert np.isnan(arrays["image"][batch:]).all()
+    assert not session.capturable
+    session.abort()
+    with pytest.raises(EngineError, match="told to stop"):
+        session.enqueue(1)
+    session.close()
+
+
+def test_settings_of_the_provider():
+    _, settings = ort_cuda.provider(Options("cuda:1", stream=4711))
+    assert settings["device_id"] == "1" and settings["user_compute_stream"] == "4711"
+    assert settings["enable_cuda_graph"] == settings["prefer_nhwc"] == "1"
+    _, eager = ort_cuda.provider(Options("cuda", cuda_graphs=False))
+    assert "enable_cuda_graph" not in eager and "user_compute_stream" not in eager
+
+
+def test_without_a_gpu_cuda_is_refused_with_what_is_missing():
+    backend = backends.Backend("onnxruntime", Options("cuda:99"), 4)
+    with pytest.raises(EngineError, match=r"no GPU cuda:99 .*nvidia-smi|cuda-core does not load"):
+        backend.device()

@@ -1,0 +1,265 @@
+"""TensorRT: plans built ahead of time, kept, found again or refused; sessions on a simulated GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_simulation import SimulatedSession
+from engines import build_engine
+from fake_tensorrt import FakeEngine, fake_library
+from graphs import random_decoder, random_expert
+from test_cuda_device import CudaRig, alike
+from test_worker import FUNCTIONS, Rig, eps_of
+
+from moesr.export.decoder import decoder_graph
+from moesr.export.expert import expert_graph
+from moesr.export.lowering import lowering
+from moesr.runtime import plans, tensorrt_library
+from moesr.runtime.errors import EngineError
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.plan_builder import build_plan
+from moesr.runtime.sessions import tensorrt
+from moesr.runtime.sessions.tensorrt import TensorRTSession, open_plan
+
+KEY = plans.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", 89, 4)
+TILE = 32
+
+
+@pytest.fixture(scope="module")
+def rtx() -> tensorrt_library.Library:
+    try:
+        return tensorrt_library.load("tensorrt_rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """An engine directory's graph; what is in it does not matter here."""
+    path = tmp_path / "engine" / "expert_0.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"graph")
+    return path
+
+
+# Plans of small networks, in the arrangement and precision of a GPU.
+
+
+@pytest.mark.parametrize("role", ["expert", "decoder"])
+def test_plans_build_without_a_gpu(rtx, tmp_path, role):
+    choices = lowering("gpu", "fp16")
+    build = {"expert": lambda: expert_graph(random_expert(0), TILE // 4, choices)}
+    build["decoder"] = lambda: decoder_graph(random_decoder(), TILE // 4, choices)
+    path, shares = tmp_path / f"{role}.onnx", []
+    path.write_bytes(build[role]().to_bytes())
+    plan = build_plan(rtx, path, 89, 4, workspace_bytes=1 << 28, on_progress=shares.append)
+    assert len(plan) > 100_000
+    assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 20
+
+
+def test_a_gpu_that_the_library_does_not_know(rtx, tmp_path):
+    path = tmp_path / "expert.onnx"
+    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
+    with pytest.raises(
+        EngineError, match=r"builds for compute capability .*8\.9.*, not for 9\.0; use the other"
+    ):
+        build_plan(rtx, path, 90, 4)
+
+
+def test_a_file_that_is_no_graph(rtx, tmp_path):
+    path = tmp_path / "expert.onnx"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(EngineError, match=r"expert\.onnx: tensorrt_rtx .* cannot read it \(.+\); export"):
+        build_plan(rtx, path, 89, 4)
+
+
+def test_a_plan_does_not_load_without_a_gpu_but_says_so(rtx, tmp_path, cache):
+    """Neither a crash nor a silent nothing: the library's own words are in the error."""
+    path = tmp_path / "expert.onnx"
+    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
+    key = plans.key_of(rtx, "cd" * 32, 89, 2)
+    try:
+        assert open_plan(rtx, path, key, cache)
+    except EngineError as error:
+        assert "the plan does not load (" in str(error) and "gives no reason" not in str(error)
+    assert [record.name for record in plans.list_plans(cache / "tensorrt")] == [key.name]
+
+
+# Plans on disk.
+
+
+def test_a_plan_is_found_again(cache, tmp_path):
+    folders = plans.places(tmp_path / "engine", cache)
+    assert plans.read_plan(KEY, folders) is None
+    directory = plans.write_plan(folders[1], KEY, "expert_0.onnx", b"plan")
+    assert plans.read_plan(KEY, folders) == b"plan"
+    plans.write_plan(folders[0], KEY, "expert_0.onnx", b"the engine's own")
+    assert plans.read_plan(KEY, folders) == b"the engine's own"
+    assert directory.name == "abababababab-tensorrt_rtx-9.9-sm89-b4"
+    assert plans.write_plan(folders[1], KEY, "expert_0.onnx", b"newer") == directory  # takes its place
+
+
+OTHERS = {
+    "version": replace(KEY, version="9.8"),
+    "flavour": replace(KEY, flavour="tensorrt"),
+    "capability": replace(KEY, capability=86),
+    "batch": replace(KEY, max_batch=2),
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_a_stale_plan_is_not_used_and_the_reason_given(graph, cache, caplog, monkeypatch, which):
+    plans.write_plan(cache / "tensorrt", OTHERS[which], "expert_0.onnx", b"plan")
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *a, **k: b"new")
+    with caplog.at_level(logging.INFO, "moesr"):
+        assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
+    assert f"does not fit: is for {OTHERS[which]}; needed is {KEY}" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "record", "no record", "no plan", "another's"])
+def test_a_damaged_plan_is_not_used(cache, caplog, damage):
+    directory = plans.write_plan(cache, KEY, "expert_0.onnx", b"plan")
+    if damage == "cut":
+        (directory / "graph.plan").write_bytes(b"pla")
+    elif damage == "record":
+        (directory / "plan.json").write_text("{")
+    elif damage == "another's":
+        record = json.loads((directory / "plan.json").read_text()) | {"version": "9.8"}
+        (directory / "plan.json").write_text(json.dumps(record))
+    else:
+        (directory / {"no record": "plan.json", "no plan": "graph.plan"}[damage]).unlink()
+    assert plans.read_plan(KEY, [cache]) is None
+    assert f"{directory}: not used: " in caplog.text
+
+
+def test_a_missing_plan_is_built_once_and_kept(graph, cache, monkeypatch):
+    built = []
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *a, **k: built.append(k["timing_cache"]) or b"new")
+    library = fake_library({b"new": "engine"})
+    assert open_plan(library, graph, KEY, cache) == "engine"
+    assert open_plan(library, graph, KEY, cache) == "engine"
+    assert built == [cache / "tensorrt_rtx-9.9-sm89.timings"]
+    assert open_plan(library, graph, KEY, None) == "engine" and built[1:] == [None]  # nothing is kept
+
+
+def test_a_plan_that_does_not_load_is_built_anew(graph, cache, monkeypatch, caplog):
+    plans.write_plan(graph.parent / "tensorrt", KEY, graph.name, b"of another driver")
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *a, **k: b"new")
+    assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
+    assert "does not load (Serialization assertion failed); building another" in caplog.text
+
+
+def test_a_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *a, **k: b"new")
+    with pytest.raises(
+        EngineError, match=r"sm89-b4: the plan does not load \(Serialization.*remove that folder"
+    ):
+        open_plan(fake_library(), graph, KEY, cache)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(graph, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *a, **k: b"new")
+    assert open_plan(fake_library({b"new": "engine"}), graph, KEY, tmp_path / "cache") == "engine"
+    assert "it will be built again the next time" in caplog.text
+
+
+def test_a_library_that_is_missing_names_its_package(monkeypatch):
+    def missing() -> None:
+        raise ImportError("No module named 'tensorrt'")
+
+    monkeypatch.setattr(tensorrt_library, "_MODULES", {"tensorrt": missing, "tensorrt_rtx": missing})
+    tensorrt_library.load.cache_clear()
+    with pytest.raises(
+        EngineError, match=r"tensorrt does not load .*moesr\[tensorrt\]'; tensorrt_rtx does not"
+    ):
+        tensorrt_library.load()
+    tensorrt_library.load.cache_clear()
+
+
+# Sessions, on the simulated GPU.
+
+
+class TensorRTRig(CudaRig):
+    """A worker over TensorRT sessions of plain functions."""
+
+    def __init__(self, manifest: Manifest, tmp_path: Path, max_batch: int, keep_all: bool = True) -> None:
+        super().__init__(manifest, tmp_path, max_batch)
+        self.engines: dict[str, FakeEngine] = {}
+
+        def open_graph(role: str) -> TensorRTSession:
+            graph = manifest.graphs[role]
+            self.engines[role] = FakeEngine(self.driver, graph.boundary, FUNCTIONS.get(role, eps_of))
+            return TensorRTSession(fake_library(), self.engines[role], Path(graph.file), graph.boundary)
+
+        self.residency._open, self.residency._keep_all = open_graph, keep_all
+
+
+@pytest.mark.parametrize("keep_all", [True, False], ids=["all", "few"])
+def test_the_loop_over_plans_gives_what_the_host_gives(tmp_path, keep_all):
+    manifest = Manifest.read(build_engine(tmp_path / "engine"))
+    host, rig = Rig(manifest, 4), TensorRTRig(manifest, tmp_path, 4, keep_all)
+    wants, jobs = alike(host, steps=7), alike(rig, steps=7)
+    host.run(*wants)
+    rig.run(*jobs)
+    for job, want in zip(jobs, wants, strict=True):
+        np.testing.assert_allclose(job.image, want.image, rtol=1e-5, atol=1e-6)
+    assert rig.driver.log.count("capture") >= 4
+    for engine in rig.engines.values():
+        batches = [context.shapes[next(iter(context.shapes))][0] for context in engine.contexts]
+        assert len(set(batches)) == len(batches)  # one context a number of tiles
+        assert len({context.memory for context in engine.contexts}) == 1  # over one working memory
+    rig.worker.close()
+
+
+def test_a_plan_of_another_graph_is_refused(tmp_path):
+    manifest = Manifest.read(build_engine(tmp_path / "engine"))
+    decoder, expert = manifest.graphs["decoder"], manifest.graphs["expert_0"]
+    engine = FakeEngine(None, decoder.boundary, eps_of)
+    found = tensorrt.boundary_of(fake_library(), engine)
+    with pytest.raises(EngineError, match=r"expert_0\.onnx: is z float32 .*, expected z_t float32"):
+        tensorrt.check_boundary(Path(expert.file), found, expert.boundary)
+
+
+def test_a_run_that_the_library_refuses_is_an_error(tmp_path):
+    manifest = Manifest.read(build_engine(tmp_path / "engine"))
+    rig = TensorRTRig(manifest, tmp_path, 1)
+    opened = rig.residency._open
+
+    def failing(role: str) -> SimulatedSession:
+        session = opened(role)
+        rig.engines[role].create_execution_context = lambda strategy: None
+        return session
+
+    rig.residency._open = failing
+    with pytest.raises(EngineError, match=r"expert_3\.onnx: its plan cannot be prepared .*see moesr-doctor"):
+        rig.run(rig.job(16, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["expert", "decoder"])
+def test_full_width_plans_build(rtx, tmp_path, role, record_property):
+    """The published sizes at 512 px, with untrained weights."""
+    from moesr.training.config import AutoencoderConfig, UNetConfig
+    from moesr.training.networks import Autoencoder, DenoisingUNet
+
+    choices = lowering("gpu", "fp16")
+    if role == "expert":
+        built = expert_graph(DenoisingUNet(UNetConfig()).eval(), 128, choices)
+    else:
+        built = decoder_graph(Autoencoder(AutoencoderConfig()).eval(), 128, choices)
+    path = tmp_path / f"{role}.onnx"
+    path.write_bytes(built.to_bytes())
+    plan = build_plan(rtx, path, 89, 1)
+    record_property("plan_bytes", len(plan))
+    assert len(plan) > 1e8
