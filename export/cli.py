@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesr.runtime.manifest import Manifest
 
 MEGA = 1e6
+PLAN_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,15 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from moesr.export import package  # --help does not wait for torch
+    from moesr.export import package, tensorrt  # --help does not wait for torch
+    from moesr.runtime.tensorrt_library import load
     from moesr.training.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
-    precision = "fp16" if args.fp16 else "fp32"
+    precision, kernels = "fp16" if args.fp16 else "fp32", args.tensorrt and not args.no_kernels
+    if args.tensorrt:
+        tensorrt.capabilities(load(), args.capability)  # what is missing is missed before any work
+        args.target = "both" if args.target == "cpu" else args.target
     own = next(iter(package.lowerings(args.target, precision, args.store).values()))
     directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
     done = itertools.count()
-    stages = package.stage_count(checkpoint.config, args.target)
+    stages = package.stage_count(checkpoint.config, args.target, kernels)
     with console.bar(args.quiet, total=stages, unit="stage") as bar:
 
         def on_stage(stage: str) -> None:
@@ -60,6 +65,7 @@ def _export(args: argparse.Namespace) -> int:
             precision=precision,
             store=args.store,
             tile_px=args.tile,
+            kernels=kernels,
             force=args.force,
             on_stage=on_stage,
         )
@@ -67,7 +73,30 @@ def _export(args: argparse.Namespace) -> int:
         bar.refresh()
     if not args.quiet:
         console.say(f"wrote {directory} ({_summary(manifest, directory)})")
+    if args.tensorrt:
+        _prepare_gpu(args, directory, manifest)
     return 0
+
+
+def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) -> None:
+    """Build TensorRT plans, and the kernels around and between them, into an engine directory."""
+    from moesr.export import tensorrt
+    from moesr.runtime.tensorrt_library import load
+
+    targets = tensorrt.capabilities(load(), args.capability)
+    with console.bar(args.quiet, total=1.0, bar_format=PLAN_BAR) as bar:
+
+        def on_stage(stage: str, share: float) -> None:
+            bar.n = share
+            bar.set_description(stage)
+
+        built = tensorrt.build_plans(directory, manifest, targets, on_stage=on_stage)
+        bar.set_description("kernels")
+        kernels = None if args.no_kernels else tensorrt.build_kernels(directory, manifest, targets)
+    if not args.quiet:
+        size = sum(plan.nbytes for plan in built) / MEGA
+        made = f" and kernels in {kernels}" if kernels else ""
+        console.say(f"built {len(built)} plans in {directory / 'tensorrt'} ({size:.1f} MB){made}")
 
 
 def _summary(manifest: Manifest, directory: Path) -> str:
@@ -80,6 +109,13 @@ def _summary(manifest: Manifest, directory: Path) -> str:
         f"{len(manifest.experts)} experts, {size / MEGA:.1f} MB; "
         f"largest error {max(proofs):.1e} against the network"
     )
+
+
+def _capability(text: str) -> int:
+    major, _, minor = text.partition(".")
+    if not (major.isdecimal() and minor.isdecimal() and len(minor) == 1):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected two numbers such as 8.9")
+    return 10 * int(major) + int(minor)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,6 +155,25 @@ def parser() -> argparse.ArgumentParser:
         default="fp32",
         help="how files hold the weights of float32 graphs: fp16 halves their size, and opening the engine "
         "casts them back (default: fp32)",
+    )
+    add(
+        "--tensorrt",
+        action="store_true",
+        help="build TensorRT plans of the GPU's graphs and compile our kernels; implies --target both",
+    )
+    add(
+        "--capability",
+        nargs="+",
+        type=_capability,
+        default=[],
+        metavar="X.Y",
+        help="compute capabilities to build for, such as 8.9; no such GPU need be here with TensorRT for RTX "
+        "(default: that of the GPU that is here)",
+    )
+    add(
+        "--no-kernels",
+        action="store_true",
+        help="with --tensorrt, leave the decoder in one graph that needs none of our kernels",
     )
     add("--tile", type=int, default=512, metavar="PX", help="side of a tile in output pixels (default: 512)")
     add("--force", action="store_true", help="replace an existing engine directory")

@@ -13,11 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moesr.export import parity
+from moesr.export import cutting, parity
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET, BuiltGraph
 from moesr.export.lowering import Lowering, Precision, Target, lowering
+from moesr.export.parts_files import write_parts
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
 from moesr.runtime.errors import OutputError, UsageError
@@ -61,20 +62,29 @@ def check_tile(config: ModelConfig, tile_px: int) -> None:
 
 
 def lowerings(
-    target: Targets = "cpu", precision: Precision = "fp32", store: Precision = "fp32"
-) -> dict[Target, Lowering]:
+    target: Targets = "cpu",
+    precision: Precision = "fp32",
+    store: Precision = "fp32",
+    kernels: bool = False,
+) -> dict[str, Lowering]:
     """How the graphs are arranged by target; the first is the engine's own, any other a variant.
 
-    With "both", `precision` is that of the GPU's graphs, and the CPU's are float32.
+    With "both", `precision` is that of the GPU's graphs, and the CPU's are float32. `kernels`: the decoder in
+    parts, too, with our kernels between them, for a GPU.
     """
+    found: dict[str, Lowering] = {}
     if target != "both":
-        return {target: lowering(target, precision, store)}
-    return {"cpu": lowering("cpu", "fp32", store), "gpu": lowering("gpu", precision, store)}
+        found[target] = lowering(target, precision, store)
+    else:
+        found |= {"cpu": lowering("cpu", "fp32", store), "gpu": lowering("gpu", precision, store)}
+    if kernels and target != "cpu":
+        found["parts"] = replace(lowering("gpu", precision, store), kernels=True)
+    return found
 
 
-def stage_count(config: ModelConfig, target: Targets = "cpu") -> int:
+def stage_count(config: ModelConfig, target: Targets = "cpu", kernels: bool = False) -> int:
     """How many times `export_engine` reports a stage, at most."""
-    return (len(config.expert_ranges) + 1) * (1 + 2 * len(lowerings(target))) + 1
+    return (len(config.expert_ranges) + 1) * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels
 
 
 @torch.inference_mode()
@@ -86,12 +96,13 @@ def export_engine(
     precision: Precision = "fp32",
     store: Precision = "fp32",
     tile_px: int = DEFAULT_TILE_PX,
+    kernels: bool = False,
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
     """Write the engine directory of a checkpoint and return its manifest.
 
-    The same checkpoint gives the same graphs. For `target`, `precision` and `store` see `lowerings`.
+    The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` see `lowerings`.
     `on_stage` hears what begins. An existing directory is refused unless `force`, which replaces an engine
     and nothing else. Raises UsageError for a tile or a model that cannot be, ParityError where a graph misses
     its network, OutputError where nothing can be written; each leaves the place as it was.
@@ -106,7 +117,7 @@ def export_engine(
     check_tile(config, tile_px)
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
-            writer = _Writer(new, lowerings(target, precision, store), on_stage)
+            writer = _Writer(new, lowerings(target, precision, store, kernels), on_stage)
             manifest = _manifest(checkpoint, tile_px, _write_graphs(checkpoint, tile_px, writer))
             manifest.write(new)
             on_stage("publish")
@@ -118,7 +129,7 @@ def export_engine(
 class _Writer:
     """Writes graphs into a directory, arranged for every target."""
 
-    def __init__(self, directory: Path, lowerings: dict[Target, Lowering], on_stage: OnStage) -> None:
+    def __init__(self, directory: Path, lowerings: dict[str, Lowering], on_stage: OnStage) -> None:
         self._directory, self._lowerings, self._on_stage = directory, lowerings, on_stage
 
     def write(
@@ -132,6 +143,10 @@ class _Writer:
         main = self._save(role, built, own)
         main = self._proved(main, inputs, want, own)
         for target, choices in others:
+            if choices.kernels:
+                if role == DECODER and (cut := self._in_parts(role, build(choices), inputs, want, choices)):
+                    variants[target] = cut
+                continue
             variant = self._save(f"{role}.{target}", build(choices), choices)
             if variant.sha256 == main.sha256:  # as with small tiles, which nothing cuts
                 (self._directory / variant.file).unlink()
@@ -156,6 +171,20 @@ class _Writer:
         path.write_bytes(data)
         stored = choices.store if choices.store != choices.precision else None
         return Arrangement(path.name, hashlib.sha256(data).hexdigest(), choices.precision, stored=stored)
+
+    def _in_parts(
+        self, role: str, built: BuiltGraph, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
+    ) -> Arrangement | None:
+        """Write a graph cut at what our kernels compute, and prove it; None where nothing of it is theirs."""
+        if not built.calls:
+            return None
+        self._on_stage(f"write {role} in parts")
+        parts = cutting.cut(built)
+        (main, *data) = write_parts(self._directory, role, built, parts)
+        self._on_stage(f"prove {role} in parts")
+        got = cutting.run(parts, inputs, built.boundary.outputs[0].name)
+        proof = parity.judge(self._directory / main.file, got, want, choices)
+        return Arrangement(main.file, main.sha256, choices.precision, data=tuple(data), parity=proof)
 
     def _proved(
         self, arrangement: Arrangement, inputs: parity.Inputs, want: np.ndarray, choices: Lowering

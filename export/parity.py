@@ -130,7 +130,12 @@ def prove(
 
     Raises ParityError above the lowering's threshold.
     """
-    got, limit = outputs(path, inputs, backend)[0], threshold(lowering)
+    return judge(path, outputs(path, inputs, backend)[0], want, lowering)
+
+
+def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering) -> Parity:
+    """The error of what a graph gave; ParityError above the lowering's threshold."""
+    limit = threshold(lowering)
     if got.shape != want.shape:
         raise ParityError(
             f"{path.name}: output shape {got.shape}, the network's is {want.shape}; please report this"

@@ -1,0 +1,123 @@
+"""What TensorRT needs, built ahead of time into an engine directory: plans, and our kernels' cubins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moesr.runtime import plans
+from moesr.runtime.cuda_driver import open_device
+from moesr.runtime.errors import EngineError, OutputError, UsageError
+from moesr.runtime.files import reason
+from moesr.runtime.graphs import File
+from moesr.runtime.kernel_files import KERNELS_FOLDER
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.parts import SUFFIX, KernelStep, read_parts
+from moesr.runtime.plan_builder import as_text, build_plan, capability_of
+from moesr.runtime.sessions.tensorrt import MAX_BATCH
+from moesr.runtime.tensorrt_library import Library, load
+
+OnStage = Callable[[str, float], None]
+"""Called with what is built and the share of it that is done."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan that was written: its directory and size."""
+
+    directory: Path
+    nbytes: int
+
+
+def capabilities(library: Library, given: Sequence[int]) -> list[int]:
+    """Those to build for: the given ones where the library can, or else that of the GPU which is here."""
+    if library.ahead_of_time and given:
+        for capability in given:
+            capability_of(library, capability)
+        return list(given)
+    try:
+        present = int("".join(map(str, open_device(0).compute_capability)))
+    except EngineError as error:
+        if library.ahead_of_time:
+            raise UsageError(f"name the GPU to build for, such as --capability 8.9 ({error})") from error
+        raise EngineError(f"{library} builds for the GPU that is present only: {error}") from error
+    if given and list(given) != [present]:
+        raise UsageError(
+            f"{library} builds for the GPU that is present only, of compute capability {as_text(present)}; "
+            "leave out --capability, or install moesr[tensorrt-rtx]"
+        )
+    return [present]
+
+
+def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
+    """The ONNX files that TensorRT runs: every graph's, or its parts'."""
+    for graph in manifest.graphs.values():
+        arrangement = graph.arrangement("parts")
+        if arrangement.file.endswith(SUFFIX):
+            steps = read_parts(directory / arrangement.file).steps
+            yield from (File(step.plan.file, step.plan.sha256) for step in steps if step.plan)
+        else:
+            yield File(arrangement.file, arrangement.sha256)
+
+
+def build_plans(
+    directory: Path,
+    manifest: Manifest,
+    given: Sequence[int],
+    *,
+    max_batch: int = MAX_BATCH,
+    on_stage: OnStage = lambda stage, share: None,
+) -> list[Built]:
+    """Build the plans of an engine into its directory; those that are there and fit are kept."""
+    library, built = load(), []
+    folder = directory / plans.PLANS_FOLDER
+    for capability in capabilities(library, given):
+        for file in graph_files(directory, manifest):
+            key = plans.key_of(library, file.sha256, capability, max_batch)
+            data = plans.read_plan(key, [folder])
+            if data is None:
+                stage = f"plan {file.file} for {as_text(capability)}"
+                data = build_plan(
+                    library,
+                    directory / file.file,
+                    capability,
+                    max_batch,
+                    on_progress=lambda share, stage=stage: on_stage(stage, share),
+                )
+                plans.write_plan(folder, key, file.file, data)
+            built.append(Built(folder / key.name, len(data)))
+    return built
+
+
+def kernel_steps(directory: Path, manifest: Manifest) -> list[KernelStep]:
+    """The uses of kernels by an engine's graphs."""
+    found = []
+    for graph in manifest.graphs.values():
+        arrangement = graph.arrangement("parts")
+        if arrangement.file.endswith(SUFFIX):
+            steps = read_parts(directory / arrangement.file).steps
+            found += [step.kernel for step in steps if step.kernel]
+    return found
+
+
+def build_kernels(directory: Path, manifest: Manifest, given: Sequence[int]) -> Path:
+    """Compile what an engine needs, the loop's kernels too, into its directory, without a GPU."""
+    from moesr.kernels.build import build
+    from moesr.kernels.plan import Case
+    from moesr.kernels.registry import LOOP, OPS
+
+    cases: dict[str, dict[str, Case]] = {}
+    for step in kernel_steps(directory, manifest):
+        case = Case(
+            f"{manifest.name}{manifest.tile}", {"batch": 1, "heads": 1, **step.shape}, step.dtype, 0.0
+        )
+        cases.setdefault(step.op, {})[f"{sorted(step.shape.items())} {step.dtype}"] = case
+    ops = [replace(OPS[op], deployed=tuple(found.values())) for op, found in cases.items()]
+    loop = [replace(op, deployed=tuple(c for c in op.deployed if c.dtype == "fp32")) for op in LOOP]
+    target = directory / KERNELS_FOLDER
+    try:
+        build(target, tuple(given), [*ops, *loop])
+    except OSError as error:
+        raise OutputError(f"{target}: cannot write the kernels: {reason(error)}") from error
+    return target
