@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesr.runtime import caches, console, fastest, memory
+from moesr.runtime import caches, console, doctor_gpu, fastest, memory
 from moesr.runtime.backends import BACKENDS, probe
 from moesr.runtime.cli import add_engine_options, engine_options
 from moesr.runtime.engines import engine_directory
@@ -23,7 +23,7 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.upscaler import Upscaler
 
-_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino")
+_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino", "cuda-core")
 _SMOKE_PX = 16  # side of the image of the smoke run
 
 
@@ -45,6 +45,8 @@ def examine(args: argparse.Namespace) -> int:
     _show_backends()
     directory = engine_directory(args.engine)
     manifest = Manifest.read(directory, verify=not args.no_verify)
+    for label, text in doctor_gpu.findings(directory):
+        _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
     options = engine_options(args)
     options["verify"] = False  # done above
