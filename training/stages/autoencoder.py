@@ -51,7 +51,7 @@ class AutoencoderObjective:
             codes = net.quantize(z.detach())
             codebook = F.mse_loss(codes, z.detach()) + stage.commitment * F.mse_loss(z, codes.detach())
             z = z + (codes - z).detach()
-        decoded = net.decoder(net.post_quant_conv(z), None, 1.0)
+        decoded = net.decoder(net.post_quant_conv(z), {}, 1.0)
         figures = {"code": codebook}
         total = codebook + pixel_loss(decoded, image, stage, figures)
         return total + frequency_loss(decoded, image, stage, figures), figures, decoded
