@@ -15,7 +15,6 @@ from moesr.kernels.launch import DTYPES
 from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, next_power_of_2
 
 ON_CHIP = 8192  # complex values of one column of a group of channels that the registers of a program hold
-CHUNK = 1024  # complex values at a time where they do not
 DENSE = 64  # up to this height a column is one dense product; also the largest factor
 DOT = 16  # the smallest inner size of a matrix product on tensor cores
 
@@ -111,7 +110,7 @@ def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Lau
             warps,
             stages,
         ),
-        _column_launch(column, tiling, dtype),
+        _column_launch(column, tiling, dtype, arch),
         Launch(
             "rows_inverse",
             ("spectrum", "even_inverse", "odd_inverse", "x", "scale", "shift", "y"),
@@ -123,15 +122,16 @@ def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Lau
     )
 
 
-def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str) -> Launch:
+def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch: int) -> Launch:
     """The whole column in registers where it fits in half precision; through the cache otherwise."""
     values = tiling.channels * tiling.p1 * tiling.p2
     arguments = ("spectrum", "w1", "b1", "w2", "b2", "dft_1", "dft_2", "twiddle")
     grid = ("HALF + 1", "GROUPS", "batch")
     if SIZES[dtype] == 2 and values <= ON_CHIP:
         return Launch("columns", arguments, constants, grid, max(4, values // 1024), 1)
-    chunk = max(1, min(tiling.channels, CHUNK // (tiling.p1 * tiling.p2)))
-    chunked = {"CHUNK": chunk, "FREQUENCIES": min(128, next_power_of_2(constants["H"]))}
+    at_once = 2048 if arch in (90, 100) else 512  # complex values; more spill
+    chunk = max(1, min(tiling.channels, at_once // (tiling.p1 * tiling.p2)))
+    chunked = {"CHUNK": chunk, "FREQUENCIES": max(DOT, min(64, next_power_of_2(constants["H"])))}
     return Launch("columns_cached", arguments, constants | chunked, grid, 4, 1)
 
 
@@ -144,9 +144,17 @@ def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[in
     if SIZES[dtype] == 4:
         blocks = (64, 64, 32 if asynchronous else 16)
     else:
-        blocks = (128, 128, 64) if asynchronous else (128, 64, 32)
-    block_h, block_r, block_k = (min(b, _pad(n)) for b, n in zip(blocks, (height, half, half), strict=True))
-    return (block_h, block_r, block_k), 8 if block_h * block_r >= 8192 else 4, 3 if asynchronous else 2
+        blocks = (128, 128, 32) if asynchronous else (128, 64, 32)
+    block_h, block_r, block_k = (_block(b, n) for b, n in zip(blocks, (height, half, half), strict=True))
+    return (block_h, block_r, block_k), 8 if block_h * block_r >= 8192 else 4, 4 if asynchronous else 2
+
+
+def _block(largest: int, n: int) -> int:
+    """The largest block that divides n, or one of 32 (less where n is) with a masked rest."""
+    block = min(largest, _pad(n))
+    while block > 32 and n % block:
+        block //= 2
+    return block
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -287,4 +295,5 @@ OP = Op(
     cost=cost,
     prepare=prepare,
     baseline=baseline,
+    max_spill_bytes=48,  # float32 columns on sm_120; none in half precision at 512 px
 )
