@@ -49,6 +49,8 @@ def decoder_graph(network: Autoencoder, latent_px: int, half: bool = False) -> G
             h = refine(g, h, decoder.unet_1)
     with g.scope("decoder.out"):
         h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
+        if config.lr_residual:
+            h = g.op("Add", g.float32(h), lr)
     g.output("image", h, image)
     return g.finish()
 
