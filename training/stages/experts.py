@@ -25,6 +25,7 @@ from moesr.training.stages.common import (
     CHECKPOINT,
     cpu_state,
     degradation,
+    first_stage_sizes,
     plain,
     publish,
     with_lr,
@@ -113,12 +114,13 @@ def make_pool(task: ExpertTask, data: Crops, run: Run, path: Path) -> Pool:
 
 def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
     """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
-    if plain(start.config.decoder) != plain(recipe.model.decoder):
+    sizes = first_stage_sizes(recipe)
+    if plain(start.config.decoder) != sizes:
         raise UsageError(
-            f"{start.directory}: its autoencoder has other sizes than the recipe's model.decoder; use the "
+            f"{start.directory}: its autoencoder has other sizes than the recipe's; use the "
             "recipe it was trained with"
         )
-    network = Autoencoder(plain(recipe.model.decoder))
+    network = Autoencoder(sizes)
     own = network.state_dict()
     network.load_state_dict({k: v for k, v in start.decoder().state_dict().items() if k in own})
     return network.requires_grad_(False).eval().to(run.device)
@@ -238,7 +240,7 @@ def train(
 
 
 def _publish(recipe: Recipe, fitted: list[Fitted], decoder: dict[str, Tensor], run: Run) -> None:
-    whole = dataclasses.replace(recipe.model, decoder=plain(recipe.model.decoder))
+    whole = dataclasses.replace(recipe.model, decoder=first_stage_sizes(recipe))
     publish(run.directory / CHECKPOINT, whole, [one.last for one in fitted], decoder)
     best = [one.best for one in fitted if one.best is not None]
     if len(best) == len(fitted):
