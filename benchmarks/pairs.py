@@ -12,8 +12,10 @@ from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.resize import imresize
 from moesr.training.demo_photos import photographs
 
-DEGRADATIONS = {"x4-blind": 4, "x4-bicubic": 4, "x8-bicubic": 8}
-"""Ways to make an LR image and their scale: Real-ESRGAN's blind degradation, or MATLAB's imresize."""
+DEGRADATIONS = {"x4-blind": 4, "x4-mild": 4, "x4-bicubic": 4, "x8-bicubic": 8}
+"""Ways to make an LR image, and their scale: blind as Real-ESRGAN's or mild as StableSR's, or by imresize."""
+
+BLIND = ("x4-blind", "x4-mild")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MULTIPLE = 8  # sides of an original are cut to a multiple of this
@@ -58,11 +60,11 @@ def _crop(image: np.ndarray, name: str) -> np.ndarray:
 def degrade(hr: np.ndarray, kind: str, name: str) -> np.ndarray:
     """LR image of an original, uint8 both; `kind` is one of DEGRADATIONS.
 
-    The blind degradation draws from a generator seeded by `name`, so a file gives the same LR image wherever
+    A blind degradation draws from a generator seeded by `name`, so a file gives the same LR image wherever
     it lies and whatever else is measured.
     """
     scale = DEGRADATIONS[kind]
-    if kind != "x4-blind":
+    if kind not in BLIND:
         return imresize(hr, hr.shape[0] // scale, hr.shape[1] // scale)
     import torch
 
@@ -70,5 +72,6 @@ def degrade(hr: np.ndarray, kind: str, name: str) -> np.ndarray:
 
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     batch = torch.tensor(hr).permute(2, 0, 1)[None].float() / 255
-    lr = degrade_blind(batch, BlindDegradation(scale=scale), torch.Generator().manual_seed(seed))
+    config = BlindDegradation(scale) if kind == "x4-blind" else BlindDegradation.mild(scale)
+    lr = degrade_blind(batch, config, torch.Generator().manual_seed(seed))
     return (lr[0] * 255).round().byte().permute(1, 2, 0).numpy()

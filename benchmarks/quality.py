@@ -23,7 +23,7 @@ import figures
 import metrics
 import numpy as np
 import perceptual
-from pairs import DEGRADATIONS, degrade, load_originals
+from pairs import BLIND, DEGRADATIONS, degrade, load_originals
 from PIL import Image
 from tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from tqdm import tqdm
@@ -40,7 +40,12 @@ Upscale = Callable[[np.ndarray], np.ndarray]  # uint8 LR [h, w, 3] -> uint8 SR [
 
 
 def methods(
-    up: Upscaler, samplers: Sequence[str], steps: Sequence[int], seed: int, color_fix: str = "adain"
+    up: Upscaler,
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    seed: int,
+    color_fix: str = "adain",
+    fidelity: float = 1.0,
 ) -> dict[str, Upscale]:
     """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps."""
     scale = up.manifest.scale
@@ -49,7 +54,8 @@ def methods(
         return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
 
     def sampled(sampler: str, count: int) -> Upscale:
-        return lambda lr: up(lr, steps=count, sampler=sampler, seed=seed, color_fix=color_fix)
+        options = {"steps": count, "sampler": sampler, "seed": seed}
+        return lambda lr: up(lr, **options, color_fix=color_fix, fidelity=fidelity)
 
     chosen = {f"{s.upper()} {count}": sampled(s, count) for s in samplers for count in steps}
     return {BICUBIC: bicubic, **chosen}
@@ -149,8 +155,8 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
-        f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, tile {m.tile} px, "
-        f"checkpoint {m.checkpoint_sha256[:12]}. "
+        f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, "
+        f"fidelity {args.fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
@@ -177,6 +183,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--sampler", nargs="+", choices=list(ETA), default=["ddpm"], help="(default: ddpm)")
     add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
+    add("--fidelity", type=float, default=1.0, metavar="W", help="0 free to 1 faithful (default %(default)s)")
     add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
     add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
     out = Path("benchmarks/results/quality")
@@ -186,8 +193,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def benchmark(args: argparse.Namespace) -> str:
     """Run the whole benchmark and write its files; returns the Markdown page."""
-    if args.draws < 1 or (args.draws > 1 and args.degrade != "x4-blind"):
-        raise UsageError("--draws: expected 1 or more, and more than 1 of the blind degradation only")
+    if args.draws < 1 or (args.draws > 1 and args.degrade not in BLIND):
+        raise UsageError("--draws: expected 1 or more, and more than 1 of a blind degradation only")
     originals = load_originals(args.hr)
     with Upscaler(args.engine, threads=args.threads) as up:
         if DEGRADATIONS[args.degrade] != up.manifest.scale:
@@ -195,7 +202,7 @@ def benchmark(args: argparse.Namespace) -> str:
                 f"--degrade {args.degrade} does not fit {up.manifest.name}, which upscales by "
                 f"{up.manifest.scale}; choose a degradation of that scale"
             )
-        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix)
+        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix, args.fidelity)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

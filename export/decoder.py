@@ -45,6 +45,8 @@ def decoder_graph(
             h = refine(g, h, decoder.unet_1)
     with g.scope("decoder.out"):
         h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
+        if config.lr_residual:
+            h = g.op("Add", g.float32(h), lr)
     g.output("image", h)
     return g.finish()
 

@@ -54,6 +54,8 @@ def silu(g: GraphBuilder, x: Value) -> Value:
 
 def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> Value:
     """GroupNorm of [B, C, H, W] with statistics in float32, then SiLU if asked, in the precision of `x`."""
+    if isinstance(norm, nn.Identity):
+        return silu(g, x) if activate else x
     assert isinstance(norm, nn.GroupNorm)
     groups, channels = norm.num_groups, norm.num_channels
     spatial = [x.size(axis) for axis in range(2, len(x.shape))]

@@ -156,7 +156,7 @@ def test_figures_with_matplotlib(engine, originals, tmp_path):
         (["--engine", "/nowhere"], 3, "no such engine"),
         (["--steps", "1001"], 2, "expected a whole number"),
         (["--draws", "0"], 2, "expected 1 or more"),
-        (["--draws", "2"], 2, "of the blind degradation only"),
+        (["--draws", "2"], 2, "of a blind degradation only"),
     ],
     ids=["scale", "originals", "engine", "steps", "no draws", "draws of bicubic"],
 )

@@ -67,13 +67,14 @@ class AutoencoderConfig:
     z_channels: int = 3
     embed_dim: int = 3
     codebook_size: int = 8192  # 0: a KL autoencoder without a quantiser
-    norm_groups: int = 32
+    norm_groups: int = 32  # 0: no normalisation outside the refinement, so that levels are kept
     fusion_level: int | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
     fusion_count: int = 1  # levels that are: this one and those of lower resolution after it
     fusion_blocks: int = 2  # RRDBs in the fusion layer
     fusion_growth: int = 32
     refinement: Literal["aff", "unet", "none"] = "aff"  # "unet": the ablation without the frequency filter
     filter_blocks: int = 8  # blocks of the AFF filter's block-diagonal layers
+    lr_residual: bool = False  # the decoder makes what the LR image lacks, and the two are added
 
     @property
     def fusion_levels(self) -> tuple[int, ...]:

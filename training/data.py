@@ -23,9 +23,10 @@ TRIES = 100  # photographs drawn in search of a readable one
 
 @dataclass(frozen=True)
 class Degradation:
-    """How LR images are made: MATLAB's bicubic, or Real-ESRGAN's blind degradation drawn for every sample.
+    """How LR images are made: MATLAB's bicubic, or a blind degradation drawn for every sample.
 
-    Of the blind ones, `bicubic_share` (0 to 1) are bicubic all the same.
+    The `kind` "blind" is Real-ESRGAN's, "mild" StableSR's. Of the blind ones, `bicubic_share` (0 to 1) are
+    bicubic all the same.
     """
 
     kind: str
@@ -48,7 +49,8 @@ class Degradation:
     def _blind(self, hr: Tensor, generator: torch.Generator) -> Tensor:
         if self.bicubic_share and float(torch.rand(1, generator=generator)) < self.bicubic_share:
             return self._bicubic(hr)
-        lr = degrade_blind(hr.float() / 255.0, BlindDegradation(scale=self.scale), generator)
+        config = BlindDegradation.mild(self.scale) if self.kind == "mild" else BlindDegradation(self.scale)
+        lr = degrade_blind(hr.float() / 255.0, config, generator)
         return (lr * 255.0).round().byte()
 
 
@@ -85,8 +87,12 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         cut = self.patch_px
         if augmentation.smallest_size < 1.0:
             cut = min(round(cut / draw.uniform(augmentation.smallest_size, 1.0)), *image.shape[:2])
-        y, x = (int(draw.integers(0, side - cut + 1)) for side in image.shape[:2])
-        pixels = image[y : y + cut, x : x + cut]
+        places = [
+            tuple(int(draw.integers(0, side - cut + 1)) for side in image.shape[:2])
+            for _ in range(augmentation.candidates)
+        ]
+        choices = [image[y : y + cut, x : x + cut] for y, x in places]
+        pixels = max(choices, key=detail) if len(choices) > 1 else choices[0]
         flip_y, flip_x, transpose = draw.integers(0, 2, size=3)
         pixels = pixels[:: 1 - 2 * flip_y, :: 1 - 2 * flip_x]
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
@@ -108,6 +114,12 @@ class Crops(Dataset[tuple[Tensor, ...]]):
             if image is not None and min(image.shape[:2]) >= self.patch_px:
                 return image
         raise InputError(f"{self.paths[0].parent}: {TRIES} photographs in a row are damaged; replace them")
+
+
+def detail(pixels: np.ndarray) -> float:
+    """Mean difference of green between neighbours in uint8 pixels [H, W, 3]."""
+    green = pixels[..., 1].astype(np.int16)
+    return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green, axis=1)).mean())
 
 
 def to_float(pixels: Tensor) -> Tensor:

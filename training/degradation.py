@@ -68,6 +68,34 @@ class BlindDegradation:
     second: ClassicalDegradation = field(default_factory=_second)
     final_sinc: float = 0.8
 
+    @classmethod
+    def mild(cls, scale: int = 4) -> BlindDegradation:
+        """StableSR's published one (Wang et al. 2023): less blur, half the noise, JPEG from quality 60 on.
+
+        The kernels of its second blur, at most 11 pixels wide as published, may here be wider.
+        """
+        first = ClassicalDegradation(
+            sigma_px=(0.2, 1.5),
+            resize_range=(0.3, 1.5),
+            noise_sigma=(1.0, 15.0),
+            poisson_scale=(0.05, 2.0),
+            jpeg_quality=(60, 95),
+            generalised_beta=(0.5, 2.0),
+            plateau_beta=(1.0, 1.5),
+        )
+        second = ClassicalDegradation(
+            blur=0.5,
+            sigma_px=(0.2, 1.0),
+            resize=(0.3, 0.4, 0.3),
+            resize_range=(0.6, 1.2),
+            noise_sigma=(1.0, 12.0),
+            poisson_scale=(0.05, 1.0),
+            jpeg_quality=(60, 100),
+            generalised_beta=(0.5, 2.0),
+            plateau_beta=(1.0, 1.5),
+        )
+        return cls(scale, first, second)
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -217,7 +245,7 @@ def _each(values: Tensor) -> Tensor:
 
 
 def jpeg(x: Tensor, qualities: Sequence[int]) -> Tensor:
-    """Compress and decompress each image of [B, 3, H, W] at its quality (1 to 95), with Pillow's codec."""
+    """Compress and decompress each image of [B, 3, H, W] at its quality (1 to 100), with Pillow's codec."""
     decoded = []
     for pixels, quality in zip(_to_bytes(x), qualities, strict=True):
         stream = io.BytesIO()

@@ -2,18 +2,33 @@
 
   python -m moesr.training.demo_photos photos
 
-They come with scikit-image, scikit-learn and Matplotlib; `photos/train` and `photos/validation` never share
-a scene. Scenes to train on are also written smaller, as Real-ESRGAN's were: detail of every size from few
-photographs, and fewer of the crops from plain textures and soft or scientific pictures.
+Some come with scikit-image, scikit-learn and Matplotlib, most from the Debian packages that
+`presets/demo_photos.toml` names with their authors and licences. apt-get fetches these; on other systems
+download them and name their folder with --packages. `photos/train` and `photos/validation` never share a
+scene. Photographs to train on are also written smaller, as Real-ESRGAN's were: detail of every size from few
+scenes, and from large ones sharper than a camera's own pixels.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import io
+import logging
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
+
+from moesr.runtime import console
+from moesr.training import debian
+
+log = logging.getLogger("moesr")
 
 SCENES = ("astronaut", "camera", "motorcycle", "china.jpg", "flower.jpg", "grace_hopper.jpg")
 OTHERS = (
@@ -29,10 +44,44 @@ OTHERS = (
 )
 VALIDATION = ("chelsea", "coffee", "rocket")
 SMALLER = (0.75, 0.5)
+CREDITS = "demo_photos.toml"
+HALVINGS = 2  # a photograph of a package is written at a half and a quarter too ...
+SHORTEST_PX = 400  # ... as far as that leaves this many pixels along its short side
+
+
+@dataclass(frozen=True)
+class Credit:
+    """A photograph in a Debian package, and whom it is from."""
+
+    name: str
+    package: str
+    path: str  # in the package
+    author: str
+    licence: str
+    split: str  # "train" or "validation"
+
+
+def catalogue() -> list[Credit]:
+    """The photographs of Debian packages, as the file beside the recipes lists them."""
+    text = (resources.files("moesr.training") / "presets" / CREDITS).read_text("utf-8")
+    tables = tomllib.loads(text)
+    kept_out = tables.pop("validation")
+    return [
+        Credit(
+            name=photo["name"],
+            package=package,
+            path=f"{table['folder']}/{photo['file']}",
+            author=photo["author"],
+            licence=photo["licence"],
+            split="validation" if photo["name"] in kept_out else "train",
+        )
+        for package, table in tables.items()
+        for photo in table["photographs"]
+    ]
 
 
 def photographs(split: str) -> dict[str, np.ndarray]:
-    """The photographs of `split` ("train" or "validation"), uint8 [H, W, 3] by name."""
+    """The photographs of Python packages in `split` ("train" or "validation"), uint8 [H, W, 3] by name."""
     if split == "validation":
         return {name: photograph(name) for name in VALIDATION}
     images = {Path(name).stem: photograph(name) for name in (*SCENES, *OTHERS)}
@@ -59,19 +108,69 @@ def photograph(name: str) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
-def main() -> None:
-    """Entry point of the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
+def packaged(packages: Path) -> Iterator[tuple[Credit, bytes]]:
+    """The photographs in the Debian packages in a folder, as files; what a package lacks is reported."""
+    listed = catalogue()
+    for package in sorted({credit.package for credit in listed}):
+        wanted = {credit.path: credit for credit in listed if credit.package == package}
+        deb = debian.find(package, packages)
+        for path, content in debian.read_files(deb, set(wanted)):
+            yield wanted.pop(path), content
+        for path in wanted:
+            log.warning("%s: %s is not in this version of the package; skipped", deb.name, path)
+
+
+def write_sizes(credit: Credit, content: bytes, folder: Path) -> list[Path]:
+    """Write one photograph as it is, and as PNG at a half and a quarter of its sides; returns the files.
+
+    To validate on only the smallest is written: a whole one takes minutes to measure.
+    """
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    sizes = [1 / 2**i for i in range(HALVINGS + 1) if i == 0 or min(image.size) >= SHORTEST_PX * 2**i]
+    written = []
+    for size in sizes if credit.split == "train" else sizes[-1:]:
+        if size == 1:
+            path = folder / f"{credit.name}{PurePosixPath(credit.path).suffix.lower()}"
+            path.write_bytes(content)
+        else:
+            path = folder / f"{credit.name}_{size:g}.png"
+            sides = round(image.width * size), round(image.height * size)
+            image.resize(sides, Image.Resampling.LANCZOS).save(path)
+        written.append(path)
+    return written
+
+
+def write(folder: Path, packages: Path | None) -> int:
+    """Write all photographs; `packages` holds the Debian packages, None has apt-get fetch them."""
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        if packages is None:
+            debian.download({credit.package for credit in catalogue()}, Path(scratch))
+        for credit, content in packaged(packages or Path(scratch)):
+            for path in write_sizes(credit, content, folder / credit.split):
+                print(path, f"{credit.author}, {credit.licence}")
+    for split in ("train", "validation"):
         for name, image in photographs(split).items():
             Image.fromarray(image).save(folder / split / f"{name}.png")
             print(folder / split / f"{name}.png", f"{image.shape[1]}x{image.shape[0]}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the module."""
+    p = argparse.ArgumentParser(
+        "moesr.training.demo_photos", description=__doc__, formatter_class=console.HelpFormatter
+    )
+    p.add_argument("folder", type=Path)
+    p.add_argument("--packages", type=Path, metavar="DIR", help="the Debian packages, downloaded already")
+    return p
+
+
+def main() -> int:
+    """Entry point of the module; returns the exit code."""
+    return console.run_program("demo_photos", parser, lambda args: write(args.folder, args.packages))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

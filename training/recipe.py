@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.records import build
-from moesr.training.config import ModelConfig
+from moesr.training.config import AutoencoderConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,10 @@ class DecoderStage(StageConfig):
     frequency_weight: float = 10.0  # lambda of Eq. 6
     colour_weight: float = 0.0  # as for the autoencoder
     gradient_weight: float = 0.0  # as for the autoencoder
+    free_share: float = 0.0  # of the samples, which are decoded with fidelity 0: from latents alone
+    energy_weight: float = (
+        0.0  # of these samples: local energy of detail, wherever it lies, so they are sharp
+    )
     wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
@@ -134,7 +138,8 @@ class DecoderStage(StageConfig):
         super().check(name)
         for entry in ("latents", "latent_steps", "latent_batch"):
             _check(f"{name}.{entry}", getattr(self, entry), 1)
-        _check(f"{name}.init_share", self.init_share, 0.0, 1.0)
+        for entry in ("init_share", "free_share"):
+            _check(f"{name}.{entry}", getattr(self, entry), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,12 @@ class Augmentation:
     shuffle_channels: bool = False  # an order of red, green and blue for every crop: every hue
     smallest_size: float = 1.0  # photographs are made smaller by a factor between this and 1
     least_contrast: float = 1.0  # differences from a crop's mean colour are multiplied by this to 1
+    candidates: int = 1  # places drawn in a photograph, of which the one with most detail is taken
 
     def __post_init__(self) -> None:
         _check("augmentation.smallest_size", self.smallest_size, 0.1, 1.0)
         _check("augmentation.least_contrast", self.least_contrast, 0.0, 1.0)
+        _check("augmentation.candidates", self.candidates, 1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,9 @@ class Recipe:
     """A model and how to train it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    degradation: Literal["bicubic", "blind"] = "bicubic"
+    # Of the latents, where stage 2 trains another network to decode them, with trainable "decoder+lr".
+    first_stage: AutoencoderConfig | None = None
+    degradation: Literal["bicubic", "blind", "mild"] = "bicubic"
     bicubic_share: float = 0.0  # of the samples of a blind recipe, which are degraded by bicubic alone
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
@@ -167,6 +176,8 @@ class Recipe:
     decoder: DecoderStage = field(default_factory=DecoderStage)
 
     def __post_init__(self) -> None:
+        if self.first_stage is not None:
+            self._check_first_stage(self.first_stage)
         _check("seed", self.seed, 0)
         _check("bicubic_share", self.bicubic_share, 0.0, 1.0)
         self.autoencoder.check("autoencoder")
@@ -178,6 +189,18 @@ class Recipe:
             patch: int = getattr(self, name).patch_px
             if patch % px:
                 raise UsageError(f"{name}.patch_px is {patch}, expected a multiple of {px} for this model")
+
+    def _check_first_stage(self, first: AutoencoderConfig) -> None:
+        """Raise UsageError unless the decoder takes the latents of `first` and is trained whole."""
+        mine = self.model.decoder
+        for entry in ("factor", "z_channels", "embed_dim", "codebook_size"):
+            if (got := getattr(mine, entry)) != (want := getattr(first, entry)):
+                raise UsageError(f"model.decoder has {entry} {got}, first_stage {want}; make them equal")
+        if self.decoder.trainable != "decoder+lr":
+            raise UsageError(
+                f'first_stage: decoder.trainable is "{self.decoder.trainable}", expected "decoder+lr", as '
+                "none of the other network's weights are kept"
+            )
 
 
 def presets() -> list[str]:

@@ -235,13 +235,22 @@ class Autoencoder(nn.Module):
         levels = self.config.fusion_levels
         return self.encoder.features(lr, levels) if levels else {}
 
-    def decode(self, z: Tensor, lr: Tensor | None = None, fidelity: Tensor | float = 1.0) -> Tensor:
+    def decode(
+        self,
+        z: Tensor,
+        lr: Tensor | None = None,
+        fidelity: Tensor | float = 1.0,
+        *,
+        quantised: bool = False,
+    ) -> Tensor:
         """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
 
         `lr` [B, 3, f*h, f*w] is the LR image resized to the output size, needed by an LR-conditioned decoder;
-        `fidelity` in [0, 1] is StableSR's fidelity-realism control, 1 in the published model.
+        `fidelity` in [0, 1] is StableSR's fidelity-realism control, 1 in the published model. Latents that
+        are `quantised` are codes already.
         """
-        if self.config.codebook_size:
+        if self.config.codebook_size and not quantised:
             z = self.quantize(z)
         features = {} if lr is None else self.lr_features(lr)
-        return self.decoder(self.post_quant_conv(z), features, fidelity)
+        image = self.decoder(self.post_quant_conv(z), features, fidelity)
+        return image + lr if self.config.lr_residual and lr is not None else image

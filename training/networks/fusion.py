@@ -14,9 +14,9 @@ RESIDUAL_SCALE = 0.2  # of dense blocks and of the RRDB around them
 SLOPE = 0.2
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm with the epsilon of the published autoencoder."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.Module:
+    """GroupNorm with the epsilon of the published autoencoder; the identity where `groups` is 0."""
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
 class ResnetBlock(nn.Module):

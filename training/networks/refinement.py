@@ -78,6 +78,7 @@ class AFFBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, filter_blocks: int | None) -> None:
         super().__init__()
+        groups = groups or 1  # a filter made from the spectrum that it filters needs a bounded one
         self.norm1 = nn.GroupNorm(groups, in_channels)
         self.mlp = InvertedResidual(in_channels, out_channels)
         self.up_dim = nn.Conv2d(in_channels, out_channels, 1)

@@ -19,7 +19,7 @@ from moesr.training.loop import Run, fit
 from moesr.training.losses import frequency_loss, pixel_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
-from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, plain, publish
+from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, first_stage_sizes, publish
 from moesr.training.validation import psnr
 
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
@@ -124,12 +124,12 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
 def prepare(recipe: Recipe) -> AutoencoderObjective:
     """The objective of this stage with fresh weights."""
     torch.manual_seed(recipe.seed)
-    return AutoencoderObjective(Autoencoder(plain(recipe.model.decoder)), recipe.autoencoder)
+    return AutoencoderObjective(Autoencoder(first_stage_sizes(recipe)), recipe.autoencoder)
 
 
 def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:
     """Train the first stage and write `run.directory/checkpoint`, a decoder-only checkpoint."""
-    stage, config = recipe.autoencoder, plain(recipe.model.decoder)
+    stage, config = recipe.autoencoder, first_stage_sizes(recipe)
     fitted = fit(prepare(recipe), stage, data, run, "autoencoder", held_out)
     name = f"{recipe.model.name}-autoencoder"
     model = ModelConfig(name=name, scale=recipe.model.scale, unet=None, decoder=config)

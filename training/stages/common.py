@@ -20,7 +20,14 @@ CHECKPOINT, BEST_CHECKPOINT = "checkpoint", "checkpoint-best"
 
 def plain(config: AutoencoderConfig) -> AutoencoderConfig:
     """The same sizes without LR fusion and refinement, which are trained later."""
-    return dataclasses.replace(config, fusion_level=None, refinement="none")
+    later = ("fusion_blocks", "fusion_growth", "filter_blocks", "lr_residual")
+    unused = {f.name: f.default for f in dataclasses.fields(config) if f.name in later}
+    return dataclasses.replace(config, fusion_level=None, refinement="none", **unused)
+
+
+def first_stage_sizes(recipe: Recipe) -> AutoencoderConfig:
+    """Sizes of the autoencoder that makes the latents."""
+    return plain(recipe.first_stage or recipe.model.decoder)
 
 
 def degradation(recipe: Recipe) -> Degradation:
@@ -30,7 +37,7 @@ def degradation(recipe: Recipe) -> Degradation:
 
 def with_lr(data: Crops, recipe: Recipe, device_type: str) -> Crops:
     """The crops with their LR images, unless these are better made on the device: blind ones, on a GPU."""
-    if recipe.degradation == "blind" and device_type != "cpu":
+    if recipe.degradation != "bicubic" and device_type != "cpu":
         return data
     return data.with_lr(degradation(recipe))
 

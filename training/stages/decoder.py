@@ -15,7 +15,7 @@ from moesr.training.adversarial import adaptive_weight, hinge_loss
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.data import Crops, resize_batch, to_float
 from moesr.training.loop import Fitted, Run, fit
-from moesr.training.losses import frequency_loss, pixel_loss, wavelet_colours
+from moesr.training.losses import energy_distance, frequency_loss, pixel_loss, wavelet_colours
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
 from moesr.training.perceptual import load_lpips
@@ -23,11 +23,12 @@ from moesr.training.recipe import DecoderStage, Recipe
 from moesr.training.stages import latents
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, publish
 from moesr.training.stages.experts import first_stage_of
-from moesr.training.stages.start import pass_lr
+from moesr.training.stages.start import add_to_lr, pass_lr
 from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
+CODES = ("quantize.", "post_quant_conv.")
 START_CROPS = 6  # of the batch that the last layer's start is fitted to
 
 
@@ -48,19 +49,25 @@ class DecoderObjective:
         last = self.network.decoder.conv_out.weight
         frozen = not last.requires_grad
         last.requires_grad_(not frozen or adversarial)  # the adaptive weight needs the gradient there
-        decoded, sr, target, _ = self._decode(batch)
+        fidelity = (torch.rand(len(batch[0]), 1, 1, 1) >= self.stage.free_share).to(batch[1].device).float()
+        decoded, sr, target, _ = self._decode(batch, fidelity)
         reconstruction, figures = self._reconstruction(decoded, sr, target)
         total = reconstruction + frequency_loss(sr, target, self.stage, figures)
+        if self.stage.energy_weight:
+            figures["energy"] = ((1.0 - fidelity) * energy_distance(sr, target)).mean()
+            total = total + self.stage.energy_weight * figures["energy"]
         if adversarial:
             total = total + self._adversarial(sr, target, reconstruction, last, figures)
             last.requires_grad_(not frozen)
         return total, figures
 
-    def _decode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _decode(
+        self, batch: Sequence[Tensor], fidelity: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decoded image, the same as it is compared, HR and the enlarged LR, [B, 3, P, P] in [-1, 1]."""
         _, hr, lr, z = batch
-        lr_up = to_float(resize_batch(lr, *hr.shape[-2:]))
-        decoded = self.network.decode(z, lr_up).float()
+        lr_up = to_float(resize_batch(lr, *hr.shape[-2:])).contiguous(memory_format=torch.channels_last)
+        decoded = self.network.decode(z, lr_up, fidelity, quantised=True).float()
         sr = wavelet_colours(decoded, lr_up) if self.stage.wavelet_colours else decoded
         return decoded, sr, to_float(hr), lr_up
 
@@ -113,9 +120,18 @@ def is_trained(name: str, stage: DecoderStage, levels: tuple[int, ...]) -> bool:
     return name.startswith(("encoder.conv_in.", *before, f"encoder.down.{last}.block."))
 
 
-def start_from(plain: Autoencoder, network: Autoencoder) -> None:
-    """Copy the first stage's weights; the new parts start close to passing features through."""
-    network.load_state_dict({**network.state_dict(), **plain.state_dict()})
+def codes_of(network: Autoencoder) -> dict[str, Tensor]:
+    """What a decoder needs of the first stage to read its latents."""
+    return {k: v for k, v in network.state_dict().items() if k.startswith(CODES)}
+
+
+def start_from(plain: Autoencoder, network: Autoencoder, *, whole: bool = True) -> None:
+    """Copy the first stage's weights; the new parts start close to passing features through.
+
+    Not `whole`: its codes only, where it is another network.
+    """
+    given = plain.state_dict() if whole else codes_of(plain)
+    network.load_state_dict({**network.state_dict(), **given})
     for fusion in network.decoder.fusions.values():
         # every path but the shortcuts of its last blocks, which then have only small biases to pass on
         for part in ("encode_enc_1.conv2", "encode_enc_1.conv_out", "encode_enc_3.conv2"):
@@ -142,9 +158,10 @@ def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None
     torch.manual_seed(recipe.seed)
     network = Autoencoder(model.decoder)
     if init is None:
-        start_from(first_stage_of(recipe, start, run).cpu(), network)
+        start_from(first_stage_of(recipe, start, run).cpu(), network, whole=recipe.first_stage is None)
     elif init.config.decoder == model.decoder:
-        network.load_state_dict(init.decoder().state_dict())
+        codes = codes_of(first_stage_of(recipe, start, run).cpu())
+        network.load_state_dict({**init.decoder().state_dict(), **codes})
     else:
         raise UsageError(f"{init.directory}: its decoder is {init.config.decoder}, expected {model.decoder}")
     return DecoderObjective(network, recipe.decoder, run.device)
@@ -187,7 +204,10 @@ def train(
         triples = latents.open_set(made, recipe, start)
     if stage.trainable == "decoder+lr" and init is None and objective.network.decoder.fusions:
         torch.manual_seed(recipe.seed)  # making latents may have drawn, unlike in another process
-        pass_lr(objective.network, default_collate([triples[i] for i in range(START_CROPS)]))
+        if objective.network.config.lr_residual:
+            add_to_lr(objective.network)
+        else:
+            pass_lr(objective.network, default_collate([triples[i] for i in range(START_CROPS)]))
     shown = None
     if held_out is not None:
         place = run.directory / VAL_LATENTS_NAME

@@ -26,6 +26,7 @@ from moesr.training.stages.common import (
     CHECKPOINT,
     cpu_state,
     degradation,
+    first_stage_sizes,
     plain,
     publish,
     with_lr,
@@ -116,12 +117,13 @@ def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> 
 
 def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
     """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
-    if plain(start.config.decoder) != plain(recipe.model.decoder):
+    sizes = first_stage_sizes(recipe)
+    if plain(start.config.decoder) != sizes:
         raise UsageError(
-            f"{start.directory}: its autoencoder has other sizes than the recipe's model.decoder; use the "
+            f"{start.directory}: its autoencoder has other sizes than the recipe's; use the "
             "recipe it was trained with"
         )
-    network = Autoencoder(plain(recipe.model.decoder))
+    network = Autoencoder(sizes)
     own = network.state_dict()
     network.load_state_dict({k: v for k, v in start.decoder().state_dict().items() if k in own})
     return network.requires_grad_(False).eval().to(run.device)
@@ -243,7 +245,7 @@ def _publish_if_complete(
     complete = [part for part in parts if part is not None]
     if parallel.any_process(len(complete) < count, run.device):
         return
-    whole = dataclasses.replace(recipe.model, decoder=plain(recipe.model.decoder))
+    whole = dataclasses.replace(recipe.model, decoder=first_stage_sizes(recipe))
     decoder = cpu_state(first_stage)
     publish(run.directory / CHECKPOINT, whole, [part.last for part in complete], decoder)
     best = [part.best for part in complete if part.best is not None]

@@ -1,9 +1,9 @@
 """The training set of stage 2: (LR, latent, HR) triples, the latents sampled by stage 1 from the LR images.
 
 A directory holds `set.json` (what the triples were made from) and shards `shard_00000.safetensors` with
-tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. A shard is
-written whole or not at all, so making the set again does what is missing; processes started by torchrun
-share the shards.
+tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. Latents are codes:
+finding these would take half of a narrow decoder's training. A shard is written whole or not at all, so
+making the set again does what is missing; processes started by torchrun share the shards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moesr.runtime import console
@@ -47,7 +47,7 @@ OPEN_SHARDS = 64  # files a loader process keeps mapped
 def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict[str, Any]:
     """What `count` triples of this recipe are made from: JSON values that must agree to go on with a set."""
     return {
-        "schema": 1,
+        "schema": 2,
         "triples": count,
         "shard": SHARD,
         "stage1": start.sha256(),
@@ -93,6 +93,8 @@ def _make_shards(
     except ValueError as error:
         raise UsageError(f"decoder.latent_steps: {error}") from error
     experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
+    first_stage = start.decoder().to(run.device)
+    quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
     hidden = run.quiet or parallel.rank() > 0
     with (
         stop_requests() as stopping,
@@ -101,7 +103,7 @@ def _make_shards(
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
-                _triples(indices[at : at + batch], experts, table, recipe, data, run.device)
+                _triples(indices[at : at + batch], experts, quantise, table, recipe, data, run.device)
                 for at in range(0, len(indices), batch)
             ]
             columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
@@ -113,6 +115,7 @@ def _make_shards(
 def _triples(
     indices: Sequence[int],
     experts: list[DenoisingUNet],
+    quantise: nn.Module,
     table: StepTable,
     recipe: Recipe,
     data: Crops,
@@ -122,7 +125,8 @@ def _triples(
     hr = data.crops(indices[0], len(indices)).to(device)
     lr = degradation(recipe)(hr, torch.tensor(indices))
     cond = condition(lr, recipe.model.scale, recipe.model.decoder.factor)
-    latents = sample(experts, cond, table, Draws(recipe.seed, SAMPLING, indices))
+    with torch.inference_mode():
+        latents = quantise(sample(experts, cond, table, Draws(recipe.seed, SAMPLING, indices)))
     return lr.cpu(), latents.cpu(), hr.cpu()
 
 

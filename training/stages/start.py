@@ -5,6 +5,7 @@ Not of the papers, whose networks are wide and start from published weights.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -21,7 +22,11 @@ KEPT = 0.03  # of the first stage's features, which are an order of magnitude ab
 OFFSETS = 3.0  # deviation of the constants beside colours
 RIDGE = 1e-4
 
-PASSING = re.compile(r"conv_in$|.*(downsample\.conv|upsample\.conv|nin_shortcut)$")
+PASSING = re.compile(r"(.*\.)?(conv_in|downsample\.conv|upsample\.conv|nin_shortcut|encode_enc_1\.conv_out)")
+ENDING = re.compile(r".*(block[._]\d+|encode_enc_\d)\.conv2")  # of residual blocks
+OTHERS = re.compile(r".*(quant_conv|attn_1\.\w+|unet_1\..*)")  # which start as PyTorch has them
+GAINS, HE = {1.0: PASSING, 0.5: ENDING}, 2.0  # over a layer's inputs: the variance of its weights
+FAINT = 1e-3  # deviation of the last layer's weights
 RESIDUAL = re.compile(r".*(block\.\d+\.conv2|rdb\d\.conv5)$")
 
 
@@ -41,6 +46,24 @@ def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float
             elif RESIDUAL.fullmatch(name):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def add_to_lr(network: Autoencoder) -> None:
+    """Start a decoder that adds to the LR image: from nothing, with layers that keep the scale of features.
+
+    Without normalisation PyTorch's start loses a third of the variance at every layer, and with it the
+    gradient.
+    """
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not OTHERS.fullmatch(name):
+            gain = next((gain for gain, names in GAINS.items() if names.fullmatch(name)), HE)
+            nn.init.normal_(layer.weight, std=math.sqrt(gain / layer.weight[0].numel()))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    nn.init.normal_(network.decoder.conv_out.weight, std=FAINT)
+    nn.init.zeros_(network.decoder.conv_in.weight)  # a latent's features would drown the LR image's
+    pass_refinement(network)
 
 
 @torch.no_grad()
@@ -64,12 +87,17 @@ def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
     pass_on(list(decoder.up[:level].named_modules()), 0.0, OFFSETS)
     if level:
         pass_on([("upsample.conv", decoder.up[level].get_submodule("upsample.conv"))], 0.0, OFFSETS)
-    refinement = getattr(decoder, "unet_1", None)
+    pass_refinement(network)
+    fit_last_layer(network, batch)
+
+
+def pass_refinement(network: Autoencoder) -> None:
+    """Let the refinement network, where there is one, start by adding nothing to what it sees."""
+    refinement = getattr(network.decoder, "unet_1", None)
     if refinement is not None:
         for block in (refinement.conv1, refinement.up_conv2):
             nn.init.zeros_(block.norm2.weight)
             nn.init.zeros_(block.mlp.block.red_1x1.block.norm.weight)
-    fit_last_layer(network, batch)
 
 
 def fit_last_layer(network: Autoencoder, batch: Sequence[Tensor]) -> None:
