@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -324,20 +325,28 @@ def test_interrupt_between_the_renames_brings_the_old_checkpoint_back(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_checkpoint import FAMILIES, make_networks
+from moesr.training.checkpoint import save_checkpoint
+
+experts, decoder = make_networks(FAMILIES["moe"])
+
+def killed_at_the_second():
+    yield experts[0].state_dict()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+save_checkpoint(Path(sys.argv[1]), FAMILIES["moe"], killed_at_the_second(), decoder.state_dict(), force=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_what_a_killed_process_left_is_removed(tmp_path):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["moe"]).sha256()
-    experts, decoder = make_networks(FAMILIES["moe"])
-
-    def killed_at_the_second():
-        yield experts[0].state_dict()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        save_checkpoint(directory, FAMILIES["moe"], killed_at_the_second(), decoder.state_dict(), force=True)
-    os.waitpid(child, 0)
+    command = [sys.executable, "-c", KILLED, str(directory)]
+    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2
     assert load_checkpoint(directory).sha256() == digest
     save(directory, FAMILIES["moe"], force=True)
