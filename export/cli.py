@@ -46,7 +46,8 @@ def _export(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     precision, kernels = "fp16" if args.fp16 else "fp32", args.tensorrt and not args.no_kernels
     if args.tensorrt:
-        tensorrt.capabilities(load(), args.capability)  # what is missing is missed before any work
+        tensorrt.check_compiler()  # what is missing is missed before any work
+        tensorrt.capabilities(load(), args.capability)
         args.target = "both" if args.target == "cpu" else args.target
     own = next(iter(package.lowerings(args.target, precision, args.store).values()))
     directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
@@ -92,11 +93,11 @@ def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) 
 
         built = tensorrt.build_plans(directory, manifest, targets, on_stage=on_stage)
         bar.set_description("kernels")
-        kernels = None if args.no_kernels else tensorrt.build_kernels(directory, manifest, targets)
+        kernels = tensorrt.build_kernels(directory, manifest, targets)
     if not args.quiet:
         size = sum(plan.nbytes for plan in built) / MEGA
-        made = f" and kernels in {kernels}" if kernels else ""
-        console.say(f"built {len(built)} plans in {directory / 'tensorrt'} ({size:.1f} MB){made}")
+        where = directory / "tensorrt"
+        console.say(f"built {len(built)} plans in {where} ({size:.1f} MB) and kernels in {kernels}")
 
 
 def _summary(manifest: Manifest, directory: Path) -> str:
@@ -173,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--no-kernels",
         action="store_true",
-        help="with --tensorrt, leave the decoder in one graph that needs none of our kernels",
+        help="with --tensorrt, leave the decoder in one graph that needs none of our kernels inside",
     )
     add("--tile", type=int, default=512, metavar="PX", help="side of a tile in output pixels (default: 512)")
     add("--force", action="store_true", help="replace an existing engine directory")

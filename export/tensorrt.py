@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,15 @@ class Built:
 
     directory: Path
     nbytes: int
+
+
+def check_compiler() -> None:
+    """UsageError where the kernels that every GPU needs cannot be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "--tensorrt compiles kernels with triton, which is not installed; install it with: "
+            "pip install 'moesr[kernels]'"
+        )
 
 
 def capabilities(library: Library, given: Sequence[int]) -> list[int]:

@@ -130,6 +130,7 @@ class SimulatedDriver:
         arguments: Sequence[np.generic],
     ) -> None:
         entry, constants = kernel
+        assert all(int(a) % 16 == 0 for a in arguments if isinstance(a, np.uint64))  # as was compiled for
         values = [int(a) if isinstance(a, np.integer) else float(a) for a in arguments]
         self._add(entry, lambda: (self.kernels.append(entry), RUN[entry](self, constants, grid, *values)))
 

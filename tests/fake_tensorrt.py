@@ -55,8 +55,17 @@ class FakeEngine:
     def _view(self, name: str, shape: tuple[int, ...], addresses: dict[str, int]) -> np.ndarray:
         return self.driver.view(addresses[name], int(np.prod(shape)), np.float32).reshape(shape)
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "USER_MANAGED"
+    def create_runtime_config(self) -> SimpleNamespace:
+        config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="LAZY")
+        config.set_execution_context_allocation_strategy = lambda s: setattr(config, "allocation", s)
+        return config
+
+    def create_execution_context(self, given: Any) -> FakeContext:
+        """`given` is a configuration, or a strategy where the library has no other choices."""
+        if not isinstance(given, str):
+            assert given.dynamic_shapes_kernel_specialization_strategy == "EAGER"
+            given = given.allocation
+        assert given == "USER_MANAGED"
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -91,7 +100,9 @@ class FakeContext:
         return True
 
 
-def fake_library(engines: Mapping[bytes, Any] | None = None, version: str = "9.9") -> Library:
+def fake_library(
+    engines: Mapping[bytes, Any] | None = None, version: str = "9.9", flavour: str = "tensorrt_rtx"
+) -> Library:
     """A library whose plans are the keys of `engines`; other plans do not load."""
     errors: list[str] = []
 
@@ -110,4 +121,6 @@ def fake_library(engines: Mapping[bytes, Any] | None = None, version: str = "9.9
         TensorIOMode=SimpleNamespace(INPUT="INPUT"),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
     )
-    return Library("tensorrt_rtx", version, module, None, errors)
+    if flavour == "tensorrt_rtx":
+        module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="EAGER")
+    return Library(flavour, version, module, None, errors)

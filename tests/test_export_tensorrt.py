@@ -38,6 +38,7 @@ def library(monkeypatch):
         return f"plan of {path.name} for {capability}".encode()
 
     monkeypatch.setattr(tensorrt, "build_plan", build_plan)
+    monkeypatch.setattr(tensorrt, "check_compiler", lambda: None)
     return built
 
 
@@ -64,6 +65,7 @@ def test_plans_of_every_graph_and_part(checkpoint, tmp_path, library, monkeypatc
 
 
 def test_plans_that_are_there_are_kept(checkpoint, tmp_path, library, monkeypatch):
+    monkeypatch.setattr(tensorrt, "build_kernels", lambda directory, manifest, targets: directory)
     assert export(checkpoint, tmp_path / "e", "--no-kernels", "--capability", "8.9", "--quiet") == 0
     before = len(library)
     tensorrt.build_plans(tmp_path / "e", Manifest.read(tmp_path / "e"), [89])
@@ -77,6 +79,13 @@ def test_gpus_that_cannot_be_built_for(checkpoint, tmp_path, library, capsys):
     with pytest.raises(SystemExit):
         export(checkpoint, tmp_path / "e", "--capability", "ninety")
     assert "'ninety', expected two numbers such as 8.9" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_without_a_compiler_nothing_is_begun(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
+    assert export(checkpoint, tmp_path / "e", "--capability", "8.9") == 2
+    assert "pip install 'moesr[kernels]'" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 

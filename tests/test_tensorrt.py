@@ -200,12 +200,13 @@ class TensorRTRig(CudaRig):
         def open_graph(role: str) -> TensorRTSession:
             graph = manifest.graphs[role]
             self.engines[role] = FakeEngine(self.driver, graph.boundary, FUNCTIONS.get(role, eps_of))
-            return TensorRTSession(fake_library(), self.engines[role], Path(graph.file), graph.boundary)
+            library = fake_library(flavour="tensorrt_rtx" if keep_all else "tensorrt")
+            return TensorRTSession(library, self.engines[role], Path(graph.file), graph.boundary)
 
         self.residency._open, self.residency._keep_all = open_graph, keep_all
 
 
-@pytest.mark.parametrize("keep_all", [True, False], ids=["all", "few"])
+@pytest.mark.parametrize("keep_all", [True, False], ids=["all, RTX", "few, data centre"])
 def test_the_loop_over_plans_gives_what_the_host_gives(tmp_path, keep_all):
     manifest = Manifest.read(build_engine(tmp_path / "engine"))
     host, rig = Rig(manifest, 4), TensorRTRig(manifest, tmp_path, 4, keep_all)

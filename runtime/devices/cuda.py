@@ -23,7 +23,7 @@ from moesr.runtime.devices import Canvas, Mean, Slot
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
-from moesr.runtime.devices.tables import BLEND_COLUMNS, GATHER_COLUMNS, STEP_COLUMNS, Table, step_row
+from moesr.runtime.devices.tables import STEP_COLUMNS, Table, step_row
 from moesr.runtime.graphs import TensorSpec
 from moesr.runtime.kernel_files import KernelFiles, Launch
 from moesr.runtime.samplers import Coefficients
@@ -193,23 +193,23 @@ class CudaDevice:
         for name in slots[0].sources:
             buffer, canvases = buffers[name], [slot.sources[name] for slot in slots]
             rows = [_gather_row(canvas, slot) for canvas, slot in zip(canvases, slots, strict=True)]
-            table, start = self._table.add(np.array(rows, np.int64)), 0
-            size = buffer.spec.shape(1)[1:]
+            start, size = 0, buffer.spec.shape(1)[1:]
             for pixel_bytes, run in groupby(canvas.data.dtype.itemsize for canvas in canvases):
                 count = len(list(run))
-                at = table + start * GATHER_COLUMNS * 8, buffer.address + start * math.prod(size) * 4
-                launches.append(self._loop.gather(*at, self._ignored_t.address, count, size, pixel_bytes))
+                table = self._table.add(np.array(rows[start : start + count], np.int64))
+                at = table, buffer.address + start * math.prod(size) * 4, self._ignored_t.address
+                launches.append(self._loop.gather(*at, count, size, pixel_bytes))
                 start += count
         return launches
 
     def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[Launch]:
         """One launch, or more where slots differ in their windows."""
-        table, start = self._table.add(np.array([_blend_row(slot) for slot in slots], np.int64)), 0
-        launches, size = [], output.spec.shape(1)[1:]
+        rows, launches, start, size = list(map(_blend_row, slots)), [], 0, output.spec.shape(1)[1:]
         for weights, run in groupby(slot.target.weights.address for slot in slots):
             count = len(list(run))
-            at = table + start * BLEND_COLUMNS * 8, output.address + start * math.prod(size) * 4
-            launches.append(self._loop.blend(*at, weights, count, size))
+            table = self._table.add(np.array(rows[start : start + count], np.int64))
+            at = table, output.address + start * math.prod(size) * 4, weights
+            launches.append(self._loop.blend(*at, count, size))
             start += count
         return launches
 

@@ -1,17 +1,15 @@
-"""Tables by which kernels reach canvases: rows of int64, as `kernels/*/kernel.py` read them."""
+"""Tables by which kernels reach canvases: rows of int64, as `kernels/*/kernel.py` read them.
+
+tile_gather   address of the canvas, plane and row strides in elements, y, x, t (which is not used here)
+tile_blend    addresses of the sums, of the sum of weights and of the flag; plane and row strides; y, x
+sampler_step  addresses of z, of the sums and of three float32 coefficients; elements; seed; step + 1
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-GATHER_COLUMNS = 6
-"""Address of the canvas (0: empty slot), plane and row strides in elements, y, x, t."""
-
-BLEND_COLUMNS = 7
-"""Addresses of the sums (0: empty slot), the sum of weights and the flag; plane and row strides; y, x."""
-
 STEP_COLUMNS = 6
-"""Addresses of z, of the sums and of three float32 coefficients; elements; seed; step + 1."""
 
 _ALIGNMENT = 16  # of every buffer of a kernel, bytes
 

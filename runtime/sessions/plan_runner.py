@@ -59,8 +59,7 @@ class PlanRunner:
             raise self._failure("does not run")
 
     def _context(self, batch: int) -> Any:
-        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._settings())
         if context is None:
             raise self._failure("cannot be prepared")
         if self.work_bytes:
@@ -70,6 +69,19 @@ class PlanRunner:
         if not (shaped and all(context.set_tensor_address(name, self._addresses[name]) for name in names)):
             raise self._failure(f"does not take {batch} tiles")
         return context
+
+    def _settings(self) -> Any:
+        """How contexts take their memory, and where there is a choice of kernels, when they are made."""
+        trt = self._library.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # a CUDA graph would keep the slower kernels that runs begin with while better ones are compiled
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        return config
 
     def _failure(self, what: str) -> EngineError:
         return EngineError(
