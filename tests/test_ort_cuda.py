@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime as ort
 import pytest
+from cuda_simulation import SimulatedDriver
 from engines import build_engine
 
 from moesr.runtime import backends
@@ -43,7 +44,8 @@ def test_runs_go_between_the_addresses_of_buffers(graph):
     session = ort_cuda.CudaOnnxSession(ort, opened(path), path, boundary, ("cpu", 0))
     rng = np.random.default_rng(1)
     arrays = {s.name: rng.random(s.shape(3), np.float32) for s in (*boundary.inputs, *boundary.outputs)}
-    buffers = {name: SimpleNamespace(address=array.ctypes.data) for name, array in arrays.items()}
+    driver = SimulatedDriver()
+    buffers = {n: SimpleNamespace(address=a.ctypes.data, driver=driver) for n, a in arrays.items()}
     session.bind(buffers, 3)
     for batch in (2, 3):
         arrays["image"][:] = np.nan
@@ -56,7 +58,10 @@ def test_runs_go_between_the_addresses_of_buffers(graph):
     session.abort()
     with pytest.raises(EngineError, match="told to stop"):
         session.enqueue(1)
+    late = []
+    driver.library_call("run", lambda: late.append(1))
     session.close()
+    assert late  # was waited for
 
 
 def test_settings_of_the_provider():

@@ -16,8 +16,10 @@ from graphs import random_decoder, random_expert
 from test_cuda_device import CudaRig, alike
 from test_worker import FUNCTIONS, Rig, eps_of
 
+from moesr.export import cutting
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
+from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import lowering
 from moesr.runtime import plans, tensorrt_library
 from moesr.runtime.errors import EngineError
@@ -55,16 +57,28 @@ def graph(tmp_path: Path) -> Path:
 # Plans of small networks, in the arrangement and precision of a GPU.
 
 
-@pytest.mark.parametrize("role", ["expert", "decoder"])
-def test_plans_build_without_a_gpu(rtx, tmp_path, role):
-    choices = lowering("gpu", "fp16")
-    build = {"expert": lambda: expert_graph(random_expert(0), TILE // 4, choices)}
-    build["decoder"] = lambda: decoder_graph(random_decoder(), TILE // 4, choices)
-    path, shares = tmp_path / f"{role}.onnx", []
-    path.write_bytes(build[role]().to_bytes())
+def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path):
+    path, shares = tmp_path / "expert.onnx", []
+    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
     plan = build_plan(rtx, path, 89, 4, workspace_bytes=1 << 28, on_progress=shares.append)
     assert len(plan) > 100_000
     assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 20
+
+
+def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path):
+    choices = replace(lowering("gpu", "fp16"), kernels=True)
+    for part in cutting.cut(decoder_graph(random_decoder(), TILE // 8, choices)):
+        if not isinstance(part, KernelCall):
+            path = tmp_path / "part.onnx"
+            path.write_bytes(part.SerializeToString())
+            assert build_plan(rtx, path, 89, 4)
+
+
+@pytest.mark.slow
+def test_a_whole_decoders_plan_builds_without_a_gpu(rtx, tmp_path):
+    path = tmp_path / "decoder.onnx"
+    path.write_bytes(decoder_graph(random_decoder(), TILE // 4, lowering("gpu", "fp16")).to_bytes())
+    assert len(build_plan(rtx, path, 89, 4)) > 100_000
 
 
 def test_a_gpu_that_the_library_does_not_know(rtx, tmp_path):

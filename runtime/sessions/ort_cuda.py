@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.devices.cuda import Buffer
+from moesr.runtime.devices.driver import Driver
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Boundary
 from moesr.runtime.sessions import Options
@@ -66,6 +67,7 @@ class CudaOnnxSession:
         self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
         self._device = device
         self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles
+        self._driver: Driver | None = None
         self._aborted = False
 
     @property
@@ -75,7 +77,7 @@ class CudaOnnxSession:
 
     def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
         """See `Session.bind`."""
-        self._runs = []
+        self._runs, self._driver = [], buffers[self._boundary.outputs[0].name].driver
         for batch in range(1, max_batch + 1):
             binding, options = self._session.io_binding(), self._ort.RunOptions()
             for specs, bind in (
@@ -107,6 +109,8 @@ class CudaOnnxSession:
         self._aborted = True
 
     def close(self) -> None:
-        """See `Session.close`."""
+        """See `Session.close`; waits for what is enqueued."""
+        if self._driver:
+            self._driver.synchronize()
         self._runs = []
         del self._session
