@@ -204,7 +204,7 @@ def test_levels_pass_without_normalisation():
     torch.manual_seed(0)
     net, z = Autoencoder(config).eval(), torch.ones(1, 3, 4, 4)
     with torch.no_grad():
-        flat, brighter = (net.decoder(scale * z, None, 1.0)[..., 4:-4, 4:-4].mean() for scale in (1.0, 3.0))
+        flat, brighter = (net.decoder(scale * z, {}, 1.0)[..., 4:-4, 4:-4].mean() for scale in (1.0, 3.0))
     assert abs(float(flat - brighter)) > 1e-4
 
 
@@ -224,7 +224,7 @@ def test_free_samples_are_decoded_from_their_latents(share, start, tmp_path):
     task = decoder.prepare(dataclasses.replace(of, decoder=stage), start, tiny.run(tmp_path))
     torch.manual_seed(0)
     hr, lr = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (32, 8))
-    fusion = task.network.decoder.fusion
+    (fusion,) = task.network.decoder.fusions.values()
     assert fusion is not None
     nn.init.normal_(fusion.get_parameter("encode_enc_3.conv2.weight"))  # zero at first
     total, figures = task.loss([torch.arange(2), hr, lr, torch.randn(2, 3, 8, 8)], 0)
