@@ -9,6 +9,7 @@ blends in pixels. A pass allocates its canvases when it begins; it is driven fro
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ Grid = list[tuple[int, int]]  # origins (y, x) of tiles
 Size = tuple[int, int]  # height and width of a latent canvas
 
 
-class Pass:
+class Pass(ABC):
     """Tiles of one image that need a graph. `cursor` counts those of this round that ran."""
 
     stage: ClassVar[str]
@@ -44,9 +45,9 @@ class Pass:
         self._manifest, self._sources, self._scalars = manifest, sources, scalars
 
     @property
+    @abstractmethod
     def role(self) -> str:
         """The graph that the next tiles need."""
-        raise NotImplementedError
 
     @property
     def upcoming(self) -> str | None:
