@@ -110,7 +110,7 @@ def resident():
 
 import onnxruntime
 before = resident()
-up = Upscaler()
+up = Upscaler(backend="onnxruntime")
 up(np.zeros((64, 64, 3), np.uint8), steps=4)
 working = resident()
 up.close()
