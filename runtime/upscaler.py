@@ -117,7 +117,7 @@ class Upscaler:
             shared=self.backend.shares_memory,
         )
         residency = Residency(opener, self._admission.keep_all)
-        self._worker = Worker(self.manifest, place, residency, self._costs, self.backend.max_batch)
+        self._worker = Worker(place, residency, self._costs, self.backend.max_batch)
         self._release = weakref.finalize(self, _close, self._worker, self.backend)
 
     def __enter__(self) -> Upscaler:

@@ -16,7 +16,6 @@ from moesr.runtime.costs import Costs
 from moesr.runtime.devices import Device
 from moesr.runtime.errors import UsageError
 from moesr.runtime.jobs import Job
-from moesr.runtime.manifest import Manifest
 from moesr.runtime.policy import Share, next_shares
 from moesr.runtime.residency import Residency
 from moesr.runtime.sessions import Session
@@ -28,10 +27,8 @@ CLOSED = "this Upscaler is closed; open another"
 class Worker:
     """Runs jobs, the oldest first; `submit`, `wait` and `cancel` may be called from any thread."""
 
-    def __init__(
-        self, manifest: Manifest, device: Device, residency: Residency, costs: Costs, max_batch: int
-    ) -> None:
-        self._manifest, self._device, self._residency = manifest, device, residency
+    def __init__(self, device: Device, residency: Residency, costs: Costs, max_batch: int) -> None:
+        self._device, self._residency = device, residency
         self._costs, self._max_batch = costs, max_batch
         self._jobs: list[Job] = []  # the oldest first
         self._changed = threading.Condition()

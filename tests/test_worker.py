@@ -78,7 +78,7 @@ class Rig:
 
         self.residency = Residency(open_graph, keep_all)
         self.costs = Costs(manifest.graphs)
-        self.worker = Worker(manifest, self.device, self.residency, self.costs, max_batch)
+        self.worker = Worker(self.device, self.residency, self.costs, max_batch)
 
     def job(self, height: int, width: int, lr: np.ndarray | None = None, **options: Any) -> Job:
         values = {"steps": 4, "sampler": "ddpm", "seed": 1, "fidelity": 1.0} | options
