@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moesr.runtime.cuda_driver import CudaDriver
 from moesr.runtime.devices import Device
-from moesr.runtime.devices.cuda import CudaDevice
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.graphs import Graph
-from moesr.runtime.kernel_files import KernelFiles, find_kernels
 from moesr.runtime.options import PRECISIONS, check_device, check_threads, whole
 from moesr.runtime.sessions import Offer, Options, Session
 
@@ -68,6 +65,10 @@ class Backend:
         """
         if self.options.kind == "cpu":
             return HostDevice()
+        from moesr.runtime.cuda_driver import CudaDriver  # a CPU's start does not wait for these
+        from moesr.runtime.devices.cuda import CudaDevice
+        from moesr.runtime.kernel_files import KernelFiles, find_kernels
+
         driver = CudaDriver(self.options.index)
         kernels = KernelFiles(find_kernels(directory), driver)
         log.info("on %s with kernels for %s", driver.name, kernels.architecture)
