@@ -60,7 +60,10 @@ def run(
 def describe(manifest: Manifest, options: Mapping[str, Any]) -> Record:
     """The record of results that `options` make with an engine, its defaults filled in; no source yet."""
     defaults = {"steps": manifest.steps, "sampler": manifest.sampler, "fidelity": manifest.fidelity}
+    defaults["guidance"] = manifest.guidance
     settings = {k: defaults.get(k) if value is None else value for k, value in options.items()}
+    if settings.get("guidance") == 1.0:  # none, as in records of engines that know no prompts
+        del settings["guidance"]
     engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
     return Record(manifest.scale, engine, settings)
 

@@ -17,6 +17,9 @@ from typing import Any
 
 from moesr.runtime import console
 
+OPTIONS = ("steps", "sampler", "seed", "color_fix", "fidelity", "guidance")
+"""That say how an image is made: those of `Upscaler.map`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `moesr-run`; returns the exit code."""
@@ -31,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
     options.check_seed(args.seed)
     if args.fidelity is not None:
         options.check_fidelity(args.fidelity)
+    if args.guidance is not None:
+        options.check_guidance(args.guidance)
     options.check_threads(args.threads)
     options.check_device(args.device)
     paths.check_usage(args.inputs, args.output)
-    settings = {name: getattr(args, name) for name in ("steps", "sampler", "seed", "color_fix", "fidelity")}
+    settings = {name: getattr(args, name) for name in OPTIONS}
     with Upscaler(args.engine, **engine_options(args)) as upscaler:
         return batch.run(upscaler, args.inputs, args.output, settings, force=args.force, quiet=args.quiet)
 
@@ -67,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
         help="towards the input's colours (default: %(default)s)",
     )
     p.add_argument("--fidelity", type=float, metavar="W", help="0 free to 1 faithful (default: the engine's)")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="strength by which prompts guide: 1 none, 0 the negative prompt alone, beyond 1 away from it "
+        "(default: the engine's)",
+    )
     p.add_argument("--force", action="store_true", help="overwrite results that exist")
     add_engine_options(p)
     p.add_argument(

@@ -3,13 +3,14 @@
 =======  =======================================================================  ============================
 role     inputs                                                                   output
 =======  =======================================================================  ============================
-expert   `z_t` [B, C, h, w], `cond` [B, 3 or C, h, w], `t` [B]                    `eps`, `x0` or `v`, as `z_t`
+expert   `z_t` [B, C, h, w], `cond` [B, 3 or C, h, w], `t` [B], `prompt` [B]      `eps`, `x0` or `v`, as `z_t`
 decoder  `z` [B, C, h, w], `lr` [B, 3, H, W], `fidelity` [B] (or [1])             `image` [B, 3, H, W]
 encoder  `image` [B, 3, H, W], `noise` [B, C, h, w]                               `latent` [B, C, h, w]
 =======  =======================================================================  ============================
 
 float32 at the boundary whatever the inside; images in [-1, 1]; h, w the tile in latent pixels, H, W in output
-pixels. A graph may do without any input but the first of its row.
+pixels. A graph may do without any input but the first of its row. `prompt` says by which of two prompts a
+tile is made, 1 being the negative one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def boundary_of(
     prediction: str = "eps",
     *,
     with_latent: bool = False,
+    with_prompt: bool = False,
 ) -> Boundary:
     """All that the runtime can feed to the graph of a role, and what it takes from it.
 
-    `tile` in output pixels; `with_latent`: the condition is a latent.
+    `tile` in output pixels; `with_latent`: the condition is a latent; `with_prompt`: there are two prompts.
     """
     side = tile // latent_factor
     latent = (BATCH, latent_channels, side, side)
@@ -44,6 +46,7 @@ def boundary_of(
         inputs, output = {"image": image, "noise": latent}, ("latent", latent)
     else:
         inputs, output = {"z_t": latent, "cond": condition, "t": (BATCH,)}, (prediction, latent)
+        inputs |= {"prompt": (BATCH,)} if with_prompt else {}
     return Boundary(tuple(_spec(*item) for item in inputs.items()), (_spec(*output),))
 
 

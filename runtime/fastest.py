@@ -169,9 +169,9 @@ def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[f
         rng, boundary = np.random.Generator(np.random.PCG64(0)), session.boundary
         buffers = {s.name: device.buffer(s, 1) for s in (*boundary.inputs, *boundary.outputs)}
         for spec in boundary.inputs:
-            middle = spec.name == "t"
-            values = (expert.t_from + expert.t_to) // 2 if middle else rng.standard_normal(spec.shape(1))
-            buffers[spec.name][...] = values
+            middle = float((expert.t_from + expert.t_to) // 2 if spec.name == "t" else 0)
+            number = len(spec.dims) == 1
+            buffers[spec.name][...] = middle if number else rng.standard_normal(spec.shape(1))
         session.bind(buffers, 1)
         start = time.perf_counter()
         quickest = math.inf

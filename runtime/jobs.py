@@ -13,7 +13,15 @@ from moesr.runtime.devices import Canvas, Device
 from moesr.runtime.errors import NonFiniteError
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.passes import Decoding, Encoding, Pass, Sampling, coding_grid, sampling_grid
+from moesr.runtime.passes import (
+    Decoding,
+    Encoding,
+    Pass,
+    Sampling,
+    coding_grid,
+    prompt_gains,
+    sampling_grid,
+)
 from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import step_table
 
@@ -26,6 +34,7 @@ class Settings:
     sampler: str
     seed: int
     fidelity: float  # 0 (free) .. 1 (faithful to the LR image)
+    guidance: float = 1.0  # by prompts; 1 is none
 
 
 class Job:
@@ -104,10 +113,11 @@ class Job:
         """Tiles by graph, in the order of the passes."""
         m, plan = self._manifest, Counter[str]()
         coded = len(coding_grid(m, *self._size))
+        sampled = len(sampling_grid(m, *self._size)) * len(prompt_gains(self._settings.guidance))
         if m.condition == "latent":
             plan[ENCODER] = coded
         for expert in self._table.expert:
-            plan[m.experts[expert].graph] += len(sampling_grid(m, *self._size))
+            plan[m.experts[expert].graph] += sampled
         if DECODER in m.graphs:
             plan[DECODER] = coded
         return plan
@@ -123,7 +133,7 @@ class Job:
         else:
             assert self._condition is not None
             cond = device.upload(self._condition)
-        sampling = Sampling(m, device, self._table, cond, size, settings.seed)
+        sampling = Sampling(m, device, self._table, cond, size, settings.seed, settings.guidance)
         yield sampling
         result: Canvas = sampling.z
         if DECODER in m.graphs:

@@ -19,6 +19,7 @@ from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
 from moesr.runtime.errors import EngineError
 from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import Boundary, Expert, File, Graph
+from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.parts import SUFFIX, read_parts
 from moesr.runtime.records import build
 from moesr.runtime.samplers import ETA, Prediction
@@ -47,7 +48,8 @@ class Manifest:
     )
     init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the noised condition
     prediction: Prediction = "eps"
-    guidance: float = 1.0  # classifier-free guidance; 1 is none
+    prompts: tuple[str, ...] = ()  # that the experts know: one to follow, one to guide away from
+    guidance: float = 1.0  # default strength of classifier-free guidance; 1 is none
     fidelity: float = 1.0  # default weight of the LR features in the decoder
     graphs: dict[str, Graph]  # by role
     experts: tuple[Expert, ...]  # ascending in t: the lowest noise first
@@ -77,7 +79,13 @@ class Manifest:
         """What the runtime can feed to each graph, and takes from it, by role."""
         sizes = self.tile, self.latent_channels, self.latent_factor, self.prediction
         latent = self.condition == "latent"
-        return {role: boundary_of(role, *sizes, with_latent=latent) for role in self.graphs}
+        options = {"with_latent": latent, "with_prompt": self.guided}
+        return {role: boundary_of(role, *sizes, **options) for role in self.graphs}
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a negative prompt, so that guidance may be other than 1."""
+        return len(self.prompts) == 2
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -205,8 +213,7 @@ def _check_values(m: Manifest, path: Path) -> None:
         problems.append(f"sampler is {m.sampler!r}, expected one of {', '.join(SAMPLERS)}")
     if not 0.0 <= m.fidelity <= 1.0:
         problems.append(f"fidelity is {m.fidelity}, expected 0 to 1")
-    if m.guidance != 1.0:
-        problems.append(f"guidance is {m.guidance}, this moesr runs models without it (1) only")
+    problems += _unguided(m)
     problems += [
         f"graph file {file.file!r} must be a plain file name inside the engine directory"
         for file in m.files
@@ -226,6 +233,22 @@ def _missing_roles(m: Manifest) -> list[str]:
     if m.init == "latent" and m.condition != "latent":
         missing.append("init is 'latent', which needs condition 'latent'")
     return missing
+
+
+def _unguided(m: Manifest) -> list[str]:
+    """Where guidance lacks what it needs, in words."""
+    if len(m.prompts) > 2:
+        return [f"prompts has {len(m.prompts)} entries, expected at most one to follow and a negative one"]
+    if not 0.0 <= m.guidance <= MAX_GUIDANCE:
+        return [f"guidance is {m.guidance}, expected 0 to {MAX_GUIDANCE}"]
+    if not m.guided:
+        return [f"guidance is {m.guidance} without a negative prompt"] if m.guidance != 1.0 else []
+    graphs = {e.graph: m.graphs.get(e.graph) for e in m.experts}
+    return [
+        f"{role} takes no prompt, though there are two"
+        for role, graph in graphs.items()
+        if graph and "prompt" not in {spec.name for spec in graph.inputs if spec.per_tile}
+    ]
 
 
 def _gaps(m: Manifest) -> list[str]:

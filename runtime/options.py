@@ -11,6 +11,7 @@ from typing import Any
 from moesr.runtime.errors import UsageError
 
 MAX_SEED = 2**64 - 1
+MAX_GUIDANCE = 100.0
 DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
 PRECISIONS = ("graph", "bf16", "auto")
 """Of the arithmetic: as the graphs say; less where a backend can; whichever was measured the fastest."""
@@ -41,6 +42,13 @@ def check_fidelity(value: Any) -> float:
     """Fidelity to the input, 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
         raise UsageError(f"fidelity is {value!r}, expected a number from 0 to 1")
+    return float(value)
+
+
+def check_guidance(value: Any) -> float:
+    """Strength of classifier-free guidance: 0 is the negative prompt alone, 1 none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= MAX_GUIDANCE:
+        raise UsageError(f"guidance is {value!r}, expected a number from 0 to {MAX_GUIDANCE:.0f}")
     return float(value)
 
 

@@ -2,8 +2,9 @@
 
 Encoding makes the latent that conditions the sampler, where the model has an encoder; every tile runs once.
 Sampling visits all tiles of the latent canvas at every step, blends their predictions, then moves the whole
-canvas by one step of the sampler (StableSR's progressive aggregation). Decoding runs every tile once and
-blends in pixels. A pass allocates its canvases when it begins; it is driven from the worker's thread alone.
+canvas by one step of the sampler (StableSR's progressive aggregation); with guidance it visits every tile
+once a prompt. Decoding runs every tile once and blends in pixels. A pass allocates its canvases when it
+begins; it is driven from the worker's thread alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import ClassVar
+
+import numpy as np
 
 from moesr.runtime import noise, samplers, tiles
 from moesr.runtime.contract import DECODER, ENCODER
@@ -120,14 +124,19 @@ class Sampling(Pass):
         cond: Canvas,
         size: tuple[int, int],
         seed: int,
+        guidance: float = 1.0,
     ) -> None:
         """`cond` covers the latent canvas of `size`."""
-        grid = sampling_grid(manifest, *size)
+        grid, gains = sampling_grid(manifest, *size), prompt_gains(guidance)
         shape = (manifest.latent_channels, *size)
         weights = tiles.gaussian_weights(manifest.latent_tile)
         self.z = device.canvas(shape)
-        sources = {"z_t": self.z, "cond": cond}
-        super().__init__(manifest, grid, device.mean(shape, grid, weights), sources, {"t": float(table.t[0])})
+        sources, target = {"z_t": self.z, "cond": cond}, device.mean(shape, grid, weights)
+        super().__init__(manifest, grid * len(gains), target, sources, {"t": float(table.t[0])})
+        self._shares = {
+            prompt: target if gain == 1.0 else device.share(target, np.float32(gain) * weights)
+            for prompt, gain in gains.items()
+        }
         self._device, self._table, self._seed, self._step = device, table, seed, 0
         device.gaussian(self.z, seed, noise.INITIAL_NOISE)
         if manifest.init == "latent":
@@ -145,6 +154,12 @@ class Sampling(Pass):
         later = self._table.expert[self._step :]
         others = later[later != later[0]]
         return self._manifest.experts[others[0]].graph if others.size else None
+
+    def slot(self, tile: int) -> Slot:
+        """The row for one tile and prompt; all tiles of a prompt come before those of the next."""
+        prompt = list(self._shares)[tile * len(self._shares) // len(self.tiles)]
+        self._scalars["prompt"] = float(prompt)
+        return replace(super().slot(tile), target=self._shares[prompt])
 
     def _end_round(self) -> None:
         """Move the canvas by one step of the sampler."""
@@ -181,6 +196,16 @@ class Decoding(Pass):
     def role(self) -> str:
         """The decoder."""
         return DECODER
+
+
+def prompt_gains(guidance: float) -> dict[int, float]:
+    """What the prediction for each prompt counts for: `guidance` to follow the first and avoid the second.
+
+    `out = out_1 + guidance * (out_0 - out_1)` (Ho and Salimans, 2021; StableSR, Eq. 8). A prompt that counts
+    for nothing is left out.
+    """
+    gains = {0: guidance, 1: 1.0 - guidance}
+    return {prompt: gain for prompt, gain in gains.items() if gain}
 
 
 def sampling_grid(manifest: Manifest, height: int, width: int) -> Grid:

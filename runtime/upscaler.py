@@ -30,7 +30,14 @@ from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageE
 from moesr.runtime.image_io import LoadedImage
 from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import SAMPLERS, Manifest
-from moesr.runtime.options import DEFAULT_COLOR_FIX, DEFAULT_SEED, check_fidelity, check_seed, whole
+from moesr.runtime.options import (
+    DEFAULT_COLOR_FIX,
+    DEFAULT_SEED,
+    check_fidelity,
+    check_guidance,
+    check_seed,
+    whole,
+)
 from moesr.runtime.pixels import Planes, split
 from moesr.runtime.residency import Residency
 from moesr.runtime.sessions import Session
@@ -49,9 +56,9 @@ Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
 class Options(TypedDict, total=False):
     """How an image is made; what is left out, or None, takes its default.
 
-    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim") and `fidelity`, from 0 (free) to 1
-    (faithful to the LR image), default to the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain",
-    "wavelet" or "none") to "adain".
+    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim"), `fidelity`, from 0 (free) to 1
+    (faithful to the LR image), and `guidance`, 0 to 100, where the engine has a negative prompt, default to
+    the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none") to "adain".
     """
 
     steps: int | None
@@ -59,6 +66,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     color_fix: str | None
     fidelity: float | None
+    guidance: float | None
 
 
 @dataclass(eq=False)
@@ -266,6 +274,7 @@ class Upscaler:
         seed: int | None = None,
         color_fix: str | None = None,
         fidelity: float | None = None,
+        guidance: float | None = None,
     ) -> tuple[Settings, str]:
         """Fill in the defaults and check everything; UsageError names the option."""
         if not self._release.alive:
@@ -281,7 +290,13 @@ class Upscaler:
             sampler=sampler,
             seed=check_seed(DEFAULT_SEED if seed is None else seed),
             fidelity=check_fidelity(manifest.fidelity if fidelity is None else fidelity),
+            guidance=check_guidance(manifest.guidance if guidance is None else guidance),
         )
+        if settings.guidance != 1.0 and not manifest.guided:
+            raise UsageError(
+                f"guidance is {settings.guidance:g}, but {manifest.name} knows no negative prompt: export "
+                "the engine with moesr-export --guidance S, or leave guidance at 1"
+            )
         return settings, color_fix
 
 

@@ -29,16 +29,21 @@ def build_engine(
     steps: int = 4,
     nan_expert: int | None = None,
     encoder: bool = False,
+    prompts: tuple[str, ...] = (),
     **entries: Any,
 ) -> Path:
     """Write the engine; expert `nan_expert` produces NaN. Returns `directory`.
 
-    `encoder`: the condition is a latent that a graph makes. `entries` replace some of the manifest's.
+    `encoder`: the condition is a latent that a graph makes. Two `prompts` are an input of the experts.
+    `entries` replace some of the manifest's.
     """
     directory.mkdir(parents=True, exist_ok=True)
     schedule, side = Schedule(), tile // FACTOR
     edges = [schedule.timesteps * k // experts for k in range(experts + 1)]
-    models = {f"expert_{k}": expert_graph(side, shift=0.01 * k, nan=k == nan_expert) for k in range(experts)}
+    models = {
+        f"expert_{k}": expert_graph(side, shift=0.01 * k, nan=k == nan_expert, prompts=len(prompts) > 1)
+        for k in range(experts)
+    }
     models["decoder"] = decoder_graph(tile)
     if encoder:
         models["encoder"] = encoder_graph(tile)
@@ -46,7 +51,7 @@ def build_engine(
     for role, model in models.items():
         path = directory / f"{role}.onnx"
         onnx.save(model, path)
-        full = boundary_of(role, tile, 3, FACTOR, with_latent=encoder)
+        full = boundary_of(role, tile, 3, FACTOR, with_latent=encoder, with_prompt=len(prompts) > 1)
         parity = Parity(0.0, 0.0, 1e-5) if role == "decoder" else None
         graphs[role] = Graph(
             file=path.name,
@@ -66,6 +71,7 @@ def build_engine(
         "latent_channels": 3,
         "latent_factor": FACTOR,
         "condition": "latent" if encoder else "image",
+        "prompts": prompts,
         "graphs": graphs,
         "experts": tuple(Expert(f"expert_{k}", edges[k], edges[k + 1]) for k in range(experts)),
         "schedule": schedule,
@@ -78,8 +84,8 @@ def build_engine(
     return directory
 
 
-def expert_graph(side: int, *, shift: float, nan: bool = False) -> onnx.ModelProto:
-    """eps = 0.9 z_t + 0.1 cond + 1e-4 t + shift, point by point."""
+def expert_graph(side: int, *, shift: float, nan: bool = False, prompts: bool = False) -> onnx.ModelProto:
+    """eps = 0.9 z_t + 0.1 cond + 1e-4 t + shift, point by point, and 0.2 for the second of two prompts."""
     latent, batch = ["B", 3, side, side], ["B"]
     nodes = [
         helper.make_node("Mul", ["z_t", "gain"], ["z_part"]),
@@ -94,6 +100,14 @@ def expert_graph(side: int, *, shift: float, nan: bool = False) -> onnx.ModelPro
     values = [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in constants.items()]
     values.append(numpy_helper.from_array(np.array([-1, 1, 1, 1], np.int64), "column"))
     inputs = {"z_t": latent, "cond": latent, "t": batch}
+    if prompts:
+        inputs["prompt"] = batch
+        nodes[4].input.append("prompt_part")
+        nodes[:0] = [
+            helper.make_node("Reshape", ["prompt", "column"], ["prompt_column"]),
+            helper.make_node("Mul", ["prompt_column", "avoided"], ["prompt_part"]),
+        ]
+        values.append(numpy_helper.from_array(np.array(0.2, np.float32), "avoided"))
     return _model(nodes, inputs, ("eps", latent), values)
 
 

@@ -102,6 +102,10 @@ class RecordingDevice:
         handle = self._handle("mean", lambda: self.host.mean(shape, origins, weights, factor))
         return Mean(handle, factor, weights=None, weight_sum=None, state=None)
 
+    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
+        handle = self._handle("share", lambda: self.host.share(mean.data.made, weights))
+        return Mean(handle, mean.factor, weights=None, weight_sum=None, state=None)
+
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         return Canvas(self._handle("upload", lambda: self.host.upload(image, factor)), factor)
 

@@ -93,6 +93,10 @@ class Device(Protocol):
         """
         ...
 
+    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
+        """The same canvas, for tiles that are weighted by other `weights` over the same sum of weights."""
+        ...
+
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """Copy an image [H, W, C] of uint8 or uint16; the array may be kept, and must not change."""
         ...

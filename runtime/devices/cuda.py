@@ -12,7 +12,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -107,13 +107,19 @@ class CudaDevice:
         """See `Device.mean`; `state` is an int32 that `tile_blend` raises."""
         pixels = [(y * factor, x * factor) for y, x in origins]
         weight_sum = self._copied(tiles.weight_sum(shape[1], shape[2], pixels, weights))
-        key = weights.tobytes()  # equal windows share their memory, and so the launches that read it
+        flag, window = self._filled((1,), np.int32), self._window(weights)
+        return Mean(self._filled(shape), factor, weights=window, weight_sum=weight_sum, state=flag)
+
+    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
+        """See `Device.share`."""
+        return replace(mean, weights=self._window(weights))
+
+    def _window(self, weights: np.ndarray) -> Array:
+        """Equal windows share their memory, and so the launches that read it."""
+        key = weights.tobytes()
         if key not in self._weights:
             self._weights[key] = self._copied(weights)
-        flag = self._filled((1,), np.int32)
-        return Mean(
-            self._filled(shape), factor, weights=self._weights[key], weight_sum=weight_sum, state=flag
-        )
+        return self._weights[key]
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """See `Device.upload`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,6 +54,10 @@ class HostDevice:
         state = _State(np.empty_like(weights), np.empty((shape[0], *weights.shape), np.float32))
         data = np.zeros(shape, np.float32)
         return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state)
+
+    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
+        """See `Device.share`."""
+        return replace(mean, weights=weights)
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """See `Device.upload`: the array itself is kept."""
