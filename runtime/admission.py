@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moesr.runtime import memory
 from moesr.runtime.errors import MemoryLimitError
+from moesr.runtime.framing import frame_of
 from moesr.runtime.jobs import Job
 from moesr.runtime.manifest import Manifest
 
@@ -74,8 +75,10 @@ class Admission:
         if taken:
             return None
         scale = self._manifest.scale
+        rows, columns = frame_of(self._manifest, height, width).image
+        through = "" if rows == height * scale else f", through {columns}x{rows},"
         raise MemoryLimitError(
-            f"{width}x{height} to {width * scale}x{height * scale} pixels needs about "
+            f"{width}x{height} to {width * scale}x{height * scale} pixels{through} needs about "
             f"{memory.readable(need)} of memory, {memory.readable(free)} are free; close other programs, "
             "split the image, or export an engine with smaller tiles"
         )
@@ -89,20 +92,9 @@ class Admission:
         return int(weights) + (0 if self.warm else self._work)
 
 
-def canvas_size(manifest: Manifest, height: int, width: int) -> tuple[int, int]:
-    """Size in LR pixels that an image is padded to: at least a tile, and a whole number of latent pixels."""
-    multiple = manifest.latent_factor // math.gcd(manifest.scale, manifest.latent_factor)
-    smallest = -(-manifest.tile // manifest.scale)
-
-    def grown(size: int) -> int:
-        return -(-max(size, smallest) // multiple) * multiple
-
-    return grown(height), grown(width)
-
-
 def image_bytes(manifest: Manifest, height: int, width: int) -> int:
     """Estimate of the memory that an image takes beside the graphs."""
-    return _BYTES_PER_PIXEL * math.prod(canvas_size(manifest, height, width)) * manifest.scale**2
+    return _BYTES_PER_PIXEL * math.prod(frame_of(manifest, height, width).canvas)
 
 
 def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:

@@ -11,17 +11,10 @@ import numpy as np
 from moesr.runtime.contract import DECODER, ENCODER
 from moesr.runtime.devices import Canvas, Device
 from moesr.runtime.errors import NonFiniteError
+from moesr.runtime.framing import coding_grid, sampling_grid
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.passes import (
-    Decoding,
-    Encoding,
-    Pass,
-    Sampling,
-    coding_grid,
-    prompt_gains,
-    sampling_grid,
-)
+from moesr.runtime.passes import Decoding, Encoding, Pass, Sampling, prompt_gains
 from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import step_table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from moesr.runtime import manifest_v1, onnx_files
 from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
 from moesr.runtime.errors import EngineError
 from moesr.runtime.files import sha256_of
+from moesr.runtime.framing import Framing
 from moesr.runtime.graphs import Boundary, Expert, File, Graph
 from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.parts import SUFFIX, read_parts
@@ -51,6 +52,7 @@ class Manifest:
     prompts: tuple[str, ...] = ()  # that the experts know: one to follow, one to guide away from
     guidance: float = 1.0  # default strength of classifier-free guidance; 1 is none
     fidelity: float = 1.0  # default weight of the LR features in the decoder
+    framing: Framing = field(default_factory=Framing)
     graphs: dict[str, Graph]  # by role
     experts: tuple[Expert, ...]  # ascending in t: the lowest noise first
     schedule: Schedule
@@ -205,6 +207,10 @@ def _check_values(m: Manifest, path: Path) -> None:
     ]
     if not problems and m.tile % m.latent_factor:
         problems.append(f"tile {m.tile} is not a multiple of latent_factor {m.latent_factor}")
+    if m.framing.overlap is not None and not problems and not 0 <= m.framing.overlap < m.latent_tile:
+        problems.append(
+            f"framing.overlap is {m.framing.overlap}, expected 0 to {m.latent_tile - 1} latent pixels"
+        )
     if m.model.get("scale", m.scale) != m.scale:
         problems.append(f"scale is {m.scale}, the model's is {m.model['scale']}")
     if not 1 <= m.steps <= m.schedule.timesteps:

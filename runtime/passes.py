@@ -20,15 +20,10 @@ import numpy as np
 from moesr.runtime import noise, samplers, tiles
 from moesr.runtime.contract import DECODER, ENCODER
 from moesr.runtime.devices import Canvas, Device, Mean, Slot
+from moesr.runtime.framing import CODING_OVERLAP, Grid, coding_grid, sampling_grid, sampling_window
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.schedule import StepTable
-
-SAMPLING_OVERLAP = 4  # neighbours share a quarter of a tile at every step
-CODING_OVERLAP = 8  # and an eighth when encoding and decoding, which happen once
-
-Grid = list[tuple[int, int]]  # origins (y, x) of tiles
-Size = tuple[int, int]  # height and width of a latent canvas
 
 
 class Pass(ABC):
@@ -129,7 +124,7 @@ class Sampling(Pass):
         """`cond` covers the latent canvas of `size`."""
         grid, gains = sampling_grid(manifest, *size), prompt_gains(guidance)
         shape = (manifest.latent_channels, *size)
-        weights = tiles.gaussian_weights(manifest.latent_tile)
+        weights = sampling_window(manifest)
         self.z = device.canvas(shape)
         sources, target = {"z_t": self.z, "cond": cond}, device.mean(shape, grid, weights)
         super().__init__(manifest, grid * len(gains), target, sources, {"t": float(table.t[0])})
@@ -206,13 +201,3 @@ def prompt_gains(guidance: float) -> dict[int, float]:
     """
     gains = {0: guidance, 1: 1.0 - guidance}
     return {prompt: gain for prompt, gain in gains.items() if gain}
-
-
-def sampling_grid(manifest: Manifest, height: int, width: int) -> Grid:
-    """Tiles of a step over a latent canvas."""
-    return tiles.grid(height, width, manifest.latent_tile, manifest.latent_tile // SAMPLING_OVERLAP)
-
-
-def coding_grid(manifest: Manifest, height: int, width: int) -> Grid:
-    """Tiles to encode or decode, in latent pixels."""
-    return tiles.grid(height, width, manifest.latent_tile, manifest.latent_tile // CODING_OVERLAP)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesr.runtime.admission import canvas_size
 from moesr.runtime.colour import fix_colour
+from moesr.runtime.framing import frame_of
 from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.pixels import Planes, join, to_unit
@@ -13,36 +13,49 @@ from moesr.runtime.resize import imresize
 from moesr.runtime.tiles import reflect_pad
 
 
-def latent_size(manifest: Manifest, height: int, width: int) -> tuple[int, int]:
-    """Size of the latent canvas of an image of `height` x `width` LR pixels."""
-    rows, columns = canvas_size(manifest, height, width)
-    return rows * manifest.scale // manifest.latent_factor, columns * manifest.scale // manifest.latent_factor
-
-
 def prepare(manifest: Manifest, planes: Planes, settings: Settings) -> Job:
     """Make the image on the latent grid and the image at output size, and a job of them."""
-    height, width = planes.rgb.shape[:2]
-    padded, _ = reflect_pad(planes.rgb, *canvas_size(manifest, height, width), axes=(0, 1))
-    latent = latent_size(manifest, height, width)
+    m = manifest
+    frame = frame_of(m, *planes.rgb.shape[:2])
+    latent = frame.latent(m.latent_factor)
+    if m.framing.small == "pad":
+        rows, columns = frame.canvas
+        source, _ = reflect_pad(planes.rgb, rows // m.scale, columns // m.scale, axes=(0, 1))
+        lr = imresize(source, *frame.canvas, convention=m.framing.resize)
+    else:
+        enlarged = imresize(_deep(m, planes.rgb), *frame.image, convention=m.framing.resize)
+        source = lr = reflect_pad(enlarged, *frame.canvas, axes=(0, 1))[0]
     condition = None
-    if manifest.condition == "image":
-        condition = padded if padded.shape[:2] == latent else imresize(padded, *latent)
-    lr = imresize(padded, padded.shape[0] * manifest.scale, padded.shape[1] * manifest.scale)
-    return Job(manifest, lr, condition, settings)
+    if m.condition == "image":
+        condition = source if source.shape[:2] == latent else imresize(source, *latent)
+    return Job(m, lr, condition, settings)
+
+
+def _deep(manifest: Manifest, rgb: np.ndarray) -> np.ndarray:
+    """The same image with 16 bits a channel where the model is used to unrounded values."""
+    if manifest.framing.resize == "matlab" or rgb.dtype == np.uint16:
+        return rgb
+    return rgb.astype(np.uint16) * np.uint16(257)
 
 
 def finish(manifest: Manifest, planes: Planes, job: Job, color_fix: str) -> np.ndarray:
-    """Crop, correct the colours over the whole image, and return to integers and the layout of the input."""
+    """Crop, correct the colours over the whole image, and return to integers and the layout of the input.
+
+    What was enlarged beyond the scale is reduced again, its colours corrected.
+    """
     assert job.image is not None
     height, width = (size * manifest.scale for size in planes.rgb.shape[:2])
+    rows, columns = frame_of(manifest, *planes.rgb.shape[:2]).image
     top = np.iinfo(planes.rgb.dtype).max
     rgb = np.empty((height, width, 3), planes.rgb.dtype)
-    style = np.empty((height, width), np.float32)
+    style = np.empty((rows, columns), np.float32)
     for channel in range(3):  # one at a time: an 8K image takes 130 MB a plane
-        plane = job.image[channel, :height, :width]
+        plane = job.image[channel, :rows, :columns]
         if color_fix != "none":
-            to_unit(job.lr[:height, :width, channel], style)
+            to_unit(job.lr[:rows, :columns, channel], style)
             fix_colour(plane, style, color_fix, out=plane)
+        if (rows, columns) != (height, width):
+            plane = imresize(plane, height, width)
         np.add(plane, np.float32(1.0), out=plane)
         np.multiply(plane, np.float32(top / 2.0), out=plane)
         np.rint(plane, out=plane)

@@ -4,16 +4,21 @@ Keys' cubic kernel with a = -0.5; pixel centres at integers from 1, so output u 
 1/scale) / 2`; edges mirrored with the edge pixel repeated; for a reduction with antialiasing the kernel is
 stretched by 1/scale. The axis of the smaller scale goes first, rows where they are equal. Sums are in
 float64. As in the published pipeline, an integer image is rounded (half to even) and clipped after *each* of
-the two passes.
+the two passes. PyTorch's `interpolate` differs in the kernel, a = -0.75, in repeating the edge pixel, and in
+rounding nothing in between.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+Convention = Literal["matlab", "torch"]
+
+_A: dict[str, float] = {"matlab": -0.5, "torch": -0.75}  # of Keys' kernel
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
 _BLOCK_BYTES = 32 << 20  # size aimed at for one block's float64 intermediate
 
@@ -34,7 +39,14 @@ class _Taps:
         return _Taps(self.index - first, self.weight), slice(first, last + 1)
 
 
-def imresize(image: np.ndarray, height: int, width: int, *, antialias: bool = True) -> np.ndarray:
+def imresize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    antialias: bool = True,
+    convention: Convention = "matlab",
+) -> np.ndarray:
     """Resize an image, [H, W] or [H, W, C] of uint8, uint16 or float32, to `height` x `width`; same dtype.
 
     Integer images are rounded and clipped to the range of their type; float32 is neither. Any source from 1x1
@@ -51,8 +63,11 @@ def imresize(image: np.ndarray, height: int, width: int, *, antialias: bool = Tr
         )
     source = image.reshape(*image.shape[:2], -1)  # [H, W, C]
     in_height, in_width, channels = source.shape
-    vertical, horizontal = _taps(in_height, height, antialias), _taps(in_width, width, antialias)
+    vertical, horizontal = (
+        _taps(*sizes, antialias, convention) for sizes in ((in_height, height), (in_width, width))
+    )
     rows_first = height * in_width <= width * in_height  # height / in_height <= width / in_width
+    between = image.dtype if convention == "matlab" else np.dtype(np.float64)
     out = np.empty((height, width, channels), image.dtype)
     rows_per_block = max(1, _BLOCK_BYTES // (8 * channels * max(in_width, width)))
     # A reduction reads many source rows for each row made: let those fill the block instead.
@@ -62,35 +77,39 @@ def imresize(image: np.ndarray, height: int, width: int, *, antialias: bool = Tr
         taps, needed = vertical.rows(start, stop).window()
         block = source[needed]
         if rows_first:
-            block = _quantise(_resample(block, taps), image.dtype)
+            block = _quantise(_resample(block, taps), between)
             block = _resample_columns(block, horizontal)
         else:
-            block = _quantise(_resample_columns(block, horizontal), image.dtype)
+            block = _quantise(_resample_columns(block, horizontal), between)
             block = _resample(block, taps)
         out[start:stop] = _quantise(block, image.dtype)
     return out.reshape(height, width, *image.shape[2:])
 
 
-def _taps(size: int, out_size: int, antialias: bool) -> _Taps:
+def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> _Taps:
     scale = out_size / size
     stretch = min(scale, 1.0) if antialias else 1.0
     support = 4.0 / stretch
     centre = np.arange(1, out_size + 1) / scale + 0.5 * (1.0 - 1.0 / scale)
     first = np.floor(centre - support / 2)
     position = first[:, None] + np.arange(math.ceil(support) + 2)  # [out, taps], from 1
-    weight = stretch * _cubic(stretch * (centre[:, None] - position))
+    weight = stretch * _cubic(stretch * (centre[:, None] - position), _A[convention])
     weight /= weight.sum(axis=1, keepdims=True)
-    index = (position.astype(np.int64) - 1) % (2 * size)
-    index = np.where(index < size, index, 2 * size - 1 - index)
+    index = position.astype(np.int64) - 1
+    if convention == "torch":
+        index = index.clip(0, size - 1)
+    else:
+        index %= 2 * size
+        index = np.where(index < size, index, 2 * size - 1 - index)
     used = np.any(weight != 0.0, axis=0)
     return _Taps(index[:, used], weight[:, used])
 
 
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel, a = -0.5 (IEEE Trans. ASSP 29(6), 1981, Eq. 15)."""
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' kernel (IEEE Trans. ASSP 29(6), 1981, Eq. 8)."""
     x = np.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
     return np.where(x <= 1.0, near, np.where(x <= 2.0, far, 0.0))
 
 

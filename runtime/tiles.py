@@ -15,11 +15,12 @@ import numpy as np
 _GAUSSIAN_VARIANCE = 0.01  # in squared tile widths, the value of the mixture of diffusers (Jiménez, 2023)
 
 
-def tile_origins(size: int, tile: int, overlap: int) -> list[int]:
+def tile_origins(size: int, tile: int, overlap: int, *, strided: bool = False) -> list[int]:
     """First positions of the fewest tiles that cover [0, size) with neighbours sharing at least `overlap`.
 
-    Tiles are evenly spaced and inside; the first starts at 0, the last ends at `size`. Raises ValueError
-    where `size < tile` (pad first) or not 0 <= overlap < tile.
+    Tiles are inside; the first starts at 0, the last ends at `size`. They are evenly spaced, or where
+    `strided` share exactly `overlap` but for the last. Raises ValueError where `size < tile` (pad first) or
+    not 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile}, got {overlap}")
@@ -27,24 +28,26 @@ def tile_origins(size: int, tile: int, overlap: int) -> list[int]:
         raise ValueError(f"a canvas of {size} is smaller than a tile of {tile}; pad it first (reflect_pad)")
     spare = size - tile
     gaps = -(-spare // (tile - overlap))
+    if strided:
+        return [min(i * (tile - overlap), spare) for i in range(gaps + 1)]
     return [i * spare // max(gaps, 1) for i in range(gaps + 1)]
 
 
-def grid(height: int, width: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+def grid(height: int, width: int, tile: int, overlap: int, *, strided: bool = False) -> list[tuple[int, int]]:
     """Origins (y, x) of the tiles that cover a canvas, row by row."""
-    columns = tile_origins(width, tile, overlap)
-    return [(y, x) for y in tile_origins(height, tile, overlap) for x in columns]
+    rows, columns = (tile_origins(size, tile, overlap, strided=strided) for size in (height, width))
+    return [(y, x) for y in rows for x in columns]
 
 
-def gaussian_weights(tile: int) -> np.ndarray:
+def gaussian_weights(tile: int, lowered: float = 0.0) -> np.ndarray:
     """Weights for aggregation at every step: float32 [tile, tile], peak 1.
 
     The variance is 0.01 squared tile widths. The corners of a large tile get exp(-25), about 1e-11: small,
-    but never 0 in float32.
+    but never 0 in float32. `lowered`: pixels by which the centre lies below the middle.
     """
     offset = (np.arange(tile) - (tile - 1) / 2) / tile
-    profile = np.exp(-(offset**2) / (2.0 * _GAUSSIAN_VARIANCE))
-    weights = np.outer(profile, profile)
+    column, row = (np.exp(-(d**2) / (2.0 * _GAUSSIAN_VARIANCE)) for d in (offset - lowered / tile, offset))
+    weights = np.outer(column, row)
     return (weights / weights.max()).astype(np.float32)
 
 

@@ -19,9 +19,9 @@ from moesr.runtime import noise, samplers
 from moesr.runtime.costs import Costs
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, NonFiniteError, UsageError
+from moesr.runtime.framing import sampling_grid
 from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.passes import sampling_grid
 from moesr.runtime.policy import CATCH_UP, next_shares
 from moesr.runtime.residency import Residency
 from moesr.runtime.schedule import step_table
