@@ -2,8 +2,8 @@
 
 `config.json` (the model's configuration and a schema number), `expert_{k}.safetensors` (one denoising UNet
 each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder); of
-StableSR also `structure.safetensors` and `text.safetensors` (the structure and the text encoder). A directory
-is whole or absent.
+StableSR also `structure.safetensors` and `text.safetensors` (the structure and the text encoder), of Stable
+Diffusion the latter. A directory is whole or absent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.files import check_replaceable, new_directory, reason
 from moesr.runtime.records import build
-from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 from moesr.training.weights import (
     CURE,
@@ -43,7 +43,11 @@ from moesr.training.weights import (
 SCHEMA = 1
 CONFIG_NAME = "config.json"
 OURS = r"config\.json|(expert_\d+|decoder|structure|text)\.safetensors"  # names of a checkpoint's files
-FAMILIES: dict[str | None, type[ModelConfig]] = {None: ModelConfig, "stablesr": StableSRConfig}
+FAMILIES: dict[str | None, type[ModelConfig]] = {
+    None: ModelConfig,
+    "stablesr": StableSRConfig,
+    "stable-diffusion": StableDiffusionConfig,
+}
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -90,22 +94,35 @@ class Checkpoint:
         return total.hexdigest()
 
 
-class StableSRCheckpoint(Checkpoint):
-    """An opened checkpoint directory of StableSR. Each network is read anew, so keep one at a time."""
+class StableDiffusionCheckpoint(Checkpoint):
+    """An opened checkpoint directory of Stable Diffusion. Networks are read anew, so keep one at a time."""
 
-    config: StableSRConfig
+    config: StableDiffusionConfig | StableSRConfig
 
     def unet(self) -> StableSRUNet:
         """Return the denoising UNet in evaluation mode, float32, on the CPU."""
         return self._load(StableSRUNet, "expert", expert_name(0))
 
+    def text(self) -> TextEncoder:
+        """Return the text encoder in evaluation mode, float32, on the CPU."""
+        return self._load(TextEncoder, "text")
+
+
+class StableSRCheckpoint(StableDiffusionCheckpoint):
+    """An opened checkpoint directory of StableSR, likewise."""
+
+    config: StableSRConfig
+
     def structure(self) -> StructureEncoder:
         """Return the structure encoder in evaluation mode, float32, on the CPU."""
         return self._load(StructureEncoder, "structure")
 
-    def text(self) -> TextEncoder:
-        """Return the text encoder in evaluation mode, float32, on the CPU."""
-        return self._load(TextEncoder, "text")
+
+KINDS: dict[type[ModelConfig], type[Checkpoint]] = {
+    ModelConfig: Checkpoint,
+    StableSRConfig: StableSRCheckpoint,
+    StableDiffusionConfig: StableDiffusionCheckpoint,
+}
 
 
 def expert_name(k: int) -> str:
@@ -135,8 +152,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
             f"{directory}: not a directory; expected a checkpoint directory with {CONFIG_NAME}"
         )
     config = _read_config(directory / CONFIG_NAME)
-    kind = StableSRCheckpoint if isinstance(config, StableSRConfig) else Checkpoint
-    checkpoint = kind(directory, config)
+    checkpoint = KINDS[type(config)](directory, config)
     expected = expected_shapes(config, str(directory / CONFIG_NAME))
     for path in checkpoint.files[1:]:
         check_shapes(str(path), _stored_shapes(path), expected[path.stem.split("_")[0]])

@@ -2,9 +2,9 @@
 
 `ModelConfig` covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space
 MoE, plain VQ decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network)
-and anything smaller. `StableSRConfig` is StableSR: Stable Diffusion 2.1 with a structure encoder. The
-defaults are the published full sizes (MoE-SR's paper, Table 7, with the channel multipliers that give its
-Table 6).
+and anything smaller. `StableSRConfig` is StableSR: Stable Diffusion 2.1 (`StableDiffusionConfig`) with a
+structure encoder. The defaults are the published full sizes (MoE-SR's paper, Table 7, with the channel
+multipliers that give its Table 6).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class StableSRUNetConfig(UNetConfig):
     head_channels: int = 64
     space_experts: int = 0
     text_channels: int = 1024
-    structure_channels: int = 256
+    structure_channels: int = 256  # 0: not modulated, Stable Diffusion's own
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,36 @@ CFW_AUTOENCODER = AutoencoderConfig(
 )
 """Stable Diffusion's KL autoencoder with StableSR's controllable feature wrapping at two levels."""
 
+KL_AUTOENCODER = dataclasses.replace(CFW_AUTOENCODER, fusion_level=None, fusion_count=1)
+"""The same without that."""
+
 STABLE_DIFFUSION = Schedule(beta_start=0.00085, beta_end=0.012, spacing="linspace")
+
+
+@dataclass(frozen=True)
+class StableDiffusionConfig(ModelConfig):
+    """Stable Diffusion 2, what StableSR is trained on top of: makes images of a text, not of LR images."""
+
+    family: Literal["stable-diffusion"] = "stable-diffusion"
+    name: str = "stable-diffusion"
+    scale: int = 1
+    unet: StableSRUNetConfig = StableSRUNetConfig(structure_channels=0)
+    decoder: AutoencoderConfig = KL_AUTOENCODER
+    schedule: Schedule = STABLE_DIFFUSION
+    expert_ranges: tuple[tuple[int, int], ...] = ((0, 1000),)
+    text: TextConfig = field(default_factory=TextConfig)
+    prediction: Prediction = "eps"
+    latent_scale: float = 0.18215  # latents of the UNet are the autoencoder's times this
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.unet.text_channels, self.unet.out_channels
+        given = self.text.width, self.decoder.embed_dim
+        if wanted != given:
+            raise UsageError(
+                f"{self.name}: channels of the text and of the latent are {given}, the UNet expects "
+                f"{wanted}; correct the configuration"
+            )
 
 
 @dataclass(frozen=True)

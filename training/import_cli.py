@@ -2,7 +2,8 @@
 
 Sizes are inferred from the weights. Experts are given with the lowest noise first; the exponential moving
 average is used where a file has one. With --decoder and without --experts the result is a decoder on its own.
-StableSR is given by --stablesr and --cfw.
+StableSR is given by --stablesr and --cfw, Stable Diffusion 2, which StableSR is trained on, by
+--stable-diffusion.
 Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
 """
 
@@ -55,9 +56,16 @@ def parser() -> argparse.ArgumentParser:
         help="weights of StableSR's autoencoder with controllable feature wrapping",
     )
     add(
+        "--stable-diffusion",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="weights of Stable Diffusion 2: one file, diffusers' directory, or its three files",
+    )
+    add(
         "--prediction",
         choices=("eps", "v"),
-        help="what StableSR's network predicts (default: known from the name of the published file)",
+        help="what StableSR or Stable Diffusion predicts (default: known from the name of the file)",
     )
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
     add("--scale", type=int, choices=(4, 8), default=4, help="upscaling factor the model was trained for")

@@ -10,7 +10,8 @@ from torch import nn
 from moesr.runtime import console
 from moesr.runtime.errors import UsageError
 from moesr.training.checkpoint import Checkpoint
-from moesr.training.config import AutoencoderConfig, StableSRConfig
+from moesr.training.config import AutoencoderConfig, StableDiffusionConfig, StableSRConfig
+from moesr.training.import_diffusion import PublishedDiffusion, import_diffusion
 from moesr.training.import_published import Imported, Published, import_published
 from moesr.training.import_stablesr import PublishedStableSR, import_stablesr
 from moesr.training.networks import Autoencoder, DenoisingUNet
@@ -20,10 +21,9 @@ from moesr.training.weights import meta_network, networks
 def run(args: argparse.Namespace) -> int:
     """Import the files that the arguments name and print what was found."""
     _check_files_named(args)
-    files = 2 if args.stablesr else len(args.experts) + 1
+    files = 2 if args.stablesr else len(args.stable_diffusion or [*args.experts, args.decoder])
     dtype = torch.float16 if args.fp16 else torch.float32
     common = {
-        "scale": args.scale,
         "name": args.name,
         "norm_groups": args.norm_groups,
         "trust_pickle": args.trust_pickle,
@@ -32,11 +32,16 @@ def run(args: argparse.Namespace) -> int:
         common["head_channels"] = args.head_channels
     with console.bar(args.quiet, total=files, desc="import", unit="file") as bar:
         options = {"dtype": dtype, "force": args.force, "on_file": lambda path: bar.update()}
-        if args.stablesr:
-            stablesr = PublishedStableSR(args.stablesr, args.cfw, prediction=args.prediction, **common)
+        if args.stable_diffusion:
+            diffusion = PublishedDiffusion(tuple(args.stable_diffusion), prediction=args.prediction, **common)
+            lines = diffusion_summary(import_diffusion(diffusion, args.output, **options), diffusion)
+        elif args.stablesr:
+            stablesr = PublishedStableSR(
+                args.stablesr, args.cfw, args.scale, prediction=args.prediction, **common
+            )
             lines = stablesr_summary(import_stablesr(stablesr, args.output, **options), stablesr)
         else:
-            source = Published(args.decoder, tuple(args.experts), **common)
+            source = Published(args.decoder, tuple(args.experts), args.scale, **common)
             lines = summary(import_published(source, args.output, **options), source)
     console.say("\n".join(lines))
     return 0
@@ -44,14 +49,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_files_named(args: argparse.Namespace) -> None:
     """Raise UsageError unless the files are those of one family."""
-    stablesr = [f"--{o}" for o in ("stablesr", "cfw", "prediction") if getattr(args, o) is not None]
     others = [f"--{o}" for o in ("experts", "decoder") if getattr(args, o)]
+    if args.stable_diffusion:
+        others += [f"--{o}" for o in ("stablesr", "cfw") if getattr(args, o)]
+        if others:
+            raise UsageError(f"got --stable-diffusion and {others[0]}, expected the files of one model")
+        return
+    stablesr = [f"--{o}" for o in ("stablesr", "cfw", "prediction") if getattr(args, o) is not None]
     if stablesr and others:
         raise UsageError(f"got {stablesr[0]} and {others[0]}, expected the files of one model")
     if stablesr and not (args.stablesr and args.cfw):
         raise UsageError(f"got {', '.join(stablesr)}; StableSR needs both --stablesr FILE and --cfw FILE")
     if not stablesr and not args.decoder:
-        raise UsageError("got no autoencoder; add --decoder FILE, or --stablesr FILE and --cfw FILE")
+        raise UsageError(
+            "got no autoencoder; add --decoder FILE, or --stablesr FILE and --cfw FILE, or "
+            "--stable-diffusion PATH"
+        )
 
 
 def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[str]:
@@ -67,6 +80,20 @@ def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[
         f"text encoder: {params['text']}, width {config.text.width}, {config.text.layers} layers",
         f"decoder: {params['decoder']}, {_autoencoder(config.decoder)}, from {source.cfw}",
         f"wrote {checkpoint.directory} ({config.name}, x{config.scale}, {config.steps} steps)",
+    ]
+
+
+def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> list[str]:
+    """Lines that say what was found, and where it went."""
+    config = checkpoint.config
+    assert isinstance(config, StableDiffusionConfig)
+    params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
+    return [
+        f"UNet: {params['expert']}, width {config.unet.width}, multipliers {config.unet.channel_mult}, "
+        f"predicts {config.prediction}, from {', '.join(map(str, source.files))}",
+        f"text encoder: {params['text']}, width {config.text.width}, {config.text.layers} layers",
+        f"autoencoder: {params['decoder']}, {_autoencoder(config.decoder)}",
+        f"wrote {checkpoint.directory}, from which moesr-train structure starts",
     ]
 
 

@@ -134,7 +134,7 @@ def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]
 def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, bool]:
     """Weights of one UNet, space experts merged; its configuration as found; whether they are EMA."""
     raw, config, ema = _raw_unet(path, source)
-    weights = _ema_weights(path, raw, ema) if ema else raw
+    weights = ema_weights(path, raw, ema) if ema else raw
     check_finite(str(path), weights, CURE)
     return named(path, merge_space_experts, float32(weights)), config, bool(ema)
 
@@ -174,7 +174,7 @@ def read_autoencoder(
     return float32(found), config
 
 
-def _ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
+def ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
     """Take every weight of `raw` from its EMA copy, whose name is that of the weight without dots."""
     lead = "diffusion_model" if any(key.startswith("diffusion_model") for key in ema) else ""
     names = {key: lead + key.replace(".", "") for key in raw}

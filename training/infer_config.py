@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,8 @@ from moesr.training.config import (
     UNetConfig,
 )
 from moesr.training.weights import CheckpointError, StateDict
+
+TEXT_KEYS = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 def infer_unet_config(
@@ -39,18 +42,28 @@ def infer_unet_config(
     )
 
 
+def infer_diffusion_unet_config(
+    state: StateDict,
+    head_channels: int = StableSRUNetConfig.head_channels,
+    norm_groups: int = StableSRUNetConfig.norm_groups,
+) -> StableSRUNetConfig:
+    """Sizes of Stable Diffusion's denoising UNet, as `infer_unet_config`."""
+    return StableSRUNetConfig(
+        **vars(infer_unet_config(state, head_channels, norm_groups)),
+        text_channels=_shape(state, TEXT_KEYS)[1],
+        structure_channels=0,
+    )
+
+
 def infer_stablesr_unet_config(
     state: StateDict,
     head_channels: int = StableSRUNetConfig.head_channels,
     norm_groups: int = StableSRUNetConfig.norm_groups,
 ) -> StableSRUNetConfig:
     """Sizes of StableSR's denoising UNet, as `infer_unet_config`."""
-    text = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    return StableSRUNetConfig(
-        **vars(infer_unet_config(state, head_channels, norm_groups)),
-        text_channels=_shape(state, text)[1],
-        structure_channels=_shape(state, "middle_block.0.spade.mlp_shared.0.weight")[1],
-    )
+    plain = infer_diffusion_unet_config(state, head_channels, norm_groups)
+    structure = _shape(state, "middle_block.0.spade.mlp_shared.0.weight")[1]
+    return dataclasses.replace(plain, structure_channels=structure)
 
 
 def infer_structure_config(

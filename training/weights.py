@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import MoesrError
-from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
 from moesr.training.networks import (
     Autoencoder,
     DenoisingUNet,
@@ -68,9 +68,11 @@ def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
     "structure" encoder and the "text" encoder.
     """
     parts: dict[str, tuple[type[nn.Module], Any]] = {}
-    if isinstance(config, StableSRConfig):
+    if isinstance(config, (StableSRConfig, StableDiffusionConfig)):
         parts["expert"] = StableSRUNet, config.unet
-        parts["structure"], parts["text"] = (StructureEncoder, config.structure), (TextEncoder, config.text)
+        if isinstance(config, StableSRConfig):
+            parts["structure"] = StructureEncoder, config.structure
+        parts["text"] = TextEncoder, config.text
     elif config.unet is not None:
         parts["expert"] = DenoisingUNet, config.unet
     return parts | {"decoder": (Autoencoder, config.decoder)}

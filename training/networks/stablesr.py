@@ -82,8 +82,10 @@ class StableSRUNet(UNet[StableSRUNetConfig]):
     """Predict eps or v from z_t, the timestep, the structure of the LR image and a text."""
 
     def res_block(self, in_channels: int, out_channels: int) -> ResBlock:
-        """A residual block with SPADE."""
+        """A residual block with SPADE, where there are structure features."""
         config = self.config
+        if not config.structure_channels:
+            return super().res_block(in_channels, out_channels)
         sizes = 4 * config.width, config.norm_groups, config.structure_channels
         return SPADEResBlock(in_channels, out_channels, *sizes)
 
@@ -95,7 +97,8 @@ class StableSRUNet(UNet[StableSRUNetConfig]):
     def forward(self, z_t: Tensor, t: Tensor, structure: dict[int, Tensor], text: Tensor) -> Tensor:
         """Return the prediction [B, 4, h, w] for latents `z_t` of that shape and `t` [B].
 
-        `structure` is what the structure encoder makes of the LR latent at the same `t`, `text` [B or 1,
-        tokens, text_channels] the encoded prompt. h and w must be multiples of `config.factor`.
+        `structure` is what the structure encoder makes of the LR latent at the same `t` (empty for a network
+        without SPADE), `text` [B or 1, tokens, text_channels] the encoded prompt. h and w must be multiples
+        of `config.factor`.
         """
         return self.run(z_t, Conditions(self.embed(t), structure, text))
