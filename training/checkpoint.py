@@ -97,8 +97,6 @@ class Checkpoint:
 class StableDiffusionCheckpoint(Checkpoint):
     """An opened checkpoint directory of Stable Diffusion. Networks are read anew, so keep one at a time."""
 
-    config: StableDiffusionConfig | StableSRConfig
-
     def unet(self) -> StableSRUNet:
         """Return the denoising UNet in evaluation mode, float32, on the CPU."""
         return self._load(StableSRUNet, "expert", expert_name(0))

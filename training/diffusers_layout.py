@@ -147,7 +147,7 @@ def text_state(state: StateDict) -> dict[str, Tensor]:
     """
     bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     bare.pop(POSITIONS, None)
-    joined = {}
+    joined: dict[str, Tensor] = {}
     for key in list(bare):
         match = re.fullmatch(r"(encoder\.layers\.\d+\.self_attn)\.q_proj\.(weight|bias)", key)
         names = [f"{match[1]}.{p}.{match[2]}" for p in PROJECTIONS] if match else []

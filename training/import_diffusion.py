@@ -159,14 +159,13 @@ def _prediction(given: tuple[Path, ...]) -> Prediction:
             return PREDICTIONS[said]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{scheduler}: cannot be used ({error!r}); add --prediction") from error
-    known = (what for pattern, what in NAMES for path in given if re.match(pattern, path.name))
-    prediction = next(known, None)
-    if prediction is None:
-        raise UsageError(
-            f"{given[0]}: its name does not tell whether the network predicts eps or v; add --prediction eps "
-            "(the models for 512 px, Turbo) or --prediction v (those for 768 px)"
-        )
-    return prediction
+    for pattern, prediction in NAMES:
+        if any(re.match(pattern, path.name) for path in given):
+            return prediction
+    raise UsageError(
+        f"{given[0]}: its name does not tell whether the network predicts eps or v; add --prediction eps (the "
+        "models for 512 px, Turbo) or --prediction v (those for 768 px)"
+    )
 
 
 def _read(path: Path, trust_pickle: bool) -> dict[str, _Found]:
