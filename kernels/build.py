@@ -29,7 +29,7 @@ from moesr.kernels.plan import ARCHITECTURES, Case, Launch, Op, Plan, evaluate
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
 
-SCHEMA = 1
+SCHEMA = 2
 PTX_ARCHITECTURE = 89  # the last whose PTX every later architecture takes, with 99 KiB of shared memory
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moesr" / "kernels"
 

@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the engine's)")
     p.add_argument(
-        "--sampler", choices=SAMPLERS, help="ddpm adds noise at every step, ddim none (default: the engine's)"
+        "--sampler",
+        choices=SAMPLERS,
+        help="ddpm adds noise at every step, ddim none, nor does dpm++2m, which is of second order and meant "
+        "for few steps (default: the engine's)",
     )
     p.add_argument(
         "--seed",

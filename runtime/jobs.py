@@ -15,7 +15,7 @@ from moesr.runtime.framing import coding_grid, sampling_grid
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.passes import Decoding, Encoding, Pass, Sampling, prompt_gains
-from moesr.runtime.samplers import ETA
+from moesr.runtime.samplers import ETA, MULTISTEP
 from moesr.runtime.schedule import step_table
 
 
@@ -45,8 +45,9 @@ class Job:
         Both at least a tile, uint8 or uint16; the condition is None where an encoder makes it. ValueError
         where the settings do not fit the schedule.
         """
-        eta = ETA[settings.sampler]
-        self._table = step_table(manifest.schedule, settings.steps, eta, manifest.expert_ranges)
+        eta, multistep = ETA[settings.sampler], settings.sampler in MULTISTEP
+        spaced = manifest.schedule, settings.steps, eta, manifest.expert_ranges
+        self._table = step_table(*spaced, multistep=multistep)
         self._manifest, self._settings = manifest, settings
         self._condition, self.lr = condition, lr
         self._size = (lr.shape[0] // manifest.latent_factor, lr.shape[1] // manifest.latent_factor)

@@ -23,7 +23,7 @@ from moesr.runtime.files import reason
 
 KERNELS_NAME, KERNELS_FOLDER = "kernels.json", "kernels"
 _CACHE_FOLDER = "cubins"
-SCHEMA = 1
+SCHEMA = 2
 BUILD = "make them with: python -m moesr.kernels.build --arch sm_{0} -o {1}"
 _PTX_FROM = 89  # the PTX is that of this architecture
 

@@ -133,6 +133,7 @@ class Sampling(Pass):
             for prompt, gain in gains.items()
         }
         self._device, self._table, self._seed, self._step = device, table, seed, 0
+        self._history = device.canvas(shape) if table.extrapolation.any() else None
         device.gaussian(self.z, seed, noise.INITIAL_NOISE)
         if manifest.init == "latent":
             signal = float(manifest.schedule.alpha_bar[-1])
@@ -159,7 +160,7 @@ class Sampling(Pass):
     def _end_round(self) -> None:
         """Move the canvas by one step of the sampler."""
         c = samplers.coefficients(self._table, self._step, self._manifest.prediction)
-        self._device.advance(self.z, self.target, c, self._seed, self._step)
+        self._device.advance(self.z, self.target, c, self._seed, self._step, self._history)
         self._step += 1
         self.done = self._step == len(self._table)
         if not self.done:

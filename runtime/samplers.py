@@ -19,10 +19,33 @@ v      sqrt(a * a_prev) + d * sqrt(1-a)  d * sqrt(a) - sqrt(a_prev * (1 - a))
 =====  ================================  ==========================================
 
 and the loop makes three multiplications and two additions an element, without a temporary array.
+
+DPM-Solver++ (Lu et al., 2022, Algorithm 2: data prediction, multistep, second order) takes the step of DDIM
+(d = sqrt(1 - a_prev)) with x0 carried forward along the line through the x0 of the step before::
+
+    x0' = (1 + w) * x0 - w * x0_before,    w = h / (2 h_before)
+
+where h is what a step adds to lambda = log(a / (1 - a)) / 2. With k = sqrt(a_prev) - d * sqrt(a / (1 - a))
+and x0 = x_z * z_t + x_out * out that is linear once more::
+
+    z_{t-1} = (d / sqrt(1 - a) + k (1 + w) x_z) * z_t + k (1 + w) x_out * out - k w * x0_before
+
+=====  ===========  ====================
+       x_z          x_out
+=====  ===========  ====================
+eps    1 / sqrt(a)  -sqrt((1 - a) / a)
+x0     0            1
+v      sqrt(a)      -sqrt(1 - a)
+=====  ===========  ====================
+
+The first step has none before it (w = 0); the last, which may be infinitely long in lambda, does without.
+What is remembered is an estimate of the clean latent, whichever expert made it, and stays one where the next
+expert takes over: `docs/architecture.md` has why it is kept there.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,20 +53,31 @@ import numpy as np
 
 from moesr.runtime.schedule import StepTable
 
-ETA = {"ddpm": 1.0, "ddim": 0.0}
+ETA = {"ddpm": 1.0, "ddim": 0.0, "dpm++2m": 0.0}
 """Share of the posterior's noise that each sampler adds, by name."""
+
+MULTISTEP = ("dpm++2m",)
+"""Samplers that remember the x0 of the step before."""
 
 Prediction = Literal["eps", "x0", "v"]
 """What a network predicts."""
 
+_ZERO = np.float32(0.0)
+
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Scalars of one step, float32 (see the module's formulas)."""
+    """Scalars of one step, float32 (see the module's formulas); the last three are of multistep samplers.
+
+    `c_history` weights the x0 of the step before, and this step's is `x_z * z_t + x_out * out`.
+    """
 
     c_z: np.float32
     c_out: np.float32
     c_noise: np.float32
+    c_history: np.float32 = _ZERO
+    x_z: np.float32 = _ZERO
+    x_out: np.float32 = _ZERO
 
 
 def coefficients(table: StepTable, step: int, prediction: Prediction = "eps") -> Coefficients:
@@ -57,18 +91,42 @@ def coefficients(table: StepTable, step: int, prediction: Prediction = "eps") ->
     else:
         c_z = np.sqrt(a * a_prev) + d * np.sqrt(1.0 - a)
         c_out = d * np.sqrt(a) - np.sqrt(a_prev * (1.0 - a))
-    return Coefficients(np.float32(c_z), np.float32(c_out), np.float32(sigma))
+    x_z, x_out = _clean(a, prediction)
+    k = (np.sqrt(a_prev) - d * np.sqrt(a / (1.0 - a))) * table.extrapolation[step]
+    return Coefficients(*map(np.float32, (c_z + k * x_z, c_out + k * x_out, sigma, -k, x_z, x_out)))
+
+
+def _clean(a: float, prediction: Prediction) -> tuple[float, float]:
+    """What z_t and the network's output count for in x0, where alpha_bar is `a`."""
+    if prediction == "eps":
+        return 1.0 / math.sqrt(a), -math.sqrt((1.0 - a) / a)
+    return (0.0, 1.0) if prediction == "x0" else (math.sqrt(a), -math.sqrt(1.0 - a))
 
 
 def advance(
-    z: np.ndarray, out: np.ndarray, noise: np.ndarray | None, c: Coefficients, scratch: np.ndarray
+    z: np.ndarray,
+    out: np.ndarray,
+    noise: np.ndarray | None,
+    c: Coefficients,
+    scratch: np.ndarray,
+    history: np.ndarray | None = None,
 ) -> None:
-    """Replace `z` (z_t) by z_{t-1}, in place.
+    """Replace `z` (z_t) by z_{t-1}, in place, and `history`, the x0 of the step before, by this step's.
 
     All arrays are float32 of one shape; `out`, the prediction, and `noise` are only read, `scratch` is
-    overwritten. `noise` may be None where the step adds none; ValueError where it is missing but needed.
+    overwritten. `noise` may be None where the step adds none, `history` where nothing is remembered;
+    ValueError where one is missing but needed.
     """
+    if history is not None:
+        np.multiply(history, c.c_history, out=scratch)
+        np.multiply(z, c.x_z, out=history)
+    elif c.c_history != 0:
+        raise ValueError("this step goes by the x0 of the step before but got none; pass the history")
     np.multiply(z, c.c_z, out=z)
+    if history is not None:
+        np.add(z, scratch, out=z)
+        np.multiply(out, c.x_out, out=scratch)
+        np.add(history, scratch, out=history)
     np.multiply(out, c.c_out, out=scratch)
     np.add(z, scratch, out=z)
     if c.c_noise == 0:

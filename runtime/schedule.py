@@ -71,8 +71,9 @@ class Schedule:
 class StepTable:
     """What the sampler needs to know of each step, in the order of execution: row 0 has the highest t.
 
-    `t` and `expert` are int64 [S]; `alpha_bar`, `alpha_bar_prev` (of the next, less noisy timestep) and
-    `sigma` are float64 [S].
+    `t` and `expert` are int64 [S]; `alpha_bar`, `alpha_bar_prev` (of the next, less noisy timestep), `sigma`
+    and `extrapolation` (how far a multistep sampler carries x0 on from that of the step before; 0: not at
+    all) are float64 [S].
     """
 
     t: np.ndarray
@@ -80,6 +81,7 @@ class StepTable:
     alpha_bar: np.ndarray
     alpha_bar_prev: np.ndarray
     sigma: np.ndarray
+    extrapolation: np.ndarray
 
     def __len__(self) -> int:
         return len(self.t)
@@ -107,24 +109,60 @@ def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> 
     return np.arange(steps, dtype=np.int64) * total // steps + offset
 
 
-def step_table(schedule: Schedule, steps: int, eta: float, ranges: Sequence[tuple[int, int]]) -> StepTable:
+def step_table(
+    schedule: Schedule,
+    steps: int,
+    eta: float,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    multistep: bool = False,
+) -> StepTable:
     """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
 
     `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. Where the last step ends is a matter of
-    the schedule's spacing, as in the published samplers. Raises ValueError for steps or eta out of range, or
-    where a timestep belongs to no expert or to several.
+    the schedule's spacing, as in the published samplers. `multistep`: DPM-Solver++(2M), whose steps are even
+    in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError for steps or eta out of range,
+    or where a timestep belongs to no expert or to several.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
     spacing, total = schedule.spacing, schedule.timesteps
     ascending = respaced_timesteps(total, steps, spacing)
+    if multistep:
+        ascending, spacing = _even_in_lambda(schedule.alpha_bar, steps), "leading"
     positions = np.arange(steps) * total // steps if spacing == "linspace_leading" else ascending
     alpha_bar = schedule.alpha_bar[positions]
     end = 1.0 if spacing == "linspace" else schedule.alpha_bar[0]
     alpha_bar_prev = np.concatenate([[end], alpha_bar[:-1]])
     variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
-    columns = (ascending, _experts(ascending, ranges), alpha_bar, alpha_bar_prev, eta * np.sqrt(variance))
+    further = _extrapolation(alpha_bar, alpha_bar_prev) if multistep else np.zeros(steps)
+    experts = _experts(ascending, ranges)
+    columns = (ascending, experts, alpha_bar, alpha_bar_prev, eta * np.sqrt(variance), further)
     return StepTable(*(_read_only(column[::-1].copy()) for column in columns))
+
+
+def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
+    """The timesteps nearest to even steps of `lambda = log(a / (1 - a)) / 2`, ascending, none of them twice.
+
+    From pure noise to the first step before alpha_bar[0], where the last one ends. The higher the order of a
+    sampler, the more it needs that: with steps even in t the last ones are several times longer in lambda.
+    """
+    order, last = np.arange(steps), len(alpha_bar) - 1
+    curve = np.log(alpha_bar / (1.0 - alpha_bar)) / 2.0  # falls with t
+    wanted = np.linspace(curve[0], curve[-1], steps + 1)[1:]
+    right = np.clip(np.searchsorted(-curve, -wanted), 1, max(last, 1))
+    nearest = right - (wanted - curve[right] > curve[right - 1] - wanted) if last else order
+    apart = np.maximum.accumulate(nearest - order) + order
+    return np.minimum(apart, last - order[::-1]).astype(np.int64)
+
+
+def _extrapolation(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> np.ndarray:
+    """`w = h / (2 h_before)` of `moesr.runtime.samplers`, timesteps ascending; 0 for first and last step."""
+    w = np.zeros(len(alpha_bar))
+    now, then = (np.log(a / (1.0 - a)) for a in (alpha_bar, alpha_bar_prev[1:]))
+    h = np.concatenate([[np.inf], then - now[1:]])  # the last step, in front here, is not asked for
+    w[1:-1] = h[1:-1] / (2.0 * h[2:])
+    return w
 
 
 def _experts(timesteps: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -56,9 +56,9 @@ Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
 class Options(TypedDict, total=False):
     """How an image is made; what is left out, or None, takes its default.
 
-    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim"), `fidelity`, from 0 (free) to 1
-    (faithful to the LR image), and `guidance`, 0 to 100, where the engine has a negative prompt, default to
-    the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none") to "adain".
+    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim", "dpm++2m"), `fidelity`, from 0 (free)
+    to 1 (faithful to the LR image), and `guidance`, 0 to 100, where the engine has a negative prompt, default
+    to the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none") to "adain".
     """
 
     steps: int | None

@@ -257,10 +257,17 @@ def tile_blend(driver, constants, grid, slots, tiles, weights, height, width, *h
 
 
 def sampler_step(driver, constants, grid, jobs, *hidden) -> None:
-    for z, sums, coefficients, size, seed, step in driver.view(jobs, 6 * grid[1], np.uint64).reshape(-1, 6):
+    table = driver.view(jobs, 7 * grid[1], np.uint64).reshape(-1, 7)
+    for z, sums, coefficients, size, seed, step, kept in table:
         moved, out = (driver.view(int(p), int(size), np.float32) for p in (z, sums))
         c_z, c_out, c_noise = driver.view(int(coefficients), 3, np.float32)
-        total = moved * c_z + out * c_out
+        total = moved * c_z
+        if kept:
+            history = driver.view(int(kept), int(size), np.float32)
+            c_history, x_z, x_out = driver.view(int(coefficients) + 12, 3, np.float32)
+            total += history * c_history
+            history[:] = moved * x_z + out * x_out
+        total += out * c_out
         if c_noise:
             number = (int(step) - 1) % (1 << 64)
             number = noise.INITIAL_NOISE if number == (1 << 64) - 1 else number
@@ -309,7 +316,7 @@ def write_kernels(
                     "targets": list(targets),
                 }
             )
-    content = {"schema": 1, "kernels": kernels, "plans": plans}
+    content = {"schema": 2, "kernels": kernels, "plans": plans}
     (directory / "kernels.json").write_text(json.dumps(content))
     return directory
 

@@ -131,8 +131,14 @@ class RecordingDevice:
     def close(self) -> None:
         pass
 
-    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
-        self._later("advance", lambda: self.host.advance(z.data.made, out.data.made, c, seed, step))
+    def advance(
+        self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
+    ) -> None:
+        def advance() -> None:
+            kept = history.data.made if history else None
+            self.host.advance(z.data.made, out.data.made, c, seed, step, kept)
+
+        self._later("advance", advance)
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
         self._later("mix", lambda: self.host.mix(z.data.made, other.data.made, c_z, c_other))

@@ -73,12 +73,13 @@ def alike(rig: Rig, **options: Any) -> list:
 
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("max_batch", [1, 4])
-def test_the_loop_gives_what_the_host_gives(manifest, tmp_path, max_batch, use_graphs):
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_the_loop_gives_what_the_host_gives(manifest, tmp_path, max_batch, use_graphs, sampler):
     host = Rig(manifest, max_batch)
-    wants = alike(host)
+    wants = alike(host, sampler=sampler)
     host.run(*wants)
     rig = CudaRig(manifest, tmp_path, max_batch, use_graphs)
-    jobs = alike(rig)
+    jobs = alike(rig, sampler=sampler)
     rig.run(*jobs)
     for job, want in zip(jobs, wants, strict=True):
         np.testing.assert_allclose(job.image, want.image, rtol=1e-5, atol=1e-6)
@@ -289,7 +290,7 @@ def test_damaged_kernels_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("entries", "message"),
-    [({"schema": 7}, "schema 7, expected 1"), ({"kernels": 3}, "kernels is 3, expected an object")],
+    [({"schema": 7}, "schema 7, expected 2"), ({"kernels": 3}, "kernels is 3, expected an object")],
     ids=["schema", "content"],
 )
 def test_other_kernels_json_are_refused(tmp_path, entries, message):

@@ -75,7 +75,19 @@ def test_a_step_adds_the_noise_of_its_number():
     device.advance(z, out, Coefficients(*map(np.float32, (0.5, 0.25, 0.125))), 3, 4)
     np.testing.assert_allclose(z.data, want, rtol=1e-6, atol=1e-6)
     assert not out.data.any()
-    other = device.canvas(shape)
+    other, history = device.canvas(shape), device.canvas(shape)
+    device.gaussian(history, 3, 5)
+    out.data[:] = RNG.standard_normal(shape)
+    c, before, blended, kept = (
+        (0.5, 0.25, 0.0, 0.1, 2.0, -3.0),
+        z.data.copy(),
+        out.data.copy(),
+        history.data.copy(),
+    )
+    device.advance(z, out, Coefficients(*map(np.float32, c)), 3, 4, history)
+    want = 0.5 * before + 0.25 * blended + 0.1 * kept
+    np.testing.assert_allclose(z.data, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(history.data, 2 * before - 3 * blended, rtol=1e-6, atol=1e-6)
     device.gaussian(other, 3, 9)
     device.mix(z, other, 0.5, 1.5)
     np.testing.assert_allclose(z.data, 0.5 * want + 1.5 * other.data, rtol=1e-6, atol=1e-6)

@@ -76,6 +76,20 @@ def test_step_is_the_hosts(size, c_noise):
     assert not sums.any()
 
 
+@pytest.mark.parametrize("c_noise", [0.0, 0.25])
+def test_step_with_a_history_is_the_hosts(c_noise):
+    z, sums, history = torch.randn(3, 3, 29, 24, generator=torch.Generator().manual_seed(1))
+    values = [1.0123, -0.3, c_noise, -0.45, 1.7, -1.2]
+    want, kept = z.numpy().copy(), history.numpy().copy()
+    c = samplers.Coefficients(*map(np.float32, values))
+    drawn = noise.gaussian(7, 3, want.shape)
+    samplers.advance(want, sums.numpy(), drawn, c, np.empty_like(want), kept)
+    sampler_step(z, sums, torch.tensor(values), 7, 3, history)
+    np.testing.assert_array_max_ulp(z.numpy(), want, maxulp=0 if c_noise == 0 else 1)
+    np.testing.assert_array_equal(history.numpy(), kept)
+    assert not sums.any()
+
+
 def test_step_without_noise_ignores_the_seed():
     z, sums = torch.randn(2, 3, 9, 9)
     other, same = z.clone(), sums.clone()

@@ -44,7 +44,8 @@ def loop_arguments(operator):
             torch.rand(4, 5),
             slots[:, :3].clone(),
         )
-    return torch.randn(3, 5, 5), torch.randn(3, 5, 5), torch.tensor([0.9, 0.1, 0.3]), 3, 1
+    z, sums, history = torch.randn(3, 3, 5, 5)
+    return z, sums, torch.tensor([0.9, 0.1, 0.3, 0.2, 1.5, -1.0]), 3, 1, history
 
 
 @pytest.mark.parametrize("operator", [tile_gather, tile_blend, sampler_step], ids=lambda o: o._name)
@@ -94,7 +95,7 @@ def test_compiles_without_a_break():
 
 def test_compiled_loop_changes_canvases_in_place():
     def step(z, sums, coefficients):
-        sampler_step(z, sums, coefficients, 3, 1)
+        sampler_step(z, sums, coefficients[:3].clone(), 3, 1)
         return z + sums
 
     arguments = loop_arguments(sampler_step)[:3]

@@ -81,7 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "unknown sampler": (
         lambda v: v.update(sampler="euler"),
-        "sampler is 'euler', expected one of ddpm, ddim",
+        "sampler is 'euler', expected one of ddpm, ddim, dpm",
     ),
     "no steps": (lambda v: v.update(steps=0), "steps is 0, expected 1 to 1000"),
     "zero tile": (lambda v: v.update(tile=0), "tile is 0"),

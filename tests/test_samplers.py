@@ -102,6 +102,14 @@ def test_missing_noise_is_refused_where_the_step_adds_some():
         advance(normal(0), normal(1), None, c, np.empty(SHAPE, np.float32))
 
 
+def test_missing_history_is_refused_where_the_step_goes_by_it():
+    table = step_table(Schedule(), 10, 0.0, [(0, 1000)], multistep=True)
+    first, second, last = (coefficients(table, step) for step in (0, 1, 9))
+    assert first.c_history == last.c_history == 0
+    with pytest.raises(ValueError, match="x0 of the step before"):
+        advance(normal(0), normal(1), None, second, np.empty(SHAPE, np.float32))
+
+
 def test_only_z_and_scratch_are_written_and_nothing_is_allocated():
     shape = (3, 256, 256)
     z, eps, noise = (np.full(shape, v, np.float32) for v in (1.0, 2.0, 3.0))

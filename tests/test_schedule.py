@@ -123,6 +123,23 @@ def test_any_number_of_steps_is_spread_over_the_range(total):
             np.testing.assert_array_equal(t, np.arange(0, total, total // steps) + 1)
 
 
+@pytest.mark.parametrize("total", [1000, 37, 1])
+def test_steps_of_a_multistep_sampler_are_even_in_lambda(total):
+    schedule = Schedule(timesteps=total)
+    for steps in range(1, total + 1):
+        table = step_table(schedule, steps, 0.0, [(0, total)], multistep=True)
+        assert len(table) == steps and table.t[0] == total - 1 and table.t[-1] >= 0
+        assert np.all(np.diff(table.t) < 0)
+        assert table.alpha_bar_prev[-1] == schedule.alpha_bar[0]
+        assert table.extrapolation[0] == table.extrapolation[-1] == 0
+    if total == 1000:
+        table = step_table(schedule, 12, 0.0, [(0, total)], multistep=True)
+        edges = np.append(table.alpha_bar, schedule.alpha_bar[0])
+        curve = np.log(edges / (1 - edges)) / 2
+        np.testing.assert_allclose(np.diff(curve), (curve[-1] - curve[0]) / 12, rtol=0.25)
+        np.testing.assert_allclose(table.extrapolation[1:-1], np.diff(curve)[1:-1] / np.diff(curve)[:-2] / 2)
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match=f"1..1000.*got {steps}"):

@@ -98,7 +98,7 @@ def unit(pixels: np.ndarray) -> np.ndarray:
     return pixels.transpose(2, 0, 1) / 127.5 - 1
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", samplers.ETA)
 @pytest.mark.parametrize("size", [(16, 16), (16, 17), (40, 23)], ids=str)
 def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int], sampler: str):
     rig = Rig(manifest)
@@ -106,11 +106,16 @@ def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int],
     rig.run(job)
 
     cond, z = unit(job._condition), noise.gaussian(1, noise.INITIAL_NOISE, (3, *size)).astype(np.float64)
-    table = step_table(manifest.schedule, 7, samplers.ETA[sampler], manifest.expert_ranges)
+    multistep, history = sampler in samplers.MULTISTEP, 0.0
+    table = step_table(
+        manifest.schedule, 7, samplers.ETA[sampler], manifest.expert_ranges, multistep=multistep
+    )
     for step in range(7):
         c = samplers.coefficients(table, step)
         eps = 0.9 * z + 0.1 * cond + 1e-4 * table.t[step]
-        z = c.c_z * z + c.c_out * eps + c.c_noise * noise.gaussian(1, step, z.shape)
+        x0 = (z - np.sqrt(1 - table.alpha_bar[step]) * eps) / np.sqrt(table.alpha_bar[step])
+        z = c.c_z * z + c.c_out * eps + c.c_noise * noise.gaussian(1, step, z.shape) + c.c_history * history
+        history = x0
     want = unit(job.lr) + 0.05 * z.repeat(4, axis=1).repeat(4, axis=2)
     assert relative_l2(job.image, want) < 1e-5
 
@@ -153,9 +158,11 @@ def test_latents_that_are_images_need_no_decoder(tmp_path: Path, manifest: Manif
 def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
     alone, together = Rig(manifest, 1), Rig(manifest, 3)
     state = RNG.bit_generator.state
-    single = [alone.job(20, 40), alone.job(16, 16, seed=2), alone.job(33, 16, fidelity=0.5)]
+    options = {"sampler": "dpm++2m", "steps": 6}, {"seed": 2}, {"fidelity": 0.5, "sampler": "dpm++2m"}
+    sizes = (20, 40), (16, 16), (33, 16)
+    single = [alone.job(*size, **given) for size, given in zip(sizes, options, strict=True)]
     RNG.bit_generator.state = state
-    shared = [together.job(20, 40), together.job(16, 16, seed=2), together.job(33, 16, fidelity=0.5)]
+    shared = [together.job(*size, **given) for size, given in zip(sizes, options, strict=True)]
     for job in single:
         alone.run(job)
     together.run(*shared)
@@ -164,15 +171,16 @@ def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
-def test_nothing_is_read_back_between_ticks(manifest: Manifest, max_batch: int):
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_nothing_is_read_back_between_ticks(manifest: Manifest, max_batch: int, sampler: str):
     """The whole loop over a device that has done nothing yet when the host goes on."""
     state = RNG.bit_generator.state
     host = Rig(manifest, max_batch)
-    jobs = [host.job(20, 40), host.job(16, 16, seed=2)]
+    jobs = [host.job(20, 40, sampler=sampler), host.job(16, 16, seed=2, sampler=sampler)]
     host.run(*jobs)
     RNG.bit_generator.state = state
     rig = Rig(manifest, max_batch, device=RecordingDevice())
-    behind = [rig.job(20, 40), rig.job(16, 16, seed=2)]
+    behind = [rig.job(20, 40, sampler=sampler), rig.job(16, 16, seed=2, sampler=sampler)]
     rig.run(*behind)
     for one, other in zip(jobs, behind, strict=True):
         np.testing.assert_array_equal(one.image, other.image)

@@ -1,4 +1,4 @@
-"""`z <- c_z z + c_out sums + c_noise noise` and `sums <- 0`, the noise made on the way.
+"""`z <- c_z z + c_history history + c_out sums + c_noise noise` and `sums <- 0`, the noise made on the way.
 
 Compile without fused multiply-add (`fp_fusion=False`): every operation below is then correctly rounded by
 IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The README has the maths.
@@ -7,8 +7,9 @@ IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The READM
 import triton
 import triton.language as tl
 
-JOB_COLUMNS = tl.constexpr(6)
-"""int64 [jobs, 6]: addresses of z, sums and the coefficients' row, elements (0: empty), seed, step + 1."""
+JOB_COLUMNS = tl.constexpr(7)
+"""int64 [jobs, 7]: addresses of z, sums and the coefficients' row, elements (0: empty), seed, step + 1, and
+the history's address (0: none)."""
 
 _MULTIPLIER_0 = tl.constexpr(0xD2E7470EE14C6C93)  # Philox-4x64 (Salmon et al., SC 2011, Table 2)
 _MULTIPLIER_1 = tl.constexpr(0xCA5A826395121157)
@@ -102,15 +103,25 @@ def sampler_step(jobs, BLOCK: tl.constexpr):
     size = tl.load(job + 3)
     seed = tl.load(job + 4).to(tl.uint64, bitcast=True)
     step_key = tl.load(job + 5).to(tl.uint64, bitcast=True)
-    filled = size > 0
+    kept = tl.load(job + 6)
+    history = kept.to(tl.pointer_type(tl.float32))
+    filled, remembers = size > 0, kept != 0
     c_z = tl.load(coefficients, mask=filled, other=0.0)
     c_out = tl.load(coefficients + 1, mask=filled, other=0.0)
     c_noise = tl.load(coefficients + 2, mask=filled, other=0.0)
+    c_history = tl.load(coefficients + 3, mask=remembers, other=0.0)
+    x_z = tl.load(coefficients + 4, mask=remembers, other=0.0)
+    x_out = tl.load(coefficients + 5, mask=remembers, other=0.0)
     block = tl.program_id(0).to(tl.int64)
     while block * 8 * BLOCK < size:
         offset = block * 8 * BLOCK + tl.arange(0, 8 * BLOCK)
         inside = offset < size
-        moved = tl.load(z + offset, mask=inside) * c_z + tl.load(sums + offset, mask=inside) * c_out
+        before, out = tl.load(z + offset, mask=inside), tl.load(sums + offset, mask=inside)
+        moved = before * c_z
+        if remembers:
+            moved += tl.load(history + offset, mask=inside) * c_history
+            tl.store(history + offset, before * x_z + out * x_out, mask=inside)
+        moved += out * c_out
         if c_noise != 0.0:
             moved += noise(block, seed, step_key, BLOCK) * c_noise
         tl.store(z + offset, moved, mask=inside)

@@ -13,7 +13,9 @@ from moesr.kernels.plan import Buffer, Cost, Launch, Op, Plan, Shape, cases
 from moesr.kernels.sampler_step import reference
 from moesr.runtime.noise import INITIAL_NOISE
 
-COLUMNS = 6  # of the table: addresses of z, sums and coefficients, elements, seed, step + 1
+COLUMNS = 7
+"""Of the table: addresses of z, sums and coefficients, elements, seed, step + 1, address of the history."""
+
 BLOCK = 128  # Philox blocks of one pass of a program: 1024 elements
 PROGRAMS = 128  # a job: about one for each multiprocessor; more than one pass where a canvas is larger
 KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs
@@ -26,9 +28,10 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     return Plan(
         buffers=(
             Buffer("jobs", "i64", ("jobs", COLUMNS), "input"),
-            Buffer("coefficients", dtype, (2, 3), "input"),
+            Buffer("coefficients", dtype, (2, 6), "input"),
             *(Buffer(f"z_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
             *(Buffer(f"sums_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
+            Buffer("history_0", dtype, sizes[0], "state"),
         ),
         launches=(
             Launch("sampler_step", ("jobs",), {"BLOCK": BLOCK}, (str(PROGRAMS), "jobs"), fp_fusion=False),
@@ -43,15 +46,17 @@ def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Two canvases; the second takes only noise where `pure_noise` is set, as x_T is made."""
+    """Two canvases, the first with a history; with `pure_noise` the second takes only noise, as x_T does."""
     del dtype
     generator = torch.Generator().manual_seed(seed)
-    given: dict[str, Any] = {"coefficients": torch.tensor([[1.01, -0.2, 0.3], [0.99, 0.1, 0.0]])}
+    rows = [[1.01, -0.2, 0.3, -0.4, 1.5, -1.1], [0.99, 0.1, 0.0, 9.0, 9.0, 9.0]]
+    given: dict[str, Any] = {"coefficients": torch.tensor(rows)}
     for i, size in enumerate(_sizes(shape)):
         given[f"z_{i}"] = torch.randn(size, generator=generator)
         given[f"sums_{i}"] = torch.randn(size, generator=generator)
+    given["history_0"] = torch.randn(_sizes(shape)[0], generator=generator)
     if shape.get("pure_noise"):
-        given["coefficients"][1] = torch.tensor([0.0, 0.0, 1.0])
+        given["coefficients"][1, :3] = torch.tensor([0.0, 0.0, 1.0])
     return given
 
 
@@ -64,19 +69,20 @@ def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def link(buffers: dict[str, Any]) -> None:
     """Write the table's rows."""
-    rows = [
-        (buffers[f"z_{i}"], buffers[f"sums_{i}"], buffers["coefficients"][i], seed, step)
-        for i, (seed, step) in enumerate(KEYS)
-    ]
+    rows = []
+    for i, key in enumerate(KEYS):
+        given = buffers[f"z_{i}"], buffers[f"sums_{i}"], buffers["coefficients"][i]
+        rows.append((*given, *key, buffers.get(f"history_{i}")))
     buffers["jobs"][:2].copy_(table(rows))
 
 
-def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int]]) -> Tensor:
-    """Rows of (z, sums, coefficients, seed, step) as the kernel reads them: int64 [jobs, 6] on the CPU."""
+def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int, Tensor | None]]) -> Tensor:
+    """Rows of (z, sums, coefficients, seed, step, history) as the kernel reads them: int64 [jobs, 7], CPU."""
     words = np.zeros((len(rows), COLUMNS), np.uint64)
-    for row, (z, sums, coefficients, seed, step) in zip(words, rows, strict=True):
+    for row, (z, sums, coefficients, seed, step, history) in zip(words, rows, strict=True):
         row[:3] = z.data_ptr(), sums.data_ptr(), coefficients.data_ptr()
-        row[3:] = z.numel(), seed, step - INITIAL_NOISE
+        row[3:6] = z.numel(), seed, step - INITIAL_NOISE
+        row[6] = 0 if history is None else history.data_ptr()
     return torch.from_numpy(words.view(np.int64))
 
 
@@ -84,15 +90,18 @@ def outputs(coefficients: Tensor, **given: Tensor) -> Mapping[str, Tensor]:
     """The reference's results by the names of their buffers."""
     results = {}
     for i, key in enumerate(KEYS):
-        moved = reference.sampler_step(given[f"z_{i}"], given[f"sums_{i}"], coefficients[i], *key)
-        results[f"z_{i}"], results[f"sums_{i}"] = moved
+        history = given.get(f"history_{i}")
+        moved = reference.sampler_step(given[f"z_{i}"], given[f"sums_{i}"], coefficients[i], *key, history)
+        results[f"z_{i}"], results[f"sums_{i}"], kept = moved
+        results |= {} if kept is None else {f"history_{i}": kept}
     return results
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """z and sums read and written once; the noise costs about 85 float64 operations an element pair."""
+    """What there is of z, sums and history read and written once; the noise: see the README."""
     del dtype
-    return Cost(bytes=16 * sum(int(np.prod(size)) for size in _sizes(shape)), flops=0)
+    first, second = (int(np.prod(size)) for size in _sizes(shape))
+    return Cost(bytes=24 * first + 16 * second, flops=0)
 
 
 def _shape(channels: int, height: int, width: int, **extra: int) -> dict[str, int]:

@@ -117,8 +117,13 @@ class Device(Protocol):
         """Gather, run the graph, blend its first output; the session is bound to these buffers."""
         ...
 
-    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
-        """Move `z` by one step: `c_z * z + c_out * out + c_noise * noise(seed, step)`; clears `out`."""
+    def advance(
+        self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
+    ) -> None:
+        """Move `z` by one step: `c_z * z + c_out * out + c_noise * noise(seed, step)`; clears `out`.
+
+        With a `history`, `c_history` times it comes along, and it becomes `x_z * z + x_out * out`.
+        """
         ...
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:

@@ -23,7 +23,7 @@ from moesr.runtime.devices import Canvas, Mean, Slot
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
-from moesr.runtime.devices.tables import STEP_COLUMNS, Table, step_row
+from moesr.runtime.devices.tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
 from moesr.runtime.graphs import TensorSpec
 from moesr.runtime.kernel_files import KernelFiles, Launch
 from moesr.runtime.samplers import Coefficients
@@ -33,7 +33,7 @@ AHEAD = 64
 """Ticks and steps that the host may be ahead of the GPU."""
 
 TABLE_BYTES = 1 << 17  # 256 slots of a graph with ten inputs
-_STEP_BYTES = STEP_COLUMNS * 8 + 16  # a row and its coefficients
+_STEP_BYTES = STEP_COLUMNS * 8 + COEFFICIENTS * 4
 _TABLES_BYTES, _IMAGES_BYTES = 1 << 20, 32 << 20  # pinned, for what is on its way up
 
 
@@ -162,9 +162,11 @@ class CudaDevice:
         else:
             enqueue()
 
-    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
+    def advance(
+        self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
+    ) -> None:
         """See `Device.advance`: one launch."""
-        self._take_step(z.data, out.data.address, c, seed, step)
+        self._take_step(z.data, out.data.address, c, seed, step, history.data.address if history else 0)
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
         """See `Device.mix`: a step without noise, over a copy that it may clear."""
@@ -248,12 +250,14 @@ class CudaDevice:
             graphs[key] = self._driver.end_capture()
         self._driver.replay(graphs[key])
 
-    def _take_step(self, z: Array, sums: int, c: Coefficients, seed: int, step: int) -> None:
-        """`z <- c_z z + c_out sums + c_noise noise(seed, step)`, and `sums <- 0`."""
+    def _take_step(
+        self, z: Array, sums: int, c: Coefficients, seed: int, step: int, history: int = 0
+    ) -> None:
+        """`z <- c_z z + c_out sums + c_noise noise(seed, step)`, and `sums <- 0`; `history` is an address."""
         self._collect()
         at = self._step.address
-        row = step_row(z.address, sums, at + STEP_COLUMNS * 8, math.prod(z.shape), seed, step)
-        coefficients = np.array([c.c_z, c.c_out, c.c_noise], np.float32)
+        row = step_row(z.address, sums, at + STEP_COLUMNS * 8, math.prod(z.shape), seed, step, history)
+        coefficients = np.array([c.c_z, c.c_out, c.c_noise, c.c_history, c.x_z, c.x_out], np.float32)
         self._staging.send([(at, row), (at + row.nbytes, coefficients)])
         self._loop.step(at).enqueue(self._driver)
 

@@ -94,11 +94,13 @@ class HostDevice:
         session.enqueue(len(slots))
         self.blend(slots, buffers[session.boundary.outputs[0].name])
 
-    def advance(self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int) -> None:
+    def advance(
+        self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
+    ) -> None:
         """See `Device.advance`."""
         first, second = self._two_like(z.data)
         added = noise.gaussian(seed, step, z.data.shape, first) if c.c_noise else None
-        samplers.advance(z.data, out.data, added, c, second)
+        samplers.advance(z.data, out.data, added, c, second, history.data if history else None)
         out.data.fill(0.0)
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:

@@ -2,14 +2,15 @@
 
 tile_gather   address of the canvas, plane and row strides in elements, y, x, t (which is not used here)
 tile_blend    addresses of the sums, of the sum of weights and of the flag; plane and row strides; y, x
-sampler_step  addresses of z, of the sums and of three float32 coefficients; elements; seed; step + 1
+sampler_step  addresses of z, of the sums and of the float32 coefficients; elements; seed; step + 1; address
+              of the history, 0 where there is none
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-STEP_COLUMNS = 6
+STEP_COLUMNS, COEFFICIENTS = 7, 6
 
 _ALIGNMENT = 16  # of every buffer of a kernel, bytes
 
@@ -41,6 +42,8 @@ class Table:
         return self._block[: self._size]
 
 
-def step_row(z: int, sums: int, coefficients: int, size: int, seed: int, step: int) -> np.ndarray:
+def step_row(
+    z: int, sums: int, coefficients: int, size: int, seed: int, step: int, history: int = 0
+) -> np.ndarray:
     """The row of a sampler's step. Step -1 is the initial noise; the noise is keyed by words of 64 bits."""
-    return np.array([z, sums, coefficients, size, seed, (step + 1) % (1 << 64)], np.uint64)
+    return np.array([z, sums, coefficients, size, seed, (step + 1) % (1 << 64), history], np.uint64)
