@@ -13,20 +13,38 @@ from moesr.runtime.framing import frame_of
 from moesr.runtime.jobs import Job
 from moesr.runtime.manifest import Manifest
 
-HELD, OPENING = 2.0, 3.5
-"""Memory of a graph over its weights in float32, once open and while it opens: kernels are kept transformed.
 
-Measured on the full-width networks with ONNX Runtime on a CPU.
+@dataclass(frozen=True)
+class Place:
+    """A memory that graphs and images take, and how much: `held` and `opening` over a graph's weights.
+
+    `pixel_bytes` is for each pixel of output: canvases and results.
+    """
+
+    name: str
+    held: float  # once open
+    opening: float  # while it opens
+    pixel_bytes: int
+
+
+HOST = Place("memory", 2.0, 3.5, 40)
+"""A CPU that runs graphs: kernels are kept transformed. Measured on full-width networks with ONNX Runtime.
+
+A pixel: LR image resized, decoded sums, weights, one colour plane, result, latents.
 """
 
-_BYTES_PER_PIXEL = 40  # of output: LR image resized, decoded sums, weights, one colour plane, result, latents
+BESIDE_GPU = Place("memory", 0.0, 1.0, 40)
+"""The host where a GPU runs the graphs: it reads their files."""
+
+GPU = Place("memory of the GPU", 1.25, 1.5, 24)
+"""Reckoned, not measured. A pixel: LR image of 16 bits, decoded sums, their weights, latents."""
 
 
 @dataclass(eq=False)
 class Reservation:
     """Memory that an image may take; it stands until the image's job is done, or is let go."""
 
-    count: int  # bytes
+    counts: tuple[int, ...]  # bytes, of each place
     job: Job | None = None
     dropped: bool = False
 
@@ -48,13 +66,20 @@ class Admission:
         loaded: Callable[[], frozenset[str]],
         *,
         shared: bool = True,
+        gpu_bytes: Callable[[], int] | None = None,
     ) -> None:
-        """`loaded` tells the roles of the graphs in memory; `shared`: their working memory is one."""
+        """`loaded` tells the roles of the graphs in memory; `shared`: their working memory is one.
+
+        `gpu_bytes` tells how much memory is free on the GPU that runs them; None where the CPU does.
+        """
         self._manifest, self._loaded = manifest, loaded
         self._weights = {r: _weight_bytes(manifest, directory, r, target) for r in manifest.graphs}
+        self._gpu_bytes = gpu_bytes
+        self._places = (GPU, BESIDE_GPU) if gpu_bytes else (HOST,)
+        main = self._places[0]
         work = sorted(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
-        free = memory.available_bytes()
-        self.keep_all = free is None or HELD * sum(self._weights.values()) <= free // 2
+        free = self._free_bytes(main)
+        self.keep_all = free is None or main.held * sum(self._weights.values()) <= free // 2
         self._work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
         self.warm = False  # whether the graphs have taken their working memory
         self._reservations: list[Reservation] = []
@@ -65,36 +90,47 @@ class Admission:
         Raises MemoryLimitError where it would not fit with nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
-        count = image_bytes(self._manifest, height, width)
-        need = count + self._engine_bytes()
-        taken = sum(r.count for r in self._reservations)
-        free = memory.available_bytes()
-        if free is None or need + taken <= free:
-            self._reservations.append(Reservation(count))
-            return self._reservations[-1]
-        if taken:
+        counts = tuple(image_bytes(self._manifest, height, width, place) for place in self._places)
+        waits = False
+        for at, place in enumerate(self._places):
+            need, free = counts[at] + self._engine_bytes(place), self._free_bytes(place)
+            taken = sum(r.counts[at] for r in self._reservations)
+            if free is None or need + taken <= free:
+                continue
+            if not taken:
+                raise self._refusal(place, height, width, need, free)
+            waits = True
+        if waits:
             return None
+        self._reservations.append(Reservation(counts))
+        return self._reservations[-1]
+
+    def _free_bytes(self, place: Place) -> int | None:
+        return self._gpu_bytes() if place is GPU and self._gpu_bytes else memory.available_bytes()
+
+    def _refusal(self, place: Place, height: int, width: int, need: int, free: int) -> MemoryLimitError:
         scale = self._manifest.scale
         rows, columns = frame_of(self._manifest, height, width).image
         through = "" if rows == height * scale else f", through {columns}x{rows},"
-        raise MemoryLimitError(
+        return MemoryLimitError(
             f"{width}x{height} to {width * scale}x{height * scale} pixels{through} needs about "
-            f"{memory.readable(need)} of memory, {memory.readable(free)} are free; close other programs, "
-            "split the image, or export an engine with smaller tiles"
+            f"{memory.readable(need)} of {place.name}, {memory.readable(free)} are free; close other "
+            "programs, split the image, or export an engine with smaller tiles"
         )
 
-    def _engine_bytes(self) -> int:
-        """What the graphs have yet to take."""
+    def _engine_bytes(self, place: Place) -> int:
+        """What the graphs have yet to take of a place."""
         loaded = self._loaded()
         sizes = sorted(size for role, size in self._weights.items() if role not in loaded)
         held = sizes if self.keep_all else sizes[-2:]
-        weights = HELD * sum(held) + (OPENING - HELD) * max(held, default=0)
-        return int(weights) + (0 if self.warm else self._work)
+        weights = place.held * sum(held) + (place.opening - place.held) * max(held, default=0)
+        working = place is self._places[0] and not self.warm
+        return int(weights) + (self._work if working else 0)
 
 
-def image_bytes(manifest: Manifest, height: int, width: int) -> int:
+def image_bytes(manifest: Manifest, height: int, width: int, place: Place = HOST) -> int:
     """Estimate of the memory that an image takes beside the graphs."""
-    return _BYTES_PER_PIXEL * math.prod(frame_of(manifest, height, width).canvas)
+    return place.pixel_bytes * math.prod(frame_of(manifest, height, width).canvas)
 
 
 def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from moesr.runtime import memory
 from moesr.runtime.errors import EngineError, MemoryLimitError
 
 INSTALL = "install it with: pip install 'moesr[tensorrt]' (or 'moesr[tensorrt-rtx]')"
+_NO_MEMORY = "OUT_OF_MEMORY"  # in the name of the driver's error
+_NO_GRAPH = "a CUDA graph could not be made; run with --no-cuda-graphs"
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that any kernel may take
 
 
@@ -47,6 +49,15 @@ def driver_version() -> str:
     if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(f"the driver does not tell its version ({status.name}); install it anew")
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Bytes that are free on the GPU of the calling thread, and all that it has."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, free, total = driver.cuMemGetInfo()
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise EngineError(f"the driver does not tell what memory is free ({status.name}); see moesr-doctor")
+    return int(free), int(total)
 
 
 class _Block:
@@ -83,36 +94,49 @@ class CudaDriver:
         try:
             return _Block(self._pool.allocate(nbytes, stream=self._on()))
         except Exception as error:
+            if _NO_MEMORY not in _text(error):  # of an earlier launch: errors come late
+                raise EngineError(_failed("the GPU failed", error)) from error
             raise MemoryLimitError(
                 f"no {memory.readable(nbytes)} free on {self.name} ({_text(error)}); close what else uses "
                 "the GPU, lower max_batch, or use a smaller image or an engine with smaller tiles"
             ) from error
 
+    def free_bytes(self) -> int:
+        """See `Driver.free_bytes`: what the driver has, and what the pool keeps of what was freed."""
+        self._on()
+        held = self._pool.attributes
+        return memory_bytes()[0] + max(int(held.reserved_mem_current) - int(held.used_mem_current), 0)
+
     def free(self, block: _Block) -> None:
         """See `Driver.free`."""
-        block.buffer.close(self._on())
+        with _explained():
+            block.buffer.close(self._on())
 
     def pinned(self, nbytes: int) -> np.ndarray:
         """See `Driver.pinned`."""
         self._on()
-        buffer = self._pinned_pool.allocate(nbytes)
+        with _explained(f"no {memory.readable(nbytes)} of pinned memory"):
+            buffer = self._pinned_pool.allocate(nbytes)
         self._pinned.append(buffer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(buffer.handle)))
 
     def clear(self, address: int, nbytes: int) -> None:
         """See `Driver.clear`."""
         stream = self._on()
-        self._view(address, nbytes).fill(0, stream=stream)
+        with _explained():
+            self._view(address, nbytes).fill(0, stream=stream)
 
     def copy_in(self, address: int, source: np.ndarray) -> None:
         """See `Driver.copy_in`."""
         stream, host = self._on(), self._view(source.ctypes.data, source.nbytes)
-        self._view(address, source.nbytes).copy_from(host, stream=stream)
+        with _explained():
+            self._view(address, source.nbytes).copy_from(host, stream=stream)
 
     def copy(self, address: int, source: int, nbytes: int) -> None:
         """See `Driver.copy`."""
         stream = self._on()
-        self._view(address, nbytes).copy_from(self._view(source, nbytes), stream=stream)
+        with _explained():
+            self._view(address, nbytes).copy_from(self._view(source, nbytes), stream=stream)
 
     def copy_out(self, target: np.ndarray, address: int) -> None:
         """See `Driver.copy_out`."""
@@ -149,40 +173,46 @@ class CudaDriver:
     ) -> None:
         """See `Driver.launch`."""
         config = self._core.LaunchConfig(grid=tuple(grid), block=threads, shmem_size=shared_bytes)
-        self._core.launch(self._builder or self._on(), config, kernel, *arguments)
+        with _explained("a kernel could not be launched"):
+            self._core.launch(self._builder or self._on(), config, kernel, *arguments)
 
     def begin_capture(self) -> None:
         """See `Driver.begin_capture`."""
-        self._builder = self._on().create_graph_builder()
-        self._builder.begin_building("relaxed")  # other threads may load graphs meanwhile
+        with _explained(_NO_GRAPH):
+            self._builder = self._on().create_graph_builder()
+            self._builder.begin_building("relaxed")  # other threads may load graphs meanwhile
 
     def end_capture(self) -> Any:
         """See `Driver.end_capture`."""
-        builder, self._builder = self._builder, None
-        with _explained("a CUDA graph could not be made; run with --no-cuda-graphs"):
-            graph = builder.end_building().complete()
-            builder.close()
+        with _explained(_NO_GRAPH):
+            try:
+                graph = self._builder.end_building().complete()
+            finally:
+                self.abandon_capture()
             graph.upload(self._stream)
         return graph
 
     def abandon_capture(self) -> None:
         """See `Driver.abandon_capture`."""
         builder, self._builder = self._builder, None
-        builder.close()
+        with contextlib.suppress(Exception):  # that the capture is invalid is known by then
+            builder.close()
 
     def replay(self, graph: Any) -> None:
         """See `Driver.replay`."""
-        graph.launch(self._on())
+        with _explained():
+            graph.launch(self._on())
 
     def record(self) -> Any:
         """See `Driver.record`."""
-        return self._on().record()
+        with _explained():
+            return self._on().record()
 
     def wait(self, event: Any) -> None:
         """See `Driver.wait`."""
         self._on()
-        if not event.is_done:
-            with _explained():
+        with _explained():
+            if not event.is_done:
                 event.sync()
 
     def synchronize(self) -> None:
@@ -202,13 +232,17 @@ class CudaDriver:
         return self._core.Buffer.from_handle(address, nbytes)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(what: str = "the GPU failed") -> Iterator[None]:
     """Turn the library's errors, which have no base of their own, into EngineError."""
     try:
         yield
     except Exception as error:
-        raise EngineError(f"{what} ({_text(error)}); see moesr-doctor") from error
+        raise EngineError(_failed(what, error)) from error
+
+
+def _failed(what: str, error: Exception) -> str:
+    return f"{what} ({_text(error)}); see moesr-doctor"
 
 
 def _text(error: Exception) -> str:

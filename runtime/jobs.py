@@ -61,6 +61,7 @@ class Job:
         self.image: np.ndarray | None = None  # float32 [3, H, W], about [-1, 1]
         self._passes: Iterator[Pass] | None = None
         self._entered: list[Pass] = []
+        self._result: Canvas | None = None
 
     @property
     def current(self) -> Pass:
@@ -138,14 +139,18 @@ class Job:
 
     def finish(self) -> None:
         """Fetch the result and let go of the device's memory."""
+        assert self._result
         self.image = self._device.download(self._result)
-        self._passes, self._entered = None, []
-        self.done = True
+        self._let_go()
 
     def fail(self, error: BaseException) -> None:
         """End here, with an error."""
-        self._passes, self._entered = None, []
-        self.error, self.done = error, True
+        self.error = error
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._passes, self._entered, self._result = None, [], None
+        self.done = True
 
 
 def _not_finite(graph: Graph) -> str:

@@ -123,6 +123,7 @@ class Upscaler:
             self.backend.max_batch,
             lambda: residency.loaded,
             shared=self.backend.shares_memory,
+            gpu_bytes=place.free_bytes,
         )
         residency = Residency(opener, self._admission.keep_all)
         self._worker = Worker(place, residency, self._costs, self.backend.max_batch)

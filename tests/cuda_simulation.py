@@ -77,9 +77,17 @@ class SimulatedDriver:
         assert block.address not in self.blocks
         self.blocks[block.address] = np.full(block.nbytes, POISON, np.uint8)
 
+    def free_bytes(self) -> int:
+        return 1 << 40 if self._free_bytes is None else self._free_bytes
+
+    def set_free(self, nbytes: int) -> None:
+        self._free_bytes = nbytes
+
     def free(self, block: SimulatedBlock) -> None:
         assert self._captured is None, "memory freed while a graph is captured"
         self._add("free", lambda: self.blocks.pop(block.address))
+        if self._free_bytes is not None:
+            self._free_bytes += block.nbytes
         self._freed.append(block)
 
     def pinned(self, nbytes: int) -> np.ndarray:

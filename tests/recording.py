@@ -64,7 +64,7 @@ class RecordingDevice:
     So a host that looked at a result between ticks would wait in vain, and show in the log.
     """
 
-    synchronous, stream = False, None
+    synchronous, stream, free_bytes = False, None, None
 
     def __init__(self) -> None:
         self.host = HostDevice()

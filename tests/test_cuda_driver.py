@@ -52,15 +52,27 @@ driver.replay(graph)
 driver.replay(graph)
 driver.begin_capture()
 driver.abandon_capture()
-for call in (lambda: driver.alloc(1 << 31), lambda: driver.load(b"bad", "step", 0)):
+say(driver.free_bytes(), "free")
+
+def fails(call):
     try:
         call()
     except (EngineError, MemoryLimitError) as error:
         say(type(error).__name__, str(error).partition(" (")[0])
+
+fails(lambda: driver.alloc(1 << 31))
+fails(lambda: driver.load(b"bad", "step", 0))
+driver.begin_capture()
+fails(lambda: driver.launch(kernel, (3, 2, 1), 13, 0, arguments))
+fails(driver.end_capture)
+driver.begin_capture()
+driver.abandon_capture()
 thread = threading.Thread(target=lambda: driver.clear(block.address, 4))
 thread.start()
 thread.join()
+driver.launch(kernel, (1, 1, 1), 66, 0, arguments)
 driver.free(block)
+fails(lambda: driver.alloc(8))
 driver.close()
 """
 WANT = """
@@ -89,12 +101,22 @@ replay
 replay
 capture 2
 end
+1002000 free
 MemoryLimitError no 2.1 GB free on Fake GPU
 EngineError step: the driver does not take this kernel
+capture 2
+EngineError a kernel could not be launched
+end
+end
+EngineError a CUDA graph could not be made; run with --no-cuda-graphs
+capture 2
+end
 current
 clear 4
 current
+launch 1 1 1, 66 threads, 0 bytes: 0 -7 2.5
 free
+EngineError the GPU failed
 sync
 """
 

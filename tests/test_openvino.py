@@ -18,7 +18,7 @@ from onnx import helper
 from PIL import Image
 
 from moesr.runtime import EngineError, Upscaler, UsageError, cli
-from moesr.runtime.admission import Admission, _activation_bytes
+from moesr.runtime.admission import HOST, Admission, _activation_bytes
 from moesr.runtime.backends import BACKENDS, Backend, candidates
 from moesr.runtime.engines import engine_directory
 from moesr.runtime.graphs import Arrangement, Boundary, Graph
@@ -166,7 +166,7 @@ def test_working_memory_of_every_session_counts(engine: Path):
         for way in (backend("onnxruntime"), backend())
     )
     work = [_activation_bytes(manifest, role, 1) for role in manifest.graphs]
-    assert apart._engine_bytes() - shared._engine_bytes() == sum(work) - max(work)
+    assert apart._engine_bytes(HOST) - shared._engine_bytes(HOST) == sum(work) - max(work)
 
 
 def test_directory_that_cannot_be_written_is_done_without(

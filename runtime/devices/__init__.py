@@ -9,7 +9,7 @@ that works on its own may fall behind the host that feeds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +69,11 @@ class Device(Protocol):
     @property
     def stream(self) -> int | None:
         """Handle of the stream on which sessions enqueue their runs; None where runs are calls."""
+        ...
+
+    @property
+    def free_bytes(self) -> Callable[[], int] | None:
+        """Tells any thread how much of its memory could still be taken; None where that is the host's."""
         ...
 
     def buffer(self, spec: TensorSpec, batch: int) -> Any:

@@ -74,6 +74,10 @@ class CudaDevice:
         """See `Device.stream`."""
         return self._driver.stream
 
+    def free_bytes(self) -> int:
+        """See `Device.free_bytes`: what is to be freed by the worker's next call counts as free."""
+        return self._driver.free_bytes() + sum(block.nbytes for block in self._dead.copy())
+
     def __init__(self, driver: Driver, kernels: KernelFiles, *, use_graphs: bool = True) -> None:
         """`use_graphs` False is the eager twin: the same launches in the same order, one by one."""
         self._driver, self._use_graphs = driver, use_graphs

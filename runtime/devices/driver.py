@@ -48,6 +48,10 @@ class Driver(Protocol):
         """Memory with anything in it, in the order of the stream; MemoryLimitError where there is none."""
         ...
 
+    def free_bytes(self) -> int:
+        """How much memory could still be taken; any thread may ask."""
+        ...
+
     def free(self, block: Any) -> None:
         """Give memory back once all that is enqueued is done."""
         ...

@@ -28,7 +28,7 @@ class _State:
 class HostDevice:
     """See `Device`. Buffers and canvases are NumPy arrays."""
 
-    synchronous, stream = True, None
+    synchronous, stream, free_bytes = True, None, None
 
     def __init__(self) -> None:
         self._scratch = np.empty(0, np.float32)

@@ -13,10 +13,13 @@ typedef void *Handle;
 #define HANDLE(h) (*(h) = malloc(8))
 
 enum { SUCCESS = 0, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600 };
+enum { ILLEGAL_ADDRESS = 700, CAPTURE_INVALIDATED = 901 };
+enum { CAPTURING = 1, INVALIDATED = 2 }; /* of CUstreamCaptureStatus */
+enum { REFUSED_IN_CAPTURE = 13, CRASHING = 66 }; /* threads of launches that end so */
 enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 }; /* of CUdevice_attribute */
 
 static __thread Handle context;
-static int capturing;
+static int capturing, broken; /* a capture's status, and the error that all calls return from now on */
 
 static int nothing(void) { return SUCCESS; }
 
@@ -39,7 +42,10 @@ int cuGetProcAddress(const char *name, void **function, int version, uint64_t fl
 
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int *version) { return *version = 13020, SUCCESS; }
-int cuGetErrorName(int error, const char **text) { return *text = "FAKE_ERROR", SUCCESS; }
+int cuGetErrorName(int error, const char **text) {
+  *text = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "FAKE_ERROR";
+  return SUCCESS;
+}
 int cuGetErrorString(int error, const char **text) { return *text = "a fake error", SUCCESS; }
 
 int cuDeviceGetCount(int *count) { return *count = 1, SUCCESS; }
@@ -63,15 +69,17 @@ int cuStreamDestroy(Handle stream) { return SUCCESS; }
 int cuStreamSynchronize(Handle stream) { return LOG("sync\n"), SUCCESS; }
 int cuStreamGetCtx(Handle stream, Handle *its) { return *its = context, SUCCESS; }
 int cuStreamGetDevice(Handle stream, int *device) { return *device = 0, SUCCESS; }
-int cuStreamBeginCapture(Handle stream, int mode) { return LOG("capture %d\n", mode), capturing = 1, SUCCESS; }
+int cuStreamBeginCapture(Handle stream, int mode) { return LOG("capture %d\n", mode), capturing = CAPTURING, SUCCESS; }
 int cuStreamEndCapture(Handle stream, Handle *graph) {
-  return LOG("end\n"), capturing = 0, HANDLE(graph), SUCCESS;
+  int before = capturing;
+  LOG("end\n"), capturing = 0, *graph = NULL;
+  return before == INVALIDATED ? CAPTURE_INVALIDATED : (HANDLE(graph), SUCCESS);
 }
 int cuStreamIsCapturing(Handle stream, int *status) { return *status = capturing, SUCCESS; }
 int cuStreamGetCaptureInfo_v2(Handle stream, int *status, uint64_t *id, Handle *graph, void *d, size_t *count) {
   *status = capturing;
   if (id) *id = capturing;
-  if (graph) *graph = capturing ? (Handle)1 : NULL;
+  if (graph) *graph = capturing == CAPTURING ? (Handle)1 : NULL;
   if (d) *(void **)d = NULL;
   if (count) *count = 0;
   return SUCCESS;
@@ -95,8 +103,12 @@ int cuDeviceGetDefaultMemPool(Handle *pool, int device) { return HANDLE(pool), S
 int cuMemGetMemPool(Handle *pool, void *place, int kind) { return HANDLE(pool), SUCCESS; }
 int cuMemGetDefaultMemPool(Handle *pool, void *place, int kind) { return HANDLE(pool), SUCCESS; }
 int cuMemPoolSetAttribute(Handle pool, int attribute, void *value) { return SUCCESS; }
-int cuMemPoolGetAttribute(Handle pool, int attribute, uint64_t *value) { return *value = 0, SUCCESS; }
+int cuMemPoolGetAttribute(Handle pool, int attribute, uint64_t *value) {
+  return *value = attribute == 5 ? 5000 : attribute == 7 ? 3000 : 0, SUCCESS; /* reserved, used */
+}
+int cuMemGetInfo(size_t *free, size_t *total) { return *free = 1000000, *total = 4000000, SUCCESS; }
 int cuMemAllocFromPoolAsync(Address *made, size_t size, Handle pool, Handle stream) {
+  if (broken) return broken;
   if (size > 1u << 30) return OUT_OF_MEMORY;
   *made = (Address)aligned_alloc(256, (size + 255) / 256 * 256);
   return LOG("alloc %zu\n", size), SUCCESS;
@@ -139,6 +151,8 @@ int cuKernelSetAttribute(int attribute, int value, Handle kernel, int device) {
 }
 struct launch { unsigned grid[3], block[3], shared; Handle stream; void *attributes; unsigned count; };
 int cuLaunchKernelEx(const struct launch *l, Handle function, void **arguments, void **extra) {
+  if (l->block[0] == REFUSED_IN_CAPTURE && capturing) return capturing = INVALIDATED, CAPTURE_INVALIDATED;
+  if (l->block[0] == CRASHING) broken = ILLEGAL_ADDRESS;
   LOG("launch %u %u %u, %u threads, %u bytes: %d %d %g\n", l->grid[0], l->grid[1], l->grid[2], l->block[0],
       l->shared, **(int **)*arguments, *(int *)arguments[1], *(float *)arguments[2]);
   return SUCCESS;

@@ -1,0 +1,106 @@
+"""Memory of a GPU: what does not fit is refused or waits, by what the driver says is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_backend
+from engines import build_engine
+
+from moesr.runtime import Upscaler, admission, memory
+from moesr.runtime.admission import BESIDE_GPU, GPU, Admission
+from moesr.runtime.errors import MemoryLimitError
+from moesr.runtime.manifest import Manifest
+
+SIZE = 64, 64
+IMAGE = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), np.uint8)
+
+
+class Rig:
+    """An admission whose graphs are all open, with so much memory free on GPU and host."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.manifest = Manifest.read(build_engine(directory))
+        self.gpu, self.host = 1 << 40, 1 << 40
+        monkeypatch.setattr(memory, "available_bytes", lambda: self.host)
+        roles = frozenset(self.manifest.graphs)
+        self.admission = Admission(
+            self.manifest, directory, "gpu", 4, lambda: roles, gpu_bytes=lambda: self.gpu
+        )
+        self.admission.warm = True
+
+    def need(self, place: admission.Place) -> int:
+        return admission.image_bytes(self.manifest, *SIZE, place)
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(tmp_path / "engine", monkeypatch)
+
+
+def test_an_image_that_the_gpu_has_no_room_for_is_refused(rig: Rig):
+    rig.gpu = rig.need(GPU) - 1
+    with pytest.raises(MemoryLimitError, match=r"64x64 to 256x256 .* of memory of the GPU, .* are free"):
+        rig.admission.reserve(*SIZE)
+
+
+def test_the_host_has_to_have_room_too(rig: Rig):
+    rig.host = rig.need(BESIDE_GPU) - 1
+    with pytest.raises(MemoryLimitError, match=r"needs about .* of memory, .* are free"):
+        rig.admission.reserve(*SIZE)
+
+
+def test_a_second_image_waits_for_the_first(rig: Rig):
+    rig.gpu = int(1.5 * rig.need(GPU))
+    room = rig.admission.reserve(*SIZE)
+    assert room and rig.admission.reserve(*SIZE) is None
+    room.job = SimpleNamespace(done=True)  # type: ignore[assignment]
+    assert rig.admission.reserve(*SIZE)
+
+
+def test_whether_all_graphs_stay_is_for_the_gpu_to_say(rig: Rig, tmp_path: Path):
+    weights = sum(rig.admission._weights.values())
+    for free, want in ((int(2 * GPU.held * weights) + 2, True), (int(2 * GPU.held * weights) - 2, False)):
+        rig.gpu = free
+        made = Admission(rig.manifest, tmp_path / "engine", "gpu", 4, frozenset, gpu_bytes=lambda: rig.gpu)
+        assert made.keep_all is want
+
+
+def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Room for the graphs' buffers and one image at a time; then for none."""
+    engine = build_engine(tmp_path / "engine")
+    simulated_backend.install(monkeypatch, tmp_path / "kernels")
+    with Upscaler(engine) as up:
+        want = up(IMAGE, steps=2)
+        device: Any = up._worker._device
+
+        def leave(nbytes: int) -> None:
+            device._collect()
+            device._driver.set_free(nbytes)
+
+        need = admission.image_bytes(up.manifest, *SIZE, GPU)
+        leave(int(1.5 * need))
+        most: list[int] = []
+        reserve = up._admission.reserve
+
+        def spy(*size: int):
+            room = reserve(*size)
+            most.append(sum(r.stands for r in up._admission._reservations))
+            return room
+
+        monkeypatch.setattr(up._admission, "reserve", spy)
+        for got in up.map([IMAGE] * 4, steps=2):
+            np.testing.assert_array_equal(got, want)
+        assert max(most) == 1
+        leave(need // 2)
+        with pytest.raises(MemoryLimitError, match="memory of the GPU"):
+            up(IMAGE, steps=2)
+        monkeypatch.setattr(up._admission, "reserve", lambda *size: admission.Reservation((0, 0)))
+        with pytest.raises(MemoryLimitError, match="no memory"):  # the driver's own refusal ends the image
+            up(IMAGE, steps=2)
+        leave(1 << 30)
+        np.testing.assert_array_equal(up(IMAGE, steps=2), want)
