@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moesr.runtime import plans
+from moesr.runtime import caches, plans
 from moesr.runtime.cuda_driver import open_device
 from moesr.runtime.errors import EngineError, OutputError, UsageError
 from moesr.runtime.files import reason
-from moesr.runtime.graphs import File
 from moesr.runtime.kernel_files import KERNELS_FOLDER
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.parts import SUFFIX, KernelStep, read_parts
@@ -60,17 +59,6 @@ def capabilities(library: Library, given: Sequence[int]) -> list[int]:
     return [present]
 
 
-def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
-    """The ONNX files that TensorRT runs: every graph's, or its parts'."""
-    for graph in manifest.graphs.values():
-        arrangement = graph.arrangement("parts")
-        if arrangement.file.endswith(SUFFIX):
-            steps = read_parts(directory / arrangement.file).steps
-            yield from (File(step.plan.file, step.plan.sha256) for step in steps if step.plan)
-        else:
-            yield File(arrangement.file, arrangement.sha256)
-
-
 def build_plans(
     directory: Path,
     manifest: Manifest,
@@ -83,7 +71,7 @@ def build_plans(
     library, built = load(), []
     folder = directory / plans.PLANS_FOLDER
     for capability in capabilities(library, given):
-        for file in graph_files(directory, manifest):
+        for file in plans.graph_files(directory, manifest):
             key = plans.key_of(library, file.sha256, capability, max_batch)
             data = plans.read_plan(key, [folder])
             if data is None:
@@ -93,6 +81,7 @@ def build_plans(
                     directory / file.file,
                     capability,
                     max_batch,
+                    timing_cache=plans.timings(caches.directory(), key),
                     on_progress=lambda share, stage=stage: on_stage(stage, share),
                 )
                 plans.write_plan(folder, key, file.file, data)

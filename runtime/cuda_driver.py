@@ -53,8 +53,11 @@ def driver_version() -> str:
 
 def memory_bytes() -> tuple[int, int]:
     """Bytes that are free on the GPU of the calling thread, and all that it has."""
-    driver = importlib.import_module("cuda.bindings.driver")
-    status, free, total = driver.cuMemGetInfo()
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        status, free, total = driver.cuMemGetInfo()
+    except (ImportError, RuntimeError) as error:
+        raise EngineError(f"there is no driver to tell what memory is free ({error}); {INSTALL}") from error
     if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(f"the driver does not tell what memory is free ({status.name}); see moesr-doctor")
     return int(free), int(total)

@@ -45,7 +45,7 @@ def examine(args: argparse.Namespace) -> int:
     _show_backends()
     directory = engine_directory(args.engine)
     manifest = Manifest.read(directory, verify=not args.no_verify)
-    for label, text in doctor_gpu.findings(directory):
+    for label, text in doctor_gpu.findings(directory, manifest):
         _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
     options = engine_options(args)

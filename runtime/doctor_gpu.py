@@ -1,14 +1,16 @@
-"""What `moesr-doctor` says of a GPU: driver, TensorRT, and whether an engine's kernels and plans fit."""
+"""What `moesr-doctor` says of a GPU: driver, libraries, an engine's kernels and plans, what is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from moesr.runtime import caches, plans
-from moesr.runtime.cuda_driver import driver_version, open_device
+from moesr.runtime import caches, memory, plans
+from moesr.runtime.backends import probe
+from moesr.runtime.cuda_driver import driver_version, memory_bytes, open_device
 from moesr.runtime.errors import EngineError
 from moesr.runtime.kernel_files import BUILD, choose, find_kernels, read
+from moesr.runtime.manifest import Manifest
 from moesr.runtime.plan_builder import as_text
 from moesr.runtime.tensorrt_library import FLAVOURS, Library, load
 
@@ -16,15 +18,17 @@ Finding = tuple[str, str]
 """Label and text."""
 
 
-def findings(engine: Path, index: int = 0) -> Iterator[Finding]:
+def findings(engine: Path, manifest: Manifest, index: int = 0) -> Iterator[Finding]:
     """All of it; nothing here is an error, since a CPU may do."""
     capability = None
     try:
         device = open_device(index)
         capability = int("".join(map(str, device.compute_capability)))
+        free, total = map(memory.readable, memory_bytes())
         yield (
             "gpu",
-            f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver_version()}",
+            f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver_version()}, "
+            f"{free} of {total} free",
         )
     except EngineError as error:
         yield "gpu", f"none usable: {error}"
@@ -35,8 +39,22 @@ def findings(engine: Path, index: int = 0) -> Iterator[Finding]:
             yield flavour, libraries[-1].version
         except EngineError as error:
             yield flavour, f"unusable: {error}"
+    if capability is not None:
+        yield "onnxruntime cuda", _onnxruntime()
     yield "kernels", kernels(find_kernels(engine), capability)
     yield from plans_of(engine, libraries[0] if libraries else None, capability)
+    if libraries and capability is not None:
+        yield "plans needed", needed(engine, manifest, libraries[0], capability)
+
+
+def _onnxruntime() -> str:
+    try:
+        offer = probe("onnxruntime")
+    except EngineError as error:
+        return f"unusable: {error}"
+    if "cuda" in offer.devices:
+        return f"offered by {offer.version}"
+    return f"{offer.version} is for CPUs; for the GPU uninstall it and: pip install 'moesr[cuda]'"
 
 
 def kernels(directory: Path, capability: int | None) -> str:
@@ -67,3 +85,18 @@ def plans_of(engine: Path, library: Library | None, capability: int | None) -> I
             groups[what] = groups.get(what, 0) + 1
         for what, count in groups.items() or [("none", 0)]:
             yield "plans", f"{count} for {what} in {folder}" if count else f"none in {folder}"
+
+
+def needed(engine: Path, manifest: Manifest, library: Library, capability: int) -> str:
+    """Which of the plans that TensorRT would run this engine with are there."""
+    here = (library.flavour, library.version, capability)
+    folders = plans.places(engine, caches.directory())
+    records = [record for folder in folders for record in plans.list_plans(folder)]
+    there = {r.graph_sha256 for r in records if (r.flavour, r.version, r.capability) == here}
+    wanted = list(plans.graph_files(engine, manifest))
+    missing = [file.file for file in wanted if file.sha256 not in there]
+    text = f"{len(wanted) - len(missing)} of {len(wanted)} for {library} on {as_text(capability)}"
+    if not missing:
+        return text
+    names = ", ".join(missing[:4]) + (", .." if len(missing) > 4 else "")
+    return f"{text}; missing: {names}: each is built when first used, or by moesr-export --tensorrt"

@@ -20,7 +20,7 @@ from moesr.runtime.graphs import TensorSpec
 SCHEMA = 1
 SUFFIX = ".parts.json"
 ALIGNMENT = 256
-SIZES = {"float32": 4, "float16": 2}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 Scalar = int | float | str
 

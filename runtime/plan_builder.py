@@ -9,7 +9,7 @@ from typing import Any
 
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.files import reason, write_atomically
-from moesr.runtime.tensorrt_library import Library
+from moesr.runtime.tensorrt_library import Library, ran_out_of_memory
 
 DEFAULT_WORKSPACE_BYTES = 8 << 30
 """Working memory that a plan may ask for; what it needs is decided by the builder."""
@@ -125,7 +125,7 @@ def _monitor(trt: Any, on_progress: OnProgress) -> Any:
 
 def _failure(library: Library, path: Path, capability: int) -> EngineError | MemoryLimitError:
     text = library.complaint()
-    if "memory" in text.lower() and "alloc" in text.lower():
+    if ran_out_of_memory(text):
         return MemoryLimitError(f"{path.name}: no memory to build a plan ({text}); close other programs")
     return EngineError(
         f"{path}: {library} builds no plan for compute capability {as_text(capability)} ({text}); "

@@ -10,12 +10,15 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesr.runtime import files, records
 from moesr.runtime.errors import EngineError, OutputError
+from moesr.runtime.graphs import File
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.parts import SUFFIX, read_parts
 from moesr.runtime.plan_builder import as_text
 from moesr.runtime.tensorrt_library import Library
 
@@ -56,6 +59,27 @@ class PlanRecord(PlanKey):
 def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int) -> PlanKey:
     """The key of a plan that this library makes."""
     return PlanKey(graph_sha256, library.flavour, library.version, capability, max_batch)
+
+
+def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
+    """The ONNX files of an engine that TensorRT runs: every graph's, or its parts'."""
+    for graph in manifest.graphs.values():
+        arrangement = graph.arrangement("parts")
+        if arrangement.file.endswith(SUFFIX):
+            steps = read_parts(directory / arrangement.file).steps
+            yield from (File(step.plan.file, step.plan.sha256) for step in steps if step.plan)
+        else:
+            yield File(arrangement.file, arrangement.sha256)
+
+
+def timings(cache: Path | None, key: PlanKey) -> Path | None:
+    """File of what builds on this kind of GPU measured."""
+    return cache / f"{key.flavour}-{key.version}-sm{key.capability}.timings" if cache else None
+
+
+def compiled(cache: Path | None, key: PlanKey) -> Path | None:
+    """File of the kernels that the library compiles when a plan first runs."""
+    return cache / "compiled" / f"{key.name}.bin" if cache else None
 
 
 def places(engine: Path, cache: Path | None) -> list[Path]:

@@ -45,6 +45,12 @@ class Library:
         return f"{self.flavour} {self.version}"
 
 
+def ran_out_of_memory(text: str) -> bool:
+    """Whether a complaint is of memory, the GPU's or the host's, that could not be had."""
+    words = text.lower()
+    return "out of memory" in words or "outofmemory" in words or ("memory" in words and "alloc" in words)
+
+
 @functools.cache
 def load(flavour: str | None = None) -> Library:
     """A flavour by name, or the first that loads; EngineError saying what to install."""

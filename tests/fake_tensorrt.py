@@ -27,6 +27,7 @@ class FakeEngine:
         self.specs = {s.name: s for s in (*boundary.inputs, *boundary.outputs)}
         self.outputs = [s.name for s in boundary.outputs]
         self.contexts: list[FakeContext] = []
+        self.caches: list[FakeRuntimeCache] = []
 
     @property
     def num_io_tensors(self) -> int:
@@ -58,6 +59,8 @@ class FakeEngine:
     def create_runtime_config(self) -> SimpleNamespace:
         config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="LAZY")
         config.set_execution_context_allocation_strategy = lambda s: setattr(config, "allocation", s)
+        config.create_runtime_cache = lambda: FakeRuntimeCache(self)
+        config.set_runtime_cache = self.caches.append
         return config
 
     def create_execution_context(self, given: Any) -> FakeContext:
@@ -68,6 +71,22 @@ class FakeEngine:
         assert given == "USER_MANAGED"
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
+
+
+class FakeRuntimeCache:
+    """Holds a kernel for each context that ran, and what an earlier process held."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine, self.before = engine, b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        fits = blob.startswith(b"kernels")
+        self.before = blob if fits else b""
+        return fits
+
+    def serialize(self) -> bytes:
+        shapes = sorted({str(sorted(context.shapes.items())).encode() for context in self.engine.contexts})
+        return self.before or b"kernels " + b" ".join(shapes)
 
 
 class FakeContext:
@@ -101,9 +120,12 @@ class FakeContext:
 
 
 def fake_library(
-    engines: Mapping[bytes, Any] | None = None, version: str = "9.9", flavour: str = "tensorrt_rtx"
+    engines: Mapping[bytes, Any] | None = None,
+    version: str = "9.9",
+    flavour: str = "tensorrt_rtx",
+    complaint: str = "Serialization assertion failed",
 ) -> Library:
-    """A library whose plans are the keys of `engines`; other plans do not load."""
+    """A library whose plans are the keys of `engines`; of other plans it complains."""
     errors: list[str] = []
 
     class Runtime:
@@ -113,7 +135,7 @@ def fake_library(
         def deserialize_cuda_engine(self, data: bytes) -> Any:
             found = (engines or {}).get(data)
             if found is None:
-                errors.append("Serialization assertion failed")
+                errors.append(complaint)
             return found
 
     module = SimpleNamespace(

@@ -34,6 +34,7 @@ def library(monkeypatch):
     def build_plan(library, path, capability, max_batch, **options) -> bytes:
         onnx.load(path)
         built.append((path.name, capability, max_batch))
+        assert options["timing_cache"].name == f"tensorrt_rtx-9.9-sm{capability}.timings"
         options["on_progress"](1.0)
         return f"plan of {path.name} for {capability}".encode()
 

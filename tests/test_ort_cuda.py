@@ -12,7 +12,7 @@ from cuda_simulation import SimulatedDriver
 from engines import build_engine
 
 from moesr.runtime import backends
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.graphs import Boundary
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.sessions import Options, ort_cuda
@@ -76,3 +76,51 @@ def test_without_a_gpu_cuda_is_refused_with_what_is_missing():
     backend = backends.Backend("onnxruntime", Options("cuda:99"), 4)
     with pytest.raises(EngineError, match=r"no GPU cuda:99 .*nvidia-smi|cuda-core does not load"):
         backend.device()
+
+
+def test_an_onnxruntime_that_does_not_tell_is_refused():
+    with pytest.raises(EngineError, match=r"does not tell where .*1\.24 and later"):
+        ort_cuda.check_assignment(SimpleNamespace(), Path("expert.onnx"))
+
+
+class StandIn:
+    """A session of the library that only notes whether captures are guarded, or fails."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.guarded = error, []
+
+    def io_binding(self) -> SimpleNamespace:
+        return SimpleNamespace(bind_input=lambda *a: None, bind_output=lambda *a: None)
+
+    def run_with_iobinding(self, binding: object, options: object) -> None:
+        self.guarded.append(ort_cuda.capturing.locked())
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def bound(graph: tuple[Path, Boundary], library: StandIn) -> ort_cuda.CudaOnnxSession:
+    session = ort_cuda.CudaOnnxSession(ort, library, *graph, ("cuda", 0))
+    specs = (*graph[1].inputs, *graph[1].outputs)
+    session.bind({s.name: SimpleNamespace(address=256, driver=None) for s in specs}, 2)
+    return session
+
+
+def test_nothing_is_opened_while_a_graph_is_captured(graph):
+    """The library captures at the first run with a number of tiles, in CUDA's global mode."""
+    library = StandIn()
+    session = bound(graph, library)
+    for batch in (1, 1, 2, 1, 2):
+        session.enqueue(batch)
+    assert library.guarded == [True, False, True, False, False]
+    assert not ort_cuda.capturing.locked()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("CUDA failure 2: out of memory", MemoryLimitError), ("CUDNN_STATUS_BAD_PARAM", EngineError)],
+)
+def test_failing_runs_say_what_was_lacking(graph, text, kind):
+    session = bound(graph, StandIn(text))
+    with pytest.raises(kind, match=text):
+        session.enqueue(1)
+    assert not ort_cuda.capturing.locked()

@@ -6,10 +6,12 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from cuda_simulation import SimulatedSession
+from cuda_simulation import SimulatedSession, simulated_device
 from engines import build_engine
 from fake_tensorrt import FakeEngine, fake_library
 from graphs import random_decoder, random_expert
@@ -22,7 +24,7 @@ from moesr.export.expert import expert_graph
 from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import lowering
 from moesr.runtime import plans, tensorrt_library
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.plan_builder import build_plan
 from moesr.runtime.sessions import tensorrt
@@ -259,6 +261,95 @@ def test_a_run_that_the_library_refuses_is_an_error(tmp_path):
     rig.residency._open = failing
     with pytest.raises(EngineError, match=r"expert_3\.onnx: its plan cannot be prepared .*see moesr-doctor"):
         rig.run(rig.job(16, 16))
+
+
+def bound(tmp_path: Path, compiled: Path | None, engine: FakeEngine | None = None) -> TensorRTSession:
+    """A decoder's session between buffers of a simulated GPU."""
+    manifest = Manifest.read(build_engine(tmp_path / "engine"))
+    graph, (device, driver) = manifest.graphs["decoder"], simulated_device(tmp_path / "kernels")
+    engine = engine or FakeEngine(driver, graph.boundary, FUNCTIONS["decoder"])
+    session = TensorRTSession(fake_library(), engine, Path(graph.file), graph.boundary, compiled)
+    specs = (*graph.boundary.inputs, *graph.boundary.outputs)
+    session.bind({spec.name: device.buffer(spec, 2) for spec in specs}, 2)
+    return session
+
+
+def test_kernels_that_the_library_compiles_are_kept_between_processes(tmp_path, caplog):
+    file = tmp_path / "cache" / "compiled" / "key.bin"
+    first = bound(tmp_path, file)
+    first.enqueue(1)
+    one = file.read_bytes()
+    first.enqueue(1)
+    assert file.read_bytes() == one
+    first.enqueue(2)
+    both = file.read_bytes()
+    assert both.startswith(b"kernels") and len(both) > len(one)
+
+    second = bound(tmp_path, file)
+    second.enqueue(2)
+    assert second._runner._engine.caches[0].before == both == file.read_bytes()
+
+    file.write_bytes(b"of another driver")
+    with caplog.at_level(logging.INFO, "moesr"):
+        bound(tmp_path, file).enqueue(1)
+    assert "kernels are compiled anew" in caplog.text and file.read_bytes() == one
+
+
+def test_kernels_that_cannot_be_kept_cost_only_time(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.INFO, "moesr"):
+        bound(tmp_path, tmp_path / "file" / "key.bin").enqueue(1)
+    assert "is not kept: " in caplog.text
+    bound(tmp_path, None).enqueue(1)
+
+
+def test_memory_that_a_context_lacks_is_the_memorys_error(tmp_path):
+    session = bound(tmp_path, None)
+    library, engine = session._runner._library, session._runner._engine
+    engine.create_execution_context = lambda config: library.errors.append("CUDA out of memory")
+    with pytest.raises(MemoryLimitError, match=r"decoder\.onnx: no memory for its plan .*max_batch"):
+        session.enqueue(1)
+
+
+def test_memory_that_opening_lacks_builds_no_other_plan(graph, cache, monkeypatch):
+    plans.write_plan(cache / "tensorrt", KEY, graph.name, b"plan")
+    monkeypatch.setattr(tensorrt, "build_plan", None)
+    with pytest.raises(MemoryLimitError, match=r"no memory to open its plan \(cudaMalloc failed to alloc"):
+        open_plan(fake_library(complaint="cudaMalloc failed to allocate memory"), graph, KEY, cache)
+
+
+def test_a_build_says_how_far_it_is_and_leaves_memory_to_others(graph, cache, monkeypatch, caplog):
+    given = []
+
+    def build(*arguments: object, **options: Any) -> bytes:
+        given.append(options["workspace_bytes"])
+        for share in (0.1, 0.3, 0.3, 0.8, 1.0):
+            options["on_progress"](share)
+        return b"new"
+
+    monkeypatch.setattr(tensorrt, "build_plan", build)
+    monkeypatch.setattr(tensorrt, "memory_bytes", lambda: (3 << 30, 24 << 30))
+    with caplog.at_level(logging.INFO, "moesr"):
+        open_plan(fake_library({b"new": "engine"}), graph, KEY, cache)
+    assert given == [3 << 29]
+    assert [r.message for r in caplog.records if "built" in r.message and "%" in r.message] == [
+        f"{graph.name}: {share} % built" for share in (25, 75, 100)
+    ]
+
+
+def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
+    """So that `auto` goes on to another backend."""
+    library = fake_library()
+    library.module.ComputeCapability = SimpleNamespace(SM89="SM89")
+    monkeypatch.setattr(tensorrt, "load", lambda: library)
+    for capability, offered in (((8, 9), True), ((9, 0), False)):
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(tensorrt, "open_device", lambda index, device=device: device)
+        if offered:
+            assert tensorrt.probe().devices == {"cuda": tensorrt.MAX_BATCH}
+        else:
+            with pytest.raises(EngineError, match=r"builds for compute capability 8\.9, not for 9\.0"):
+                tensorrt.probe()
 
 
 @pytest.mark.slow

@@ -47,8 +47,10 @@ def open_session(path: Path, declared: Boundary, options: Options) -> OnnxSessio
     if options.kind == "cuda":
         provider = ort_cuda.provider(options)
         ort_cuda.prepare(settings)
+    quiet = ort_cuda.capturing if options.kind == "cuda" else contextlib.nullcontext()
     try:
-        session = ort.InferenceSession(str(path), settings, providers=[provider])
+        with quiet:
+            session = ort.InferenceSession(str(path), settings, providers=[provider])
     except Exception as error:  # the library has no common base for its errors
         raise _explain(path, error) from error
     if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only

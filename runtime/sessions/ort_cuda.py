@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,19 @@ import numpy as np
 
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Driver
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.graphs import Boundary
 from moesr.runtime.sessions import Options
+from moesr.runtime.tensorrt_library import ran_out_of_memory
 
 PROVIDER = "CUDAExecutionProvider"
 _RECORD = "session.record_ep_graph_assignment_info"
+
+capturing = threading.Lock()
+"""Held while the library captures a CUDA graph, and by whoever opens a session.
+
+It captures in CUDA's global mode, in which memory that any other thread takes meanwhile ends the capture.
+"""
 
 
 def provider(options: Options) -> tuple[str, dict[str, str]]:
@@ -41,9 +49,15 @@ def prepare(settings: Any) -> None:
 
 def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None:
     """EngineError where a node is not on the provider: it would copy to the CPU and back at every run."""
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    if tell is None:
+        raise EngineError(
+            f"{path}: this onnxruntime does not tell where it runs a graph's nodes; 1.24 and later do: "
+            "pip install --upgrade 'moesr[cuda]'"
+        )
     elsewhere = Counter(
         f"{node.op_type} on {part.ep_name.removesuffix('ExecutionProvider')}"
-        for part in session.get_provider_graph_assignment_info()
+        for part in tell()
         if part.ep_name != provider
         for node in part.get_nodes()
     )
@@ -67,6 +81,7 @@ class CudaOnnxSession:
         self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
         self._device = device
         self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles
+        self._captured: set[int] = set()  # numbers of tiles
         self._driver: Driver | None = None
         self._aborted = False
 
@@ -77,7 +92,8 @@ class CudaOnnxSession:
 
     def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
         """See `Session.bind`."""
-        self._runs, self._driver = [], buffers[self._boundary.outputs[0].name].driver
+        self._runs, self._captured = [], set()
+        self._driver = buffers[self._boundary.outputs[0].name].driver
         for batch in range(1, max_batch + 1):
             binding, options = self._session.io_binding(), self._ort.RunOptions()
             for specs, bind in (
@@ -95,11 +111,23 @@ class CudaOnnxSession:
         """See `Session.enqueue`; returns before the run is done."""
         if self._aborted:
             raise EngineError(f"{self._path.name}: was told to stop")
-        binding, options = self._runs[batch - 1]
+        if batch in self._captured:
+            self._run(batch)
+            return
+        with capturing:
+            self._run(batch)
+        self._captured.add(batch)
+
+    def _run(self, batch: int) -> None:
         try:
-            self._session.run_with_iobinding(binding, options)
+            self._session.run_with_iobinding(*self._runs[batch - 1])
         except Exception as error:  # the library has no common base for its errors
             text = " ".join(str(error).split())
+            if ran_out_of_memory(text):
+                raise MemoryLimitError(
+                    f"{self._path.name}: out of memory ({text:.200}); close what else uses the GPU, lower "
+                    "max_batch, or use an engine with smaller tiles"
+                ) from error
             raise EngineError(
                 f"{self._path}: onnxruntime cannot run it ({text:.300}); see moesr-doctor"
             ) from error

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from moesr.runtime.devices.driver import Driver
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.graphs import Boundary, TensorSpec
-from moesr.runtime.tensorrt_library import Library
+from moesr.runtime.sessions.compiled import CompiledKernels
+from moesr.runtime.tensorrt_library import Library, ran_out_of_memory
 
-_TYPES = {"float": "float32", "half": "float16"}
+_TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 
 
 def boundary_of(library: Library, engine: Any) -> Boundary:
@@ -32,7 +33,9 @@ class PlanRunner:
     Contexts are not shared between numbers of tiles, since a CUDA graph keeps what a context was set to.
     """
 
-    def __init__(self, library: Library, engine: Any, path: Path) -> None:
+    def __init__(self, library: Library, engine: Any, path: Path, compiled: Path | None = None) -> None:
+        """`compiled`: file for kernels that the library compiles when the plan first runs."""
+        self._compiled = CompiledKernels(compiled)
         self._library, self._engine, self._path = library, engine, path
         self._boundary = boundary_of(library, engine)
         self._contexts: dict[int, Any] = {}
@@ -53,10 +56,13 @@ class PlanRunner:
     def enqueue(self, batch: int) -> None:
         """Add a run on the first `batch` tiles to the stream; EngineError where the library refuses."""
         assert self._driver is not None
-        if batch not in self._contexts:
+        first = batch not in self._contexts
+        if first:
             self._contexts[batch] = self._context(batch)
         if not self._contexts[batch].execute_async_v3(self._driver.stream):
             raise self._failure("does not run")
+        if first:
+            self._compiled.keep()
 
     def _context(self, batch: int) -> Any:
         context = self._engine.create_execution_context(self._settings())
@@ -81,12 +87,17 @@ class PlanRunner:
         config.set_execution_context_allocation_strategy(strategy)
         # a CUDA graph would keep the slower kernels that runs begin with while better ones are compiled
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self._compiled.attach(config)
         return config
 
-    def _failure(self, what: str) -> EngineError:
-        return EngineError(
-            f"{self._path.name}: its plan {what} ({self._library.complaint()}); see moesr-doctor"
-        )
+    def _failure(self, what: str) -> EngineError | MemoryLimitError:
+        text = self._library.complaint()
+        if ran_out_of_memory(text):
+            return MemoryLimitError(
+                f"{self._path.name}: no memory for its plan ({text}); close what else uses the GPU, or "
+                "lower max_batch"
+            )
+        return EngineError(f"{self._path.name}: its plan {what} ({text}); see moesr-doctor")
 
     def close(self) -> None:
         """Let go of everything; nothing enqueued may be outstanding."""

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from moesr.runtime import caches, plans
-from moesr.runtime.cuda_driver import open_device
+from moesr.runtime.cuda_driver import memory_bytes, open_device
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Block, Driver
-from moesr.runtime.errors import EngineError, OutputError
+from moesr.runtime.errors import EngineError, MemoryLimitError, OutputError
 from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import Boundary
 from moesr.runtime.kernel_files import find_kernels
 from moesr.runtime.parts import SUFFIX, read_parts
-from moesr.runtime.plan_builder import build_plan
+from moesr.runtime.plan_builder import DEFAULT_WORKSPACE_BYTES, OnProgress, build_plan, capability_of
 from moesr.runtime.sessions import Offer, Options, check_boundary
 from moesr.runtime.sessions.plan_runner import PlanRunner, boundary_of
 from moesr.runtime.sessions.tensorrt_parts import PartsSession
-from moesr.runtime.tensorrt_library import Library, load
+from moesr.runtime.tensorrt_library import Library, load, ran_out_of_memory
 
 MAX_BATCH = 4
 """Tiles that a GPU best runs at once."""
@@ -32,8 +32,9 @@ log = logging.getLogger("moesr")
 
 def probe() -> Offer:
     """Version and devices; EngineError where the library, the driver or a GPU is missing."""
-    library = load()
-    open_device(0)
+    library, device = load(), open_device(0)
+    if library.ahead_of_time:
+        capability_of(library, int("".join(map(str, device.compute_capability))))
     return Offer(str(library), {"cuda": MAX_BATCH})
 
 
@@ -47,7 +48,7 @@ def open_session(path: Path, declared: Boundary, options: Options) -> TensorRTSe
     key = plans.key_of(library, sha256_of(path), capability, options.max_batch)
     engine = open_plan(library, path, key, options.cache)
     check_boundary(path, boundary_of(library, engine), declared)
-    return TensorRTSession(library, engine, path, declared)
+    return TensorRTSession(library, engine, path, declared, plans.compiled(options.cache, key))
 
 
 def open_parts(
@@ -59,7 +60,8 @@ def open_parts(
         if step.plan:
             file = path.parent / step.plan.file
             key = plans.key_of(library, step.plan.sha256, capability, options.max_batch)
-            runners[file.name] = PlanRunner(library, open_plan(library, file, key, options.cache), file)
+            engine = open_plan(library, file, key, options.cache)
+            runners[file.name] = PlanRunner(library, engine, file, plans.compiled(options.cache, key))
     session = PartsSession(path, parts, runners, find_kernels(path.parent))
     check_boundary(path, session.boundary, declared)
     return session
@@ -77,21 +79,28 @@ def open_plan(library: Library, path: Path, key: plans.PlanKey, cache: Path | No
         engine = _deserialize(library, data)
         if engine is not None:
             return engine
-        log.warning("%s: its plan does not load (%s); building another", path.name, library.complaint())
+        log.warning("%s: its plan does not load (%s); building another", path.name, _complaint(library, path))
     for reason in plans.misfits(key, folders):
         log.info("%s", reason)
     data = _build(library, path, key, cache)
     engine = _deserialize(library, data)
     if engine is None:
-        raise plans.unusable(folders[-1] / key.name, library.complaint())
+        raise plans.unusable(folders[-1] / key.name, _complaint(library, path))
     return engine
 
 
 def _build(library: Library, path: Path, key: plans.PlanKey, cache: Path | None) -> bytes:
     log.info("building a TensorRT plan of %s for this GPU; it takes a minute or more, once", path.name)
     start = time.perf_counter()
-    timings = cache / f"{key.flavour}-{key.version}-sm{key.capability}.timings" if cache else None
-    data = build_plan(library, path, key.capability, key.max_batch, timing_cache=timings)
+    data = build_plan(
+        library,
+        path,
+        key.capability,
+        key.max_batch,
+        workspace_bytes=_workspace_bytes(),
+        timing_cache=plans.timings(cache, key),
+        on_progress=_logged(path.name),
+    )
     log.info("built in %.0f s", time.perf_counter() - start)
     if cache:
         try:
@@ -99,6 +108,37 @@ def _build(library: Library, path: Path, key: plans.PlanKey, cache: Path | None)
         except OutputError as error:
             log.warning("%s; it will be built again the next time", error)
     return data
+
+
+def _workspace_bytes() -> int:
+    """Half of the memory that is free on the GPU, at most the builder's default."""
+    try:
+        return min(DEFAULT_WORKSPACE_BYTES, memory_bytes()[0] // 2)
+    except EngineError:
+        return DEFAULT_WORKSPACE_BYTES
+
+
+def _logged(name: str) -> OnProgress:
+    """Log a build's progress at every quarter."""
+    seen = 0
+
+    def report(share: float) -> None:
+        nonlocal seen
+        if int(4 * share) > seen:
+            seen = int(4 * share)
+            log.info("%s: %d %% built", name, 25 * seen)
+
+    return report
+
+
+def _complaint(library: Library, path: Path) -> str:
+    """Why a plan did not load; MemoryLimitError where another one would not either, for want of memory."""
+    text = library.complaint()
+    if ran_out_of_memory(text):
+        raise MemoryLimitError(
+            f"{path.name}: no memory to open its plan ({text}); close what else uses the GPU"
+        )
+    return text
 
 
 def _deserialize(library: Library, data: bytes) -> Any:
@@ -111,13 +151,20 @@ class TensorRTSession:
 
     capturable = True
 
-    def __init__(self, library: Library, engine: Any, path: Path, declared: Boundary) -> None:
-        """`declared` may hold more inputs than the engine has."""
+    def __init__(
+        self,
+        library: Library,
+        engine: Any,
+        path: Path,
+        declared: Boundary,
+        compiled: Path | None = None,
+    ) -> None:
+        """`declared` may hold more inputs than the engine has; `compiled` is for `PlanRunner`."""
         found = {spec.name for spec in boundary_of(library, engine).inputs}
         self._boundary = Boundary(
             tuple(spec for spec in declared.inputs if spec.name in found), declared.outputs
         )
-        self._runner, self._path = PlanRunner(library, engine, path), path
+        self._runner, self._path = PlanRunner(library, engine, path, compiled), path
         self._driver: Driver | None = None
         self._work: Block | None = None
         self._aborted = False
