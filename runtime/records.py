@@ -63,7 +63,9 @@ def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
 def _takes(kind: Any, value: Any) -> bool:
     """Whether a JSON value may be meant for this arm of a union."""
     origin = typing.get_origin(kind) or kind
-    if dataclasses.is_dataclass(kind) or origin is dict:
+    if dataclasses.is_dataclass(kind):  # of several, the one of the family that the value names
+        return isinstance(value, dict) and value.get("family") == getattr(kind, "family", None)
+    if origin is dict:
         return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, (list, tuple))

@@ -61,7 +61,7 @@ def random_network(network: nn.Module, seed: int) -> nn.Module:
             if name == "running_var":
                 tensor.uniform_(0.5, 1.5, generator=rng)
             elif tensor.is_floating_point():
-                scale = 0.1 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
+                scale = 0.1 if tensor.dim() <= 1 else tensor[0].numel() ** -0.5
                 centre = 1.0 if name == "weight" and tensor.dim() == 1 else 0.0
                 tensor.normal_(centre, scale, generator=rng)
     return network.eval()

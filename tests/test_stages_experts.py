@@ -12,11 +12,12 @@ import torch
 from moesr.runtime.errors import InputError, UsageError
 from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
-from moesr.training.diffusion import add_noise, eps_loss, predict_x0
+from moesr.training.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.draws import DIFFUSION, Draws
 from moesr.training.loop import fit
 from moesr.training.networks import DenoisingUNet, SpaceMoE, share_expert_weights
 from moesr.training.stages import experts
+from moesr.training.stages.common import first_stage_of
 from moesr.training.trainer import Trainer, read_state
 
 RECIPE = tiny.recipe()
@@ -37,7 +38,7 @@ def train(photos, directory, start, recipe=RECIPE, **options):
 
 
 def objective_of(recipe, start, t_range=None):
-    first_stage = experts.first_stage_of(recipe, start, tiny.run(Path()))
+    first_stage = first_stage_of(recipe, start, tiny.run(Path()))
     return experts.prepare(recipe, first_stage, t_range)
 
 
@@ -139,7 +140,7 @@ def test_offset_noise_moves_the_means(offset):
         return torch.zeros_like(z_t)
 
     z, schedule = torch.zeros(200, 3, 16, 16), tiny.recipe().model.schedule
-    loss = eps_loss(network, z, z, (999, 1000), schedule, Draws(0, DIFFUSION, range(200)), offset)
+    loss = denoising_loss(network, z, z, (999, 1000), schedule, Draws(0, DIFFUSION, range(200)), offset)
     assert float(loss) == pytest.approx(1 + offset**2, rel=0.1)  # the mean square of eps
     deviation = float(seen[0].mean(dim=(2, 3)).std())
     assert deviation == pytest.approx((offset**2 + 1 / 256) ** 0.5, rel=0.1)

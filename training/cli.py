@@ -1,4 +1,4 @@
-"""Train a MoE-SR model from photographs, all stages in one go or one after the other:
+"""Train MoE-SR or StableSR from photographs, all stages in one go or one after the other:
 
   moesr-train all         --config demo-x4 --data photos -o model
 
@@ -6,6 +6,12 @@
   moesr-train experts     --config demo-x4 --data photos -o experts --from vq/checkpoint
   moesr-train latents     --config demo-x4 --data photos -o latents --from experts/checkpoint
   moesr-train decoder     --config demo-x4 --latents latents -o decoder --from experts/checkpoint
+
+  moesr-train structure   --config stablesr-stage1 --data photos -o stage1 --from sd
+  moesr-train decoder     --config stablesr-stage2 --data photos -o stage2 --from stage1/checkpoint
+
+The last two are StableSR's, on the Stable Diffusion that moesr-import --stable-diffusion wrote to sd; on the
+eight GPUs of its paper their batches are the paper's, and their steps about its files' epochs.
 
 A published autoencoder, read by moesr-import, takes the place of the first; `all` takes it with --from. The
 decoder makes its latents itself where it is given photographs (--data) in place of --latents. Every stage
@@ -52,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     """Command line of moesr-train."""
     result = argparse.ArgumentParser(prog="moesr-train", description=__doc__, formatter_class=HelpFormatter)
     add = result.add_argument
-    add("stage", choices=("all", "autoencoder", "experts", "latents", "decoder"))
+    add("stage", choices=("all", "autoencoder", "experts", "structure", "latents", "decoder"))
     add("--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}")
     add(
         "--set",
@@ -68,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
     add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the stage before")
     add("--expert", type=int, metavar="K", help="experts: train only this one (0 has the lowest noise)")
-    add("--init", type=Path, metavar="DIR", help="experts, decoder: start from its weights")
+    add("--init", type=Path, metavar="DIR", help="experts, structure, decoder: start from its weights")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU, else cpu)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesr.runtime.samplers import coefficients
+from moesr.runtime.samplers import Prediction, coefficients
 from moesr.runtime.schedule import Schedule, StepTable
 from moesr.training.draws import Draws
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> eps
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> prediction
 
 
 def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
@@ -21,10 +21,14 @@ def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     return signal * z + noise * eps
 
 
-def predict_x0(z_t: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The clean latents that `z_t` and the predicted `eps` [B, C, h, w] imply at timesteps `t` [B]."""
+def predict_x0(
+    z_t: Tensor, out: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction = "eps"
+) -> Tensor:
+    """The clean latents that `z_t` and the prediction `out` [B, C, h, w] imply at timesteps `t` [B]."""
     signal, noise = scales(t, schedule, z_t)
-    return (z_t - noise * eps) / signal
+    if prediction == "v":
+        return signal * z_t - noise * out
+    return (z_t - noise * out) / signal if prediction == "eps" else out
 
 
 def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +37,7 @@ def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]
     return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
 
-def eps_loss(
+def denoising_loss(
     network: Denoiser,
     z: Tensor,
     cond: Tensor,
@@ -41,8 +45,9 @@ def eps_loss(
     schedule: Schedule,
     draws: Draws,
     offset: float = 0.0,
+    prediction: Prediction = "eps",
 ) -> Tensor:
-    """Mean squared error on eps, with t drawn uniformly from [t_from, t_to) (Eq. 2).
+    """Mean squared error of the prediction, with t drawn uniformly from [t_from, t_to) (Eq. 2).
 
     `offset` is the deviation of a constant that is added to the noise of each channel. White noise hides the
     mean of a latent so little that the network copies it from z_t, which holds none when sampling begins.
@@ -51,21 +56,35 @@ def eps_loss(
     if offset:
         eps = eps + offset * draws.normal(z.shape[1], 1, 1).to(z.device)
     z_t = add_noise(z, eps, t, schedule)
-    return F.mse_loss(network(z_t, cond, t.to(z.device)).float(), eps)
+    target = eps
+    if prediction != "eps":
+        signal, noise = scales(t, schedule, z)
+        target = signal * eps - noise * z if prediction == "v" else z
+    return F.mse_loss(network(z_t, cond, t.to(z.device)).float(), target)
 
 
 @torch.inference_mode()
-def sample(experts: Sequence[Denoiser], cond: Tensor, table: StepTable, draws: Draws) -> Tensor:
-    """Draw latents [B, 3, h, w] for conditions `cond` of that shape.
+def sample(
+    experts: Sequence[Denoiser],
+    cond: Tensor,
+    table: StepTable,
+    draws: Draws,
+    prediction: Prediction = "eps",
+    noised: Schedule | None = None,
+) -> Tensor:
+    """Draw latents [B, C, h, w] for conditions `cond` of that shape.
 
-    The runtime's sampler does the same over tiles; training needs only batches.
+    Sampling starts from noise, or with the schedule `noised` from the condition at its last timestep. The
+    runtime's sampler does the same over tiles; training needs only batches.
     """
     shape = cond.shape[1:]
     z = draws.normal(*shape).to(cond.device)
+    if noised is not None:
+        z = add_noise(cond, z, torch.full((len(z),), noised.timesteps - 1), noised)
     for step, (t, k) in enumerate(zip(table.t.tolist(), table.expert.tolist(), strict=True)):
-        c = coefficients(table, step)
-        eps = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
-        z = float(c.c_z) * z + float(c.c_out) * eps
+        c = coefficients(table, step, prediction)
+        out = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
+        z = float(c.c_z) * z + float(c.c_out) * out
         if c.c_noise:
             z += float(c.c_noise) * draws.normal(*shape).to(z.device)
     return z

@@ -163,8 +163,8 @@ def _prediction(given: tuple[Path, ...]) -> Prediction:
         if any(re.match(pattern, path.name) for path in given):
             return prediction
     raise UsageError(
-        f"{given[0]}: its name does not tell whether the network predicts eps or v; add --prediction eps (the "
-        "models for 512 px, Turbo) or --prediction v (those for 768 px)"
+        f"{given[0]}: its name does not tell whether the network predicts eps or v; add --prediction eps "
+        "(the models for 512 px, Turbo) or --prediction v (those for 768 px)"
     )
 
 

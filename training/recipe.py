@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.records import build
-from moesr.training.config import AutoencoderConfig, ModelConfig
+from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class DecoderStage(StageConfig):
     wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
-    adversarial_weight: float = 0.0  # times the adaptive weight of VQGAN
+    adversarial_weight: float = 0.0
+    adversarial_scaling: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times VQGAN's own weight
     adversarial_from: int = 0  # step at which the decoder begins to see the discriminator
     # "decoder+lr" also trains the encoder's levels, from a start that passes LR colours: for narrow networks,
     # whose encoder keeps no hues. The encoder then serves LR images only, no longer the first stage.
@@ -164,7 +165,7 @@ class Augmentation:
 class Recipe:
     """A model and how to train it."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | StableSRConfig = field(default_factory=ModelConfig)
     # Of the latents, where stage 2 trains another network to decode them, with trainable "decoder+lr".
     first_stage: AutoencoderConfig | None = None
     degradation: Literal["bicubic", "blind", "mild"] = "bicubic"
@@ -173,6 +174,7 @@ class Recipe:
     seed: int = 0
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     experts: ExpertStage = field(default_factory=ExpertStage)
+    structure: StageConfig = field(default_factory=StageConfig)  # StableSR's stage 1
     decoder: DecoderStage = field(default_factory=DecoderStage)
 
     def __post_init__(self) -> None:
@@ -182,9 +184,11 @@ class Recipe:
         _check("bicubic_share", self.bicubic_share, 0.0, 1.0)
         self.autoencoder.check("autoencoder")
         self.experts.check("experts")
+        self.structure.check("structure")
         self.decoder.check("decoder")
         tile = math.lcm(self.model.scale, self.model.tile_multiple)
-        multiple = {"autoencoder": self.model.decoder.factor, "experts": tile, "decoder": tile}
+        multiple = {"autoencoder": self.model.decoder.factor, "decoder": tile}
+        multiple |= {"structure" if isinstance(self.model, StableSRConfig) else "experts": tile}
         for name, px in multiple.items():
             patch: int = getattr(self, name).patch_px
             if patch % px:

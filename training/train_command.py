@@ -13,6 +13,7 @@ from moesr.runtime.errors import UsageError
 from moesr.training import parallel
 from moesr.training.allocator import keep_freed
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
+from moesr.training.config import StableSRConfig
 from moesr.training.data import Crops
 from moesr.training.dryrun import measure
 from moesr.training.journal import summary_writer
@@ -20,16 +21,22 @@ from moesr.training.loop import Run, Samples
 from moesr.training.photographs import PhotoFolder, scan
 from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe
 from moesr.training.relief import memory_relief
-from moesr.training.stages import autoencoder, decoder, experts, latents
-from moesr.training.stages.common import CHECKPOINT, with_lr
+from moesr.training.stages import autoencoder, decoder, experts, latents, structure
+from moesr.training.stages.common import CHECKPOINT, first_stage_of, with_lr
 from moesr.training.trainer import Objective
 
 log = logging.getLogger("moesr")
 
 ALL = ("autoencoder", "experts", "decoder")
+ALL_STABLESR = ("structure", "decoder")
 BEFORE = {"experts": "autoencoder", "latents": "experts", "decoder": "experts"}
+BEFORE_STABLESR = {
+    "structure": "moesr-import --stable-diffusion",
+    "latents": "structure",
+    "decoder": "structure",
+}
 # options of some stages only
-OWN = {"expert": ("experts",), "init": ("experts", "decoder"), "latents": ("decoder",)}
+OWN = {"expert": ("experts",), "init": ("experts", "structure", "decoder"), "latents": ("decoder",)}
 
 
 def start(args: argparse.Namespace) -> int:
@@ -38,9 +45,14 @@ def start(args: argparse.Namespace) -> int:
     for option, stages in OWN.items():
         if getattr(args, option) is not None and args.stage not in stages:
             raise UsageError(f"--{option}: is for {' and '.join(stages)} only, not for {args.stage}")
-    if args.stage in BEFORE and args.start is None:
+    stages, before = ALL, BEFORE
+    if isinstance(recipe.model, StableSRConfig):
+        stages, before = ALL_STABLESR, {**BEFORE_STABLESR, "all": BEFORE_STABLESR["structure"]}
+    if args.stage not in (*stages, "all", "latents"):
+        raise UsageError(f"{args.stage}: {recipe.model.name} has none, its stages are {', '.join(stages)}")
+    if args.stage in before and args.start is None:
         raise UsageError(
-            f"{args.stage} builds on another stage: give --from with the checkpoint of {BEFORE[args.stage]}"
+            f"{args.stage} builds on another stage: give --from with the checkpoint of {before[args.stage]}"
         )
     if args.data is None and args.latents is None:
         raise UsageError(f"{args.stage} needs photographs: give --data with their folder")
@@ -108,7 +120,8 @@ def train(inputs: Inputs) -> None:
     if args.stage != "all":
         run_stage(args.stage, inputs, args.output, before)
         return
-    for stage in ALL[1:] if before else ALL:
+    stages = ALL_STABLESR if isinstance(inputs.recipe.model, StableSRConfig) else ALL[1:] if before else ALL
+    for stage in stages:
         directory = args.output / stage
         run_stage(stage, inputs, directory, before)
         before = load_checkpoint(directory / CHECKPOINT)
@@ -130,6 +143,8 @@ def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | 
         assert before is not None
         if stage == "latents":
             return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
+        if stage == "structure":
+            return structure.train(recipe, data, run, before, held_out, init=init)
         return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
 
 
@@ -137,7 +152,7 @@ def dry_run(inputs: Inputs) -> None:
     """Measure three steps of the stage and print what was found."""
     args, recipe = inputs.args, inputs.recipe
     if args.stage in ("latents", "all") or args.data is None:
-        raise UsageError("--dry-run measures training steps on --data, of autoencoder, experts or decoder")
+        raise UsageError("--dry-run measures training steps on --data, of a stage that trains")
     data = inputs.crops(inputs.data, args.stage, recipe.augmentation)
     assert data is not None
     run = inputs.run(args.output)
@@ -158,7 +173,9 @@ def measurable(
     assert before is not None
     samples = with_lr(data, recipe, run.device.type)
     if stage == "experts":
-        return experts.prepare(recipe, experts.first_stage_of(recipe, before, run)), samples
+        return experts.prepare(recipe, first_stage_of(recipe, before, run)), samples
+    if stage == "structure":
+        return structure.prepare(recipe, before, run), samples
     model = recipe.model.decoder
     pairs = with_lr(data, recipe, "cpu")
     return decoder.prepare(recipe, before, run), decoder.StandIns(pairs, model.embed_dim, model.factor)

@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moesr.runtime.errors import UsageError
 from moesr.training import parallel
-from moesr.training.checkpoint import save_checkpoint
+from moesr.training.checkpoint import Checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig
 from moesr.training.data import Crops, Degradation
+from moesr.training.loop import Run
+from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
 
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint", "checkpoint-best"
@@ -20,7 +23,7 @@ CHECKPOINT, BEST_CHECKPOINT = "checkpoint", "checkpoint-best"
 
 def plain(config: AutoencoderConfig) -> AutoencoderConfig:
     """The same sizes without LR fusion and refinement, which are trained later."""
-    later = ("fusion_blocks", "fusion_growth", "filter_blocks", "lr_residual")
+    later = ("fusion_count", "fusion_blocks", "fusion_growth", "filter_blocks", "lr_residual")
     unused = {f.name: f.default for f in dataclasses.fields(config) if f.name in later}
     return dataclasses.replace(config, fusion_level=None, refinement="none", **unused)
 
@@ -28,6 +31,20 @@ def plain(config: AutoencoderConfig) -> AutoencoderConfig:
 def first_stage_sizes(recipe: Recipe) -> AutoencoderConfig:
     """Sizes of the autoencoder that makes the latents."""
     return plain(recipe.first_stage or recipe.model.decoder)
+
+
+def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
+    """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
+    sizes = first_stage_sizes(recipe)
+    if plain(start.config.decoder) != sizes:
+        raise UsageError(
+            f"{start.directory}: its autoencoder has other sizes than the recipe's; use the "
+            "recipe it was trained with"
+        )
+    network = Autoencoder(sizes)
+    own = network.state_dict()
+    network.load_state_dict({k: v for k, v in start.decoder().state_dict().items() if k in own})
+    return network.requires_grad_(False).eval().to(run.device)
 
 
 def degradation(recipe: Recipe) -> Degradation:
@@ -53,8 +70,9 @@ def publish(
     experts: Iterable[dict[str, Tensor]],
     decoder: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
+    others: Iterable[tuple[str, dict[str, Tensor]]] = (),
 ) -> None:
     """Write a checkpoint directory, in place of one from an earlier run; the process 0 does."""
     if parallel.rank() == 0:
-        save_checkpoint(directory, config, experts, decoder, force=True, dtype=dtype)
+        save_checkpoint(directory, config, experts, decoder, others=others, force=True, dtype=dtype)
     parallel.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, default_collate
 
 from moesr.runtime.errors import UsageError
 from moesr.training.adversarial import adaptive_weight, hinge_loss
-from moesr.training.checkpoint import Checkpoint, expert_count
+from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint, expert_count
+from moesr.training.config import StableSRConfig
 from moesr.training.data import Crops, resize_batch, to_float
 from moesr.training.loop import Fitted, Run, fit
 from moesr.training.losses import energy_distance, frequency_loss, pixel_loss, wavelet_colours
@@ -21,15 +22,17 @@ from moesr.training.networks.discriminator import PatchDiscriminator
 from moesr.training.perceptual import load_lpips
 from moesr.training.recipe import DecoderStage, Recipe
 from moesr.training.stages import latents
-from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, publish
-from moesr.training.stages.experts import first_stage_of
+from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, first_stage_of, publish
 from moesr.training.stages.start import add_to_lr, pass_lr
+from moesr.training.stages.structure import check_stage_1
 from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
 CODES = ("quantize.", "post_quant_conv.")
 START_CROPS = 6  # of the batch that the last layer's start is fitted to
+
+States = Iterable[dict[str, Tensor]]
 
 
 class DecoderObjective:
@@ -84,12 +87,13 @@ class DecoderObjective:
     def _adversarial(
         self, sr: Tensor, target: Tensor, reconstruction: Tensor, last: Tensor, figures: dict[str, Tensor]
     ) -> Tensor:
-        """The decoder's adversarial loss with its adaptive weight, plus the discriminator's own loss."""
+        """The decoder's adversarial loss with its weight, plus the discriminator's own loss."""
         critic = self.critic
         assert critic is not None
         critic.requires_grad_(False)
         against = -critic(sr).float().mean()
-        weight = adaptive_weight(reconstruction, against, last)
+        adaptive = self.stage.adversarial_scaling == "adaptive"
+        weight = adaptive_weight(reconstruction, against, last) if adaptive else torch.ones_like(against)
         critic.requires_grad_(True)
         own = hinge_loss(critic(target).float(), critic(sr.detach()).float())
         figures |= {"adv": against, "adv_weight": weight, "critic": own}
@@ -155,6 +159,8 @@ def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None
             f"{start.directory}: has experts for {config.expert_ranges if config.unet else 'nothing'}, "
             f"the recipe for {model.expert_ranges}; give the checkpoint of moesr-train experts"
         )
+    if isinstance(model, StableSRConfig):
+        check_stage_1(start, model)
     torch.manual_seed(recipe.seed)
     network = Autoencoder(model.decoder)
     if init is None:
@@ -234,5 +240,13 @@ def _publish(fitted: Fitted, recipe: Recipe, start: Checkpoint, run: Run) -> Non
     dtype = torch.float16 if recipe.decoder.stored == "fp16" else torch.float32
     for place, weights in ((CHECKPOINT, fitted.last), (BEST_CHECKPOINT, fitted.best)):
         if weights is not None:
-            experts = (cpu_state(start.expert(k)) for k in range(expert_count(recipe.model)))
-            publish(run.directory / place, recipe.model, experts, weights, dtype)
+            experts, others = _kept(start)
+            publish(run.directory / place, recipe.model, experts, weights, dtype, others)
+
+
+def _kept(start: Checkpoint) -> tuple[States, Iterable[tuple[str, dict[str, Tensor]]]]:
+    """State dicts of stage 1: those of the experts, and of StableSR's other networks by name."""
+    if isinstance(start, StableSRCheckpoint):
+        others = (("structure", start.structure), ("text", start.text))
+        return (cpu_state(start.unet()) for _ in range(1)), ((n, cpu_state(load())) for n, load in others)
+    return (cpu_state(start.expert(k)) for k in range(expert_count(start.config))), ()

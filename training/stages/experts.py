@@ -16,7 +16,7 @@ from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.config import UNetConfig
 from moesr.training.data import Crops, condition, to_float
-from moesr.training.diffusion import add_noise, eps_loss, predict_x0
+from moesr.training.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.draws import DIFFUSION, Draws
 from moesr.training.loop import Fitted, Run, Samples, finished, fit
 from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE, share_expert_weights
@@ -26,8 +26,8 @@ from moesr.training.stages.common import (
     CHECKPOINT,
     cpu_state,
     degradation,
+    first_stage_of,
     first_stage_sizes,
-    plain,
     publish,
     with_lr,
 )
@@ -52,12 +52,12 @@ class ExpertObjective:
         """Mean squared error on eps: of crops (number, HR, LR or not), or of (number, latent, condition)."""
         numbers, *pair = batch
         z, cond = pair if pair[0].is_floating_point() else self.encode(batch)
-        return self._eps_loss(z, cond, numbers), {}
+        return self._denoising_loss(z, cond, numbers), {}
 
-    def _eps_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
+    def _denoising_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
         draws = Draws(self.recipe.seed, DIFFUSION, numbers.tolist())
         schedule, offset = self.recipe.model.schedule, self.recipe.experts.offset_noise
-        return eps_loss(self.network, z, cond, self.t_range, schedule, draws, offset)
+        return denoising_loss(self.network, z, cond, self.t_range, schedule, draws, offset)
 
     @torch.no_grad()
     def encode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class ExpertObjective:
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, and decoded beside the crop: what one step from the middle of the range makes of it."""
         (z, cond), schedule = self.encode(batch), self.recipe.model.schedule
-        loss = self._eps_loss(z, cond, batch[0])
+        loss = self._denoising_loss(z, cond, batch[0])
         t = torch.full((len(z),), sum(self.t_range) // 2, device=z.device)
         eps = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist()).normal(*z.shape[1:]).to(z.device)
         z_t = add_noise(z, eps, t, schedule)
@@ -113,20 +113,6 @@ def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> 
     if len(pairs["z"]) != count:
         raise InputError(f"{path}: not the {count} latents of this recipe; remove it or use another -o")
     return Pool(pairs["z"], pairs["cond"], recipe.seed)
-
-
-def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
-    """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
-    sizes = first_stage_sizes(recipe)
-    if plain(start.config.decoder) != sizes:
-        raise UsageError(
-            f"{start.directory}: its autoencoder has other sizes than the recipe's; use the "
-            "recipe it was trained with"
-        )
-    network = Autoencoder(sizes)
-    own = network.state_dict()
-    network.load_state_dict({k: v for k, v in start.decoder().state_dict().items() if k in own})
-    return network.requires_grad_(False).eval().to(run.device)
 
 
 def unet_config(recipe: Recipe) -> UNetConfig:

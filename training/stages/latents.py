@@ -1,8 +1,9 @@
 """The training set of stage 2: (LR, latent, HR) triples, the latents sampled by stage 1 from the LR images.
 
 A directory holds `set.json` (what the triples were made from) and shards `shard_00000.safetensors` with
-tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. Latents are codes:
-finding these would take half of a narrow decoder's training. A shard is written whole or not at all, so
+tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. Latents are what
+the decoder takes: codes where there are some (finding these would take half of a narrow decoder's training),
+and not scaled for a UNet. A shard is written whole or not at all, so
 making the set again does what is missing; processes started by torchrun share the shards.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,23 @@ from moesr.runtime.samplers import ETA
 from moesr.runtime.schedule import StepTable, step_table
 from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint
-from moesr.training.data import Crops, condition
+from moesr.training.config import StableSRConfig
+from moesr.training.data import Crops, condition, resize_batch, to_float
 from moesr.training.diffusion import sample
 from moesr.training.draws import SAMPLING, Draws
 from moesr.training.loop import Run
-from moesr.training.networks import DenoisingUNet
+from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
 from moesr.training.stages.common import degradation
+from moesr.training.stages.structure import Denoiser, denoiser_of, scaled_latent
 from moesr.training.stopping import stop_requests
 
 SET_NAME = "set.json"
 COLUMNS = ("lr", "latent", "hr")
 SHARD = 64  # triples a file
 OPEN_SHARDS = 64  # files a loader process keeps mapped
+
+Sampler = Callable[[Tensor, Draws], Tensor]  # LR uint8 [B, 3, p, p] -> latents [B, D, h, w]
 
 
 def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict[str, Any]:
@@ -86,15 +92,7 @@ def _make_shards(
     recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, sizes: Mapping[int, int]
 ) -> None:
     """Make the shards of these numbers, each of so many triples."""
-    model, batch = recipe.model, recipe.decoder.latent_batch
-    try:
-        eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
-        table = step_table(model.schedule, steps, eta, model.expert_ranges)
-    except ValueError as error:
-        raise UsageError(f"decoder.latent_steps: {error}") from error
-    experts = [start.expert(k).to(run.device) for k in range(len(model.expert_ranges))]
-    first_stage = start.decoder().to(run.device)
-    quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
+    batch, sampler = recipe.decoder.latent_batch, _sampler(recipe, start, run.device)
     hidden = run.quiet or parallel.rank() > 0
     with (
         stop_requests() as stopping,
@@ -103,7 +101,7 @@ def _make_shards(
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
-                _triples(indices[at : at + batch], experts, quantise, table, recipe, data, run.device)
+                _triples(indices[at : at + batch], sampler, recipe, data, run.device)
                 for at in range(0, len(indices), batch)
             ]
             columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
@@ -112,21 +110,50 @@ def _make_shards(
                 stopping.stop()
 
 
-def _triples(
-    indices: Sequence[int],
-    experts: list[DenoisingUNet],
-    quantise: nn.Module,
+def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler:
+    """How stage 1 makes latents."""
+    model = recipe.model
+    try:
+        eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
+        table = step_table(model.schedule, steps, eta, model.expert_ranges)
+    except ValueError as error:
+        raise UsageError(f"decoder.latent_steps: {error}") from error
+    first_stage = start.decoder().to(device)
+    if isinstance(model, StableSRConfig):
+        denoiser = denoiser_of(start, model, device)
+        return partial(_stablesr_latents, model, denoiser, first_stage, table)
+    experts = [start.expert(k).to(device) for k in range(len(model.expert_ranges))]
+    quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
+
+    def latents(lr: Tensor, draws: Draws) -> Tensor:
+        return quantise(sample(experts, condition(lr, model.scale, model.decoder.factor), table, draws))
+
+    return latents
+
+
+def _stablesr_latents(
+    model: StableSRConfig,
+    denoiser: Denoiser,
+    first_stage: Autoencoder,
     table: StepTable,
-    recipe: Recipe,
-    data: Crops,
-    device: torch.device,
+    lr: Tensor,
+    draws: Draws,
+) -> Tensor:
+    """LR uint8 [B, 3, p, p] -> latents of the decoder."""
+    enlarged = to_float(resize_batch(lr, *(model.scale * side for side in lr.shape[-2:])))
+    latent = scaled_latent(first_stage, enlarged, draws, model)
+    noised = model.schedule if model.init == "latent" else None
+    return sample([denoiser], latent, table, draws, model.prediction, noised) / model.latent_scale
+
+
+def _triples(
+    indices: Sequence[int], sampler: Sampler, recipe: Recipe, data: Crops, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LR, latents and HR of these samples, on the CPU."""
     hr = data.crops(indices[0], len(indices)).to(device)
     lr = degradation(recipe)(hr, torch.tensor(indices))
-    cond = condition(lr, recipe.model.scale, recipe.model.decoder.factor)
     with torch.inference_mode():
-        latents = quantise(sample(experts, cond, table, Draws(recipe.seed, SAMPLING, indices)))
+        latents = sampler(lr, Draws(recipe.seed, SAMPLING, indices))
     return lr.cpu(), latents.cpu(), hr.cpu()
 
 
