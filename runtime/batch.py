@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from moesr.runtime.files import sha256_of
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.marks import Record
 from moesr.runtime.paths import Task, plan
+from moesr.runtime.preclean import PreCleaner
+from moesr.runtime.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -31,19 +34,24 @@ def run(
     *,
     force: bool = False,
     quiet: bool = False,
+    pre_clean: PreCleaner | None = None,
 ) -> int:
     """Do all inputs and say how it went; returns the exit code, the gravest of all inputs'.
 
-    `options` are those of `Upscaler.map`. UsageError where there are no inputs.
+    `options` are those of `Upscaler.map`; `pre_clean` cleans the images before. UsageError where there are no
+    inputs.
     """
     upscaler.map((), **options)  # refuses options before any file is looked at
     wanted = describe(upscaler.manifest, options)
+    if pre_clean:
+        cleaned = {"pre_clean": f"{pre_clean.path.name} {pre_clean.sha256[:8]}"}
+        wanted = replace(wanted, settings={**wanted.settings, **cleaned})
     made = plan(inputs, output, wanted, force)
     for note in made.notes:
         log.info("%s", note)
     if not (made.tasks or made.skipped or made.failed):
         raise UsageError(f"no images in {', '.join(map(str, inputs))}")
-    batch = Batch(upscaler, made.tasks, wanted)
+    batch = Batch(upscaler, made.tasks, wanted, pre_clean)
     for line in made.skipped:
         log.info("%s", line)
     for error in made.failed:
@@ -71,9 +79,13 @@ def describe(manifest: Manifest, options: Mapping[str, Any]) -> Record:
 class Batch:
     """Tasks on their way through one upscaler; a task that fails is reported and leaves the others alone."""
 
-    def __init__(self, upscaler: Upscaler, tasks: Sequence[Task], wanted: Record) -> None:
-        self._upscaler, self._tasks, self._wanted = upscaler, tasks, wanted
-        self._begun: deque[tuple[Task, Record]] = deque()  # loaded, result outstanding
+    def __init__(
+        self, upscaler: Upscaler, tasks: Sequence[Task], wanted: Record, pre_clean: PreCleaner | None = None
+    ) -> None:
+        self._upscaler, self._tasks, self._wanted, self._pre_clean = upscaler, tasks, wanted, pre_clean
+        self._begun: deque[tuple[Task, Record, tuple[int, int]]] = (
+            deque()
+        )  # loaded, result of that size to come
         self._loaded = self._lost = 0  # tasks that were begun, and that could not be
         self.done = self.failed = self.code = 0
 
@@ -89,14 +101,14 @@ class Batch:
             bar.set_postfix_str(stage, refresh=False)
             bar.update(done - bar.n)
 
-        results = self._upscaler.map(self._images(), return_errors=True, progress=progress, **options)
+        results = self._upscaler.map(self._images(bar), return_errors=True, progress=progress, **options)
         for result in results:
-            task, record = self._begun.popleft()
+            task, record, size = self._begun.popleft()
             if isinstance(result, Exception):
                 self.fail(task, result)
                 continue
             try:
-                image_io.save(task.target, result, record)
+                image_io.save(task.target, _of_size(result, size), record)
             except (MoesrError, MemoryError) as error:
                 self.fail(task, error)
             else:
@@ -106,20 +118,23 @@ class Batch:
             bar.total = bar.n
             bar.refresh()
 
-    def _images(self) -> Iterator[image_io.LoadedImage]:
-        """Load each input when the upscaler has room for it."""
+    def _images(self, bar: tqdm) -> Iterator[image_io.LoadedImage]:
+        """Load each input, and clean it, when the upscaler has room for it."""
         for task in self._tasks:
             try:
                 loaded = image_io.load(task.source)
                 height, width = (side * self._wanted.scale for side in loaded.pixels.shape[:2])
                 image_io.check_output(task.target, width, height)
                 record = self._wanted.of(task.source.name, sha256_of(task.source))
+                if self._pre_clean:
+                    bar.set_postfix_str(f"cleaning {task.source.name}"[-40:])
+                    loaded = image_io.with_pixels(loaded, self._pre_clean(loaded.pixels))
             except (MoesrError, MemoryError) as error:
                 self._lost += 1
                 self.fail(task, error)
                 continue
             self._loaded += 1
-            self._begun.append((task, record))
+            self._begun.append((task, record, (height, width)))
             yield loaded
 
     def fail(self, task: Task | None, error: Exception) -> None:
@@ -132,3 +147,10 @@ class Batch:
         code = error.exit_code if isinstance(error, MoesrError) else MemoryLimitError.exit_code
         # A UsageError of one file: the command was right, the file was not.
         self.code = max(self.code, 1 if code == UsageError.exit_code else code)
+
+
+def _of_size(image: image_io.LoadedImage, size: tuple[int, int]) -> image_io.LoadedImage:
+    """The image, resized where cleaning had made it larger than was asked for."""
+    if image.pixels.shape[:2] == size:
+        return image
+    return image_io.with_pixels(image, imresize(image.pixels, *size))

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code."""
     from moesr.runtime import batch, options, paths
+    from moesr.runtime.preclean import PreCleaner
     from moesr.runtime.upscaler import Upscaler
 
     options.check_seed(args.seed)
@@ -40,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     options.check_device(args.device)
     paths.check_usage(args.inputs, args.output)
     settings = {name: getattr(args, name) for name in OPTIONS}
+    cleaner = PreCleaner(args.pre_clean, args.threads) if args.pre_clean else None
+    how = {"force": args.force, "quiet": args.quiet, "pre_clean": cleaner}
     with Upscaler(args.engine, **engine_options(args)) as upscaler:
-        return batch.run(upscaler, args.inputs, args.output, settings, force=args.force, quiet=args.quiet)
+        return batch.run(upscaler, args.inputs, args.output, settings, **how)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +84,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="strength by which prompts guide: 1 none, 0 the negative prompt alone, beyond 1 away from it "
         "(default: the engine's)",
+    )
+    p.add_argument(
+        "--pre-clean",
+        type=_path,
+        metavar="FILE",
+        help="clean severely degraded inputs by this ONNX network of any scale, RGB in 0..1; the engine sees "
+        "its result, halved, and results are as large as without",
     )
     p.add_argument("--force", action="store_true", help="overwrite results that exist")
     add_engine_options(p)
