@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesr.export.prompts import GUIDANCE, Wish
 from moesr.runtime import console
+from moesr.runtime.options import check_guidance
 
 if TYPE_CHECKING:
     from moesr.runtime.manifest import Manifest
@@ -43,6 +45,8 @@ def _export(args: argparse.Namespace) -> int:
     from moesr.runtime.tensorrt_library import load
     from moesr.training.checkpoint import load_checkpoint
 
+    if args.guidance is not None:
+        check_guidance(args.guidance)
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     precision, kernels = "fp16" if args.fp16 else "fp32", args.tensorrt and not args.no_kernels
     if args.tensorrt:
@@ -66,6 +70,7 @@ def _export(args: argparse.Namespace) -> int:
             precision=precision,
             store=args.store,
             tile_px=args.tile,
+            wish=Wish(args.prompt, args.negative_prompt, args.guidance),
             kernels=kernels,
             force=args.force,
             on_stage=on_stage,
@@ -176,7 +181,31 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --tensorrt, leave the decoder in one graph that needs none of our kernels inside",
     )
-    add("--tile", type=int, default=512, metavar="PX", help="side of a tile in output pixels (default: 512)")
+    add(
+        "--tile",
+        type=int,
+        metavar="PX",
+        help="side of a tile in output pixels (default: what the model was trained on, 512 or 768)",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what a model with a text encoder is told to make (default: the published one, which is empty "
+        "without guidance)",
+    )
+    add(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what it is told to avoid where guidance is used (default: the published one with --guidance, "
+        "none without)",
+    )
+    add(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help=f"default strength of guidance: 1 none, beyond 1 away from the negative prompt (default: 1, or "
+        f"{GUIDANCE:g} with --negative-prompt)",
+    )
     add("--force", action="store_true", help="replace an existing engine directory")
     add("--quiet", action="store_true", help="no bar and no report, only errors")
     add("--debug", action="store_true", help="show where an internal error comes from")

@@ -27,7 +27,8 @@ class Given:
 
     offsets: Mapping[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
     structure: Mapping[int, Value] = field(default_factory=dict)  # of the LR image, by width
-    text: Tensor | None = None  # the encoded prompt, [1, tokens, C]
+    text: Tensor | None = None  # the encoded prompts, [prompts, tokens, C]
+    prompt: Value | None = None  # which of them each tile is made by, int64 [B]; None: there is one
 
 
 def expert_graph(network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
@@ -98,7 +99,7 @@ def stage(g: GraphBuilder, x: Value, block: nn.Module, given: Given) -> Value:
             x = res_block(g, x, layer, given)
         elif isinstance(layer, TextTransformer):
             assert given.text is not None, "a network with text was given none"
-            x = text_transformer(g, x, layer, given.text)
+            x = text_transformer(g, x, layer, given.text, given.prompt)
         elif isinstance(layer, AttentionBlock):
             x = _attention_block(g, x, layer)
         elif isinstance(layer, SpaceMoE):

@@ -211,11 +211,12 @@ class GraphBuilder:
             self.name,
             [_declared(spec) for spec in self._inputs],
             [_declared(spec) for spec in self._outputs],
-            initializer=list(self._tensors.values()),
         )
         model = helper.make_model(
             graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr"
         )
+        for digest in list(self._tensors):  # one at a time: weights may be half of the memory there is
+            model.graph.initializer.append(self._tensors.pop(digest))
         boundary = Boundary(tuple(self._inputs), tuple(self._outputs))
         return BuiltGraph(model, boundary, self._macs, self._values, self._calls)
 

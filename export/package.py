@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from moesr.export import cutting, parity
+from moesr.export import cutting, parity, stablesr_engine
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET, BuiltGraph
 from moesr.export.lowering import Lowering, Precision, Target, lowering
 from moesr.export.parts_files import write_parts
+from moesr.export.prompts import Prompts, Wish, choose
+from moesr.export.weight_files import write_graph
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.graphs import Arrangement, Expert, Graph
 from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
-from moesr.training.checkpoint import Checkpoint
+from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint
 from moesr.training.config import ModelConfig, StableSRConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet
 
 DEFAULT_TILE_PX = 512
+NO_WISH = Wish()
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
 Targets = Literal[Target, "both"]
@@ -84,7 +86,8 @@ def lowerings(
 
 def stage_count(config: ModelConfig, target: Targets = "cpu", kernels: bool = False) -> int:
     """How many times `export_engine` reports a stage, at most."""
-    return (len(config.expert_ranges) + 1) * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels
+    graphs = len(config.expert_ranges) + 1 + isinstance(config, StableSRConfig)
+    return graphs * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels
 
 
 @torch.inference_mode()
@@ -95,7 +98,8 @@ def export_engine(
     target: Targets = "cpu",
     precision: Precision = "fp32",
     store: Precision = "fp32",
-    tile_px: int = DEFAULT_TILE_PX,
+    tile_px: int | None = None,
+    wish: Wish = NO_WISH,
     kernels: bool = False,
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
@@ -103,27 +107,47 @@ def export_engine(
     """Write the engine directory of a checkpoint and return its manifest.
 
     The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` see `lowerings`.
-    `on_stage` hears what begins. An existing directory is refused unless `force`, which replaces an engine
-    and nothing else. Raises UsageError for a tile or a model that cannot be, ParityError where a graph misses
-    its network, OutputError where nothing can be written; each leaves the place as it was.
+    `tile_px` None is what the model is used to; `wish` is for models with prompts. `on_stage` hears what
+    begins. An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
+    UsageError for a tile, prompt or model that cannot be, ParityError where a graph misses its network,
+    OutputError where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:
         raise UsageError(
             f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too"
         )
-    if isinstance(config, StableSRConfig):
-        raise UsageError(f"{checkpoint.directory}: holds StableSR, which this version cannot export yet")
+    if tile_px is None:
+        tile_px = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     check_tile(config, tile_px)
+    prompts = _prompts(checkpoint, wish)
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
             writer = _Writer(new, lowerings(target, precision, store, kernels), on_stage)
-            manifest = _manifest(checkpoint, tile_px, _write_graphs(checkpoint, tile_px, writer))
+            if isinstance(checkpoint, StableSRCheckpoint):
+                assert prompts
+                graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
+                more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
+            else:
+                graphs, more = _write_graphs(checkpoint, tile_px, writer), {}
+            manifest = _manifest(checkpoint, tile_px, graphs, more)
             manifest.write(new)
             on_stage("publish")
     except OSError as error:
         raise OutputError(f"{directory}: cannot write the engine: {files.reason(error)}") from error
     return manifest
+
+
+def _prompts(checkpoint: Checkpoint, wish: Wish) -> Prompts | None:
+    """The prompts of a model that has a text encoder; UsageError where one that has none is told some."""
+    if isinstance(checkpoint.config, StableSRConfig):
+        return choose(checkpoint.config.text, wish)
+    if not wish.empty:
+        raise UsageError(
+            f"{checkpoint.directory}: {checkpoint.config.name} knows no prompts; leave out --prompt, "
+            "--negative-prompt and --guidance"
+        )
+    return None
 
 
 class _Writer:
@@ -132,9 +156,7 @@ class _Writer:
     def __init__(self, directory: Path, lowerings: dict[str, Lowering], on_stage: OnStage) -> None:
         self._directory, self._lowerings, self._on_stage = directory, lowerings, on_stage
 
-    def write(
-        self, role: str, network: DenoisingUNet | Autoencoder, build: Build, inputs: parity.Inputs
-    ) -> Graph:
+    def write(self, role: str, network: nn.Module, build: Build, inputs: parity.Inputs) -> Graph:
         """Write the graph that `build` makes of a network, and prove it on `inputs`."""
         self._on_stage(f"run the network of {role}")
         want = parity.network_output(network, inputs)
@@ -149,13 +171,15 @@ class _Writer:
                 continue
             variant = self._save(f"{role}.{target}", build(choices), choices)
             if variant.sha256 == main.sha256:  # as with small tiles, which nothing cuts
-                (self._directory / variant.file).unlink()
+                for file in variant.files:
+                    (self._directory / file.file).unlink()
                 continue
             variants[target] = self._proved(variant, inputs, want, choices)
         return Graph(
             file=main.file,
             sha256=main.sha256,
             precision=main.precision,
+            data=main.data,
             stored=main.stored,
             parity=main.parity,
             inputs=built.boundary.inputs,
@@ -167,10 +191,9 @@ class _Writer:
 
     def _save(self, name: str, built: BuiltGraph, choices: Lowering) -> Arrangement:
         self._on_stage(f"write {name}")
-        path, data = self._directory / f"{name}.onnx", built.to_bytes()
-        path.write_bytes(data)
+        file, data = write_graph(self._directory, name, built)
         stored = choices.store if choices.store != choices.precision else None
-        return Arrangement(path.name, hashlib.sha256(data).hexdigest(), choices.precision, stored=stored)
+        return Arrangement(file.file, file.sha256, choices.precision, data=data, stored=stored)
 
     def _in_parts(
         self, role: str, built: BuiltGraph, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
@@ -210,7 +233,9 @@ def _write_graphs(checkpoint: Checkpoint, tile_px: int, writer: _Writer) -> dict
     return graphs | {DECODER: writer.write(DECODER, autoencoder, build, inputs)}
 
 
-def _manifest(checkpoint: Checkpoint, tile_px: int, graphs: dict[str, Graph]) -> Manifest:
+def _manifest(
+    checkpoint: Checkpoint, tile_px: int, graphs: dict[str, Graph], more: dict[str, Any]
+) -> Manifest:
     config = checkpoint.config
     return Manifest(
         name=config.name,
@@ -226,4 +251,5 @@ def _manifest(checkpoint: Checkpoint, tile_px: int, graphs: dict[str, Graph]) ->
         steps=config.steps,
         versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(OPSET)},
         checkpoint_sha256=checkpoint.sha256(),
+        **more,
     )

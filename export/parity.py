@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from moesr.export.lowering import Lowering
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Parity
+from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 THRESHOLDS = {("fp32", "fp32"): 1e-4, ("fp32", "fp16"): 5e-3, ("fp16", "fp16"): 1e-2}
@@ -41,6 +42,22 @@ def expert_inputs(network: DenoisingUNet, latent_px: int, t_range: tuple[int, in
         np.float32
     )
     return {"z_t": z_t, "cond": cond, "t": np.array([t_range[0], t_range[1] - 1], np.float32)}
+
+
+def stablesr_inputs(config: StableSRConfig, latent_px: int, prompts: int) -> Inputs:
+    """Seeded inputs of StableSR's expert: noise, a latent, the first and last timestep, one tile a prompt."""
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    shape = (EXPERT_BATCH, config.unet.in_channels, latent_px, latent_px)
+    z_t, cond = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    inputs = {"z_t": z_t, "cond": cond, "t": np.array([0, config.schedule.timesteps - 1], np.float32)}
+    return inputs | ({"prompt": np.arange(prompts, dtype=np.float32)} if prompts > 1 else {})
+
+
+def encoder_inputs(config: AutoencoderConfig, latent_px: int) -> Inputs:
+    """Seeded inputs of an encoder: an image in [-1, 1], and noise."""
+    rng, side = np.random.Generator(np.random.PCG64(SEED)), latent_px * config.factor
+    image = rng.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
+    return {"image": image, "noise": rng.standard_normal((1, config.embed_dim, *[latent_px] * 2), np.float32)}
 
 
 def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:

@@ -1,10 +1,11 @@
-"""StableSR's graphs: the encoder, and the denoising UNet with its structure encoder and its prompt inside.
+"""StableSR's graphs: the encoder, and the denoising UNet with its structure encoder and its prompts inside.
 
 The decoder is that of every model (`decoder.py`). Latents at the boundary are scaled, as the UNet sees them.
 """
 
 from __future__ import annotations
 
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from moesr.export.decoder import level, middle
@@ -19,18 +20,22 @@ from moesr.training.networks.unet import Downsample, ResBlock
 
 
 class StableSRExpert(nn.Module):
-    """The denoising UNet with its structure encoder, for one prompt: what the graph of an expert computes."""
+    """The denoising UNet with its structure encoder and prompts: what the graph of an expert computes."""
 
     def __init__(
         self, unet: StableSRUNet, structure: StructureEncoder, text: Tensor, prediction: Prediction
     ) -> None:
-        """`text` [1, tokens, text_channels] is the encoded prompt."""
+        """`text` [prompts, tokens, text_channels] are the encoded prompts, one or two."""
         super().__init__()
         self.unet, self.structure, self.text, self.prediction = unet, structure, text, prediction
 
-    def forward(self, z_t: Tensor, cond: Tensor, t: Tensor) -> Tensor:
-        """Latents `z_t` and LR latents `cond` [B, C, h, w], `t` [B] -> the prediction [B, C, h, w]."""
-        return self.unet(z_t, t, self.structure(cond, t), self.text)
+    def forward(self, z_t: Tensor, cond: Tensor, t: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Latents `z_t` and LR latents `cond` [B, C, h, w], `t` [B] -> the prediction [B, C, h, w].
+
+        `prompt` [B] is the number of each tile's prompt, as a float.
+        """
+        text = self.text if prompt is None else self.text[prompt.long()]
+        return self.unet(z_t, t, self.structure(cond, t), text)
 
 
 class LatentEncoder(nn.Module):
@@ -38,7 +43,13 @@ class LatentEncoder(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
         super().__init__()
-        self.autoencoder, self.latent_scale = autoencoder, latent_scale
+        self.used = nn.ModuleList([autoencoder.encoder, autoencoder.quant_conv])
+        self._whole, self.latent_scale = (autoencoder,), latent_scale
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """All of it: the decoder is no part of this network."""
+        return self._whole[0]
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
         """Image [B, 3, f*h, f*w] in [-1, 1], noise [B, C, h, w] -> scaled latent [B, C, h, w]."""
@@ -52,13 +63,20 @@ class LatentDecoder(nn.Module):
         super().__init__()
         self.autoencoder, self.latent_scale = autoencoder, latent_scale
 
-    def forward(self, z: Tensor, lr: Tensor, fidelity: Tensor) -> Tensor:
-        """Scaled latent [B, C, h, w], LR image [B, 3, f*h, f*w], its weight [B, 1, 1, 1] -> image."""
-        return self.autoencoder.decode(z / self.latent_scale, lr, fidelity)
+    def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
+        """Scaled latent [B, C, h, w] -> image.
+
+        Where the decoder has feature wrapping the condition is the LR image [B, 3, f*h, f*w] and its weight
+        [B, 1, 1, 1].
+        """
+        return self.autoencoder.decode(z / self.latent_scale, *condition)
 
 
 def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
-    """Inputs `z_t`, `cond` [B, C, h, w] and `t` [B], output called what it predicts; h = w = `latent_px`."""
+    """Inputs `z_t`, `cond` [B, C, h, w], `t` [B] and, of two prompts, `prompt` [B]; h = w = `latent_px`.
+
+    The output is called what it predicts.
+    """
     g, config = GraphBuilder("expert", lowering), network.unet.config
     z_t = g.input("z_t", (BATCH, config.in_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, network.structure.config.in_channels, latent_px, latent_px))
@@ -67,7 +85,10 @@ def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Low
         structure = _structure(g, g.compute(cond), t, network.structure)
     with g.scope("time_embed"):
         offsets = time_offsets(g, network.unet, t)
-    given = Given(offsets, structure, network.text)
+    prompt = None
+    if len(network.text) > 1:
+        prompt = g.cast(g.input("prompt", (BATCH,)), TensorProto.INT64)
+    given = Given(offsets, structure, network.text, prompt)
     g.output(network.prediction, unet(g, g.compute(z_t), network.unet, given))
     return g.finish()
 

@@ -10,15 +10,20 @@ from moesr.export.layers import attention, group_norm
 from moesr.training.networks.transformer import CrossAttention, FeedForward, TextTransformer, TransformerBlock
 
 
-def text_transformer(g: GraphBuilder, x: Value, layer: TextTransformer, text: Tensor) -> Value:
-    """`x + transformer(x)` over the H*W tokens of [B, C, H, W]; `text` is [1, tokens, C']."""
+def text_transformer(
+    g: GraphBuilder, x: Value, layer: TextTransformer, text: Tensor, prompt: Value | None = None
+) -> Value:
+    """`x + transformer(x)` over the H*W tokens of [B, C, H, W].
+
+    `text` is [prompts, tokens, C'], `prompt` int64 [B] the number of each tile's, None where there is one.
+    """
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     tokens = g.reshape(group_norm(g, x, layer.norm), 0, channels, height * width)
     h = linear(g, g.op("Transpose", tokens, perm=(0, 2, 1)), layer.proj_in)
     for block in layer.transformer_blocks:
         assert isinstance(block, TransformerBlock)
         h = g.op("Add", h, _self_attention(g, layer_norm(g, h, block.norm1), block.attn1))
-        h = g.op("Add", h, _text_attention(g, layer_norm(g, h, block.norm2), block.attn2, text))
+        h = g.op("Add", h, _text_attention(g, layer_norm(g, h, block.norm2), block.attn2, text, prompt))
         h = g.op("Add", h, _feed_forward(g, layer_norm(g, h, block.norm3), block.ff))
     h = g.op("Transpose", linear(g, h, layer.proj_out), perm=(0, 2, 1))
     return g.op("Add", x, g.reshape(h, 0, channels, height, width))
@@ -46,14 +51,19 @@ def _self_attention(g: GraphBuilder, x: Value, layer: CrossAttention) -> Value:
     return _joined(g, attention(g, q, k, v), layer)
 
 
-def _text_attention(g: GraphBuilder, x: Value, layer: CrossAttention, text: Tensor) -> Value:
-    """Attention to tokens that are the same in every run."""
+def _text_attention(
+    g: GraphBuilder, x: Value, layer: CrossAttention, text: Tensor, prompt: Value | None
+) -> Value:
+    """Attention to tokens that are the same in every run; of several texts each tile picks its own."""
     channels = x.size(-1)
     head = channels // layer.heads
     q = _heads(g, g.op("MatMul", x, (layer.to_q.weight * head**-0.5).t()), layer.heads)
-    projected = layer.to_k(text), layer.to_v(text)  # [1, tokens, channels]
-    keys, values = (p.transpose(1, 2).reshape(1, layer.heads, head, -1) for p in projected)
-    return _joined(g, attention(g, q, *(g.cast(g.constant(p), x.dtype) for p in (keys, values))), layer)
+    projected = layer.to_k(text), layer.to_v(text)  # [prompts, tokens, channels]
+    shaped = (p.transpose(1, 2).reshape(len(text), layer.heads, head, -1) for p in projected)
+    keys, values = (g.cast(g.constant(p), x.dtype) for p in shaped)
+    if prompt is not None:
+        keys, values = (g.op("Gather", each, prompt, axis=0) for each in (keys, values))
+    return _joined(g, attention(g, q, keys, values), layer)
 
 
 def _heads(g: GraphBuilder, x: Value, heads: int) -> Value:

@@ -72,6 +72,24 @@ def test_expert(choices, expert):
         assert relative_l2(run(graph, inputs), parity.network_output(expert, inputs)) < limit
 
 
+@pytest.mark.parametrize("choices", ["cpu", "gpu-fp16"])
+@torch.inference_mode()
+def test_expert_with_two_prompts(choices, expert):
+    """Every tile has its own."""
+    choice, limit = LOWERINGS[choices]
+    both = StableSRExpert(expert.unet, expert.structure, torch.cat([expert.text, -expert.text]), "v").eval()
+    graph = stablesr_expert_graph(both, SIDE, choice)
+    assert graph.boundary == boundary_of("expert_0", 8 * SIDE, 4, 8, "v", with_latent=True, with_prompt=True)
+    inputs = expert_inputs(3)
+    got = run(graph, inputs | {"prompt": np.array([1, 0, 1], np.float32)})
+    assert (
+        relative_l2(got, both(*map(torch.from_numpy, inputs.values()), torch.tensor([1, 0, 1])).numpy())
+        < limit
+    )
+    assert relative_l2(got[1:2], expert(*(torch.from_numpy(v[1:2]) for v in inputs.values())).numpy()) < limit
+    assert relative_l2(got[:1], expert(*(torch.from_numpy(v[:1]) for v in inputs.values())).numpy()) > 1e-3
+
+
 @pytest.mark.parametrize("choices", LOWERINGS)
 @torch.inference_mode()
 def test_encoder(choices, autoencoder):

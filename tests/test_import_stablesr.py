@@ -289,7 +289,8 @@ def test_full_width(tmp_path):
     args = ("--cfw", tmp_path / "vqgan_cfw_00011.ckpt", "-o", tmp_path / "model", "--fp16")
     assert run("--stablesr", tmp_path / "stablesr_768v_000139.ckpt", *args) == 0
     checkpoint = load_checkpoint(tmp_path / "model")
-    assert checkpoint.config == dataclasses.replace(FULL, name="stablesr-768v-x4", prediction="v")
+    want = dataclasses.replace(FULL, name="stablesr-768v-x4", prediction="v", tile=768)
+    assert checkpoint.config == want
     size = sum(path.stat().st_size for path in checkpoint.files)
     assert size == pytest.approx(2 * 1453.505e6, rel=1e-3)
     shutil.rmtree(tmp_path / "model")

@@ -226,6 +226,7 @@ class StableSRConfig(ModelConfig):
     text: TextConfig = field(default_factory=TextConfig)
     prediction: Prediction = "eps"
     init: Literal["noise", "latent"] = "latent"  # sampling starts from noise, or from the noised LR latent
+    tile: int = 512  # side of the images that it was trained on, output pixels
     latent_scale: float = 0.18215  # latents of the UNet are the autoencoder's times this
     fidelity: float = 0.5  # default weight of the LR features in the decoder
 

@@ -46,17 +46,18 @@ States = dict[str, dict[str, Tensor]]  # by network, under the names of `PREFIXE
 
 @dataclass(frozen=True)
 class Variant:
-    """A published model: what its file is called, what it predicts, in how many steps it is used."""
+    """A published model: what its file is called, what it predicts, its steps and tiles."""
 
     name: str
     file: str  # regular expression that the start of the name matches
     prediction: Prediction
     steps: int = StableSRConfig.steps
+    tile: int = StableSRConfig.tile
 
 
 VARIANTS = (
     Variant("stablesr-face", r"face_stablesr", "v"),
-    Variant("stablesr-768v", r"stablesr_768v", "v"),
+    Variant("stablesr-768v", r"stablesr_768v", "v", tile=768),
     Variant("stablesr-turbo", r"stablesr_turbo", "eps", steps=4),
     Variant("stablesr", r"stablesr_\d", "eps"),
 )
@@ -173,6 +174,7 @@ def _config(
             decoder=decoder,
             prediction=variant.prediction,
             steps=variant.steps,
+            tile=variant.tile,
         )
     except UsageError as error:
         raise CheckpointError(f"{path} and {source.cfw}: {error}") from error

@@ -1,0 +1,82 @@
+"""StableSR's checkpoint as an engine: its graphs, one network in memory at a time, and how to drive them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesr.export import parity
+from moesr.export.decoder import decoder_graph
+from moesr.export.graph import BuiltGraph
+from moesr.export.lowering import Lowering
+from moesr.export.prompts import Prompts
+from moesr.export.stablesr import (
+    LatentDecoder,
+    LatentEncoder,
+    StableSRExpert,
+    encoder_graph,
+    stablesr_expert_graph,
+)
+from moesr.runtime.contract import DECODER, ENCODER
+from moesr.runtime.framing import Framing
+from moesr.runtime.graphs import Graph
+from moesr.training.checkpoint import StableSRCheckpoint
+from moesr.training.config import StableSRConfig
+
+EXPERT = "expert_0"
+OVERLAP = 32
+"""Latent pixels that tiles share in the published scripts: half of a tile, or a third of one of 768v."""
+
+Build = Callable[[Lowering], BuiltGraph]
+Write = Callable[[str, nn.Module, Build, parity.Inputs], Graph]
+"""Writes the graph that is built of a network under a role, and proves it on some inputs."""
+
+
+def write_graphs(
+    checkpoint: StableSRCheckpoint, tile_px: int, prompts: Prompts, write: Write
+) -> dict[str, Graph]:
+    """Write all graphs for tiles of that side; returns them by role."""
+    config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
+    text = encoded(checkpoint, prompts)
+    graphs = {EXPERT: _write_expert(checkpoint, latent_px, text, write)}
+    autoencoder, scale = checkpoint.decoder(), config.latent_scale
+    encoder, decoder = LatentEncoder(autoencoder, scale).eval(), LatentDecoder(autoencoder, scale).eval()
+    build = partial(encoder_graph, encoder, latent_px)
+    inputs = parity.encoder_inputs(config.decoder, latent_px)
+    graphs[ENCODER] = write(ENCODER, encoder, build, inputs)
+    build = partial(decoder_graph, autoencoder, latent_px, latent_scale=scale)
+    inputs = parity.decoder_inputs(autoencoder, latent_px)
+    graphs[DECODER] = write(DECODER, decoder, build, inputs)
+    return graphs
+
+
+def encoded(checkpoint: StableSRCheckpoint, prompts: Prompts) -> Tensor:
+    """The encoded prompts, [prompts, tokens, width]."""
+    tower = checkpoint.text()
+    return torch.cat([tower.encode(ids) for ids in prompts.ids])
+
+
+def _write_expert(checkpoint: StableSRCheckpoint, latent_px: int, text: Tensor, write: Write) -> Graph:
+    prediction = checkpoint.config.prediction
+    network = StableSRExpert(checkpoint.unet(), checkpoint.structure(), text, prediction).eval()
+    inputs = parity.stablesr_inputs(checkpoint.config, latent_px, len(text))
+    return write(EXPERT, network, partial(stablesr_expert_graph, network, latent_px), inputs)
+
+
+def entries(config: StableSRConfig, tile_px: int, prompts: Prompts) -> dict[str, Any]:
+    """What the manifest says of this family besides what it says of every model."""
+    overlap = min(OVERLAP, tile_px // config.decoder.factor // 2)
+    return {
+        "latent_scale": config.latent_scale,
+        "condition": "latent",
+        "init": config.init,
+        "prediction": config.prediction,
+        "prompts": prompts.texts,
+        "guidance": prompts.guidance,
+        "fidelity": config.fidelity,
+        "framing": Framing(small="enlarge", resize="torch", overlap=overlap, tiling="stablesr"),
+    }

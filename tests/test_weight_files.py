@@ -1,0 +1,79 @@
+"""Weights beside an ONNX file: where they go, that they are the same, and that the manifest lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import write_checkpoint
+
+from moesr.export import cli, weight_files
+from moesr.runtime import EngineError, Upscaler
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.onnx_files import external_files
+
+LARGEST = 40_000  # bytes of a file; the largest tensor of the tiny networks has more
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> dict[str, Path]:
+    """One with all weights inside, and two with theirs beside."""
+    folder = tmp_path_factory.mktemp("engines")
+    checkpoint = write_checkpoint(folder / "tiny")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("inside", "beside", "again"):
+            found[name] = folder / name
+            options = "-o", str(found[name]), "--tile", "32", "--quiet"
+            assert cli.main([str(checkpoint), *options]) == 0
+            patch.setattr(weight_files, "INSIDE_BYTES", 100_000)
+            patch.setattr(weight_files, "FILE_BYTES", LARGEST)
+    return found
+
+
+def test_many_weights_go_beside(engines):
+    inside, beside = Manifest.read(engines["inside"]), Manifest.read(engines["beside"])
+    for role, graph in beside.graphs.items():
+        assert len(graph.data) > 2 and not inside.graphs[role].data
+        assert [f.file for f in graph.data] == [f"{role}.weights_{k}" for k in range(len(graph.data))]
+        assert external_files(engines["beside"] / graph.file) == {f.file for f in graph.data}
+        sizes = [(engines["beside"] / f.file).stat().st_size for f in graph.data]
+        assert not any(size % weight_files.ALIGNMENT for size in sizes)
+        left, before = ((engines[n] / graph.file).stat().st_size for n in ("beside", "inside"))
+        assert left < before / 5
+    names = {path.name for path in engines["beside"].iterdir()}
+    assert names == {"manifest.json", *(file.file for file in beside.files)}
+
+
+def test_files_are_no_larger_than_they_may_be(engines):
+    """A tensor that is larger alone has a file of its own."""
+    manifest = Manifest.read(engines["beside"])
+    sizes = [(engines["beside"] / f.file).stat().st_size for g in manifest.graphs.values() for f in g.data]
+    assert sum(size > LARGEST + weight_files.ALIGNMENT for size in sizes) < len(sizes) / 2
+    assert min(sizes) < LARGEST
+
+
+def test_same_graph_same_bytes(engines):
+    assert Manifest.read(engines["again"]).files == Manifest.read(engines["beside"]).files
+
+
+def test_results_are_the_same(engines):
+    image = np.random.default_rng(1).integers(0, 256, (9, 12, 3), np.uint8)
+    results = []
+    for name in ("inside", "beside"):
+        with Upscaler(engines[name], device="cpu") as up:
+            results.append(up(image, steps=2))
+    np.testing.assert_array_equal(*results)
+
+
+def test_damaged_weights_are_named(engines):
+    path = engines["again"] / "expert_1.weights_1"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match=r"expert_1\.weights_1: damaged or replaced"):
+        Manifest.read(engines["again"])
+    path.unlink()
+    with pytest.raises(EngineError, match=r"expert_1\.weights_1: missing"):
+        Manifest.read(engines["again"])
