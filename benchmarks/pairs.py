@@ -30,13 +30,23 @@ def load_originals(source: str) -> dict[str, np.ndarray]:
     """
     if source == "demo":
         return {name: _crop(image, name) for name, image in photographs("validation").items()}
+    if not Path(source).is_dir():
+        raise UsageError(f"{source}: no such directory of originals; name one, or demo for three photographs")
+    return {name: _crop(image, name) for name, image in load_images(source).items()}
+
+
+def load_images(source: str) -> dict[str, np.ndarray]:
+    """Images of a directory by file name, uint8 RGB [H, W, 3].
+
+    Raises UsageError where there is nothing to read and InputError naming an image that cannot be read.
+    """
     directory = Path(source)
     if not directory.is_dir():
-        raise UsageError(f"{source}: no such directory of originals; name one, or demo for three photographs")
+        raise UsageError(f"{source}: no such directory of images; name one")
     paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise UsageError(f"{source}: no images there; expected files ending in {', '.join(SUFFIXES)}")
-    return {path.name: _crop(_read(path), path.name) for path in paths}
+    return {path.name: _read(path) for path in paths}
 
 
 def _read(path: Path) -> np.ndarray:

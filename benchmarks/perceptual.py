@@ -38,11 +38,16 @@ def load() -> dict[str, Any]:
     return found
 
 
-def scores(found: Mapping[str, Any], sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
-    """Measures of one uint8 image [H, W, 3] against its original; NaN where a measure fails on it."""
+def scores(found: Mapping[str, Any], sr: np.ndarray, hr: np.ndarray | None) -> dict[str, float]:
+    """Measures of one uint8 image [H, W, 3] against its original; NaN where a measure fails on it.
+
+    Without an original only those that need none.
+    """
+    if hr is None:
+        found = {name: metric for name, metric in found.items() if metric.metric_mode != "FR"}
     if not found:
         return {}
-    tensors = [torch.tensor(x).permute(2, 0, 1)[None].float() / 255 for x in (sr, hr)]
+    tensors = [torch.tensor(x).permute(2, 0, 1)[None].float() / 255 for x in (sr, sr if hr is None else hr)]
 
     def value(metric: Any) -> float:
         with torch.inference_mode():

@@ -1,0 +1,217 @@
+"""Measure what one setting of an engine does, on your own images (StableSR's Tables 3, 4 and 6).
+
+  python benchmarks/sweep.py --engine DIR --hr FOLDER --fidelity 0 0.25 0.5 0.75 1
+  python benchmarks/sweep.py --engine DIR --lr FOLDER --guidance 1 2.5 5 7.5
+
+Originals (--hr) are degraded and compared with the results; of images that have none (--lr) only the measures
+that need none are taken. Every setting is swept apart, the others at their defaults, or at the one value that
+is given. Without values a setting takes the paper's, and without any setting all are swept that the engine
+has. Written to the output directory:
+SETTING.md and SETTING.csv, a table like the paper's with bicubic on top, and SETTING_IMAGE.png, the results
+side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import figures
+import metrics
+import numpy as np
+import perceptual
+from machine import machine_line
+from pairs import DEGRADATIONS, degrade, load_images, load_originals
+from quality import BICUBIC, HR, Upscale
+from tables import SECONDS, Record, csv_text, markdown, means
+from tqdm import tqdm
+
+from moesr.runtime.colour import COLOR_FIXES
+from moesr.runtime.contract import DECODER
+from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.manifest import SAMPLERS, Manifest
+from moesr.runtime.resize import imresize
+from moesr.runtime.upscaler import Upscaler
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One setting: what the paper calls it, how its values are written, and the values it is swept over."""
+
+    title: str
+    label: str
+    values: tuple[float | str, ...]
+
+
+SWEEPS = {
+    "fidelity": Sweep("Fidelity (Table 4)", "w = {:g}", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    "color_fix": Sweep("Colour correction (Table 3)", "{}", ("none", "adain", "wavelet")),
+    "guidance": Sweep("Guidance (Table 6)", "s = {:g}", (1.0, 2.5, 5.0, 7.5)),
+}
+"""By the names of `Upscaler`'s options."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image to super-resolve, uint8 [h, w, 3], and its original where there is one."""
+
+    name: str
+    lr: np.ndarray
+    hr: np.ndarray | None
+
+
+def cases(args: argparse.Namespace, scale: int) -> list[Case]:
+    """The images that the arguments name."""
+    if args.lr:
+        return [Case(name, image, None) for name, image in load_images(args.lr).items()]
+    if DEGRADATIONS[args.degrade] != scale:
+        raise UsageError(
+            f"--degrade {args.degrade} does not fit an engine that upscales by {scale}; choose a degradation "
+            "of that scale"
+        )
+    return [Case(n, degrade(hr, args.degrade, n), hr) for n, hr in load_originals(args.hr).items()]
+
+
+def wanted(args: argparse.Namespace, manifest: Manifest) -> dict[str, tuple[float | str, ...]]:
+    """The settings that were named, or all, and their values; UsageError where the engine lacks one."""
+    given = {name: tuple(values) for name in SWEEPS if (values := getattr(args, name)) is not None}
+    lacking = {}
+    if DECODER not in manifest.graphs or "fidelity" not in {s.name for s in manifest.graphs[DECODER].inputs}:
+        lacking["fidelity"] = "its decoder takes no LR features"
+    if not manifest.guided:
+        lacking["guidance"] = "it knows no negative prompt"
+    for name in lacking.keys() & given.keys():
+        raise UsageError(f"--{name}: {manifest.name} has none, {lacking[name]}; leave it out")
+    names = given or {name: () for name in SWEEPS if name not in lacking}
+    return {name: given.get(name) or SWEEPS[name].values for name in names}
+
+
+def methods(
+    up: Upscaler, option: str, values: Sequence[float | str], fixed: Mapping[str, Any]
+) -> dict[str, Upscale]:
+    """Bicubic, then the engine with each value of a setting, by the label in tables and pictures."""
+    scale, label = up.manifest.scale, SWEEPS[option].label
+
+    def bicubic(lr: np.ndarray) -> np.ndarray:
+        return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
+
+    def with_value(value: float | str) -> Upscale:
+        options = {**fixed, option: value}
+        return lambda lr: up(lr, **options)
+
+    return {BICUBIC: bicubic, **{label.format(value): with_value(value) for value in values}}
+
+
+def score(
+    case: Case, scale: int, upscale: Mapping[str, Upscale], learned: Mapping[str, Any]
+) -> Iterator[tuple[Record, np.ndarray]]:
+    """The record and the result of every method."""
+    for method, run in upscale.items():
+        started = time.perf_counter()
+        sr = run(case.lr)
+        values = {SECONDS: time.perf_counter() - started, **perceptual.scores(learned, sr, case.hr)}
+        if case.hr is not None:
+            values |= metrics.scores(sr, case.hr, scale)
+        yield Record(case.name, method, values), sr
+
+
+def sweep(
+    up: Upscaler,
+    option: str,
+    values: Sequence[float | str],
+    fixed: Mapping[str, Any],
+    images: Sequence[Case],
+    learned: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> str:
+    """Sweep one setting over all images and write its files; returns the Markdown page."""
+    upscale, scale = methods(up, option, values, fixed), up.manifest.scale
+    records: list[Record] = []
+    for case in tqdm(images, desc=option, unit="image", disable=None):
+        scored, results = zip(*score(case, scale, upscale, learned), strict=True)
+        records += scored
+        enlarged = case.lr.repeat(scale, axis=0).repeat(scale, axis=1)
+        panels = {"LR": enlarged, **dict(zip(upscale, results, strict=True))}
+        panels |= {} if case.hr is None else {HR: case.hr}
+        figures.contact_sheet(panels, args.out / f"{option}_{Path(case.name).stem}.png")
+    averaged = means(records)
+    page = f"{preamble(up, option, fixed, args)}{markdown(records, averaged)}"
+    (args.out / f"{option}.md").write_text(page, encoding="utf-8")
+    (args.out / f"{option}.csv").write_text(csv_text(records, averaged), encoding="utf-8")
+    return page
+
+
+def preamble(up: Upscaler, option: str, fixed: Mapping[str, Any], args: argparse.Namespace) -> str:
+    """Markdown above a table: what was measured, and on what."""
+    m, source = up.manifest, args.lr or f"{args.hr}, {args.degrade}"
+    settings = {"steps": m.steps, "sampler": m.sampler} | {k: v for k, v in fixed.items() if v is not None}
+    held = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return (
+        f"# {SWEEPS[option].title}: {m.name} ({m.precision})\n\n"
+        f"Images: {source}. Held: {held}. {up.backend.name}; {machine_line()}.\n"
+        f"PSNR and SSIM on luma without a border of {m.scale} pixels.\n\n"
+    )
+
+
+def benchmark(args: argparse.Namespace) -> str:
+    """Sweep everything that was asked for; returns the Markdown pages."""
+    with Upscaler(args.engine, threads=args.threads) as up:
+        images, settings = cases(args, up.manifest.scale), wanted(args, up.manifest)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
+        # one small image first, so that all graphs are loaded before the clock runs
+        up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
+        learned = perceptual.load()
+        learned.pop(perceptual.FID, None)  # of a few images it says nothing
+        fixed = {name: getattr(args, name) for name in ("steps", "sampler", "seed")}
+        fixed |= {name: values[0] for name, values in settings.items() if len(values) == 1}
+        swept = {name: values for name, values in settings.items() if len(values) > 1}
+        if not swept:
+            raise UsageError("every setting has one value: nothing to sweep; give several, or none")
+        pages = [sweep(up, name, values, fixed, images, learned, args) for name, values in swept.items()]
+        return "\n".join(pages)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--engine", type=Path, metavar="DIR", help="engine directory (default: the bundled demo engine)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--hr", default="demo", metavar="DIR", help="originals (default: three photographs)")
+    source.add_argument("--lr", metavar="DIR", help="images to enlarge, of which there are no originals")
+    add("--degrade", choices=DEGRADATIONS, default="x4-bicubic", help="how LR is made (default %(default)s)")
+    add("--fidelity", type=float, nargs="*", metavar="W", help="0 free to 1 faithful")
+    add("--color-fix", choices=COLOR_FIXES, nargs="*", help="towards the LR image's colours")
+    add("--guidance", type=float, nargs="*", metavar="S", help="0 the negative prompt alone, 1 none")
+    add("--steps", type=int, metavar="N", help="(default: the engine's)")
+    add("--sampler", choices=SAMPLERS, help="(default: the engine's)")
+    add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
+    out = Path("benchmarks/results/sweep")
+    add("-o", "--out", type=Path, default=out, metavar="DIR", help="for the results (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    args = parse(argv)
+    try:
+        print(benchmark(args))
+    except MoesrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"written to {args.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
