@@ -26,13 +26,16 @@ ALIGNMENT = 1 << 12  # so that a file can be mapped into memory
 def write_graph(directory: Path, name: str, built: BuiltGraph) -> tuple[File, tuple[File, ...]]:
     """Write `name`.onnx and, where its weights are many, `name`.weights_0 and on; moves them out of `built`.
 
-    The same graph gives the same bytes.
+    The same graph gives the same bytes. The ONNX file holds the hashes of the others, so that its own hash,
+    by which compiled plans are known, is one of the weights too.
     """
     tensors = [t for t in built.model.graph.initializer if len(t.raw_data) >= SMALL_BYTES]
     data: list[File] = []
     if sum(len(t.raw_data) for t in tensors) > INSIDE_BYTES:
         while tensors:
             data.append(_write_weights(directory / f"{name}.weights_{len(data)}", tensors))
+    hashes = (onnx.StringStringEntryProto(key=file.file, value=file.sha256) for file in data)
+    built.model.metadata_props.extend(hashes)
     content = built.to_bytes()
     path = directory / f"{name}.onnx"
     path.write_bytes(content)

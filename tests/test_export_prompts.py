@@ -16,6 +16,12 @@ EMPTY, POSITIVE, NEGATIVE = PUBLISHED
 CONFIG = TextConfig()
 
 
+@pytest.fixture
+def library():
+    """CLIP's tokenizer; later versions of Python have no build of it."""
+    return pytest.importorskip("instant_clip_tokenizer").Tokenizer()
+
+
 @pytest.mark.parametrize(
     ("wish", "texts", "guidance"),
     [
@@ -34,28 +40,29 @@ def test_defaults_are_the_published_ones(wish: Wish, texts: tuple[str, ...], gui
 
 
 def test_published_prompts_need_no_library(monkeypatch: pytest.MonkeyPatch):
-    with_library = tokens("a photo", CONFIG)
-    assert with_library == (49406, 320, 1125, 49407)
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     assert choose(CONFIG, Wish(guidance=7.0)).ids == (POSITIVE_PROMPT, NEGATIVE_PROMPT)
     with pytest.raises(UsageError, match=r"'a photo' needs CLIP's vocabulary .*pip install instant-clip"):
         tokens("a photo", CONFIG)
 
 
-def test_the_library_agrees_with_the_published_ids():
-    library = pytest.importorskip("instant_clip_tokenizer").Tokenizer()
+def test_the_library_agrees_with_the_published_ids(library):
     for text, ids in PUBLISHED.items():
         assert tuple(library.encode(text)) == ids[1:-1]
 
 
-def test_prompts_of_the_checkpoint_are_named_where_their_text_is_known(monkeypatch: pytest.MonkeyPatch):
+def test_prompts_of_the_checkpoint_are_named_where_their_text_is_known(library, monkeypatch):
     config = TextConfig(prompt=(49406, 320, 1125, 49407))
     assert choose(config, Wish()).texts == ("a photo",)
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     assert choose(config, Wish()).texts == ("tokens 320 1125",)
 
 
-def test_texts_that_do_not_fit():
+def test_texts_are_lower_case_byte_pairs(library):
+    assert tokens("A  Photo", CONFIG) == (49406, 320, 1125, 49407)
+
+
+def test_texts_that_do_not_fit(library):
     with pytest.raises(UsageError, match="has 76 tokens, expected at most 75; shorten it"):
         tokens("photo " * 76, CONFIG)
     assert len(tokens("photo " * 75, CONFIG)) == 77

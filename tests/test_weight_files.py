@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import write_checkpoint
+import torch
+from graphs import random_expert, write_checkpoint
 
 from moesr.export import cli, weight_files
+from moesr.export.expert import expert_graph
+from moesr.export.lowering import lowering
 from moesr.runtime import EngineError, Upscaler
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.onnx_files import external_files
@@ -56,6 +59,18 @@ def test_files_are_no_larger_than_they_may_be(engines):
 
 def test_same_graph_same_bytes(engines):
     assert Manifest.read(engines["again"]).files == Manifest.read(engines["beside"]).files
+
+
+def test_other_weights_make_another_file(tmp_path, monkeypatch):
+    """Plans are known by its hash."""
+    monkeypatch.setattr(weight_files, "INSIDE_BYTES", 0)
+    found = []
+    for k in range(2):
+        with torch.inference_mode():
+            built = expert_graph(random_expert(k), 8, lowering("gpu"))
+        found.append(weight_files.write_graph(tmp_path, "expert", built))
+    assert found[0][0].sha256 != found[1][0].sha256
+    assert [f.file for f in found[0][1]] == [f.file for f in found[1][1]] == ["expert.weights_0"]
 
 
 def test_results_are_the_same(engines):
