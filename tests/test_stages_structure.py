@@ -14,9 +14,11 @@ from conftest import relative_l2
 from stablesr import sample
 from torch import Tensor
 
+from moesr.export.package import export_engine
 from moesr.runtime.errors import UsageError
 from moesr.runtime.schedule import step_table
-from moesr.training.checkpoint import StableSRCheckpoint, load_checkpoint
+from moesr.runtime.upscaler import Upscaler
+from moesr.training.checkpoint import CheckpointError, StableSRCheckpoint, load_checkpoint
 from moesr.training.cli import main
 from moesr.training.config import StableSRConfig
 from moesr.training.diffusion import add_noise, denoising_loss, predict_x0
@@ -278,3 +280,24 @@ def test_presets_are_the_papers_recipe():
     assert first.structure.learning_rate == 5e-5 and first.structure.patch_px == 512
     assert (second.decoder.adversarial_weight, second.decoder.adversarial_scaling) == (0.025, "fixed")
     assert second.decoder.latents == 100_000 and second.decoder.latent_steps == 200
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoints_of_both_stages_become_engines(stage, photos, trained, tmp_path):
+    """The graphs are proved against the trained networks; a decoder without wrapping takes no LR features."""
+    checkpoint = trained
+    if stage == 2:
+        decoder.train(RECIPE, tiny.crops(photos), tiny.run(tmp_path), trained)
+        checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=tiny.PATCH)
+    inputs = {spec.name for spec in manifest.graphs["decoder"].inputs}
+    assert ("fidelity" in inputs) == (stage == 2)
+    with Upscaler(tmp_path / "engine") as up:
+        image = up(np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8))
+    assert image.shape == (48, 36, 3) and image.std() > 0
+
+
+def test_stable_diffusion_alone_is_no_engine(start, tmp_path):
+    with pytest.raises(CheckpointError, match="this is a checkpoint of another family"):
+        export_engine(start, tmp_path / "engine", tile_px=tiny.PATCH)
+    assert not (tmp_path / "engine").exists()
