@@ -76,9 +76,10 @@ class Backend:
 
     def open(self, directory: Path, graph: Graph, stream: int | None = None) -> Session:
         """Open one graph of an engine, to run on a device's stream; EngineError where that cannot be."""
-        path = directory / graph.arrangement(self.target).file
-        options = replace(self.options, stream=stream, max_batch=self.max_batch)
-        return importlib.import_module(BACKENDS[self.name]).open_session(path, graph.boundary, options)
+        files = graph.arrangement(self.target).files
+        options = replace(self.options, stream=stream, max_batch=self.max_batch, files=files)
+        module = importlib.import_module(BACKENDS[self.name])
+        return module.open_session(directory / files[0].file, graph.boundary, options)
 
     def release(self) -> None:
         """Give back what the library keeps for further sessions."""

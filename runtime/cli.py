@@ -127,8 +127,15 @@ def add_engine_options(p: argparse.ArgumentParser) -> None:
         "--cache",
         type=_path,
         metavar="DIR",
-        help="keep what backends compile, for a faster start (default: tensorrt's plans in the user's cache, "
-        "nothing of openvino's)",
+        help="where graphs are kept as backends prepare them, for a faster start (default: the user's cache, "
+        "$MOESR_CACHE or ~/.cache/moesr)",
+    )
+    p.add_argument(
+        "--no-cache",
+        action="store_const",
+        const=False,
+        dest="cache",
+        help="keep no prepared graphs on a CPU: at full width they take twice the engine's size",
     )
     p.add_argument(
         "--no-cuda-graphs",

@@ -11,17 +11,14 @@ import hashlib
 import json
 import logging
 import math
-import os
-import platform
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from moesr.runtime import caches, records
+from moesr.runtime import caches, processor, records
 from moesr.runtime.backends import Backend
 from moesr.runtime.errors import MoesrError
 from moesr.runtime.manifest import Manifest
@@ -107,14 +104,7 @@ def place(found: Sequence[Backend], manifest: Manifest) -> str:
 
 def machine() -> str:
     """The processor's model and how many of its logical cores this process may use."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} logical cores"
+    return f"{processor.model()}, {processor.cores()} logical cores"
 
 
 def _recall(found: Sequence[Backend], manifest: Manifest) -> Measured | None:
@@ -162,7 +152,11 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
 
 
 def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[float, np.ndarray]:
-    """Seconds of one step of the first expert on one tile, and its result on seeded inputs."""
+    """Seconds of one step of the first expert on one tile, and its result on seeded inputs.
+
+    Nothing that is prepared for it is kept, as the backend may not be chosen.
+    """
+    backend = replace(backend, options=replace(backend.options, cache=None))
     expert, device = manifest.experts[0], backend.device()
     session = backend.open(directory, manifest.graphs[expert.graph])
     try:

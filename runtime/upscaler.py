@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
 
-from moesr.runtime import fastest, image_io, pipeline
+from moesr.runtime import caches, fastest, image_io, pipeline
 from moesr.runtime.admission import Admission, Reservation
 from moesr.runtime.backends import Backend, candidates
 from moesr.runtime.colour import COLOR_FIXES
@@ -94,19 +94,19 @@ class Upscaler:
         verify: bool = True,
         max_batch: int | None = None,
         precision: str = "graph",
-        cache: Path | str | None = None,
+        cache: Path | str | Literal[False] | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
 
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. `precision` of the arithmetic: "graph", "bf16" where a backend can, or "auto", the
-        faster of the two. `cache`: a directory where a backend may keep what it compiles. Where there is a
-        choice it falls on what was measured as the fastest, once for an engine and machine. `cuda_graphs`
+        faster of the two. `cache`: the directory where graphs are kept as backends prepare them, the user's
+        unless another is given; False keeps none on a CPU. Where there is a choice it falls on what was measured as the fastest, once for an engine and machine. `cuda_graphs`
         False has a GPU do the same launch by launch. Raises EngineError or UsageError; graphs are loaded when
         first needed.
         """
-        kept = None if cache is None else Path(cache)
+        kept = caches.directory() if cache is None else Path(cache) if cache else None
         found = candidates(
             backend, device, threads, max_batch, precision=precision, cache=kept, cuda_graphs=cuda_graphs
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moesr.runtime.errors import EngineError
-from moesr.runtime.graphs import Boundary, TensorSpec
+from moesr.runtime.graphs import Boundary, File, TensorSpec
 
 
 class Session(Protocol):
@@ -65,6 +65,7 @@ class Options:
     threads: int | None = None  # None: the library's own choice
     precision: str | None = None  # of the arithmetic, where a backend can change it; None: as the graph says
     cache: Path | None = None  # directory for what a backend compiles; None: nothing is kept
+    files: tuple[File, ...] = ()  # of the graph, beside each other, for what is kept of it
     max_batch: int = 1  # tiles in one run at most
     stream: int | None = None  # of the device, for sessions that enqueue on it
     cuda_graphs: bool = True  # whether a GPU may be given a whole run at once

@@ -11,13 +11,14 @@ import functools
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesr.runtime import files, memory, onnx_files
-from moesr.runtime.errors import EngineError, MemoryLimitError, OutputError
+from moesr.runtime import memory, onnx_files, prepared
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.graphs import Boundary, TensorSpec
 from moesr.runtime.sessions import Offer, Options, check_boundary
 
@@ -26,6 +27,7 @@ _HINTS = {
     None: "f32",
     "bf16": "bf16",
 }  # by `Options.precision`; left to the library it is bf16 where there is
+_COMPILED = "graph.blob"  # of an entry of `prepared`
 
 log = logging.getLogger("moesr")
 
@@ -48,21 +50,65 @@ def probe() -> Offer:
 
 def open_session(path: Path, declared: Boundary, options: Options) -> OpenVinoSession:
     """Compile an ONNX file; EngineError where it cannot be, or is not what was declared."""
+    compiled = _open_prepared(path, declared, options)
     try:
-        onnx_files.external_files(path)  # the library would take a file of any format that it knows
-        model = _core().read_model(path)
-        found = Boundary(_specs(model.inputs, declared), _specs(model.outputs, declared))
-        check_boundary(path, found, declared)
-        names = {spec.name for spec in found.inputs}
-        boundary = Boundary(tuple(i for i in declared.inputs if i.name in names), declared.outputs)
-        model.reshape({spec.name: list(spec.shape(1)) for spec in boundary.inputs})
-        compiled = _core().compile_model(model, "CPU", _properties(options))
+        compiled = compiled or _compile(path, declared, options)
+        found = Boundary(_specs(compiled.inputs, declared), _specs(compiled.outputs, declared))
     except EngineError:
         raise
     except Exception as error:  # the library has no base of its own for its errors
         raise _explain(path, error) from error
+    check_boundary(path, found, _one_tile(declared))
+    names = {spec.name for spec in found.inputs}
+    boundary = Boundary(tuple(i for i in declared.inputs if i.name in names), declared.outputs)
     memory.return_freed()
     return OpenVinoSession(compiled, path, boundary)
+
+
+def _compile(path: Path, declared: Boundary, options: Options) -> Any:
+    """Compile an ONNX file for one tile."""
+    onnx_files.external_files(path)  # the library would take a file of any format that it knows
+    model = _core().read_model(path)
+    check_boundary(path, Boundary(_specs(model.inputs, declared), _specs(model.outputs, declared)), declared)
+    shapes = {spec.name: list(spec.shape(1)) for spec in declared.inputs}
+    known = [next(name for name in port.names if name in shapes) for port in model.inputs]
+    model.reshape({name: shapes[name] for name in known})
+    return _core().compile_model(model, "CPU", _properties(options))
+
+
+def _open_prepared(path: Path, declared: Boundary, options: Options) -> Any:
+    """The graph as it was compiled before, or now for the next time; None where none is kept."""
+    if not (options.cache and options.files):
+        return None
+    properties, version = _properties(options), _library().__version__
+    try:
+        made_of = prepared.origin(path.parent, options.files, "openvino", version, repr(properties))
+    except OSError:  # compiling it will tell
+        return None
+    if kept := prepared.find(options.cache, made_of):
+        try:
+            blob = np.memmap(kept / _COMPILED, np.uint8, "r")
+            return _core().import_model(_library().Tensor(blob), "CPU", properties)
+        except Exception as error:  # the library has no base of its own for its errors
+            log.info("%s: compiled again: %s", path, _one_line(error))
+            prepared.remove(kept)
+    made: list[Any] = []
+
+    def write(directory: Path) -> None:
+        made.append(_compile(path, declared, options))
+        (directory / _COMPILED).write_bytes(made[0].export_model())
+
+    prepared.write(options.cache, made_of, write)
+    return made[0] if made else None
+
+
+def _one_tile(declared: Boundary) -> Boundary:
+    """What a graph takes and gives once it is compiled."""
+    inputs, outputs = (
+        tuple(replace(spec, dims=spec.shape(1)) for spec in specs)
+        for specs in (declared.inputs, declared.outputs)
+    )
+    return Boundary(inputs, outputs)
 
 
 def release() -> None:
@@ -158,12 +204,6 @@ def _properties(options: Options) -> dict[str, Any]:
     }
     if options.threads:
         values["INFERENCE_NUM_THREADS"] = options.threads
-    if options.cache:
-        try:
-            files.check_writable(options.cache)
-            values["CACHE_DIR"] = str(options.cache)
-        except OutputError as error:
-            log.warning("compiled graphs are not kept: %s", error)
     return values
 
 
