@@ -33,6 +33,9 @@ HOST = Place("memory", 2.0, 3.5, 40)
 A pixel: LR image resized, decoded sums, weights, one colour plane, result, latents.
 """
 
+SMALL = 1 << 30
+"""Bytes of graphs that are kept in memory even where they would open at once."""
+
 BESIDE_GPU = Place("memory", 0.0, 1.0, 40)
 """The host where a GPU runs the graphs: it reads their files."""
 
@@ -66,10 +69,12 @@ class Admission:
         loaded: Callable[[], frozenset[str]],
         *,
         shared: bool = True,
+        at_once: bool = False,
         gpu_bytes: Callable[[], int] | None = None,
     ) -> None:
         """`loaded` tells the roles of the graphs in memory; `shared`: their working memory is one.
 
+        `at_once`: graphs open so fast that large ones need not be kept until they are used again.
         `gpu_bytes` tells how much memory is free on the GPU that runs them; None where the CPU does.
         """
         self._manifest, self._loaded = manifest, loaded
@@ -79,7 +84,8 @@ class Admission:
         main = self._places[0]
         work = sorted(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
         free = self._free_bytes(main)
-        self.keep_all = free is None or main.held * sum(self._weights.values()) <= free // 2
+        held = main.held * sum(self._weights.values())
+        self.keep_all = (free is None or held <= free // 2) and (held <= SMALL or not at_once)
         self._work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
         self.warm = False  # whether the graphs have taken their working memory
         self._reservations: list[Reservation] = []

@@ -28,6 +28,7 @@ MAX_BATCH = 256
 _PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
 _WITH_KERNELS = ("tensorrt",)  # backends that run graphs in parts, with our kernels between them
 _APART = ("openvino",)  # backends whose sessions hold working memory each
+_MAPPED = ("onnxruntime",)  # backends whose prepared graphs are used where they lie in a file
 
 log = logging.getLogger("moesr")
 
@@ -57,6 +58,11 @@ class Backend:
     def shares_memory(self) -> bool:
         """Whether its sessions, which run in turn, share their working memory."""
         return self.name not in _APART
+
+    @property
+    def opens_at_once(self) -> bool:
+        """Whether its graphs, once prepared, are mapped from a file."""
+        return self.name in _MAPPED and self.options.kind == "cpu" and self.options.cache is not None
 
     def device(self, directory: Path | None = None) -> Device:
         """The device whose buffers its sessions run between, for an engine directory, which may hold kernels.

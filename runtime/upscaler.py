@@ -102,9 +102,9 @@ class Upscaler:
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. `precision` of the arithmetic: "graph", "bf16" where a backend can, or "auto", the
         faster of the two. `cache`: the directory where graphs are kept as backends prepare them, the user's
-        unless another is given; False keeps none on a CPU. Where there is a choice it falls on what was measured as the fastest, once for an engine and machine. `cuda_graphs`
-        False has a GPU do the same launch by launch. Raises EngineError or UsageError; graphs are loaded when
-        first needed.
+        unless another is given; False keeps none on a CPU. Where there is a choice it falls on what was
+        measured as the fastest, once for an engine and machine. `cuda_graphs` False has a GPU do the same
+        launch by launch. Raises EngineError or UsageError; graphs are loaded when first needed.
         """
         kept = caches.directory() if cache is None else Path(cache) if cache else None
         found = candidates(
@@ -123,6 +123,7 @@ class Upscaler:
             self.backend.max_batch,
             lambda: residency.loaded,
             shared=self.backend.shares_memory,
+            at_once=self.backend.opens_at_once,
             gpu_bytes=place.free_bytes,
         )
         residency = Residency(opener, self._admission.keep_all)

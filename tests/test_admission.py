@@ -1,4 +1,4 @@
-"""Memory of a GPU: what does not fit is refused or waits, by what the driver says is free."""
+"""Memory: what does not fit a GPU is refused or waits, by what the driver says is free; which graphs stay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from engines import build_engine
 
 from moesr.runtime import Upscaler, admission, memory
 from moesr.runtime.admission import BESIDE_GPU, GPU, Admission
+from moesr.runtime.backends import Backend
 from moesr.runtime.errors import MemoryLimitError
 from moesr.runtime.manifest import Manifest
+from moesr.runtime.sessions import Options
 
 SIZE = 64, 64
 IMAGE = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), np.uint8)
@@ -104,3 +106,24 @@ def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypat
             up(IMAGE, steps=2)
         leave(1 << 30)
         np.testing.assert_array_equal(up(IMAGE, steps=2), want)
+
+
+def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
+    directory = build_engine(tmp_path / "engine")
+    manifest = Manifest.read(directory)
+    whole = Admission(manifest, directory, "cpu", 1, frozenset)
+    size = int(admission.HOST.held * sum(whole._weights.values()))
+    for small, at_once, want in ((size, True, True), (size - 1, True, False), (size - 1, False, True)):
+        monkeypatch.setattr(admission, "SMALL", small)
+        made = Admission(manifest, directory, "cpu", 1, frozenset, at_once=at_once)
+        assert made.keep_all is want
+
+
+def test_graphs_open_at_once_where_they_are_kept_prepared(tmp_path):
+    def opens_at_once(name: str, **options: object) -> bool:
+        return Backend(name, Options(**options), 1).opens_at_once  # type: ignore[arg-type]
+
+    assert opens_at_once("onnxruntime", cache=tmp_path)
+    assert not opens_at_once("onnxruntime")
+    assert not opens_at_once("onnxruntime", cache=tmp_path, device="cuda")
+    assert not opens_at_once("openvino", cache=tmp_path)

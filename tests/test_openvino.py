@@ -140,13 +140,30 @@ def test_precision_that_a_backend_lacks():
         candidates(precision="int8")
 
 
-def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path):
+def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch):
+    """Compiled once; again where what was kept is damaged, which does not show."""
+    compiled, compile_ = [], openvino_._compile
+    monkeypatch.setattr(openvino_, "_compile", lambda *a: compiled.append(1) or compile_(*a))
+    way = backend(cache=tmp_path / "new")
+    first = step(engine, way)
+    for damage, times in ((None, 1), (lambda data: data[:100], 2), (lambda data: bytes(len(data)), 3)):
+        for blob in (tmp_path / "new").rglob("*.blob"):
+            if damage:
+                blob.write_bytes(damage(blob.read_bytes()))
+        np.testing.assert_array_equal(step(engine, way), first)
+        assert len(compiled) == times
+    with pytest.raises(EngineError, match="export the engine again"):
+        graph = Manifest.read(engine).graphs["expert_0"]
+        way.open(engine, replace(graph, inputs=graph.inputs[:1]))
+
+
+def test_what_is_kept_but_does_not_load_is_compiled_again(
+    tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
+):
     first = step(engine, backend(cache=tmp_path / "new"))
-    assert list((tmp_path / "new").glob("*.blob"))
-    np.testing.assert_array_equal(step(engine, backend(cache=tmp_path / "new")), first)
-    for blob in (tmp_path / "new").glob("*.blob"):
-        blob.chmod(0o600)
-        blob.write_bytes(blob.read_bytes()[:100])
+    (blob,) = (tmp_path / "new").rglob("*.blob")
+    monkeypatch.setattr(openvino_.prepared, "find", lambda *_: blob.parent if blob.exists() else None)
+    blob.write_bytes(b"nothing that loads")
     np.testing.assert_array_equal(step(engine, backend(cache=tmp_path / "new")), first)
 
 
@@ -155,7 +172,7 @@ def test_command_line(tmp_path: Path, engine: Path, capsys: pytest.CaptureFixtur
     options = ["--engine", str(engine), "--backend", "openvino", "--cache", str(tmp_path / "cache")]
     assert cli.main([str(tmp_path / "a.png"), "--steps", "1", *options]) == 0
     assert "backend openvino 20" in capsys.readouterr().err
-    assert (tmp_path / "a_x4.png").exists() and list((tmp_path / "cache").glob("*.blob"))
+    assert (tmp_path / "a_x4.png").exists() and list((tmp_path / "cache").rglob("*.blob"))
     assert cli.main([str(tmp_path / "a.png"), "--backend", "onnxruntime", "--precision", "bf16"]) == 3
 
 
@@ -173,9 +190,9 @@ def test_directory_that_cannot_be_written_is_done_without(
     tmp_path: Path, engine: Path, caplog: pytest.LogCaptureFixture
 ):
     (tmp_path / "file").touch()
-    with caplog.at_level(logging.WARNING, "moesr"):
+    with caplog.at_level(logging.INFO, "moesr"):
         step(engine, backend(cache=tmp_path / "file" / "below"))
-    assert "compiled graphs are not kept" in caplog.text
+    assert "is not kept" in caplog.text
 
 
 def test_plain_arrangement_is_taken_in_the_same_precision(tmp_path: Path):

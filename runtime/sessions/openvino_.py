@@ -50,9 +50,8 @@ def probe() -> Offer:
 
 def open_session(path: Path, declared: Boundary, options: Options) -> OpenVinoSession:
     """Compile an ONNX file; EngineError where it cannot be, or is not what was declared."""
-    compiled = _open_prepared(path, declared, options)
     try:
-        compiled = compiled or _compile(path, declared, options)
+        compiled = _open_prepared(path, declared, options) or _compile(path, declared, options)
         found = Boundary(_specs(compiled.inputs, declared), _specs(compiled.outputs, declared))
     except EngineError:
         raise
@@ -96,7 +95,7 @@ def _open_prepared(path: Path, declared: Boundary, options: Options) -> Any:
 
     def write(directory: Path) -> None:
         made.append(_compile(path, declared, options))
-        (directory / _COMPILED).write_bytes(made[0].export_model())
+        (directory / _COMPILED).write_bytes(made[0].export_model().getbuffer())
 
     prepared.write(options.cache, made_of, write)
     return made[0] if made else None
