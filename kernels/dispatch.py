@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moesr.kernels.interpreter import interpreted
 from moesr.kernels.launch import DTYPES, architecture, run, table
-from moesr.kernels.plan import Op, Plan, Scalar, Shape
+from moesr.kernels.plan import ARCHITECTURES, Op, Plan, Scalar, Shape
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,8 +34,10 @@ def run_buffers(
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether kernels run on the tensor's memory: on CUDA, and on a CPU in the interpreter."""
-    return tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
+    """Whether kernels run on the tensor's memory: on CUDA from sm_80, and on a CPU in the interpreter."""
+    if tensor.is_cuda:
+        return architecture(tensor.device) >= ARCHITECTURES[0]
+    return tensor.device.type == "cpu" and interpreted()
 
 
 def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:

@@ -1,7 +1,7 @@
 """Every kernel as a PyTorch operator: importing this module registers `torch.ops.moesr.*`."""
 
 from moesr.kernels.aff_filter.operator import aff_filter
-from moesr.kernels.attention.operator import attention
+from moesr.kernels.attention.operator import attention, attention_packed
 from moesr.kernels.group_norm_silu.operator import group_norm_silu
 from moesr.kernels.inverted_residual.operator import inverted_residual
 from moesr.kernels.sampler_step.operator import sampler_step
@@ -12,6 +12,7 @@ from moesr.kernels.vq_nearest.operator import vq_nearest
 __all__ = [
     "aff_filter",
     "attention",
+    "attention_packed",
     "group_norm_silu",
     "inverted_residual",
     "sampler_step",

@@ -35,7 +35,7 @@ RESIDUAL = {"batch": 2, "channels": 4, "out": 4, "height": 5, "width": 7}
 
 OPERATORS = {
     "aff_filter": (aff_filter, FILTER, ()),
-    "group_norm_silu": (group_norm_silu, NORM, (3, True)),
+    "group_norm_silu": (group_norm_silu, NORM, (3, True, 1e-2)),
     "inverted_residual": (residual.inverted_residual, RESIDUAL, ()),
 }
 
@@ -56,7 +56,17 @@ def test_filter_gradients():
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
 def test_norm_gradients(silu):
     arguments = doubles(make("group_norm_silu", **NORM))
-    assert torch.autograd.gradcheck(lambda *a: torch.ops.moesr.group_norm_silu(*a, 3, silu), arguments)
+    assert torch.autograd.gradcheck(lambda *a: torch.ops.moesr.group_norm_silu(*a, 3, silu, 0.1), arguments)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_epsilon_of_the_norm(layout):
+    """One that shows beside the variance; the kernel takes it at run time."""
+    x, weight, bias = make("group_norm_silu", **NORM)
+    x = x.contiguous(memory_format=layout)
+    got = group_norm_silu(x, weight, bias, 3, False, 0.5)
+    want = torch.nn.functional.group_norm(x, 3, weight, bias, 0.5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from moesr.kernels import dispatch
+from moesr.kernels.attention import reference
 from moesr.kernels.attention.op import OP
-from moesr.kernels.attention.operator import attention
+from moesr.kernels.attention.operator import attention, attention_packed
 from moesr.kernels.interpreter import repair
 from moesr.kernels.launch import kernel_module
 from moesr.kernels.sampler_step.operator import sampler_step
@@ -50,9 +52,7 @@ def loop_arguments(operator):
 
 @pytest.mark.parametrize("operator", [tile_gather, tile_blend, sampler_step], ids=lambda o: o._name)
 def test_loop_operators_are_well_formed(operator):
-    torch.library.opcheck(
-        operator, loop_arguments(operator), test_utils=("test_schema", "test_autograd_registration")
-    )
+    torch.library.opcheck(operator, loop_arguments(operator))
 
 
 @pytest.mark.parametrize("tokens_last", [False, True])
@@ -105,21 +105,41 @@ def test_compiled_loop_changes_canvases_in_place():
     assert torch.equal(arguments[0], copies[0])
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [((2, 3, 48), "power of two from 16 to 512"), ((2, 3, 1024), "power of two"), ((3, 32), "heads, tokens")],
-)
-def test_unfit_heads_are_refused(size, message):
-    with pytest.raises(ValueError, match=message):
-        attention(*heads(*size), 1.0)
+@pytest.mark.parametrize("width", [48, 1024])
+@pytest.mark.parametrize("tokens_last", [False, True])
+def test_unfit_widths_take_pytorchs_attention(width, tokens_last):
+    q, k, v = heads(*((2, width, 5) if tokens_last else (2, 5, width)))
+    want = reference.attention(q, k, v, 0.1, tokens_last)
+    got = attention(q, k, v, 0.1, tokens_last)
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()
+    with pytest.raises(ValueError, match="power of two from 16 to 512"):
+        OP.plan({"heads": 2, "tokens": 5, "width": width}, "fp32", 90)
 
 
-def test_mixed_types_are_refused():
+def test_mixed_shapes_and_types_are_refused():
     q, k, v = heads(1, 4, 32)
     with pytest.raises(ValueError, match="one type"):
         attention(q, k.half(), v, 1.0)
-    with pytest.raises(ValueError, match=r"no kernels for torch\.float64"):
-        attention(q.double(), k.double(), v.double(), 1.0)
+    with pytest.raises(ValueError, match="heads, tokens, width"):
+        attention(q[0], k[0], v[0], 1.0)
+    with pytest.raises(ValueError, match=r"\[heads, 3, width, tokens\]"):
+        attention_packed(q[None], 1.0)
+
+
+def test_packed_attention_is_the_same():
+    qkv = torch.stack(heads(4, 16, 9), 1)
+    torch.library.opcheck(attention_packed, (qkv, 0.25))
+    assert torch.equal(attention_packed(qkv, 0.25), attention(*qkv.unbind(1), 0.25, True))
+
+
+def test_double_precision_is_computed_without_kernels():
+    q, k, v = (x.double() for x in heads(1, 4, 32))
+    want = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    torch.testing.assert_close(attention(q, k, v, 1.0), want, rtol=1e-12, atol=1e-12)
+    codes = torch.randn(5, 3)
+    values, _ = vq_nearest(codes.t()[None, :, :, None].double(), codes, codes)
+    assert torch.equal(values[0, :, :, 0].t(), codes.double())
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -144,9 +164,8 @@ def test_loop_operators_compute_references_where_kernels_cannot_run(operator, mo
 
 
 def test_network_operators_compute_references_where_kernels_cannot_run(monkeypatch):
-    for name in ("attention", "vq_nearest"):
-        monkeypatch.setattr(f"moesr.kernels.{name}.operator.has_kernels", lambda _: False)
-    q, k, v = heads(2, 5, 48)  # a width that the kernels do not take
+    monkeypatch.setattr(dispatch, "has_kernels", lambda _: False)
+    q, k, v = heads(2, 5, 32)
     torch.testing.assert_close(attention(q, k, v, 0.1), F.scaled_dot_product_attention(q, k, v, scale=0.1))
     codes = torch.randn(5, 3)
     assert vq_nearest(codes.t()[None, :, :, None].half(), codes, codes)[1].tolist() == [[0, 1, 2, 3, 4]]

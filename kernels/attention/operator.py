@@ -1,4 +1,7 @@
-"""`moesr::attention` for PyTorch: compiled graphs keep it whole, and gradients flow."""
+"""`moesr::attention` and `moesr::attention_packed` for PyTorch: compiled graphs keep them whole.
+
+The first has gradients.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesr.kernels.attention import reference
-from moesr.kernels.attention.op import OP
-from moesr.kernels.dispatch import has_kernels, run_buffers
+from moesr.kernels.attention.op import OP, baseline
+from moesr.kernels.dispatch import has_plan, run_buffers
 
 
 @torch.library.custom_op("moesr::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool = False) -> Tensor:
     """`softmax(scale q k^T) v` of heads [heads, tokens, width], or [heads, width, tokens] with `tokens_last`.
 
-    The width is a power of two from 16 to 512; other shapes and mixed types are a ValueError.
+    Where the width is no power of two from 16 to 512, and off the GPU, PyTorch's own attention runs. Other
+    shapes and mixed types are a ValueError.
     """
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
         raise ValueError(f"q, k and v must be of one type and one shape [heads, tokens, width], got {got}")
-    if not has_kernels(q):
-        return reference.attention(q, k, v, scale, tokens_last)
-    tokens, width = q.shape[1:] if not tokens_last else q.shape[:0:-1]
-    shape = {"heads": len(q), "tokens": tokens, "width": width, "tokens_last": int(tokens_last)}
+    shape = _shape(q, tokens_last)
+    if not has_plan(OP, shape, q):
+        return baseline(q, k, v, scale, tokens_last).contiguous()
     return run_buffers(OP, shape, q, {"q": q, "k": k, "v": v}, {"scale": scale})["out"]
+
+
+def _shape(head: Tensor, tokens_last: bool) -> dict[str, int]:
+    tokens, width = head.shape[-2:] if not tokens_last else (head.shape[-1], head.shape[-2])
+    return {"heads": len(head), "tokens": tokens, "width": width, "tokens_last": int(tokens_last)}
 
 
 @attention.register_fake
@@ -51,3 +58,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("moesr::attention_packed", mutates_args=())
+def attention_packed(qkv: Tensor, scale: float) -> Tensor:
+    """`attention` of [heads, 3 (q, k, v), width, tokens] -> [heads, width, tokens]; without a gradient."""
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [heads, 3, width, tokens], got {tuple(qkv.shape)}")
+    shape = {**_shape(qkv, True), "packed": 1}
+    if not has_plan(OP, shape, qkv):
+        return baseline(*qkv.unbind(1), scale, True)
+    return run_buffers(OP, shape, qkv, {"qkv": qkv}, {"scale": scale})["out"]
+
+
+@attention_packed.register_fake
+def _(qkv: Tensor, scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])

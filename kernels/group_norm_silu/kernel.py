@@ -33,9 +33,8 @@ def statistics_nchw(x, partial, SIZE: tl.constexpr, PART: tl.constexpr, BLOCK: t
 
 @triton.jit
 def apply_nchw(
-    x, weight, bias, partial, y, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, weight, bias, partial, y, eps, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * C, cdiv(pixels, BLOCK))."""
     plane = tl.program_id(0)
@@ -49,7 +48,7 @@ def apply_nchw(
     means = tl.load(pointer, mask=known, other=0.0)
     mean = tl.sum(means * count) / size
     spread = tl.load(pointer + 1, mask=known, other=0.0) + count * (means - mean) * (means - mean)
-    scale = tl.load(weight + channel).to(tl.float32) / tl.sqrt(tl.sum(spread) / size + EPS)
+    scale = tl.load(weight + channel).to(tl.float32) / tl.sqrt(tl.sum(spread) / size + eps)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < PIXELS
     base = plane.to(tl.int64) * PIXELS
@@ -94,8 +93,8 @@ def statistics_nhwc(
 
 @triton.jit
 def apply_nhwc(
-    x, weight, bias, partial, y, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    PIXELS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, EPS: tl.constexpr,
+    x, weight, bias, partial, y, eps, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    PIXELS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
     SILU: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, cdiv(pixels, RUN), GROUPS / SPAN): RUN pixels, BLOCK at a time."""
@@ -109,7 +108,7 @@ def apply_nhwc(
     mean = tl.sum(means * count, 0) / PIXELS
     spread = tl.load(pointer + 1, mask=known, other=0.0)
     spread = tl.sum(spread + count * WIDTH * (means - mean[None, :]) * (means - mean[None, :]), 0)
-    inverse = 1.0 / tl.sqrt(spread / (PIXELS * WIDTH) + EPS)  # [SPAN]
+    inverse = 1.0 / tl.sqrt(spread / (PIXELS * WIDTH) + eps)  # [SPAN]
     slot = tl.arange(0, SPAN * WIDTH_PAD)
     column = first * WIDTH + slot // WIDTH_PAD * WIDTH + slot % WIDTH_PAD
     real = slot % WIDTH_PAD < WIDTH

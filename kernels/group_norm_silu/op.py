@@ -35,7 +35,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
             Buffer("y", dtype, dims, "output"),
         ),
         launches=launches,
-        scalars={"batch": shape["batch"]},
+        scalars={"batch": shape["batch"], "eps": reference.EPS},
     )
 
 
@@ -52,7 +52,6 @@ def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
         "PART": part,
         "PARTS": parts,
         "PARTS_PAD": next_power_of_2(parts),
-        "EPS": reference.EPS,
         "SILU": bool(shape.get("silu", 1)),
         "BLOCK": apply_block,
     }
@@ -65,7 +64,7 @@ def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
         ),
         Launch(
             "apply_nchw",
-            ("x", "weight", "bias", "partial", "y"),
+            ("x", "weight", "bias", "partial", "y", "eps"),
             constants,
             ("batch * CHANNELS", "cdiv(PIXELS, BLOCK)"),
         ),
@@ -92,7 +91,6 @@ def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
     second = {
         "PARTS": parts,
         "PARTS_PAD": next_power_of_2(parts),
-        "EPS": reference.EPS,
         "SILU": bool(shape.get("silu", 1)),
         "RUN": part,
     }
@@ -101,7 +99,7 @@ def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
         Launch("statistics_nhwc", ("x", "partial"), common, ("batch", str(parts), last)),
         Launch(
             "apply_nhwc",
-            ("x", "weight", "bias", "partial", "y"),
+            ("x", "weight", "bias", "partial", "y", "eps"),
             common | second,
             ("batch", "cdiv(PIXELS, RUN)", last),
         ),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EPS = 1e-6  # of the autoencoder's and the UNet's norms
+EPS = 1e-6  # of the autoencoder's norms; those of the UNet have 1e-5
 
 
 def group_norm_silu(

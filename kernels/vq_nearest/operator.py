@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesr.kernels.dispatch import has_kernels, run_buffers
+from moesr.kernels.dispatch import has_plan, run_buffers
 from moesr.kernels.vq_nearest import reference
 from moesr.kernels.vq_nearest.op import OP, planes
 
@@ -20,12 +20,12 @@ def vq_nearest(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]
         got = f"z {tuple(z.shape)}, codes {tuple(codes.shape)}, table {tuple(table.shape)}"
         raise ValueError(f"z must be [B, D, h, w], codes [codes, D] and table [codes, E], got {got}")
     b, d, h, w = z.shape
-    if not has_kernels(z):
-        values, indices = reference.vq_nearest(z, codes.float(), table.float())
-        return values.to(z.dtype), indices
     shape = {
         "codes": len(codes), "batch": b, "height": h, "width_px": w, "width": d, "out_width": table.shape[1]
     }  # fmt: skip
+    if not has_plan(OP, shape, z):
+        values, indices = reference.vq_nearest(z, codes.float(), table.float())
+        return values.to(z.dtype), indices
     buffers = {"z": z.flatten(2), "planes": planes(codes), "table": table.float()}
     found = run_buffers(OP, shape, z, buffers, {})
     return found["values"].unflatten(2, (h, w)), found["indices"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesr.training.networks import operators
 from moesr.training.networks.fusion import FusionLayer, ResnetBlock, group_norm
 from moesr.training.networks.refinement import RefinementUNet
 
@@ -31,10 +32,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B, H*W, C]
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        h = operators.group_norm(x, self.norm)
+        return x + operators.spatial_attention(h, self.q, self.k, self.v, self.proj_out)
 
 
 class Downsample(nn.Module):
@@ -118,7 +117,7 @@ class Encoder(nn.Module):
             h = level(h)
             downsample = getattr(level, "downsample", None)
             h = h if downsample is None else downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(operators.group_norm(self.mid(h), self.norm_out, silu=True))
 
     def features(self, x: Tensor, levels: tuple[int, ...]) -> dict[int, Tensor]:
         """Image [B, 3, H, W] -> features [B, C, H/2^i, W/2^i] after the blocks of each i of `levels`."""
@@ -177,7 +176,7 @@ class Decoder(nn.Module):
                 h = self.up[i].upsample(h)  # type: ignore[operator]
         if hasattr(self, "unet_1"):
             h = self.unet_1(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(operators.group_norm(h, self.norm_out, silu=True))
 
 
 class VectorQuantiser(nn.Module):
@@ -190,11 +189,7 @@ class VectorQuantiser(nn.Module):
 
     def indices(self, z: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> the index of the nearest code, [B*h*w], rows first."""
-        codes = self.embedding.weight
-        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)
-        # argmin |z - e|^2 without the term that does not depend on the code; half precision confuses codes
-        with torch.autocast(z.device.type, enabled=False):
-            return torch.argmin((codes * codes).sum(dim=1) - 2 * flat @ codes.t(), dim=1)
+        return operators.nearest_code(z, self.embedding.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> the nearest codes, same shape."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesr.training.networks import operators
+
 RESIDUAL_SCALE = 0.2  # of dense blocks and of the RRDB around them
 SLOPE = 0.2
 
@@ -35,8 +37,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(operators.group_norm(x, self.norm1, silu=True))
+        h = self.conv2(operators.group_norm(h, self.norm2, silu=True))
         shortcut = getattr(self, self.shortcut_name, None)
         return h + (x if shortcut is None else shortcut(x))
 

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesr.kernels.aff_filter.reference import aff_filter
+from moesr.training.networks import operators
 
 SLOPE = 0.1  # of every LeakyReLU outside the filter
 
 
 class AFFFilter(nn.Module):
-    """Adaptive frequency filter: two complex block-diagonal layers make a mask for the spectrum.
-
-    Runs in float32 whatever the network's precision: sums over a whole image overflow half precision.
-    """
+    """Adaptive frequency filter: two complex block-diagonal layers make a mask for the spectrum."""
 
     def __init__(self, channels: int, blocks: int) -> None:
         super().__init__()
@@ -32,8 +29,7 @@ class AFFFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W], the filtered features plus the input; W must be even."""
-        with torch.autocast(x.device.type, enabled=False):
-            return aff_filter(x.float(), self.w1, self.b1, self.w2, self.b2).to(x.dtype)
+        return operators.aff_filter(x, self.w1, self.b1, self.w2, self.b2)
 
 
 class ConvNorm(nn.Module):
@@ -70,7 +66,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H, W]."""
-        return x + self.block(x) if self.residual else self.block(x)
+        return operators.inverted_residual(x, self.block, self.residual)
 
 
 class AFFBlock(nn.Module):
@@ -87,8 +83,9 @@ class AFFBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, H, W]."""
-        h = self.mlp(self.norm1(x)) + self.up_dim(x)
-        return self.filter(self.norm2(h)) + h  # in this order: the sum takes the filter's memory layout
+        h = self.mlp(operators.group_norm(x, self.norm1)) + self.up_dim(x)
+        filtered = self.filter(operators.group_norm(h, self.norm2))
+        return filtered + h  # in this order: the sum takes the filter's memory layout
 
 
 class RefinementUNet(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moesr.training.config import StableSRUNetConfig, StructureConfig
+from moesr.training.networks import operators
 from moesr.training.networks.transformer import TextTransformer
 from moesr.training.networks.unet import AttentionBlock, Conditions, Downsample, HalfUNet, ResBlock, UNet
 
@@ -30,7 +31,8 @@ class SPADE(nn.Module):
     def forward(self, h: Tensor, structure: Tensor) -> Tensor:
         """Modulate `h` [B, C, H, W] by `structure` [B, structure_channels, H, W]."""
         maps = self.mlp_shared(structure)
-        return self.param_free_norm(h) * (1 + self.mlp_gamma(maps)) + self.mlp_beta(maps)
+        h = operators.group_norm(h, self.param_free_norm)
+        return h * (1 + self.mlp_gamma(maps)) + self.mlp_beta(maps)
 
 
 class SPADEResBlock(ResBlock):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesr.training.networks import operators
 from moesr.training.networks.unet import ConditionedLayer, Conditions
 
 
@@ -88,7 +89,7 @@ class TextTransformer(ConditionedLayer):
         """[B, C, H, W] -> [B, C, H, W]; needs a text."""
         assert given.text is not None, "a network with text was given none"
         text = given.text.expand(len(x), -1, -1)
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
+        h = self.proj_in(operators.group_norm(x, self.norm).flatten(2).transpose(1, 2))
         for block in self.transformer_blocks:
             h = block(h, text)
         return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)

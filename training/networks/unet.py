@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesr.training.networks import operators
+from moesr.training.networks.operators import NormSiLU
 from moesr.training.networks.space_moe import SpaceMoE
 
 if TYPE_CHECKING:
@@ -49,11 +51,11 @@ class ResBlock(ConditionedLayer):
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
+        self.in_layers = NormSiLU(
             nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(
+        self.out_layers = NormSiLU(
             nn.GroupNorm(groups, out_channels),
             nn.SiLU(),
             nn.Identity(),  # dropout in the published layout, rate 0
@@ -85,9 +87,8 @@ class AttentionBlock(nn.Module):
         """[B, C, H, W] -> [B, C, H, W]."""
         b, c, height, width = x.shape
         tokens = x.reshape(b, c, height * width)
-        qkv = self.qkv(self.norm(tokens)).reshape(b, self.heads, 3, c // self.heads, -1)
-        q, k, v = qkv.transpose(-1, -2).unbind(2)  # [B, heads, tokens, head_channels] each
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, -1)
+        qkv = self.qkv(operators.group_norm(tokens[..., None], self.norm)[..., 0])
+        h = operators.packed_attention(qkv.reshape(b, self.heads, 3, c // self.heads, -1))
         return (tokens + self.proj_out(h)).reshape(b, c, height, width)
 
 
@@ -182,7 +183,7 @@ class UNet(HalfUNet[Sizes]):
 
         out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
         nn.init.zeros_(out.weight)
-        self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, config.width), nn.SiLU(), out)
+        self.out = NormSiLU(nn.GroupNorm(config.norm_groups, config.width), nn.SiLU(), out)
 
     def run(self, x: Tensor, given: Conditions) -> Tensor:
         """[B, in_channels, h, w] -> [B, out_channels, h, w]; h, w multiples of `config.factor`."""
