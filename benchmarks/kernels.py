@@ -1,26 +1,30 @@
 """Check every kernel, then time it on a GPU beside what PyTorch does, eager and compiled.
 
 Each row: median and quantiles of a launch replayed from a CUDA graph with a cold L2 cache, and the share of
-this machine's measured copy or matrix rate. Without a GPU only the checks run, in Triton's interpreter.
+this machine's measured copy or matrix rate. Writes results/kernels-GPU.md and .json. Without a GPU only the
+checks run, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from machine import machine_line
+from machine import machine, machine_line
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from moesr.kernels.check import errors  # noqa: E402
+from moesr.kernels.check import errors, on_device  # noqa: E402
 from moesr.kernels.launch import DTYPES, architecture, kernel_buffers, launch  # noqa: E402
 from moesr.kernels.plan import Case, Op  # noqa: E402
 from moesr.kernels.registry import OPS  # noqa: E402
@@ -28,11 +32,15 @@ from moesr.kernels.registry import OPS  # noqa: E402
 RUNS, WARM_UP = 100, 10
 QUANTILES = (0.5, 0.1, 0.9)
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
-RESULTS = Path(__file__).parent / "results" / "kernels-gpu.md"
+QUICK_VALUES = 20_000  # of a case that the interpreter is done with in about a second
+RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
-    "op", "case", "error", "kernel us (p10, p90)", "eager us", "compiled us",
-    "TB/s", "of copy", "TFLOP/s", "of matmul",
+    "op", "case", "error", "kernel us (p10, p90)", "eager us", "compiled us", "TB/s", "of copy", "TFLOP/s",
+    "of matmul",
 )  # fmt: skip
+
+Times = tuple[float, ...]
+Clock = Callable[[Callable[[], object]], Times]  # microseconds of a call at QUANTILES
 
 
 @dataclass(frozen=True)
@@ -43,109 +51,194 @@ class Limits:
     flops_per_s: float
 
 
+@dataclass(frozen=True)
+class Row:
+    """One deployed case: its largest error, microseconds, and rates of what it must move and multiply.
+
+    A form of PyTorch that does not run has a reason in place of a time; a kernel that is wrong has no times.
+    """
+
+    op: str
+    case: str
+    error: float
+    tolerance: float
+    kernel_us: Times = ()
+    eager_us: float | str = "-"
+    compiled_us: float | str = "-"
+    bytes_per_s: float = 0.0
+    flops_per_s: float = 0.0
+    of_copy: float = 0.0
+    of_matmul: float = 0.0
+
+    @property
+    def fastest_of_pytorch(self) -> float:
+        """The better of eager and compiled; infinite where neither runs."""
+        return min(
+            (t for t in (self.eager_us, self.compiled_us) if isinstance(t, float)), default=float("inf")
+        )
+
+    def markdown(self) -> str:
+        """A line of the table."""
+        if not self.kernel_us:
+            cells = [self.op, self.case, f"{self.error:.1e}, at most {self.tolerance:.0e}: not timed"]
+            return f"| {' | '.join(cells)} |" + " |" * (len(COLUMNS) - len(cells))
+        median, low, high = self.kernel_us
+        matmul = (
+            [f"{self.flops_per_s / 1e12:.0f}", f"{self.of_matmul:.0%}"] if self.flops_per_s else ["-"] * 2
+        )
+        pytorch = [f"{t:.1f}" if isinstance(t, float) else t for t in (self.eager_us, self.compiled_us)]
+        cells = [self.op, self.case, f"{self.error:.1e}", f"{median:.1f} ({low:.1f}, {high:.1f})", *pytorch]
+        cells += [f"{self.bytes_per_s / 1e12:.2f}", f"{self.of_copy:.0%}", *matmul]
+        return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel should reach on an H200."""
+
+    op: str
+    case: str
+    text: str
+    met: Callable[[Row], bool]
+
+
+TARGETS = (
+    Target("aff_filter", "full512-fp16", "under 250 us", lambda row: row.kernel_us[0] < 250),
+    Target("attention", "decoder512-fp16", "above 250 TFLOP/s", lambda row: row.flops_per_s > 250e12),
+    Target("group_norm_silu", "decoder512-fp16", "above 70 % of copy speed", lambda row: row.of_copy > 0.7),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then time; 1 where a kernel is wrong. 0 without a GPU, after the checks."""
     args = parser().parse_args(argv)
     ops = [OPS[name] for name in args.op]
     device = torch.device("cuda" if GPU else "cpu")
-    if failures := [line for op in ops for line in check(op, device)]:
+    if not GPU:
+        print("no GPU here: kernels are checked in Triton's interpreter, nothing is timed", flush=True)
+    every = {op: [case for case in op.cases if args.all or GPU or quick(op, case)] for op in ops}
+    if failures := [line for op, cases in every.items() for line in check(op, cases, device)]:
         print("\n".join(failures), file=sys.stderr)
         return 1
     if not GPU:
-        print("no GPU here: the kernels passed their checks in the interpreter, nothing was timed")
+        left = "" if args.all else "; --all checks the others too"
+        print(f"{sum(map(len, every.values()))} cases of {len(ops)} kernels equal their references{left}")
         return 0
-    limits = measure_limits()
-    lines = [
-        "# Kernels on a GPU\n",
-        f"`python benchmarks/kernels.py`: {torch.cuda.get_device_name()}; {machine_line()}\n",
-        f"Measured limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, fp16 matrix product "
-        f"{limits.flops_per_s / 1e12:.0f} TFLOP/s.\n",
-        f"| {' | '.join(COLUMNS)} |",
-        "| --- " * len(COLUMNS) + "|",
-    ]
-    print("\n".join(lines), flush=True)
+    stem = args.output or RESULTS / f"kernels-{slug(torch.cuda.get_device_name())}"
+    return int(not all(row.kernel_us for row in time_all(ops, device, measure_limits(), time_us, stem)))
+
+
+def time_all(ops: Iterable[Op], device: torch.device, limits: Limits, clock: Clock, stem: Path) -> list[Row]:
+    """Time every deployed case, print the rows as they come, and write both files."""
+    print(heading(limits), flush=True)
+    rows = []
     for op in ops:
         for case in op.deployed:
-            lines.append(row(op, case, device, limits))
-            print(lines[-1], flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(lines) + "\n")
-    return 0
+            rows.append(measure(op, case, device, limits, clock))
+            print(rows[-1].markdown(), flush=True)
+    print("\n".join(verdicts(rows)))
+    write(stem, limits, rows)
+    return rows
 
 
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--op", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
-    p.add_argument("-o", "--output", type=Path, default=RESULTS, help="default: %(default)s")
+    p.add_argument("--all", action="store_true", help="without a GPU, too, check the cases of many values")
+    p.add_argument("-o", "--output", type=Path, help="results without suffix (default: by the GPU's name)")
     return p
 
 
-def check(op: Op, device: torch.device) -> Iterator[str]:
-    """Run the op's cases; a line for each error above its tolerance."""
-    for case in op.cases:
-        if case.slow and not GPU:
-            continue
+def quick(op: Op, case: Case) -> bool:
+    """Whether the interpreter is done with a case in about a second."""
+    cost = op.cost(case.shape, case.dtype)
+    return not case.slow and cost.bytes / 4 < QUICK_VALUES and cost.flops < 1e8
+
+
+def check(op: Op, cases: Iterable[Case], device: torch.device) -> Iterator[str]:
+    """Run cases; a line for each error above its tolerance."""
+    for case in cases:
         for name, error in errors(op, case, device).items():
             if not error <= case.tolerance:
                 yield f"{op.name} {case}: {name} has error {error:.1e}, at most {case.tolerance:.0e}"
 
 
-def row(op: Op, case: Case, device: torch.device, limits: Limits) -> str:
+def measure(op: Op, case: Case, device: torch.device, limits: Limits, clock: Clock) -> Row:
     """Check one deployed case at its size, then time its three forms."""
     error = max(errors(op, case, device).values())
     if not error <= case.tolerance:
-        return f"| {op.name} | {case} | {error:.1e}: above {case.tolerance:.0e}, not timed |" + " |" * 7
-    inputs = {
-        k: v.to(device) if isinstance(v, torch.Tensor) else v
-        for k, v in op.inputs(case.shape, case.dtype, 0).items()
-    }
+        return Row(op.name, str(case), error, case.tolerance)
+    inputs = on_device(op.inputs(case.shape, case.dtype, 0), device)
     plan = op.plan(case.shape, case.dtype, architecture(device))
     buffers = kernel_buffers(op, plan, op.prepare(inputs))
-    kernel, low, high = time_us(lambda: launch(op, plan, buffers))
+    times = clock(lambda: launch(op, plan, buffers))
     baseline = op.baseline or op.reference
-    typed = {
-        k: v.to(DTYPES[case.dtype]) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-    eager = _time_or_reason(lambda: baseline(**typed))
-    compiled_baseline = torch.compile(baseline)
-    compiled = _time_or_reason(lambda: compiled_baseline(**typed))
+    typed = {name: in_type(value, DTYPES[case.dtype]) for name, value in inputs.items()}
+    torch.compiler.reset()  # what an earlier shape compiled would make this one's sizes symbolic
+    compiled = torch.compile(baseline, dynamic=False)
     cost = op.cost(case.shape, case.dtype)
-    rate, flops = cost.bytes / kernel * 1e6, cost.flops / kernel * 1e6
-    cells = [op.name, str(case), f"{error:.1e}", f"{kernel:.1f} ({low:.1f}, {high:.1f})", eager, compiled]
-    cells += [f"{rate / 1e12:.2f}", f"{rate / limits.bytes_per_s:.0%}"]
-    cells += [f"{flops / 1e12:.0f}", f"{flops / limits.flops_per_s:.0%}"] if cost.flops else ["-", "-"]
-    return f"| {' | '.join(cells)} |"
+    rate, flops = cost.bytes / times[0] * 1e6, cost.flops / times[0] * 1e6
+    return Row(
+        op.name, str(case), error, case.tolerance, times,
+        time_or_reason(lambda: baseline(**typed), clock), time_or_reason(lambda: compiled(**typed), clock),
+        rate, flops, rate / limits.bytes_per_s, flops / limits.flops_per_s,
+    )  # fmt: skip
 
 
-def _time_or_reason(function: Callable[[], object]) -> str:
+def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """Floating point in the case's type, everything else as it is."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def time_or_reason(function: Callable[[], object], clock: Clock) -> float | str:
+    """The median, or why PyTorch cannot: memory, a type that an operator lacks."""
     try:
-        return f"{time_us(function)[0]:.1f}"
-    except RuntimeError as error:  # half precision FFT of odd sizes, a graph break in capture
-        return str(error).splitlines()[0][:40]
+        return clock(function)[0]
+    except Exception as error:  # of any library below; the kernel's own time stands
+        return f"{type(error).__name__}: {' '.join(str(error).split()):.60}".replace("|", "/")
 
 
-def time_us(function: Callable[[], object]) -> tuple[float, ...]:
-    """Microseconds of one replay of a CUDA graph: QUANTILES over RUNS, L2 flushed before each."""
+def time_us(function: Callable[[], object]) -> Times:
+    """Microseconds at QUANTILES over RUNS, the L2 cache flushed before each.
+
+    Of a CUDA graph's replay; of the call itself where it waits for the device, which a graph cannot hold.
+    """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             function()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
+    call = function
+    if not waits(function):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+        call = graph.replay
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
     for start, end in events:
         flush.zero_()
         start.record()
-        graph.replay()
+        call()
         end.record()
     torch.cuda.synchronize()
     times = torch.tensor([start.elapsed_time(end) * 1e3 for start, end in events], dtype=torch.float64)
     return tuple(torch.quantile(times, q).item() for q in QUANTILES)
+
+
+def waits(function: Callable[[], object]) -> bool:
+    """Whether a call waits for the device, as reading a value back or copying from pageable memory does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def measure_limits() -> Limits:
@@ -157,6 +250,56 @@ def measure_limits() -> Limits:
     a = torch.randn(side, side, dtype=torch.float16, device="cuda")
     product = time_us(lambda: torch.mm(a, a))[0]
     return Limits(2 * source.numel() / copy * 1e6, 2 * side**3 / product * 1e6)
+
+
+def heading(limits: Limits) -> str:
+    """What stands above the table."""
+    return "\n".join(
+        (
+            "# Kernels on a GPU\n",
+            f"`python benchmarks/kernels.py`: {gpu_name()}; {machine_line()}\n",
+            f"Measured limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, fp16 matrix product "
+            f"{limits.flops_per_s / 1e12:.0f} TFLOP/s.\n",
+            f"| {' | '.join(COLUMNS)} |",
+            "| --- " * len(COLUMNS) + "|",
+        )
+    )
+
+
+def gpu_name() -> str:
+    """The device with Triton's version; the machine's line has PyTorch's."""
+    import triton
+
+    name = torch.cuda.get_device_name() if GPU else "no GPU"
+    return f"{name}, CUDA {torch.version.cuda}, Triton {triton.__version__}"
+
+
+def verdicts(rows: Sequence[Row]) -> Iterator[str]:
+    """The targets of the cases that were timed, and the cases that PyTorch does faster."""
+    timed: Mapping[tuple[str, str], Row] = {(row.op, row.case): row for row in rows if row.kernel_us}
+    yield "\n| target | met |\n| --- | --- |"
+    for target in TARGETS:
+        row = timed.get((target.op, target.case))
+        met = "not measured" if row is None else "yes" if target.met(row) else "no"
+        yield f"| {target.op} {target.case} {target.text} | {met} |"
+    slower = [f"{row.op} {row.case}" for row in timed.values() if row.kernel_us[0] > row.fastest_of_pytorch]
+    met = "not measured" if not timed else "no: " + ", ".join(slower) if slower else "yes"
+    yield f"| none slower than PyTorch's own | {met} |"
+
+
+def write(stem: Path, limits: Limits, rows: Sequence[Row]) -> None:
+    """Write the table as Markdown, and all numbers as JSON."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    lines = [heading(limits), *(row.markdown() for row in rows), *verdicts(rows)]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    content = {"gpu": gpu_name(), "machine": machine(), "limits": asdict(limits)}
+    content["rows"] = [asdict(row) for row in rows]
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def slug(name: str) -> str:
+    """A GPU's name as part of a file's: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,23 @@ from moesr.kernels.plan import Case, Op
 def errors(op: Op, case: Case, device: torch.device, arch: int | None = None) -> dict[str, float]:
     """RMS error of each output relative to the RMS of the float64 reference, on NaN-poisoned memory.
 
-    Integer outputs: the share that differs. `arch` picks the tiling of another architecture.
+    Integer outputs: the share that differs. The reference runs on `device`, too. `arch` picks the tiling of
+    another architecture.
     """
-    inputs = op.inputs(case.shape, case.dtype, 0)
+    inputs = on_device(op.inputs(case.shape, case.dtype, 0), device)
     want = op.reference(**{name: exact(value) for name, value in inputs.items()})
     plan = op.plan(case.shape, case.dtype, arch or architecture(device))
-    prepared = op.prepare(inputs).items()
-    buffers = {name: value.to(device) for name, value in prepared if isinstance(value, Tensor)}
-    return compare(run(op, plan, buffers, poison=True), want)
+    return compare(run(op, plan, op.prepare(inputs), poison=True), want)
+
+
+def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors on the device, everything else as it is."""
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
 
 
 def compare(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
     """The error of each of the wanted outputs; NaN where a kernel left memory unwritten."""
-    return {name: _error(got[name].cpu(), want[name]) for name in want}
+    return {name: _error(got[name], want[name].to(got[name].device)) for name in want}
 
 
 def _error(got: Tensor, want: Tensor) -> float:
