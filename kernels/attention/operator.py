@@ -67,7 +67,8 @@ def attention_packed(qkv: Tensor, scale: float) -> Tensor:
         raise ValueError(f"qkv must be [heads, 3, width, tokens], got {tuple(qkv.shape)}")
     shape = {**_shape(qkv, True), "packed": 1}
     if not has_plan(OP, shape, qkv):
-        return baseline(*qkv.unbind(1), scale, True)
+        q, k, v = qkv.unbind(1)
+        return baseline(q, k, v, scale, True)
     return run_buffers(OP, shape, qkv, {"qkv": qkv}, {"scale": scale})["out"]
 
 

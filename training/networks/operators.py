@@ -40,7 +40,7 @@ def group_norm(x: Tensor, norm: nn.Module, silu: bool = False) -> Tensor:
 class NormSiLU(nn.Sequential):
     """GroupNorm and SiLU, which may be one operator, then other layers."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, C, H, W] -> what the layers make of it."""
         norm, _, *layers = self
         x = group_norm(x, norm, silu=True)
@@ -79,7 +79,9 @@ def spatial_attention(h: Tensor, q: nn.Conv2d, k: nn.Conv2d, v: nn.Conv2d, out: 
         mixed = F.scaled_dot_product_attention(*heads)[:, 0]  # [B, H*W, C]
         return out(mixed.transpose(1, 2).reshape(h.shape))
     # Weights of a softmax sum to one, so the convolution after it may come before: one in place of two.
-    weight, bias = out.weight.flatten(1) @ v.weight.flatten(1), out.weight.flatten(1) @ v.bias + out.bias
+    matrix = out.weight.flatten(1)
+    assert v.bias is not None
+    weight, bias = matrix @ v.weight.flatten(1), F.linear(v.bias, matrix, out.bias)
     values = F.conv2d(h, weight[..., None, None], bias)
     heads = [x.flatten(2) for x in (q(h), k(h), values)]  # [B, C, H*W]
     last = heads[0].is_contiguous()  # not so where the image lies channels-last
