@@ -44,7 +44,7 @@ def examine(args: argparse.Namespace) -> int:
     _show_machine()
     _show_backends()
     directory = engine_directory(args.engine)
-    manifest = Manifest.read(directory, verify=not args.no_verify)
+    manifest = Manifest.read(directory, verify=not args.no_verify, anew=True)
     for label, text in doctor_gpu.findings(directory, manifest):
         _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from moesr.runtime import manifest_v1, onnx_files
 from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
 from moesr.runtime.errors import EngineError
-from moesr.runtime.files import sha256_of
 from moesr.runtime.framing import Framing
 from moesr.runtime.graphs import Boundary, Expert, File, Graph
+from moesr.runtime.hashes import sha256_of
 from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.parts import SUFFIX, read_parts
 from moesr.runtime.records import build
@@ -103,9 +103,10 @@ class Manifest:
         return path
 
     @classmethod
-    def read(cls, directory: Path, verify: bool = True) -> Manifest:
+    def read(cls, directory: Path, verify: bool = True, *, anew: bool = False) -> Manifest:
         """Read and check an engine directory; `verify` also compares every file's SHA-256.
 
+        That of a large file is remembered while the file is not touched, unless it is to be found `anew`.
         Raises EngineError naming the file at fault and the cure.
         """
         directory = Path(directory)
@@ -126,7 +127,7 @@ class Manifest:
         except ValueError as error:
             raise EngineError(f"{path}: {error}; {CURE}") from error
         _check_values(manifest, path)
-        _check_files(manifest, directory, verify)
+        _check_files(manifest, directory, verify, anew)
         return manifest
 
 
@@ -165,12 +166,12 @@ def _no_manifest(directory: Path) -> str:
     return f"{directory}: no such engine directory; make one with moesr-export -o {directory}"
 
 
-def _check_files(manifest: Manifest, directory: Path, verify: bool) -> None:
+def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) -> None:
     """Compare what is there with what the manifest lists; weights that it does not list are refused."""
     for graph in manifest.graphs.values():
         for arrangement in graph.arrangements:
             for file in arrangement.files:
-                _check_file(directory / file.file, file.sha256, verify)
+                _check_file(directory / file.file, file.sha256, verify, anew)
             listed = {file.file for file in arrangement.data}
             if verify and (stray := _taken(directory / arrangement.file) - listed):
                 raise EngineError(
@@ -184,11 +185,11 @@ def _taken(path: Path) -> set[str]:
     return read_parts(path).files if path.name.endswith(SUFFIX) else onnx_files.external_files(path)
 
 
-def _check_file(path: Path, sha256: str, verify: bool) -> None:
+def _check_file(path: Path, sha256: str, verify: bool, anew: bool) -> None:
     try:
         if not path.is_file():
             raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {CURE}")
-        got = sha256_of(path) if verify else sha256
+        got = sha256_of(path, anew=anew) if verify else sha256
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if got != sha256:
