@@ -1,0 +1,232 @@
+"""Check every kernel and every backend on this machine's GPU, then time them beside PyTorch, in minutes.
+
+Full-width networks with seeded weights: a step, a decode and images of 128 -> 512 px at several numbers of
+steps and images at once, against plain PyTorch in float16 (CUDA graphs) and torch.compile, as shares of the
+copy and matrix rates that are measured first. Every section is a process of its own with its own time; where
+a part of the stack is absent it says which, and the others go on. Runs from a checkout, without a network.
+Writes gpu-NAME.json and gpu-NAME.md. Exit codes: 0 done, or no GPU here; 1 a check did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MARK = "@@ "  # before what a section's process says
+RESULTS = HERE / "results"
+PACKAGES = (
+    "torch", "triton", "numpy", "cuda-core", "cuda-bindings", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "tensorrt", "tensorrt_rtx_cu13_bindings",
+)  # fmt: skip
+
+
+def find_package() -> None:
+    """Have `moesr` importable here and in processes that this one starts, installed or not."""
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec("moesr.runtime"):
+            return
+    folder = Path(tempfile.mkdtemp(prefix="moesr-checkout-"))
+    (folder / "moesr").symlink_to(HERE.parent, target_is_directory=True)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    sys.modules.pop("moesr", None)
+    importlib.invalidate_caches()
+
+
+find_package()
+
+from gpu_report import markdown  # noqa: E402
+from gpu_setup import Absent, Report, Setup, add_sizes  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Section:
+    """A function of a module of this folder, and the seconds that it may take."""
+
+    module: str
+    function: str
+    seconds: float
+    arguments: tuple[Any, ...] = ()
+
+
+SECTIONS = {
+    "machine": Section("gpu", "describe", 30),
+    "limits": Section("gpu_networks", "measure_limits", 40),
+    "preparation": Section("gpu_runtime", "prepare", 150),
+    "device": Section("gpu_device", "measure_device", 40),
+    "tensorrt": Section(
+        "gpu_runtime", "measure_library", 200, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
+    ),
+    "onnxruntime": Section("gpu_runtime", "measure_library", 100, ("onnxruntime", ("onnxruntime",))),
+    "runtime over pytorch": Section("gpu_runtime", "measure_pytorch", 80),
+    "pytorch": Section("gpu_networks", "measure_eager", 70),
+    "pytorch with kernels": Section("gpu_networks", "measure_kernels_inside", 70),
+    "kernels": Section("gpu_kernels", "measure_kernels", 110),
+    "torch.compile": Section("gpu_networks", "measure_compiled", 150),
+}
+"""In order: what others need comes first, what may take any time last."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sections, write what they found."""
+    args = parser().parse_args(argv)
+    if args.section:
+        run_section(args.section, Setup.of(args), say)
+        return 0
+    deadline, found = time.monotonic() + args.budget, {}
+    base = Setup.of(args)
+    machine = found["machine"] = in_process("machine", base, deadline)
+    if machine["absent"] or machine["failed"] or not machine["facts"]:
+        reason = machine["absent"] or machine["failed"] or "it does not say what it is"
+        print(f"no GPU that can be used here ({reason}): nothing was measured")
+        return 0
+    name = slug(machine["facts"]["gpu"])
+    setup = replace(base, cache=base.cache / name)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for section in args.only or list(SECTIONS)[1:]:
+        found[section] = in_process(section, setup, deadline)
+        (args.output / f"gpu-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.output / f"gpu-{name}.md").write_text(markdown(found))
+    print(markdown(found))
+    return int(any(not check["held"] for part in found.values() for check in part["checks"]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(p)
+    p.add_argument("--only", nargs="+", choices=list(SECTIONS)[1:], metavar="SECTION", help="default: all")
+    p.add_argument("--budget", type=float, default=465.0, help="seconds in all (default: 465)")
+    p.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
+    p.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
+    return p
+
+
+def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
+    """Run a section in a process of its own, ended when its time or the whole's is over."""
+    allowed = min(SECTIONS[name].seconds, deadline - time.monotonic())
+    found = empty()
+    if allowed < 1:
+        return found | {"failed": "no time was left"}
+    command = [sys.executable, str(HERE / "gpu.py"), "--section", name]
+    command += replace(setup, seconds=allowed).arguments
+    print(f"{name}, at most {allowed:.0f} s", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        reader = threading.Thread(target=collect, args=(process.stdout, found), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(allowed)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code, found["failed"] = 0, f"ended after {allowed:.0f} s; what it had found is here"
+        reader.join(10)
+    if code and not found["failed"]:
+        found["failed"] = f"its process ended with code {code}"
+    return found | {"seconds": time.monotonic() - start}
+
+
+def empty() -> dict[str, Any]:
+    """What a section has found before it begins."""
+    return {"rows": [], "checks": [], "notes": [], "facts": {}, "absent": "", "failed": "", "seconds": 0.0}
+
+
+def collect(stream: Any, found: dict[str, Any]) -> None:
+    """Read what a section says, until its end."""
+    for line in stream:
+        if line.startswith(MARK):
+            take(found, *json.loads(line.removeprefix(MARK)))
+
+
+def take(found: dict[str, Any], kind: str, value: Any) -> None:
+    """Put one thing said where it belongs."""
+    if kind in ("absent", "failed"):
+        found[kind] = value
+    elif kind == "facts":
+        found["facts"] |= value
+    else:
+        found[f"{kind}s"].append(value)
+
+
+def say(kind: str, value: Any) -> None:
+    """Tell the process that started this one."""
+    print(MARK + json.dumps([kind, value]), flush=True)
+
+
+def run_section(name: str, setup: Setup, say: Callable[[str, Any], None]) -> None:
+    """Run a section here; what it lacks and what it fails of is said."""
+    section = SECTIONS[name]
+    try:
+        function = getattr(importlib.import_module(section.module), section.function)
+        function(setup, Report(say, setup), *section.arguments)
+    except Absent as reason:
+        say("absent", str(reason))
+    except ImportError as error:
+        say("absent", f"{error.name or error} does not load ({error})")
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        say("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
+        traceback.print_exc()
+
+
+def describe(setup: Setup, report: Report) -> None:
+    """Name, capability, driver and memory of the GPU, and the packages that are here."""
+    from machine import machine_line
+
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    report.say("facts", {"host": machine_line(), "packages": versions})
+    report.say("facts", gpu_facts())
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Of the driver by cuda.core, or else by PyTorch; Absent where neither sees a GPU."""
+    from moesr.runtime import cuda_driver
+    from moesr.runtime.errors import EngineError
+
+    try:
+        device = cuda_driver.open_device(0)
+        capability = ".".join(map(str, device.compute_capability))
+        driver, total = cuda_driver.driver_version(), cuda_driver.memory_bytes()[1]
+        return {"gpu": str(device.name), "capability": capability, "cuda": driver, "memory_gb": total / 1e9}
+    except EngineError as error:
+        reason = str(error)
+    try:
+        import torch
+    except ImportError as error:
+        raise Absent(f"{reason}; {error}") from error
+    if not torch.cuda.is_available():
+        raise Absent(f"{reason}; PyTorch {torch.__version__} sees none")
+    seen = torch.cuda.get_device_properties(0)
+    capability = f"{seen.major}.{seen.minor}"
+    facts = {"gpu": seen.name, "capability": capability, "cuda": str(torch.version.cuda)}
+    return facts | {"memory_gb": seen.total_memory / 1e9, "note": reason}
+
+
+def slug(name: str) -> str:
+    """A GPU's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    sys.modules["gpu"] = sys.modules[__name__]  # a section of this module is found without a second copy
+    sys.exit(main())
