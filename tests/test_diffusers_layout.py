@@ -83,7 +83,7 @@ def test_text_tower_computes_the_same(prefix, golden):
     state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
     network = TextEncoder(NARROW_TEXT)
     network.load_state_dict(text_state(state))
-    got = network(torch.from_numpy(data["ids"])).numpy()
+    got = network(torch.from_numpy(data["ids"])).numpy()[:, : data["encoded"].shape[1]]
     assert relative_l2(got, data["encoded"]) < LIMIT
 
 

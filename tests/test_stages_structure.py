@@ -96,6 +96,18 @@ def test_the_loss_falls(photos, start, tmp_path):
     assert after < 0.87 * before
 
 
+def test_bf16_leaves_latents_and_noise_alone(photos, start, tmp_path):
+    """Networks run in it, latents and what is predicted do not."""
+    recipe = tiny_stablesr.recipe(structure={"precision": "bf16", "steps": 2})
+    objective = structure.prepare(recipe, start, tiny.run(tmp_path))
+    batch = [torch.arange(2), tiny.crops(photos).crops(0, 2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        z, latent = objective.encode(batch, Draws(0, DIFFUSION, [0, 1]))
+    assert z.dtype == latent.dtype == torch.float32
+    train(photos, tmp_path / "run", start, recipe)
+    assert np.isfinite(tiny.losses(tmp_path / "run")).all()
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_resuming_is_exact(prediction, photos, tmp_path):
     recipe = tiny_stablesr.recipe(model={"prediction": prediction})

@@ -63,7 +63,7 @@ def scaled_latent(first_stage: Autoencoder, image: Tensor, draws: Draws, config:
     """Image [B, 3, H, W] in [-1, 1] -> a latent of it as the UNet sees it, [B, C, H/f, W/f]."""
     sizes = first_stage.config
     noise = draws.normal(sizes.embed_dim, *(side // sizes.factor for side in image.shape[-2:]))
-    return config.latent_scale * first_stage.sample(image, noise.to(image.device))
+    return config.latent_scale * first_stage.sample(image, noise.to(image.device)).float()
 
 
 class StructureObjective:
@@ -220,9 +220,7 @@ def train(
     for place, weights in ((CHECKPOINT, fitted.last), (BEST_CHECKPOINT, fitted.best)):
         if weights is not None:
             objective.network.load_state_dict(weights)
-            others = [
-                ("structure", cpu_state(objective.model.structure)),
-                ("text", cpu_state(start.text())),
-            ]
+            networks = {"structure": lambda: objective.model.structure, "text": start.text}
+            others = ((part, cpu_state(network())) for part, network in networks.items())
             unet, decoder = cpu_state(objective.model.unet), cpu_state(objective.first_stage)
             publish(run.directory / place, config, [unet], decoder, others=others)
