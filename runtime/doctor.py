@@ -87,6 +87,9 @@ def _show_engine(manifest: Manifest, where: str) -> None:
     ranges = ", ".join(f"{t_from}..{t_to - 1}" for t_from, t_to in manifest.expert_ranges)
     _line("experts", f"{len(manifest.experts)}, for t in {ranges}")
     _line("defaults", f"{manifest.sampler}, {manifest.steps} steps")
+    if manifest.guided:
+        followed, avoided = map(repr, manifest.prompts)
+        _line("prompts", f"{followed}, away from {avoided}, guidance {manifest.guidance:g}")
     for role, graph in manifest.graphs.items():
         if parity := graph.parity:
             verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"

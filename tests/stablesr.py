@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from graphs import random_network
 
 from moesr.runtime.samplers import Prediction, advance, coefficients
 from moesr.runtime.schedule import StepTable
+from moesr.training.checkpoint import save_checkpoint
 from moesr.training.config import (
     CFW_AUTOENCODER,
     StableSRConfig,
@@ -19,6 +22,7 @@ from moesr.training.config import (
     TextConfig,
 )
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder, TextEncoder
+from moesr.training.weights import networks
 
 NARROW = StableSRConfig(
     name="narrow",
@@ -27,6 +31,28 @@ NARROW = StableSRConfig(
     text=TextConfig(width=64, layers=3, heads=4),
     decoder=dataclasses.replace(CFW_AUTOENCODER, channels=32),
 )
+SMALL = (1, 1, 1, 2)
+TINY = StableSRConfig(
+    name="tiny",
+    unet=StableSRUNetConfig(
+        width=16,
+        channel_mult=SMALL,
+        res_blocks=1,
+        head_channels=16,
+        norm_groups=8,
+        text_channels=16,
+        structure_channels=16,
+    ),
+    structure=StructureConfig(
+        width=16, out_channels=16, channel_mult=SMALL, res_blocks=1, heads=1, norm_groups=8
+    ),
+    text=TextConfig(width=16, layers=2, heads=1, vocabulary=49408),
+    decoder=dataclasses.replace(
+        CFW_AUTOENCODER, channels=16, channel_mult=(1, 1, 1, 1), res_blocks=1, norm_groups=8
+    ),
+)
+"""Smaller than any golden."""
+
 FULL = StableSRConfig()
 NETWORKS = {
     f"{network}_{size}": (kind, getattr(config, entry))
@@ -41,6 +67,18 @@ NETWORKS = {
 SALT = "dev"
 
 Model = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # z_t, LR latent, t -> prediction
+
+
+def write_checkpoint(directory: Path, config: StableSRConfig) -> Path:
+    """A checkpoint of random networks."""
+    kinds = networks(config)
+    states = {
+        part: random_network(kind(sizes), k).state_dict()
+        for k, (part, (kind, sizes)) in enumerate(kinds.items())
+    }
+    others = [(part, states[part]) for part in ("structure", "text")]
+    save_checkpoint(directory, config, [states["expert"]], states["decoder"], others=others)
+    return directory
 
 
 def load(name: str, weights: dict[str, np.ndarray]) -> torch.nn.Module:

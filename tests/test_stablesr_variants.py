@@ -1,0 +1,82 @@
+"""StableSR engines of tiny networks: precisions, weights beside the graphs, no feature wrapping."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stablesr import TINY, write_checkpoint
+
+from moesr.export import cli, weight_files
+from moesr.runtime import Upscaler, doctor
+from moesr.runtime.manifest import Manifest
+
+TILE = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", TINY)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny") / "engine"
+    export(checkpoint, directory, "--guidance", "3")
+    return directory
+
+
+def export(checkpoint: Path, directory: Path, *flags: str) -> Manifest:
+    told = "-o", str(directory), "--tile", str(TILE), "--quiet"
+    assert cli.main([str(checkpoint), *told, *flags]) == 0
+    return Manifest.read(directory)
+
+
+def upscaled(directory: Path, **options) -> np.ndarray:
+    lr = np.random.default_rng(2).integers(0, 256, (17, 18, 3), np.uint8)
+    with Upscaler(directory, device="cpu") as up:
+        return up(lr, steps=1, **options).astype(float)
+
+
+FLAGS = {
+    "fp16": ("--fp16",),
+    "stored": ("--store", "fp16"),
+    "both": ("--target", "both", "--fp16"),
+}
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
+    manifest = export(checkpoint, tmp_path / "engine", *FLAGS[kind], "--guidance", "3")
+    assert {g.precision for g in manifest.graphs.values()} == {"fp16" if kind == "fp16" else "fp32"}
+    for graph in manifest.graphs.values():
+        assert all(0 < a.parity.relative_l2 < a.parity.threshold for a in graph.arrangements)
+    if kind == "both":
+        assert {g.variants["gpu"].precision for g in manifest.graphs.values()} == {"fp16"}
+    assert np.abs(upscaled(tmp_path / "engine") - upscaled(plain)).mean() < 3
+
+
+def test_weights_beside(checkpoint: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_files, "INSIDE_BYTES", 200_000)
+    monkeypatch.setattr(weight_files, "FILE_BYTES", 300_000)
+    manifest = export(checkpoint, tmp_path / "beside", "--guidance", "3")
+    assert len(manifest.graphs["expert_0"].data) > 2
+    np.testing.assert_array_equal(upscaled(tmp_path / "beside"), upscaled(plain))
+
+
+def test_a_decoder_without_feature_wrapping(tmp_path: Path):
+    """As after the first stage of training: there is no fidelity then."""
+    config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, fusion_level=None))
+    manifest = export(write_checkpoint(tmp_path / "plain", config), tmp_path / "engine")
+    assert [spec.name for spec in manifest.graphs["decoder"].inputs] == ["z"]
+    np.testing.assert_array_equal(
+        upscaled(tmp_path / "engine", fidelity=0.0), upscaled(tmp_path / "engine", fidelity=1.0)
+    )
+
+
+def test_doctor_names_the_prompts(plain: Path, capsys: pytest.CaptureFixture):
+    assert doctor.main(["--engine", str(plain), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "'(masterpiece:2), (best quality:2)" in out and "guidance 3" in out
