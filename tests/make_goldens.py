@@ -19,6 +19,7 @@ stablesr_structcond  width 32, one sample of 16x24: x, t -> out
 stablesr_text   width 64: token ids -> [out]
 stablesr_vae_cfw  32 channels, 64x96: image, noise, z -> moments, latent, [features], [images]
 stablesr_schedule  tables for 6 and 4 steps of DDPM, 5 of DDIM; tile weights
+stable_diffusion  is of diffusers and transformers (`make_diffusers_golden.py`)
 keys.json     a hash of the names and shapes of each published network's tensors
 """
 

@@ -254,6 +254,18 @@ def test_both_stages_from_the_command_line(photos, start, tmp_path, capsys):
     assert "M trained" in capsys.readouterr().out
 
 
+def test_latents_made_apart_are_the_same(photos, trained, tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_stablesr.TINY))
+    common = ["--config", tmp_path / "tiny.json", "--from", trained.directory, "--quiet"]
+    given = {"decoder": ("--data", photos), "latents": ("--data", photos)}
+    for stage, source in given.items():
+        assert main([str(a) for a in (stage, *common, *source, "-o", tmp_path / stage)]) == 0
+    apart = ("decoder", *common, "--latents", tmp_path / "latents", "-o", tmp_path / "apart")
+    assert main([str(a) for a in apart]) == 0
+    first, second = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("decoder", "apart"))
+    assert first.sha256() == second.sha256()
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
