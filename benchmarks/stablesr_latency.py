@@ -3,7 +3,7 @@
 Networks of the published shapes with random weights are exported, which proves the graphs against the
 networks before anything is timed; with --work, checkpoint and engine are kept and found again. A graph at a
 time, the engine and eager PyTorch then take turns on one tile, each in a process of its own. Loading is from
-the engine's files (not hashed anew) and from the checkpoint's, which are stored in half precision; peak
+the engine's files (not hashed anew) and from the checkpoint's, whose weights are in half precision; peak
 memory is that of a process with one graph or network. The text was encoded once, when the engine was made.
 """
 
@@ -131,6 +131,7 @@ def measure(manifest: Manifest, place: Path, args: argparse.Namespace) -> dict[s
         "graphs": graphs,
         "image": asdict(Row(f"image ({STEPS} steps), as a sum", "s", *image)),
         "params": sum(graph.params for graph in manifest.graphs.values()),
+        "stored": manifest.graphs["expert_0"].stored or manifest.graphs["expert_0"].precision,
         "parity": {role: asdict(g.parity) for role, g in manifest.graphs.items() if g.parity},
     }
 
@@ -178,7 +179,8 @@ def work(kind: str, what: str, place: str, threads: str, tile_px: str) -> int:
     if kind == "engine":
         run = engine_run(Path(place) / f"engine-{tile_px}", manifest.graphs[role], values, int(threads))
     else:
-        run = eager_run(Path(place) / "checkpoint", role, values, int(threads))
+        prompts = max(1, len(manifest.prompts))
+        run = eager_run(Path(place) / "checkpoint", role, values, int(threads), prompts)
     answer = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
     print(json.dumps(answer), flush=True)
     serve(run, run)
@@ -186,8 +188,8 @@ def work(kind: str, what: str, place: str, threads: str, tile_px: str) -> int:
 
 
 def inputs(graph: Graph) -> Inputs:
-    """Seeded inputs of a graph for one tile: noise, timestep 500, fidelity 0.5."""
-    rng, fixed = np.random.Generator(np.random.PCG64(0)), {"t": 500.0, "fidelity": 0.5}
+    """Seeded inputs of a graph for one tile: noise, timestep 500, fidelity 0.5, the first prompt."""
+    rng, fixed = np.random.Generator(np.random.PCG64(0)), {"t": 500.0, "fidelity": 0.5, "prompt": 0.0}
     shapes = {spec.name: [1, *spec.dims[1:]] for spec in graph.inputs}
     return {
         n: np.full(s, fixed[n], np.float32) if n in fixed else rng.standard_normal(s, np.float32)
@@ -209,14 +211,14 @@ def engine_run(directory: Path, graph: Graph, values: Inputs, threads: int) -> R
     return lambda: session.enqueue(1)
 
 
-def eager_run(directory: Path, role: str, values: Inputs, threads: int) -> Run:
+def eager_run(directory: Path, role: str, values: Inputs, threads: int, prompts: int = 1) -> Run:
     """A run of the same networks in eager PyTorch."""
     torch.set_num_threads(threads)
     checkpoint = load_checkpoint(directory)
     assert isinstance(checkpoint, StableSRCheckpoint)
     config = checkpoint.config
     if role == "expert_0":
-        text = torch.zeros(1, config.text.tokens, config.text.width)
+        text = torch.zeros(prompts, config.text.tokens, config.text.width)
         unet, structure = checkpoint.unet(), checkpoint.structure()
         network: nn.Module = StableSRExpert(unet, structure, text, config.prediction)
     else:
@@ -239,7 +241,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Machine: {result['machine_line']}.",
         "",
         f"StableSR with random weights ({result['params'] / 1e6:.0f} M parameters in the engine's graphs), "
-        f"one tile of {s['tile']} px, float32, {s['threads']} threads, medians of {s['repeats']} in turns"
+        f"one tile of {s['tile']} px, float32 (stored as {result['stored']}), {s['threads']} threads, "
+        f"medians of {s['repeats']} in turns"
         + (f", load average {load:.1f} at the start." if load is not None else "."),
         "",
         "| | engine | eager PyTorch | ratio | engine, GMAC/s |",

@@ -48,6 +48,7 @@ def test_page():
         "graphs": [{"what": "step", "macs": 10**11, "rows": rows}],
         "image": {"what": "image", "unit": "s", "engine": 100.0, "eager": 200.0},
         "params": 10**9,
+        "stored": "fp32",
         "parity": {"expert_0": {"relative_l2": 1.5e-6}},
     }
     lines = stablesr_latency.markdown(result).splitlines()
