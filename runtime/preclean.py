@@ -19,10 +19,9 @@ from moesr.runtime.errors import EngineError, MemoryLimitError, NonFiniteError
 from moesr.runtime.files import sha256_of
 from moesr.runtime.pixels import join, split
 from moesr.runtime.resize import imresize
-from moesr.runtime.tiles import reflect_pad
 
 TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and what its sides are multiples of
-MARGIN_PX = 16  # of a tile, beside others, that is computed and not used
+MARGIN_PX = 16  # around what is used of a tile; at the image's edges it is mirrored
 PROBE_PX = 64
 FARTHEST = 4.0  # a network for pixels in 0..1 makes none beyond this of grey
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -31,9 +30,8 @@ _EXPECTED = "expected a super-resolution network: RGB in 0..1, [1, 3, h, w] -> [
 
 @dataclass(frozen=True)
 class _Span:
-    """Along one side: a tile's first position, and the part of it that is used."""
+    """Along one side: the part of the image that a tile makes, which begins `MARGIN_PX` inside it."""
 
-    origin: int
     start: int
     stop: int
 
@@ -63,15 +61,14 @@ class PreCleaner:
     def _clean(self, rgb: np.ndarray) -> np.ndarray:
         """[H, W, 3] -> [s H / 2, s W / 2, 3], halves of pixels rounded up."""
         height, width = rgb.shape[:2]
-        tile = self._fixed or tuple(min(TILE_PX, -(-n // MULTIPLE_PX) * MULTIPLE_PX) for n in (height, width))
+        tile = self._fixed or (_side(height), _side(width))
         rows, columns = (list(_spans(size, side)) for size, side in zip((height, width), tile, strict=True))
-        padded, _ = reflect_pad(rgb, rows[-1].origin + tile[0], columns[-1].origin + tile[1], axes=(0, 1))
         top = np.iinfo(rgb.dtype).max
         size = [-(-n * self.scale // 2) for n in (height, width)]
         out = np.empty((*size, 3), rgb.dtype)
         for row in rows:
             for column in columns:
-                part = padded[row.origin : row.origin + tile[0], column.origin : column.origin + tile[1]]
+                part = rgb[np.ix_(_mirrored(row, tile[0], height), _mirrored(column, tile[1], width))]
                 halved = self._halved(part.astype(np.float32) / np.float32(top))
                 source, place = zip(*(self._places(span) for span in (row, column)), strict=True)
                 out[place] = np.rint(np.clip(halved[source], 0.0, 1.0) * top)
@@ -80,9 +77,9 @@ class PreCleaner:
     def _places(self, span: _Span) -> tuple[slice, slice]:
         """Of a halved tile, the part that is used, and where it goes."""
         scale = self.scale
-        source = slice(span.start * scale // 2, -(-span.stop * scale // 2))
-        first = (span.origin + span.start) * scale // 2
-        return source, slice(first, first + source.stop - source.start)
+        first, length = MARGIN_PX * scale // 2, -(-(span.stop - span.start) * scale // 2)
+        place = span.start * scale // 2
+        return slice(first, first + length), slice(place, place + length)
 
     def _halved(self, tile: np.ndarray) -> np.ndarray:
         """Float32 [h, w, 3] in 0..1 -> the network's result, halved: [s h / 2, s w / 2, 3]."""
@@ -118,21 +115,23 @@ class PreCleaner:
         return scale
 
 
-def _spans(size: int, tile: int) -> Iterator[_Span]:
-    """The tiles along one side, whose used parts follow one another; they may reach beyond its end.
+def _side(size: int) -> int:
+    """Side of the tiles for an image of that size."""
+    return min(TILE_PX, -(-(size + 2 * MARGIN_PX) // MULTIPLE_PX) * MULTIPLE_PX)
 
-    All first positions are even, so that what is `s` times as large can be halved.
-    """
-    overlap = 2 * MARGIN_PX + tile % 2
-    if size <= tile:
-        yield _Span(0, 0, size)
-        return
-    stride = tile - overlap
-    count = -(-(size - overlap) // stride)
-    for i in range(count):
-        start = 0 if i == 0 else MARGIN_PX
-        stop = stride + MARGIN_PX if i < count - 1 else size - i * stride
-        yield _Span(i * stride, start, min(stop, tile))
+
+def _spans(size: int, tile: int) -> Iterator[_Span]:
+    """The tiles along one side; all begin at even positions, so that what they make can be halved."""
+    stride = (tile - 2 * MARGIN_PX) // 2 * 2
+    for start in range(0, size, stride):
+        yield _Span(start, min(start + stride, size))
+
+
+def _mirrored(span: _Span, tile: int, size: int) -> np.ndarray:
+    """Positions in a line of `size` pixels that a tile shows, back and forth beyond its ends."""
+    period = max(2 * (size - 1), 1)
+    position = np.arange(span.start - MARGIN_PX, span.start - MARGIN_PX + tile) % period
+    return np.minimum(position, period - position)
 
 
 def _open(path: Path, threads: int | None) -> Any:
