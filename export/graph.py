@@ -23,11 +23,18 @@ from torch import Tensor
 from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.errors import EngineError
-from moesr.runtime.graphs import BATCH, Boundary, TensorSpec
+from moesr.runtime.graphs import BATCH, Boundary, Calibration, TensorSpec
 
 OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 and later
 IR_VERSION = 9  # the one of opset 20
-FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+FLOATS = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.FLOAT,
+    "int8": TensorProto.FLOAT,
+}
+"""Type of a graph's values by its precision. bf16 is up to the backend, int8 a matter of single layers."""
+
 NUMPY_TYPES: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 KERNEL_DOMAIN = "moesr"
@@ -68,6 +75,7 @@ class BuiltGraph:
     macs: int
     values: Mapping[str, Value] = field(default_factory=dict)
     calls: Mapping[str, KernelCall] = field(default_factory=dict)  # by node; where there are any: see cutting
+    calibration: Calibration | None = None  # of an int8 graph
 
     def to_bytes(self) -> bytes:
         """The content of its file; the same graph gives the same bytes."""
@@ -141,7 +149,7 @@ class GraphBuilder:
         if all(value.name in self._folded for value in given):
             self._folded.update(results)
         else:
-            self._macs += _macs(op_type, [value.shape for value in given], made[0].shape)
+            self._macs += macs_of(op_type, [value.shape for value in given], made[0].shape)
         return made
 
     def kernel(
@@ -241,7 +249,7 @@ class GraphBuilder:
 
     def _stored(self, array: np.ndarray, largest_error: float) -> Value:
         """A constant, in half precision and cast back where that is asked for, pays and rounds little."""
-        if array.dtype != np.float32 or self.lowering.store == "fp32" or array.size < STORED_FROM:
+        if array.dtype != np.float32 or self.lowering.store != "fp16" or array.size < STORED_FROM:
             return self._constant(array)
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
@@ -291,7 +299,7 @@ def _shape(inferred: onnx.TypeProto) -> Shape:
     return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
 
 
-def _macs(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
+def macs_of(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
     """Multiply-accumulates of a node for one image: each element of the output sums so many products."""
     if op_type not in ("Conv", "MatMul", "Gemm"):
         return 0

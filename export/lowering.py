@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["cpu", "gpu"]
 
 
@@ -48,15 +48,17 @@ TARGETS: dict[Target, Lowering] = {"cpu": CPU, "gpu": GPU}
 
 
 def lowering(target: Target, precision: Precision = "fp32", store: Precision = "fp32") -> Lowering:
-    """The choices for a target in a precision; half precision is stored as such, whatever `store` says.
+    """The choices for a target in a precision; less than float32 is stored as such, whatever `store` says.
 
-    Half precision has no bits to spare for Winograd's transforms or for kernels summed after rounding, and
-    its own rounding hides what a normalisation leaves of a mean.
+    It has no bits to spare for Winograd's transforms or for kernels summed after rounding, and its own
+    rounding hides what a normalisation leaves of a mean. int8 is a matter of single layers: see `quantise`.
+    bf16 is one of the backend that runs a float32 graph: the file says so to those that can, and stores its
+    weights in fp16, which takes no more room and keeps three bits more for those that cannot.
     """
     if precision == "fp32":
         return replace(TARGETS[target], store=store)
     plain = replace(TARGETS[target], winograd=False, sum_kernels=False, centre_norms=False)
-    return replace(plain, precision=precision, store=precision)
+    return replace(plain, precision=precision, store="fp16" if precision == "bf16" else precision)
 
 
 def cut(total: int, unit_bytes: int, limit: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources
@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from moesr.export import cutting, parity, stablesr_engine
+from moesr.export.calibration import Recording, record
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET, BuiltGraph
 from moesr.export.lowering import Lowering, Precision, Target, lowering
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
+from moesr.export.quantise import Make, int8_graph
 from moesr.export.weight_files import write_graph
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
@@ -31,6 +33,7 @@ from moesr.training.config import ModelConfig, StableSRConfig
 
 DEFAULT_TILE_PX = 512
 NO_WISH = Wish()
+CPU_ONLY = ("bf16", "int8")  # precisions
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
 Targets = Literal[Target, "both"]
@@ -72,8 +75,10 @@ def lowerings(
     """How the graphs are arranged by target; the first is the engine's own, any other a variant.
 
     With "both", `precision` is that of the GPU's graphs, and the CPU's are float32. `kernels`: the decoder in
-    parts, too, with our kernels between them, for a GPU.
+    parts, too, with our kernels between them, for a GPU. UsageError where a precision is not the target's.
     """
+    if precision in CPU_ONLY and target != "cpu":
+        raise UsageError(f"--{precision} is for CPUs; export it with --target cpu, and take --fp16 for a GPU")
     found: dict[str, Lowering] = {}
     if target != "both":
         found[target] = lowering(target, precision, store)
@@ -84,10 +89,12 @@ def lowerings(
     return found
 
 
-def stage_count(config: ModelConfig, target: Targets = "cpu", kernels: bool = False) -> int:
+def stage_count(
+    config: ModelConfig, target: Targets = "cpu", kernels: bool = False, precision: Precision = "fp32"
+) -> int:
     """How many times `export_engine` reports a stage, at most."""
     graphs = len(config.expert_ranges) + 1 + isinstance(config, StableSRConfig)
-    return graphs * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels
+    return graphs * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels + 2 * graphs * (precision == "int8")
 
 
 @torch.inference_mode()
@@ -101,15 +108,17 @@ def export_engine(
     tile_px: int | None = None,
     wish: Wish = NO_WISH,
     kernels: bool = False,
+    photographs: Sequence[np.ndarray] = (),
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
     """Write the engine directory of a checkpoint and return its manifest.
 
     The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` see `lowerings`.
-    `tile_px` None is what the model is used to; `wish` is for models with prompts. `on_stage` hears what
-    begins. An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
-    UsageError for a tile, prompt or model that cannot be, ParityError where a graph misses its network,
+    `tile_px` None is what the model is used to; `wish` is for models with prompts. `photographs`, uint8 RGB
+    [H, W, 3] and two at least, are what int8 is calibrated and proved on. `on_stage` hears what begins. An
+    existing directory is refused unless `force`, which replaces an engine and nothing else. Raises UsageError
+    for a tile, prompt, precision or model that cannot be, ParityError where a graph misses its network,
     OutputError where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
@@ -120,16 +129,17 @@ def export_engine(
     if tile_px is None:
         tile_px = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     check_tile(config, tile_px)
-    prompts = _prompts(checkpoint, wish)
+    prompts, choices = _prompts(checkpoint, wish), lowerings(target, precision, store, kernels)
+    recording = _record(checkpoint, photographs, tile_px, on_stage) if precision == "int8" else None
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
-            writer = _Writer(new, lowerings(target, precision, store, kernels), on_stage)
+            writer = _Writer(new, choices, on_stage)
             if isinstance(checkpoint, StableSRCheckpoint):
                 assert prompts
                 graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
                 more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
             else:
-                graphs, more = _write_graphs(checkpoint, tile_px, writer), {}
+                graphs, more = _write_graphs(checkpoint, tile_px, writer, recording), {}
             manifest = _manifest(checkpoint, tile_px, graphs, more)
             manifest.write(new)
             on_stage("publish")
@@ -150,6 +160,20 @@ def _prompts(checkpoint: Checkpoint, wish: Wish) -> Prompts | None:
     return None
 
 
+def _record(
+    checkpoint: Checkpoint, photographs: Sequence[np.ndarray], tile_px: int, on_stage: OnStage
+) -> Recording:
+    """What int8 is calibrated on; UsageError without photographs, or for a model that is not sampled so."""
+    if isinstance(checkpoint.config, StableSRConfig):
+        raise UsageError(f"{checkpoint.directory}: holds StableSR, which has no int8 yet; export it in bf16")
+    if len(photographs) < 2:
+        raise UsageError(
+            f"int8 is calibrated on photographs, and proved on one more: got {len(photographs)}, expected 2 "
+            "or more; name a folder of them with --calibrate"
+        )
+    return record(checkpoint, photographs, tile_px, on_role=lambda role: on_stage(f"calibrate {role}"))
+
+
 class _Writer:
     """Writes graphs into a directory, arranged for every target."""
 
@@ -161,6 +185,8 @@ class _Writer:
         self._on_stage(f"run the network of {role}")
         want = parity.network_output(network, inputs)
         (_, own), *others = self._lowerings.items()
+        if own.precision == "int8":
+            self._on_stage(f"try the layers of {role}")
         built, variants = build(own), {}
         main = self._save(role, built, own)
         main = self._proved(main, inputs, want, own)
@@ -182,6 +208,7 @@ class _Writer:
             data=main.data,
             stored=main.stored,
             parity=main.parity,
+            calibration=main.calibration,
             inputs=built.boundary.inputs,
             outputs=built.boundary.outputs,
             params=sum(p.numel() for p in network.parameters()),
@@ -193,7 +220,9 @@ class _Writer:
         self._on_stage(f"write {name}")
         file, data = write_graph(self._directory, name, built)
         stored = choices.store if choices.store != choices.precision else None
-        return Arrangement(file.file, file.sha256, choices.precision, data=data, stored=stored)
+        return Arrangement(
+            file.file, file.sha256, choices.precision, data=data, stored=stored, calibration=built.calibration
+        )
 
     def _in_parts(
         self, role: str, built: BuiltGraph, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
@@ -217,20 +246,27 @@ class _Writer:
         return replace(arrangement, parity=proof)
 
 
-def _write_graphs(checkpoint: Checkpoint, tile_px: int, writer: _Writer) -> dict[str, Graph]:
+def _write_graphs(
+    checkpoint: Checkpoint, tile_px: int, writer: _Writer, recording: Recording | None
+) -> dict[str, Graph]:
     """Write all graphs of a checkpoint; returns them by role."""
     config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
     graphs: dict[str, Graph] = {}
+
+    def write(role: str, network: nn.Module, make: Make, inputs: parity.Inputs) -> None:
+        build: Build = partial(make, latent_px)
+        if recording:
+            build, inputs = partial(int8_graph, make, role, latent_px, recording), recording.proving(role)
+        graphs[role] = writer.write(role, network, build, inputs)
+
     for k, t_range in enumerate(config.expert_ranges):
         unet = checkpoint.expert(k)
         inputs = parity.expert_inputs(unet, latent_px, t_range)
-        graphs[f"expert_{k}"] = writer.write(
-            f"expert_{k}", unet, partial(expert_graph, unet, latent_px), inputs
-        )
+        write(f"expert_{k}", unet, partial(expert_graph, unet), inputs)
     autoencoder = checkpoint.decoder()
     inputs = parity.decoder_inputs(autoencoder, latent_px)
-    build = partial(decoder_graph, autoencoder, latent_px)
-    return graphs | {DECODER: writer.write(DECODER, autoencoder, build, inputs)}
+    write(DECODER, autoencoder, partial(decoder_graph, autoencoder), inputs)
+    return graphs
 
 
 def _manifest(

@@ -6,21 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesr.export.lowering import Lowering
+from moesr.export.rounding import as_bf16
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Parity
 from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-THRESHOLDS = {("fp32", "fp32"): 1e-4, ("fp32", "fp16"): 5e-3, ("fp16", "fp16"): 1e-2}
+THRESHOLDS = {
+    ("fp32", "fp32"): 1e-4,
+    ("fp32", "fp16"): 5e-3,
+    ("fp16", "fp16"): 1e-2,
+    ("bf16", "fp16"): 5e-2,
+    ("int8", "int8"): 3e-2,
+}
 """Bounds on the relative L2 error, by the precision of a graph and of its stored weights.
 
 Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at 512 px, whose norms over large
-groups amplify any rounding), half precision about 1e-3, and nearly all of it from rounding the weights.
+groups amplify any rounding), half precision about 1e-3, and nearly all of it from rounding the weights. bf16
+5e-3, and 4e-2 in decoders with a codebook, where a neighbour of the nearest code may be taken for it. int8
+1e-2, the budget by which layers are left in float32, and up to twice that on an image it has not seen.
 """
 
 SEED = 0
@@ -122,22 +132,22 @@ def _double_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     return F.group_norm(inputs[0].double(), norm.num_groups, weight, bias, norm.eps).to(output.dtype)
 
 
-def outputs(path: Path, inputs: Inputs, backend: str = "onnxruntime") -> list[np.ndarray]:
-    """What a backend, one of BACKENDS, makes of a graph file: all its outputs in order, on the CPU."""
-    return BACKENDS[backend](path, inputs)
+def outputs(model: Path | bytes, inputs: Inputs, backend: str = "onnxruntime") -> list[np.ndarray]:
+    """What a backend, one of BACKENDS, makes of a graph: all its outputs in order, on the CPU."""
+    return BACKENDS[backend](model, inputs)
 
 
-def _onnxruntime(path: Path, inputs: Inputs) -> list[np.ndarray]:
+def _onnxruntime(model: Path | bytes, inputs: Inputs) -> list[np.ndarray]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors, which come as exceptions too
     options.enable_mem_reuse = False  # the plan for it takes minutes on large graphs
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return [np.asarray(value) for value in session.run(None, inputs)]
 
 
-BACKENDS: dict[str, Callable[[Path, Inputs], list[np.ndarray]]] = {"onnxruntime": _onnxruntime}
+BACKENDS: dict[str, Callable[[Path | bytes, Inputs], list[np.ndarray]]] = {"onnxruntime": _onnxruntime}
 
 
 def prove(
@@ -145,8 +155,12 @@ def prove(
 ) -> Parity:
     """Measure a graph file, run by a backend, against `want`: what its network makes of `inputs`.
 
-    Raises ParityError above the lowering's threshold.
+    Of a bf16 graph it is the twin that rounds everything to bf16. Raises ParityError above the lowering's
+    threshold.
     """
+    if lowering.precision == "bf16":
+        twin = as_bf16(onnx.load(path)).SerializeToString()
+        return judge(path, outputs(twin, inputs, backend)[0], want, lowering)
     return judge(path, outputs(path, inputs, backend)[0], want, lowering)
 
 
@@ -175,11 +189,13 @@ def threshold(lowering: Lowering) -> float:
 
 
 def _words(lowering: Lowering) -> str:
-    stored = " stored as fp16" if lowering.store != lowering.precision else ""
+    stored = f" stored as {lowering.store}" if lowering.store != lowering.precision else ""
     return lowering.precision + stored
 
 
 def _cure(lowering: Lowering) -> str:
-    if lowering.precision == "fp16":
-        return "export in float32 (without --fp16)"
+    if lowering.precision == "int8":
+        return "calibrate on more photographs (--calibrate), or export in float32 (without --int8)"
+    if lowering.precision in ("fp16", "bf16"):
+        return f"export in float32 (without --{lowering.precision})"
     return "export with --store fp32" if lowering.store == "fp16" else "please report this"

@@ -144,7 +144,7 @@ def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -
     graph = manifest.graphs[role]
     arrangement = graph.arrangement(target)
     size = sum((directory / file.file).stat().st_size for file in arrangement.files)
-    return max(size, 4 * graph.params) if arrangement.precision == "fp32" else size
+    return max(size, 4 * graph.params) if arrangement.precision in ("fp32", "bf16") else size
 
 
 def _activation_bytes(manifest: Manifest, role: str, batch: int) -> int:

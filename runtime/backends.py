@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from moesr.runtime import processor
 from moesr.runtime.devices import Device
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.errors import EngineError, UsageError
@@ -94,6 +95,15 @@ class Backend:
     def announce(self, why: str) -> None:
         """Log that it was chosen, and why."""
         log.info("backend %s %s on %s (%s)", self.label, self.version, self.options.device, why)
+
+    def warn(self, precision: str) -> None:
+        """Log where it may compute graphs of this precision wrongly."""
+        here = self.name == "onnxruntime" and self.options.kind == "cpu" and processor.overflows()
+        if precision == "int8" and here:
+            log.warning(
+                "this CPU has no VNNI, without which onnxruntime's 8-bit products may overflow and images be "
+                "wrong; take a float32 engine, or --backend openvino"
+            )
 
 
 def probe(name: str) -> Offer:

@@ -94,12 +94,16 @@ def _show_engine(manifest: Manifest, where: str) -> None:
         if parity := graph.parity:
             verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
             _line(f"parity {role}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
+        if graph.calibration:
+            _line(f"int8 {role}", str(graph.calibration))
 
 
 def _show_choice(upscaler: Upscaler) -> None:
     """What runs the engine and, where there was a choice, what was measured and where that is kept."""
     backend, measured = upscaler.backend, upscaler.measured
-    _line("runs on", f"{backend.label} {backend.version}, {backend.options.device}")
+    instead = upscaler.manifest.precision == "bf16" and backend.options.precision is None
+    how = " (its bf16 graphs in float32)" if instead else ""
+    _line("runs on", f"{backend.label} {backend.version}, {backend.options.device}{how}")
     if measured:
         folder = caches.directory()
         _line("measured, one step", f"{measured} ({measured.machine})")

@@ -36,7 +36,8 @@ AGREEMENT = 1e-2
 """Largest relative L2 difference of a step's result from the preferred backend's.
 
 Float32 differs by 1e-6 to 1e-4, from one order of additions to another; bfloat16 by 4e-3 on the bundled
-engines. Beyond this bound something is computed wrongly, or too coarsely to be chosen unasked.
+engines. Beyond this bound something is computed wrongly, or too coarsely to be chosen unasked. Where an
+engine's graph was proved with a wider bound, as in bf16 and int8, that one holds.
 """
 
 FOLDER = "fastest"
@@ -130,6 +131,8 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     reference: np.ndarray | None = None
+    proof = manifest.graphs[manifest.experts[0].graph].parity
+    limit = max(AGREEMENT, proof.threshold if proof else 0.0)
     for backend in found:
         try:
             taken, result = _time_step(backend, directory, manifest)
@@ -138,10 +141,10 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
             continue
         reference = result if reference is None else reference
         difference = _difference(result, reference)
-        if difference <= AGREEMENT or not seconds:
+        if difference <= limit or not seconds:
             seconds[backend.label] = taken
         else:
-            refused[backend.label] = f"differs by {difference:.1e}, more than {AGREEMENT:.0e}"
+            refused[backend.label] = f"differs by {difference:.1e}, more than {limit:.0e}"
     if not seconds:
         return None
     chosen = next(iter(seconds))

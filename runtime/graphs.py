@@ -60,6 +60,29 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How the ranges of an int8 graph were found: on what, by which method, and what is not int8.
+
+    `images` went through `steps` sampling steps each, and `runs` runs of this graph were looked at. `share`
+    of its multiply-accumulates is int8, 0 to 1; `kept` names the layers that are float32 as they are
+    sensitive.
+    """
+
+    images: int
+    steps: int
+    runs: int
+    method: str
+    share: float
+    kept: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.0%} of the multiply-accumulates, {len(self.kept)} layers left in float32; ranges "
+            f"by {self.method} of {self.runs} runs ({self.images} images, {self.steps} steps)"
+        )
+
+
+@dataclass(frozen=True)
 class Arrangement(File):
     """A graph as one ONNX file, with the files of its external weights, in one precision.
 
@@ -70,6 +93,7 @@ class Arrangement(File):
     data: tuple[File, ...] = field(default=(), kw_only=True)
     stored: str | None = field(default=None, kw_only=True)
     parity: Parity | None = field(default=None, kw_only=True)
+    calibration: Calibration | None = field(default=None, kw_only=True)
 
     @property
     def files(self) -> tuple[File, ...]:

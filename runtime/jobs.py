@@ -157,6 +157,6 @@ def _not_finite(graph: Graph) -> str:
     cure = (
         "the engine or its weights are damaged: export it again"
         if graph.precision == "fp32"
-        else "export the engine in float32 (moesr-export without --fp16) and use that"
+        else f"export the engine in float32 (moesr-export without --{graph.precision}) and use that"
     )
     return f"{graph.file}: NaN or infinite values in its output (precision {graph.precision}); {cure}"

@@ -24,6 +24,11 @@ def cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def overflows() -> bool:
+    """Whether it is an x86 without VNNI: sums of products of 8 bits are then made in 16, and may overflow."""
+    return "avx2" in extensions() and "vnni" not in extensions()
+
+
 def _entry(name: str) -> str:
     found = re.search(rf"^{name}\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return found[1].strip() if found else ""

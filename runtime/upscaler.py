@@ -8,6 +8,7 @@ with Upscaler("engine") as up:
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,8 @@ Progress = Callable[[float, float, str], None]
 The stage is "encoding", "sampling" or "decoding". Estimates start from multiply-accumulates and follow what
 this process measures, so the work in all may change on the way.
 """
+
+log = logging.getLogger("moesr")
 
 Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
 
@@ -101,18 +104,22 @@ class Upscaler:
 
         `verify` compares the graphs' hashes. `threads`, and `max_batch` (tiles run at once), default to the
         backend's choice. `precision` of the arithmetic: "graph", "bf16" where a backend can, or "auto", the
-        faster of the two. `cache`: the directory where graphs are kept as backends prepare them, the user's
-        unless another is given; False keeps none on a CPU. Where there is a choice it falls on what was
-        measured as the fastest, once for an engine and machine. `cuda_graphs` False has a GPU do the same
-        launch by launch. Raises EngineError or UsageError; graphs are loaded when first needed.
+        faster of the two, as for an engine in bf16. `cache`: the directory where graphs are kept as backends
+        prepare them, the user's unless another is given; False keeps none on a CPU. Where there is a choice
+        it falls on what was measured as the fastest, once for an engine and machine. `cuda_graphs` False has
+        a GPU do the same launch by launch. Raises EngineError or UsageError; graphs are loaded when first
+        needed.
         """
         kept = caches.directory() if cache is None else Path(cache) if cache else None
-        found = candidates(
-            backend, device, threads, max_batch, precision=precision, cache=kept, cuda_graphs=cuda_graphs
-        )
+        choose = partial(candidates, backend, device, threads, max_batch, cache=kept, cuda_graphs=cuda_graphs)
+        found = choose(precision=precision)
         self.directory = engine_directory(engine)
         self.manifest = Manifest.read(self.directory, verify=verify)
+        if (precision, self.manifest.precision) == ("graph", "bf16"):  # which float32 serves as well
+            found = choose(precision="auto")
+        log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
         self.backend, self.measured = fastest.choose(found, self.directory, self.manifest)
+        self.backend.warn(self.manifest.precision)
         place = self.backend.device(self.directory)
         opener = partial(_open, self.backend, self.directory, self.manifest, place.stream)
         self._costs = Costs(self.manifest.graphs)

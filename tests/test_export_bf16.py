@@ -1,0 +1,117 @@
+"""Engines in bf16: float32 graphs that a backend may compute in bfloat16, proved by a twin that rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import relative_l2
+from graphs import expert_inputs, random_expert, run, write_checkpoint
+
+from moesr.export import cli, parity, rounding
+from moesr.export.graph import GraphBuilder
+from moesr.export.lowering import lowering
+from moesr.runtime import Upscaler, backends, doctor, fastest
+from moesr.runtime.backends import BACKENDS
+from moesr.runtime.manifest import Manifest
+
+TILE, LATENT = 32, 8
+BF16 = lowering("cpu", "bf16")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    directory = tmp_path_factory.mktemp("engine") / "bf16"
+    assert cli.main([str(checkpoint), "--bf16", "-o", str(directory), "--tile", str(TILE), "--quiet"]) == 0
+    return directory
+
+
+def test_manifest(engine):
+    manifest = Manifest.read(engine)
+    assert manifest.precision == "bf16"
+    for graph in manifest.graphs.values():
+        assert graph.stored == "fp16" and graph.parity
+        assert 5e-4 < graph.parity.relative_l2 < graph.parity.threshold == parity.THRESHOLDS["bf16", "fp16"]
+
+
+def test_float32_backends_lose_only_what_storage_rounds(engine):
+    """That is half precision: three bits more than bfloat16, at the same size."""
+    inputs = expert_inputs(2, LATENT)
+    got = run(engine / "expert_1.onnx", inputs)
+    assert 1e-5 < relative_l2(got, parity.network_output(random_expert(1), inputs)) < 1e-3
+
+
+def test_twin_rounds_what_products_read_and_give():
+    g = GraphBuilder("product", BF16)
+    x = g.input("x", ("B", 2, 4, 4))
+    weight = np.full((1, 2, 1, 1), 1 + 2.0**-9, np.float32)
+    g.output("y", g.op("Conv", g.op("Add", x, np.float32(1.0)), weight, None))
+    built = g.finish()
+    x = np.full((1, 2, 4, 4), 2.0**-9, np.float32)
+    assert run(built, {"x": x})[0, 0, 0, 0] == pytest.approx(2 * (1 + 2.0**-9) ** 2, rel=1e-6)
+    twin = parity.outputs(rounding.as_bf16(built.model).SerializeToString(), {"x": x})[0]
+    assert twin[0, 0, 0, 0] == 2.0  # 1 + 2**-9 has more bits than bfloat16
+
+
+def test_twin_leaves_what_comes_before_alone(engine):
+    """Angles of the timesteps would lose whole turns."""
+    twin = rounding.as_bf16(onnx.load(engine / "expert_0.onnx"))
+    angles = next(node for node in twin.graph.node if node.op_type == "Cos")
+    sources = {node.output[0]: node.op_type for node in twin.graph.node}
+    assert sources[angles.input[0]] == "Mul"
+
+
+def test_twin_is_what_openvino_computes(engine):
+    """On a CPU that has bfloat16; the twin's rounding is as large as the true one."""
+    ov = pytest.importorskip("openvino")
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    inputs, path = expert_inputs(1, LATENT), engine / "expert_0.onnx"
+    model = ov.Core().read_model(path)
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    want = run(path, inputs)
+    true = relative_l2(next(iter(compiled(inputs).values())), want)
+    twin = rounding.as_bf16(onnx.load(path)).SerializeToString()
+    assert 0.3 < relative_l2(parity.outputs(twin, inputs)[0], want) / true < 3
+
+
+def test_backends_may_compute_in_bfloat16(engine, monkeypatch):
+    """The fastest way counts, of float32 and bfloat16 alike, though nothing but the engine asked for it."""
+    asked = []
+
+    def choose(found, *_):
+        asked.extend(backend.options.precision for backend in found)
+        return found[0], None
+
+    monkeypatch.setitem(BACKENDS, "openvino", "moesr.runtime.sessions.openvino_")
+    openvino = backends.probe("openvino")
+    monkeypatch.setattr(fastest, "choose", choose)
+    with Upscaler(engine, device="cpu"):
+        assert asked == [None, None, *openvino.precisions]
+
+
+def test_a_wider_bound_of_its_proof_counts(engine, monkeypatch):
+    """What was proved with 5e-2 is not refused for 2e-2."""
+    monkeypatch.setitem(BACKENDS, "openvino", "moesr.runtime.sessions.openvino_")
+    found = backends.candidates(device="cpu", threads=1)
+    results = iter([(1.0, np.ones(4, np.float32)), (0.5, np.full(4, 1.02, np.float32))])
+    monkeypatch.setattr(fastest, "_time_step", lambda *_: next(results))
+    monkeypatch.setattr(fastest, "_recall", lambda *_: None)
+    assert fastest.choose(found, engine, Manifest.read(engine))[0].name == "openvino"
+
+
+def test_runtime_and_doctor(engine, capsys):
+    image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
+    with Upscaler(engine, device="cpu") as up:
+        assert up(image, steps=2, seed=0).shape == (48, 40, 3)
+    assert doctor.main(["--engine", str(engine)]) == 0
+    assert "(its bf16 graphs in float32)" in capsys.readouterr().out
+
+
+def test_only_for_cpus(tmp_path, capsys):
+    assert cli.main(["--bf16", "--target", "gpu", "-o", str(tmp_path / "engine")]) == 2
+    assert "take --fp16 for a GPU" in capsys.readouterr().err
