@@ -5,12 +5,31 @@ from __future__ import annotations
 import numpy as np
 
 from moesr.runtime.colour import fix_colour
+from moesr.runtime.contract import DECODER
+from moesr.runtime.errors import UsageError
 from moesr.runtime.framing import frame_of
 from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.pixels import Planes, join, to_unit
 from moesr.runtime.resize import imresize
 from moesr.runtime.tiles import reflect_pad
+
+
+def check_settings(manifest: Manifest, settings: Settings) -> None:
+    """Raise UsageError where an engine has not what settings ask for."""
+    m, fidelity = manifest, settings.fidelity
+    if settings.guidance != 1.0 and not m.guided:
+        raise UsageError(
+            f"guidance is {settings.guidance:g}, but {m.name} knows no negative prompt: export the engine "
+            "with moesr-export --guidance S, or leave guidance at 1"
+        )
+    decoder = m.graphs.get(DECODER)
+    wraps = decoder is not None and any(spec.name == "fidelity" for spec in decoder.inputs)
+    if fidelity != m.fidelity and not wraps:
+        raise UsageError(
+            f"fidelity is {fidelity:g}, but the decoder of {m.name} takes no features of the LR image: "
+            "import the model with one that does (--cfw FILE of moesr-import), or leave fidelity out"
+        )
 
 
 def prepare(manifest: Manifest, planes: Planes, settings: Settings) -> Job:

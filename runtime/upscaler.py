@@ -301,11 +301,7 @@ class Upscaler:
             fidelity=check_fidelity(manifest.fidelity if fidelity is None else fidelity),
             guidance=check_guidance(manifest.guidance if guidance is None else guidance),
         )
-        if settings.guidance != 1.0 and not manifest.guided:
-            raise UsageError(
-                f"guidance is {settings.guidance:g}, but {manifest.name} knows no negative prompt: export "
-                "the engine with moesr-export --guidance S, or leave guidance at 1"
-            )
+        pipeline.check_settings(manifest, settings)
         return settings, color_fix
 
 

@@ -10,7 +10,7 @@ import pytest
 from stablesr import TINY, write_checkpoint
 
 from moesr.export import cli, weight_files
-from moesr.runtime import Upscaler, doctor
+from moesr.runtime import Upscaler, UsageError, doctor
 from moesr.runtime.manifest import Manifest
 
 TILE = 64
@@ -71,9 +71,9 @@ def test_a_decoder_without_feature_wrapping(tmp_path: Path):
     config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, fusion_level=None))
     manifest = export(write_checkpoint(tmp_path / "plain", config), tmp_path / "engine")
     assert [spec.name for spec in manifest.graphs["decoder"].inputs] == ["z"]
-    np.testing.assert_array_equal(
-        upscaled(tmp_path / "engine", fidelity=0.0), upscaled(tmp_path / "engine", fidelity=1.0)
-    )
+    assert upscaled(tmp_path / "engine").shape == (68, 72, 3)
+    with pytest.raises(UsageError, match=r"fidelity is 1, .*takes no features .*--cfw FILE"):
+        upscaled(tmp_path / "engine", fidelity=1.0)
 
 
 def test_doctor_names_the_prompts(plain: Path, capsys: pytest.CaptureFixture):
