@@ -42,6 +42,7 @@ def upscaled(directory: Path, **options) -> np.ndarray:
 
 FLAGS = {
     "fp16": ("--fp16",),
+    "bf16": ("--bf16",),
     "stored": ("--store", "fp16"),
     "both": ("--target", "both", "--fp16"),
 }
@@ -50,7 +51,7 @@ FLAGS = {
 @pytest.mark.parametrize("kind", FLAGS)
 def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
     manifest = export(checkpoint, tmp_path / "engine", *FLAGS[kind], "--guidance", "3")
-    assert {g.precision for g in manifest.graphs.values()} == {"fp16" if kind == "fp16" else "fp32"}
+    assert {g.precision for g in manifest.graphs.values()} == {kind if kind in ("fp16", "bf16") else "fp32"}
     for graph in manifest.graphs.values():
         assert all(0 < a.parity.relative_l2 < a.parity.threshold for a in graph.arrangements)
     if kind == "both":
@@ -58,12 +59,18 @@ def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
     assert np.abs(upscaled(tmp_path / "engine") - upscaled(plain)).mean() < 3
 
 
-def test_weights_beside(checkpoint: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("flags", [(), ("--bf16",)], ids=["fp32", "bf16"])
+def test_weights_beside(
+    flags: tuple[str, ...], checkpoint: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(weight_files, "INSIDE_BYTES", 200_000)
     monkeypatch.setattr(weight_files, "FILE_BYTES", 300_000)
-    manifest = export(checkpoint, tmp_path / "beside", "--guidance", "3")
+    manifest = export(checkpoint, tmp_path / "beside", "--guidance", "3", *flags)
     assert len(manifest.graphs["expert_0"].data) > 2
-    np.testing.assert_array_equal(upscaled(tmp_path / "beside"), upscaled(plain))
+    names = {path.name for path in (tmp_path / "beside").iterdir()}
+    assert names == {"manifest.json", *(file.file for file in manifest.files)}
+    error = np.abs(upscaled(tmp_path / "beside") - upscaled(plain))
+    assert error.max() == 0 if not flags else error.mean() < 3
 
 
 def test_a_decoder_without_feature_wrapping(tmp_path: Path):
