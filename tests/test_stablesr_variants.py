@@ -10,10 +10,12 @@ import pytest
 from stablesr import TINY, write_checkpoint
 
 from moesr.export import cli, weight_files
+from moesr.export.prompts import GUIDANCE, PUBLISHED
 from moesr.runtime import Upscaler, UsageError, doctor
 from moesr.runtime.manifest import Manifest
 
 TILE = 64
+EMPTY, POSITIVE, _ = PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,11 @@ def test_weights_beside(
 
 
 def test_a_decoder_without_feature_wrapping(tmp_path: Path):
-    """As after the first stage of training: there is no fidelity then."""
+    """As after the first stage of training: there is no fidelity then. Prompts are as told."""
     config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, fusion_level=None))
-    manifest = export(write_checkpoint(tmp_path / "plain", config), tmp_path / "engine")
+    told = "--prompt", EMPTY, "--negative-prompt", POSITIVE
+    manifest = export(write_checkpoint(tmp_path / "plain", config), tmp_path / "engine", *told)
+    assert (manifest.prompts, manifest.guidance) == ((EMPTY, POSITIVE), GUIDANCE)
     assert [spec.name for spec in manifest.graphs["decoder"].inputs] == ["z"]
     assert upscaled(tmp_path / "engine").shape == (68, 72, 3)
     with pytest.raises(UsageError, match=r"fidelity is 1, .*takes no features .*--cfw FILE"):
