@@ -34,6 +34,7 @@ NARROW = StableSRConfig(
 SMALL = (1, 1, 1, 2)
 TINY = StableSRConfig(
     name="tiny",
+    tile=64,
     unet=StableSRUNetConfig(
         width=16,
         channel_mult=SMALL,

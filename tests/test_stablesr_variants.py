@@ -14,7 +14,6 @@ from moesr.export.prompts import GUIDANCE, PUBLISHED
 from moesr.runtime import Upscaler, UsageError, doctor
 from moesr.runtime.manifest import Manifest
 
-TILE = 64
 EMPTY, POSITIVE, _ = PUBLISHED
 
 
@@ -31,9 +30,11 @@ def plain(checkpoint, tmp_path_factory) -> Path:
 
 
 def export(checkpoint: Path, directory: Path, *flags: str) -> Manifest:
-    told = "-o", str(directory), "--tile", str(TILE), "--quiet"
-    assert cli.main([str(checkpoint), *told, *flags]) == 0
-    return Manifest.read(directory)
+    """In tiles of the side that the model was trained on."""
+    assert cli.main([str(checkpoint), "-o", str(directory), "--quiet", *flags]) == 0
+    manifest = Manifest.read(directory)
+    assert manifest.tile == TINY.tile
+    return manifest
 
 
 def upscaled(directory: Path, **options) -> np.ndarray:
