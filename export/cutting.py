@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import helper
 from moesr.export.graph import IR_VERSION, KERNEL_DOMAIN, OPSET, BuiltGraph, Value
 from moesr.export.kernel_calls import KernelCall
 from moesr.runtime.graphs import BATCH
+from moesr.runtime.parts import NHWC, VECTOR
 
 Part = onnx.ModelProto | KernelCall
 
@@ -22,9 +24,34 @@ def cut(built: BuiltGraph) -> list[Part]:
     """The parts in order. What a part takes was made by an earlier one, or is an input of the whole.
 
     Everything runs as early as it can, so there are as few parts as possible. Nodes of constants alone go
-    into every part that needs them.
+    into every part that needs them. Values that only compilers see lie channels last, as convolutions want.
     """
-    graph = built.model.graph
+    stages, constant = _stages(built)
+    names = _channels_last(built, stages)
+    built = replace(
+        built,
+        values={**built.values, **{new: replace(built.values[old], name=new) for old, new in names.items()}},
+    )
+    for nodes in stages.values():
+        for node in nodes:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+    parts: list[Part] = []
+    for stage, nodes in sorted(stages.items()):
+        if stage % 2:
+            parts += [built.calls[node.name] for node in nodes]
+        else:
+            others = [node for s, some in stages.items() if s != stage for node in some]
+            parts.append(_part(built, nodes, others, constant))
+    return parts
+
+
+def _stages(
+    built: BuiltGraph,
+) -> tuple[dict[int, list[onnx.NodeProto]], dict[str, onnx.NodeProto | None]]:
+    """Nodes by stage, kernels having the odd ones, and the makers of values that are constants alone."""
+    graph = onnx.GraphProto()
+    graph.CopyFrom(built.model.graph)
     constant: dict[str, onnx.NodeProto | None] = dict.fromkeys(t.name for t in graph.initializer)
     stages: dict[int, list[onnx.NodeProto]] = defaultdict(list)
     made = {value.name: 0 for value in graph.input}  # stage of each value: kernels have the odd ones
@@ -37,14 +64,25 @@ def cut(built: BuiltGraph) -> list[Part]:
         stage = before + (before % 2 if node.domain != KERNEL_DOMAIN else 1 + before % 2)
         stages[stage].append(node)
         made |= dict.fromkeys(node.output, stage)
-    parts: list[Part] = []
-    for stage, nodes in sorted(stages.items()):
-        if stage % 2:
-            parts += [built.calls[node.name] for node in nodes]
-        else:
-            others = [node for s, some in stages.items() if s != stage for node in some]
-            parts.append(_part(built, nodes, others, constant))
-    return parts
+    return stages, constant
+
+
+def _channels_last(built: BuiltGraph, stages: Mapping[int, list[onnx.NodeProto]]) -> dict[str, str]:
+    """New names, by the old ones, of images in half precision that go from one compiled part to another."""
+    made = {name: stage for stage, nodes in stages.items() for node in nodes for name in node.output}
+    seen = {name for stage, nodes in stages.items() if stage % 2 for n in nodes for name in n.input}
+    crossing = {
+        name
+        for stage, nodes in stages.items()
+        for node in nodes
+        for name in node.input
+        if made.get(name, stage) != stage and made[name] % 2 == 0 and name not in seen
+    }
+    return {name: f"{name}{NHWC}" for name in sorted(crossing) if _may_be_last(built.values[name])}
+
+
+def _may_be_last(value: Value) -> bool:
+    return value.dtype == onnx.TensorProto.FLOAT16 and len(value.shape) == 4 and value.size(1) % VECTOR == 0
 
 
 def _part(

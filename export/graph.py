@@ -159,17 +159,27 @@ class GraphBuilder:
         inputs: Mapping[str, Value],
         output: str,
         like: Value,
+        suffix: str = "",
         **call: Any,
     ) -> Value:
         """Add a node that one of our kernels computes; its output is as `like`. See `KernelCall`."""
         name = "/".join([*self._scope, f"{op}_{len(self._nodes)}"])
-        made = Value(f"{len(self._nodes)}:0", like.shape, like.dtype)
+        made = Value(f"{len(self._nodes)}:0{suffix}", like.shape, like.dtype)
         sources = {buffer: value.name for buffer, value in inputs.items()}
         node = helper.make_node(op, list(sources.values()), [made.name], name=name, domain=KERNEL_DOMAIN)
         self._nodes.append(node)
         self._values[made.name] = made
         dtype = next(kind for kind, number in FLOATS.items() if number == like.dtype)
         self._calls[name] = KernelCall(op, dtype, shape, sources, (output, made.name), **call)
+        return made
+
+    def named(self, value: Value, suffix: str) -> Value:
+        """The same value under a name that ends so."""
+        made = replace(value, name=f"{value.name}{suffix}")
+        if made.name not in self._values:
+            node = helper.make_node("Identity", [value.name], [made.name], name=f"name {made.name}")
+            self._nodes.append(node)
+            self._values[made.name] = made
         return made
 
     def cast(self, value: Value, dtype: int) -> Value:

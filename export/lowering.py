@@ -11,6 +11,7 @@ from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["cpu", "gpu"]
+Residuals = Literal["reckoned", "plans", "kernels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Lowering:
     sum_kernels: bool  # sum the kernels of an upsampling in the graph: fewer bytes, folded on opening
     centre_norms: bool  # take out what the backend's normalisation leaves of a mean
     kernels: bool = False  # leave what our kernels do faster to them: the graph is then cut there
+    residuals: Residuals = "reckoned"  # what inverted residuals are where `kernels`: see kernel_calls
 
 
 CPU = Lowering(

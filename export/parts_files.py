@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnx import TensorProto
+from onnx import TensorProto, ValueInfoProto
 
 from moesr.export.cutting import Part
 from moesr.export.graph import BuiltGraph
@@ -37,7 +37,7 @@ def write_parts(directory: Path, role: str, built: BuiltGraph, parts: Sequence[P
         schema=SCHEMA,
         inputs=tuple(spec.name for spec in built.boundary.inputs),
         outputs=tuple(spec.name for spec in built.boundary.outputs),
-        values=_values(built, steps),
+        values=_values(built, parts, steps),
         constants=files[-1].file if constants else None,
         steps=tuple(steps),
     )
@@ -59,9 +59,21 @@ def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
     )
 
 
-def _values(built: BuiltGraph, steps: Sequence[Step]) -> dict[str, Stored]:
+def _values(built: BuiltGraph, parts: Sequence[Part], steps: Sequence[Step]) -> dict[str, Stored]:
+    """Values between steps: as the graphs declare them, which may have given them other names."""
+    declared = {
+        value.name: Stored(_TYPES[value.type.tensor_type.elem_type], _dims(value))
+        for part in parts
+        if not isinstance(part, KernelCall)
+        for value in (*part.graph.input, *part.graph.output)
+    }
     names = dict.fromkeys(name for step in steps for name in (*step.taken, *step.made))
-    return {name: Stored(_TYPES[built.values[name].dtype], built.values[name].shape) for name in names}
+    between = {name: built.values[name] for name in names if name not in declared}
+    return declared | {name: Stored(_TYPES[value.dtype], value.shape) for name, value in between.items()}
+
+
+def _dims(value: ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
 def _write(directory: Path, name: str, data: bytes) -> File:

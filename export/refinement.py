@@ -67,9 +67,12 @@ def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
 
 
 def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock) -> Value:
-    """`mlp(normed) + up_dim(x)` in strips of rows, with a halo of one row for the depthwise convolution."""
+    """`mlp(normed) + up_dim(x)`: our kernel, or strips of rows with a halo of one for the depthwise one."""
     mlp, height, width = block.mlp, x.size(2), x.size(3)
-    (w_expand, b_expand), (w_depth, b_depth), (w_reduce, b_reduce) = _folded(mlp)
+    layers = _folded(mlp)
+    if (fused := kernel_calls.inverted_residual(g, normed, layers, mlp.residual)) is not None:
+        return g.op("Add", conv_module(g, x, block.up_dim), fused)
+    (w_expand, b_expand), (w_depth, b_depth), (w_reduce, b_reduce) = layers
     inner = w_expand.shape[0]
     rows = cut(height, inner * width * 4, g.lowering.strip_bytes)
     strips = []

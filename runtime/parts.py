@@ -17,7 +17,13 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.files import reason
 from moesr.runtime.graphs import TensorSpec
 
-SCHEMA = 1
+SCHEMA = 2
+NHWC = ".nhwc"
+"""How names of values end that lie in memory with their channels last; their dimensions are those of NCHW."""
+
+VECTOR = 8
+"""Such values are of half precision, and their channels a multiple of this."""
+
 SUFFIX = ".parts.json"
 ALIGNMENT = 256
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}

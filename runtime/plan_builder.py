@@ -9,6 +9,7 @@ from typing import Any
 
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.files import reason, write_atomically
+from moesr.runtime.parts import NHWC
 from moesr.runtime.tensorrt_library import Library, ran_out_of_memory
 
 DEFAULT_WORKSPACE_BYTES = 8 << 30
@@ -45,6 +46,7 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.progress_monitor = _monitor(trt, on_progress)
     config.add_optimization_profile(_profile(builder, network, max_batch))
+    _set_formats(trt, network)
     if library.ahead_of_time:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability_of(library, capability), 0)
@@ -92,6 +94,14 @@ def _profile(builder: Any, network: Any, max_batch: int) -> Any:
         sizes = [tuple(batch if size < 0 else size for size in shape) for batch in (1, max_batch, max_batch)]
         profile.set_shape(value.name, *sizes)
     return profile
+
+
+def _set_formats(trt: Any, network: Any) -> None:
+    """Have values whose names say so lie with their channels last, and all others plane by plane."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for value in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
+        layout = trt.TensorFormat.HWC8 if value.name.endswith(NHWC) else trt.TensorFormat.LINEAR
+        value.allowed_formats = 1 << int(layout)
 
 
 def _monitor(trt: Any, on_progress: OnProgress) -> Any:

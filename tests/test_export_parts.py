@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,9 @@ from graphs import TINY, decoder_inputs, random_decoder, run
 
 from moesr.export import cutting
 from moesr.export.decoder import decoder_graph
-from moesr.export.kernel_calls import KernelCall
+from moesr.export.kernel_calls import KernelCall, fused_share
 from moesr.export.lowering import lowering
+from moesr.runtime.parts import NHWC
 
 TILE = 64
 LIMITS = {"fp32": 1e-5, "fp16": 5e-3}
@@ -24,8 +26,8 @@ def network():
     return random_decoder()
 
 
-def parts_of(network, precision: str) -> list[cutting.Part]:
-    choices = dataclasses.replace(lowering("gpu", precision), kernels=True)
+def parts_of(network, precision: str, **choices: Any) -> list[cutting.Part]:
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True, **choices)
     return cutting.cut(decoder_graph(network, TILE // 4, choices))
 
 
@@ -35,6 +37,47 @@ def test_parts_equal_the_whole(network, precision):
     got = cutting.run(parts_of(network, precision), inputs, "image")
     whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
     assert relative_l2(got, run(whole, inputs)) < LIMITS[precision]
+
+
+@pytest.mark.parametrize("residuals", ["plans", "kernels", "reckoned"])
+def test_what_inverted_residuals_are_is_chosen(network, residuals):
+    parts = parts_of(network, "fp16", residuals=residuals)
+    calls = [part for part in parts if isinstance(part, KernelCall) and part.op == "inverted_residual"]
+    blocks = [name for name, m in network.named_modules() if type(m).__name__ == "InvertedResidual"]
+    assert len(calls) == (0 if residuals == "plans" else len(blocks)) and blocks
+    inputs = decoder_inputs(network, [0.3, 1.0], TILE)
+    whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
+    assert relative_l2(cutting.run(parts, inputs, "image"), run(whole, inputs)) < LIMITS["fp16"]
+
+
+def test_an_inverted_residual_is_a_kernel_where_that_moves_less():
+    """Wide images move more; many channels multiply more at the edges of tiles."""
+    sizes = [(128, 128, 512), (256, 128, 512), (256, 256, 128), (512, 256, 256)]
+    names = "channels", "out", "height"
+    shapes = [dict(zip(names, size, strict=True)) | {"width": size[2]} for size in sizes]
+    shares = [fused_share(shape, "fp16") for shape in shapes]
+    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] < 1
+    assert fused_share({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > 1
+
+
+def test_images_between_compiled_parts_lie_channels_last(network):
+    """Kernels over planes get planes, and what the whole takes and gives is as declared."""
+    parts = parts_of(network, "fp16")
+    graphs = [part.graph for part in parts if isinstance(part, onnx.ModelProto)]
+    sides = {v.name: v for graph in graphs for v in (*graph.input, *graph.output)}
+    planes = {
+        name
+        for part in parts
+        if isinstance(part, KernelCall) and part.op != "inverted_residual"
+        for name in (*part.inputs.values(), part.output[1])
+    }
+    assert planes and not any(name.endswith(NHWC) for name in planes | {"z", "lr", "image"})
+    others = {name: v.type.tensor_type for name, v in sides.items() if name not in planes}
+    for name, kind in others.items():
+        dims = [dim.dim_value for dim in kind.shape.dim]
+        fits = kind.elem_type == onnx.TensorProto.FLOAT16 and len(dims) == 4 and dims[1] % 8 == 0
+        assert name.endswith(NHWC) == fits
+    assert sum(name.endswith(NHWC) for name in others) > 10
 
 
 def test_every_filter_and_the_wide_attention_are_kernels(network):
@@ -77,7 +120,7 @@ def test_what_kernels_do_not_take_stays_in_the_graph():
     """A head that is no power of two wide."""
     decoder = dataclasses.replace(TINY.decoder, channels=24)
     network = random_decoder(dataclasses.replace(TINY, decoder=decoder))
-    assert {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)} == {"aff_filter"}
+    assert "attention" not in {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)}
 
 
 def test_weights_are_packed_for_the_kernels(network):

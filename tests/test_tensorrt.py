@@ -369,3 +369,31 @@ def test_full_width_plans_build(rtx, tmp_path, role, record_property):
     plan = build_plan(rtx, path, 89, 1)
     record_property("plan_bytes", len(plan))
     assert len(plan) > 1e8
+
+
+def test_formats_of_values_follow_their_names(rtx, tmp_path, monkeypatch):
+    """Channels last where a name says so; the library takes that for half precision."""
+    from onnx import TensorProto, helper
+
+    from moesr.runtime import plan_builder
+
+    names = ["x.nhwc", "y.nhwc", "z"]
+    x, y, z = (helper.make_tensor_value_info(n, TensorProto.FLOAT16, ["B", 8, 4, 4]) for n in names)
+    nodes = [helper.make_node("Relu", ["x.nhwc"], ["y.nhwc"]), helper.make_node("Neg", ["x.nhwc"], ["z"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y, z]), opset_imports=[helper.make_opsetid("", 20)], ir_version=9
+    )
+    seen = {}
+    set_formats = plan_builder._set_formats
+
+    def spy(trt: Any, network: Any) -> None:
+        set_formats(trt, network)
+        values = [network.get_input(0), network.get_output(0), network.get_output(1)]
+        seen.update({value.name: value.allowed_formats for value in values})
+
+    monkeypatch.setattr(plan_builder, "_set_formats", spy)
+    path = tmp_path / "formats.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert build_plan(rtx, path, 89, 2)
+    last, linear = (1 << int(getattr(rtx.module.TensorFormat, name)) for name in ("HWC8", "LINEAR"))
+    assert seen == {"x.nhwc": last, "y.nhwc": last, "z": linear}

@@ -60,6 +60,9 @@ class OnnxEngine(FakeEngine):
 
     def _array(self, name: str, shape: tuple[int, ...], addresses: dict[str, int]) -> np.ndarray:
         view = self.driver.view(addresses[name], int(np.prod(shape)), TYPES[self.specs[name].dtype])
+        if name.endswith(parts_module.NHWC):
+            batch, channels, height, width = shape
+            return view.reshape(batch, height, width, channels).transpose(0, 3, 1, 2)
         return view.reshape(shape)
 
 
@@ -101,9 +104,29 @@ def attention(driver, constants, grid, q, k, v, out, tokens, scale, *hidden) -> 
     driver.view(out, attended.numel(), np.float16)[:] = attended.numpy().ravel()
 
 
+def inverted_residual(
+    driver, constants, grid, x, expand, b1, depthwise, b2, reduce, b3, scratch, y, batch, *hidden
+) -> None:
+    """Channels last, the taps of the depthwise convolution first."""
+    cin, inner, cout, height, width = (constants[n] for n in ("CIN", "INNER", "COUT", "H", "W"))
+    assert constants["X_CHANNEL"] == constants["Y_CHANNEL"] == 1
+    result = OPS["inverted_residual"].reference(
+        x=tensor(driver, x, batch, height, width, cin),
+        expand=tensor(driver, expand, inner, cin),
+        expand_bias=tensor(driver, b1, inner, dtype=np.float32),
+        depthwise=tensor(driver, depthwise, 9, inner).T.reshape(inner, 3, 3),
+        depthwise_bias=tensor(driver, b2, inner, dtype=np.float32),
+        reduce=tensor(driver, reduce, cout, inner),
+        reduce_bias=tensor(driver, b3, cout, dtype=np.float32),
+        channels_last=True,
+    )["y"]
+    driver.view(scratch, 2)  # is there
+    driver.view(y, result.numel(), np.float16)[:] = result.numpy().ravel()
+
+
 @pytest.fixture(autouse=True)
 def kernels_of_the_decoder(monkeypatch):
-    for function in (rows, columns, rows_inverse, attention):
+    for function in (rows, columns, rows_inverse, attention, inverted_residual):
         monkeypatch.setitem(RUN, function.__name__, function)
     monkeypatch.setitem(RUN, "columns_cached", columns)
 
@@ -209,7 +232,9 @@ def test_a_run_is_captured_and_replayed(engine, monkeypatch):
 def test_a_kernel_that_is_missing_names_the_cure(engine, monkeypatch, tmp_path):
     rig = Rig(engine, monkeypatch)
     rig.session._kernel_path = write_kernels(tmp_path)
-    with pytest.raises(EngineError, match=r"no fp16 kernel of (attention|aff_filter) with .*kernels\.build"):
+    with pytest.raises(
+        EngineError, match=r"no fp16 kernel of (attention|aff_filter|inverted_residual) with .*kernels\.build"
+    ):
         rig.session.bind(rig.buffers, BATCH)
 
 
@@ -230,7 +255,7 @@ def test_values_that_live_at_one_time_do_not_overlap(engine):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"schema": 2}, "schema 2, expected 1"),
+        ({"schema": 1}, "schema 1, expected 2"),
         ({"inputs": ["z"]}, "nothing makes fidelity, lr|nothing makes (fidelity|lr)"),
         ({"steps": 3}, "steps is 3, expected a list"),
     ],
