@@ -78,6 +78,7 @@ def _export(args: argparse.Namespace) -> int:
             wish=Wish(args.prompt, args.negative_prompt, args.guidance),
             kernels=kernels,
             photographs=photographs,
+            residuals=args.residuals,
             force=args.force,
             on_stage=on_stage,
         )
@@ -240,6 +241,13 @@ def parser() -> argparse.ArgumentParser:
         "--no-kernels",
         action="store_true",
         help="with --tensorrt, leave the decoder in one graph that needs none of our kernels inside",
+    )
+    add(
+        "--residuals",
+        choices=["reckoned", "plans", "kernels"],
+        default="reckoned",
+        help="with --tensorrt, what computes the refinement network's inverted residuals: plans, our kernel, "
+        "or for each what takes less time by its bytes and products (default: reckoned)",
     )
     add(
         "--tile",

@@ -142,8 +142,8 @@ def fused_share(shape: Mapping[str, int], precision: str) -> float:
     """Time of an inverted residual as our kernel over that as a plan's convolutions, both as reckoned.
 
     Of each convolution, and of the kernel, what takes longer counts: its bytes or its products. Convolutions
-    write and read the wide tensor; the kernel never does, multiplies for its tiles' edges again, and leaves the
-    sum after it to another pass.
+    write and read the wide tensor; the kernel never does, but multiplies for its tiles' edges again, and
+    leaves the sum after it to another pass.
     """
     channels, out, wide = shape["channels"], shape["out"], 4 * shape["channels"]
     size, kept = SIZES[precision], channels if channels == out else 0

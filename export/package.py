@@ -18,7 +18,7 @@ from moesr.export.calibration import Recording, record
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET, BuiltGraph
-from moesr.export.lowering import Lowering, Precision, Target, lowering
+from moesr.export.lowering import Lowering, Precision, Residuals, Target, lowering
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
 from moesr.export.quantise import Make, int8_graph
@@ -71,11 +71,13 @@ def lowerings(
     precision: Precision = "fp32",
     store: Precision = "fp32",
     kernels: bool = False,
+    residuals: Residuals = "reckoned",
 ) -> dict[str, Lowering]:
     """How the graphs are arranged by target; the first is the engine's own, any other a variant.
 
     With "both", `precision` is that of the GPU's graphs, and the CPU's are float32. `kernels`: the decoder in
-    parts, too, with our kernels between them, for a GPU. UsageError where a precision is not the target's.
+    parts, too, with our kernels between them, for a GPU; `residuals`: see `Lowering`. UsageError where a
+    precision is not the target's.
     """
     if precision in CPU_ONLY and target != "cpu":
         raise UsageError(f"--{precision} is for CPUs; export it with --target cpu, and take --fp16 for a GPU")
@@ -85,7 +87,7 @@ def lowerings(
     else:
         found |= {"cpu": lowering("cpu", "fp32", store), "gpu": lowering("gpu", precision, store)}
     if kernels and target != "cpu":
-        found["parts"] = replace(lowering("gpu", precision, store), kernels=True)
+        found["parts"] = replace(lowering("gpu", precision, store), kernels=True, residuals=residuals)
     return found
 
 
@@ -109,17 +111,18 @@ def export_engine(
     wish: Wish = NO_WISH,
     kernels: bool = False,
     photographs: Sequence[np.ndarray] = (),
+    residuals: Residuals = "reckoned",
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
     """Write the engine directory of a checkpoint and return its manifest.
 
-    The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` see `lowerings`.
-    `tile_px` None is what the model is used to; `wish` is for models with prompts. `photographs`, uint8 RGB
-    [H, W, 3] and two at least, are what int8 is calibrated and proved on. `on_stage` hears what begins. An
-    existing directory is refused unless `force`, which replaces an engine and nothing else. Raises UsageError
-    for a tile, prompt, precision or model that cannot be, ParityError where a graph misses its network,
-    OutputError where nothing can be written; each leaves the place as it was.
+    The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` and `residuals`
+    see `lowerings`. `tile_px` None is what the model is used to; `wish` is for models with prompts.
+    `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on. `on_stage`
+    hears what begins. An existing directory is refused unless `force`, which replaces an engine and nothing
+    else. Raises UsageError for a tile, prompt, precision or model that cannot be, ParityError where a graph
+    misses its network, OutputError where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:
@@ -129,7 +132,7 @@ def export_engine(
     if tile_px is None:
         tile_px = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     check_tile(config, tile_px)
-    prompts, choices = _prompts(checkpoint, wish), lowerings(target, precision, store, kernels)
+    prompts, choices = _prompts(checkpoint, wish), lowerings(target, precision, store, kernels, residuals)
     recording = _record(checkpoint, photographs, tile_px, on_stage) if precision == "int8" else None
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:

@@ -96,7 +96,17 @@ def test_kernels_are_those_of_the_decoder_and_the_loop(checkpoint, tmp_path, lib
         "moesr.kernels.build.build", lambda d, a, ops: rows.update({op.name: op for op in ops})
     )
     assert export(checkpoint, tmp_path / "e", "--fp16", "--capability", "8.9", "--quiet") == 0
-    assert rows.keys() == {"aff_filter", "attention", "tile_gather", "tile_blend", "sampler_step"}
+    loop = {"tile_gather", "tile_blend", "sampler_step"}
+    assert rows.keys() == {"aff_filter", "attention", "inverted_residual", *loop}
     shapes = {(case.shape["height"], case.dtype) for case in rows["aff_filter"].deployed}
     assert shapes == {(TILE, "fp16"), (TILE // 2, "fp16"), (TILE // 4, "fp16")}
     assert {case.dtype for case in rows["tile_gather"].deployed} == {"fp32"}
+
+
+def test_inverted_residuals_may_stay_with_the_plans(checkpoint, tmp_path, library, monkeypatch):
+    """As a GPU that was measured may want it."""
+    monkeypatch.setattr(tensorrt, "build_kernels", lambda directory, manifest, targets: directory)
+    flags = "--fp16", "--capability", "8.9", "--quiet", "--residuals", "plans"
+    assert export(checkpoint, tmp_path / "e", *flags) == 0
+    steps = tensorrt.kernel_steps(tmp_path / "e", Manifest.read(tmp_path / "e"))
+    assert {step.op for step in steps} == {"aff_filter", "attention"}

@@ -1,0 +1,177 @@
+"""Build the TensorRT plans of the published model ahead of time, without a GPU: sizes, seconds, traffic.
+
+An expert, the whole decoder, and the decoder in parts, in half precision with seeded weights. For the
+refinement network's inverted residuals the page shows what is reckoned of plans and of our kernel
+(`Lowering.residuals`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gpu_networks
+import torch
+from gpu_setup import Setup
+from machine import machine_line
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moesr.export import cutting
+from moesr.export.decoder import decoder_graph
+from moesr.export.expert import expert_graph
+from moesr.export.kernel_calls import KernelCall, fused_share
+from moesr.export.lowering import lowering
+from moesr.export.parts_files import write_parts
+from moesr.runtime.errors import MoesrError
+from moesr.runtime.parts import NHWC, layout, read_parts
+from moesr.runtime.plan_builder import as_text, build_plan
+from moesr.runtime.tensorrt_library import Library, load
+from moesr.training.networks import Autoencoder
+from moesr.training.networks.refinement import InvertedResidual
+
+RESULTS = Path(__file__).parent / "results" / "plans.md"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan: bytes of its graph and of itself, and how long it took."""
+
+    name: str
+    graph_bytes: int
+    plan_bytes: int
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, print, and write the page: 0 done, otherwise the exit code of the error."""
+    args = parser().parse_args(argv)
+    setup = Setup(args.width, args.channels, args.tile)
+    try:
+        with tempfile.TemporaryDirectory(prefix="moesr-plans-") as scratch:
+            text = page(setup, load("tensorrt_rtx"), args.capability, args.max_batch, Path(scratch))
+    except MoesrError as error:
+        print(f"plans: {error}", file=sys.stderr)
+        return error.exit_code
+    print(text)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--width", type=int, default=160, help="width of the UNet (default: 160, as published)")
+    p.add_argument("--channels", type=int, default=128, help="of the decoder (default: 128, as published)")
+    p.add_argument("--tile", type=int, default=512, metavar="PX", help="side of a tile (default: 512)")
+    p.add_argument("--max-batch", type=int, default=1, help="tiles that plans are for (default: 1)")
+    p.add_argument("--capability", type=int, default=89, help="of the GPU, 89 for 8.9 (default: 89)")
+    p.add_argument("-o", "--output", type=Path, default=RESULTS, help="default: %(default)s")
+    return p
+
+
+def page(setup: Setup, library: Library, capability: int, max_batch: int, scratch: Path) -> str:
+    """All of it."""
+    expert, decoder = gpu_networks.networks(setup)
+    side, choices = setup.tile // 4, lowering("gpu", "fp16")
+    paths = [scratch / "expert.onnx", scratch / "decoder.onnx"]
+    paths[0].write_bytes(expert_graph(expert, side, choices).to_bytes())
+    paths[1].write_bytes(decoder_graph(decoder, side, choices).to_bytes())
+    built = decoder_graph(decoder, side, replace(choices, kernels=True))
+    parts = cutting.cut(built)
+    main_file, *_ = write_parts(scratch, "decoder", built, parts)
+    listed = read_parts(scratch / main_file.file)
+    wholes = [build(library, path, capability, max_batch) for path in paths]
+    pieces = [
+        build(library, scratch / step.plan.file, capability, max_batch) for step in listed.steps if step.plan
+    ]
+    calls = [part for part in parts if isinstance(part, KernelCall)]
+    sizes = {name: listed.nbytes(name, max_batch) for name in listed.lives()}
+    _, total = layout(sizes, listed.lives())
+    lines = [
+        "# Plans, built ahead of time without a GPU\n",
+        f"`python benchmarks/plans.py`: {library}, compute capability {as_text(capability)}, half "
+        f"precision, tiles of {setup.tile} px, up to {max_batch} a run; UNet width {setup.width}, decoder "
+        f"channels {setup.channels}; {machine_line()}\n",
+        *table([*wholes, sum_of(pieces)]),
+        f"Between the {len(listed.steps)} steps of the decoder in parts ({len(pieces)} plans, {len(calls)} "
+        f"kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all share "
+        f"{total / 1e6:.0f} MB; {sum(name.endswith(NHWC) for name in sizes)} of them lie channels last.\n",
+        *decisions(calls, decoder, setup.tile),
+    ]
+    return "\n".join(lines)
+
+
+def build(library: Library, path: Path, capability: int, max_batch: int) -> Built:
+    """Build one plan."""
+    start = time.perf_counter()
+    plan = build_plan(library, path, capability, max_batch)
+    taken = time.perf_counter() - start
+    print(f"{path.name}: {len(plan) / 1e6:.1f} MB in {taken:.1f} s", file=sys.stderr, flush=True)
+    return Built(path.stem, path.stat().st_size, len(plan), taken)
+
+
+def sum_of(pieces: Sequence[Built]) -> Built:
+    """The parts of the decoder as one row."""
+    figures = zip(*((p.graph_bytes, p.plan_bytes, p.seconds) for p in pieces), strict=True)
+    graph, plan, seconds = (sum(column) for column in figures)
+    return Built(f"decoder in {len(pieces)} parts", int(graph), int(plan), seconds)
+
+
+def table(built: Sequence[Built]) -> Iterator[str]:
+    """Sizes and build times."""
+    yield "| graph | ONNX (MB) | plan (MB) | build (s) |"
+    yield "| --- | --- | --- | --- |"
+    for b in built:
+        yield f"| {b.name} | {b.graph_bytes / 1e6:.1f} | {b.plan_bytes / 1e6:.1f} | {b.seconds:.1f} |"
+    yield ""
+
+
+def decisions(calls: Sequence[KernelCall], decoder: Autoencoder, tile: int) -> Iterator[str]:
+    """The refinement network's inverted residuals: what was reckoned, and what they became."""
+    chosen = {tuple(sorted(call.shape.items())) for call in calls if call.op == "inverted_residual"}
+    yield "Inverted residuals of the refinement network, one tile, half precision:\n"
+    yield "| channels, pixels | blocks | plans (MB) | our kernel (MB) | time, kernel over plans | taken |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for (channels, out, size), count in residuals(decoder, tile).items():
+        shape = {"channels": channels, "out": out, "height": size, "width": size, "channels_last": 1}
+        pixels, kept = size * size * 2, channels if channels == out else 0
+        plans, kernel = (17 * channels + out + kept) * pixels, (channels + 3 * out) * pixels
+        taken = "kernel" if tuple(sorted(shape.items())) in chosen else "plans"
+        yield (
+            f"| {channels} -> {out}, {size}x{size} | {count} | {plans / 1e6:.0f} | {kernel / 1e6:.0f} | "
+            f"{fused_share(shape, 'fp16'):.2f} | {taken} |"
+        )
+    yield ""
+    yield (
+        "Bytes are those that each pass reads and writes at least; the time of a pass is that of its bytes "
+        "or of its products, whichever takes longer on an H200 (4.3 TB/s, 790 TFLOP/s). Nothing of it was "
+        "timed on a GPU; `moesr-export --residuals plans` or `kernels` chooses otherwise."
+    )
+
+
+def residuals(decoder: Autoencoder, tile: int) -> dict[tuple[int, int, int], int]:
+    """How many inverted residuals there are by channels, outputs and side, in the order in which they run."""
+    found: dict[tuple[int, int, int], int] = {}
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        key = given[0].shape[1], made.shape[1], made.shape[2]
+        found[key] = found.get(key, 0) + 1
+
+    with FakeTensorMode(), torch.no_grad():
+        network = Autoencoder(decoder.config).eval()
+        for module in network.modules():
+            if isinstance(module, InvertedResidual):
+                module.register_forward_hook(note)
+        network.decode(torch.empty(1, 3, tile // 4, tile // 4), torch.empty(1, 3, tile, tile))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

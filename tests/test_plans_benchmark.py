@@ -1,0 +1,48 @@
+"""benchmarks/plans.py at tiny sizes: what it says of plans, of memory between parts, and of choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import plans
+import pytest
+
+from moesr.runtime.errors import EngineError
+from moesr.runtime.tensorrt_library import Library
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that are not built."""
+
+    def build(library: Library, path: Path, capability: int, max_batch: int) -> bytes:
+        assert capability == 86 and max_batch == 2 and path.stat().st_size
+        return bytes(1_500_000)
+
+    monkeypatch.setattr(plans, "build_plan", build)
+    monkeypatch.setattr(plans, "load", lambda flavour: Library(flavour, "9.9", None, None))
+
+
+def test_the_page(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sizes = "--width", "16", "--channels", "16", "--tile", "32", "--max-batch", "2", "--capability", "86"
+    assert plans.main([*sizes, "-o", str(tmp_path / "plans.md")]) == 0
+    text = (tmp_path / "plans.md").read_text()
+    assert text == capsys.readouterr().out
+    assert "tensorrt_rtx 9.9, compute capability 8.6, half precision, tiles of 32 px, up to 2 a run" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2].startswith("| expert | ") and "| 1.5 |" in rows[2]
+    parts = int(rows[4].split()[3])
+    assert parts > 10 and f"| {1.5 * parts:.1f} |" in rows[4]
+    assert "of them lie channels last" in text
+    blocks = [line for line in rows if " -> " in line]
+    assert sum(int(line.split("|")[2]) for line in blocks) == 9
+    assert all(line.endswith("| kernel |") for line in blocks)
+
+
+def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    def missing(flavour: str) -> Library:
+        raise EngineError(f"{flavour} does not load")
+
+    monkeypatch.setattr(plans, "load", missing)
+    assert plans.main(["-o", str(tmp_path / "plans.md")]) == EngineError.exit_code
+    assert "plans: tensorrt_rtx does not load" in capsys.readouterr().err
