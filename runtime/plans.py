@@ -16,8 +16,10 @@ from pathlib import Path
 
 from moesr.runtime import files, records
 from moesr.runtime.errors import EngineError, OutputError
+from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import File
 from moesr.runtime.manifest import Manifest
+from moesr.runtime.onnx_files import external_files
 from moesr.runtime.parts import SUFFIX, read_parts
 from moesr.runtime.plan_builder import as_text
 from moesr.runtime.tensorrt_library import Library
@@ -62,14 +64,24 @@ def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int)
 
 
 def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
-    """The ONNX files of an engine that TensorRT runs: every graph's, or its parts'."""
+    """The ONNX files of an engine that TensorRT runs, every graph's or its parts', with their `identity`."""
     for graph in manifest.graphs.values():
         arrangement = graph.arrangement("parts")
         if arrangement.file.endswith(SUFFIX):
             steps = read_parts(directory / arrangement.file).steps
             yield from (File(step.plan.file, step.plan.sha256) for step in steps if step.plan)
         else:
-            yield File(arrangement.file, arrangement.sha256)
+            yield File(arrangement.file, identity(directory / arrangement.file, arrangement.sha256))
+
+
+def identity(path: Path, sha256: str | None = None) -> str:
+    """The hash that plans of an ONNX file go by: its own, or one over those of weights beside it, too."""
+    own = sha256 or sha256_of(path)
+    beside = sorted(external_files(path))
+    if not beside:
+        return own
+    hashes = [own, *(sha256_of(path.parent / name) for name in beside)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def timings(cache: Path | None, key: PlanKey) -> Path | None:

@@ -25,6 +25,7 @@ from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import lowering
 from moesr.runtime import plans, tensorrt_library
 from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.files import sha256_of
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.plan_builder import build_plan
 from moesr.runtime.sessions import tensorrt
@@ -156,6 +157,25 @@ def test_a_damaged_plan_is_not_used(cache, caplog, damage):
         (directory / {"no record": "plan.json", "no plan": "graph.plan"}[damage]).unlink()
     assert plans.read_plan(KEY, [cache]) is None
     assert f"{directory}: not used: " in caplog.text
+
+
+def test_weights_beside_a_graph_belong_to_what_its_plan_is_of(tmp_path):
+    """Two graphs that differ in nothing else must not share a plan."""
+    import onnx
+    from engines import decoder_graph as tiny
+
+    model = tiny(TILE)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(300, np.float32), "beside"))
+    path = tmp_path / "decoder.onnx"
+    options = {"save_as_external_data": True, "location": "decoder.bin", "size_threshold": 1024}
+    onnx.save(model, path, **options)
+    first, own = plans.identity(path), sha256_of(path)
+    assert first != own
+    weights = tmp_path / "decoder.bin"
+    weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
+    assert plans.identity(path, own) not in (first, own) and sha256_of(path) == own
+    alone = Path(build_engine(tmp_path / "engine")) / "decoder.onnx"
+    assert plans.identity(alone) == sha256_of(alone)
 
 
 def test_a_missing_plan_is_built_once_and_kept(graph, cache, monkeypatch):

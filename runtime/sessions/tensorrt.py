@@ -14,7 +14,6 @@ from moesr.runtime.cuda_driver import memory_bytes, open_device
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.errors import EngineError, MemoryLimitError, OutputError
-from moesr.runtime.files import sha256_of
 from moesr.runtime.graphs import Boundary
 from moesr.runtime.kernel_files import find_kernels
 from moesr.runtime.parts import SUFFIX, read_parts
@@ -45,7 +44,7 @@ def open_session(path: Path, declared: Boundary, options: Options) -> TensorRTSe
     capability = int("".join(map(str, device.compute_capability)))
     if path.name.endswith(SUFFIX):
         return open_parts(library, path, declared, capability, options)
-    key = plans.key_of(library, sha256_of(path), capability, options.max_batch)
+    key = plans.key_of(library, plans.identity(path), capability, options.max_batch)
     engine = open_plan(library, path, key, options.cache)
     check_boundary(path, boundary_of(library, engine), declared)
     return TensorRTSession(library, engine, path, declared, plans.compiled(options.cache, key))
