@@ -1,60 +1,51 @@
-"""Time a step, a decode and an image: the engine against the same networks in eager PyTorch, on this machine.
+"""Time every way to make an image on this machine, from eager PyTorch up: an optimisation ladder.
 
 Networks of the published shapes with random weights are exported, which proves the graphs against the
-networks before anything is timed. The engine and eager PyTorch then take turns, each in a process of its own.
-An image is one tile: STEPS steps and a decode in one go. Peak memory is that of the process, which holds one
-expert and the decoder.
+networks before anything is timed. The rungs (`rungs.py`) then take turns, each in a process of its own: a
+step, a decode of one tile, round after round. An image of N steps is composed of the medians: N steps and a
+decode, where features are reused as many steps of either kind as four experts make; a first image is loading,
+the first runs and what is left of its steps. Peak memory is that of a process of two steps and a decode that
+begins with opening the engine, of which every expert is the same size, or else of the process that was timed.
+Quality is the error of a step and of a decode to eager PyTorch in float32 on the same inputs, and, with
+--demo, the PSNR of the bundled x4 model on the photographs kept out of its training.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import ladder
+import limits
+import numpy as np
 import torch
 from machine import load_average, machine, machine_line, usable_cores
+from rungs import EAGER, RUNGS, Rung, obstacle
 from torch import nn
 from tqdm import tqdm
+from turns import Bench
 
-from moesr.export.package import check_tile, export_engine
+from moesr.export import parity
+from moesr.export.package import check_tile
 from moesr.runtime.errors import MoesrError
-from moesr.training.checkpoint import load_checkpoint, save_checkpoint
+from moesr.training.checkpoint import CONFIG_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-KINDS = ("engine", "eager")
-WORKER = Path(__file__).with_name("latency_worker.py")
-PROFILE_ROWS = 12
-GIGA = 1e9
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity of both candidates; `ratio` is eager over engine: above 1 the engine is better."""
-
-    what: str
-    unit: str
-    engine: float
-    eager: float
-
-    @property
-    def ratio(self) -> float:
-        """Eager over engine."""
-        return self.eager / self.engine
+QUICK = {"width": 32, "channels": 32, "tile": 64}
+"""Sizes of --quick: for tests, not for figures."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the table where asked: 0 done, otherwise the exit code of the error."""
+    """Measure, print, and write the page where asked: 0 done, otherwise the exit code of the error."""
     args = parser().parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK)
     config = ModelConfig(
         name="latency",
         unet=UNetConfig(width=args.width, space_experts=1),
@@ -64,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_tile(config, args.tile)
         with tempfile.TemporaryDirectory(prefix="moesr-latency-") as scratch:
-            result = measure(config, Path(scratch), args)
+            result = measure(config, args.work or Path(scratch), args)
     except MoesrError as error:
         print(f"latency: {error}", file=sys.stderr)
         return error.exit_code
-    text = markdown(result)
+    text = ladder.markdown(result)
     print(json.dumps(result, indent=1) if args.json else text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -76,114 +67,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(config: ModelConfig, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(config: ModelConfig, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export, prove, time and profile; returns JSON values."""
     print(machine_line(), file=sys.stderr)
-    load = load_average()  # before this program adds to it
-    with tqdm(total=2 + 3 + args.repeats, unit="stage", file=sys.stderr, disable=None) as bar:
+    load, chosen = load_average(), _chosen(args.rungs)
+    skipped = {rung.name: why for rung in chosen if (why := obstacle(rung))}
+    chosen = [rung for rung in chosen if rung.name not in skipped]
+    with tqdm(unit="stage", file=sys.stderr, disable=None) as bar:
         bar.set_description("write a checkpoint with random weights")
-        save_random(scratch / "checkpoint", config)
-        bar.update()
-        bar.set_description("export and prove")
-        manifest = export_engine(
-            load_checkpoint(scratch / "checkpoint"), scratch / "engine", tile_px=args.tile
-        )
-        bar.update()
-        directories = {"engine": scratch / "engine", "eager": scratch / "checkpoint"}
-        rows = time_both(directories, args, bar)
-        bar.set_description("profile the engine")
-        where = json.loads(_output("profile", directories["engine"], args))
-        bar.update()
+        if not (place / "checkpoint" / CONFIG_NAME).is_file():
+            save_random(place / "checkpoint", config)
+        checkpoint = load_checkpoint(place / "checkpoint")
+        given = save_inputs(place / "inputs.npz", checkpoint, args.tile)
+        bench = Bench(place, given, args, bar)
+        skipped |= bench.export_all(checkpoint, chosen)
+        bench.stage("measure the limits of arithmetic")
+        rates = limits.measure(args.threads, 256 if args.quick else limits.SIDE)
+        found = bench.time_all([rung for rung in chosen if rung.name not in skipped])
+        skipped |= bench.failed
+        for one in found:
+            bench.find_memory(one)
+            if args.demo:
+                bench.find_quality(one)
+        where = bench.profiles(found)
     return {
         "machine": machine(),
         "machine_line": machine_line(),
         "load_average": load,
-        "settings": {
-            k: getattr(args, k) for k in ("width", "channels", "tile", "steps", "threads", "repeats")
-        },
-        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-        "macs": {role: graph.macs for role, graph in manifest.graphs.items()},
-        "parity": {role: asdict(g.parity) for role, g in manifest.graphs.items() if g.parity},
+        "settings": {k: getattr(args, k) for k in ("width", "channels", "tile", "threads", "repeats")},
+        "limits": rates,
+        "rungs": [one.to_json() for one in found],
+        "skipped": skipped,
+        "macs": bench.macs,
+        "parity": bench.parity,
         "where": where,
     }
 
 
-def time_both(directories: dict[str, Path], args: argparse.Namespace, bar: tqdm) -> list[Row]:
-    """Medians of both candidates, measured in turns."""
-    seconds: dict[tuple[str, str], list[float]] = {}
-    peak: dict[str, float] = {}
-    with _worker("engine", directories, args) as first, _worker("eager", directories, args) as second:
-        workers = {"engine": first, "eager": second}
-
-        def turn(command: str, what: str) -> None:
-            for kind in KINDS:
-                answer = workers[kind].ask(command)
-                seconds.setdefault((what, kind), []).append(answer["seconds"])
-                peak[kind] = answer["peak_bytes"] / GIGA
-
-        bar.set_description("load and warm up")
-        for kind in KINDS:
-            seconds["load", kind] = [workers[kind].loaded]
-        turn("step", "first step")
-        turn("decode", "first decode")
-        bar.update()
-        for repeat in range(args.repeats):
-            bar.set_description(f"steps and decodes, round {repeat + 1} of {args.repeats}")
-            for _ in range(3):
-                turn("step", "step")
-            turn("decode", "decode")
-            bar.update()
-        bar.set_description(f"an image of {args.steps} steps")
-        turn(f"image {args.steps}", f"image ({args.steps} steps)")
-        bar.update()
-    names = dict.fromkeys(what for what, _ in seconds)
-    rows = [Row(what, "s", *(median(seconds[what, kind]) for kind in KINDS)) for what in names]
-    return [*rows, Row("peak memory", "GB", peak["engine"], peak["eager"])]
+def _chosen(names: Sequence[str] | None) -> list[Rung]:
+    """Rungs whose name holds one of some words, and always eager PyTorch."""
+    wanted = [n.lower() for n in names or [""]]
+    return [rung for rung in RUNGS if rung is EAGER or any(n in rung.name.lower() for n in wanted)]
 
 
-class Worker:
-    """A candidate's process."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.loaded: float = self._answer()["seconds"]
-
-    def ask(self, command: str) -> dict[str, float]:
-        """Have it run a command; its answer."""
-        assert self._process.stdin
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise MoesrError(
-                f"a benchmark process ended with code {self._process.wait()}; see its message above"
-            )
-        return json.loads(line)
-
-
-@contextmanager
-def _worker(kind: str, directories: dict[str, Path], args: argparse.Namespace) -> Iterator[Worker]:
-    command = _command(kind, directories[kind], args)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield Worker(process)
-        finally:
-            assert process.stdin
-            process.stdin.close()
-
-
-def _output(kind: str, directory: Path, args: argparse.Namespace) -> str:
-    return subprocess.run(
-        _command(kind, directory, args), check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-
-
-def _command(kind: str, directory: Path, args: argparse.Namespace) -> list[str]:
-    return [sys.executable, str(WORKER), kind, str(directory), str(args.threads), str(args.tile)]
+def save_inputs(path: Path, checkpoint: Checkpoint, tile_px: int) -> Path:
+    """Write seeded inputs of an expert and of the decoder, one tile: those that the proof takes."""
+    latent_px = tile_px // checkpoint.config.decoder.factor
+    expert = parity.expert_inputs(checkpoint.expert(0), latent_px, (500, 501))
+    given: dict[str, Any] = {name: value[:1] for name, value in expert.items()}
+    np.savez(path, **given | parity.decoder_inputs(checkpoint.decoder(), latent_px))
+    return path
 
 
 @torch.no_grad()
@@ -199,40 +132,6 @@ def save_random(directory: Path, config: ModelConfig) -> None:
     save_checkpoint(directory, config, [networks[0].state_dict()], networks[1].state_dict())
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a page: machine, settings, table, where the engine's time goes."""
-    s, load = result["settings"], result["load_average"]
-    lines = [
-        f"Machine: {result['machine_line']}.",
-        "",
-        f"UNet width {s['width']}, decoder channels {s['channels']}, one tile of {s['tile']} px, float32, "
-        f"{s['threads']} threads, medians of {s['repeats']} round{'s' * (s['repeats'] > 1)} in turns"
-        + (f", load average {load:.1f} at the start." if load is not None else "."),
-        "",
-        "| | engine | eager PyTorch | ratio |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r['what']} ({r['unit']}) | {r['engine']:.3g} | {r['eager']:.3g} | {r['ratio']:.2f} |"
-        for r in result["rows"]
-    ]
-    for name, proof in result["parity"].items():
-        lines += ["", f"Parity of {name}: relative L2 error {proof['relative_l2']:.1e} against the network."]
-    for name, groups in result["where"].items():
-        for group, entries in groups.items():
-            lines += ["", *_share(f"{name}, by {group[:-1]}", entries)]
-    return "\n".join(lines)
-
-
-def _share(title: str, entries: dict[str, float]) -> list[str]:
-    total = sum(entries.values())
-    rows = list(entries.items())[:PROFILE_ROWS]
-    rest = total - sum(v for _, v in rows)
-    rows += [("all others", rest)] if len(entries) > PROFILE_ROWS else []
-    head = [f"| engine's time: {title} | ms | share |", "| --- | --- | --- |"]
-    return [*head, *(f"| {name} | {ms:.0f} | {100 * ms / total:.0f} % |" for name, ms in rows)]
-
-
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,16 +139,26 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=160, help="width of the UNet (default: 160, as published)")
     add("--channels", type=int, default=128, help="channels of the decoder (default: 128, as published)")
     add("--tile", type=int, default=512, metavar="PX", help="side of the tile (default: 512)")
-    add("--steps", type=int, default=20, help="steps of the image (default: 20)")
-    add("--threads", type=int, default=usable_cores(), help="threads of both (default: all cores)")
+    add("--quick", action="store_true", help="small networks and a small tile: a test of this program")
+    add("--threads", type=int, default=usable_cores(), help="threads of all (default: all cores)")
     add("--repeats", type=int, default=3, help="rounds of three steps and a decode (default: 3)")
-    add("--json", action="store_true", help="print JSON in place of the table")
+    add(
+        "--rungs",
+        nargs="+",
+        metavar="WORD",
+        help="only rungs whose name holds one of these, such as int8, and eager PyTorch (default: all)",
+    )
+    add(
+        "--demo", action="store_true", help="also find the PSNR of the bundled x4 model on every rung of ours"
+    )
+    add("--work", type=Path, metavar="DIR", help="keep checkpoint, engines and prepared graphs there")
+    add("--json", action="store_true", help="print JSON in place of the page")
     add(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="also write the table, e.g. benchmarks/results/latency.md",
+        help="also write the page, e.g. benchmarks/results/latency.md",
     )
     return p
 

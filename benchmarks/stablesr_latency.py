@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from latency import GIGA, Row, Worker
 from latency_worker import Inputs, Run, peak_bytes, serve
 from machine import load_average, machine, machine_line, usable_cores
 from torch import Tensor, nn
 from tqdm import tqdm
+from turns import GIGA, Row, Worker
 
 from moesr.export.package import check_tile, export_engine
 from moesr.export.stablesr import LatentDecoder, LatentEncoder, StableSRExpert

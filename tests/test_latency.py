@@ -1,31 +1,94 @@
-"""The latency benchmark end to end on a narrow model."""
+"""The latency benchmark end to end on a narrow model, and its table of rungs."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import ladder
 import latency
+import latency_worker
 import pytest
+import rungs
+import turns
+from rungs import EAGER, RUNGS, Rung
 
-ARGUMENTS = ["--width", "32", "--channels", "32", "--tile", "64", "--steps", "2", "--repeats", "1"]
+from moesr.runtime.backends import BACKENDS
+
+ARGUMENTS = ["--quick", "--repeats", "1", "--threads", "1", "--json"]
 
 
-def test_measures_both_and_says_where_time_goes(tmp_path, capsys):
+def rung(name: str) -> Rung:
+    return next(r for r in RUNGS if r.name == name)
+
+
+def test_measures_in_turns_and_says_where_time_goes(tmp_path, capsys):
     page = tmp_path / "pages" / "latency.md"
-    assert latency.main([*ARGUMENTS, "--threads", "1", "--json", "-o", str(page)]) == 0
+    words = ["--rungs", "plain graph", "autocast", "moesr float32, reuse", "moesr float32"]
+    assert latency.main([*ARGUMENTS, *words, "-o", str(page)]) == 0
     result = json.loads(capsys.readouterr().out)
-    rows = {row["what"]: row for row in result["rows"]}
-    assert {"load", "step", "decode", "image (2 steps)", "peak memory"} <= rows.keys()
-    for row in rows.values():
-        assert row["engine"] > 0 and row["ratio"] == pytest.approx(row["eager"] / row["engine"])
-    assert rows["image (2 steps)"]["eager"] > rows["step"]["eager"]
-    assert 0.05 < rows["peak memory"]["eager"] < 8
-    assert all(proof["relative_l2"] < 1e-4 for proof in result["parity"].values())
-    assert any(name.startswith("decoder") for name in result["where"]["decoder"]["modules"])
+    found = {r["name"]: r for r in result["rungs"]}
+    assert {EAGER.name, "ONNX Runtime, plain graph", "moesr float32"} <= found.keys()
+    for r in found.values():
+        assert r["image 20"] == pytest.approx(r["image"]) and 0 < r["image 20"] < r["image 50"]
+        assert 0.05 < r["peak_bytes"] / 1e9 < 8
+    for name in ("ONNX Runtime, plain graph", "moesr float32"):
+        assert 0 < found[name]["step error"] < 1e-4 and 0 < found[name]["decode error"] < 1e-4
+    coarse = found["PyTorch, bf16 autocast, channels last"]
+    assert 1e-4 < coarse["step error"] < 0.3 and found[EAGER.name]["step error"] == 0
+    ours = found["moesr float32"]
+    assert ours["opened"] < ours["whole image of 2 steps"] and ours["first load"] > 0
+    assert all(p["expert_0"] < 1e-4 for p in result["parity"].values())
+    assert any(name.startswith("decoder") for name in result["where"]["float32"]["decoder"]["modules"])
     text = page.read_text()
-    assert "one tile of 64 px" in text and "| decode (s) |" in text
+    assert "one tile of 64 px" in text and "| moesr float32 | 20 |" in text
+    assert "Target of moesr float32: 2.2 times eager PyTorch" in text
 
 
 def test_refuses_a_tile_that_cannot_be(capsys):
     assert latency.main(["--tile", "100"]) == 2
     assert "try 96 or 128" in capsys.readouterr().err
+
+
+def test_steps_with_all_levels_begin_with_each_expert():
+    reuse = Rung("", "engine", reuse=2)
+    assert [reuse.full(n) for n in (20, 50, 4, 1)] == [12, 26, 4, 1]
+    assert replace(reuse, reuse=1).full(50) == 50 and replace(reuse, reuse=100).full(20) == 4
+
+
+def test_images_are_composed():
+    one = turns.Measured(Rung("", "engine", reuse=2))
+    one.seconds = {"step": [1.0, 2.0, 9.0], "shallow": [0.5], "decode": [10.0]}
+    one.values = {"load": 3.0, "first step": 5.0, "first decode": 11.0}
+    found = one.to_json()
+    assert found["image 20"] == 12 * 2.0 + 8 * 0.5 + 10
+    assert found["first image"] == 3 + 5 + 11 + 11 * 2.0 + 8 * 0.5
+
+
+def test_every_rung_has_its_engine_and_arithmetic():
+    assert RUNGS[0] is EAGER
+    for r in RUNGS:
+        assert r.way in latency_worker.WAYS and r.arithmetic in ("fp32", "bf16", "int8")
+        assert (r.engine in rungs.ENGINES) == (r.way in ("engine", "plain"))
+    assert ladder.options(rung("moesr int8, reuse 2")) == {"reuse": 2}
+
+
+def test_what_cannot_be_climbed_is_said(monkeypatch):
+    assert rungs.obstacle(rung("moesr float32")) is None
+    monkeypatch.setitem(rungs.ENGINES, "float32", {"precision": "int3"})
+    assert rungs.obstacle(rung("moesr float32")) == "moesr-export has no int3"
+    monkeypatch.setitem(rungs.ENGINES, "float32", {"shortcut": 1})
+    assert rungs.obstacle(rung("moesr float32")) == "moesr-export has no --shortcut"
+    monkeypatch.delitem(BACKENDS, "openvino", raising=False)
+    assert "openvino" in (rungs.obstacle(rung("moesr float32, OpenVINO")) or "")
+    other = replace(rung("moesr float32"), engine="plain", sampler="euler")
+    assert rungs.obstacle(other) == "there is no sampler euler"
+
+
+def test_a_process_that_fails_leaves_its_rung_out(monkeypatch, capfd):
+    broken = Rung("broken", "nothing")
+    monkeypatch.setattr(latency, "RUNGS", (EAGER, broken))
+    assert latency.main([*ARGUMENTS, "--rungs", "broken"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [r["name"] for r in result["rungs"]] == [EAGER.name]
+    assert "ended with code" in result["skipped"]["broken"]

@@ -1,0 +1,128 @@
+"""What the latency benchmark compares: a table of rungs, and of the engines that they need.
+
+A rung that this version cannot climb (a precision or option that `moesr-export` lacks, a library that is not
+installed) is listed with the reason and left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from moesr.export.lowering import Precision
+from moesr.export.package import export_engine
+from moesr.runtime.backends import candidates
+from moesr.runtime.errors import MoesrError
+from moesr.training.checkpoint import Checkpoint
+
+EXPERTS = 4  # of the published models: features are not reused across their borders
+
+PHOTOGRAPHS = 2  # that int8 is calibrated and proved on: the weights are random
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to make an image; `arithmetic` names the limit that it is held against."""
+
+    name: str
+    way: str  # "eager", "autocast", "compiled": PyTorch's; "plain": ONNX Runtime's defaults; "engine": ours
+    engine: str = ""  # of ENGINES; PyTorch runs the checkpoint
+    backend: str = "onnxruntime"
+    precision: str = "graph"
+    arithmetic: str = "fp32"
+    reuse: int = 1  # one step in so many computes the deep levels
+    sampler: str = "ddpm"
+    steps: int = 20  # of the ladder's image
+    target: float | None = None  # times faster than eager PyTorch's image of 20 steps
+
+    @property
+    def full_steps(self) -> int:
+        """How many of `steps` compute every level, where experts share them evenly."""
+        return self.full(self.steps)
+
+    def full(self, steps: int) -> int:
+        """The same for another number of steps."""
+        ends = [steps * k // EXPERTS for k in range(EXPERTS + 1)]
+        return sum(-(-(b - a) // self.reuse) for a, b in itertools.pairwise(ends))
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "plain": {"target": "gpu"},
+    "bf16": {"precision": "bf16"},
+    "int8": {"precision": "int8"},
+    "reuse": {"reuse": 0},
+    "int8-reuse": {"precision": "int8", "reuse": 0},
+}
+"""Options of `export_engine`, by name."""
+
+RUNGS = (
+    Rung("PyTorch, eager", "eager"),
+    Rung("PyTorch, torch.compile", "compiled"),
+    Rung("PyTorch, bf16 autocast, channels last", "autocast", arithmetic="bf16"),
+    Rung("ONNX Runtime, plain graph", "plain", "plain"),
+    Rung("moesr float32", "engine", "float32", target=2.2),
+    Rung("moesr float32, OpenVINO", "engine", "plain", "openvino"),
+    Rung("moesr float32, reuse 2", "engine", "reuse", reuse=2),
+    Rung("moesr bf16 (OpenVINO)", "engine", "bf16", "openvino", "bf16", "bf16", target=4.0),
+    Rung("moesr int8", "engine", "int8", arithmetic="int8", target=6.0),
+    Rung("moesr int8, reuse 2", "engine", "int8-reuse", arithmetic="int8", reuse=2, target=9.0),
+    Rung(
+        "moesr int8, reuse 2, DPM-Solver++ of 10 steps",
+        "engine",
+        "int8-reuse",
+        arithmetic="int8",
+        reuse=2,
+        sampler="dpm++2m",
+        steps=10,
+    ),
+)
+"""The optimisation ladder, from the bottom."""
+
+EAGER = RUNGS[0]
+
+
+def obstacle(rung: Rung) -> str | None:
+    """Why a rung cannot be climbed here; None where it can."""
+    wanted = ENGINES.get(rung.engine, {})
+    precision, known = wanted.get("precision"), inspect.signature(export_engine).parameters
+    if precision and precision not in get_args(Precision):
+        return f"moesr-export has no {precision}"
+    if lacking := [option for option in wanted if option not in known]:
+        return f"moesr-export has no --{lacking[0]}"
+    if rung.sampler != "ddpm":
+        from moesr.runtime.samplers import ETA
+
+        if rung.sampler not in ETA:
+            return f"there is no sampler {rung.sampler}"
+    if rung.way == "compiled" and importlib.util.find_spec("torch._inductor") is None:
+        return "this PyTorch cannot compile"
+    if rung.way == "engine":
+        try:
+            candidates(rung.backend, "cpu", precision=rung.precision)
+        except MoesrError as error:
+            return str(error)
+    return None
+
+
+def export(name: str, checkpoint: Checkpoint, directory: Path, tile_px: int) -> str | None:
+    """Export one of ENGINES, which proves it; returns why that could not be, None where it was done."""
+    options: dict[str, Any] = dict(ENGINES[name])
+    if options.get("precision") == "int8":
+        options["photographs"] = _photographs()
+    try:
+        export_engine(checkpoint, directory, tile_px=tile_px, **options)
+    except MoesrError as error:
+        return str(error)
+    return None
+
+
+def _photographs() -> Sequence[Any]:
+    from moesr.export import calibration  # type: ignore[attr-defined]
+
+    return calibration.demo_photographs(PHOTOGRAPHS)

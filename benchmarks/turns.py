@@ -1,0 +1,250 @@
+"""The processes of a latency benchmark, and the turns that they take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ladder
+import numpy as np
+from rungs import EAGER, Rung, export
+from tqdm import tqdm
+
+from moesr.export.package import checkpoint_directory
+from moesr.runtime.errors import MoesrError
+from moesr.runtime.manifest import MANIFEST_NAME, Manifest
+from moesr.training.checkpoint import Checkpoint, load_checkpoint
+
+WORKER = Path(__file__).with_name("latency_worker.py")
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of two candidates; `ratio` is eager over engine: above 1 the engine is better."""
+
+    what: str
+    unit: str
+    engine: float
+    eager: float
+
+    @property
+    def ratio(self) -> float:
+        """Eager over engine."""
+        return self.eager / self.engine
+
+
+@dataclass
+class Measured:
+    """What was found out about a rung; seconds by what was done, in order."""
+
+    rung: Rung
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+    def image(self, steps: int) -> float:
+        """Seconds of an image of `steps` steps, composed."""
+        step, decode = self.median("step"), self.median("decode")
+        full = self.rung.full(steps)
+        return full * step + (steps - full) * self.median("shallow", step) + decode
+
+    def median(self, what: str, otherwise: float = 0.0) -> float:
+        """Of what was done in the rounds."""
+        return median(self.seconds[what]) if what in self.seconds else otherwise
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, and what follows from it."""
+        firsts = self.values["first step"] + self.values["first decode"]
+        rest = self.image(self.rung.steps) - self.median("step") - self.median("decode")
+        found = {w: self.median(w) for w in ("step", "shallow", "decode") if w in self.seconds}
+        found |= {
+            "image": self.image(self.rung.steps),
+            "image 20": self.image(20),
+            "image 50": self.image(50),
+        }
+        return asdict(self.rung) | self.values | found | {"first image": self.values["load"] + firsts + rest}
+
+
+class Worker:
+    """A candidate's process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.loaded: float = self._answer()["seconds"]
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Have it run a command; its answer."""
+        assert self._process.stdin
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise MoesrError(f"its process ended with code {self._process.wait()}; see its message above")
+        return json.loads(line)
+
+
+@contextmanager
+def _worker(task: dict[str, Any]) -> Iterator[Worker]:
+    with subprocess.Popen(
+        _command(task), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield Worker(process)
+        finally:
+            assert process.stdin
+            process.stdin.close()
+
+
+def _command(task: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(WORKER), json.dumps(task)]
+
+
+class Bench:
+    """The directory that all of it happens in, and what is done there."""
+
+    def __init__(self, place: Path, given: Path, args: argparse.Namespace, bar: tqdm) -> None:
+        self._place, self._given, self._args, self._bar = place, given, args, bar
+        self.failed: dict[str, str] = {}  # reasons by rung
+        self.macs: dict[str, dict[str, int]] = {}  # by engine and role
+        self.parity: dict[str, dict[str, float]] = {}
+
+    def stage(self, what: str) -> None:
+        """Say what begins."""
+        self._bar.set_description(what)
+        self._bar.update()
+
+    def export_all(self, checkpoint: Checkpoint, chosen: Sequence[Rung]) -> dict[str, str]:
+        """Export the engines of some rungs, and the plain one; returns why a rung has none, by name."""
+        reasons: dict[str, str] = {}
+        for name in dict.fromkeys(["plain", *(rung.engine for rung in chosen if rung.engine)]):
+            self.stage(f"export and prove {name}")
+            directory = self._engine(name)
+            if not (directory / MANIFEST_NAME).is_file():
+                why = export(name, checkpoint, directory, self._args.tile)
+                if why:
+                    reasons |= {rung.name: why for rung in chosen if rung.engine == name}
+                    continue
+            graphs = Manifest.read(directory, verify=False).graphs
+            self.macs[name] = {role: graph.macs for role, graph in graphs.items()}
+            self.parity[name] = {r: g.parity.relative_l2 for r, g in graphs.items() if g.parity}
+        return reasons
+
+    def time_all(self, rungs: Sequence[Rung]) -> list[Measured]:
+        """Time the rungs in turns; those whose process fails are left out."""
+        with ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            found: list[Measured] = []
+            for rung in rungs:
+                self.stage(f"load and warm up: {rung.name}")
+                try:
+                    one = self._begun(rung, stack, workers)
+                except MoesrError as error:
+                    self.failed[rung.name] = str(error)
+                    continue
+                found.append(one)
+            for repeat in range(self._args.repeats):
+                self.stage(f"round {repeat + 1} of {self._args.repeats}")
+                for what in ("step", "shallow", "step", "shallow", "step", "decode"):
+                    for one in found:
+                        if what != "shallow" or one.rung.reuse > 1:
+                            seconds = workers[one.rung.name].ask(what)["seconds"]
+                            one.seconds.setdefault(what, []).append(seconds)
+            for one in found:
+                answer = workers[one.rung.name].ask(f"save {self._place / 'output.npz'}")
+                one.values["peak_bytes"] = answer["peak_bytes"]
+                with np.load(self._place / "output.npz") as arrays:
+                    outputs = [arrays[name] for name in arrays.files]
+                if one.rung is EAGER:
+                    self._want = outputs
+                errors = (_error(got, want) for got, want in zip(outputs, self._want, strict=True))
+                one.values |= dict(zip(("step error", "decode error"), errors, strict=True))
+        return found
+
+    def _begun(self, rung: Rung, stack: ExitStack, workers: dict[str, Worker]) -> Measured:
+        """Start a rung's process, its graphs prepared before, and run everything once."""
+        one = Measured(rung)
+        if rung.way == "engine":
+            one.values["first load"] = self._ended(rung, "open")["seconds"]
+        worker = workers[rung.name] = stack.enter_context(_worker(self._task(rung, rung.way)))
+        one.values |= {"load": worker.loaded, "first step": worker.ask("step")["seconds"]}
+        one.values["first decode"] = worker.ask("decode")["seconds"]
+        return one
+
+    def find_memory(self, one: Measured) -> None:
+        """The peak of a whole run, and how long it takes from the process's start on."""
+        if one.rung.way != "engine":
+            return
+        self.stage(f"a whole image: {one.rung.name}")
+        answer = self._ended(one.rung, "whole")
+        one.values |= {"peak_bytes": answer["peak_bytes"], "opened": answer["opened"]}
+        one.values["whole image of 2 steps"] = answer["seconds"]
+
+    def find_quality(self, one: Measured) -> None:
+        """The PSNR of the bundled x4 model, exported and run as the rung says."""
+        rung = one.rung
+        if rung.way != "engine":
+            return
+        self.stage(f"quality: {rung.name}")
+        directory = self._place / f"demo-{rung.engine}"
+        checkpoint = load_checkpoint(checkpoint_directory())
+        if not (directory / MANIFEST_NAME).is_file() and (
+            why := export(rung.engine, checkpoint, directory, checkpoint.config.tile_multiple * 6)
+        ):
+            print(f"{rung.name}: no quality: {why}", file=sys.stderr)
+            return
+        one.values["psnr"] = ladder.quality(directory, rung, self._args.threads)
+
+    def profiles(self, found: Sequence[Measured]) -> dict[str, Any]:
+        """Where the time of our rungs goes, as far as ONNX Runtime runs them; once an engine."""
+        engines = {one.rung.engine: one.rung for one in found if _profiled(one.rung)}
+        where = {}
+        for name, rung in engines.items():
+            self.stage(f"profile {name}")
+            where[name] = self._ended(rung, "profile")
+        return where
+
+    def _engine(self, name: str) -> Path:
+        return self._place / name
+
+    def _task(self, rung: Rung, way: str) -> dict[str, Any]:
+        return {
+            "way": way,
+            "directory": str(self._engine(rung.engine) if rung.engine else self._place / "checkpoint"),
+            "threads": self._args.threads,
+            "given": str(self._given),
+            "backend": rung.backend,
+            "precision": rung.precision,
+            "cache": str(self._place / "cache"),
+            "reuse": rung.reuse,
+            "begun": time.time(),
+            "options": ladder.options(rung),
+        }
+
+    def _ended(self, rung: Rung, way: str) -> dict[str, Any]:
+        """The answer of a process that does one thing."""
+        done = subprocess.run(_command(self._task(rung, way)), stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise MoesrError(f"its process ended with code {done.returncode}; see its message above")
+        return json.loads(done.stdout)
+
+
+def _profiled(rung: Rung) -> bool:
+    return rung.way == "engine" and rung.backend == "onnxruntime"
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||."""
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
