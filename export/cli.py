@@ -61,7 +61,8 @@ def _export(args: argparse.Namespace) -> int:
     own = next(iter(package.lowerings(args.target, precision, args.store).values()))
     directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
     done = itertools.count()
-    stages = package.stage_count(checkpoint.config, args.target, kernels, precision)
+    reuse = args.reuse is not None
+    stages = package.stage_count(checkpoint.config, args.target, kernels, precision, reuse=reuse)
     with console.bar(args.quiet, total=stages, unit="stage") as bar:
 
         def on_stage(stage: str) -> None:
@@ -79,6 +80,7 @@ def _export(args: argparse.Namespace) -> int:
             kernels=kernels,
             photographs=photographs,
             residuals=args.residuals,
+            reuse=args.reuse,
             force=args.force,
             on_stage=on_stage,
         )
@@ -273,6 +275,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"default strength of guidance: 1 none, beyond 1 away from the negative prompt (default: 1, or "
         f"{GUIDANCE:g} with --negative-prompt)",
+    )
+    add(
+        "--reuse",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="BLOCKS",
+        help="add shallow graphs of the last BLOCKS output blocks, for moesr-run --reuse N between full "
+        "steps (default: none; without a number the blocks of the first level)",
     )
     add("--force", action="store_true", help="replace an existing engine directory")
     add("--quiet", action="store_true", help="no bar and no report, only errors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,11 @@ from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
 from moesr.export.layers import attention, conv, conv_module, group_norm, silu, upsample_conv
 from moesr.export.lowering import CPU, Lowering
 from moesr.export.transformer import text_transformer
+from moesr.runtime.contract import DEEP
 from moesr.training.networks import DenoisingUNet, SpaceMoE
 from moesr.training.networks.stablesr import SPADE, SPADEResBlock
 from moesr.training.networks.transformer import TextTransformer
-from moesr.training.networks.unet import AttentionBlock, HalfUNet, ResBlock, UNet, Upsample
+from moesr.training.networks.unet import AttentionBlock, Downsample, HalfUNet, ResBlock, UNet, Upsample
 
 MAX_PERIOD = 10_000.0  # of the sinusoidal embedding
 
@@ -31,44 +32,121 @@ class Given:
     prompt: Value | None = None  # which of them each tile is made by, int64 [B]; None: there is one
 
 
-def expert_graph(network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
-    """Inputs `z_t`, `cond` [B, 3, h, w] and `t` [B], output `eps` [B, 3, h, w], with h = w = `latent_px`."""
+def expert_graph(
+    network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int = 0
+) -> BuiltGraph:
+    """Inputs `z_t`, `cond` [B, 3, h, w] and `t` [B], output `eps` [B, 3, h, w], with h = w = `latent_px`.
+
+    With `blocks`, a second output `deep`: the features that as many output blocks, the last, start from.
+    """
     g = GraphBuilder("expert", lowering)
+    x, t = _expert_inputs(g, network, latent_px)
+    with g.scope("time_embed"):
+        given = Given(time_offsets(g, network, t))
+    deep, skips = _deep(g, x, network, given, blocks)
+    g.output("eps", _rest(g, deep, skips, network, given, blocks))
+    if blocks:
+        g.output(DEEP, deep)
+    return g.finish()
+
+
+def shallow_graph(
+    network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int
+) -> BuiltGraph:
+    """The last `blocks` output blocks and what they need, from the output `deep` of the expert's graph."""
+    g = GraphBuilder("shallow", lowering)
+    x, t = _expert_inputs(g, network, latent_px)
+    deep = g.input(DEEP, (BATCH, *_deep_size(network, latent_px, blocks)))
+    with g.scope("time_embed"):
+        given = Given(time_offsets(g, network, t, shallow_parts(network, blocks)))
+    _, skips = _descend(g, x, network, given, blocks)
+    g.output("eps", _rest(g, g.compute(deep), skips, network, given, blocks))
+    return g.finish()
+
+
+def shallow_parts(network: UNet, blocks: int) -> list[nn.Module]:
+    """The modules of a network that its shallow graph computes, but for the embedding of time."""
+    return [*network.input_blocks[:blocks], *network.output_blocks[-blocks:], network.out]
+
+
+def _deep_size(network: DenoisingUNet, latent_px: int, blocks: int) -> tuple[int, int, int]:
+    """Channels and sides of the features that the last `blocks` output blocks start from."""
+    block = next(m for m in network.output_blocks[-blocks].children() if isinstance(m, ResBlock))
+    skip = network.skip_channels[blocks - 1]
+    halvings = sum(isinstance(m, Downsample) for b in network.input_blocks[:blocks] for m in b.children())
+    side = latent_px >> halvings
+    return block.in_layers[2].in_channels - skip, side, side
+
+
+def _expert_inputs(g: GraphBuilder, network: DenoisingUNet, latent_px: int) -> tuple[Value, Value]:
+    """What the UNet takes, in the precision to compute in, and the timesteps."""
     config = network.config
     z_t = g.input("z_t", (BATCH, config.out_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
-    with g.scope("time_embed"):
-        given = Given(time_offsets(g, network, g.input("t", (BATCH,))))
-    g.output("eps", unet(g, g.compute(g.concat([z_t, cond], 1)), network, given))
-    return g.finish()
+    t = g.input("t", (BATCH,))
+    return g.compute(g.concat([z_t, cond], 1)), t
 
 
 def unet(g: GraphBuilder, x: Value, network: UNet, given: Given) -> Value:
     """[B, in_channels, h, w] in the precision to compute in -> the prediction."""
-    h, skips = x, []
-    for i, block in enumerate(network.input_blocks):
+    deep, skips = _deep(g, x, network, given, 0)
+    return _rest(g, deep, skips, network, given, 0)
+
+
+def _deep(g: GraphBuilder, x: Value, network: UNet, given: Given, blocks: int) -> tuple[Value, list[Value]]:
+    """The features that the last `blocks` output blocks start from, and those that they see beside."""
+    h, skips = _descend(g, x, network, given, len(network.input_blocks))
+    with g.scope("middle_block"):
+        h = stage(g, h, network.middle_block, given)
+    return _ascend(g, h, skips, network, given, range(len(network.output_blocks) - blocks)), skips
+
+
+def _descend(g: GraphBuilder, h: Value, network: UNet, given: Given, count: int) -> tuple[Value, list[Value]]:
+    """The features after the first `count` input blocks, and after each of them."""
+    skips = []
+    for i, block in enumerate(network.input_blocks[:count]):
         with g.scope(f"input_blocks.{i}"):
             h = stage(g, h, block, given)
         skips.append(h)
-    with g.scope("middle_block"):
-        h = stage(g, h, network.middle_block, given)
-    for i, block in enumerate(network.output_blocks):
+    return h, skips
+
+
+def _ascend(
+    g: GraphBuilder, h: Value, skips: list[Value], network: UNet, given: Given, numbers: range
+) -> Value:
+    """The features after output blocks, which take the latest of `skips` away."""
+    for i in numbers:
         with g.scope(f"output_blocks.{i}"):
-            h = stage(g, g.concat([h, skips.pop()], 1), block, given)
+            h = stage(g, g.concat([h, skips.pop()], 1), network.output_blocks[i], given)
+    return h
+
+
+def _rest(
+    g: GraphBuilder, deep: Value, skips: list[Value], network: UNet, given: Given, blocks: int
+) -> Value:
+    """From the features that the last `blocks` output blocks start from to the prediction."""
+    count = len(network.output_blocks)
+    h = _ascend(g, deep, skips, network, given, range(count - blocks, count))
     with g.scope("out"):
         norm, _, out = network.out
         return conv_module(g, group_norm(g, h, norm, activate=True), out)
 
 
-def time_offsets(g: GraphBuilder, network: HalfUNet, t: Value) -> dict[nn.Module, Value]:
-    """Embed the timesteps and project them for all residual blocks; angles in float32, as t reaches 999."""
+def time_offsets(
+    g: GraphBuilder, network: HalfUNet, t: Value, parts: Sequence[nn.Module] = ()
+) -> dict[nn.Module, Value]:
+    """Embed the timesteps and project them for the residual blocks, all or those of some `parts`.
+
+    Angles are in float32, as t reaches 999.
+    """
     half = network.config.width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32))
     angles = g.op("Mul", g.op("Unsqueeze", t, torch.tensor([1])), frequencies)
     emb = g.compute(g.concat([g.op("Cos", angles), g.op("Sin", angles)], 1))
     first, _, second = network.time_embed
     emb = silu(g, _linear(g, silu(g, _linear(g, emb, first)), second))
-    blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
+    modules = [module for part in parts or [network] for module in part.modules()]
+    blocks = [module for module in modules if isinstance(module, ResBlock)]
     layers, convolutions = [block.emb_layers[1] for block in blocks], [block.in_layers[2] for block in blocks]
     weight = torch.cat([_weight(layer) for layer in layers])
     # the bias of the convolution that the offset is added to comes along

@@ -16,12 +16,13 @@ from torch import nn
 from moesr.export import cutting, parity, stablesr_engine
 from moesr.export.calibration import Recording, record
 from moesr.export.decoder import decoder_graph
-from moesr.export.expert import expert_graph
+from moesr.export.expert import expert_graph, shallow_graph
 from moesr.export.graph import OPSET, BuiltGraph
 from moesr.export.lowering import Lowering, Precision, Residuals, Target, lowering
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
 from moesr.export.quantise import Make, int8_graph
+from moesr.export.reuse import DeepFeatures, ShallowExpert, output_blocks, recorded, shallow_inputs, shared
 from moesr.export.weight_files import write_graph
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
@@ -92,10 +93,15 @@ def lowerings(
 
 
 def stage_count(
-    config: ModelConfig, target: Targets = "cpu", kernels: bool = False, precision: Precision = "fp32"
+    config: ModelConfig,
+    target: Targets = "cpu",
+    kernels: bool = False,
+    precision: Precision = "fp32",
+    *,
+    reuse: bool = False,
 ) -> int:
     """How many times `export_engine` reports a stage, at most."""
-    graphs = len(config.expert_ranges) + 1 + isinstance(config, StableSRConfig)
+    graphs = len(config.expert_ranges) * (1 + reuse) + 1 + isinstance(config, StableSRConfig)
     return graphs * (1 + 2 * len(lowerings(target))) + 1 + 2 * kernels + 2 * graphs * (precision == "int8")
 
 
@@ -112,6 +118,7 @@ def export_engine(
     kernels: bool = False,
     photographs: Sequence[np.ndarray] = (),
     residuals: Residuals = "reckoned",
+    reuse: int | None = None,
     force: bool = False,
     on_stage: OnStage = lambda stage: None,
 ) -> Manifest:
@@ -119,10 +126,11 @@ def export_engine(
 
     The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` and `residuals`
     see `lowerings`. `tile_px` None is what the model is used to; `wish` is for models with prompts.
-    `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on. `on_stage`
-    hears what begins. An existing directory is refused unless `force`, which replaces an engine and nothing
-    else. Raises UsageError for a tile, prompt, precision or model that cannot be, ParityError where a graph
-    misses its network, OutputError where nothing can be written; each leaves the place as it was.
+    `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on. `reuse`
+    adds shallow graphs of so many output blocks (0: those of the first level). `on_stage` hears what begins.
+    An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
+    UsageError for a tile, prompt, precision or model that cannot be, ParityError where a graph misses its
+    network, OutputError where nothing can be written; each leaves the place as it was.
     """
     config = checkpoint.config
     if config.unet is None:
@@ -134,6 +142,7 @@ def export_engine(
     check_tile(config, tile_px)
     prompts, choices = _prompts(checkpoint, wish), lowerings(target, precision, store, kernels, residuals)
     recording = _record(checkpoint, photographs, tile_px, on_stage) if precision == "int8" else None
+    blocks = 0 if reuse is None else output_blocks(config, reuse)
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
             writer = _Writer(new, choices, on_stage)
@@ -142,7 +151,7 @@ def export_engine(
                 graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
                 more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
             else:
-                graphs, more = _write_graphs(checkpoint, tile_px, writer, recording), {}
+                graphs, more = _write_graphs(checkpoint, tile_px, writer, recording, blocks), {}
             manifest = _manifest(checkpoint, tile_px, graphs, more)
             manifest.write(new)
             on_stage("publish")
@@ -181,19 +190,31 @@ class _Writer:
     """Writes graphs into a directory, arranged for every target."""
 
     def __init__(self, directory: Path, lowerings: dict[str, Lowering], on_stage: OnStage) -> None:
-        self._directory, self._lowerings, self._on_stage = directory, lowerings, on_stage
+        self.directory = self._directory = directory
+        self._lowerings, self._on_stage = lowerings, on_stage
 
-    def write(self, role: str, network: nn.Module, build: Build, inputs: parity.Inputs) -> Graph:
-        """Write the graph that `build` makes of a network, and prove it on `inputs`."""
+    def write(
+        self,
+        role: str,
+        network: nn.Module,
+        build: Build,
+        inputs: parity.Inputs,
+        *others: nn.Module,
+    ) -> Graph:
+        """Write the graph that `build` makes of a network, and prove it on `inputs`.
+
+        `others` are networks of the same inputs, for the graph's outputs after the first.
+        """
         self._on_stage(f"run the network of {role}")
         want = parity.network_output(network, inputs)
-        (_, own), *others = self._lowerings.items()
+        further = [parity.network_output(other, inputs) for other in others]
+        (_, own), *variations = self._lowerings.items()
         if own.precision == "int8":
             self._on_stage(f"try the layers of {role}")
         built, variants = build(own), {}
         main = self._save(role, built, own)
-        main = self._proved(main, inputs, want, own)
-        for target, choices in others:
+        main = self._proved(main, inputs, (want, *further), own)
+        for target, choices in variations:
             if choices.kernels:
                 if role == DECODER and (cut := self._in_parts(role, build(choices), inputs, want, choices)):
                     variants[target] = cut
@@ -203,7 +224,7 @@ class _Writer:
                 for file in variant.files:
                     (self._directory / file.file).unlink()
                 continue
-            variants[target] = self._proved(variant, inputs, want, choices)
+            variants[target] = self._proved(variant, inputs, (want, *further), choices)
         return Graph(
             file=main.file,
             sha256=main.sha256,
@@ -242,30 +263,43 @@ class _Writer:
         return Arrangement(main.file, main.sha256, choices.precision, data=tuple(data), parity=proof)
 
     def _proved(
-        self, arrangement: Arrangement, inputs: parity.Inputs, want: np.ndarray, choices: Lowering
+        self,
+        arrangement: Arrangement,
+        inputs: parity.Inputs,
+        wants: Sequence[np.ndarray],
+        choices: Lowering,
     ) -> Arrangement:
         self._on_stage(f"prove {arrangement.file.removesuffix('.onnx')}")
-        proof = parity.prove(self._directory / arrangement.file, inputs, want, choices)
+        want, *further = wants
+        proof = parity.prove(self._directory / arrangement.file, inputs, want, choices, further=further)
         return replace(arrangement, parity=proof)
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, tile_px: int, writer: _Writer, recording: Recording | None
+    checkpoint: Checkpoint, tile_px: int, writer: _Writer, recording: Recording | None, blocks: int = 0
 ) -> dict[str, Graph]:
-    """Write all graphs of a checkpoint; returns them by role."""
+    """Write all graphs of a checkpoint; returns them by role. `blocks`: see `expert_graph`."""
     config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
     graphs: dict[str, Graph] = {}
 
-    def write(role: str, network: nn.Module, make: Make, inputs: parity.Inputs) -> None:
+    def write(role: str, network: nn.Module, make: Make, inputs: parity.Inputs, *others: nn.Module) -> None:
         build: Build = partial(make, latent_px)
         if recording:
             build, inputs = partial(int8_graph, make, role, latent_px, recording), recording.proving(role)
-        graphs[role] = writer.write(role, network, build, inputs)
+        graphs[role] = writer.write(role, network, build, inputs, *others)
 
     for k, t_range in enumerate(config.expert_ranges):
         unet = checkpoint.expert(k)
         inputs = parity.expert_inputs(unet, latent_px, t_range)
-        write(f"expert_{k}", unet, partial(expert_graph, unet), inputs)
+        others = [DeepFeatures(unet, blocks)] if blocks else []
+        write(f"expert_{k}", unet, partial(expert_graph, unet, blocks=blocks), inputs, *others)
+        if blocks:
+            role, network = f"shallow_{k}", ShallowExpert(unet, blocks)
+            if recording:
+                recording.inputs[role] = recorded(unet, recording.inputs[f"expert_{k}"], blocks)
+            make = partial(shallow_graph, unet, blocks=blocks)
+            write(role, network, make, shallow_inputs(unet, inputs, blocks))
+            graphs |= shared(writer.directory, graphs, f"expert_{k}", role, network.params)
     autoencoder = checkpoint.decoder()
     inputs = parity.decoder_inputs(autoencoder, latent_px)
     write(DECODER, autoencoder, partial(decoder_graph, autoencoder), inputs)
@@ -284,7 +318,10 @@ def _manifest(
         latent_channels=config.decoder.embed_dim,
         latent_factor=config.decoder.factor,
         graphs=graphs,
-        experts=tuple(Expert(f"expert_{k}", *t_range) for k, t_range in enumerate(config.expert_ranges)),
+        experts=tuple(
+            Expert(f"expert_{k}", *t_range, f"shallow_{k}" if f"shallow_{k}" in graphs else None)
+            for k, t_range in enumerate(config.expert_ranges)
+        ),
         schedule=config.schedule,
         sampler=config.sampler,
         steps=config.steps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +151,16 @@ BACKENDS: dict[str, Callable[[Path | bytes, Inputs], list[np.ndarray]]] = {"onnx
 
 
 def prove(
-    path: Path, inputs: Inputs, want: np.ndarray, lowering: Lowering, backend: str = "onnxruntime"
+    path: Path,
+    inputs: Inputs,
+    want: np.ndarray,
+    lowering: Lowering,
+    backend: str = "onnxruntime",
+    further: Sequence[np.ndarray] = (),
 ) -> Parity:
     """Measure a graph file, run by a backend, against `want`: what its network makes of `inputs`.
 
+    `further` is what its other outputs should be; these may differ as much, and are not measured.
     Of a bf16 graph it is the twin that rounds everything to bf16. Raises ParityError above the lowering's
     threshold.
     """
@@ -162,10 +168,13 @@ def prove(
         twin = path.with_name(f"twin_of_{path.name}")  # it takes its weights from the same files
         twin.write_bytes(as_bf16(onnx.load(path, load_external_data=False)).SerializeToString())
         try:
-            return judge(path, outputs(twin, inputs, backend)[0], want, lowering)
+            got = outputs(twin, inputs, backend)
         finally:
             twin.unlink()
-    return judge(path, outputs(path, inputs, backend)[0], want, lowering)
+    else:
+        got = outputs(path, inputs, backend)
+    first, *_ = [judge(path, a, b, lowering) for a, b in zip(got, (want, *further), strict=True)]
+    return first
 
 
 def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering) -> Parity:

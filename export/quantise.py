@@ -65,9 +65,8 @@ def middle(inputs: Inputs, side: int, latent_px: int) -> Inputs:
     """The inputs of a graph for smaller latents, of `side` pixels in place of `latent_px`."""
 
     def cut(array: np.ndarray) -> np.ndarray:
-        factor = array.shape[2] // latent_px
-        start = (latent_px - side) // 2 * factor
-        stop = start + side * factor
+        start = (latent_px - side) // 2 * array.shape[2] // latent_px
+        stop = start + side * array.shape[2] // latent_px
         return np.ascontiguousarray(array[:, :, start:stop, start:stop])
 
     return {name: cut(array) if array.ndim == 4 else array for name, array in inputs.items()}

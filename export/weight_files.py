@@ -49,16 +49,17 @@ def _write_weights(path: Path, tensors: list[TensorProto]) -> File:
         while tensors and (size == 0 or size + len(tensors[0].raw_data) <= FILE_BYTES):
             tensor = tensors.pop(0)
             values = tensor.raw_data
-            _refer(tensor, path.name, size, len(values))
+            refer(tensor, path.name, size, len(values))
             for piece in (values, bytes(-len(values) % ALIGNMENT)):
                 digest.update(piece)
                 size += stream.write(piece)
     return File(path.name, digest.hexdigest())
 
 
-def _refer(tensor: TensorProto, file: str, offset: int, length: int) -> None:
+def refer(tensor: TensorProto, file: str, offset: int, length: int) -> None:
     """Replace a tensor's values by their place."""
     tensor.ClearField("raw_data")
+    del tensor.external_data[:]
     tensor.data_location = TensorProto.EXTERNAL
     entries = {"location": file, "offset": str(offset), "length": str(length)}
     tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=v) for k, v in entries.items())

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from moesr.runtime import memory
 from moesr.runtime.errors import MemoryLimitError
-from moesr.runtime.framing import frame_of
-from moesr.runtime.jobs import Job
+from moesr.runtime.framing import frame_of, sampling_grid
+from moesr.runtime.jobs import Job, Settings
 from moesr.runtime.manifest import Manifest
+from moesr.runtime.passes import prompt_gains
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,15 @@ class Admission:
         self.warm = False  # whether the graphs have taken their working memory
         self._reservations: list[Reservation] = []
 
-    def reserve(self, height: int, width: int) -> Reservation | None:
+    def reserve(self, height: int, width: int, settings: Settings | None = None) -> Reservation | None:
         """Room for an image of `height` x `width` LR pixels; None where it has to wait for those in flight.
 
-        Raises MemoryLimitError where it would not fit with nothing else in flight.
+        `settings` say whether features are reused. Raises MemoryLimitError where the image would not fit with
+        nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
-        counts = tuple(image_bytes(self._manifest, height, width, place) for place in self._places)
+        main, *beside = (image_bytes(self._manifest, height, width, place) for place in self._places)
+        counts = main + feature_bytes(self._manifest, height, width, settings), *beside
         waits = False
         for at, place in enumerate(self._places):
             need, free = counts[at] + self._engine_bytes(place), self._free_bytes(place)
@@ -139,11 +142,23 @@ def image_bytes(manifest: Manifest, height: int, width: int, place: Place = HOST
     return place.pixel_bytes * math.prod(frame_of(manifest, height, width).canvas)
 
 
+def feature_bytes(manifest: Manifest, height: int, width: int, settings: Settings | None) -> int:
+    """The deep features that are kept of every tile, once a prompt, where steps reuse them."""
+    deep = manifest.deep if settings and settings.reuse > 1 else None
+    if not (deep and settings):
+        return 0
+    latent = frame_of(manifest, height, width).latent(manifest.latent_factor)
+    tiles = len(sampling_grid(manifest, *latent)) * len(prompt_gains(settings.guidance))
+    return 4 * tiles * math.prod(deep.shape(1))
+
+
 def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:
     """Weights of a graph as a session holds them: in float32, unless the graph computes in less."""
     graph = manifest.graphs[role]
     arrangement = graph.arrangement(target)
     size = sum((directory / file.file).stat().st_size for file in arrangement.files)
+    others = (g for g in manifest.graphs.values() if {*g.arrangement(target).data} & {*arrangement.data})
+    size = int(size * graph.params / max((g.params for g in others), default=graph.params))
     return max(size, 4 * graph.params) if arrangement.precision in ("fp32", "bf16") else size
 
 

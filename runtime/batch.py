@@ -72,6 +72,8 @@ def describe(manifest: Manifest, options: Mapping[str, Any]) -> Record:
     settings = {k: defaults.get(k) if value is None else value for k, value in options.items()}
     if settings.get("guidance") == 1.0:  # none, as in records of engines that know no prompts
         del settings["guidance"]
+    if settings.get("reuse") in (None, 1):  # none, as in records of versions that knew no reuse
+        settings.pop("reuse", None)
     engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
     return Record(manifest.scale, engine, settings)
 

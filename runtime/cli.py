@@ -17,7 +17,7 @@ from typing import Any
 
 from moesr.runtime import console
 
-OPTIONS = ("steps", "sampler", "seed", "color_fix", "fidelity", "guidance")
+OPTIONS = ("steps", "sampler", "seed", "color_fix", "fidelity", "guidance", "reuse")
 """That say how an image is made: those of `Upscaler.map`."""
 
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         options.check_fidelity(args.fidelity)
     if args.guidance is not None:
         options.check_guidance(args.guidance)
+    options.check_reuse(args.reuse)
     options.check_threads(args.threads)
     options.check_device(args.device)
     paths.check_usage(args.inputs, args.output)
@@ -91,6 +92,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="clean severely degraded inputs by this ONNX network of any scale, RGB in 0..1; the engine sees "
         "its result, halved, and results are as large as without",
+    )
+    p.add_argument(
+        "--reuse",
+        type=int,
+        default=1,
+        metavar="N",
+        help="compute the deep levels of an expert at one step in N and reuse their features in between: "
+        "faster, less exact; needs an engine of moesr-export --reuse (default: %(default)s, at every step)",
     )
     p.add_argument("--force", action="store_true", help="overwrite results that exist")
     add_engine_options(p)

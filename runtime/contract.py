@@ -4,13 +4,15 @@
 role     inputs                                                                   output
 =======  =======================================================================  ============================
 expert   `z_t` [B, C, h, w], `cond` [B, 3 or C, h, w], `t` [B], `prompt` [B]      `eps`, `x0` or `v`, as `z_t`
+shallow  as the expert, and its `deep` [B, D, H', W']                             as the expert
 decoder  `z` [B, C, h, w], `lr` [B, 3, H, W], `fidelity` [B] (or [1])             `image` [B, 3, H, W]
 encoder  `image` [B, 3, H, W], `noise` [B, C, h, w]                               `latent` [B, C, h, w]
 =======  =======================================================================  ============================
 
 float32 at the boundary whatever the inside; images in [-1, 1]; h, w the tile in latent pixels, H, W in output
 pixels. A graph may do without any input but the first of its row. `prompt` says by which of two prompts a
-tile is made, 1 being the negative one.
+tile is made, 1 being the negative one. An expert with a shallow graph has a second output, `deep`, of any
+size: what that graph takes in place of the deep levels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from moesr.runtime.graphs import BATCH, Boundary, Graph, TensorSpec
 
 DECODER, ENCODER = "decoder", "encoder"
+DEEP = "deep"
 
 
 def boundary_of(
@@ -50,6 +53,16 @@ def boundary_of(
     return Boundary(tuple(_spec(*item) for item in inputs.items()), (_spec(*output),))
 
 
+def deep_of(graph: Graph) -> TensorSpec | None:
+    """The features that an expert leaves to its shallow graph, where it is made to leave any."""
+    return next((s for s in graph.outputs[1:] if _spec(DEEP, s.dims) == s and _is_feature(s)), None)
+
+
+def _is_feature(spec: TensorSpec) -> bool:
+    sizes = spec.dims[1:]
+    return spec.per_tile and len(sizes) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)
+
+
 def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> list[str]:
     """Where graphs are not what the runtime can drive, in words; both by role."""
     found = []
@@ -57,8 +70,9 @@ def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> 
         full = offered[role]
         inputs = {spec.name: spec for spec in full.inputs}
         known = all(_fits(spec, inputs.get(spec.name)) for spec in graph.inputs)
-        needed = full.inputs[0].name in {spec.name for spec in graph.inputs}
-        if not (known and needed and graph.outputs == full.outputs):
+        needed = {full.inputs[0].name} | ({DEEP} & inputs.keys())
+        taken = {spec.name for spec in graph.inputs}
+        if not (known and needed <= taken and graph.outputs == full.outputs):
             found.append(f"{role} is {graph.boundary}, expected {full}")
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -90,6 +91,9 @@ def _show_engine(manifest: Manifest, where: str) -> None:
     if manifest.guided:
         followed, avoided = map(repr, manifest.prompts)
         _line("prompts", f"{followed}, away from {avoided}, guidance {manifest.guidance:g}")
+    if deep := manifest.deep:
+        size = memory.readable(4 * math.prod(deep.shape(1)))
+        _line("reuse", f"with --reuse N, {size} of features kept of every tile")
     for role, graph in manifest.graphs.items():
         if parity := graph.parity:
             verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"

@@ -145,8 +145,12 @@ class Graph(Arrangement):
 
 @dataclass(frozen=True)
 class Expert:
-    """The timesteps that a graph serves: t_from inclusive, t_to exclusive."""
+    """The timesteps that a graph serves: t_from inclusive, t_to exclusive.
+
+    `shallow` computes the same but for the deep levels, whose features it takes from an earlier step.
+    """
 
     graph: str
     t_from: int
     t_to: int
+    shallow: str | None = None

@@ -14,7 +14,7 @@ from moesr.runtime.errors import NonFiniteError
 from moesr.runtime.framing import coding_grid, sampling_grid
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.passes import Decoding, Encoding, Pass, Sampling, prompt_gains
+from moesr.runtime.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
 from moesr.runtime.samplers import ETA, MULTISTEP
 from moesr.runtime.schedule import step_table
 
@@ -28,6 +28,7 @@ class Settings:
     seed: int
     fidelity: float  # 0 (free) .. 1 (faithful to the LR image)
     guidance: float = 1.0  # by prompts; 1 is none
+    reuse: int = 1  # one step in so many computes every level; 1: all do
 
 
 class Job:
@@ -71,9 +72,11 @@ class Job:
     @property
     def upcoming(self) -> str | None:
         """The graph that the job needs after the present one."""
-        order = list(self.planned)
-        at = order.index(self.current.role) + 1
-        return self.current.upcoming or (order[at] if at < len(order) else None)
+        if self.current.upcoming or self.stage == Decoding.stage:
+            return self.current.upcoming
+        if self.stage == Encoding.stage:
+            return list(self.planned)[1]
+        return DECODER if DECODER in self.planned else None
 
     def begin(self, device: Device) -> None:
         """Take memory for the first pass, if that has not happened yet."""
@@ -111,8 +114,8 @@ class Job:
         sampled = len(sampling_grid(m, *self._size)) * len(prompt_gains(self._settings.guidance))
         if m.condition == "latent":
             plan[ENCODER] = coded
-        for expert in self._table.expert:
-            plan[m.experts[expert].graph] += sampled
+        for role in step_roles(m, self._table, self._settings.reuse):
+            plan[role] += sampled
         if DECODER in m.graphs:
             plan[DECODER] = coded
         return plan
@@ -128,7 +131,8 @@ class Job:
         else:
             assert self._condition is not None
             cond = device.upload(self._condition)
-        sampling = Sampling(m, device, self._table, cond, size, settings.seed, settings.guidance)
+        how = settings.seed, settings.guidance, settings.reuse
+        sampling = Sampling(m, device, self._table, cond, size, *how)
         yield sampling
         result: Canvas = sampling.z
         if DECODER in m.graphs:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from moesr.runtime import manifest_v1, onnx_files
-from moesr.runtime.contract import DECODER, ENCODER, boundary_of, mismatches
+from moesr.runtime.contract import DECODER, DEEP, ENCODER, boundary_of, deep_of, mismatches
 from moesr.runtime.errors import EngineError
 from moesr.runtime.framing import Framing
-from moesr.runtime.graphs import Boundary, Expert, File, Graph
+from moesr.runtime.graphs import Boundary, Expert, File, Graph, TensorSpec
 from moesr.runtime.hashes import sha256_of
 from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.parts import SUFFIX, read_parts
@@ -82,7 +82,20 @@ class Manifest:
         sizes = self.tile, self.latent_channels, self.latent_factor, self.prediction
         latent = self.condition == "latent"
         options = {"with_latent": latent, "with_prompt": self.guided}
-        return {role: boundary_of(role, *sizes, **options) for role in self.graphs}
+        offered = {role: boundary_of(role, *sizes, **options) for role in self.graphs}
+        for expert in self.experts:
+            deep = deep_of(self.graphs[expert.graph]) if expert.shallow else None
+            if expert.shallow and deep:
+                full, shallow = offered[expert.graph], offered[expert.shallow]
+                offered[expert.graph] = replace(full, outputs=(*full.outputs, deep))
+                offered[expert.shallow] = replace(shallow, inputs=(*shallow.inputs, deep))
+        return offered
+
+    @property
+    def deep(self) -> TensorSpec | None:
+        """The features that experts leave to their shallow graphs; None where there are none to reuse."""
+        every = all(expert.shallow for expert in self.experts)
+        return deep_of(self.graphs[self.experts[0].graph]) if every else None
 
     @property
     def guided(self) -> bool:
@@ -92,7 +105,8 @@ class Manifest:
     @property
     def files(self) -> tuple[File, ...]:
         """Every file that the manifest lists."""
-        return tuple(f for g in self.graphs.values() for a in g.arrangements for f in a.files)
+        listed = (f for g in self.graphs.values() for a in g.arrangements for f in a.files)
+        return tuple(dict.fromkeys(listed))
 
     def write(self, directory: Path) -> Path:
         """Write `manifest.json` into an existing directory, checked as on reading, and return its path."""
@@ -168,10 +182,10 @@ def _no_manifest(directory: Path) -> str:
 
 def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) -> None:
     """Compare what is there with what the manifest lists; weights that it does not list are refused."""
+    for file in manifest.files:
+        _check_file(directory / file.file, file.sha256, verify, anew)
     for graph in manifest.graphs.values():
         for arrangement in graph.arrangements:
-            for file in arrangement.files:
-                _check_file(directory / file.file, file.sha256, verify, anew)
             listed = {file.file for file in arrangement.data}
             if verify and (stray := _taken(directory / arrangement.file) - listed):
                 raise EngineError(
@@ -233,12 +247,26 @@ def _check_values(m: Manifest, path: Path) -> None:
 
 def _missing_roles(m: Manifest) -> list[str]:
     """Roles that the model needs and no graph fills, in words."""
-    needed = {e.graph for e in m.experts} | ({ENCODER} if m.condition == "latent" else set())
+    needed = {e.graph for e in m.experts} | {e.shallow for e in m.experts if e.shallow}
+    needed |= {ENCODER} if m.condition == "latent" else set()
     missing = [f"no graph {role!r}" for role in sorted(needed - m.graphs.keys())]
     if DECODER not in m.graphs and (m.latent_channels, m.latent_factor) != (3, 1):
         missing.append("without a decoder, latents must be images: latent_channels 3, latent_factor 1")
     if m.init == "latent" and m.condition != "latent":
         missing.append("init is 'latent', which needs condition 'latent'")
+    return missing or _unshared(m)
+
+
+def _unshared(m: Manifest) -> list[str]:
+    """Where a shallow graph has no features to take, in words."""
+    deep = {e.graph: deep_of(m.graphs[e.graph]) for e in m.experts if e.shallow}
+    missing = [
+        f"{role} has a shallow graph and no output {DEEP!r}" for role, spec in deep.items() if not spec
+    ]
+    if deep and len(deep) < len(m.experts):
+        missing.append("some experts have a shallow graph and some have none")
+    if len(set(deep.values())) > 1:
+        missing.append(f"experts differ in their output {DEEP!r}")
     return missing
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from moesr.runtime.errors import UsageError
 
 MAX_SEED = 2**64 - 1
+MAX_REUSE = 100
 MAX_GUIDANCE = 100.0
 DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
 PRECISIONS = ("graph", "bf16", "auto")
@@ -43,6 +44,11 @@ def check_fidelity(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
         raise UsageError(f"fidelity is {value!r}, expected a number from 0 to 1")
     return float(value)
+
+
+def check_reuse(value: Any) -> int:
+    """Steps from one that computes all of an expert to the next, 1 (all do) to 100."""
+    return whole("reuse", value, 1, MAX_REUSE)
 
 
 def check_guidance(value: Any) -> float:

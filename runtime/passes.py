@@ -18,12 +18,12 @@ from typing import ClassVar
 import numpy as np
 
 from moesr.runtime import noise, samplers, tiles
-from moesr.runtime.contract import DECODER, ENCODER
+from moesr.runtime.contract import DECODER, DEEP, ENCODER
 from moesr.runtime.devices import Canvas, Device, Mean, Slot
 from moesr.runtime.framing import CODING_OVERLAP, Grid, coding_grid, sampling_grid, sampling_window
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import Manifest
-from moesr.runtime.schedule import StepTable
+from moesr.runtime.schedule import StepTable, full_steps
 
 
 class Pass(ABC):
@@ -120,8 +120,9 @@ class Sampling(Pass):
         size: tuple[int, int],
         seed: int,
         guidance: float = 1.0,
+        reuse: int = 1,
     ) -> None:
-        """`cond` covers the latent canvas of `size`."""
+        """`cond` covers the latent canvas of `size`; one step in `reuse` is full."""
         grid, gains = sampling_grid(manifest, *size), prompt_gains(guidance)
         shape = (manifest.latent_channels, *size)
         weights = sampling_window(manifest)
@@ -134,6 +135,9 @@ class Sampling(Pass):
         }
         self._device, self._table, self._seed, self._step = device, table, seed, 0
         self._history = device.canvas(shape) if table.extrapolation.any() else None
+        self._roles = step_roles(manifest, table, reuse)
+        deep = manifest.deep if reuse > 1 else None
+        self._deep = [device.canvas(deep.shape(1)[1:], 0) for _ in self.tiles] if deep else []
         device.gaussian(self.z, seed, noise.INITIAL_NOISE)
         if manifest.init == "latent":
             signal = float(manifest.schedule.alpha_bar[-1])
@@ -141,21 +145,25 @@ class Sampling(Pass):
 
     @property
     def role(self) -> str:
-        """The expert that serves the current step."""
-        return self._manifest.experts[self._table.expert[min(self._step, len(self._table) - 1)]].graph
+        """The expert that serves the current step, or its shallow graph."""
+        return self._roles[min(self._step, len(self._roles) - 1)]
 
     @property
     def upcoming(self) -> str | None:
-        """The expert that follows."""
-        later = self._table.expert[self._step :]
-        others = later[later != later[0]]
-        return self._manifest.experts[others[0]].graph if others.size else None
+        """The graph that follows."""
+        later = self._roles[self._step :]
+        return next((role for role in later if role != later[0]), None)
 
     def slot(self, tile: int) -> Slot:
         """The row for one tile and prompt; all tiles of a prompt come before those of the next."""
         prompt = list(self._shares)[tile * len(self._shares) // len(self.tiles)]
         self._scalars["prompt"] = float(prompt)
-        return replace(super().slot(tile), target=self._shares[prompt])
+        if not self._deep:
+            return replace(super().slot(tile), target=self._shares[prompt])
+        self._sources[DEEP] = self._deep[tile]
+        leaves = any(spec.name == DEEP for spec in self.graph.outputs)
+        keeps = {DEEP: self._deep[tile]} if leaves else {}
+        return replace(super().slot(tile), target=self._shares[prompt], keeps=keeps)
 
     def _end_round(self) -> None:
         """Move the canvas by one step of the sampler."""
@@ -192,6 +200,13 @@ class Decoding(Pass):
     def role(self) -> str:
         """The decoder."""
         return DECODER
+
+
+def step_roles(manifest: Manifest, table: StepTable, reuse: int) -> list[str]:
+    """The graph of every step, one in `reuse` being full; a manifest without shallow graphs takes 1."""
+    experts = [manifest.experts[k] for k in table.expert]
+    full = full_steps(table.expert, reuse)
+    return [e.graph if f else e.shallow or e.graph for e, f in zip(experts, full, strict=True)]
 
 
 def prompt_gains(guidance: float) -> dict[int, float]:

@@ -23,6 +23,11 @@ def check_settings(manifest: Manifest, settings: Settings) -> None:
             f"guidance is {settings.guidance:g}, but {m.name} knows no negative prompt: export the engine "
             "with moesr-export --guidance S, or leave guidance at 1"
         )
+    if settings.reuse > 1 and not m.deep:
+        raise UsageError(
+            f"reuse is {settings.reuse}, but {m.name} has no shallow graphs: export the engine with "
+            "moesr-export --reuse, or leave reuse at 1"
+        )
     decoder = m.graphs.get(DECODER)
     wraps = decoder is not None and any(spec.name == "fidelity" for spec in decoder.inputs)
     if fidelity != m.fidelity and not wraps:

@@ -141,6 +141,20 @@ def step_table(
     return StepTable(*(_read_only(column[::-1].copy()) for column in columns))
 
 
+def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
+    """Which steps compute every level of their expert: bool [S], for the experts of the steps, int64 [S].
+
+    The first of each expert and every `interval`-th after it; the others reuse deep features of the full one
+    before them, which is never another expert's.
+    """
+    full = np.ones(len(experts), bool)
+    since = 0
+    for step in range(1, len(experts)):
+        since = since + 1 if experts[step] == experts[step - 1] else 0
+        full[step] = since % interval == 0
+    return full
+
+
 def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
     """The timesteps nearest to even steps of `lambda = log(a / (1 - a)) / 2`, ascending, none of them twice.
 

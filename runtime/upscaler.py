@@ -36,6 +36,7 @@ from moesr.runtime.options import (
     DEFAULT_SEED,
     check_fidelity,
     check_guidance,
+    check_reuse,
     check_seed,
     whole,
 )
@@ -62,6 +63,8 @@ class Options(TypedDict, total=False):
     `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim", "dpm++2m"), `fidelity`, from 0 (free)
     to 1 (faithful to the LR image), and `guidance`, 0 to 100, where the engine has a negative prompt, default
     to the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none") to "adain".
+    `reuse`, 1 by default: one step in so many computes an expert's deep levels, where the engine was exported
+    for that; the others take their features from it.
     """
 
     steps: int | None
@@ -70,6 +73,7 @@ class Options(TypedDict, total=False):
     color_fix: str | None
     fidelity: float | None
     guidance: float | None
+    reuse: int | None
 
 
 @dataclass(eq=False)
@@ -229,7 +233,7 @@ class Upscaler:
             elif isinstance(image, LoadedImage):
                 ticket.loaded = image
             ticket.planes = split(ticket.loaded.pixels if ticket.loaded else image)
-            ticket.room = self._reserve(*ticket.planes.rgb.shape[:2], wait=wait)
+            ticket.room = self._reserve(*ticket.planes.rgb.shape[:2], settings, wait=wait)
             if ticket.room is None:
                 return None
             ticket.job = ticket.room.job = pipeline.prepare(self.manifest, ticket.planes, settings)
@@ -239,12 +243,12 @@ class Upscaler:
             ticket.error = error
         return ticket
 
-    def _reserve(self, height: int, width: int, *, wait: bool) -> Reservation | None:
+    def _reserve(self, height: int, width: int, settings: Settings, *, wait: bool) -> Reservation | None:
         """Room for an image; None where there is none yet and the caller would not wait."""
         found: list[Reservation] = []
 
         def attempt() -> bool:
-            room = self._admission.reserve(height, width)
+            room = self._admission.reserve(height, width, settings)
             found.extend([room] if room else [])
             return bool(room) or not wait
 
@@ -284,6 +288,7 @@ class Upscaler:
         color_fix: str | None = None,
         fidelity: float | None = None,
         guidance: float | None = None,
+        reuse: int | None = None,
     ) -> tuple[Settings, str]:
         """Fill in the defaults and check everything; UsageError names the option."""
         if not self._release.alive:
@@ -300,6 +305,7 @@ class Upscaler:
             seed=check_seed(DEFAULT_SEED if seed is None else seed),
             fidelity=check_fidelity(manifest.fidelity if fidelity is None else fidelity),
             guidance=check_guidance(manifest.guidance if guidance is None else guidance),
+            reuse=check_reuse(1 if reuse is None else reuse),
         )
         pipeline.check_settings(manifest, settings)
         return settings, color_fix

@@ -13,8 +13,8 @@ from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.graphs import Graph, TensorSpec
 from moesr.runtime.samplers import Coefficients
 
-Function = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-"""What a graph makes of one tile's inputs."""
+Function = Callable[[Mapping[str, np.ndarray]], np.ndarray | tuple[np.ndarray, ...]]
+"""What a graph makes of one tile's inputs: its output, or all of them."""
 
 
 class FakeSession:
@@ -38,10 +38,12 @@ class FakeSession:
         self.compute(batch, self.buffers)
 
     def compute(self, batch: int, buffers: Mapping[str, np.ndarray]) -> None:
-        (output,) = self.boundary.outputs
         for i in range(batch):
             row = {s.name: buffers[s.name][i if s.per_tile else 0] for s in self.boundary.inputs}
-            buffers[output.name][i] = self.function(row)
+            made = self.function(row)
+            made = made if isinstance(made, tuple) else (made,)
+            for spec, value in zip(self.boundary.outputs, made, strict=True):
+                buffers[spec.name][i] = value
 
     def abort(self) -> None:
         pass
@@ -89,8 +91,8 @@ class RecordingDevice:
     def buffer(self, spec: TensorSpec, batch: int) -> Handle:
         return self._handle(f"buffer {spec.name}", lambda: np.full(spec.shape(batch), np.nan, np.float32))
 
-    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
-        return Canvas(self._handle("canvas", lambda: self.host.canvas(shape)))
+    def canvas(self, shape: tuple[int, int, int], factor: int = 1) -> Canvas:
+        return Canvas(self._handle("canvas", lambda: self.host.canvas(shape, factor)), factor)
 
     def mean(
         self,
@@ -127,6 +129,12 @@ class RecordingDevice:
         self.gather(slots, buffers)
         session.enqueue(len(slots))
         self.blend(slots, buffers[session.boundary.outputs[0].name])
+        if any(slot.keeps for slot in slots):
+            kept = list(slots)
+            self._later(
+                f"keep {len(kept)}",
+                lambda: self.host.keep([_real(s) for s in kept], {n: b.made for n, b in buffers.items()}),
+            )
 
     def close(self) -> None:
         pass
@@ -177,4 +185,5 @@ class RecordingSession(FakeSession):
 def _real(slot: Slot) -> Slot:
     """The slot over the host's canvases."""
     sources = {name: canvas.data.made for name, canvas in slot.sources.items()}
-    return Slot(sources, slot.scalars, slot.target.data.made, slot.y, slot.x)
+    keeps = {name: canvas.data.made for name, canvas in slot.keeps.items()}
+    return Slot(sources, slot.scalars, slot.target.data.made, slot.y, slot.x, keeps)

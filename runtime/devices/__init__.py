@@ -10,7 +10,7 @@ that works on its own may fall behind the host that feeds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ class Canvas:
     """An image or latent of any size in a device's memory.
 
     `data` is float32 [C, H, W], or an image's own uint8 or uint16 [H, W, C], which `gather` maps to [-1, 1].
-    `factor` is how many of its pixels stand for one of the latent grid, along one side.
+    `factor` is how many of its pixels stand for one of the latent grid, along one side; 0 is a canvas of one
+    tile, wherever that lies.
     """
 
     data: Any
@@ -48,7 +49,8 @@ class Mean(Canvas):
 class Slot:
     """A row of a tick's table: where one tile's inputs come from, and where its output goes.
 
-    `sources` and `scalars` are by the graph's inputs; (y, x) is the tile's origin on the latent grid.
+    `sources` and `scalars` are by the graph's inputs; (y, x) is the tile's origin on the latent grid. `keeps`
+    are canvases of this tile, by those of the graph's further outputs that are copied to them.
     """
 
     sources: Mapping[str, Canvas]
@@ -56,6 +58,7 @@ class Slot:
     target: Mean
     y: int
     x: int
+    keeps: Mapping[str, Canvas] = field(default_factory=dict)
 
 
 class Device(Protocol):
@@ -80,7 +83,7 @@ class Device(Protocol):
         """Memory for a graph's input or output, `batch` tiles long, to be bound to a session."""
         ...
 
-    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+    def canvas(self, shape: tuple[int, int, int], factor: int = 1) -> Canvas:
         """An empty latent, float32 [C, H, W]."""
         ...
 
@@ -119,7 +122,7 @@ class Device(Protocol):
         ...
 
     def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, Any]) -> None:
-        """Gather, run the graph, blend its first output; the session is bound to these buffers."""
+        """Gather, run the graph, blend its first output, keep others; it is bound to these buffers."""
         ...
 
     def advance(

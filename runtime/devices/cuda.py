@@ -97,9 +97,9 @@ class CudaDevice:
         """See `Device.buffer`."""
         return Buffer(self._filled(spec.shape(batch)), spec, batch, self._driver)
 
-    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+    def canvas(self, shape: tuple[int, int, int], factor: int = 1) -> Canvas:
         """See `Device.canvas`."""
-        return Canvas(self._filled(shape))
+        return Canvas(self._filled(shape), factor)
 
     def mean(
         self,
@@ -165,6 +165,10 @@ class CudaDevice:
             self._replay(session, (len(slots), *before, *after), enqueue)
         else:
             enqueue()
+        for i, slot in enumerate(slots):  # to other places at every tick, so in no graph
+            for name, canvas in slot.keeps.items():
+                size = canvas.data.nbytes
+                self._driver.copy(canvas.data.address, buffers[name].address + i * size, size)
 
     def advance(
         self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None

@@ -37,9 +37,9 @@ class HostDevice:
         """See `Device.buffer`."""
         return np.zeros(spec.shape(batch), spec.dtype)
 
-    def canvas(self, shape: tuple[int, int, int]) -> Canvas:
+    def canvas(self, shape: tuple[int, int, int], factor: int = 1) -> Canvas:
         """See `Device.canvas`."""
-        return Canvas(np.zeros(shape, np.float32))
+        return Canvas(np.zeros(shape, np.float32), factor)
 
     def mean(
         self,
@@ -93,6 +93,13 @@ class HostDevice:
         self.gather(slots, buffers)
         session.enqueue(len(slots))
         self.blend(slots, buffers[session.boundary.outputs[0].name])
+        self.keep(slots, buffers)
+
+    def keep(self, slots: Sequence[Slot], buffers: Mapping[str, np.ndarray]) -> None:
+        """Copy outputs to the canvases that the slots name."""
+        for i, slot in enumerate(slots):
+            for name, canvas in slot.keeps.items():
+                canvas.data[...] = buffers[name][i]
 
     def advance(
         self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None

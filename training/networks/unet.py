@@ -6,7 +6,7 @@ Module and parameter names are those of the published checkpoints: these load by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -187,14 +187,36 @@ class UNet(HalfUNet[Sizes]):
 
     def run(self, x: Tensor, given: Conditions) -> Tensor:
         """[B, in_channels, h, w] -> [B, out_channels, h, w]; h, w multiples of `config.factor`."""
-        h, skips = x, []
-        for block in self.input_blocks:
+        h, skips = self._descend(x, given, self.input_blocks)
+        return self.out(self._ascend(self.middle_block(h, given), skips, given, self.output_blocks))
+
+    def deep(self, x: Tensor, given: Conditions, blocks: int) -> Tensor:
+        """The features that the last `blocks` output blocks of `run` start from."""
+        h, skips = self._descend(x, given, self.input_blocks)
+        return self._ascend(self.middle_block(h, given), skips, given, self.output_blocks[:-blocks])
+
+    def run_shallow(self, x: Tensor, given: Conditions, blocks: int, deep: Tensor) -> Tensor:
+        """`run` by the last `blocks` output blocks, and the input blocks that they see, from `deep` on."""
+        _, skips = self._descend(x, given, self.input_blocks[:blocks])
+        return self.out(self._ascend(deep, skips, given, self.output_blocks[-blocks:]))
+
+    def _descend(
+        self, h: Tensor, given: Conditions, blocks: Iterable[nn.Module]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The features after input blocks, and after each of them."""
+        skips = []
+        for block in blocks:
             h = block(h, given)
             skips.append(h)
-        h = self.middle_block(h, given)
-        for block in self.output_blocks:
+        return h, skips
+
+    def _ascend(
+        self, h: Tensor, skips: list[Tensor], given: Conditions, blocks: Iterable[nn.Module]
+    ) -> Tensor:
+        """The features after output blocks, which take the latest of `skips` away."""
+        for block in blocks:
             h = block(torch.cat((h, skips.pop()), dim=1), given)
-        return self.out(h)
+        return h
 
 
 class DenoisingUNet(UNet["UNetConfig"]):

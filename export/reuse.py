@@ -1,0 +1,146 @@
+"""Experts that leave deep features behind, and shallow graphs that take them, over one file of weights.
+
+Between neighbouring steps the deep levels of a UNet change little (DeepCache: Ma et al., CVPR 2024). The full
+graph gives, beside its prediction, the features that its last output blocks start from; the shallow graph has
+these blocks alone. Both are proved like any graph. Then their weights move to a file that they share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from moesr.export import parity
+from moesr.export.expert import shallow_parts
+from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES, refer
+from moesr.runtime.contract import DEEP
+from moesr.runtime.errors import UsageError
+from moesr.runtime.graphs import Arrangement, File, Graph
+from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.networks import DenoisingUNet
+from moesr.training.networks.unet import Conditions
+
+FIRST_LEVEL = 0
+"""Stands for the output blocks of the first level, those of the latent's own resolution."""
+
+
+class ShallowExpert(nn.Module):
+    """What a shallow graph computes."""
+
+    def __init__(self, unet: DenoisingUNet, blocks: int) -> None:
+        super().__init__()
+        self.unet, self.blocks = unet, blocks
+
+    def forward(self, z_t: Tensor, cond: Tensor, t: Tensor, deep: Tensor) -> Tensor:
+        """The expert's inputs, and features `deep` of the same or an earlier step -> eps."""
+        x, given = torch.cat((z_t, cond), dim=1), Conditions(self.unet.embed(t))
+        return self.unet.run_shallow(x, given, self.blocks, deep)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the parts that it runs."""
+        parts = [self.unet.time_embed, *shallow_parts(self.unet, self.blocks)]
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+
+class DeepFeatures(nn.Module):
+    """What the second output of a full graph is."""
+
+    def __init__(self, unet: DenoisingUNet, blocks: int) -> None:
+        super().__init__()
+        self.unet, self.blocks = unet, blocks
+
+    def forward(self, z_t: Tensor, cond: Tensor, t: Tensor) -> Tensor:
+        """The expert's inputs -> features."""
+        x, given = torch.cat((z_t, cond), dim=1), Conditions(self.unet.embed(t))
+        return self.unet.deep(x, given, self.blocks)
+
+
+def output_blocks(model: ModelConfig, asked: int) -> int:
+    """How many output blocks shallow graphs compute: as `asked`, or those of the first level.
+
+    UsageError, naming the range, where the model's UNet has no such shallow part.
+    """
+    config = model.unet
+    if config is None or isinstance(model, StableSRConfig):
+        raise UsageError(f"--reuse: shallow graphs are not made of {model.name}; export it without")
+    most = len(config.channel_mult) * (config.res_blocks + 1) - 1
+    if not FIRST_LEVEL <= asked <= most:
+        raise UsageError(
+            f"--reuse {asked}: expected 1 to {most} of the network's {most + 1} output blocks, or no number "
+            f"for the {config.res_blocks + 1} of its first level"
+        )
+    return asked or config.res_blocks + 1
+
+
+def shared(
+    directory: Path, graphs: Mapping[str, Graph], full: str, shallow: str, params: int
+) -> dict[str, Graph]:
+    """Move the weights of two graphs, by arrangement, to files that they share; returns their new entries.
+
+    `full` and `shallow` are roles, `params` the shallow one's own. Arrangements that only one of them has
+    keep their weights.
+    """
+    pair = graphs[full], replace(graphs[shallow], params=params)
+    targets = sorted(pair[0].variants.keys() & pair[1].variants.keys())
+    own = _share(directory, full, *pair)
+    variants = {t: _share(directory, f"{full}.{t}", *(graph.variants[t] for graph in pair)) for t in targets}
+    found = {}
+    for index, (role, graph) in enumerate(zip((full, shallow), pair, strict=True)):
+        moved = graph.variants | {target: variants[target][index] for target in targets}
+        found[role] = replace(graph, sha256=own[index].sha256, data=own[index].data, variants=moved)
+    return found
+
+
+def _share(directory: Path, name: str, *arrangements: Arrangement) -> list[Arrangement]:
+    """Move the weights of graph files to one file, equal ones once."""
+    models = [onnx.load(directory / a.file) for a in arrangements]  # weights from elsewhere included
+    apart = {file.file for a in arrangements for file in a.data}
+    data, places = bytearray(), dict[bytes, tuple[int, int]]()
+    path = directory / f"{name}.weights"
+    for tensor in (tensor for model in models for tensor in model.graph.initializer):
+        raw = tensor.raw_data
+        if len(raw) < SMALL_BYTES:
+            continue
+        key = hashlib.sha256(raw).digest()
+        if key not in places:
+            places[key] = len(data), len(raw)
+            data += raw + bytes(-len(raw) % ALIGNMENT)
+        refer(tensor, path.name, *places[key])
+    path.write_bytes(data)
+    listed, entries = File(path.name, hashlib.sha256(data).hexdigest()), []
+    for arrangement, model in zip(arrangements, models, strict=True):
+        # what is compiled from a graph is known by the hash of its file, which so is one of the weights too
+        del model.metadata_props[:]
+        model.metadata_props.add(key=listed.file, value=listed.sha256)
+        content = model.SerializeToString(deterministic=True)
+        (directory / arrangement.file).write_bytes(content)
+        entries.append(replace(arrangement, sha256=hashlib.sha256(content).hexdigest(), data=(listed,)))
+    for file in apart:
+        (directory / file).unlink()
+    return entries
+
+
+def recorded(unet: DenoisingUNet, inputs: Sequence[parity.Inputs], blocks: int) -> list[parity.Inputs]:
+    """What a shallow graph is calibrated on: an expert's recorded steps, with the features of the one before.
+
+    The first step of an image, which has the highest t, has its own.
+    """
+    found, before = [], None
+    for given in inputs:
+        whole = shallow_inputs(unet, given, blocks)
+        same_image = before is not None and given["t"][0] < before["t"][0]
+        found.append(whole | ({DEEP: before[DEEP]} if before is not None and same_image else {}))
+        before = whole
+    return found
+
+
+def shallow_inputs(unet: DenoisingUNet, inputs: parity.Inputs, blocks: int) -> parity.Inputs:
+    """An expert's inputs with the features that it makes of them."""
+    return inputs | {DEEP: parity.network_output(DeepFeatures(unet, blocks), inputs)}
