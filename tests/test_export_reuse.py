@@ -17,6 +17,7 @@ from graphs import TINY, expert_inputs, random_expert, run, write_checkpoint
 from moesr.export.expert import expert_graph, shallow_graph, shallow_parts
 from moesr.export.package import export_engine
 from moesr.export.reuse import ShallowExpert, output_blocks, shallow_inputs
+from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES
 from moesr.runtime import Upscaler
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.manifest import Manifest
@@ -80,9 +81,9 @@ def test_weights_are_stored_once(engine: Path):
     for role in ROLES:
         weights = (engine / f"{role}.weights").stat().st_size
         models = [onnx.load(engine / f"{r}.onnx") for r in (role, role.replace("expert", "shallow"))]
-        sizes = [sum(len(t.raw_data) for t in model.graph.initializer) for model in models]
-        assert max(sizes) <= weights + 60_000  # small constants stay inside
-        assert weights < 0.9 * sum(sizes)
+        large = [{t.raw_data for t in m.graph.initializer if len(t.raw_data) >= SMALL_BYTES} for m in models]
+        assert weights == sum(-(-len(raw) // ALIGNMENT) * ALIGNMENT for raw in large[0] | large[1])
+        assert len(large[0] & large[1]) > len(large[1]) / 2
         content = (engine / f"{role}.weights").read_bytes()
         for model in models:  # so that a graph's hash is that of its weights, too
             told = {p.key: p.value for p in model.metadata_props}
