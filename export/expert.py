@@ -75,7 +75,7 @@ def _deep_size(network: DenoisingUNet, latent_px: int, blocks: int) -> tuple[int
     skip = network.skip_channels[blocks - 1]
     halvings = sum(isinstance(m, Downsample) for b in network.input_blocks[:blocks] for m in b.children())
     side = latent_px >> halvings
-    return block.in_layers[2].in_channels - skip, side, side
+    return block.in_channels - skip, side, side
 
 
 def _expert_inputs(g: GraphBuilder, network: DenoisingUNet, latent_px: int) -> tuple[Value, Value]:

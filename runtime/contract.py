@@ -58,6 +58,12 @@ def deep_of(graph: Graph) -> TensorSpec | None:
     return next((s for s in graph.outputs[1:] if _spec(DEEP, s.dims) == s and _is_feature(s)), None)
 
 
+def deep_size(deep: TensorSpec) -> tuple[int, int, int]:
+    """Channels and sides of the features of one tile."""
+    _, channels, height, width = deep.shape(1)
+    return channels, height, width
+
+
 def _is_feature(spec: TensorSpec) -> bool:
     sizes = spec.dims[1:]
     return spec.per_tile and len(sizes) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from moesr.runtime import noise, samplers, tiles
-from moesr.runtime.contract import DECODER, DEEP, ENCODER
+from moesr.runtime.contract import DECODER, DEEP, ENCODER, deep_size
 from moesr.runtime.devices import Canvas, Device, Mean, Slot
 from moesr.runtime.framing import CODING_OVERLAP, Grid, coding_grid, sampling_grid, sampling_window
 from moesr.runtime.graphs import Graph
@@ -137,7 +137,7 @@ class Sampling(Pass):
         self._history = device.canvas(shape) if table.extrapolation.any() else None
         self._roles = step_roles(manifest, table, reuse)
         deep = manifest.deep if reuse > 1 else None
-        self._deep = [device.canvas(deep.shape(1)[1:], 0) for _ in self.tiles] if deep else []
+        self._deep = [device.canvas(deep_size(deep), 0) for _ in self.tiles] if deep else []
         device.gaussian(self.z, seed, noise.INITIAL_NOISE)
         if manifest.init == "latent":
             signal = float(manifest.schedule.alpha_bar[-1])

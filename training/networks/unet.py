@@ -51,6 +51,7 @@ class ResBlock(ConditionedLayer):
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.in_layers = NormSiLU(
             nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
