@@ -233,7 +233,7 @@ class Upscaler:
             elif isinstance(image, LoadedImage):
                 ticket.loaded = image
             ticket.planes = split(ticket.loaded.pixels if ticket.loaded else image)
-            ticket.room = self._reserve(*ticket.planes.rgb.shape[:2], settings, wait=wait)
+            ticket.room = self._reserve(ticket.planes, settings, wait=wait)
             if ticket.room is None:
                 return None
             ticket.job = ticket.room.job = pipeline.prepare(self.manifest, ticket.planes, settings)
@@ -243,9 +243,10 @@ class Upscaler:
             ticket.error = error
         return ticket
 
-    def _reserve(self, height: int, width: int, settings: Settings, *, wait: bool) -> Reservation | None:
+    def _reserve(self, planes: Planes, settings: Settings, *, wait: bool) -> Reservation | None:
         """Room for an image; None where there is none yet and the caller would not wait."""
         found: list[Reservation] = []
+        height, width = planes.rgb.shape[:2]
 
         def attempt() -> bool:
             room = self._admission.reserve(height, width, settings)
