@@ -68,17 +68,17 @@ class Section:
 
 SECTIONS = {
     "machine": Section("gpu", "describe", 30),
-    "limits": Section("gpu_networks", "measure_limits", 40),
-    "preparation": Section("gpu_runtime", "prepare", 150),
-    "device": Section("gpu_device", "measure_device", 40),
+    "limits": Section("gpu_networks", "measure_limits", 30),
+    "preparation": Section("gpu_runtime", "prepare", 120),
+    "device": Section("gpu_device", "measure_device", 30),
+    "kernels": Section("gpu_kernels", "measure_kernels", 80),
     "tensorrt": Section(
-        "gpu_runtime", "measure_library", 200, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
+        "gpu_runtime", "measure_library", 180, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
     ),
-    "onnxruntime": Section("gpu_runtime", "measure_library", 100, ("onnxruntime", ("onnxruntime",))),
-    "runtime over pytorch": Section("gpu_runtime", "measure_pytorch", 80),
-    "pytorch": Section("gpu_networks", "measure_eager", 70),
-    "pytorch with kernels": Section("gpu_networks", "measure_kernels_inside", 70),
-    "kernels": Section("gpu_kernels", "measure_kernels", 110),
+    "onnxruntime": Section("gpu_runtime", "measure_library", 90, ("onnxruntime", ("onnxruntime",))),
+    "runtime over pytorch": Section("gpu_runtime", "measure_pytorch", 70),
+    "pytorch": Section("gpu_networks", "measure_eager", 55),
+    "pytorch with kernels": Section("gpu_networks", "measure_kernels_inside", 50),
     "torch.compile": Section("gpu_networks", "measure_compiled", 150),
 }
 """In order: what others need comes first, what may take any time last."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet
+from moesr.training.networks import Autoencoder, DenoisingUNet, operators
 from moesr.training.networks.refinement import AFFFilter
 
 EXPERTS = ((0, 250), (250, 500), (500, 750), (750, 1000))
@@ -96,8 +95,10 @@ def macs_of(setup: Setup) -> dict[str, int]:
 
 
 def half(setup: Setup, device: str) -> tuple[DenoisingUNet, Autoencoder]:
-    """The networks on a device, weights in half precision but for the codebook and the frequency filter's."""
-    made = tuple(network.to(device, PRECISION) for network in networks(setup))
+    """The networks on a device, channels last, in half precision but for codebook and frequency filters."""
+    torch.backends.cudnn.benchmark = True
+    lower = (network.to(device, PRECISION) for network in networks(setup))
+    made = tuple(network.to(memory_format=torch.channels_last) for network in lower)
     for module in made[1].modules():
         if isinstance(module, (nn.Embedding, AFFFilter)):
             module.float()
@@ -120,21 +121,9 @@ def calls(setup: Setup, device: str) -> dict[str, Call]:
     return {"expert_0": wrap(expert), "decoder": wrap(lambda z, lr, fidelity=1.0: decoder.decode(z, lr))}
 
 
-def layers_with_kernels() -> Any:
-    """The module whose `has_kernels` decides where networks take our kernels; None where they never do."""
-    try:
-        return importlib.import_module("moesr.training.networks.operators")
-    except ImportError:
-        return None
-
-
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Networks as plain PyTorch, where their layers would otherwise take our kernels."""
-    operators = layers_with_kernels()
-    if operators is None:
-        yield
-        return
     known = operators.has_kernels
     operators.has_kernels = lambda x: False
     try:
@@ -260,8 +249,6 @@ def plain(setup: Setup, report: Report, device: str) -> None:
 def measure_kernels_inside(setup: Setup, report: Report) -> None:
     """PyTorch in float16 with our kernels in the networks, as CUDA graphs."""
     device = device_of()
-    if layers_with_kernels() is None:
-        raise Absent("the networks do not take kernels in PyTorch")
     measure(setup, report, "PyTorch fp16 with our kernels", calls(setup, device), device)
 
 

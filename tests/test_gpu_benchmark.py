@@ -27,6 +27,7 @@ from gpu_setup import Report, Setup
 from moesr.kernels.registry import OPS
 from moesr.runtime import backends, cuda_driver
 from moesr.runtime.errors import EngineError
+from moesr.training.networks import operators
 
 FACTS = {"gpu": "NVIDIA Test 1", "capability": "9.0", "cuda": "13.0", "memory_gb": 80.0}
 
@@ -172,11 +173,30 @@ def test_networks_in_half_precision(heard: Heard, monkeypatch: pytest.MonkeyPatc
     assert held(heard) and min(check["error"] for check in heard.found["checks"]) > 1e-4
 
 
-def test_networks_with_kernels(heard: Heard):
+@pytest.fixture
+def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks take the operators of kernels, which compute their references here."""
+    from moesr.kernels import dispatch
+
+    monkeypatch.setattr(operators, "has_kernels", lambda x: True)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda x: False)
+
+
+def test_networks_with_kernels(heard: Heard, kernels_by_reference: None):
     gpu.run_section("pytorch with kernels", heard.setup, heard.say)
-    if not heard.found["absent"]:
-        assert held(heard) and heard.whats("PyTorch fp16 with our kernels")
-    assert not heard.found["failed"]
+    assert held(heard) and heard.whats("PyTorch fp16 with our kernels") and not heard.found["failed"]
+
+
+def test_kernels_take_what_is_left_in_float32(
+    heard: Heard, kernels_by_reference: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_networks, "PRECISION", torch.float16)
+    made, given = gpu_networks.calls(heard.setup, "cpu"), gpu_networks.tensors(heard.setup, "cpu")
+    gpu_networks.check(heard.report, "half", {r: made[r](*given[r]) for r in gpu_networks.ROLES}, heard.setup)
+    assert held(heard)
+    with gpu_networks.without_kernels():
+        assert not operators.has_kernels(given["decoder"][0])
+    assert operators.has_kernels(given["decoder"][0])
 
 
 def test_compiled_networks(heard: Heard, monkeypatch: pytest.MonkeyPatch):
