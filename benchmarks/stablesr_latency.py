@@ -117,11 +117,8 @@ def measure(manifest: Manifest, place: Path, args: argparse.Namespace) -> dict[s
     """Time every graph; returns JSON values."""
     print(machine_line(), file=sys.stderr)
     load = load_average()  # before this program adds to it
-    with tqdm(total=len(ROLES) * (args.repeats + 2), unit="turn", file=sys.stderr, disable=None) as bar:
-        timed = [time_both(what, manifest.graphs[role], place, args, bar) for what, role in ROLES.items()]
-    image = [
-        sum((STEPS if t.what == "step" else 1) * getattr(t.seconds, kind) for t in timed) for kind in KINDS
-    ]
+    with tqdm(total=len(args.graphs) * (args.repeats + 2), unit="turn", file=sys.stderr, disable=None) as bar:
+        timed = [time_both(what, manifest.graphs[ROLES[what]], place, args, bar) for what in args.graphs]
     graphs = [{"what": t.what, "macs": t.macs, "rows": [asdict(row) for row in t.rows]} for t in timed]
     return {
         "machine": machine(),
@@ -129,11 +126,18 @@ def measure(manifest: Manifest, place: Path, args: argparse.Namespace) -> dict[s
         "load_average": load,
         "settings": {k: getattr(args, k) for k in ("tile", "threads", "repeats")},
         "graphs": graphs,
-        "image": asdict(Row(f"image ({STEPS} steps), as a sum", "s", *image)),
+        "image": asdict(image_row(timed)) if {t.what for t in timed} == ROLES.keys() else None,
         "params": sum(graph.params for graph in manifest.graphs.values()),
         "stored": manifest.graphs["expert_0"].stored or manifest.graphs["expert_0"].precision,
         "parity": {role: asdict(g.parity) for role, g in manifest.graphs.items() if g.parity},
     }
+
+
+def image_row(timed: Sequence[Timed]) -> Row:
+    """An image of one tile, as a sum of its parts."""
+    runs = {t.what: STEPS if t.what == "step" else 1 for t in timed}
+    seconds = [sum(runs[t.what] * getattr(t.seconds, kind) for t in timed) for kind in KINDS]
+    return Row(f"image ({STEPS} steps), as a sum", "s", *seconds)
 
 
 def time_both(what: str, graph: Graph, place: Path, args: argparse.Namespace, bar: tqdm) -> Timed:
@@ -252,7 +256,7 @@ def markdown(result: dict[str, Any]) -> str:
         for r in graph["rows"]:
             rate = f"{graph['macs'] / r['engine'] / GIGA:.0f}" if r["what"] == graph["what"] else ""
             lines.append(_cells(r, rate))
-    lines.append(_cells(result["image"], ""))
+    lines += [_cells(result["image"], "")] if result["image"] else []
     for name, proof in result["parity"].items():
         lines += ["", f"Parity of {name}: relative L2 error {proof['relative_l2']:.1e} against the network."]
     return "\n".join(lines)
@@ -268,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--work", type=Path, metavar="DIR", help="where checkpoint and engine are kept, 10 GB (default: not)")
+    add("--graphs", nargs="+", choices=tuple(ROLES), default=tuple(ROLES), help="(default: all)")
     add("--prepare", action="store_true", help="make these and measure nothing")
     add("--tile", type=int, default=512, metavar="PX", help="side of the tile (default: 512)")
     add("--threads", type=int, default=usable_cores(), help="threads of both (default: all cores)")
