@@ -98,7 +98,7 @@ def half(setup: Setup, device: str) -> tuple[DenoisingUNet, Autoencoder]:
     """The networks on a device, channels last, in half precision but for codebook and frequency filters."""
     torch.backends.cudnn.benchmark = True
     lower = (network.to(device, PRECISION) for network in networks(setup))
-    made = tuple(network.to(memory_format=torch.channels_last) for network in lower)
+    made = tuple(network.to(memory_format=torch.channels_last) for network in lower)  # type: ignore[call-overload]
     for module in made[1].modules():
         if isinstance(module, (nn.Embedding, AFFFilter)):
             module.float()

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,11 @@ class Built:
     seconds: float
 
 
+def say(plan: Built) -> None:
+    """Tell whoever waits."""
+    print(f"{plan.name}: {plan.plan_bytes / 1e6:.1f} MB in {plan.seconds:.1f} s", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, print, and write the page: 0 done, otherwise the exit code of the error."""
     args = parser().parse_args(argv)
@@ -76,8 +81,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def page(setup: Setup, library: Library, capability: int, max_batch: int, scratch: Path) -> str:
-    """All of it."""
+def page(
+    setup: Setup,
+    library: Library,
+    capability: int,
+    max_batch: int,
+    scratch: Path,
+    on_built: Callable[[Built], object] = say,
+) -> str:
+    """All of it; `on_built` hears of every plan."""
     expert, decoder = gpu_networks.networks(setup)
     side, choices = setup.tile // 4, lowering("gpu", "fp16")
     paths = [scratch / "expert.onnx", scratch / "decoder.onnx"]
@@ -87,10 +99,12 @@ def page(setup: Setup, library: Library, capability: int, max_batch: int, scratc
     parts = cutting.cut(built)
     main_file, *_ = write_parts(scratch, "decoder", built, parts)
     listed = read_parts(scratch / main_file.file)
-    wholes = [build(library, path, capability, max_batch) for path in paths]
-    pieces = [
-        build(library, scratch / step.plan.file, capability, max_batch) for step in listed.steps if step.plan
-    ]
+    paths += [scratch / step.plan.file for step in listed.steps if step.plan]
+    plans = []
+    for path in paths:
+        plans.append(build(library, path, capability, max_batch))
+        on_built(plans[-1])
+    pieces = plans[2:]
     calls = [part for part in parts if isinstance(part, KernelCall)]
     sizes = {name: listed.nbytes(name, max_batch) for name in listed.lives()}
     _, total = layout(sizes, listed.lives())
@@ -99,7 +113,7 @@ def page(setup: Setup, library: Library, capability: int, max_batch: int, scratc
         f"`python benchmarks/plans.py`: {library}, compute capability {as_text(capability)}, half "
         f"precision, tiles of {setup.tile} px, up to {max_batch} a run; UNet width {setup.width}, decoder "
         f"channels {setup.channels}; {machine_line()}\n",
-        *table([*wholes, sum_of(pieces)]),
+        *table([*plans[:2], sum_of(pieces)]),
         f"Between the {len(listed.steps)} steps of the decoder in parts ({len(pieces)} plans, {len(calls)} "
         f"kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all share "
         f"{total / 1e6:.0f} MB; {sum(name.endswith(NHWC) for name in sizes)} of them lie channels last.\n",
@@ -113,7 +127,6 @@ def build(library: Library, path: Path, capability: int, max_batch: int) -> Buil
     start = time.perf_counter()
     plan = build_plan(library, path, capability, max_batch)
     taken = time.perf_counter() - start
-    print(f"{path.name}: {len(plan) / 1e6:.1f} MB in {taken:.1f} s", file=sys.stderr, flush=True)
     return Built(path.stem, path.stat().st_size, len(plan), taken)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import plans
 import pytest
+from gpu_setup import Setup
 
 from moesr.runtime.errors import EngineError
-from moesr.runtime.tensorrt_library import Library
+from moesr.runtime.tensorrt_library import Library, load
 
 
 @pytest.fixture
@@ -46,3 +47,20 @@ def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(plans, "load", missing)
     assert plans.main(["-o", str(tmp_path / "plans.md")]) == EngineError.exit_code
     assert "plans: tensorrt_rtx does not load" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_full_width_plans_build(tmp_path: Path, record_property):
+    """An expert, the decoder and all of its parts at the published sizes and 512 px, untrained."""
+    try:
+        library = load("tensorrt_rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+    built: list[plans.Built] = []
+    text = plans.page(Setup(), library, 89, 1, tmp_path, on_built=built.append)
+    for plan in built:
+        record_property(plan.name, f"{plan.plan_bytes} bytes in {plan.seconds:.1f} s")
+    expert, decoder, *parts = built
+    assert expert.plan_bytes > 2e8 and decoder.plan_bytes > 1e8 and len(parts) > 10
+    assert sum(part.plan_bytes for part in parts) > 1e8
+    assert "| 128 -> 128, 512x512 | 1 |" in text

@@ -372,25 +372,6 @@ def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
                 tensorrt.probe()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("role", ["expert", "decoder"])
-def test_full_width_plans_build(rtx, tmp_path, role, record_property):
-    """The published sizes at 512 px, with untrained weights."""
-    from moesr.training.config import AutoencoderConfig, UNetConfig
-    from moesr.training.networks import Autoencoder, DenoisingUNet
-
-    choices = lowering("gpu", "fp16")
-    if role == "expert":
-        built = expert_graph(DenoisingUNet(UNetConfig()).eval(), 128, choices)
-    else:
-        built = decoder_graph(Autoencoder(AutoencoderConfig()).eval(), 128, choices)
-    path = tmp_path / f"{role}.onnx"
-    path.write_bytes(built.to_bytes())
-    plan = build_plan(rtx, path, 89, 1)
-    record_property("plan_bytes", len(plan))
-    assert len(plan) > 1e8
-
-
 def test_formats_of_values_follow_their_names(rtx, tmp_path, monkeypatch):
     """Channels last where a name says so; the library takes that for half precision."""
     from onnx import TensorProto, helper
