@@ -108,6 +108,21 @@ def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypat
         np.testing.assert_array_equal(up(IMAGE, steps=2), want)
 
 
+def test_a_wide_graph_takes_less_over_its_weights(tmp_path, monkeypatch):
+    """Its image fits where that of a narrow one of the same size would be refused."""
+    directory = build_engine(tmp_path / "engine", experts=1)
+    manifest = Manifest.read(directory)
+    need = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(admission, "WIDE_BYTES", limit)
+        made = Admission(manifest, directory, "cpu", 1, frozenset)
+        made.keep_all = False
+        need.append(made._engine_bytes(admission.HOST) - made._work)
+    sizes = sorted(made._weights.values())
+    narrow, wide = ((p.held * sizes[0] + p.opening * sizes[1]) for p in (admission.HOST, admission.WIDE))
+    assert need == [int(narrow), int(wide)]
+
+
 def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
     directory = build_engine(tmp_path / "engine")
     manifest = Manifest.read(directory)
