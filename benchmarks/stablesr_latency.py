@@ -4,7 +4,8 @@ Networks of the published shapes with random weights are exported, which proves 
 networks before anything is timed; with --work, checkpoint and engine are kept and found again. A graph at a
 time, the engine and eager PyTorch then take turns on one tile, each in a process of its own. Loading is from
 the engine's files (not hashed anew) and from the checkpoint's, whose weights are in half precision; peak
-memory is that of a process with one graph or network. The text was encoded once, when the engine was made.
+memory is that of a process with one graph or network. The text was encoded once, when the engine was made. A
+graph has fewer multiply-accumulates than its network where convolutions are by Winograd.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"medians of {s['repeats']} in turns"
         + (f", load average {load:.1f} at the start." if load is not None else "."),
         "",
-        "| | engine | eager PyTorch | ratio | engine, GMAC/s |",
+        "| | engine | eager PyTorch | ratio | GMAC/s of the graph |",
         "| --- | --- | --- | --- | --- |",
     ]
     for graph in result["graphs"]:
