@@ -132,10 +132,10 @@ def record(
                 inputs.setdefault(role, []).append(given)
                 out = network(*(torch.from_numpy(value) for value in given.values())).numpy()[0]
                 _advance(latents[i], out, table, step, seed=i)
-    inputs[DECODER] = [
-        {"z": z[None], "lr": lr, "fidelity": np.ones(1, np.float32)}
-        for z, (_, lr) in zip(latents, pairs, strict=True)
-    ]
+    inputs[DECODER] = [{"z": z[None]} for z in latents]
+    if config.decoder.fusion_levels:
+        for given, (_, lr) in zip(inputs[DECODER], pairs, strict=True):
+            given.update(lr=lr, fidelity=np.ones(1, np.float32))
     return Recording(inputs, len(images), len(table))
 
 

@@ -72,7 +72,9 @@ def middle(inputs: Inputs, side: int, latent_px: int) -> Inputs:
     return {name: cut(array) if array.ndim == 4 else array for name, array in inputs.items()}
 
 
-def observe(built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs]) -> Ranges:
+def observe(
+    built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs], percentile: float = PERCENTILE
+) -> Ranges:
     """The ranges of every layer's input and output over runs of the float32 graph.
 
     A few thousand values of every tensor and run are looked at, so that nothing large is kept.
@@ -86,7 +88,7 @@ def observe(built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs]
     for i, name in enumerate(names):
         model.graph.node.extend(_sampling(f"sample_{i}", name, built.values[name].shape))
         model.graph.output.append(helper.make_tensor_value_info(f"sample_{i}", TensorProto.FLOAT, [None]))
-    session, values = _session(model), {name: [] for name in names}
+    session, values = open_model(model), {name: [] for name in names}
     for given in inputs:
         for name, sample in zip(
             names, session.run([f"sample_{i}" for i in range(len(names))], given), strict=True
@@ -95,7 +97,7 @@ def observe(built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs]
 
     def over(tensors: Sequence[str]) -> Range:
         seen = np.concatenate([sample for name in tensors for sample in values[name]])
-        low, high = np.percentile(seen, (100 - PERCENTILE, PERCENTILE))
+        low, high = np.percentile(seen, (100 - percentile, percentile))
         return min(float(low), 0.0), max(float(high), 0.0)
 
     return [
@@ -111,7 +113,7 @@ def sensitivities(
 
     One session does it all: in its graph every layer is there both ways, and an input chooses.
     """
-    session = _session(switched(built, layers, ranges))
+    session = open_model(switched(built, layers, ranges))
     count = len(layers)
 
     def results(switches: np.ndarray) -> np.ndarray:
@@ -156,7 +158,8 @@ def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[Node
     ]
 
 
-def _session(model: onnx.ModelProto) -> ort.InferenceSession:
+def open_model(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session of a graph that is no file."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors, which come as exceptions too
     options.enable_mem_reuse = False  # the plan for it takes minutes on large graphs

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import relative_l2
-from graphs import TINY, run, write_checkpoint
+from graphs import PLAIN_LDM, TINY, run, write_checkpoint
 from PIL import Image
 
 from moesr.export import calibration, cli, parity, qdq, quantise
@@ -17,6 +20,7 @@ from moesr.export.lowering import lowering
 from moesr.runtime import Upscaler, doctor, processor
 from moesr.runtime.manifest import Manifest
 from moesr.training.checkpoint import load_checkpoint
+from moesr.training.config import UNetConfig
 
 TILE, LATENT, IMAGES = 32, 8, 5
 INT8 = lowering("cpu", "int8")
@@ -88,6 +92,15 @@ def test_a_photograph_is_set_apart(recording):
     own, proof = recording.inputs["expert_1"], recording.proving("expert_1")
     assert proof["z_t"].shape[0] == 2 and proof["t"].tolist() == [own[0]["t"][0], own[-1]["t"][0]]
     assert not any(proof["z_t"][0:1] is given["z_t"] for given in recording.calibrating("expert_1"))
+
+
+def test_plain_model(photographs, tmp_path, monkeypatch):
+    """One expert, and a decoder that does not see the LR image."""
+    monkeypatch.setattr(quantise, "TRIALS", 1)
+    checkpoint = write_checkpoint(tmp_path / "plain", dataclasses.replace(PLAIN_LDM, steps=3))
+    flags = ["--int8", "--calibrate", str(photographs), "--tile", str(TILE), "--quiet"]
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "engine"), *flags]) == 0
+    assert Manifest.read(tmp_path / "engine").graphs["expert_0"].calibration
 
 
 def test_more_steps_where_an_expert_would_have_none(checkpoint):
@@ -254,3 +267,19 @@ def test_warning_where_products_overflow(flags, warned, engine, monkeypatch, cap
     monkeypatch.setattr(processor, "extensions", lambda: flags)
     with Upscaler(engine, device="cpu", threads=1):
         assert ("no VNNI" in caplog.text) == warned
+
+
+@pytest.mark.slow
+def test_full_width(tmp_path, photographs, monkeypatch):
+    """Experts of the published width, of random weights: each is within the bound at its own timesteps."""
+    config = dataclasses.replace(TINY, name="wide", unet=UNetConfig(space_experts=1), steps=2)
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "wide", config))
+    monkeypatch.setattr(quantise, "TRIALS", 2)
+    recording = calibration.record(checkpoint, calibration.photographs(photographs), 128)
+    for k in range(2):
+        network = checkpoint.expert(k)
+        with torch.inference_mode():
+            built = quantise.int8_graph(partial(expert_graph, network), f"expert_{k}", 32, recording, INT8)
+        given = recording.proving(f"expert_{k}")
+        assert relative_l2(run(built, given), parity.network_output(network, given)) < 3e-2
+        assert built.calibration and built.calibration.share > 0.5
