@@ -46,18 +46,27 @@ def methods(
     seed: int,
     color_fix: str = "adain",
     fidelity: float = 1.0,
+    reuse: Sequence[int] = (1,),
 ) -> dict[str, Upscale]:
-    """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps."""
+    """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps.
+
+    Where features are reused, "/ 2" stands for a full step in 2.
+    """
     scale = up.manifest.scale
 
     def bicubic(lr: np.ndarray) -> np.ndarray:
         return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
 
-    def sampled(sampler: str, count: int) -> Upscale:
-        options = {"steps": count, "sampler": sampler, "seed": seed}
+    def sampled(sampler: str, count: int, interval: int) -> Upscale:
+        options = {"steps": count, "sampler": sampler, "seed": seed, "reuse": interval}
         return lambda lr: up(lr, **options, color_fix=color_fix, fidelity=fidelity)
 
-    chosen = {f"{s.upper()} {count}": sampled(s, count) for s in samplers for count in steps}
+    chosen = {
+        f"{s.upper()} {count}" + (f" / {n}" if n > 1 else ""): sampled(s, count, n)
+        for s in samplers
+        for count in steps
+        for n in reuse
+    }
     return {BICUBIC: bicubic, **chosen}
 
 
@@ -181,6 +190,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="(default: 200 100 50 20)",
     )
+    add("--reuse", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
     add("--sampler", nargs="+", choices=list(ETA), default=["ddpm"], help="(default: ddpm)")
     add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
     add("--fidelity", type=float, default=1.0, metavar="W", help="0 free to 1 faithful (default %(default)s)")
@@ -202,7 +212,7 @@ def benchmark(args: argparse.Namespace) -> str:
                 f"--degrade {args.degrade} does not fit {up.manifest.name}, which upscales by "
                 f"{up.manifest.scale}; choose a degradation of that scale"
             )
-        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix, args.fidelity)
+        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix, args.fidelity, args.reuse)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -109,11 +109,13 @@ def inverted_residual(
     out, precision = reduce.shape[0], g.lowering.precision
     last = precision == "fp16" and channels % VECTOR == 0 and out % VECTOR == 0
     shape = {"channels": channels, "out": out, "height": height, "width": width, "channels_last": int(last)}
+    fits = same == (channels == out) and expand.shape[0] == 4 * channels
+    if not (g.lowering.kernels and fits and possible("inverted_residual", shape, precision)):
+        return None
     wanted = g.lowering.residuals == "kernels" or (
         g.lowering.residuals == "reckoned" and fused_share(shape, precision) < 1
     )
-    fits = same == (channels == out) and expand.shape[0] == 4 * channels
-    if not (g.lowering.kernels and wanted and fits and possible("inverted_residual", shape, precision)):
+    if not wanted:
         return None
     dtype = next(t for t, name in KERNEL_TYPES.items() if name == precision)
     weights = {
