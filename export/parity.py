@@ -33,6 +33,13 @@ groups amplify any rounding), half precision about 1e-3, and nearly all of it fr
 1e-2, the budget by which layers are left in float32, and up to twice that on an image it has not seen.
 """
 
+SLACK = 4.0
+"""How much further than a graph's result its inner features may be off, in units of the threshold.
+
+int8 layers are chosen by the result's error alone. In a network of random weights features are off by 4e-2
+where the result is off by 1.5e-2.
+"""
+
 SEED = 0
 EXPERT_BATCH = 2  # shows, too, that the graph's batch is free and its images do not mix
 
@@ -160,7 +167,7 @@ def prove(
 ) -> Parity:
     """Measure a graph file, run by a backend, against `want`: what its network makes of `inputs`.
 
-    `further` is what its other outputs should be; these may differ as much, and are not measured.
+    `further` is what its other outputs should be, within a wider bound: the first is made of them.
     Of a bf16 graph it is the twin that rounds everything to bf16. Raises ParityError above the lowering's
     threshold.
     """
@@ -173,13 +180,14 @@ def prove(
             twin.unlink()
     else:
         got = outputs(path, inputs, backend)
-    first, *_ = [judge(path, a, b, lowering) for a, b in zip(got, (want, *further), strict=True)]
-    return first
+    for value, wanted in zip(got[1:], further, strict=True):
+        judge(path, value, wanted, lowering, SLACK)
+    return judge(path, got[0], want, lowering)
 
 
-def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering) -> Parity:
-    """The error of what a graph gave; ParityError above the lowering's threshold."""
-    limit = threshold(lowering)
+def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering, slack: float = 1.0) -> Parity:
+    """The error of what a graph gave; ParityError above `slack` times the lowering's threshold."""
+    limit = slack * threshold(lowering)
     if got.shape != want.shape:
         raise ParityError(
             f"{path.name}: output shape {got.shape}, the network's is {want.shape}; please report this"

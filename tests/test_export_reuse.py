@@ -15,6 +15,7 @@ from conftest import relative_l2
 from graphs import TINY, expert_inputs, random_expert, run, write_checkpoint
 
 from moesr.export.expert import expert_graph, shallow_graph, shallow_parts
+from moesr.export.lowering import Precision
 from moesr.export.package import export_engine
 from moesr.export.reuse import ShallowExpert, output_blocks, shallow_inputs
 from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES
@@ -121,3 +122,19 @@ def test_blocks_that_are_not_there_are_refused():
 
 def test_without_reuse_there_is_one_output():
     assert expert_graph(random_expert(0), SIDE).boundary.outputs[1:] == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_other_precisions(tmp_path: Path, precision: Precision):
+    """int8 is calibrated for each of the two graphs, the shallow one on features of the step before."""
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "checkpoint"))
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 24, 24, 3), np.uint8)
+    photographs = [image.repeat(4, axis=0).repeat(4, axis=1) for image in blocks]
+    given = {"precision": precision, "photographs": photographs if precision == "int8" else ()}
+    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=PX, reuse=0, **given)
+    assert manifest.graphs["shallow_0"].precision == precision
+    assert (manifest.graphs["shallow_0"].calibration is not None) == (precision == "int8")
+    with Upscaler(tmp_path / "engine", backend="onnxruntime", threads=1) as up:
+        assert up(blocks[0], steps=4, reuse=2).shape == (96, 96, 3)
