@@ -115,7 +115,8 @@ def save_inputs(path: Path, checkpoint: Checkpoint, tile_px: int) -> Path:
     latent_px = tile_px // checkpoint.config.decoder.factor
     expert = parity.expert_inputs(checkpoint.expert(0), latent_px, (500, 501))
     given: dict[str, Any] = {name: value[:1] for name, value in expert.items()}
-    np.savez(path, **given | parity.decoder_inputs(checkpoint.decoder(), latent_px))
+    given |= parity.decoder_inputs(checkpoint.decoder(), latent_px)
+    np.savez(path, **given)
     return path
 
 

@@ -54,7 +54,6 @@ class Rung:
 ENGINES: dict[str, dict[str, Any]] = {
     "float32": {},
     "plain": {"target": "gpu"},
-    "bf16": {"precision": "bf16"},
     "int8": {"precision": "int8"},
     "reuse": {"reuse": 0},
     "int8-reuse": {"precision": "int8", "reuse": 0},
@@ -69,7 +68,7 @@ RUNGS = (
     Rung("moesr float32", "engine", "float32", target=2.2),
     Rung("moesr float32, OpenVINO", "engine", "plain", "openvino"),
     Rung("moesr float32, reuse 2", "engine", "reuse", reuse=2),
-    Rung("moesr bf16 (OpenVINO)", "engine", "bf16", "openvino", "bf16", "bf16", target=4.0),
+    Rung("moesr bf16, OpenVINO", "engine", "plain", "openvino", "bf16", "bf16", target=4.0),
     Rung("moesr int8", "engine", "int8", arithmetic="int8", target=6.0),
     Rung("moesr int8, reuse 2", "engine", "int8-reuse", arithmetic="int8", reuse=2, target=9.0),
     Rung(
