@@ -17,7 +17,7 @@ SHRINK = tl.constexpr(0.01)
 def _place(r, ODD: tl.constexpr, COSINES: tl.constexpr, CHANNELS: tl.constexpr, H: tl.constexpr):
     """Where coefficient r of a class lies, relative to [b, 0, c, 0, 0]."""
     frequency = tl.where(r < COSINES, 2 * r + ODD, 2 * (r - COSINES) + 2 - ODD)  # DC has no imaginary part
-    return frequency * (CHANNELS * 2 * H) + tl.where(r < COSINES, 0, H)
+    return (frequency * (CHANNELS * 2) + tl.where(r < COSINES, 0, 1)) * H  # seen to be a multiple of H
 
 
 @triton.jit
