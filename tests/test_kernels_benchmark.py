@@ -41,22 +41,21 @@ def deployed(name: str, at: int = 0):
 
 
 def test_without_a_gpu_kernels_are_checked(bench, no_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "quick", lambda op, case: case.name == "odd")
-    assert bench.main(["--op", "vq_nearest", "group_norm_silu"]) == 0
+    op = OPS["vq_nearest"]
+    slow = dataclasses.replace(op.cases[1], slow=True)
+    monkeypatch.setitem(bench.OPS, op.name, dataclasses.replace(op, cases=(op.cases[0], slow)))
+    assert bench.main(["--op", op.name]) == 0
     out = capsys.readouterr().out
     assert "no GPU here" in out
-    assert "4 cases of 2 kernels equal their references; --all checks the others too" in out
+    assert "1 cases of 1 kernels equal their references; --all checks the largest too" in out
+    assert bench.main(["--op", op.name, "--all"]) == 0
+    assert "2 cases of 1 kernels equal their references\n" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_an_error(bench, no_gpu, monkeypatch, capsys):
     monkeypatch.setattr(bench, "errors", lambda op, case, device: {"values": float("nan")})
     assert bench.main(["--op", "vq_nearest"]) == 1
     assert "vq_nearest odd-fp32: values has error nan, at most 0e+00" in capsys.readouterr().err
-
-
-def test_quick_cases_of_every_kernel(bench):
-    for op in OPS.values():
-        assert any(bench.quick(op, case) for case in op.cases), op.name
 
 
 def test_rows_and_files(bench, monkeypatch, tmp_path):

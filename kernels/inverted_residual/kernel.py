@@ -18,6 +18,12 @@ def _leaky(x):
 
 
 @triton.jit
+def _pixels(source, real, c, CIN: tl.constexpr, X_CHANNEL: tl.constexpr):
+    """Channels `c` of the grid; zeros outside the image."""
+    return tl.load(source + c[None, :] * X_CHANNEL, mask=real[:, None] & (c < CIN)[None, :], other=0.0)
+
+
+@triton.jit
 def inverted_residual(
     x, expand, expand_bias, depthwise, depthwise_bias, reduce, reduce_bias, scratch, y, batch,
     CIN: tl.constexpr, INNER: tl.constexpr, COUT: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -44,14 +50,15 @@ def inverted_residual(
         real = (row >= 0) & (row < H) & (column >= 0) & (column < W)
         source = x + image * (CIN * H * W) + (row * W + column)[:, None] * X_PIXEL
         total = tl.zeros([GH * GW, CO], tl.float32)
+        first_pixels = _pixels(source, real, tl.arange(0, BLOCK_C), CIN, X_CHANNEL)
         for start in range(0, INNER, CHUNK):
             k = start + wide
             h = tl.zeros([GH * GW, CHUNK], tl.float32)
             for first in range(0, CIN, BLOCK_C):
                 c = first + tl.arange(0, BLOCK_C)
-                pixels = tl.load(
-                    source + c[None, :] * X_CHANNEL, mask=real[:, None] & (c < CIN)[None, :], other=0.0
-                )
+                pixels = first_pixels  # all channels, where they stay on the chip
+                if BLOCK_C < CIN:
+                    pixels = _pixels(source, real, c, CIN, X_CHANNEL)
                 weight = tl.load(
                     expand + k[None, :] * CIN + c[:, None],
                     mask=(k < INNER)[None, :] & (c < CIN)[:, None],

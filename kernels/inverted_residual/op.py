@@ -60,9 +60,10 @@ def _tiling(cin: int, cout: int, dtype: str, arch: int) -> tuple[tuple[int, int]
     asynchronous = arch in (90, 100)  # their matrix products read shared memory, not registers
     if SIZES[dtype] == 4:
         return ((8, 16), 16, 16, 8) if arch == 100 and cout <= 128 else ((8, 8), 16, 32, 8)
+    block_c = 256 if cin <= 256 else 128  # up to 256 channels a tile of x stays on the chip
     if asynchronous and not cin == cout > 128:
-        return (8, 16), 32 if cout <= 128 else 16, 32, 8
-    return (8, 16) if cout <= 128 else (8, 8), 16, 32, 8
+        return (8, 16), 32 if cout <= 128 else 16, block_c, 8
+    return (8, 16) if cout <= 128 else (8, 8), 16, block_c, 8
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
