@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from moesr.kernels import build
-from moesr.kernels.assembly import Resources, from_log, with_instructions
+from moesr.kernels.assembly import Resources, disassemble, from_log, with_instructions
 from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES, SIZES, evaluate
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
@@ -115,6 +116,17 @@ def test_portable_text_names_no_special_architecture(sample):
     assert all(".target sm_89\n" in t for t in texts), "PTX of sm_90a loads nowhere else"
 
 
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+def test_rows_of_the_filter_move_sixteen_bytes(sample, target):
+    """No two-byte access: the compiler sees that a frequency's place is a multiple of the height."""
+    directory, content = sample
+    for kernel in content["kernels"].values():
+        if kernel["function"] in ("rows", "rows_inverse"):
+            sass = disassemble(directory / kernel["targets"][target]["file"])
+            assert "LDG.E.U16" not in sass and "STG.E.U16" not in sass
+            assert re.search(r"\bSTG\.E\.128\b", sass)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_import_triton_alone(op):
     tree = ast.parse((REPO / "kernels" / op / "kernel.py").read_text())
@@ -126,7 +138,8 @@ def test_kernels_import_triton_alone(op):
 def test_report(sample, tmp_path):
     write_report(sample[1], tmp_path / "kernels.md")
     text = (tmp_path / "kernels.md").read_text()
-    assert all(f"## {op}" in text for op in OPS)
+    for op in OPS.values():
+        assert f"## {op.name}\n\nA test holds spills to {op.max_spill_bytes} bytes." in text
     row = next(line for line in text.splitlines() if line.startswith("| rows |"))
     assert "full512 fp16" in row
     assert row.count(" / ") == 4, "registers, shared memory and spills for each of two architectures"
