@@ -69,12 +69,18 @@ def inverted_residual(
             tl.debug_barrier()  # the last chunk has been read
             tl.store(mine + p[:, None] * CHUNK, tl.where(real[:, None], h, 0.0).to(kind))  # zero padding
             tl.debug_barrier()
-            h = tl.zeros([GH * GW, CHUNK], tl.float32)
+            even = tl.zeros([GH * GW, CHUNK], tl.float32)
+            odd = tl.zeros([GH * GW, CHUNK], tl.float32)
             for tap in tl.static_range(9):
                 q = p + (tap // 3 - 1) * GW + tap % 3 - 1
                 near = tl.load(mine + q[:, None] * CHUNK, mask=((q >= 0) & (q < GH * GW))[:, None], other=0.0)
                 weight = tl.load(depthwise + tap * INNER + k, mask=k < INNER, other=0.0).to(tl.float32)
-                h += near.to(tl.float32) * weight[None, :]
+                if tap % 2 == 0:
+                    even += near.to(tl.float32) * weight[None, :]
+                else:
+                    odd += near.to(tl.float32) * weight[None, :]
+            # Across a reduction the compiler cannot turn each tap alone into the layout of the product.
+            h = tl.sum(tl.join(even, odd), 2)
             h = _leaky(h + tl.load(depthwise_bias + k, mask=k < INNER, other=0.0)[None, :]).to(kind)
             weight = tl.load(
                 reduce + out[None, :] * INNER + k[:, None],
