@@ -57,17 +57,30 @@ def disassemble(cubin: Path) -> str:
     return done.stdout
 
 
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop, from the target of a backward branch to the branch."""
+    texts = [m[2] for m in _ADDRESS.finditer(sass)]
+    return [[texts[i] for i in each] for each in _loop_ranges(sass)]
+
+
 def _local_in_loops(sass: str) -> int:
-    """Count local loads and stores between a backward branch and its target."""
+    """Count local loads and stores inside loops, those of nested ones once."""
+    texts = [m[2] for m in _ADDRESS.finditer(sass)]
+    inside = {i for each in _loop_ranges(sass) for i in each}
+    return sum(bool(re.search(r"\b(?:LDL|STL)\b", texts[i])) for i in inside)
+
+
+def _loop_ranges(sass: str) -> list[range]:
+    """The places of each loop's instructions among all of them."""
     places = [(m.start(), m[2]) for m in _ADDRESS.finditer(sass)]
     labels = {m[1]: m.start() for m in _LABEL.finditer(sass)}
     starts = [at for at, _ in places]
-    inside: set[int] = set()
+    found = []
     for index, (at, text) in enumerate(places):
         branch = _BRANCH.search(text)
         if not branch or labels.get(branch[1], at) >= at:
             continue
         first = bisect_left(starts, labels[branch[1]])
         if first < index:  # the final branch to itself pads the code
-            inside.update(range(first, index + 1))
-    return sum(bool(re.search(r"\b(?:LDL|STL)\b", places[i][1])) for i in inside)
+            found.append(range(first, index + 1))
+    return found

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from moesr.kernels import build
-from moesr.kernels.assembly import Resources, disassemble, from_log, with_instructions
+from moesr.kernels.assembly import TENSOR_CORE, Resources, disassemble, from_log, loops, with_instructions
 from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES, SIZES, evaluate
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
@@ -127,6 +127,17 @@ def test_rows_of_the_filter_move_sixteen_bytes(sample, target):
             assert re.search(r"\bSTG\.E\.128\b", sass)
 
 
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+def test_loop_of_the_inverted_residual(sample, target):
+    """The loop over wide channels: two barriers around the scratch, some for operands, none for each tap."""
+    directory, content = sample
+    (kernel,) = (k for k in content["kernels"].values() if k["function"] == "inverted_residual")
+    sass = disassemble(directory / kernel["targets"][target]["file"])
+    inner = min((loop for loop in loops(sass) if TENSOR_CORE.search("\n".join(loop))), key=len)
+    assert sum("BAR.SYNC" in text for text in inner) <= 8
+    assert not any("LDG.E.U16" in text for text in inner), "x is read again for every chunk"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_import_triton_alone(op):
     tree = ast.parse((REPO / "kernels" / op / "kernel.py").read_text())
@@ -180,6 +191,8 @@ def test_local_memory_counts_inside_loops_alone():
     """
     counted = with_instructions(Resources(1, 0, 0), sass)
     assert (counted.tensor_core, counted.local_in_loops) == (1, 1)
+    (loop,) = loops(sass)
+    assert [text.split()[0] for text in loop] == ["HMMA.16816.F32", "STL", "@P0"]
 
 
 @pytest.mark.parametrize(
