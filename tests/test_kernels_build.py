@@ -116,23 +116,26 @@ def test_portable_text_names_no_special_architecture(sample):
     assert all(".target sm_89\n" in t for t in texts), "PTX of sm_90a loads nowhere else"
 
 
-@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
-def test_rows_of_the_filter_move_sixteen_bytes(sample, target):
-    """No two-byte access: the compiler sees that a frequency's place is a multiple of the height."""
+def assembly(sample, function: str, target: str) -> list[str]:
+    """SASS of the kernels that one function became for an architecture."""
     directory, content = sample
-    for kernel in content["kernels"].values():
-        if kernel["function"] in ("rows", "rows_inverse"):
-            sass = disassemble(directory / kernel["targets"][target]["file"])
-            assert "LDG.E.U16" not in sass and "STG.E.U16" not in sass
-            assert re.search(r"\bSTG\.E\.128\b", sass)
+    kernels = [k["targets"] for k in content["kernels"].values() if k["function"] == function]
+    return [disassemble(directory / targets[target]["file"]) for targets in kernels if target in targets]
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+@pytest.mark.parametrize("function", ["rows", "rows_inverse"])
+def test_rows_of_the_filter_move_sixteen_bytes(sample, function, target):
+    """No two-byte access: the compiler sees that a frequency's place is a multiple of the height."""
+    (sass,) = assembly(sample, function, target)
+    assert "LDG.E.U16" not in sass and "STG.E.U16" not in sass
+    assert re.search(r"\bSTG\.E\.128\b", sass)
 
 
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
 def test_loop_of_the_inverted_residual(sample, target):
     """The loop over wide channels: two barriers around the scratch, some for operands, none for each tap."""
-    directory, content = sample
-    (kernel,) = (k for k in content["kernels"].values() if k["function"] == "inverted_residual")
-    sass = disassemble(directory / kernel["targets"][target]["file"])
+    (sass,) = assembly(sample, "inverted_residual", target)
     inner = min((loop for loop in loops(sass) if TENSOR_CORE.search("\n".join(loop))), key=len)
     assert sum("BAR.SYNC" in text for text in inner) <= 8
     assert not any("LDG.E.U16" in text for text in inner), "x is read again for every chunk"
