@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_const",
         const="int8",
         dest="precision",
-        help="8-bit integers in most layers, for CPUs: wide models are twice as fast and a quarter of the size; "
+        help="8-bit integers in most layers, for CPUs: wide models twice as fast, a quarter of the size; "
         "calibrated on photographs, for every expert at its own steps",
     )
     add(

@@ -41,7 +41,7 @@ def fail_parity(monkeypatch):
 
 def raising(error: BaseException):
     def spoil(monkeypatch):
-        def stop(*arguments):
+        def stop(*arguments, **named):
             raise error
 
         monkeypatch.setattr(parity, "prove", stop)
