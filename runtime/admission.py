@@ -169,8 +169,9 @@ def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -
     graph = manifest.graphs[role]
     arrangement = graph.arrangement(target)
     size = sum((directory / file.file).stat().st_size for file in arrangement.files)
-    others = (g for g in manifest.graphs.values() if {*g.arrangement(target).data} & {*arrangement.data})
-    size = int(size * graph.params / max((g.params for g in others), default=graph.params))
+    sharing = [g for g in manifest.graphs.values() if {*g.arrangement(target).data} & {*arrangement.data}]
+    if most := max((g.params for g in sharing), default=0):
+        size = size * graph.params // most
     return max(size, 4 * graph.params) if arrangement.precision in ("fp32", "bf16") else size
 
 
