@@ -25,18 +25,33 @@ demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled 
 $(RUNS)/photos: | $(VENV)/.test
 	$(BIN)/python -m moesr.training.demo_photos $@
 
-# One first stage serves both, so that `make -j2 demo-model` trains the two at once.
+# What every stage leaves is kept. One first stage serves both, so that `make -j2 demo-model` trains the two at once.
+.SECONDARY:
 FIRST := $(RUNS)/demo-x4/autoencoder/checkpoint
 
 $(FIRST): | $(RUNS)/photos
 	$(BIN)/moesr-train autoencoder --config demo-x4 --data $(RUNS)/photos/train -o $(@D)
 
-# The other stages, then the decoder once more with the adversarial loss.
-$(RUNS)/%/engine: | $(FIRST)
-	$(BIN)/moesr-train all --config $* --data $(RUNS)/photos/train -o $(RUNS)/$* --from $(FIRST)
+$(RUNS)/%/experts/checkpoint: | $(FIRST)
+	$(BIN)/moesr-train experts --config $* --data $(RUNS)/photos/train --from $(FIRST) -o $(@D)
+
+# Blind LR images teach a decoder nothing at first: the x4 one starts on clean ones. The x8 one sees no others.
+$(RUNS)/demo-x4/decoder/checkpoint: | $(RUNS)/demo-x4/experts/checkpoint
+	$(BIN)/moesr-train decoder --config demo-x4-clean --data $(RUNS)/photos/train --from $| -o $(RUNS)/demo-x4/clean
+	$(BIN)/moesr-train decoder --config demo-x4 --data $(RUNS)/photos/train --val $(RUNS)/photos/validation \
+		--from $| --init $(RUNS)/demo-x4/clean/checkpoint -o $(@D)
+
+$(RUNS)/demo-x8/decoder/checkpoint: | $(RUNS)/demo-x8/experts/checkpoint
+	$(BIN)/moesr-train decoder --config demo-x8 --data $(RUNS)/photos/train --val $(RUNS)/photos/validation \
+		--from $| -o $(@D)
+
+# The decoder once more, for spectra like a photograph's.
+$(RUNS)/%/sharper/checkpoint: | $(RUNS)/%/decoder/checkpoint
 	$(BIN)/moesr-train decoder --config $*-sharper --latents $(RUNS)/$*/decoder/latents \
-		--from $(RUNS)/$*/experts/checkpoint --init $(RUNS)/$*/decoder/checkpoint -o $(RUNS)/$*/sharper
-	$(BIN)/moesr-export $(RUNS)/$*/sharper/checkpoint -o $@ --tile 192 --store fp16
+		--from $(RUNS)/$*/experts/checkpoint --init $| -o $(@D)
+
+$(RUNS)/%/engine: | $(RUNS)/%/sharper/checkpoint
+	$(BIN)/moesr-export $| -o $@ --tile 512 --store fp16
 
 lint: $(VENV)/.lint  ## Style, imports and types
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from moesr.training.checkpoint import save_checkpoint
 from moesr.training.config import AutoencoderConfig
 from moesr.training.data import Crops, Degradation, detail
 from moesr.training.degradation import BlindDegradation, degrade_blind
-from moesr.training.losses import energy_distance
+from moesr.training.losses import energy_distance, spectrum_distance
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Augmentation, Recipe
 from moesr.training.stages import decoder, latents
@@ -215,6 +215,35 @@ def test_energy_asks_how_much_detail_there_is_not_where():
     assert float(energy_distance(texture, texture).max()) == 0.0
     same, less = (float(energy_distance(image, texture).mean()) for image in (moved, blurred))
     assert less > 5 * same
+
+
+def test_spectrum_asks_how_strong_a_frequency_is_not_where():
+    torch.manual_seed(0)
+    texture = torch.randn(1, 3, 64, 64)
+    moved, faded = texture.roll((3, 5), (2, 3)), 0.5 * texture
+    assert float(spectrum_distance(moved, texture)) < 1e-3
+    assert float(spectrum_distance(faded, texture)) == pytest.approx(2 * np.log(2), rel=1e-3)
+
+
+def test_spectrum_leaves_out_what_rounding_hides():
+    flat, faint = torch.zeros(1, 3, 32, 32), 1e-4 * torch.randn(1, 3, 32, 32)
+    flat.requires_grad_()
+    distance = spectrum_distance(flat, faint)
+    distance.backward()
+    assert 0 < float(distance) < 0.01
+    assert flat.grad is not None and bool(flat.grad.isfinite().all())
+
+
+def test_weight_of_the_spectrum_reaches_the_loss(start, tmp_path):
+    of, totals = recipe(), []
+    hr, lr = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (32, 8))
+    batch = [torch.arange(2), hr, lr, torch.zeros(2, 3, 8, 8)]
+    for weight in (0.0, 0.5):
+        stage = dataclasses.replace(of.decoder, spectrum_weight=weight)
+        task = decoder.prepare(dataclasses.replace(of, decoder=stage), start, tiny.run(tmp_path))
+        total, figures = task.loss(batch, 0)
+        totals.append(float(total))
+    assert totals[1] - totals[0] == pytest.approx(0.5 * float(figures["spectrum"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -69,7 +69,7 @@ def parts(names: Iterable[str]) -> set[str]:
 
 def test_start_passes_the_lr_image_on():
     """Before any training, the decoder shows the LR image in its colours, whatever the latents are."""
-    recipe = load_recipe("demo-x4")
+    recipe = load_recipe("ablation-decoder-aff-ffl")
     generator = torch.Generator().manual_seed(0)
     lr = torch.randint(0, 256, (6, 3, 4, 4), generator=generator, dtype=torch.uint8)
     lr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)  # areas of 16 pixels of the output

@@ -16,7 +16,13 @@ from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint, expert_cou
 from moesr.training.config import StableSRConfig
 from moesr.training.data import Crops, resize_batch, to_float
 from moesr.training.loop import Fitted, Run, fit
-from moesr.training.losses import energy_distance, frequency_loss, pixel_loss, wavelet_colours
+from moesr.training.losses import (
+    energy_distance,
+    frequency_loss,
+    pixel_loss,
+    spectrum_distance,
+    wavelet_colours,
+)
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
 from moesr.training.perceptual import load_lpips
@@ -59,6 +65,9 @@ class DecoderObjective:
         if self.stage.energy_weight:
             figures["energy"] = ((1.0 - fidelity) * energy_distance(sr, target)).mean()
             total = total + self.stage.energy_weight * figures["energy"]
+        if self.stage.spectrum_weight:
+            figures["spectrum"] = spectrum_distance(sr, target)
+            total = total + self.stage.spectrum_weight * figures["spectrum"]
         if adversarial:
             total = total + self._adversarial(sr, target, reconstruction, last, figures)
             last.requires_grad_(not frozen)
