@@ -16,9 +16,7 @@ import numpy as np
 
 from moesr.training.journal import LOG_NAME
 
-WINDOW = (
-    100  # steps whose losses are averaged: those of single batches differ by far more than training moves
-)
+WINDOW = 100  # steps that are averaged: single batches differ by more than training moves
 
 
 def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
