@@ -217,20 +217,19 @@ def test_energy_asks_how_much_detail_there_is_not_where():
     assert less > 5 * same
 
 
-def test_spectrum_asks_how_strong_a_frequency_is_not_where():
+def test_spectrum_asks_for_its_shape_not_its_phases():
     torch.manual_seed(0)
-    texture = torch.randn(1, 3, 64, 64)
+    texture = nn.functional.avg_pool2d(torch.randn(1, 3, 66, 66), 3, 1)
     moved, faded = texture.roll((3, 5), (2, 3)), 0.5 * texture
-    assert float(spectrum_distance(moved, texture)) < 1e-3
-    assert float(spectrum_distance(faded, texture)) == pytest.approx(2 * np.log(2), rel=1e-3)
+    other = nn.functional.avg_pool2d(torch.randn(1, 3, 66, 66), 3, 1)
+    same, faint = (float(spectrum_distance(image, texture)) for image in (moved, faded))
+    alike, white = (float(spectrum_distance(image, texture)) for image in (other, torch.randn(1, 3, 64, 64)))
+    assert same < 1e-3 and faint < 0.01 < alike < 0.8 * white
 
 
-def test_spectrum_leaves_out_what_rounding_hides():
-    flat, faint = torch.zeros(1, 3, 32, 32), 1e-4 * torch.randn(1, 3, 32, 32)
-    flat.requires_grad_()
-    distance = spectrum_distance(flat, faint)
-    distance.backward()
-    assert 0 < float(distance) < 0.01
+def test_spectrum_of_a_flat_image_has_a_gradient():
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    spectrum_distance(flat, torch.randn(1, 3, 32, 32)).backward()
     assert flat.grad is not None and bool(flat.grad.isfinite().all())
 
 

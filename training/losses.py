@@ -48,15 +48,17 @@ def frequency_loss(
 
 
 def spectrum_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of the log power spectra of two image batches [B, C, H, W]: a scalar.
+    """One minus the correlation of the log power spectra of two image batches [B, C, H, W]: 0 to 2.
 
     The spectra are orthonormal 2-D FFTs of every image and channel. Not of the papers: pixel losses, and the
-    focal frequency loss with them, answer doubt by fading the detail, and this keeps its power, whatever its
-    phase.
+    focal frequency loss with them, answer doubt by fading detail until no shape is left in its spectrum. This
+    asks for the shape, whatever the phases and however faint, which costs little PSNR.
     """
     spectra = (torch.fft.rfft2(image.float(), norm="ortho") for image in (pred, target))
-    a, b = ((torch.view_as_real(bins).square().sum(dim=-1) + ROUNDING).log() for bins in spectra)
-    return (a - b).abs().mean()
+    power = (torch.view_as_real(bins).square().sum(dim=-1).flatten(2) for bins in spectra)
+    a, b = ((bins + ROUNDING).log() for bins in power)
+    a, b = (logs - logs.mean(dim=2, keepdim=True) for logs in (a, b))
+    return (1.0 - F.cosine_similarity(a, b, dim=2)).mean()
 
 
 def colour_loss(pred: Tensor, target: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class DecoderStage(StageConfig):
     gradient_weight: float = 0.0  # as for the autoencoder
     free_share: float = 0.0  # of the samples, which are decoded with fidelity 0: from latents alone
     energy_weight: float = 0.0  # of these samples: local energy of detail, wherever it lies
-    spectrum_weight: float = 0.0  # of all samples: the log power of every frequency, whatever its phase
+    spectrum_weight: float = 0.0  # of all samples: the shape of the log power spectrum
     wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
