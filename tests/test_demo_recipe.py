@@ -241,8 +241,8 @@ def test_weight_of_the_spectrum_reaches_the_loss(start, tmp_path):
         stage = dataclasses.replace(of.decoder, spectrum_weight=weight)
         task = decoder.prepare(dataclasses.replace(of, decoder=stage), start, tiny.run(tmp_path))
         total, figures = task.loss(batch, 0)
-        totals.append(float(total))
-    assert totals[1] - totals[0] == pytest.approx(0.5 * float(figures["spectrum"]), rel=1e-4)
+        totals.append(total.item())
+    assert totals[1] - totals[0] == pytest.approx(0.5 * figures["spectrum"].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
