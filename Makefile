@@ -45,12 +45,12 @@ $(RUNS)/demo-x8/decoder/checkpoint: | $(RUNS)/demo-x8/experts/checkpoint
 	$(BIN)/moesr-train decoder --config demo-x8 --data $(RUNS)/photos/train --val $(RUNS)/photos/validation \
 		--from $| -o $(@D)
 
-# The x4 decoder once more, for spectra like a photograph's.
-$(RUNS)/demo-x4/sharper/checkpoint: | $(RUNS)/demo-x4/decoder/checkpoint
-	$(BIN)/moesr-train decoder --config demo-x4-sharper --latents $(RUNS)/demo-x4/decoder/latents \
-		--from $(RUNS)/demo-x4/experts/checkpoint --init $| -o $(@D)
+# The x4 decoder once more, with less weight on the spectrum and a falling learning rate.
+$(RUNS)/demo-x4/final/checkpoint: | $(RUNS)/demo-x4/decoder/checkpoint
+	$(BIN)/moesr-train decoder --config demo-x4-final --latents $(RUNS)/demo-x4/decoder/latents \
+		--val $(RUNS)/photos/validation --from $(RUNS)/demo-x4/experts/checkpoint --init $| -o $(@D)
 
-$(RUNS)/demo-x4/engine: | $(RUNS)/demo-x4/sharper/checkpoint
+$(RUNS)/demo-x4/engine: | $(RUNS)/demo-x4/final/checkpoint
 $(RUNS)/demo-x8/engine: | $(RUNS)/demo-x8/decoder/checkpoint
 $(RUNS)/%/engine:
 	$(BIN)/moesr-export $| -o $@ --tile 304 --store fp16
