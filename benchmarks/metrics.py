@@ -23,6 +23,8 @@ COLUMNS = {
 }
 """Headings of what `scores` returns; the arrow says which way is better."""
 
+SHARPNESS = "sharpness"
+
 
 def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
     """All measures of COLUMNS for uint8 [H, W, 3] images of one size, without a border of `scale` pixels.
@@ -42,6 +44,16 @@ def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
         "high_spectrum": spectrum_correlation(y_sr, y_hr, above=0.5 / scale),
         "gms": gradient_similarity(y_sr, y_hr),
     }
+
+
+def sharpness(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    """Mean gradient magnitude of luma as a share of the original's: 1 is as sharp, less is softer.
+
+    uint8 [H, W, 3] both, without a border of `scale` pixels.
+    """
+    planes = (measured_luma(image, scale) for image in (sr, hr))
+    a, b = (np.hypot(np.diff(y, axis=0)[:, 1:], np.diff(y, axis=1)[1:]).mean() for y in planes)
+    return float(a / b)
 
 
 def measured_luma(image: np.ndarray, scale: int) -> np.ndarray:

@@ -7,8 +7,8 @@ Originals (--hr) are degraded and compared with the results; of images that have
 that need none are taken. Every setting is swept apart, the others at their defaults, or at the one value that
 is given. Without values a setting takes the paper's, and without any setting all are swept that the engine
 has. Written to the output directory:
-SETTING.md and SETTING.csv, a table like the paper's with bicubic on top, and SETTING_IMAGE.png, the results
-side by side.
+SETTING.md and SETTING.csv, a table like the paper's with bicubic on top; SETTING_IMAGE.png, the results side
+by side; and with originals SETTING.png, PSNR against sharpness.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def score(
         values = {SECONDS: time.perf_counter() - started, **perceptual.scores(learned, sr, case.hr)}
         if case.hr is not None:
             values |= metrics.scores(sr, case.hr, scale)
+            values[metrics.SHARPNESS] = metrics.sharpness(sr, case.hr, scale)
         yield Record(case.name, method, values), sr
 
 
@@ -143,7 +144,25 @@ def sweep(
     page = f"{preamble(up, option, fixed, args)}{markdown(records, averaged)}"
     (args.out / f"{option}.md").write_text(page, encoding="utf-8")
     (args.out / f"{option}.csv").write_text(csv_text(records, averaged), encoding="utf-8")
+    if not args.lr and (plt := figures.pyplot()):
+        draw(plt, averaged, args.out / f"{option}.png")
     return page
+
+
+def draw(plt: Any, averaged: Sequence[Record], path: Path) -> None:
+    """Plot what a setting trades: PSNR against sharpness, its values joined by a line, bicubic beside it."""
+    figure, axis = plt.subplots(figsize=(4.4, 3.3), layout="constrained")
+    places = {r.method: (r.values[metrics.SHARPNESS], r.values["psnr"]) for r in averaged}
+    axis.plot(*zip(*(at for name, at in places.items() if name != BICUBIC), strict=True), "o-", ms=5)
+    axis.plot(*places[BICUBIC], "s", ms=5, color="grey")
+    for name, at in places.items():
+        axis.annotate(name, at, (4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="sharpness (1: the original's)", ylabel="PSNR, dB")
+    axis.margins(0.2)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def preamble(up: Upscaler, option: str, fixed: Mapping[str, Any], args: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ import metrics
 import perceptual
 
 SECONDS = "seconds"
-HEADINGS = {**metrics.COLUMNS, **perceptual.HEADINGS, SECONDS: "seconds"}
+HEADINGS = {**metrics.COLUMNS, metrics.SHARPNESS: "sharpness", **perceptual.HEADINGS, SECONDS: "seconds"}
 """Every column that a table can have, in order."""
 
 _DECIMALS = {"psnr": 2, "musiq": 2, perceptual.FID: 2, SECONDS: 2}  # 4 for the others

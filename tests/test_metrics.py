@@ -120,6 +120,11 @@ def test_more_blur_scores_worse(name, photo):
     assert got[-1] < got[0]
 
 
+def test_sharpness_is_a_share_of_the_originals(photo):
+    assert metrics.sharpness(photo, photo, SCALE) == 1.0
+    assert 0.1 < metrics.sharpness(blurred(photo, 2.0), photo, SCALE) < 0.7
+
+
 def test_the_border_does_not_count(photo):
     framed = photo.copy()
     framed[:SCALE], framed[-SCALE:], framed[:, :SCALE], framed[:, -SCALE:] = 0, 255, 0, 255

@@ -53,6 +53,7 @@ def test_fidelity_is_swept_over_the_originals(engine, photos, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "fidelity.csv",
         "fidelity.md",
+        "fidelity.png",  # PSNR against sharpness
         "fidelity_eye.png",
         "fidelity_fur.png",
     ]
@@ -65,6 +66,9 @@ def test_fidelity_is_swept_over_the_originals(engine, photos, tmp_path, capsys):
         sweep.metrics.scores(want, hr, 4)["psnr"]
     )
     assert float(found["mean", "w = 1"]["psnr"]) > float(found["mean", "w = 0"]["psnr"])
+    assert float(found["eye.png", "w = 0.5"]["sharpness"]) == pytest.approx(
+        sweep.metrics.sharpness(want, hr, 4)
+    )
     with Image.open(tmp_path / "fidelity_eye.png") as sheet:
         assert sheet.size == (6 * 72, 64 + LABEL_PX)  # LR, bicubic, three values and HR
         panel = np.asarray(sheet)[LABEL_PX:, 3 * 72 : 4 * 72]
