@@ -155,8 +155,8 @@ def draw(plt: Any, averaged: Sequence[Record], path: Path) -> None:
     places = {r.method: (r.values[metrics.SHARPNESS], r.values["psnr"]) for r in averaged}
     axis.plot(*zip(*(at for name, at in places.items() if name != BICUBIC), strict=True), "o-", ms=5)
     axis.plot(*places[BICUBIC], "s", ms=5, color="grey")
-    for name, at in places.items():
-        axis.annotate(name, at, (4, 4), textcoords="offset points", fontsize=8)
+    for i, (name, at) in enumerate(places.items()):  # above and below in turns: neighbours may be close
+        axis.annotate(name, at, (4, 4 if i % 2 else -12), textcoords="offset points", fontsize=8)
     axis.set(xlabel="sharpness (1: the original's)", ylabel="PSNR, dB")
     axis.margins(0.2)
     axis.grid(alpha=0.3)
