@@ -1,13 +1,14 @@
 """Time every way to make an image on this machine, from eager PyTorch up: an optimisation ladder.
 
 Networks of the published shapes with random weights are exported, which proves the graphs against the
-networks before anything is timed. The rungs (`rungs.py`) then take turns, each in a process of its own: a
-step, a decode of one tile, round after round. An image of N steps is composed of the medians: N steps and a
-decode, where features are reused as many steps of either kind as four experts make; a first image is loading,
-the first runs and what is left of its steps. Peak memory is that of a process of two steps and a decode that
-begins with opening the engine, of which every expert is the same size, or else of the process that was timed.
-Quality is the error of a step and of a decode to eager PyTorch in float32 on the same inputs, and, with
---demo, the PSNR of the bundled x4 model on the photographs kept out of its training.
+networks before anything is timed. The rungs (`rungs.py`) then take turns, round after round, each in a new
+process, since memory does not hold all: a step and a decode of one tile, then three steps and a decode by
+the clock. An image of N steps is composed of the medians: N steps and a decode, where features are reused
+as many steps of either kind as four experts make; a first image is loading, the first runs and what is left
+of its steps. Peak memory is that of a process of two steps and a decode that begins with opening the
+engine, of which every expert is the same size, or else of the process that was timed. Quality is the error
+of a step and of a decode to eager PyTorch in float32 on the same inputs, and, with --demo, the PSNR of the
+bundled x4 model on the photographs kept out of its training.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -84,8 +84,9 @@ class Worker:
     def ask(self, command: str) -> dict[str, float]:
         """Have it run a command; its answer."""
         assert self._process.stdin
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: there will be no answer
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, float]:
@@ -105,7 +106,8 @@ def _worker(task: dict[str, Any]) -> Iterator[Worker]:
             yield Worker(process)
         finally:
             assert process.stdin
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 def _command(task: dict[str, Any]) -> list[str]:
@@ -143,45 +145,41 @@ class Bench:
         return reasons
 
     def time_all(self, rungs: Sequence[Rung]) -> list[Measured]:
-        """Time the rungs in turns; those whose process fails are left out."""
-        with ExitStack() as stack:
-            workers: dict[str, Worker] = {}
-            found: list[Measured] = []
-            for rung in rungs:
-                self.stage(f"load and warm up: {rung.name}")
-                try:
-                    one = self._begun(rung, stack, workers)
-                except MoesrError as error:
-                    self.failed[rung.name] = str(error)
-                    continue
-                found.append(one)
-            for repeat in range(self._args.repeats):
-                self.stage(f"round {repeat + 1} of {self._args.repeats}")
-                for what in ("step", "shallow", "step", "shallow", "step", "decode"):
-                    for one in found:
-                        if what != "shallow" or one.rung.reuse > 1:
-                            seconds = workers[one.rung.name].ask(what)["seconds"]
-                            one.seconds.setdefault(what, []).append(seconds)
-            for one in found:
-                answer = workers[one.rung.name].ask(f"save {self._place / 'output.npz'}")
-                one.values["peak_bytes"] = answer["peak_bytes"]
-                with np.load(self._place / "output.npz") as arrays:
-                    outputs = [arrays[name] for name in arrays.files]
-                if one.rung is EAGER:
-                    self._want = outputs
-                errors = (_error(got, want) for got, want in zip(outputs, self._want, strict=True))
-                one.values |= dict(zip(("step error", "decode error"), errors, strict=True))
-        return found
+        """Time the rungs in turns, each in a process that ends with its turn, since memory holds few at once.
 
-    def _begun(self, rung: Rung, stack: ExitStack, workers: dict[str, Worker]) -> Measured:
-        """Start a rung's process, its graphs prepared before, and run everything once."""
-        one = Measured(rung)
-        if rung.way == "engine":
+        Those whose process fails are left out. Raises MoesrError where that is eager PyTorch's.
+        """
+        found = {rung.name: Measured(rung) for rung in rungs}
+        for repeat in range(self._args.repeats):
+            for one in list(found.values()):
+                self.stage(f"round {repeat + 1} of {self._args.repeats}: {one.rung.name}")
+                try:
+                    self._turn(one)
+                except MoesrError as error:
+                    if one.rung is EAGER:
+                        raise
+                    self.failed[one.rung.name] = str(error)
+                    del found[one.rung.name]
+        return list(found.values())
+
+    def _turn(self, one: Measured) -> None:
+        """Run everything once, then three steps and a decode against the clock."""
+        rung, output = one.rung, self._place / "output.npz"
+        if rung.way == "engine" and "first load" not in one.values:  # prepares its graphs
             one.values["first load"] = self._ended(rung, "open")["seconds"]
-        worker = workers[rung.name] = stack.enter_context(_worker(self._task(rung, rung.way)))
-        one.values |= {"load": worker.loaded, "first step": worker.ask("step")["seconds"]}
-        one.values["first decode"] = worker.ask("decode")["seconds"]
-        return one
+        with _worker(self._task(rung, rung.way)) as worker:
+            one.values |= {"load": worker.loaded, "first step": worker.ask("step")["seconds"]}
+            one.values["first decode"] = worker.ask("decode")["seconds"]
+            for what in ("step", "shallow", "step", "shallow", "step", "decode"):
+                if what != "shallow" or rung.reuse > 1:
+                    one.seconds.setdefault(what, []).append(worker.ask(what)["seconds"])
+            one.values["peak_bytes"] = worker.ask(f"save {output}")["peak_bytes"]
+        with np.load(output) as arrays:
+            outputs = [arrays[name] for name in arrays.files]
+        if rung is EAGER:
+            self._want = outputs
+        errors = (_error(got, want) for got, want in zip(outputs, self._want, strict=True))
+        one.values |= dict(zip(("step error", "decode error"), errors, strict=True))
 
     def find_memory(self, one: Measured) -> None:
         """The peak of a whole run, and how long it takes from the process's start on."""

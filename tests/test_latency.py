@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import ladder
@@ -92,3 +93,19 @@ def test_a_process_that_fails_leaves_its_rung_out(monkeypatch, capfd):
     result = json.loads(capfd.readouterr().out)
     assert [r["name"] for r in result["rungs"]] == [EAGER.name]
     assert "ended with code" in result["skipped"]["broken"]
+
+
+def test_a_process_that_dies_in_its_turn_leaves_its_rung_out(monkeypatch, capfd):
+    dies = Rung("dies", "dies")
+    command = turns._command
+
+    def of_task(task: dict) -> list[str]:
+        loaded = "print('{\"seconds\": 1.0}', flush=True)"
+        return [sys.executable, "-c", loaded] if task["way"] == "dies" else command(task)
+
+    monkeypatch.setattr(turns, "_command", of_task)
+    monkeypatch.setattr(latency, "RUNGS", (EAGER, dies))
+    assert latency.main([*ARGUMENTS, "--rungs", "dies"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [r["name"] for r in result["rungs"]] == [EAGER.name]
+    assert result["skipped"] == {"dies": "its process ended with code 0; see its message above"}
