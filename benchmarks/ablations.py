@@ -2,15 +2,16 @@
 
 RUN is what `moesr-train all --config demo-x4 --data DIR -o RUN` wrote. The decoders start from its experts
 and latents; the experts start from its first stage, train for as many steps as each other, and are decoded
-by the full decoder of these. Run again, it continues. The output directory gets ablations.md and each
-model's training.
+by the full decoder of their seed. Every seed is a training of each, with other weights and crops to begin
+with; what a part of the method brings is told against how much it varies between seeds. Run again, it
+continues. The output directory gets ablations.md and each model's training.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import metrics
 import numpy as np
 import pairs
 from machine import machine_line
-from tables import Record, markdown, means
+from tables import Record, means
 
 from moesr.export.package import export_engine
 from moesr.runtime.errors import MoesrError
@@ -31,6 +32,7 @@ from moesr.training.recipe import load_recipe
 from moesr.training.stages.common import cpu_state
 
 SCALE = 4
+CLEAR = 2.0  # standard deviations between a gain and none
 DEGRADATIONS = ("x4-bicubic", "x4-blind")
 FULL = "ablation-decoder-aff-ffl"
 DECODERS = {
@@ -44,6 +46,17 @@ EXPERTS = {
     "no Space MoE": "ablation-no-space-moe",
     "all experts": "demo-x4",
 }
+GAINS = {
+    "LR fusion and AFF": ("+ LR fusion, AFF", "baseline decoder"),
+    "focal frequency loss": ("+ FFL (full decoder)", "+ LR fusion, AFF"),
+    "AFF over a plain UNet": ("+ FFL (full decoder)", "plain UNet for AFF, FFL"),
+    "sampling MoE": ("all experts", "no sampling MoE"),
+    "Space MoE": ("all experts", "no Space MoE"),
+}
+"""Parts of the method, and the models with and without each."""
+
+Runs = Mapping[int, Sequence[Record]]
+"""Means over the photographs by seed, a record for each method."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Study:
     data: Path
     out: Path
     changes: tuple[str, ...]  # of every recipe, as --set takes them
+    threads: int
 
     def decoder(self, preset: str) -> Path:
         """Train a decoder on the run's latents; returns the checkpoint of the whole model."""
@@ -73,14 +87,15 @@ class Study:
     def _train(self, stage: str, preset: str, *options: object) -> Path:
         directory = self.out / preset
         changes = [word for change in self.changes for word in ("--set", change)]
-        code = train([stage, "--config", preset, "-o", str(directory), *changes, *map(str, options)])
+        told = ["-o", str(directory), "--threads", str(self.threads), *changes, *map(str, options)]
+        code = train([stage, "--config", preset, *told])
         if code:
             raise SystemExit(code)
         return directory / "checkpoint"
 
 
 def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, list[Record]]:
-    """Scores of bicubic and of every model, on the photographs kept out of training, by degradation."""
+    """Mean scores of bicubic and of every model on photographs kept out of training, by degradation."""
     hr = pairs.load_originals("demo")
     lr = {kind: {n: pairs.degrade(hr[n], kind, n) for n in hr} for kind in DEGRADATIONS}
 
@@ -94,10 +109,16 @@ def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, l
     for name, checkpoint in models.items():
         engine = checkpoint.parent / "engine"
         export_engine(load_checkpoint(checkpoint), engine, tile_px=args.tile, force=True)
-        with Upscaler(engine) as up:
+        with Upscaler(engine, threads=args.threads or None) as up:
             for kind in DEGRADATIONS:
                 records[kind] += scored(name, partial(up, steps=args.steps), kind)
-    return records
+    return {kind: means(found) for kind, found in records.items()}
+
+
+def train_all(study: Study) -> dict[str, Path]:
+    """Checkpoints of every model of one seed, by name."""
+    models = {name: study.decoder(preset) for name, preset in DECODERS.items()}
+    return models | {name: study.experts(preset) for name, preset in EXPERTS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,19 +129,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"experts.base_steps={args.base_steps}",
         f"experts.steps={args.expert_steps}",
     )
-    study = Study(args.run, args.data, args.out, changes)
+    found: dict[str, dict[int, list[Record]]] = {kind: {} for kind in DEGRADATIONS}
     try:
-        models = {name: study.decoder(preset) for name, preset in DECODERS.items()}
-        models |= {name: study.experts(preset) for name, preset in EXPERTS.items()}
-        records = measure(models, args)
+        for seed in args.seeds:
+            place = args.out / f"seed-{seed}"
+            study = Study(args.run, args.data, place, (*changes, f"seed={seed}"), args.threads)
+            for kind, records in measure(train_all(study), args).items():
+                found[kind][seed] = records
     except MoesrError as error:
         print(f"ablations: {error}", file=sys.stderr)
         return error.exit_code
-    tables = [f"## {kind}\n\n{markdown(found, means(found))}" for kind, found in records.items()]
-    page = "\n".join([heading(args), *tables])
+    page = "\n".join([heading(args), *(section(kind, runs) for kind, runs in found.items())])
     (args.out / "ablations.md").write_text(page, encoding="utf-8")
     print(page)
     return 0
+
+
+def section(kind: str, runs: Runs) -> str:
+    """Tables of one degradation: the methods, and what the parts of the method bring."""
+    head = ["", *metrics.COLUMNS.values()]
+    methods = [r.method for r in next(iter(runs.values()))]
+    scores = [[name, *(_spread(v) for v in _by_column(runs, name))] for name in methods]
+    gains = [[name, *(_gain(a - b) for a, b in _pairs(runs, *two))] for name, two in GAINS.items()]
+    tables = (head, scores), (["what it brings", *head[1:]], gains)
+    return f"## {kind}\n\n" + "\n".join(_table(*table) for table in tables)
+
+
+def _by_column(runs: Runs, method: str) -> list[np.ndarray]:
+    """Scores of a method in every seed, [seeds] for each measure."""
+    own = [next(r for r in records if r.method == method).values for records in runs.values()]
+    return [np.array([values[column] for values in own]) for column in metrics.COLUMNS]
+
+
+def _pairs(runs: Runs, method: str, without: str) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    return zip(_by_column(runs, method), _by_column(runs, without), strict=True)
+
+
+def _spread(values: np.ndarray, sign: str = "") -> str:
+    """Mean and standard deviation over the seeds."""
+    deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.3f}{deviation}"
+
+
+def _gain(differences: np.ndarray) -> str:
+    """The same of what two models differ by, bold where seeds vary less than that."""
+    told = _spread(differences, "+")
+    is_clear = len(differences) > 1 and abs(differences.mean()) > CLEAR * differences.std(ddof=1)
+    return f"**{told}**" if is_clear else told
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
 
 
 def heading(args: argparse.Namespace) -> str:
@@ -131,8 +191,10 @@ def heading(args: argparse.Namespace) -> str:
         f"Machine: {machine_line()}.\n\n"
         f"Decoders: {args.decoder_steps} steps of {batch.batch} crops of {batch.patch_px} px, on the same "
         f"latents. Experts: a base of {args.base_steps} steps, then {args.expert_steps} steps an expert, all "
-        "decoded by the full decoder. Means over three photographs kept out of training, "
-        f"{args.steps} sampling steps, AdaIN. Runs this short rank the variants only roughly.\n"
+        f"decoded by the full decoder. Means over three photographs kept out of training, {args.steps} "
+        f"sampling steps, AdaIN; mean and standard deviation over {len(args.seeds)} seeds. "
+        f"What a part brings is taken seed by seed, and bold where its mean is more than {CLEAR:g} standard "
+        "deviations from 0: the others cannot be told from chance here.\n"
     )
 
 
@@ -146,6 +208,8 @@ def parser() -> argparse.ArgumentParser:
     add("--base-steps", type=int, default=400, help="(default: %(default)s)")
     add("--expert-steps", type=int, default=50, help="(default: %(default)s)")
     add("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    add("--threads", type=int, default=0, help="of training and sampling; 0: all cores (default)")
     add("--tile", type=int, default=192, metavar="PX", help="of the engines (default: %(default)s)")
     add(
         "-o", "--out", type=Path, default=Path("runs/ablations"), metavar="DIR", help="(default: %(default)s)"

@@ -102,22 +102,30 @@ def test_a_latent_does_not_depend_on_its_batch(data, start, tmp_path, small_shar
         )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"decoder": {"latents": 6}}, "triples is 5, expected 6"),
-        ({"degradation": "blind"}, "degradation is 'bicubic', expected 'blind'"),
-        ({"decoder": {"latent_steps": 3}}, "steps is 2, expected 3"),
-        ({"seed": 1}, "seed is 0, expected 1"),
-    ],
-    ids=["count", "degradation", "steps", "seed"],
-)
+OTHERS = {
+    "count": ({"decoder": {"latents": 6}}, "triples is 5, expected 6"),
+    "degradation": ({"degradation": "blind"}, "degradation is 'bicubic', expected 'blind'"),
+    "steps": ({"decoder": {"latent_steps": 3}}, "steps is 2, expected 3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHERS.values(), ids=OTHERS)
 def test_latents_of_something_else_are_refused(changes, message, data, start, tmp_path):
     make(data, start, tmp_path)
     with pytest.raises(UsageError, match=message):
         make(data, start, tmp_path, tiny.recipe(**changes))
     with pytest.raises(UsageError, match=message):
         latents.open_set(tmp_path, tiny.recipe(**changes), start)
+
+
+def test_another_seed_draws_from_a_set_but_does_not_continue_it(data, start, tmp_path):
+    make(data, start, tmp_path)
+    other = tiny.recipe(seed=1)
+    with pytest.raises(UsageError, match="seed is 0, expected 1"):
+        make(data, start, tmp_path, other)
+    own, others = (latents.open_set(tmp_path, recipe, start) for recipe in (tiny.recipe(), other))
+    assert [own[i][0] for i in range(4)] == [others[i][0] for i in range(4)]
+    assert any(not torch.equal(own[i][1], others[i][1]) for i in range(4))
 
 
 def test_too_many_sampler_steps_are_refused(data, start, tmp_path):

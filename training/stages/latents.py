@@ -186,11 +186,11 @@ def _open(path: Path) -> Any:
 
 
 def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
-    """Open a set made before; UsageError where it is not of this recipe and stage 1."""
+    """Open a set made before, with whatever seed; UsageError where it is not of this recipe and stage 1."""
     found = read_description(directory)
     crops = Crops([], recipe.decoder.patch_px, recipe.seed, augmentation=recipe.augmentation)
     wanted = describe(recipe, start, crops, recipe.decoder.latents)
-    _check(directory, {**wanted, "photographs": found.get("photographs")})
+    _check(directory, wanted | {name: found.get(name) for name in ("photographs", "seed")})
     return Triples(directory, recipe.seed)
 
 
