@@ -25,7 +25,7 @@ from moesr.export.calibration import Inputs, Recording
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.graph import BuiltGraph
-from moesr.export.lowering import Lowering, lowering
+from moesr.export.lowering import INT8_ERROR, Lowering, lowering
 from moesr.export.package import checkpoint_directory
 from moesr.export.parity import outputs
 from moesr.export.qdq import Ranges, layers_of, quantised
@@ -132,7 +132,7 @@ def within_budget(study: Study, role: str, ranges: Ranges) -> float:
     trials = [quantise.middle(each, side, study.latent_px) for each in given]
     errors = quantise.sensitivities(small, layers_of(small), ranges, trials)
     layers = layers_of(whole)
-    kept = quantise.to_keep(errors, [layer.macs for layer in layers])
+    kept = quantise.to_keep(errors, [layer.macs for layer in layers], INT8_ERROR)
     return sum(layer.macs for i, layer in enumerate(layers) if i not in kept) / whole.macs
 
 

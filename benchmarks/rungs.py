@@ -24,6 +24,9 @@ EXPERTS = 4  # of the published models: features are not reused across their bor
 
 PHOTOGRAPHS = 2  # that int8 is calibrated and proved on: the weights are random
 
+ANY_ERROR = 1.0
+"""Of int8: all layers that can be are, since random weights do not tell which of a trained model may not."""
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -54,9 +57,9 @@ class Rung:
 ENGINES: dict[str, dict[str, Any]] = {
     "float32": {},
     "plain": {"target": "gpu"},
-    "int8": {"precision": "int8"},
+    "int8": {"precision": "int8", "int8_error": ANY_ERROR},
     "reuse": {"reuse": 0},
-    "int8-reuse": {"precision": "int8", "reuse": 0},
+    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": 0},
 }
 """Options of `export_engine`, by name."""
 

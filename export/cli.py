@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesr.export.lowering import INT8_ERROR
 from moesr.export.prompts import GUIDANCE, Wish
 from moesr.runtime import console
 from moesr.runtime.engines import demo_name
@@ -79,6 +81,7 @@ def _export(args: argparse.Namespace) -> int:
             wish=Wish(args.prompt, args.negative_prompt, args.guidance),
             kernels=kernels,
             photographs=photographs,
+            int8_error=args.int8_error,
             residuals=args.residuals,
             reuse=args.reuse,
             force=args.force,
@@ -144,6 +147,16 @@ def _two_or_more(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number from 2 on")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return value
 
 
 def _capability(text: str) -> int:
@@ -217,6 +230,14 @@ def parser() -> argparse.ArgumentParser:
         default=8,
         metavar="N",
         help="with --int8, how many of them to take; graphs are proved on one of these (default: 8)",
+    )
+    add(
+        "--int8-error",
+        type=_positive,
+        default=INT8_ERROR,
+        metavar="E",
+        help="with --int8, the relative error of every graph's result that it may cost: more leaves fewer "
+        "layers in float32, and 1 none (default: %(default)g)",
     )
     add(
         "--store",

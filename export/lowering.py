@@ -13,6 +13,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["cpu", "gpu"]
 Residuals = Literal["reckoned", "plans", "kernels"]
 
+INT8_ERROR = 1e-2
+"""What int8 may cost a graph unless told otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lowering:
@@ -28,6 +31,7 @@ class Lowering:
     centre_norms: bool  # take out what the backend's normalisation leaves of a mean
     kernels: bool = False  # leave what our kernels do faster to them: the graph is then cut there
     residuals: Residuals = "reckoned"  # what inverted residuals are where `kernels`: see kernel_calls
+    int8_error: float = INT8_ERROR  # relative L2, of the result, that all int8 layers may make as estimated
 
 
 CPU = Lowering(

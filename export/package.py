@@ -18,7 +18,7 @@ from moesr.export.calibration import Recording, record
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph, shallow_graph
 from moesr.export.graph import OPSET, BuiltGraph
-from moesr.export.lowering import Lowering, Precision, Residuals, Target, lowering
+from moesr.export.lowering import INT8_ERROR, Lowering, Precision, Residuals, Target, lowering
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
 from moesr.export.quantise import Make, int8_graph
@@ -117,6 +117,7 @@ def export_engine(
     wish: Wish = NO_WISH,
     kernels: bool = False,
     photographs: Sequence[np.ndarray] = (),
+    int8_error: float = INT8_ERROR,
     residuals: Residuals = "reckoned",
     reuse: int | None = None,
     force: bool = False,
@@ -126,7 +127,8 @@ def export_engine(
 
     The same checkpoint gives the same graphs. For `target`, `precision`, `store`, `kernels` and `residuals`
     see `lowerings`. `tile_px` None is what the model is used to; `wish` is for models with prompts.
-    `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on. `reuse`
+    `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on, and
+    `int8_error` is the relative L2 error of every graph's result by which layers stay float32. `reuse`
     adds shallow graphs of so many output blocks (0: those of the first level). `on_stage` hears what begins.
     An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
     UsageError for a tile, prompt, precision or model that cannot be, ParityError where a graph misses its
@@ -140,7 +142,11 @@ def export_engine(
     if tile_px is None:
         tile_px = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     check_tile(config, tile_px)
-    prompts, choices = _prompts(checkpoint, wish), lowerings(target, precision, store, kernels, residuals)
+    prompts = _prompts(checkpoint, wish)
+    choices = {
+        name: replace(own, int8_error=int8_error)
+        for name, own in lowerings(target, precision, store, kernels, residuals).items()
+    }
     recording = _record(checkpoint, photographs, tile_px, on_stage) if precision == "int8" else None
     blocks = 0 if reuse is None else output_blocks(config, reuse)
     try:

@@ -6,7 +6,7 @@ fuse. Only what the layer itself reads is rounded: a residual that goes past it 
 
 How much a layer adds to the error of the result is measured, one layer at a time. These errors add up like
 independent noise, as the root of the sum of squares, so the layers to leave in float32 are those that save
-most error for the fewest multiply-accumulates, until what is left is within a budget.
+most error for the fewest multiply-accumulates, until what is left is within `Lowering.int8_error`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ PERCENTILE = 99.999
 
 METHOD = f"percentile {PERCENTILE:g}"
 
-BUDGET = 1e-2
-"""Relative L2 error that all int8 layers of a graph together may make of its result, as it is estimated."""
-
 SMALL_PX, SMALL_DECODER_PX = 32, 16
 """Sides, in latent pixels, of the graphs that layers are tried one by one in: a fraction of a tile's work."""
 
@@ -50,11 +47,13 @@ def int8_graph(make: Make, role: str, latent_px: int, recording: Recording, lowe
     built, inputs = make(latent_px, lowering), recording.calibrating(role)
     layers = layers_of(built)
     ranges = observe(built, layers, inputs)
-    side = min(latent_px, SMALL_DECODER_PX if role == DECODER else SMALL_PX)
-    small = make(side, lowering)
-    trials = [middle(given, side, latent_px) for given in spread(inputs, TRIALS)]
-    errors = sensitivities(small, layers_of(small), ranges, trials)
-    kept = to_keep(errors, [layer.macs for layer in layers])
+    kept = set[int]()
+    if lowering.int8_error < 1:  # all of the result
+        side = min(latent_px, SMALL_DECODER_PX if role == DECODER else SMALL_PX)
+        small = make(side, lowering)
+        trials = [middle(given, side, latent_px) for given in spread(inputs, TRIALS)]
+        errors = sensitivities(small, layers_of(small), ranges, trials)
+        kept = to_keep(errors, [layer.macs for layer in layers], lowering.int8_error)
     share = sum(layer.macs for i, layer in enumerate(layers) if i not in kept) / built.macs
     names = tuple(layers[i].name for i in sorted(kept))
     found = Calibration(recording.images - 1, recording.steps, len(inputs), METHOD, share, names)
@@ -126,8 +125,8 @@ def sensitivities(
     return [float(np.linalg.norm(results(row) - want) / size) for row in np.eye(count)]
 
 
-def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float = BUDGET) -> set[int]:
-    """Indices of the layers to leave in float32, so that the error of the others is within the budget."""
+def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[int]:
+    """Indices of the layers to leave in float32, so that the error of the others is within a budget."""
     squares, kept = np.square(errors), set[int]()
     for i in sorted(range(len(macs)), key=lambda i: -squares[i] / macs[i]):
         if sum(square for j, square in enumerate(squares) if j not in kept) <= budget**2:
