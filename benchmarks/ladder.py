@@ -45,8 +45,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{s['threads']} threads, medians of {s['repeats']} round{'s' * (s['repeats'] > 1)} in turns"
         + (f", load average {load:.1f} at the start." if load is not None else "."),
         f"Images are composed of steps and a decode. Limits of arithmetic, measured: {rates} GFLOP/s. "
-        "In int8 are all layers that can be, whatever that costs: `moesr-export --int8` leaves in float32 those "
-        "that a model is sensitive in.",
+        "In int8 are all layers that can be, whatever that costs: `moesr-export --int8` leaves those in "
+        "float32 that a model is sensitive in.",
         "",
         *_ladder(result["rungs"]),
         "",
