@@ -43,7 +43,7 @@ def test_measures_in_turns_and_says_where_time_goes(tmp_path, capsys):
     assert any(name.startswith("decoder") for name in result["where"]["float32"]["decoder"]["modules"])
     text = page.read_text()
     assert "one tile of 64 px" in text and "| moesr float32 | 20 |" in text
-    assert "Target of moesr float32: 2.2 times eager PyTorch" in text
+    assert "- moesr float32: 2.2 times eager PyTorch, " in text and list(result["where"]) == ["float32"]
 
 
 def test_refuses_a_tile_that_cannot_be(capsys):
@@ -64,6 +64,20 @@ def test_images_are_composed():
     found = one.to_json()
     assert found["image 20"] == 12 * 2.0 + 8 * 0.5 + 10
     assert found["first image"] == 3 + 5 + 11 + 11 * 2.0 + 8 * 0.5
+
+
+def test_a_target_is_held_against_what_products_alone_would_take():
+    """An eager image of 40 s; 10 full steps of 5e9 and 10 shallow ones of 1e9, a decode of 40e9 products."""
+    eager = turns.Measured(EAGER, {"step": [1.0], "decode": [20.0]})
+    fast = turns.Measured(rung("moesr int8, reuse 2"), {"step": [0.2], "shallow": [0.1], "decode": [2.0]})
+    for one in (eager, fast):
+        one.values = {"load": 0.0, "first step": 0.0, "first decode": 0.0}
+    macs = {"plain": {}, "int8-reuse": {"expert_0": 5e9, "shallow_0": 1e9, "decoder": 40e9}}
+    rungs_found = [one.to_json() for one in (eager, fast)]
+    lines = ladder._targets({"rungs": rungs_found, "macs": macs, "limits": {"int8": 1e11}})
+    least = 2 * (12 * 5 + 8 * 1 + 40) / 100
+    assert lines[-1].startswith("- moesr int8, reuse 2: 9.0 times eager PyTorch, not reached (7.69).")
+    assert lines[-1].endswith(f"would make it {40 / least:.1f}.")
 
 
 def test_every_rung_has_its_engine_and_arithmetic():
