@@ -48,8 +48,8 @@ def markdown(result: dict[str, Any]) -> str:
         + (f", load average {load:.1f} at the start." if load is not None else "."),
         f"Images are composed of steps and a decode. Limits of arithmetic, measured: {rates} GFLOP/s. "
         "In int8 are all layers that can be, whatever that costs: `moesr-export --int8` leaves those in "
-        "float32 that a model is sensitive in. Random weights let latents grow from step to step, so few of them "
-        "fit int8's ranges: its errors here are no trained model's.",
+        "float32 that a model is sensitive in. Random weights let latents grow from step to step, so few of "
+        "them fit int8's ranges: its errors here are no trained model's.",
         "",
         *_ladder(result["rungs"]),
         "",
