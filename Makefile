@@ -45,7 +45,7 @@ $(RUNS)/demo-x8/decoder/checkpoint: | $(RUNS)/demo-x8/experts/checkpoint
 	$(BIN)/moesr-train decoder --config demo-x8 --data $(RUNS)/photos/train --val $(RUNS)/photos/validation \
 		--from $| -o $(@D)
 
-# The x4 decoder once more, with less weight on the spectrum and a falling learning rate.
+# The x4 decoder once more, with more weight on what it makes without the LR image and a falling learning rate.
 $(RUNS)/demo-x4/final/checkpoint: | $(RUNS)/demo-x4/decoder/checkpoint
 	$(BIN)/moesr-train decoder --config demo-x4-final --latents $(RUNS)/demo-x4/decoder/latents \
 		--val $(RUNS)/photos/validation --from $(RUNS)/demo-x4/experts/checkpoint --init $| -o $(@D)
