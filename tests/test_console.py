@@ -123,6 +123,17 @@ def test_names_that_the_stream_cannot_say(tmp_path):
     assert b"caf\\xe9 \\udcff" in result.stdout
 
 
+@pytest.fixture(autouse=True, scope="module")
+def heard_signals():
+    """Programs inherit what is ignored, as under nohup or in the background: here they hear all of it."""
+    ignored = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up_and_a_second_ends_at_once(number: signal.Signals):
     work = """
