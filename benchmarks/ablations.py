@@ -20,7 +20,7 @@ import metrics
 import numpy as np
 import pairs
 from machine import machine_line
-from tables import Record, means
+from tables import Record, grid, means
 
 from moesr.export.package import export_engine
 from moesr.runtime.errors import MoesrError
@@ -151,8 +151,7 @@ def section(kind: str, runs: Runs) -> str:
     methods = [r.method for r in next(iter(runs.values()))]
     scores = [[name, *(_spread(v) for v in _by_column(runs, name))] for name in methods]
     gains = [[name, *(_gain(a - b) for a, b in _pairs(runs, *two))] for name, two in GAINS.items()]
-    tables = (head, scores), (["what it brings", *head[1:]], gains)
-    return f"## {kind}\n\n" + "\n".join(_table(*table) for table in tables)
+    return f"## {kind}\n\n{grid(head, scores)}\n\n{grid(['what it brings', *head[1:]], gains)}\n"
 
 
 def _by_column(runs: Runs, method: str) -> list[np.ndarray]:
@@ -178,11 +177,6 @@ def _gain(differences: np.ndarray) -> str:
     return f"**{told}**" if is_clear else told
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
-
-
 def heading(args: argparse.Namespace) -> str:
     """Markdown above the tables: what was trained, and where."""
     batch = load_recipe("demo-x4").decoder
@@ -204,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="a trained model with all its stages")
     add("--data", type=Path, required=True, metavar="DIR", help="the photographs that it was trained on")
-    add("--decoder-steps", type=int, default=200, help="(default: %(default)s)")
+    add("--decoder-steps", type=int, default=400, help="(default: %(default)s)")
     add("--base-steps", type=int, default=400, help="(default: %(default)s)")
     add("--expert-steps", type=int, default=50, help="(default: %(default)s)")
     add("--steps", type=int, default=20, help="of sampling (default: %(default)s)")

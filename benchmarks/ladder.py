@@ -8,10 +8,13 @@ from statistics import mean
 from typing import Any
 
 import metrics
+from latency_worker import EXPERT
 from pairs import degrade, load_originals
 from rungs import EAGER, Rung
 
-EXPERT, SHALLOW, DECODER = "expert_0", "shallow_0", "decoder"
+from moesr.runtime.manifest import DECODER
+
+SHALLOW = "shallow_0"
 PROFILE_ROWS = 12
 GIGA = 1e9
 DEGRADATION = "x4-bicubic"

@@ -54,12 +54,17 @@ def markdown(records: Sequence[Record], averaged: Sequence[Record]) -> str:
 def _table(records: Sequence[Record], with_image: bool) -> str:
     columns = _columns(records)
     head = [*(["Image"] if with_image else []), "Method", *(HEADINGS[c] for c in columns)]
-    rule = [*(["---"] if with_image else []), "---", *("---:" for _ in columns)]
     body = [
         [*([r.image] if with_image else []), r.method, *(_number(c, r.values.get(c)) for c in columns)]
         for r in records
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
+    return grid(head, body, names=1 + with_image)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Cells as a table in Markdown, all columns but the first `names` to the right."""
+    rule = [*["---"] * names, *["---:"] * (len(head) - names)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
 
 def _columns(records: Sequence[Record]) -> list[str]:

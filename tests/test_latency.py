@@ -67,7 +67,7 @@ def test_images_are_composed():
 
 
 def test_a_target_is_held_against_what_products_alone_would_take():
-    """An eager image of 40 s; 10 full steps of 5e9 and 10 shallow ones of 1e9, a decode of 40e9 products."""
+    """An eager image of 40 s; 12 full steps of 5e9 and 8 shallow ones of 1e9, a decode of 40e9 products."""
     eager = turns.Measured(EAGER, {"step": [1.0], "decode": [20.0]})
     fast = turns.Measured(rung("moesr int8, reuse 2"), {"step": [0.2], "shallow": [0.1], "decode": [2.0]})
     for one in (eager, fast):
