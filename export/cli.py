@@ -58,7 +58,7 @@ def _export(args: argparse.Namespace) -> int:
     photographs = _photographs(args) if precision == "int8" else ()
     if args.tensorrt:
         tensorrt.check_compiler()  # what is missing is missed before any work
-        tensorrt.capabilities(load(), args.capability)
+        tensorrt.check_precision(precision, tensorrt.capabilities(load(), args.capability))
         args.target = "both" if args.target == "cpu" else args.target
     own = next(iter(package.lowerings(args.target, precision, args.store).values()))
     directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
@@ -207,7 +207,8 @@ def parser() -> argparse.ArgumentParser:
         const="bf16",
         dest="precision",
         help="bfloat16 arithmetic on CPUs that are faster with it (with openvino; measured by moesr-run), "
-        "float32 elsewhere; half the size",
+        "float32 elsewhere; half the size; a GPU's graphs are bfloat16 throughout, for TensorRT on compute "
+        "capability 8.0 and later",
     )
     precisions.add_argument(
         "--int8",

@@ -12,8 +12,9 @@ import onnxruntime as ort
 import torch
 from onnx import helper
 
-from moesr.export.graph import IR_VERSION, KERNEL_DOMAIN, OPSET, BuiltGraph, Value
-from moesr.export.kernel_calls import KernelCall
+from moesr.export.graph import KERNEL_DOMAIN, BuiltGraph, Value
+from moesr.export.kernel_calls import KERNEL_TYPES, KernelCall
+from moesr.export.rounding import without_bf16
 from moesr.runtime.graphs import BATCH
 from moesr.runtime.parts import NHWC, VECTOR
 
@@ -82,7 +83,8 @@ def _channels_last(built: BuiltGraph, stages: Mapping[int, list[onnx.NodeProto]]
 
 
 def _may_be_last(value: Value) -> bool:
-    return value.dtype == onnx.TensorProto.FLOAT16 and len(value.shape) == 4 and value.size(1) % VECTOR == 0
+    half = value.dtype in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    return half and len(value.shape) == 4 and value.size(1) % VECTOR == 0
 
 
 def _part(
@@ -109,8 +111,8 @@ def _part(
         [_declared(value) for value in outputs],
         initializer=[tensor for tensor in built.model.graph.initializer if tensor.name in used],
     )
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moesr")
+    opsets, ir_version = built.model.opset_import, built.model.ir_version
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="moesr")
 
 
 def _constants(
@@ -138,17 +140,21 @@ def _declared(value: Value) -> onnx.ValueInfoProto:
 
 
 def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-    """What the parts make of the whole's inputs: graphs on ONNX Runtime, kernels by their references."""
+    """What the parts make of the whole's inputs: graphs on ONNX Runtime, kernels by their references.
+
+    Between parts, values of bfloat16 are kept as float32: NumPy and ONNX Runtime's kernels have no such type.
+    """
     values = dict(inputs)
     options = ort.SessionOptions()
     options.log_severity_level, options.enable_mem_reuse = 3, False
     for part in parts:
         if isinstance(part, KernelCall):
             given = {name: torch.from_numpy(values[value]) for name, value in part.inputs.items()}
-            dtype = next(iter(given.values())).dtype
-            values[part.output[1]] = part.reference(given).to(dtype).numpy()
+            kept = next(iter(given.values())).dtype
+            values[part.output[1]] = part.reference(given).to(KERNEL_TYPES[part.dtype]).to(kept).numpy()
             continue
-        session = ort.InferenceSession(part.SerializeToString(), options, ["CPUExecutionProvider"])
+        twin = without_bf16(part).SerializeToString()
+        session = ort.InferenceSession(twin, options, ["CPUExecutionProvider"])
         names = [value.name for value in part.graph.output]
         taken = {value.name: values[value.name] for value in part.graph.input}
         made = (np.asarray(value) for value in session.run(names, taken))

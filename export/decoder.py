@@ -27,7 +27,7 @@ def decoder_graph(
     config, decoder = network.config, network.decoder
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
     lr, fidelity = _condition(g, latent_px * config.factor) if decoder.fusions else (None, None)
-    features = _lr_features(g, lr, network) if lr else {}
+    features = _lr_features(g, g.compute(lr), network) if lr else {}
     with g.scope("quantize"):
         h = g.compute(_quantise(g, z, network, latent_scale))
     with g.scope("decoder.mid"):
@@ -52,10 +52,10 @@ def decoder_graph(
 
 
 def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
-    """The inputs of a conditioned decoder, to compute with: the LR image, and its weight as [B, 1, 1, 1]."""
+    """The inputs of a conditioned decoder: the LR image, and its weight, to compute with, as [B, 1, 1, 1]."""
     lr = g.input("lr", (BATCH, 3, image_px, image_px))
     fidelity = g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3]))
-    return g.compute(lr), g.compute(fidelity)
+    return lr, g.compute(fidelity)
 
 
 def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: float) -> Value:

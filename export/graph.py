@@ -27,15 +27,11 @@ from moesr.runtime.graphs import BATCH, Boundary, Calibration, TensorSpec
 
 OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 and later
 IR_VERSION = 9  # the one of opset 20
-FLOATS = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.FLOAT,
-    "int8": TensorProto.FLOAT,
-}
-"""Type of a graph's values by its precision. bf16 is up to the backend, int8 a matter of single layers."""
+BF16_OPSET, BF16_IR_VERSION = 22, 10  # the first with bfloat16 in convolutions
+FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+"""Types of a graph's values by `Lowering.values`."""
 
-NUMPY_TYPES: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+NUMPY_TYPES: dict[int, Any] = {number: helper.tensor_dtype_to_np_dtype(number) for number in FLOATS.values()}
 
 KERNEL_DOMAIN = "moesr"
 """Of the nodes that no backend knows: the graph is cut at them."""
@@ -87,6 +83,9 @@ class GraphBuilder:
 
     def __init__(self, name: str, lowering: Lowering = CPU) -> None:
         self.name, self.lowering = name, lowering
+        self._opset, self._ir = (
+            (BF16_OPSET, BF16_IR_VERSION) if lowering.values == "bf16" else (OPSET, IR_VERSION)
+        )
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[TensorSpec] = []
         self._outputs: list[TensorSpec] = []
@@ -98,7 +97,7 @@ class GraphBuilder:
         self._values: dict[str, Value] = {}
         self._calls: dict[str, KernelCall] = {}
         self._folded: set[str] = set()  # values made of constants alone, which a session computes once
-        self._opsets = [helper.make_opsetid("", OPSET)]
+        self._opsets = [helper.make_opsetid("", self._opset)]
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -188,7 +187,7 @@ class GraphBuilder:
 
     def compute(self, value: Value) -> Value:
         """Cast to the precision the graph computes in."""
-        return self.cast(value, FLOATS[self.lowering.precision])
+        return self.cast(value, FLOATS[self.lowering.values])
 
     def float32(self, value: Value) -> Value:
         """Cast to float32, for what half precision cannot hold."""
@@ -231,7 +230,7 @@ class GraphBuilder:
             [_declared(spec) for spec in self._outputs],
         )
         model = helper.make_model(
-            graph, opset_imports=self._opsets, ir_version=IR_VERSION, producer_name="moesr"
+            graph, opset_imports=self._opsets, ir_version=self._ir, producer_name="moesr"
         )
         for digest in list(self._tensors):  # one at a time: weights may be half of the memory there is
             model.graph.initializer.append(self._tensors.pop(digest))
@@ -243,12 +242,12 @@ class GraphBuilder:
         types = {v.name: helper.make_tensor_type_proto(v.dtype, v.shape) for v in inputs}
         integers = {v.name: self._integers[v.name] for v in inputs if v.name in self._integers}
         inferred = onnx.shape_inference.infer_node_outputs(
-            onnx.defs.get_schema(node.op_type, OPSET),
+            onnx.defs.get_schema(node.op_type, self._opset),
             node,
             types,
             integers,
             opset_imports=self._opsets,
-            ir_version=IR_VERSION,
+            ir_version=self._ir,
         )
         return [_value(name, inferred[name]) for name in node.output]
 
@@ -278,7 +277,8 @@ class GraphBuilder:
             with np.errstate(over="ignore"):
                 array = array.astype(NUMPY_TYPES[like])
             if not np.isfinite(array).all():
-                cure = "train again" if like == TensorProto.FLOAT else "export without --fp16"
+                wide = like == TensorProto.FLOAT
+                cure = "train again" if wide else f"export without --{self.lowering.precision}"
                 place = "/".join([self.name, *self._scope])
                 raise EngineError(f"a weight of {place} is not finite as {array.dtype}; {cure}")
         return np.asarray(array, order="C")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesr.export.graph import GraphBuilder, Value
 
 ARCHITECTURE = 90  # whether a plan exists does not depend on it
-KERNEL_TYPES = {torch.float32: "fp32", torch.float16: "fp16"}
+KERNEL_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOPS_PER_BYTE = 184.0
 """Arithmetic that takes an H200 as long as a byte of memory: 790 TFLOP/s and 4.3 TB/s, as measured."""
 
@@ -47,9 +47,8 @@ class KernelCall:
         """The weights as the kernels read them, by buffer."""
         if not self.weights:
             return {}
-        dtype = next(t for t, name in KERNEL_TYPES.items() if name == self.dtype)
         size = tuple(self.shape[name] for name in ("channels", "height", "width"))
-        like = torch.zeros((), dtype=dtype).expand(1, *size)
+        like = torch.zeros((), dtype=KERNEL_TYPES[self.dtype]).expand(1, *size)
         made = OPS[self.op].prepare({**dict.fromkeys(self.inputs, like), **self.weights})
         return {name: made[name].contiguous() for name in self.weights}
 
@@ -107,7 +106,7 @@ def inverted_residual(
     (expand, expand_bias), (depthwise, depthwise_bias), (reduce, reduce_bias) = plain
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     out, precision = reduce.shape[0], g.lowering.precision
-    last = precision == "fp16" and channels % VECTOR == 0 and out % VECTOR == 0
+    last = precision in ("fp16", "bf16") and channels % VECTOR == 0 and out % VECTOR == 0
     shape = {"channels": channels, "out": out, "height": height, "width": width, "channels_last": int(last)}
     fits = same == (channels == out) and expand.shape[0] == 4 * channels
     if not (g.lowering.kernels and fits and possible("inverted_residual", shape, precision)):
@@ -117,7 +116,7 @@ def inverted_residual(
     )
     if not wanted:
         return None
-    dtype = next(t for t, name in KERNEL_TYPES.items() if name == precision)
+    dtype = KERNEL_TYPES[precision]
     weights = {
         "expand": expand.flatten(1).to(dtype),
         "expand_bias": expand_bias,
@@ -155,7 +154,6 @@ def fused_share(shape: Mapping[str, int], precision: str) -> float:
         (wide + out + kept, wide * out),
     )
     apart = sum(max(size * values, 2 * macs / FLOPS_PER_BYTE) for values, macs in layers)
-    plan = OPS["inverted_residual"].plan({"batch": 1, **shape}, precision, ARCHITECTURE)
     plan = OPS["inverted_residual"].plan({"batch": 1, **shape}, precision, ARCHITECTURE)
     constants = plan.launches[0].constants
     rows, columns = int(constants["GH"]), int(constants["GW"])

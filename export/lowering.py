@@ -22,7 +22,9 @@ class Lowering:
     """The choices. Byte limits are for one image; None cuts nothing."""
 
     precision: Precision = "fp32"  # of features and weights; what half cannot hold is float32 in any case
-    store: Precision = "fp32"  # of large weights inside the file; half precision is cast on opening
+    store: Precision = (
+        "fp32"  # of large weights inside the file; where it is not the precision, cast on opening
+    )
     winograd: bool  # where its cost model says so
     strip_tiles: int  # Winograd tiles of a strip: few enough for a cache, enough for a matrix product
     strip_bytes: int | None  # largest inner tensor of a strip of rows or channel blocks
@@ -32,6 +34,11 @@ class Lowering:
     kernels: bool = False  # leave what our kernels do faster to them: the graph is then cut there
     residuals: Residuals = "reckoned"  # what inverted residuals are where `kernels`: see kernel_calls
     int8_error: float = INT8_ERROR  # relative L2, of the result, that all int8 layers may make as estimated
+
+    @property
+    def values(self) -> Precision:
+        """The type of the file's values: half where weights are stored as they are computed with."""
+        return self.precision if self.precision == self.store in ("fp16", "bf16") else "fp32"
 
 
 CPU = Lowering(
@@ -58,13 +65,15 @@ def lowering(target: Target, precision: Precision = "fp32", store: Precision = "
 
     It has no bits to spare for Winograd's transforms or for kernels summed after rounding, and its own
     rounding hides what a normalisation leaves of a mean. int8 is a matter of single layers: see `quantise`.
-    bf16 is one of the backend that runs a float32 graph: the file says so to those that can, and stores its
-    weights in fp16, which takes no more room and keeps three bits more for those that cannot.
+    On a CPU bf16 is one of the backend that runs a float32 graph: the file says so to those that can, and
+    stores its weights in fp16, which takes no more room and keeps three bits more for those that cannot. A
+    GPU's plans are typed as their file is, which then is bfloat16 throughout.
     """
     if precision == "fp32":
         return replace(TARGETS[target], store=store)
     plain = replace(TARGETS[target], winograd=False, sum_kernels=False, centre_norms=False)
-    return replace(plain, precision=precision, store="fp16" if precision == "bf16" else precision)
+    held: Precision = "fp16" if (target, precision) == ("cpu", "bf16") else precision
+    return replace(plain, precision=precision, store=held)
 
 
 def cut(total: int, unit_bytes: int, limit: int | None) -> int:

@@ -34,7 +34,6 @@ from moesr.training.config import ModelConfig, StableSRConfig
 
 DEFAULT_TILE_PX = 512
 NO_WISH = Wish()
-CPU_ONLY = ("bf16", "int8")  # precisions
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
 Targets = Literal[Target, "both"]
@@ -80,8 +79,8 @@ def lowerings(
     parts, too, with our kernels between them, for a GPU; `residuals`: see `Lowering`. UsageError where a
     precision is not the target's.
     """
-    if precision in CPU_ONLY and target != "cpu":
-        raise UsageError(f"--{precision} is for CPUs; export it with --target cpu, and take --fp16 for a GPU")
+    if precision == "int8" and target != "cpu":
+        raise UsageError("--int8 is for CPUs; export it with --target cpu, and take --fp16 for a GPU")
     found: dict[str, Lowering] = {}
     if target != "both":
         found[target] = lowering(target, precision, store)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from onnx import TensorProto, ValueInfoProto
 
 from moesr.export.cutting import Part
@@ -16,7 +17,11 @@ from moesr.export.kernel_calls import KernelCall
 from moesr.runtime.graphs import File
 from moesr.runtime.parts import ALIGNMENT, SCHEMA, SUFFIX, Constant, KernelStep, Parts, PlanStep, Step, Stored
 
-_TYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
 
 
 def write_parts(directory: Path, role: str, built: BuiltGraph, parts: Sequence[Part]) -> tuple[File, ...]:
@@ -50,7 +55,7 @@ def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
     placed = {}
     for name, weight in call.packed().items():
         constants.extend(bytes(-len(constants) % ALIGNMENT))
-        data = weight.numpy().tobytes()
+        data = weight.view(torch.uint8).numpy().tobytes()
         placed[name] = Constant(len(constants), len(data))
         constants.extend(data)
     output, value = call.output

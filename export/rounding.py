@@ -1,7 +1,9 @@
 """A graph's twin that rounds as a backend does which computes in bfloat16, to prove such graphs anywhere.
 
-From the first product on every result is rounded to 8 bits, and so is what products read; sums inside of a
-product are float32. What lies before, such as the angles of the timesteps, stays float32, as in OpenVINO.
+A backend may take a float32 graph and compute it so. From the first product on every result is rounded to 8
+bits, and so is what products read; sums inside of a product are float32. What lies before, such as the angles
+of the timesteps, stays float32, as in OpenVINO. Or the graph itself is of bfloat16, a type that ONNX Runtime
+reads and hardly computes with.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from onnx import NodeProto, TensorProto, helper
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 INTEGERS = ("ArgMin",)  # operators that give something else than floats
+MOVES = ("Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def as_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -64,3 +67,38 @@ def _rename_outputs(model: onnx.ModelProto, rounded: dict[str, str]) -> None:
     for output in model.graph.output:
         if output.name in rounded:
             output.name = rounded[output.name]
+
+
+def without_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The twin of a graph of bfloat16: its values are float32, rounded where they are made."""
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    graph, nodes = twin.graph, list(twin.graph.node)
+    del graph.node[:]
+
+    def cast(source: str, target: str, to: int) -> None:
+        graph.node.append(helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=to))
+
+    half = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16}
+    widened = {name: f"{name}_wide" for name in half}
+    for name, wide in widened.items():
+        cast(name, wide, TensorProto.FLOAT)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            half.add(value.name)
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in nodes:
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        rounds = to == TensorProto.BFLOAT16 if node.op_type == "Cast" else not half.isdisjoint(node.input)
+        node.input[:] = [widened.get(name, name) for name in node.input]
+        names = list(node.output)
+        if rounds and node.op_type not in INTEGERS:
+            half.update(names)
+            if node.op_type not in MOVES:
+                node.output[:] = [f"{name}_exact" for name in names]
+        graph.node.append(node)
+        for name, made in zip(names, node.output, strict=True):
+            if name != made:
+                cast(made, f"{name}_half", TensorProto.BFLOAT16)
+                cast(f"{name}_half", name, TensorProto.FLOAT)
+    return twin

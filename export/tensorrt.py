@@ -18,6 +18,8 @@ from moesr.runtime.plan_builder import as_text, build_plan, capability_of
 from moesr.runtime.sessions.tensorrt import MAX_BATCH
 from moesr.runtime.tensorrt_library import Library, load
 
+BF16_FROM = 80  # compute capability
+
 OnStage = Callable[[str, float], None]
 """Called with what is built and the share of it that is done."""
 
@@ -57,6 +59,15 @@ def capabilities(library: Library, given: Sequence[int]) -> list[int]:
             "leave out --capability, or install moesr[tensorrt-rtx]"
         )
     return [present]
+
+
+def check_precision(precision: str, capabilities: Sequence[int]) -> None:
+    """UsageError where one of the GPUs cannot compute in it."""
+    if precision == "bf16" and (old := [c for c in capabilities if c < BF16_FROM]):
+        raise UsageError(
+            f"--bf16 takes a GPU of compute capability {as_text(BF16_FROM)} or later, not {as_text(old[0])}; "
+            "export with --fp16 for that one"
+        )
 
 
 def build_plans(

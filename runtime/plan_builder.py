@@ -139,7 +139,7 @@ def _failure(library: Library, path: Path, capability: int) -> EngineError | Mem
         return MemoryLimitError(f"{path.name}: no memory to build a plan ({text}); close other programs")
     return EngineError(
         f"{path}: {library} builds no plan for compute capability {as_text(capability)} ({text}); "
-        "use --backend onnxruntime"
+        "export the engine in another precision, or use --backend onnxruntime"
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from moesr.export import parity
 from moesr.export.graph import BuiltGraph
+from moesr.export.rounding import without_bf16
 from moesr.training.checkpoint import save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
@@ -102,5 +103,6 @@ def run(model: Path | BuiltGraph, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The first output of a graph."""
     options = ort.SessionOptions()
     options.log_severity_level, options.enable_mem_reuse = 3, False
-    session = ort.InferenceSession(model if isinstance(model, Path) else model.to_bytes(), options)
+    data = model if isinstance(model, Path) else without_bf16(model.model).SerializeToString()
+    session = ort.InferenceSession(data, options)
     return np.asarray(session.run(None, inputs)[0])

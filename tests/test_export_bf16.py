@@ -1,20 +1,25 @@
-"""Engines in bf16: float32 graphs that a backend may compute in bfloat16, proved by a twin that rounds."""
+"""Engines in bf16, proved by twins that round.
+
+For CPUs: float32 graphs that a backend may compute in bfloat16. For GPUs: graphs of bfloat16.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from conftest import relative_l2
-from graphs import expert_inputs, random_expert, run, write_checkpoint
+from graphs import decoder_inputs, expert_inputs, random_decoder, random_expert, run, write_checkpoint
 
-from moesr.export import cli, parity, rounding
+from moesr.export import cli, parity, rounding, tensorrt
 from moesr.export.graph import GraphBuilder
 from moesr.export.lowering import lowering
-from moesr.runtime import Upscaler, backends, doctor, fastest
+from moesr.runtime import Upscaler, backends, doctor, fastest, tensorrt_library
 from moesr.runtime.backends import BACKENDS
+from moesr.runtime.errors import EngineError
 from moesr.runtime.manifest import Manifest
 
 TILE, LATENT = 32, 8
@@ -112,6 +117,87 @@ def test_runtime_and_doctor(engine, capsys):
     assert "(its bf16 graphs in float32)" in capsys.readouterr().out
 
 
-def test_only_for_cpus(tmp_path, capsys):
-    assert cli.main(["--bf16", "--target", "gpu", "-o", str(tmp_path / "engine")]) == 2
-    assert "take --fp16 for a GPU" in capsys.readouterr().err
+# A GPU's graphs, which are of bfloat16 themselves.
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory) -> Path:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    directory = tmp_path_factory.mktemp("engine") / "typed"
+    flags = "--bf16", "--target", "gpu", "--tile", str(TILE), "--quiet"
+    assert cli.main([str(checkpoint), "-o", str(directory), *flags]) == 0
+    return directory
+
+
+def test_typed_graphs_are_proved(typed, engine):
+    for role, graph in Manifest.read(typed).graphs.items():
+        assert (graph.precision, graph.stored) == ("bf16", None) and graph.parity
+        assert 1e-3 < graph.parity.relative_l2 < graph.parity.threshold == parity.THRESHOLDS["bf16", "bf16"]
+        large = [
+            t.data_type
+            for t in onnx.load(typed / f"{role}.onnx").graph.initializer
+            if math.prod(t.dims) > 999
+        ]
+        assert large.count(onnx.TensorProto.BFLOAT16) > 0.8 * len(large)
+    sizes = [(directory / "expert_0.onnx").stat().st_size for directory in (typed, engine)]
+    assert sizes[0] < 1.1 * sizes[1]  # which stores half precision, too
+
+
+def test_beside_float32_for_a_cpu(tmp_path):
+    checkpoint, engine = write_checkpoint(tmp_path / "tiny"), tmp_path / "engine"
+    flags = "--bf16", "--target", "both", "--tile", str(TILE), "--quiet"
+    assert cli.main([str(checkpoint), "-o", str(engine), *flags]) == 0
+    manifest = Manifest.read(engine)
+    assert manifest.precision == "fp32"
+    assert {graph.variants["gpu"].precision for graph in manifest.graphs.values()} == {"bf16"}
+
+
+def test_typed_twin_rounds_what_every_node_gives():
+    g = GraphBuilder("sums", lowering("gpu", "bf16"))
+    x = g.compute(g.input("x", ("B", 2)))
+    total = g.op("Add", x, np.float32(1.0))
+    g.output("y", g.op("Sub", g.float32(g.op("Concat", total, x, axis=1)), np.float32(1.0)))
+    twin = rounding.without_bf16(g.finish().model)
+    types = {value.data_type for value in twin.graph.initializer}
+    assert types == {onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT}
+    x = np.array([[2.0**-9, 2.0**-7]], np.float32)
+    got = parity.outputs(twin.SerializeToString(), {"x": x})[0]
+    np.testing.assert_array_equal(got, [[0.0, 2.0**-7, 2.0**-9 - 1, 2.0**-7 - 1]])
+
+
+def test_the_twin_of_other_graphs_is_themselves(engine):
+    model = onnx.load(engine / "expert_0.onnx")
+    assert rounding.without_bf16(model) == model
+
+
+@pytest.mark.parametrize("role", ["expert_0", "decoder"])
+def test_openvino_computes_what_the_twin_does(typed, role):
+    """Another reader of such files, which rounds less: they are what ONNX says they are."""
+    ov = pytest.importorskip("openvino")
+    decoder = random_decoder()
+    inputs = expert_inputs(1, LATENT) if role == "expert_0" else decoder_inputs(decoder, [1.0], TILE)
+    model = ov.Core().read_model(typed / f"{role}.onnx")
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    got = next(iter(compiled(inputs).values()))
+    twin = rounding.without_bf16(onnx.load(typed / f"{role}.onnx")).SerializeToString()
+    assert relative_l2(got, parity.outputs(twin, inputs)[0]) < parity.THRESHOLDS["bf16", "bf16"]
+
+
+def test_backends_without_the_type_say_so(typed, monkeypatch):
+    image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
+    with (
+        Upscaler(typed, backend="onnxruntime", device="cpu") as up,
+        pytest.raises(EngineError, match=r"lacks a type of this graph, such as bfloat16: use another"),
+    ):
+        up(image, steps=2)
+
+
+def test_old_gpus_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tensorrt, "check_compiler", lambda: None)
+    monkeypatch.setattr(tensorrt, "capabilities", lambda library, given: given)
+    monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: None)
+    flags = "--bf16", "--tensorrt", "--capability", "8.9", "7.5"
+    assert cli.main([*flags, "-o", str(tmp_path / "engine")]) == 2
+    assert "capability 8.0 or later, not 7.5; export with --fp16" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()

@@ -14,6 +14,7 @@ from conftest import relative_l2
 from graphs import (
     NARROW,
     PLAIN_LDM,
+    TINY,
     decoder_inputs,
     expert_inputs,
     random_decoder,
@@ -25,7 +26,7 @@ from onnx import TensorProto
 from moesr.export import parity
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
-from moesr.export.graph import OPSET, BuiltGraph
+from moesr.export.graph import BF16_OPSET, FLOATS, OPSET, BuiltGraph
 from moesr.export.lowering import CPU, cut, lowering
 from moesr.runtime.errors import EngineError
 from moesr.training.config import AutoencoderConfig, UNetConfig
@@ -40,6 +41,7 @@ LOWERINGS = {
     "cpu-stored": (lowering("cpu", "fp32", "fp16"), 3e-3),
     "gpu": (lowering("gpu"), 2e-5),
     "gpu-fp16": (lowering("gpu", "fp16"), 3e-3),
+    "gpu-bf16": (lowering("gpu", "bf16"), 3e-2),
 }
 
 
@@ -96,7 +98,8 @@ def test_boundary_of_a_decoder(decoders):
 def _boundary(graph: BuiltGraph) -> dict[str, tuple[int | str, ...]]:
     """Inputs and outputs, float32 all of them, which the valid file says as the builder does."""
     onnx.checker.check_model(graph.model, full_check=True)
-    assert [o.version for o in graph.model.opset_import if not o.domain] == [OPSET]
+    wide = TensorProto.BFLOAT16 not in {t.data_type for t in graph.model.graph.initializer}
+    assert [o.version for o in graph.model.opset_import if not o.domain] == [OPSET if wide else BF16_OPSET]
     said = {}
     for value in (*graph.model.graph.input, *graph.model.graph.output):
         assert value.type.tensor_type.elem_type == TensorProto.FLOAT
@@ -113,6 +116,18 @@ def test_decoder_without_lr_has_one_input():
     assert [spec.name for spec in graph.boundary.inputs] == [i.name for i in graph.model.graph.input] == ["z"]
     inputs = {"z": decoder_inputs(network, [1.0, 1.0], side=32)["z"]}
     assert relative_l2(run(graph, inputs), parity.network_output(network, inputs)) < 2e-5
+
+
+@pytest.mark.parametrize("arrangement", LOWERINGS)
+@torch.inference_mode()
+def test_decoder_on_top_of_the_lr_image(arrangement):
+    """As the bundled ones: what is added is the image as it was given, in any precision."""
+    shape = {"norm_groups": 0, "lr_residual": True, "refinement": "none"}
+    network = random_decoder(replace(TINY, decoder=replace(TINY.decoder, **shape)))
+    choices, limit = LOWERINGS[arrangement]
+    inputs = decoder_inputs(network, [0.3, 1.0], SIDE)
+    graph = decoder_graph(network, SIDE // 4, choices)
+    assert relative_l2(run(graph, inputs), parity.network_output(network, inputs)) < limit
 
 
 @pytest.mark.parametrize("kind", ["experts", "decoders"])
@@ -162,14 +177,15 @@ def test_decoder_holds_what_it_needs(decoders):
     assert max(weights.values()) == 1
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize(("target", "precision"), [("cpu", "fp16"), ("gpu", "fp16"), ("gpu", "bf16")])
 @torch.inference_mode()
-def test_half_precision_keeps_float32_where_needed(target, decoder):
+def test_half_precision_keeps_float32_where_needed(target, precision, decoder):
     """Statistics, softmax, quantiser and the whole filter in float32; every other convolution in half."""
-    model = decoder_graph(decoder, SIDE // 4, lowering(target, "fp16")).model
+    model = decoder_graph(decoder, SIDE // 4, lowering(target, precision)).model
+    onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
     kinds = {v.name: v.type.tensor_type.elem_type for v in inferred}
-    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    half, single = FLOATS[precision], TensorProto.FLOAT
     seen = Counter()
     for node in model.graph.node:
         if node.op_type in ("Conv", "MatMul", "Gemm", "Softmax", "InstanceNormalization"):

@@ -13,12 +13,13 @@ from graphs import TINY, decoder_inputs, random_decoder, run
 
 from moesr.export import cutting
 from moesr.export.decoder import decoder_graph
+from moesr.export.graph import FLOATS
 from moesr.export.kernel_calls import KernelCall, fused_share
 from moesr.export.lowering import lowering
 from moesr.runtime.parts import NHWC
 
 TILE = 64
-LIMITS = {"fp32": 1e-5, "fp16": 5e-3}
+LIMITS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,10 @@ def test_an_inverted_residual_is_a_kernel_where_that_moves_less():
     assert fused_share({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > 1
 
 
-def test_images_between_compiled_parts_lie_channels_last(network):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_images_between_compiled_parts_lie_channels_last(network, precision):
     """Kernels over planes get planes, and what the whole takes and gives is as declared."""
-    parts = parts_of(network, "fp16")
+    parts = parts_of(network, precision)
     graphs = [part.graph for part in parts if isinstance(part, onnx.ModelProto)]
     sides = {v.name: v for graph in graphs for v in (*graph.input, *graph.output)}
     planes = {
@@ -75,18 +77,19 @@ def test_images_between_compiled_parts_lie_channels_last(network):
     others = {name: v.type.tensor_type for name, v in sides.items() if name not in planes}
     for name, kind in others.items():
         dims = [dim.dim_value for dim in kind.shape.dim]
-        fits = kind.elem_type == onnx.TensorProto.FLOAT16 and len(dims) == 4 and dims[1] % 8 == 0
+        fits = kind.elem_type == FLOATS[precision] and len(dims) == 4 and dims[1] % 8 == 0
         assert name.endswith(NHWC) == fits
     assert sum(name.endswith(NHWC) for name in others) > 10
 
 
-def test_every_filter_and_the_wide_attention_are_kernels(network):
-    parts = parts_of(network, "fp16")
+@pytest.mark.parametrize("precision", LIMITS)
+def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
+    parts = parts_of(network, precision)
     calls = [part for part in parts if isinstance(part, KernelCall)]
     assert [call.op for call in calls].count("attention") == 1
     filters = [name for name, m in network.named_modules() if type(m).__name__ == "AFFFilter"]
     assert [call.op for call in calls].count("aff_filter") == len(filters) > 0
-    assert all(call.dtype == "fp16" for call in calls)
+    assert all(call.dtype == precision for call in calls)
     for part in parts:
         if isinstance(part, onnx.ModelProto):
             onnx.checker.check_model(part)
@@ -123,13 +126,16 @@ def test_what_kernels_do_not_take_stays_in_the_graph():
     assert "attention" not in {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)}
 
 
-def test_weights_are_packed_for_the_kernels(network):
+@pytest.mark.parametrize("precision", LIMITS)
+def test_weights_are_packed_for_the_kernels(network, precision):
     from moesr.kernels.registry import OPS
 
-    call = next(part for part in parts_of(network, "fp16") if isinstance(part, KernelCall) and part.weights)
+    call = next(
+        part for part in parts_of(network, precision) if isinstance(part, KernelCall) and part.weights
+    )
     plan = OPS[call.op].plan({"batch": 3, **call.shape}, call.dtype, 90)
     wanted = {b.name: (b.dtype, plan.dims(b)) for b in plan.buffers if b.role == "input"}
-    names = {"fp16": "float16", "fp32": "float32"}
+    names = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
     for name, weight in call.packed().items():
         dtype, dims = wanted[name]
         assert (str(weight.dtype).removeprefix("torch."), tuple(weight.shape)) == (names[dtype], dims)

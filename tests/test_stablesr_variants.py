@@ -48,6 +48,7 @@ FLAGS = {
     "bf16": ("--bf16",),
     "stored": ("--store", "fp16"),
     "both": ("--target", "both", "--fp16"),
+    "both-bf16": ("--target", "both", "--bf16"),
 }
 
 
@@ -57,8 +58,9 @@ def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
     assert {g.precision for g in manifest.graphs.values()} == {kind if kind in ("fp16", "bf16") else "fp32"}
     for graph in manifest.graphs.values():
         assert all(0 < a.parity.relative_l2 < a.parity.threshold for a in graph.arrangements)
-    if kind == "both":
-        assert {g.variants["gpu"].precision for g in manifest.graphs.values()} == {"fp16"}
+    if kind.startswith("both"):
+        half = {"both": "fp16", "both-bf16": "bf16"}[kind]
+        assert {g.variants["gpu"].precision for g in manifest.graphs.values()} == {half}
     assert np.abs(upscaled(tmp_path / "engine") - upscaled(plain)).mean() < 3
 
 

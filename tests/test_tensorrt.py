@@ -33,6 +33,7 @@ from moesr.runtime.sessions.tensorrt import TensorRTSession, open_plan
 
 KEY = plans.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", 89, 4)
 TILE = 32
+HALF = ["fp16", "bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +61,18 @@ def graph(tmp_path: Path) -> Path:
 # Plans of small networks, in the arrangement and precision of a GPU.
 
 
-def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path):
+@pytest.mark.parametrize("precision", HALF)
+def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     path, shares = tmp_path / "expert.onnx", []
-    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
+    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", precision)).to_bytes())
     plan = build_plan(rtx, path, 89, 4, workspace_bytes=1 << 28, on_progress=shares.append)
     assert len(plan) > 100_000
     assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 20
 
 
-def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path):
-    choices = replace(lowering("gpu", "fp16"), kernels=True)
+@pytest.mark.parametrize("precision", HALF)
+def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path, precision):
+    choices = replace(lowering("gpu", precision), kernels=True)
     for part in cutting.cut(decoder_graph(random_decoder(), TILE // 8, choices)):
         if not isinstance(part, KernelCall):
             path = tmp_path / "part.onnx"
@@ -78,9 +81,10 @@ def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_decoders_plan_builds_without_a_gpu(rtx, tmp_path):
+@pytest.mark.parametrize("precision", HALF)
+def test_a_whole_decoders_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     path = tmp_path / "decoder.onnx"
-    path.write_bytes(decoder_graph(random_decoder(), TILE // 4, lowering("gpu", "fp16")).to_bytes())
+    path.write_bytes(decoder_graph(random_decoder(), TILE // 4, lowering("gpu", precision)).to_bytes())
     assert len(build_plan(rtx, path, 89, 4)) > 100_000
 
 
@@ -91,6 +95,13 @@ def test_a_gpu_that_the_library_does_not_know(rtx, tmp_path):
         EngineError, match=r"builds for compute capability .*8\.9.*, not for 9\.0; use the other"
     ):
         build_plan(rtx, path, 90, 4)
+
+
+def test_a_gpu_that_lacks_the_type(rtx, tmp_path):
+    path = tmp_path / "expert.onnx"
+    path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "bf16")).to_bytes())
+    with pytest.raises(EngineError, match=r"no plan for compute capability 7\.5 .*another precision"):
+        build_plan(rtx, path, 75, 4)
 
 
 def test_a_file_that_is_no_graph(rtx, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,12 +16,14 @@ from conftest import relative_l2
 from cuda_simulation import RUN, SimulatedDriver, write_kernels
 from fake_tensorrt import FakeEngine, fake_library
 from graphs import decoder_inputs, random_decoder
+from onnx import helper
 
 from moesr.export import cutting
 from moesr.export.decoder import decoder_graph
 from moesr.export.kernel_calls import KernelCall
 from moesr.export.lowering import lowering
 from moesr.export.parts_files import write_parts
+from moesr.export.rounding import without_bf16
 from moesr.kernels.plan import Case
 from moesr.kernels.registry import LOOP, OPS
 from moesr.runtime import parts as parts_module
@@ -33,27 +36,36 @@ from moesr.runtime.parts import layout, read_parts
 from moesr.runtime.sessions import Options, tensorrt
 from moesr.runtime.tensorrt_library import Library
 
-TILE, BATCH, PRECISION = 32, 2, "fp16"
-TYPES = {"float32": np.float32, "float16": np.float16}
+TILE, BATCH = 32, 2
+BFLOAT16 = helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
+LIMITS = {"fp16": 2e-3, "bf16": 2e-2}  # the last bits
+HALF = {"fp16": TYPES["float16"], "bf16": BFLOAT16}
 
 
 class OnnxEngine(FakeEngine):
-    """A plan whose computing is ONNX Runtime's."""
+    """A plan whose computing is ONNX Runtime's, in float32 where the plan is of bfloat16."""
 
     def __init__(self, driver: SimulatedDriver, path: Path) -> None:
-        self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        names = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-        sides = [
-            tuple(TensorSpec(v.name, names[v.type], tuple(v.shape)) for v in values)
-            for values in (self._session.get_inputs(), self._session.get_outputs())
-        ]
+        model = onnx.load(path)
+        data = without_bf16(model).SerializeToString()
+        self._session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+        sides = [tuple(map(self._spec, values)) for values in (model.graph.input, model.graph.output)]
         super().__init__(driver, Boundary(*sides), lambda row: row["none"])
 
+    @staticmethod
+    def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        kind = value.type.tensor_type
+        dims = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+        return TensorSpec(value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims)
+
     def get_tensor_dtype(self, name: str) -> str:
-        return {"float32": "DataType.FLOAT", "float16": "DataType.HALF"}[self.specs[name].dtype]
+        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+        return f"DataType.{names[self.specs[name].dtype]}"
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         taken = {name: self._array(name, shape, addresses).copy() for name, shape in shapes.items()}
+        taken = {name: v.astype(np.float32) if v.dtype == BFLOAT16 else v for name, v in taken.items()}
         batch = next(iter(shapes.values()))[0]
         for name, value in zip(self.outputs, self._session.run(self.outputs, taken), strict=True):
             self._array(name, self.specs[name].shape(batch), addresses)[...] = value
@@ -66,8 +78,14 @@ class OnnxEngine(FakeEngine):
         return view.reshape(shape)
 
 
-def tensor(driver: SimulatedDriver, address: int, *shape: int, dtype: Any = np.float16) -> torch.Tensor:
-    view = driver.view(address, int(np.prod(shape)), dtype).reshape(shape)
+class HalfDriver(SimulatedDriver):
+    """A GPU whose kernels were compiled for one type of half precision."""
+
+    half: Any = None
+
+
+def tensor(driver: HalfDriver, address: int, *shape: int, dtype: Any = None) -> torch.Tensor:
+    view = driver.view(address, int(np.prod(shape)), dtype or driver.half).reshape(shape)
     return torch.from_numpy(view.astype(np.float32))
 
 
@@ -94,14 +112,14 @@ def rows_inverse(
     filtered = OPS["aff_filter"].reference(
         x=tensor(driver, x, *shape), w1=weights[0], b1=biases[0], w2=weights[1], b2=biases[1]
     )["y"]
-    driver.view(y, filtered.numel(), np.float16)[:] = filtered.numpy().ravel()
+    driver.view(y, filtered.numel(), driver.half)[:] = filtered.numpy().ravel()
 
 
 def attention(driver, constants, grid, q, k, v, out, tokens, scale, *hidden) -> None:
     shape = grid[1], constants["WIDTH"], tokens
     given = {name: tensor(driver, at, *shape) for name, at in (("q", q), ("k", k), ("v", v))}
     attended = OPS["attention"].reference(**given, scale=scale, tokens_last=True)["out"]
-    driver.view(out, attended.numel(), np.float16)[:] = attended.numpy().ravel()
+    driver.view(out, attended.numel(), driver.half)[:] = attended.numpy().ravel()
 
 
 def inverted_residual(
@@ -121,7 +139,7 @@ def inverted_residual(
         channels_last=True,
     )["y"]
     driver.view(scratch, 2)  # is there
-    driver.view(y, result.numel(), np.float16)[:] = result.numpy().ravel()
+    driver.view(y, result.numel(), driver.half)[:] = result.numpy().ravel()
 
 
 @pytest.fixture(autouse=True)
@@ -131,11 +149,16 @@ def kernels_of_the_decoder(monkeypatch):
     monkeypatch.setitem(RUN, "columns_cached", columns)
 
 
+@pytest.fixture(scope="module", params=HALF)
+def precision(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Path:
+def engine(tmp_path_factory, precision) -> Path:
     """An engine directory with a decoder in parts and the kernels for it."""
     directory = tmp_path_factory.mktemp("engine")
-    choices = dataclasses.replace(lowering("gpu", PRECISION), kernels=True)
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True)
     built = decoder_graph(random_decoder(), TILE // 4, choices)
     parts = cutting.cut(built)
     write_parts(directory, "decoder", built, parts)
@@ -143,9 +166,9 @@ def engine(tmp_path_factory) -> Path:
     ops = []
     for name in {call.op for call in calls}:
         shapes = {json.dumps(dict(call.shape)): call.shape for call in calls if call.op == name}
-        cases = [Case("tiny", {"batch": 1, "heads": 1, **shape}, PRECISION, 0.0) for shape in shapes.values()]
+        cases = [Case("tiny", {"batch": 1, "heads": 1, **shape}, precision, 0.0) for shape in shapes.values()]
         ops.append(dataclasses.replace(OPS[name], deployed=tuple(cases)))
-    write_kernels(directory / "decoder_kernels", ops=ops, dtype=PRECISION)
+    write_kernels(directory / "decoder_kernels", ops=ops, dtype=precision)
     write_kernels(directory / "kernels", ops=LOOP)
     both = [json.loads((directory / d / "kernels.json").read_text()) for d in ("kernels", "decoder_kernels")]
     for kernel in both[1]["kernels"].values():
@@ -164,8 +187,9 @@ def engine(tmp_path_factory) -> Path:
 class Rig:
     """The decoder's session over buffers of a simulated GPU."""
 
-    def __init__(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.driver = SimulatedDriver()
+    def __init__(self, engine: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.driver = HalfDriver()
+        self.driver.half = HALF[precision]
         self.device = CudaDevice(self.driver, KernelFiles(engine / "kernels", self.driver))
         self.path = engine / "decoder.parts.json"
         self.engines: dict[str, OnnxEngine] = {}
@@ -178,7 +202,7 @@ class Rig:
             return self.engines[path.name]
 
         monkeypatch.setattr(tensorrt, "open_plan", opened)
-        boundary = decoder_graph(random_decoder(), TILE // 4, lowering("gpu", PRECISION)).boundary
+        boundary = decoder_graph(random_decoder(), TILE // 4, lowering("gpu", precision)).boundary
         options = Options("cuda", max_batch=BATCH)
         self.session = tensorrt.open_parts(fake_library(), self.path, boundary, 90, options)
         specs = (*boundary.inputs, *boundary.outputs)
@@ -195,15 +219,15 @@ class Rig:
         return image
 
 
-def test_the_session_gives_what_the_whole_gives(engine, monkeypatch):
-    rig, network = Rig(engine, monkeypatch), random_decoder()
+def test_the_session_gives_what_the_whole_gives(engine, precision, monkeypatch):
+    rig, network = Rig(engine, precision, monkeypatch), random_decoder()
     inputs = decoder_inputs(network, [0.3, 1.0], TILE)
-    choices = dataclasses.replace(lowering("gpu", PRECISION), kernels=True)
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True)
     want = cutting.run(cutting.cut(decoder_graph(network, TILE // 4, choices)), inputs, "image")
     for batch in (2, 1, 2):
         rig.send(inputs)
         rig.session.enqueue(batch)
-        assert relative_l2(rig.image(batch), want[:batch]) < 2e-3  # the last bits of half precision
+        assert relative_l2(rig.image(batch), want[:batch]) < LIMITS[precision]
     taken = {context.memory for e in rig.engines.values() for context in e.contexts}
     rig.session.close()
     assert len(taken) >= 1
@@ -211,8 +235,8 @@ def test_the_session_gives_what_the_whole_gives(engine, monkeypatch):
         rig.session.enqueue(1)
 
 
-def test_a_run_is_captured_and_replayed(engine, monkeypatch):
-    rig = Rig(engine, monkeypatch)
+def test_a_run_is_captured_and_replayed(engine, precision, monkeypatch):
+    rig = Rig(engine, precision, monkeypatch)
     first, second = (decoder_inputs(random_decoder(), [f, 1.0], TILE) for f in (0.2, 0.9))
     rig.send(first)
     rig.session.enqueue(2)
@@ -229,11 +253,12 @@ def test_a_run_is_captured_and_replayed(engine, monkeypatch):
     assert relative_l2(images[0][0], want[0]) > 1e-4
 
 
-def test_a_kernel_that_is_missing_names_the_cure(engine, monkeypatch, tmp_path):
-    rig = Rig(engine, monkeypatch)
+def test_a_kernel_that_is_missing_names_the_cure(engine, precision, monkeypatch, tmp_path):
+    rig = Rig(engine, precision, monkeypatch)
     rig.session._kernel_path = write_kernels(tmp_path)
     with pytest.raises(
-        EngineError, match=r"no fp16 kernel of (attention|aff_filter|inverted_residual) with .*kernels\.build"
+        EngineError,
+        match=rf"no {precision} kernel of (attention|aff_filter|inverted_residual) with .*kernels\.build",
     ):
         rig.session.bind(rig.buffers, BATCH)
 

@@ -235,6 +235,7 @@ def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
             f"{path.name}: out of memory ({text:.200}); close other programs, "
             "or use an engine with smaller tiles"
         )
-    return EngineError(
-        f"{path}: onnxruntime cannot run it ({text:.300}); export the engine again with moesr-export"
-    )
+    cure = "export the engine again with moesr-export"
+    if "NOT_IMPLEMENTED" in text:
+        cure = "it lacks a type of this graph, such as bfloat16: use another --backend, or export as --fp16"
+    return EngineError(f"{path}: onnxruntime cannot run it ({text:.300}); {cure}")
