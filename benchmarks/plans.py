@@ -1,6 +1,6 @@
 """Build the TensorRT plans of the published model ahead of time, without a GPU: sizes, seconds, traffic.
 
-An expert, the whole decoder, and the decoder in parts, in half precision with seeded weights. For the
+An expert, the whole decoder, and the decoder in parts, in either half precision with seeded weights. For the
 refinement network's inverted residuals the page shows what is reckoned of plans and of our kernel
 (`Lowering.residuals`).
 """
@@ -26,15 +26,16 @@ from moesr.export import cutting
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph
 from moesr.export.kernel_calls import KernelCall, fused_share
-from moesr.export.lowering import lowering
+from moesr.export.lowering import Lowering, Precision, lowering
 from moesr.export.parts_files import write_parts
 from moesr.runtime.errors import MoesrError
-from moesr.runtime.parts import NHWC, layout, read_parts
+from moesr.runtime.parts import NHWC, Parts, layout, read_parts
 from moesr.runtime.plan_builder import as_text, build_plan
 from moesr.runtime.tensorrt_library import Library, load
-from moesr.training.networks import Autoencoder
+from moesr.training.networks import Autoencoder, DenoisingUNet
 from moesr.training.networks.refinement import InvertedResidual
 
+HALF: tuple[Precision, ...] = ("fp16", "bf16")
 RESULTS = Path(__file__).parent / "results" / "plans.md"
 
 
@@ -90,36 +91,47 @@ def page(
     on_built: Callable[[Built], object] = say,
 ) -> str:
     """All of it; `on_built` hears of every plan."""
-    expert, decoder = gpu_networks.networks(setup)
-    side, choices = setup.tile // 4, lowering("gpu", "fp16")
-    paths = [scratch / "expert.onnx", scratch / "decoder.onnx"]
-    paths[0].write_bytes(expert_graph(expert, side, choices).to_bytes())
-    paths[1].write_bytes(decoder_graph(decoder, side, choices).to_bytes())
-    built = decoder_graph(decoder, side, replace(choices, kernels=True))
-    parts = cutting.cut(built)
-    main_file, *_ = write_parts(scratch, "decoder", built, parts)
-    listed = read_parts(scratch / main_file.file)
-    paths += [scratch / step.plan.file for step in listed.steps if step.plan]
-    plans = []
-    for path in paths:
-        plans.append(build(library, path, capability, max_batch))
-        on_built(plans[-1])
-    pieces = plans[2:]
-    calls = [part for part in parts if isinstance(part, KernelCall)]
+    networks = gpu_networks.networks(setup)
+    rows, calls, listed = list[Built](), list[KernelCall](), None
+    for precision in HALF:
+        paths, calls, listed = write(*networks, setup, lowering("gpu", precision), scratch)
+        plans = []
+        for path in paths:
+            plans.append(build(library, path, capability, max_batch))
+            on_built(plans[-1])
+        rows += [*plans[:2], sum_of(plans[2:], precision)]
+    assert listed
     sizes = {name: listed.nbytes(name, max_batch) for name in listed.lives()}
     _, total = layout(sizes, listed.lives())
+    last = sum(name.endswith(NHWC) for name in sizes)
     lines = [
         "# Plans, built ahead of time without a GPU\n",
         f"`python benchmarks/plans.py`: {library}, compute capability {as_text(capability)}, half "
         f"precision, tiles of {setup.tile} px, up to {max_batch} a run; UNet width {setup.width}, decoder "
         f"channels {setup.channels}; {machine_line()}\n",
-        *table([*plans[:2], sum_of(pieces)]),
-        f"Between the {len(listed.steps)} steps of the decoder in parts ({len(pieces)} plans, {len(calls)} "
-        f"kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all share "
-        f"{total / 1e6:.0f} MB; {sum(name.endswith(NHWC) for name in sizes)} of them lie channels last.\n",
-        *decisions(calls, decoder, setup.tile),
+        *table(rows),
+        f"Between the {len(listed.steps)} steps of the decoder in parts ({len(listed.steps) - len(calls)} "
+        f"plans, {len(calls)} kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all "
+        f"share {total / 1e6:.0f} MB; {last} of them lie channels last.\n",
+        *decisions(calls, networks[1], setup.tile),
     ]
     return "\n".join(lines)
+
+
+def write(
+    expert: DenoisingUNet, decoder: Autoencoder, setup: Setup, choices: Lowering, folder: Path
+) -> tuple[list[Path], list[KernelCall], Parts]:
+    """Write the graphs of expert, decoder and its parts; with them the kernels between these and the list."""
+    side = setup.tile // 4
+    paths = [folder / f"{name}, {choices.precision}.onnx" for name in ("expert", "decoder")]
+    paths[0].write_bytes(expert_graph(expert, side, choices).to_bytes())
+    paths[1].write_bytes(decoder_graph(decoder, side, choices).to_bytes())
+    built = decoder_graph(decoder, side, replace(choices, kernels=True))
+    parts = cutting.cut(built)
+    main_file, *_ = write_parts(folder, "decoder", built, parts)
+    listed = read_parts(folder / main_file.file)
+    paths += [folder / step.plan.file for step in listed.steps if step.plan]
+    return paths, [part for part in parts if isinstance(part, KernelCall)], listed
 
 
 def build(library: Library, path: Path, capability: int, max_batch: int) -> Built:
@@ -130,11 +142,11 @@ def build(library: Library, path: Path, capability: int, max_batch: int) -> Buil
     return Built(path.stem, path.stat().st_size, len(plan), taken)
 
 
-def sum_of(pieces: Sequence[Built]) -> Built:
+def sum_of(pieces: Sequence[Built], precision: str) -> Built:
     """The parts of the decoder as one row."""
     figures = zip(*((p.graph_bytes, p.plan_bytes, p.seconds) for p in pieces), strict=True)
     graph, plan, seconds = (sum(column) for column in figures)
-    return Built(f"decoder in {len(pieces)} parts", int(graph), int(plan), seconds)
+    return Built(f"decoder in {len(pieces)} parts, {precision}", int(graph), int(plan), seconds)
 
 
 def table(built: Sequence[Built]) -> Iterator[str]:
