@@ -13,9 +13,11 @@ import pairs
 import pytest
 from PIL import Image
 
+from moesr.export import cli
 from moesr.export.package import checkpoint_directory
 from moesr.runtime import Upscaler
 from moesr.runtime.engines import DEMO_ENGINES, engine_directory
+from moesr.runtime.manifest import Manifest
 from moesr.runtime.resize import imresize
 from moesr.training.checkpoint import load_checkpoint
 from moesr.training.recipe import load_recipe
@@ -56,6 +58,17 @@ def test_engine_is_made_from_the_checkpoint(name):
     with Upscaler(name) as up:
         assert up.manifest.checkpoint_sha256 == load_checkpoint(checkpoint_directory(Path(name))).sha256()
         assert f"-x{up.manifest.scale}" in name
+
+
+@pytest.mark.parametrize("name", DEMO_ENGINES)
+@pytest.mark.parametrize(("precision", "target"), [("fp16", "both"), ("bf16", "gpu")])
+def test_checkpoint_exports_in_half_precision(name, precision, target, tmp_path):
+    flags = f"--{precision}", "--target", target, "--tile", "64", "--quiet"
+    assert cli.main([name, *flags, "-o", str(tmp_path / "engine")]) == 0
+    for graph in Manifest.read(tmp_path / "engine").graphs.values():
+        half = graph.arrangement("gpu")
+        assert half.precision == precision and half.parity
+        assert half.parity.relative_l2 < {"fp16": 3e-4, "bf16": 1e-2}[precision]
 
 
 def test_lr_is_the_photograph_made_smaller(hr):
