@@ -95,9 +95,11 @@ def _show_engine(manifest: Manifest, where: str) -> None:
         size = memory.readable(4 * math.prod(deep.shape(1)))
         _line("reuse", f"with --reuse N, {size} of features kept of every tile")
     for role, graph in manifest.graphs.items():
-        if parity := graph.parity:
-            verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
-            _line(f"parity {role}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}")
+        for target, arrangement in (("", graph), *graph.variants.items()):
+            if parity := arrangement.parity:
+                verdict = "within" if parity.relative_l2 <= parity.threshold else "BEYOND"
+                of = f" ({target}, {arrangement.precision})" if target else ""
+                _line(f"parity {role}", f"{parity.relative_l2:.2e}, {verdict} {parity.threshold:.0e}{of}")
         if graph.calibration:
             _line(f"int8 {role}", str(graph.calibration))
 

@@ -25,7 +25,7 @@ from moesr.export import cli, package, parity
 from moesr.export.expert import expert_graph
 from moesr.export.graph import OPSET
 from moesr.export.lowering import CPU, TARGETS, lowering
-from moesr.runtime import Upscaler
+from moesr.runtime import Upscaler, doctor
 from moesr.runtime.manifest import Manifest
 from moesr.training.networks import DenoisingUNet
 
@@ -149,6 +149,13 @@ def test_every_file_has_its_proof(both):
         own, variant = graph.parity, graph.variants["gpu"].parity
         assert own and variant and own.relative_l2 < 1e-4 < variant.relative_l2 < variant.threshold
         assert own.threshold < variant.threshold
+
+
+def test_doctor_shows_the_proof_of_every_file(both, capsys):
+    assert doctor.main(["--engine", str(both[0]), "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parity decoder ")]
+    assert len(lines) == 2 and lines[0].endswith("within 1e-04")
+    assert lines[1].endswith("within 1e-02 (gpu, fp16)")
 
 
 def test_manifest_says_how_weights_are_stored(engine):
