@@ -141,3 +141,33 @@ def test_closing_gives_memory_back():
     """That of the arena which all sessions share, too."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5
+
+
+REPEATED = """
+from pathlib import Path
+import numpy as np
+from moesr.runtime.engines import engine_directory
+from moesr.runtime.manifest import Manifest
+from moesr.runtime.sessions import Options, ort
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+directory = engine_directory(Path("demo-x4"))
+graph = Manifest.read(directory).graphs["decoder"]
+session = ort.open_session(directory / graph.file, graph.boundary, Options("cpu"))
+specs = (*graph.inputs, *graph.outputs)
+session.bind({spec.name: np.zeros(spec.shape(1), np.float32) for spec in specs}, 1)
+before, after = resident(), []
+for _ in range(3):
+    session.enqueue(1)
+    after.append(resident() - before)
+print(after[-1] / after[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_runs_use_the_memory_of_those_before():
+    result = subprocess.run([sys.executable, "-c", REPEATED], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1.2
