@@ -8,6 +8,7 @@ checks run, in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from machine import machine, machine_line
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+if importlib.util.find_spec("triton") is None:
+    sys.exit("kernels: triton is not installed; install it with: pip install 'moesr[kernels]'")
 
 from moesr.kernels.check import errors, on_device  # noqa: E402
 from moesr.kernels.launch import DTYPES, architecture, kernel_buffers, launch  # noqa: E402

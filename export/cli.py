@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         interrupted="nothing was written",
         out_of_memory="close other programs, or take a smaller --tile",
+        extra="export",
     )
 
 
@@ -188,8 +189,8 @@ def parser() -> argparse.ArgumentParser:
         "--target",
         choices=["cpu", "gpu", "both"],
         default="cpu",
-        help="what the graphs are arranged for, though all run on either; with both the engine holds a "
-        "second file of each graph (default: cpu)",
+        help="what the graphs are arranged for, though all but bf16 run on either; with both the engine "
+        "holds a second file of each graph (default: cpu)",
     )
     precisions = p.add_mutually_exclusive_group()
     p.set_defaults(precision="fp32")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -244,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="compiled kernels (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
     args = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("error: triton is not installed; install it with: pip install 'moesr[kernels]'")
     try:
         content = build(args.output, args.arch, [OPS[name] for name in args.op], args.cache, args.jobs)
     except FileExistsError as error:

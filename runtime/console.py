@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from moesr.runtime.errors import MemoryLimitError, MoesrError
+from moesr.runtime.errors import MemoryLimitError, MoesrError, UsageError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,12 +49,14 @@ def run_program(
     *,
     interrupted: str = "finished results are kept",
     out_of_memory: str = "close other programs, or use a smaller image",
+    extra: str = "",
 ) -> int:
     """Parse `argv` and run a program's body; returns the exit code.
 
     `parser` and `work` import what is large. Log messages go to stderr as "NAME: message"; whatever is raised
     becomes one of them. The parsed `quiet` and `debug`, where the program has them, are heeded. Standard
-    streams that are closed or full stop nothing: a report that could not be written makes the code 1.
+    streams that are closed or full stop nothing: a report that could not be written makes the code 1. `extra`
+    names what installs the packages that the program needs: moesr[EXTRA].
     """
     with _sturdy_streams() as out, _signals() as stop, logging_to_stderr(logging.INFO, name):
         debug = False
@@ -68,7 +70,7 @@ def run_program(
             raise SystemExit(leave.code or int(out.lost)) from None
         except BaseException as error:
             # An interrupted import or C extension may raise something else in a signal's place.
-            code = _report(stop.cause or error, debug, interrupted, out_of_memory)
+            code = _report(stop.cause or error, debug, interrupted, out_of_memory, extra)
         out.flush()
         return code or int(out.lost)
 
@@ -108,7 +110,7 @@ def _write(text: str, stream: TextIO) -> None:
     stream.flush()
 
 
-def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: str) -> int:
+def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: str, extra: str) -> int:
     """Say on one line what ended a program; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
@@ -127,6 +129,9 @@ def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: 
     if isinstance(error, MemoryError) or "alloc" in str(error).lower():
         log.error("out of memory; %s", out_of_memory)
         return MemoryLimitError.exit_code
+    if extra and isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moesr"):
+        log.error("%s is not installed; install it with: pip install 'moesr[%s]'", error.name, extra)
+        return UsageError.exit_code
     hint = "" if debug else " (--debug shows where)"
     log.error("internal error, please report it: %s: %s%s", type(error).__name__, error, hint)
     return 1

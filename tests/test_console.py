@@ -75,6 +75,19 @@ def test_whatever_is_raised_becomes_one_line(raised, code, message, capsys):
     assert err.count("\n") == 2
 
 
+def test_a_package_that_is_missing_names_its_extra(capsys):
+    def work(args: argparse.Namespace) -> int:
+        import no_such_package  # type: ignore[import-not-found]
+
+        return no_such_package.work()
+
+    assert console.run_program("try", parser, work, [], extra="train") == 2
+    message = "try: error: no_such_package is not installed; install it with: pip install 'moesr[train]'"
+    assert capsys.readouterr().err.strip() == message
+    assert console.run_program("try", parser, work, []) == 1  # where nothing would bring it: a defect
+    assert "internal error" in capsys.readouterr().err
+
+
 def test_quiet_and_debug_are_heeded(capsys: pytest.CaptureFixture[str]):
     assert run(None, "--quiet") == 0
     assert capsys.readouterr().err == ""

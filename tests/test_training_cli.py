@@ -119,7 +119,7 @@ def test_model_can_be_exported(chain, tmp_path):
         ("autoencoder", ["--device", "tpu"], 2, "--device tpu: cannot be used"),
         ("autoencoder", ["--workers", "-1"], 2, "expected 0 or more"),
         ("autoencoder", ["--tensorboard"], 2, "pip install 'moesr[train]', or leave the option out"),
-        ("latents", ["--dry-run", "--from", "x"], 2, "--dry-run measures training steps"),
+        ("latents", ["--dry-run", "--from", "x"], 2, "not those of latents; name a stage that trains"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

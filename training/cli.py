@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         interrupted="the same command continues after the last saved step",
         out_of_memory="close other programs",
+        extra="train",
     )
 
 

@@ -20,7 +20,7 @@ from moesr.training.config import StableSRUNetConfig, UNetConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `moesr-import`; returns the exit code."""
-    return run_program("moesr-import", parser, run, argv, interrupted="nothing was written")
+    return run_program("moesr-import", parser, run, argv, interrupted="nothing was written", extra="export")
 
 
 def run(args: argparse.Namespace) -> int:

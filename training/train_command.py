@@ -151,8 +151,13 @@ def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | 
 def dry_run(inputs: Inputs) -> None:
     """Measure three steps of the stage and print what was found."""
     args, recipe = inputs.args, inputs.recipe
-    if args.stage in ("latents", "all") or args.data is None:
-        raise UsageError("--dry-run measures training steps on --data, of a stage that trains")
+    if args.stage in ("latents", "all"):
+        raise UsageError(
+            f"--dry-run measures training steps, not those of {args.stage}; name a stage that trains: "
+            "autoencoder, experts or decoder"
+        )
+    if args.data is None:
+        raise UsageError("--dry-run measures training steps on --data, a folder of photographs")
     data = inputs.crops(inputs.data, args.stage, recipe.augmentation)
     assert data is not None
     run = inputs.run(args.output)

@@ -84,7 +84,8 @@ def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tupl
         built = {name: meta_network(kind, sizes) for name, (kind, sizes) in networks(config).items()}
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(
-            f"{where}: these sizes make no network ({error}); correct the configuration"
+            f"{where}: these sizes make no network ({error}); correct the configuration, or for moesr-import "
+            "--norm-groups and --head-channels"
         ) from error
     return {name: state_shapes(network.state_dict()) for name, network in built.items()}
 
