@@ -22,9 +22,7 @@ class Lowering:
     """The choices. Byte limits are for one image; None cuts nothing."""
 
     precision: Precision = "fp32"  # of features and weights; what half cannot hold is float32 in any case
-    store: Precision = (
-        "fp32"  # of large weights inside the file; where it is not the precision, cast on opening
-    )
+    store: Precision = "fp32"  # of large weights inside the file; cast on opening where that is less
     winograd: bool  # where its cost model says so
     strip_tiles: int  # Winograd tiles of a strip: few enough for a cache, enough for a matrix product
     strip_bytes: int | None  # largest inner tensor of a strip of rows or channel blocks

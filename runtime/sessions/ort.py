@@ -22,10 +22,7 @@ from moesr.runtime.sessions.ort_cuda import CudaOnnxSession
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
 _MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
 _TYPES = {"tensor(float)": "float32"}
-_ARENA = {
-    "arena_extend_strategy": 0,
-    "initial_growth_chunk_size_bytes": 256 << 20,
-}  # then twice that, and so on
+_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 256 << 20}  # 0: it doubles
 _PREPARED = "graph.onnx"  # of an entry of `prepared`
 _PREPARATION = "all optimisations, prepacked weights, 1"  # other than what is told by the library's version
 # A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
