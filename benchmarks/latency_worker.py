@@ -211,7 +211,7 @@ def profile_graph(path: Path, values: Inputs, threads: int) -> dict[str, dict[st
             session.run(None, {k: v for k, v in values.items() if k in wanted})
         events = json.loads(Path(session.end_profiling()).read_text())
     nodes = onnx.load(path, load_external_data=False).graph.node
-    makers = {f"{name}_nchwc": node.name for node in nodes for name in node.output}  # as optimised
+    makers = {f"{name}_nchwc": str(node.name) for node in nodes for name in node.output}  # as optimised
     second = max(e["ts"] for e in events if e["name"] == "model_run")
     modules: Counter[str] = Counter()
     operators: Counter[str] = Counter()
