@@ -211,14 +211,14 @@ def profile_graph(path: Path, values: Inputs, threads: int) -> dict[str, dict[st
             session.run(None, {k: v for k, v in values.items() if k in wanted})
         events = json.loads(Path(session.end_profiling()).read_text())
     nodes = onnx.load(path, load_external_data=False).graph.node
-    makers = {f"{name}_nchwc": str(node.name) for node in nodes for name in node.output}  # as optimised
+    makers = {f"{name}_nchwc": node.name for node in nodes for name in node.output}  # as optimised
     second = max(e["ts"] for e in events if e["name"] == "model_run")
     modules: Counter[str] = Counter()
     operators: Counter[str] = Counter()
     for event in events:
         if event["cat"] == "Node" and event["ts"] >= second and event["name"].endswith("_kernel_time"):
             operators[event["args"]["op_name"]] += event["dur"] / 1000
-            name = event["name"].removesuffix("_kernel_time")
+            name: str = event["name"].removesuffix("_kernel_time")
             scope = re.split(r"/?[A-Z]", makers.get(name, name))[0]  # without the node's own name
             # nodes that the optimiser adds, such as layout changes, have none
             modules["/".join(scope.split("/")[:2]) or "layout changes"] += event["dur"] / 1000
