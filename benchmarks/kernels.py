@@ -8,7 +8,6 @@ checks run, in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -24,13 +23,12 @@ from machine import machine, machine_line
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-if importlib.util.find_spec("triton") is None:
-    sys.exit("kernels: triton is not installed; install it with: pip install 'moesr[kernels]'")
 
 from moesr.kernels.check import errors, on_device  # noqa: E402
 from moesr.kernels.launch import DTYPES, architecture, kernel_buffers, launch  # noqa: E402
-from moesr.kernels.plan import Case, Op  # noqa: E402
+from moesr.kernels.plan import Case, Op, check_compiler  # noqa: E402
 from moesr.kernels.registry import OPS  # noqa: E402
+from moesr.runtime.errors import UsageError  # noqa: E402
 
 RUNS, WARM_UP = 100, 10
 QUANTILES = (0.5, 0.1, 0.9)
@@ -114,6 +112,11 @@ TARGETS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then time; 1 where a kernel is wrong. 0 without a GPU, after the checks."""
     args = parser().parse_args(argv)
+    try:
+        check_compiler()
+    except UsageError as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return error.exit_code
     ops = [OPS[name] for name in args.op]
     device = torch.device("cuda" if GPU else "cpu")
     if not GPU:

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from moesr.export import package, tensorrt  # --help does not wait for torch
+    from moesr.kernels.plan import check_compiler
     from moesr.runtime.tensorrt_library import load
     from moesr.training.checkpoint import load_checkpoint
 
@@ -58,7 +59,7 @@ def _export(args: argparse.Namespace) -> int:
     precision, kernels = args.precision, args.tensorrt and not args.no_kernels
     photographs = _photographs(args) if precision == "int8" else ()
     if args.tensorrt:
-        tensorrt.check_compiler()  # what is missing is missed before any work
+        check_compiler()  # what is missing is missed before any work
         tensorrt.check_precision(precision, tensorrt.capabilities(load(), args.capability))
         args.target = "both" if args.target == "cpu" else args.target
     own = next(iter(package.lowerings(args.target, precision, args.store).values()))

@@ -28,16 +28,7 @@ def as_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     rounded: dict[str, str] = {}  # by name: the name after rounding
 
     def through_bf16(name: str, target: str) -> str:
-        add(
-            helper.make_node(
-                "Cast", [name], [f"{target}_bf16"], name=f"{target}/bf16", to=TensorProto.BFLOAT16
-            )
-        )
-        add(
-            helper.make_node(
-                "Cast", [f"{target}_bf16"], [target], name=f"{target}/back", to=TensorProto.FLOAT
-            )
-        )
+        twin.graph.node.extend(_round(name, target))
         rounded[name] = target
         return target
 
@@ -62,6 +53,16 @@ def as_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     return twin
 
 
+def _cast(source: str, target: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=to)
+
+
+def _round(source: str, target: str) -> list[NodeProto]:
+    """Nodes that make of a float32 value the nearest that bfloat16 holds."""
+    half = f"{target}_bf16"
+    return [_cast(source, half, TensorProto.BFLOAT16), _cast(half, target, TensorProto.FLOAT)]
+
+
 def _rename_outputs(model: onnx.ModelProto, rounded: dict[str, str]) -> None:
     """Give the graph's outputs their rounded values under their own names."""
     for output in model.graph.output:
@@ -75,14 +76,9 @@ def without_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     twin.CopyFrom(model)
     graph, nodes = twin.graph, list(twin.graph.node)
     del graph.node[:]
-
-    def cast(source: str, target: str, to: int) -> None:
-        graph.node.append(helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=to))
-
     half = {t.name for t in graph.initializer if t.data_type == TensorProto.BFLOAT16}
     widened = {name: f"{name}_wide" for name in half}
-    for name, wide in widened.items():
-        cast(name, wide, TensorProto.FLOAT)
+    graph.node.extend(_cast(name, wide, TensorProto.FLOAT) for name, wide in widened.items())
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             half.add(value.name)
@@ -99,6 +95,5 @@ def without_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
         graph.node.append(node)
         for name, made in zip(names, node.output, strict=True):
             if name != made:
-                cast(made, f"{name}_half", TensorProto.BFLOAT16)
-                cast(f"{name}_half", name, TensorProto.FLOAT)
+                graph.node.extend(_round(made, name))
     return twin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +29,6 @@ class Built:
 
     directory: Path
     nbytes: int
-
-
-def check_compiler() -> None:
-    """UsageError where the kernels that every GPU needs cannot be compiled."""
-    if importlib.util.find_spec("triton") is None:
-        raise UsageError(
-            "--tensorrt compiles kernels with triton, which is not installed; install it with: "
-            "pip install 'moesr[kernels]'"
-        )
 
 
 def capabilities(library: Library, given: Sequence[int]) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,9 +25,10 @@ import torch
 
 from moesr.kernels.compile import ALIGNMENT, Compiled, Job, compile_job
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import ARCHITECTURES, Case, Launch, Op, Plan, evaluate
+from moesr.kernels.plan import ARCHITECTURES, Case, Launch, Op, Plan, check_compiler, evaluate
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
+from moesr.runtime.errors import UsageError
 
 SCHEMA = 2
 PTX_ARCHITECTURE = 89  # the last whose PTX every later architecture takes, with 99 KiB of shared memory
@@ -245,11 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="compiled kernels (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
     args = parser.parse_args(arguments)
-    if importlib.util.find_spec("triton") is None:
-        sys.exit("error: triton is not installed; install it with: pip install 'moesr[kernels]'")
     try:
+        check_compiler()
         content = build(args.output, args.arch, [OPS[name] for name in args.op], args.cache, args.jobs)
-    except FileExistsError as error:
+    except (FileExistsError, UsageError) as error:
         sys.exit(f"error: {error}")
     if args.report:
         write_report(content, args.report)

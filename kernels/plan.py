@@ -7,12 +7,14 @@ of time and writes it into `kernels.json`: both read the same plan.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
+from moesr.runtime.errors import UsageError
 from moesr.runtime.expressions import evaluate
 
 Shape = Mapping[str, int]
@@ -23,6 +25,15 @@ SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "u16": 2, "u8": 1}
 # Shared memory that one block of threads may take, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ROLES = ("input", "table", "scratch", "output", "state")
+
+
+def check_compiler() -> None:
+    """UsageError where kernels cannot be compiled or interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "kernels are compiled with triton, which is not installed; install it with: "
+            "pip install 'moesr[kernels]'"
+        )
 
 
 @dataclass(frozen=True)

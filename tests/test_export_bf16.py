@@ -17,6 +17,7 @@ from graphs import decoder_inputs, expert_inputs, random_decoder, random_expert,
 from moesr.export import cli, parity, rounding, tensorrt
 from moesr.export.graph import GraphBuilder
 from moesr.export.lowering import lowering
+from moesr.kernels import plan
 from moesr.runtime import Upscaler, backends, doctor, fastest, tensorrt_library
 from moesr.runtime.backends import BACKENDS
 from moesr.runtime.errors import EngineError
@@ -184,7 +185,7 @@ def test_openvino_computes_what_the_twin_does(typed, role):
     assert relative_l2(got, parity.outputs(twin, inputs)[0]) < parity.THRESHOLDS["bf16", "bf16"]
 
 
-def test_backends_without_the_type_say_so(typed, monkeypatch):
+def test_backends_without_the_type_say_so(typed):
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with (
         Upscaler(typed, backend="onnxruntime", device="cpu") as up,
@@ -194,7 +195,7 @@ def test_backends_without_the_type_say_so(typed, monkeypatch):
 
 
 def test_old_gpus_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tensorrt, "check_compiler", lambda: None)
+    monkeypatch.setattr(plan, "check_compiler", lambda: None)
     monkeypatch.setattr(tensorrt, "capabilities", lambda library, given: given)
     monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: None)
     flags = "--bf16", "--tensorrt", "--capability", "8.9", "7.5"

@@ -10,6 +10,7 @@ import pytest
 from graphs import write_checkpoint
 
 from moesr.export import cli, tensorrt
+from moesr.kernels import plan
 from moesr.runtime import tensorrt_library
 from moesr.runtime.manifest import Manifest
 from moesr.runtime.tensorrt_library import Library
@@ -39,7 +40,7 @@ def library(monkeypatch):
         return f"plan of {path.name} for {capability}".encode()
 
     monkeypatch.setattr(tensorrt, "build_plan", build_plan)
-    monkeypatch.setattr(tensorrt, "check_compiler", lambda: None)
+    monkeypatch.setattr(plan, "check_compiler", lambda: None)
     return built
 
 
@@ -84,7 +85,7 @@ def test_gpus_that_cannot_be_built_for(checkpoint, tmp_path, library, capsys):
 
 
 def test_without_a_compiler_nothing_is_begun(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert export(checkpoint, tmp_path / "e", "--capability", "8.9") == 2
     assert "pip install 'moesr[kernels]'" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
