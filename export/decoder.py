@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moesr.export import kernel_calls, winograd
 from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
-from moesr.export.layers import attention, conv, conv_module, group_norm, upsample_conv
+from moesr.export.layers import attention, conv, conv_module, group_norm, normalised, upsample_conv
 from moesr.export.lowering import CPU, Lowering, cut
 from moesr.export.refinement import refine
 from moesr.training.networks import Autoencoder
@@ -110,8 +110,8 @@ def level(g: GraphBuilder, x: Value, blocks: nn.Module) -> Value:
 def resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
     """A residual block of the autoencoder."""
     assert isinstance(block, ResnetBlock)
-    h = conv_module(g, group_norm(g, x, block.norm1, activate=True), block.conv1)
-    h = conv_module(g, group_norm(g, h, block.norm2, activate=True), block.conv2)
+    h = conv_module(g, normalised(g, x, block.norm1, activate=True), block.conv1)
+    h = conv_module(g, normalised(g, h, block.norm2, activate=True), block.conv2)
     shortcut = getattr(block, block.shortcut_name, None)
     return g.op("Add", h, x if shortcut is None else conv_module(g, x, shortcut))
 

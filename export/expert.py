@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
-from moesr.export.layers import attention, conv, conv_module, group_norm, silu, upsample_conv
+from moesr.export.layers import attention, conv, conv_module, group_norm, normalised, silu, upsample_conv
 from moesr.export.lowering import CPU, Lowering
 from moesr.export.transformer import text_transformer
 from moesr.runtime.contract import DEEP
@@ -193,9 +193,9 @@ def res_block(g: GraphBuilder, x: Value, block: ResBlock, given: Given) -> Value
     """A residual block; one of StableSR's is modulated by the structure features of its width."""
     norm_in, _, conv_in = block.in_layers
     norm_out, _, _, conv_out = block.out_layers
-    h = conv(g, group_norm(g, x, norm_in, activate=True), _weight(conv_in), None)
+    h = conv(g, normalised(g, x, norm_in, activate=True), _weight(conv_in), None)
     h = g.op("Add", h, given.offsets[block])  # the bias of conv_in included
-    h = conv_module(g, group_norm(g, h, norm_out, activate=True), conv_out)
+    h = conv_module(g, normalised(g, h, norm_out, activate=True), conv_out)
     if isinstance(block, SPADEResBlock):
         h = _spade(g, h, block.spade, given.structure[h.size(-1)])
     skip = block.skip_connection

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moesr.export import winograd
 from moesr.export.graph import GraphBuilder, Value
 from moesr.export.lowering import cut
+from moesr.export.pending import Pending
 
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel in its 2x2 block
 MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
@@ -22,7 +23,7 @@ EXACT_SUM = 1 << 12  # elements that a sum in one go may have
 
 def conv(
     g: GraphBuilder,
-    x: Value,
+    x: Value | Pending,
     weight: Tensor | Value,
     bias: Tensor | None,
     pads: Sequence[int] | None = None,
@@ -37,10 +38,12 @@ def conv(
     if isinstance(weight, Tensor) and square and winograd.chosen(g, weight.shape, height, width):
         return winograd.multiply(g, [winograd.transform_input(g, x, kernel[0], pads)], weight, bias, width)
     attributes = {"kernel_shape": kernel, "pads": pads, "strides": [stride, stride], "group": groups}
-    return g.op("Conv", x, weight, bias, **attributes)
+    return g.op("Conv", x.whole() if isinstance(x, Pending) else x, weight, bias, **attributes)
 
 
-def conv_module(g: GraphBuilder, x: Value, module: nn.Module, pads: Sequence[int] | None = None) -> Value:
+def conv_module(
+    g: GraphBuilder, x: Value | Pending, module: nn.Module, pads: Sequence[int] | None = None
+) -> Value:
     """A trained `Conv2d`, or `Conv1d` of kernel 1 over flattened positions; symmetric padding by default."""
     assert isinstance(module, (nn.Conv2d, nn.Conv1d))
     weight = module.weight if module.weight.dim() == 4 else module.weight[..., None]
@@ -54,8 +57,13 @@ def silu(g: GraphBuilder, x: Value) -> Value:
 
 def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> Value:
     """GroupNorm of [B, C, H, W] with statistics in float32, then SiLU if asked, in the precision of `x`."""
+    return normalised(g, x, norm, activate).whole()
+
+
+def normalised(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> Pending:
+    """`group_norm` for what reads it in strips: its scale, its shift and SiLU wait for them."""
     if isinstance(norm, nn.Identity):
-        return silu(g, x) if activate else x
+        return Pending(g, x, lambda part: silu(g, part) if activate else part)
     assert isinstance(norm, nn.GroupNorm)
     groups, channels = norm.num_groups, norm.num_channels
     spatial = [x.size(axis) for axis in range(2, len(x.shape))]
@@ -66,9 +74,12 @@ def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
     scale, shift = norm.weight[:, None, None], norm.bias[:, None, None]
     if elements > EXACT_SUM and g.lowering.centre_norms:
         shift = _centred_shift(g, flat, norm, spatial[-1])
-    h = g.op("Add", g.op("Mul", g.reshape(flat, 0, channels, *spatial), scale), shift)
-    h = g.cast(h, x.dtype)
-    return silu(g, h) if activate else h
+
+    def finish(part: Value) -> Value:
+        h = g.cast(g.op("Add", g.op("Mul", part, scale), shift), x.dtype)
+        return silu(g, h) if activate else h
+
+    return Pending(g, g.reshape(flat, 0, channels, *spatial), finish)
 
 
 def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -> Value:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moesr.export import kernel_calls
 from moesr.export.graph import GraphBuilder, Value
-from moesr.export.layers import conv, conv_module, group_norm
+from moesr.export.layers import conv, conv_module, group_norm, normalised
 from moesr.export.lowering import cut
+from moesr.export.pending import Pending, pending
 from moesr.kernels.aff_filter import portable
 from moesr.training.networks.refinement import (
     SLOPE,
@@ -58,7 +59,7 @@ def refine(g: GraphBuilder, x: Value, network: RefinementUNet) -> Value:
 
 
 def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
-    h = _inverted_residual(g, x, group_norm(g, x, block.norm1), block)
+    h = _inverted_residual(g, x, normalised(g, x, block.norm1), block)
     with g.scope("filter"):
         normed = group_norm(g, h, block.norm2)
         return g.op(
@@ -66,12 +67,15 @@ def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
         )
 
 
-def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock) -> Value:
+def _inverted_residual(g: GraphBuilder, x: Value, normed: Pending, block: AFFBlock) -> Value:
     """`mlp(normed) + up_dim(x)`: our kernel, or strips of rows with a halo of one for the depthwise one."""
     mlp, height, width = block.mlp, x.size(2), x.size(3)
     layers = _folded(mlp)
-    if (fused := kernel_calls.inverted_residual(g, normed, layers, mlp.residual)) is not None:
-        return g.op("Add", conv_module(g, x, block.up_dim), fused)
+    if g.lowering.kernels:
+        whole = normed.whole()
+        if (fused := kernel_calls.inverted_residual(g, whole, layers, mlp.residual)) is not None:
+            return g.op("Add", conv_module(g, x, block.up_dim), fused)
+        normed = pending(g, whole)
     (w_expand, b_expand), (w_depth, b_depth), (w_reduce, b_reduce) = layers
     inner = w_expand.shape[0]
     rows = cut(height, inner * width * 4, g.lowering.strip_bytes)
@@ -80,12 +84,12 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: Value, block: AFFBlock
         stop = min(start + rows, height)
         # zeros go around the activation, not around its input
         top, bottom = int(start == 0), int(stop == height)
-        h = g.slice(normed, 2, start - 1 + top, stop + 1 - bottom)
-        h = g.op("LeakyRelu", conv(g, h, w_expand, b_expand), alpha=SLOPE)
+        read = normed.rows(start - 1 + top, stop + 1 - bottom)
+        h = g.op("LeakyRelu", conv(g, read, w_expand, b_expand), alpha=SLOPE)
         h = g.op("LeakyRelu", conv(g, h, w_depth, b_depth, (top, 1, bottom, 1), groups=inner), alpha=SLOPE)
         h = conv(g, h, w_reduce, b_reduce)
         if mlp.residual:
-            h = g.op("Add", h, g.slice(normed, 2, start, stop))
+            h = g.op("Add", h, g.slice(read, 2, 1 - top, 1 - top + stop - start))
         strips.append(g.op("Add", conv_module(g, g.slice(x, 2, start, stop), block.up_dim), h))
     return g.concat(strips, 2)
 

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from moesr.export.graph import GraphBuilder, Value
+from moesr.export.pending import Pending, pending
 
 TILE = 4  # m
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # the first m + r - 2 of them, and infinity
@@ -61,8 +62,9 @@ def chosen(g: GraphBuilder, shape: Sequence[int], height: int, width: int) -> bo
     return g.lowering.winograd and pays(shape[1], shape[0], shape[2], height, width)
 
 
-def transform_input(g: GraphBuilder, x: Value, kernel: int, pads: Sequence[int]) -> list[Value]:
+def transform_input(g: GraphBuilder, x: Value | Pending, kernel: int, pads: Sequence[int]) -> list[Value]:
     """Tiles V of `x` padded by (top, left, bottom, right): strips of rows, [B, (m+r-1)^2, C, tiles] each."""
+    x = pending(g, x)
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     top, left, bottom, right = pads
     size = TILE + kernel - 1
@@ -74,7 +76,7 @@ def transform_input(g: GraphBuilder, x: Value, kernel: int, pads: Sequence[int])
         stop = min(start + rows, out_height)
         # rows of x, halo included; outside of it there are zeros
         first, last = start - top, stop - top + kernel - 1
-        part = g.slice(x, 2, max(first, 0), min(last, height))
+        part = x.rows(max(first, 0), min(last, height))
         planes = g.reshape(part, -1, 1, part.size(2), width)
         v = g.op(
             "Conv",

@@ -52,6 +52,27 @@ def test_group_norm_far_from_zero(side):
     assert relative_l2(run(g.finish(), {"x": x.numpy()}), want) < 5e-6
 
 
+@pytest.mark.parametrize("eps", [1e-6, None], ids=["norm", "identity"])
+@torch.inference_mode()
+def test_norms_are_finished_in_strips(eps, monkeypatch):
+    """Before a tiled convolution scale, shift and SiLU see a strip at a time, never the whole tensor."""
+    monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
+    norm = random_network(nn.GroupNorm(2, 8, eps=eps) if eps else nn.Identity(), 1)
+    conv = random_network(nn.Conv2d(8, 8, 3, padding=1), 2)
+    x = torch.randn(2, 8, 24, 16, generator=torch.Generator().manual_seed(3))
+    g = GraphBuilder("norm", replace(CPU, strip_tiles=8))
+    g.output(
+        "y",
+        layers.conv_module(g, layers.normalised(g, g.input("x", (BATCH, *x.shape[1:])), norm, True), conv),
+    )
+    graph = g.finish()
+    assert relative_l2(run(graph, {"x": x.numpy()}), conv(F.silu(norm(x))).numpy()) < 5e-6
+    sizes = [
+        graph.values[node.output[0]].size(2) for node in graph.model.graph.node if node.op_type == "Sigmoid"
+    ]
+    assert sizes == [9, 10, 9]
+
+
 def test_macs_of_a_plain_convolution():
     g = GraphBuilder("conv")
     y = layers.conv(g, g.input("x", (BATCH, 8, 10, 10)), torch.zeros(16, 8, 3, 3), None)

@@ -22,9 +22,9 @@ from moesr.runtime.sessions.ort_cuda import CudaOnnxSession
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
 _MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
 _TYPES = {"tensor(float)": "float32"}
-_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 256 << 20}  # 0: it doubles
+_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 512 << 20}  # 0: it doubles
 _PREPARED = "graph.onnx"  # of an entry of `prepared`
-_PREPARATION = "all optimisations, prepacked weights, 1"  # other than what is told by the library's version
+_PREPARATION = "all optimisations, prepacked weights, 2"  # other than what is told by the library's version
 # A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
 _SMALLEST_MODEL = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
@@ -125,6 +125,8 @@ def session_options(threads: int | None = None) -> Any:
     # rather than those in the caches: a full-width step took 9 % longer, the decoder twice the memory.
     options.enable_mem_reuse = False
     options.enable_mem_pattern = False
+    # One Split in place of a tensor's slices would copy all of it at once: strips are cut when they are read.
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "GatherSliceToSplitFusion")
     return options
 
 
@@ -132,11 +134,8 @@ def release() -> None:
     """Give the system the working memory that no open session needs."""
     if not _arena_made:
         return
-    ort = _library()
-    run = ort.RunOptions()
-    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     with contextlib.suppress(Exception):  # nothing depends on it
-        _run_smallest(ort, run)
+        _shrink_arena(_library())
     memory.return_freed()
 
 
@@ -201,8 +200,8 @@ def _share_arena(ort: Any, options: Any) -> None:
 
     It grows by large regions, each twice the one before. What is not touched takes no memory, and in few
     large regions tensors of different sizes follow one another, which regions as large as each request do not
-    allow: the full-width decoder takes 0.8 GB in place of 2. The first region is never given back, so it is
-    made for next to nothing.
+    allow. The size of the first applies once the arena has shrunk. What it held before that is never given
+    back, so the smallest graph runs first.
     """
     global _arena_made
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -213,11 +212,13 @@ def _share_arena(ort: Any, options: Any) -> None:
             )
             ort.create_and_register_allocator(info, ort.OrtArenaCfg(_ARENA))
             _arena_made = True
-            _run_smallest(ort, ort.RunOptions())
+            _shrink_arena(ort)
 
 
-def _run_smallest(ort: Any, run: Any) -> None:
-    """Run the smallest graph, its memory from the arena."""
+def _shrink_arena(ort: Any) -> None:
+    """Run the smallest graph, and have the arena give back at its end what is not in use."""
+    run = ort.RunOptions()
+    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     settings = session_options(1)
     settings.add_session_config_entry("session.use_env_allocators", "1")
     session = ort.InferenceSession(_SMALLEST_MODEL, settings, providers=[_PROVIDERS["cpu"]])
