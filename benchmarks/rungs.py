@@ -58,8 +58,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "float32": {},
     "plain": {"target": "gpu"},
     "int8": {"precision": "int8", "int8_error": ANY_ERROR},
-    "reuse": {"reuse": 0},
-    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": 0},
+    "reuse": {"reuse": 1},
+    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": 1},
 }
 """Options of `export_engine`, by name."""
 
@@ -77,14 +77,14 @@ RUNGS = (
     Rung("ONNX Runtime, plain graph", "plain", "plain"),
     Rung("moesr float32", "engine", "float32", target=2.2),
     Rung("moesr float32, OpenVINO", "engine", "plain", "openvino"),
-    Rung("moesr float32, reuse 2", "engine", "reuse", reuse=2),
+    Rung("moesr float32, reuse 3", "engine", "reuse", reuse=3),
     Rung("moesr bf16, OpenVINO", "engine", "plain", "openvino", "bf16", "bf16", target=4.0),
     Rung("moesr int8", "engine", "int8", arithmetic="int8", target=6.0),
-    Rung("moesr int8, reuse 2", "engine", "int8-reuse", arithmetic="int8", reuse=2, target=9.0),
+    Rung("moesr int8, reuse 3", "engine", "int8-reuse", arithmetic="int8", reuse=3, target=9.0),
     _int8_and_bf16("", target=6.0),
-    _int8_and_bf16(", reuse 2", engine="int8-reuse", reuse=2, target=9.0),
+    _int8_and_bf16(", reuse 3", engine="int8-reuse", reuse=3, target=9.0),
     _int8_and_bf16(
-        ", reuse 2, DPM-Solver++ of 10 steps", engine="int8-reuse", reuse=2, sampler="dpm++2m", steps=10
+        ", reuse 3, DPM-Solver++ of 10 steps", engine="int8-reuse", reuse=3, sampler="dpm++2m", steps=10
     ),
 )
 """The optimisation ladder, from the bottom."""

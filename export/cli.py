@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesr.export.lowering import INT8_ERROR
+from moesr.export.lowering import INT8_ERROR, SHALLOW_BLOCKS
 from moesr.export.prompts import GUIDANCE, Wish
 from moesr.runtime import console
 from moesr.runtime.engines import demo_name
@@ -304,10 +304,10 @@ def parser() -> argparse.ArgumentParser:
         "--reuse",
         type=int,
         nargs="?",
-        const=0,
+        const=SHALLOW_BLOCKS,
         metavar="BLOCKS",
         help="add shallow graphs of the last BLOCKS output blocks, for moesr-run --reuse N between full "
-        "steps (default: none; without a number the blocks of the first level)",
+        f"steps (default: none; without a number the last {SHALLOW_BLOCKS})",
     )
     add("--force", action="store_true", help="replace an existing engine directory")
     add("--quiet", action="store_true", help="no bar and no report, only errors")

@@ -17,6 +17,7 @@ from moesr.export.kernel_calls import KERNEL_TYPES, KernelCall
 from moesr.export.rounding import without_bf16
 from moesr.runtime.graphs import BATCH
 from moesr.runtime.parts import NHWC, VECTOR
+from moesr.runtime.sessions.ort import session_options
 
 Part = onnx.ModelProto | KernelCall
 
@@ -145,8 +146,6 @@ def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) ->
     Between parts, values of bfloat16 are kept as float32: NumPy and ONNX Runtime's kernels have no such type.
     """
     values = dict(inputs)
-    options = ort.SessionOptions()
-    options.log_severity_level, options.enable_mem_reuse = 3, False
     for part in parts:
         if isinstance(part, KernelCall):
             given = {name: torch.from_numpy(values[value]) for name, value in part.inputs.items()}
@@ -154,7 +153,7 @@ def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) ->
             values[part.output[1]] = part.reference(given).to(KERNEL_TYPES[part.dtype]).to(kept).numpy()
             continue
         twin = without_bf16(part).SerializeToString()
-        session = ort.InferenceSession(twin, options, ["CPUExecutionProvider"])
+        session = ort.InferenceSession(twin, session_options(), ["CPUExecutionProvider"])
         names = [value.name for value in part.graph.output]
         taken = {value.name: values[value.name] for value in part.graph.input}
         made = (np.asarray(value) for value in session.run(names, taken))

@@ -16,6 +16,9 @@ Residuals = Literal["reckoned", "plans", "kernels"]
 INT8_ERROR = 1e-2
 """What int8 may cost a graph unless told otherwise."""
 
+SHALLOW_BLOCKS = 1
+"""Output blocks of a shallow graph unless told otherwise: with one such a step takes the least time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lowering:

@@ -22,7 +22,7 @@ from moesr.export.lowering import INT8_ERROR, Lowering, Precision, Residuals, Ta
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
 from moesr.export.quantise import Make, int8_graph
-from moesr.export.reuse import DeepFeatures, ShallowExpert, output_blocks, recorded, shallow_inputs, shared
+from moesr.export.reuse import DeepFeatures, ShallowExpert, check_blocks, recorded, shallow_inputs, shared
 from moesr.export.weight_files import write_graph
 from moesr.runtime import files
 from moesr.runtime.engines import demo_name
@@ -128,7 +128,7 @@ def export_engine(
     see `lowerings`. `tile_px` None is what the model is used to; `wish` is for models with prompts.
     `photographs`, uint8 RGB [H, W, 3] and two at least, are what int8 is calibrated and proved on, and
     `int8_error` is the relative L2 error of every graph's result by which layers stay float32. `reuse`
-    adds shallow graphs of so many output blocks (0: those of the first level). `on_stage` hears what begins.
+    adds shallow graphs of so many output blocks. `on_stage` hears what begins.
     An existing directory is refused unless `force`, which replaces an engine and nothing else. Raises
     UsageError for a tile, prompt, precision or model that cannot be, ParityError where a graph misses its
     network, OutputError where nothing can be written; each leaves the place as it was.
@@ -141,13 +141,15 @@ def export_engine(
     if tile_px is None:
         tile_px = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     check_tile(config, tile_px)
+    if reuse is not None:
+        check_blocks(config, reuse)
     prompts = _prompts(checkpoint, wish)
     choices = {
         name: replace(own, int8_error=int8_error)
         for name, own in lowerings(target, precision, store, kernels, residuals).items()
     }
     recording = _record(checkpoint, photographs, tile_px, on_stage) if precision == "int8" else None
-    blocks = 0 if reuse is None else output_blocks(config, reuse)
+    blocks = reuse or 0
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
             writer = _Writer(new, choices, on_stage)

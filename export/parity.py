@@ -15,6 +15,7 @@ from moesr.export.lowering import Lowering
 from moesr.export.rounding import as_bf16, without_bf16
 from moesr.runtime.errors import EngineError
 from moesr.runtime.graphs import Parity
+from moesr.runtime.sessions.ort import session_options
 from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
@@ -149,10 +150,7 @@ def outputs(model: Path | bytes, inputs: Inputs, backend: str = "onnxruntime") -
 def _onnxruntime(model: Path | bytes, inputs: Inputs) -> list[np.ndarray]:
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors, which come as exceptions too
-    options.enable_mem_reuse = False  # the plan for it takes minutes on large graphs
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
     return [np.asarray(value) for value in session.run(None, inputs)]
 
 

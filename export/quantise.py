@@ -26,6 +26,7 @@ from moesr.export.lowering import Lowering
 from moesr.export.qdq import SWITCHES, Layer, Range, Ranges, layers_of, quantised, switched
 from moesr.runtime.graphs import Calibration
 from moesr.runtime.manifest import DECODER
+from moesr.runtime.sessions.ort import session_options
 
 PERCENTILE = 99.999
 """Of a tensor's values that its range holds on either side; what is beyond is clipped."""
@@ -83,7 +84,10 @@ def observe(
     tensors = {
         tensor for layer in layers for node in layer.nodes for tensor in (node.input[0], node.output[0])
     }
-    names = sorted(tensors)
+    # The library computes what the last node wants first. So the tensors that come last are looked at by the
+    # first nodes: each is then looked at before those after it are made, and not kept until the end.
+    places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
+    names = sorted(tensors, key=lambda name: -places.get(name, -1))
     for i, name in enumerate(names):
         model.graph.node.extend(_sampling(f"sample_{i}", name, built.values[name].shape))
         model.graph.output.append(helper.make_tensor_value_info(f"sample_{i}", TensorProto.FLOAT, [None]))
@@ -159,7 +163,4 @@ def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[Node
 
 def open_model(model: onnx.ModelProto) -> ort.InferenceSession:
     """A session of a graph that is no file."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors, which come as exceptions too
-    options.enable_mem_reuse = False  # the plan for it takes minutes on large graphs
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), session_options(), ["CPUExecutionProvider"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moesr.export import parity
 from moesr.export.expert import shallow_parts
+from moesr.export.lowering import SHALLOW_BLOCKS
 from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES, refer
 from moesr.runtime.contract import DEEP
 from moesr.runtime.errors import UsageError
@@ -25,9 +26,6 @@ from moesr.runtime.graphs import Arrangement, File, Graph
 from moesr.training.config import ModelConfig, StableSRConfig
 from moesr.training.networks import DenoisingUNet
 from moesr.training.networks.unet import Conditions
-
-FIRST_LEVEL = 0
-"""Stands for the output blocks of the first level, those of the latent's own resolution."""
 
 
 class ShallowExpert(nn.Module):
@@ -62,21 +60,17 @@ class DeepFeatures(nn.Module):
         return self.unet.deep(x, given, self.blocks)
 
 
-def output_blocks(model: ModelConfig, asked: int) -> int:
-    """How many output blocks shallow graphs compute: as `asked`, or those of the first level.
-
-    UsageError, naming the range, where the model's UNet has no such shallow part.
-    """
+def check_blocks(model: ModelConfig, asked: int) -> None:
+    """UsageError, naming the range, where a model's UNet has no shallow graph of so many output blocks."""
     config = model.unet
     if config is None or isinstance(model, StableSRConfig):
         raise UsageError(f"--reuse: shallow graphs are not made of {model.name}; export it without")
     most = len(config.channel_mult) * (config.res_blocks + 1) - 1
-    if not FIRST_LEVEL <= asked <= most:
+    if not 1 <= asked <= most:
         raise UsageError(
             f"--reuse {asked}: expected 1 to {most} of the network's {most + 1} output blocks, or no number "
-            f"for the {config.res_blocks + 1} of its first level"
+            f"for the last {SHALLOW_BLOCKS}"
         )
-    return asked or config.res_blocks + 1
 
 
 def shared(

@@ -17,13 +17,13 @@ from graphs import TINY, expert_inputs, random_expert, run, write_checkpoint
 from moesr.export.expert import expert_graph, shallow_graph, shallow_parts
 from moesr.export.lowering import Precision
 from moesr.export.package import export_engine
-from moesr.export.reuse import ShallowExpert, output_blocks, shallow_inputs
+from moesr.export.reuse import ShallowExpert, check_blocks, shallow_inputs
 from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES
 from moesr.runtime import Upscaler
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.manifest import Manifest
 from moesr.training.checkpoint import load_checkpoint
-from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.config import StableSRConfig
 
 PX, SIDE = 64, 16
 ROLES = ("expert_0", "expert_1")
@@ -33,7 +33,7 @@ ROLES = ("expert_0", "expert_1")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("export")
     checkpoint = load_checkpoint(write_checkpoint(directory / "checkpoint"))
-    export_engine(checkpoint, directory / "engine", tile_px=PX, reuse=0, target="both", precision="fp16")
+    export_engine(checkpoint, directory / "engine", tile_px=PX, reuse=2, target="both", precision="fp16")
     return directory / "engine"
 
 
@@ -111,13 +111,13 @@ def test_a_damaged_weight_file_is_refused(engine: Path, tmp_path: Path):
 
 
 def test_blocks_that_are_not_there_are_refused():
-    assert output_blocks(TINY, 0) == 2 and output_blocks(TINY, 7) == 7
-    assert output_blocks(ModelConfig(), 0) == 3
-    for asked in (-1, 8):
+    check_blocks(TINY, 1)
+    check_blocks(TINY, 7)
+    for asked in (-1, 0, 8):
         with pytest.raises(UsageError, match=rf"--reuse {asked}: expected 1 to 7 of the network's 8"):
-            output_blocks(TINY, asked)
+            check_blocks(TINY, asked)
     with pytest.raises(UsageError, match="shallow graphs are not made of"):
-        output_blocks(StableSRConfig(), 0)
+        check_blocks(StableSRConfig(), 1)
 
 
 def test_without_reuse_there_is_one_output():
@@ -133,7 +133,7 @@ def test_other_precisions(tmp_path: Path, precision: Precision):
     blocks = rng.integers(0, 256, (2, 24, 24, 3), np.uint8)
     photographs = [image.repeat(4, axis=0).repeat(4, axis=1) for image in blocks]
     given = {"precision": precision, "photographs": photographs if precision == "int8" else ()}
-    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=PX, reuse=0, **given)
+    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=PX, reuse=1, **given)
     assert manifest.graphs["shallow_0"].precision == precision
     assert (manifest.graphs["shallow_0"].calibration is not None) == (precision == "int8")
     with Upscaler(tmp_path / "engine", backend="onnxruntime", threads=1) as up:

@@ -67,16 +67,16 @@ def test_images_are_composed():
 
 
 def test_a_target_is_held_against_what_products_alone_would_take():
-    """An eager image of 40 s; 12 full steps of 5e9 and 8 shallow ones of 1e9, a decode of 40e9 products."""
+    """An eager image of 40 s; 8 full steps of 5e9 and 12 shallow ones of 1e9, a decode of 40e9 products."""
     eager = turns.Measured(EAGER, {"step": [1.0], "decode": [20.0]})
-    fast = turns.Measured(rung("moesr int8, reuse 2"), {"step": [0.2], "shallow": [0.1], "decode": [2.0]})
+    fast = turns.Measured(rung("moesr int8, reuse 3"), {"step": [0.2], "shallow": [0.1], "decode": [2.0]})
     for one in (eager, fast):
         one.values = {"load": 0.0, "first step": 0.0, "first decode": 0.0}
     macs = {"plain": {}, "int8-reuse": {"expert_0": 5e9, "shallow_0": 1e9, "decoder": 40e9}}
     rungs_found = [one.to_json() for one in (eager, fast)]
     lines = ladder._targets({"rungs": rungs_found, "macs": macs, "limits": {"int8": 1e11}})
-    least = 2 * (12 * 5 + 8 * 1 + 40) / 100
-    assert lines[-1].startswith("- moesr int8, reuse 2: 9.0 times eager PyTorch, not reached (7.69).")
+    least = 2 * (8 * 5 + 12 * 1 + 40) / 100
+    assert lines[-1].startswith("- moesr int8, reuse 3: 9.0 times eager PyTorch, not reached (8.33).")
     assert lines[-1].endswith(f"would make it {40 / least:.1f}.")
 
 
@@ -85,7 +85,7 @@ def test_every_rung_has_its_engine_and_arithmetic():
     for r in RUNGS:
         assert r.way in latency_worker.WAYS and r.arithmetic in ("fp32", "bf16", "int8")
         assert (r.engine in rungs.ENGINES) == (r.way in ("engine", "plain"))
-    assert ladder.options(rung("moesr int8, reuse 2")) == {"reuse": 2}
+    assert ladder.options(rung("moesr int8, reuse 3")) == {"reuse": 3}
 
 
 def test_what_cannot_be_climbed_is_said(monkeypatch):
