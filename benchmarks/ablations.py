@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import absent  # noqa: F401
 import metrics
 import numpy as np
 import pairs

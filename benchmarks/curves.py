@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import absent  # noqa: F401
 import figures
 import numpy as np
 

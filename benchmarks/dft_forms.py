@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+import absent  # noqa: F401
 import numpy as np
 import onnxruntime as ort
 import torch

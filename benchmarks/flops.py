@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import absent  # noqa: F401
 import torch
 from macs import PAPER_KINDS, Counts, count, layer_norms, total
 from torch import nn

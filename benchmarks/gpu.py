@@ -52,6 +52,7 @@ def find_package() -> None:
 
 find_package()
 
+import absent  # noqa: E402, F401
 from gpu_report import markdown  # noqa: E402
 from gpu_setup import Absent, Report, Setup, add_sizes  # noqa: E402
 

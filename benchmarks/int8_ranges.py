@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import absent  # noqa: F401
 import metrics
 import numpy as np
 import pairs

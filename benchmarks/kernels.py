@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import absent  # noqa: F401
 import torch
 from machine import machine, machine_line
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import absent  # noqa: F401
 import ladder
 import limits
 import numpy as np

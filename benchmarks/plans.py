@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import absent  # noqa: F401
 import gpu_networks
 import torch
 from gpu_setup import Setup

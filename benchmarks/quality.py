@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import absent  # noqa: F401
 import figures
 import metrics
 import numpy as np

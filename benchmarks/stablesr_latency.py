@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import absent  # noqa: F401
 import numpy as np
 import torch
 from latency_worker import Inputs, Run, peak_bytes, serve

@@ -83,9 +83,7 @@ class GraphBuilder:
 
     def __init__(self, name: str, lowering: Lowering = CPU) -> None:
         self.name, self.lowering = name, lowering
-        self._opset, self._ir = (
-            (BF16_OPSET, BF16_IR_VERSION) if lowering.values == "bf16" else (OPSET, IR_VERSION)
-        )
+        self._opset, self._ir = onnx_versions(lowering)
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[TensorSpec] = []
         self._outputs: list[TensorSpec] = []
@@ -294,6 +292,11 @@ class GraphBuilder:
                 self._integers[tensor.name] = tensor
         tensor = self._tensors[digest]
         return Value(tensor.name, tuple(tensor.dims), tensor.data_type)
+
+
+def onnx_versions(lowering: Lowering) -> tuple[int, int]:
+    """Opset and IR version of the files of a lowering."""
+    return (BF16_OPSET, BF16_IR_VERSION) if lowering.values == "bf16" else (OPSET, IR_VERSION)
 
 
 def _declared(spec: TensorSpec) -> onnx.ValueInfoProto:

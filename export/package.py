@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources
@@ -17,7 +17,7 @@ from moesr.export import cutting, parity, stablesr_engine
 from moesr.export.calibration import Recording, record
 from moesr.export.decoder import decoder_graph
 from moesr.export.expert import expert_graph, shallow_graph
-from moesr.export.graph import OPSET, BuiltGraph
+from moesr.export.graph import BuiltGraph, onnx_versions
 from moesr.export.lowering import INT8_ERROR, Lowering, Precision, Residuals, Target, lowering
 from moesr.export.parts_files import write_parts
 from moesr.export.prompts import Prompts, Wish, choose
@@ -159,7 +159,7 @@ def export_engine(
                 more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
             else:
                 graphs, more = _write_graphs(checkpoint, tile_px, writer, recording, blocks), {}
-            manifest = _manifest(checkpoint, tile_px, graphs, more)
+            manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
             manifest.write(new)
             on_stage("publish")
     except OSError as error:
@@ -314,9 +314,13 @@ def _write_graphs(
 
 
 def _manifest(
-    checkpoint: Checkpoint, tile_px: int, graphs: dict[str, Graph], more: dict[str, Any]
+    checkpoint: Checkpoint,
+    tile_px: int,
+    graphs: dict[str, Graph],
+    choices: Iterable[Lowering],
+    more: dict[str, Any],
 ) -> Manifest:
-    config = checkpoint.config
+    config, opset = checkpoint.config, max(onnx_versions(one)[0] for one in choices)
     return Manifest(
         name=config.name,
         model=config.to_dict(),
@@ -332,7 +336,7 @@ def _manifest(
         schedule=config.schedule,
         sampler=config.sampler,
         steps=config.steps,
-        versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(OPSET)},
+        versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(opset)},
         checkpoint_sha256=checkpoint.sha256(),
         **more,
     )

@@ -150,6 +150,7 @@ def test_beside_float32_for_a_cpu(tmp_path):
     assert cli.main([str(checkpoint), "-o", str(engine), *flags]) == 0
     manifest = Manifest.read(engine)
     assert manifest.precision == "fp32"
+    assert manifest.versions["opset"] == "22"
     assert {graph.variants["gpu"].precision for graph in manifest.graphs.values()} == {"bf16"}
 
 
