@@ -14,6 +14,7 @@ import torch
 from conftest import relative_l2
 from graphs import TINY, expert_inputs, random_expert, run, write_checkpoint
 
+from moesr.export import cli
 from moesr.export.expert import expert_graph, shallow_graph, shallow_parts
 from moesr.export.lowering import Precision
 from moesr.export.package import export_engine
@@ -111,7 +112,7 @@ def test_a_damaged_weight_file_is_refused(engine: Path, tmp_path: Path):
 
 
 def test_blocks_that_are_not_there_are_refused():
-    check_blocks(TINY, 1)
+    check_blocks(TINY, cli.parser().parse_args(["--reuse"]).reuse)
     check_blocks(TINY, 7)
     for asked in (-1, 0, 8):
         with pytest.raises(UsageError, match=rf"--reuse {asked}: expected 1 to 7 of the network's 8"):
