@@ -84,10 +84,10 @@ def observe(
     tensors = {
         tensor for layer in layers for node in layer.nodes for tensor in (node.input[0], node.output[0])
     }
-    # The library computes what the last node wants first. So the tensors that come last are looked at by the
-    # first nodes: each is then looked at before those after it are made, and not kept until the end.
+    # The library begins with what the last node wants. So the nodes that look at tensors stand in reverse:
+    # each tensor is looked at before those after it are made, and not kept until the end.
     places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
-    names = sorted(tensors, key=lambda name: -places.get(name, -1))
+    names = sorted(tensors, key=lambda name: (-places.get(name, -1), name))
     for i, name in enumerate(names):
         model.graph.node.extend(_sampling(f"sample_{i}", name, built.values[name].shape))
         model.graph.output.append(helper.make_tensor_value_info(f"sample_{i}", TensorProto.FLOAT, [None]))
