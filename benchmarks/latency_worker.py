@@ -9,23 +9,20 @@ of seconds and peak memory.
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import profiles
 
 from moesr.runtime.backends import Backend, candidates
 from moesr.runtime.graphs import Graph
 from moesr.runtime.manifest import DECODER, Manifest
-from moesr.runtime.sessions.ort import session_options
 
 EXPERT = "expert_0"
 
@@ -186,43 +183,17 @@ def open_all(task: Task) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
 
 
-def profile(task: Task) -> dict[str, dict[str, dict[str, float]]]:
-    """Where one step and one decode spend their time: milliseconds by module and by operator, second run."""
+def profile(task: Task) -> dict[str, profiles.Profile]:
+    """Where one step and one decode spend their time."""
     directory, found = Path(task.directory), {}
     manifest = Manifest.read(directory, verify=False)
     for role, names in ((EXPERT, OF_EXPERT), (DECODER, OF_DECODER)):
-        path = directory / manifest.graphs[role].file
-        found[role] = profile_graph(path, task.inputs(names), task.threads)
+        path, values = directory / manifest.graphs[role].file, task.inputs(names)
+        if task.backend == "openvino":
+            found[role] = profiles.openvino_profile(path, values, select(task).options)
+        else:
+            found[role] = profiles.onnxruntime_profile(path, values, task.threads)
     return found
-
-
-def profile_graph(path: Path, values: Inputs, threads: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of one run of a graph by module and by operator, as ONNX Runtime's profiler sees them."""
-    import onnx
-    import onnxruntime as ort
-
-    options = session_options(threads)
-    options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as scratch:
-        options.profile_file_prefix = f"{scratch}/profile"
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        wanted = {i.name for i in session.get_inputs()}
-        for _ in range(2):
-            session.run(None, {k: v for k, v in values.items() if k in wanted})
-        events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    makers = {f"{name}_nchwc": node.name for node in nodes for name in node.output}  # as optimised
-    second = max(e["ts"] for e in events if e["name"] == "model_run")
-    modules: Counter[str] = Counter()
-    operators: Counter[str] = Counter()
-    for event in events:
-        if event["cat"] == "Node" and event["ts"] >= second and event["name"].endswith("_kernel_time"):
-            operators[event["args"]["op_name"]] += event["dur"] / 1000
-            name: str = event["name"].removesuffix("_kernel_time")
-            scope = re.split(r"/?[A-Z]", makers.get(name, name))[0]  # without the node's own name
-            # nodes that the optimiser adds, such as layout changes, have none
-            modules["/".join(scope.split("/")[:2]) or "layout changes"] += event["dur"] / 1000
-    return {"modules": dict(modules.most_common()), "operators": dict(operators.most_common())}
 
 
 def peak_bytes(status: Path = Path("/proc/self/status")) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from moesr.export.lowering import Precision
+from moesr.export.lowering import SHALLOW_BLOCKS, Precision
 from moesr.export.package import export_engine
 from moesr.runtime.backends import candidates
 from moesr.runtime.errors import MoesrError
@@ -58,8 +58,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "float32": {},
     "plain": {"target": "gpu"},
     "int8": {"precision": "int8", "int8_error": ANY_ERROR},
-    "reuse": {"reuse": 1},
-    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": 1},
+    "reuse": {"reuse": SHALLOW_BLOCKS},
+    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": SHALLOW_BLOCKS},
 }
 """Options of `export_engine`, by name."""
 

@@ -206,12 +206,11 @@ class Bench:
         one.values["psnr"] = ladder.quality(directory, rung, self._args.threads)
 
     def profiles(self, found: Sequence[Measured]) -> dict[str, Any]:
-        """Where the time of our rungs goes, as far as ONNX Runtime runs them and every step is a full one."""
-        engines = {one.rung.engine: one.rung for one in found if _profiled(one.rung)}
+        """Where the time of our rungs goes, by their names, of those whose every step is a full one."""
         where = {}
-        for name, rung in engines.items():
-            self.stage(f"profile {name}")
-            where[name] = self._ended(rung, "profile")
+        for rung in (one.rung for one in found if one.rung.way == "engine" and one.rung.reuse == 1):
+            self.stage(f"profile {rung.name}")
+            where[rung.name] = self._ended(rung, "profile")
         return where
 
     def _engine(self, name: str) -> Path:
@@ -237,10 +236,6 @@ class Bench:
         if done.returncode:
             raise MoesrError(f"its process ended with code {done.returncode}; see its message above")
         return json.loads(done.stdout)
-
-
-def _profiled(rung: Rung) -> bool:
-    return rung.way == "engine" and rung.backend == "onnxruntime" and rung.reuse == 1
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:

@@ -121,8 +121,8 @@ def test_one_value_for_the_whole_run(tmp_path: Path):
 
 
 def test_threads_are_as_told(monkeypatch: pytest.MonkeyPatch):
-    assert openvino_._properties(Options(threads=1))["INFERENCE_NUM_THREADS"] == 1
-    assert "INFERENCE_NUM_THREADS" not in openvino_._properties(Options())
+    assert openvino_.properties(Options(threads=1))["INFERENCE_NUM_THREADS"] == 1
+    assert "INFERENCE_NUM_THREADS" not in openvino_.properties(Options())
     one, two = (step(DEMO, backend(threads=threads)) for threads in (1, 2))
     assert relative_l2(one, two) < FLOAT32
 

@@ -72,22 +72,22 @@ def _compile(path: Path, declared: Boundary, options: Options) -> Any:
     shapes = {spec.name: list(spec.shape(1)) for spec in declared.inputs}
     known = [next(name for name in port.names if name in shapes) for port in model.inputs]
     model.reshape({name: shapes[name] for name in known})
-    return _core().compile_model(model, "CPU", _properties(options))
+    return _core().compile_model(model, "CPU", properties(options))
 
 
 def _open_prepared(path: Path, declared: Boundary, options: Options) -> Any:
     """The graph as it was compiled before, or now for the next time; None where none is kept."""
     if not (options.cache and options.files):
         return None
-    properties, version = _properties(options), _library().__version__
+    told, version = properties(options), _library().__version__
     try:
-        made_of = prepared.origin(path.parent, options.files, "openvino", version, repr(properties))
+        made_of = prepared.origin(path.parent, options.files, "openvino", version, repr(told))
     except OSError:  # compiling it will tell
         return None
     if kept := prepared.find(options.cache, made_of):
         try:
             blob = np.memmap(kept / _COMPILED, np.uint8, "r")
-            return _core().import_model(_library().Tensor(blob), "CPU", properties)
+            return _core().import_model(_library().Tensor(blob), "CPU", told)
         except Exception as error:  # the library has no base of its own for its errors
             log.info("%s: compiled again: %s", path, _one_line(error))
             prepared.remove(kept)
@@ -194,7 +194,7 @@ def _core() -> Any:
     return _library().Core()
 
 
-def _properties(options: Options) -> dict[str, Any]:
+def properties(options: Options) -> dict[str, Any]:
     """How to compile. Threads are not pinned: those of two processes would be pinned to the same cores."""
     values: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
