@@ -23,7 +23,7 @@ demo-model: export OMP_NUM_THREADS ?= 1
 demo-model: $(RUNS)/demo-x4/engine $(RUNS)/demo-x8/engine  ## Train the bundled models again and export them
 
 $(RUNS)/photos: | $(VENV)/.test
-	$(BIN)/python -m moesr.training.demo_photos $@
+	$(BIN)/python -m moesr.training.data.demo_photos $@
 
 # What every stage leaves is kept. One first stage serves both, so that `make -j2 demo-model` trains the two at once.
 .SECONDARY:

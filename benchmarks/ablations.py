@@ -16,16 +16,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import absent  # noqa: F401
-import metrics
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
-import pairs
-from machine import machine_line
-from tables import Record, grid, means
+from benchlib import (
+    image_pairs,
+    metrics,
+)
+from benchlib.machine import machine_line
+from benchlib.tables import Record, grid, means
 
 from moesr.export.package import export_engine
 from moesr.runtime.errors import MoesrError
-from moesr.runtime.resize import imresize
+from moesr.runtime.images.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 from moesr.training.checkpoint import expert_count, load_checkpoint, save_checkpoint
 from moesr.training.cli import main as train
@@ -97,8 +99,8 @@ class Study:
 
 def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, list[Record]]:
     """Mean scores of bicubic and of every model on photographs kept out of training, by degradation."""
-    hr = pairs.load_originals("demo")
-    lr = {kind: {n: pairs.degrade(hr[n], kind, n) for n in hr} for kind in DEGRADATIONS}
+    hr = image_pairs.load_originals("demo")
+    lr = {kind: {n: image_pairs.degrade(hr[n], kind, n) for n in hr} for kind in DEGRADATIONS}
 
     def scored(name: str, upscale: Callable[[np.ndarray], np.ndarray], kind: str) -> list[Record]:
         return [Record(n, name, metrics.scores(upscale(lr[kind][n]), hr[n], SCALE)) for n in hr]

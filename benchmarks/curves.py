@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import absent  # noqa: F401
-import figures
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
+from benchlib import (
+    figures,
+)
 
-from moesr.training.journal import LOG_NAME
+from moesr.training.loop.metrics_log import LOG_NAME
 
 WINDOW = 100  # steps that are averaged: single batches differ by more than training moves
 

@@ -12,15 +12,16 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-import absent  # noqa: F401
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
 import onnxruntime as ort
 import torch
-from machine import machine_line
+from benchlib.machine import machine_line
 
-from moesr.export.graph import BATCH, BuiltGraph, GraphBuilder, Value
-from moesr.export.refinement import onnx_ops
+from moesr.export.graphs.builder import BuiltGraph, GraphBuilder, Value
+from moesr.export.graphs.refinement import onnx_ops
 from moesr.kernels.aff_filter import portable
+from moesr.runtime.engine.graph_spec import BATCH
 
 LIMIT = 1e-4  # relative L2 error of a round trip; the operator has 1e-5 where a side is no power of two
 FORMS = ("dense", "factored", "operator")

@@ -25,23 +25,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import absent  # noqa: F401
+import benchlib.missing_extra  # noqa: F401
 import torch
-from macs import PAPER_KINDS, Counts, count, layer_norms, total
+from benchlib.macs import PAPER_KINDS, Counts, count, layer_norms, total
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesr.runtime.contract import DECODER
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import MoesrError
-from moesr.runtime.manifest import Manifest
 from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig, UNetConfig
-from moesr.training.networks import (
-    Autoencoder,
-    DenoisingUNet,
-    StableSRUNet,
-    StructureEncoder,
-    TextEncoder,
-)
+from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 
 TILE_PX, STEPS = 512, 200  # of the paper's table
 TERA = 1e12
@@ -210,7 +204,7 @@ def parts(moe: Cost) -> dict[str, float]:
 
 def engine_row(directory: Path, steps: int) -> Row:
     """The line of an exported engine, from its manifest: the MACs of its graphs, for one tile."""
-    m = Manifest.read(directory, verify=False)
+    m = read_manifest(directory, verify=False)
     params = sum(graph.params for graph in m.graphs.values())
     step = m.graphs[m.experts[0].graph].macs
     decode = m.graphs[DECODER].macs if DECODER in m.graphs else 0

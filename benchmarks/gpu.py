@@ -31,10 +31,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MARK = "@@ "  # before what a section's process says
 RESULTS = HERE / "results"
-PACKAGES = (
-    "torch", "triton", "numpy", "cuda-core", "cuda-bindings", "onnx", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt_rtx_cu13_bindings",
-)  # fmt: skip
 
 
 def find_package() -> None:
@@ -52,14 +48,14 @@ def find_package() -> None:
 
 find_package()
 
-import absent  # noqa: E402, F401
-from gpu_report import markdown  # noqa: E402
-from gpu_setup import Absent, Report, Setup, add_sizes  # noqa: E402
+import benchlib.missing_extra  # noqa: E402, F401
+from gpu_suite.report import markdown  # noqa: E402
+from gpu_suite.setup import Absent, Report, Setup, add_sizes  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Section:
-    """A function of a module of this folder, and the seconds that it may take."""
+    """A function of a module below this folder, and the seconds that it may take."""
 
     module: str
     function: str
@@ -68,19 +64,19 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("gpu", "describe", 30),
-    "limits": Section("gpu_networks", "measure_limits", 30),
-    "preparation": Section("gpu_runtime", "prepare", 120),
-    "device": Section("gpu_device", "measure_device", 30),
-    "kernels": Section("gpu_kernels", "measure_kernels", 80),
+    "machine": Section("gpu_suite.setup", "describe", 30),
+    "limits": Section("gpu_suite.networks", "measure_limits", 30),
+    "preparation": Section("gpu_suite.runtime", "prepare", 120),
+    "device": Section("gpu_suite.device", "measure_device", 30),
+    "kernels": Section("gpu_suite.kernels", "measure_kernels", 80),
     "tensorrt": Section(
-        "gpu_runtime", "measure_library", 180, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
+        "gpu_suite.runtime", "measure_library", 180, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
     ),
-    "onnxruntime": Section("gpu_runtime", "measure_library", 90, ("onnxruntime", ("onnxruntime",))),
-    "runtime over pytorch": Section("gpu_runtime", "measure_pytorch", 70),
-    "pytorch": Section("gpu_networks", "measure_eager", 55),
-    "pytorch with kernels": Section("gpu_networks", "measure_kernels_inside", 50),
-    "torch.compile": Section("gpu_networks", "measure_compiled", 150),
+    "onnxruntime": Section("gpu_suite.runtime", "measure_library", 90, ("onnxruntime", ("onnxruntime",))),
+    "runtime over pytorch": Section("gpu_suite.runtime", "measure_pytorch", 70),
+    "pytorch": Section("gpu_suite.networks", "measure_eager", 55),
+    "pytorch with kernels": Section("gpu_suite.networks", "measure_kernels_inside", 50),
+    "torch.compile": Section("gpu_suite.networks", "measure_compiled", 150),
 }
 """In order: what others need comes first, what may take any time last."""
 
@@ -187,47 +183,10 @@ def run_section(name: str, setup: Setup, say: Callable[[str, Any], None]) -> Non
         traceback.print_exc()
 
 
-def describe(setup: Setup, report: Report) -> None:
-    """Name, capability, driver and memory of the GPU, and the packages that are here."""
-    from machine import machine_line
-
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    report.say("facts", {"host": machine_line(), "packages": versions})
-    report.say("facts", gpu_facts())
-
-
-def gpu_facts() -> dict[str, Any]:
-    """Of the driver by cuda.core, or else by PyTorch; Absent where neither sees a GPU."""
-    from moesr.runtime import cuda_driver
-    from moesr.runtime.errors import EngineError
-
-    try:
-        device = cuda_driver.open_device(0)
-        capability = ".".join(map(str, device.compute_capability))
-        driver, total = cuda_driver.driver_version(), cuda_driver.memory_bytes()[1]
-        return {"gpu": str(device.name), "capability": capability, "cuda": driver, "memory_gb": total / 1e9}
-    except EngineError as error:
-        reason = str(error)
-    try:
-        import torch
-    except ImportError as error:
-        raise Absent(f"{reason}; {error}") from error
-    if not torch.cuda.is_available():
-        raise Absent(f"{reason}; PyTorch {torch.__version__} sees none")
-    seen = torch.cuda.get_device_properties(0)
-    capability = f"{seen.major}.{seen.minor}"
-    facts = {"gpu": seen.name, "capability": capability, "cuda": str(torch.version.cuda)}
-    return facts | {"memory_gb": seen.total_memory / 1e9, "note": reason}
-
-
 def slug(name: str) -> str:
     """A GPU's name as part of a file's."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":
-    sys.modules["gpu"] = sys.modules[__name__]  # a section of this module is found without a second copy
     sys.exit(main())

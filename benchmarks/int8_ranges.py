@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import absent  # noqa: F401
-import metrics
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
-import pairs
 import torch
-from machine import machine_line
+from benchlib import (
+    image_pairs,
+    metrics,
+)
+from benchlib.machine import machine_line
 
-from moesr.export import calibration, quantise
-from moesr.export.calibration import Inputs, Recording
-from moesr.export.decoder import decoder_graph
-from moesr.export.expert import expert_graph
-from moesr.export.graph import BuiltGraph
+from moesr.export.graphs.builder import BuiltGraph
+from moesr.export.graphs.decoder import decoder_graph
+from moesr.export.graphs.expert import expert_graph
 from moesr.export.lowering import INT8_ERROR, Lowering, lowering
 from moesr.export.package import checkpoint_directory
 from moesr.export.parity import outputs
-from moesr.export.qdq import Ranges, layers_of, quantised
+from moesr.export.quantisation import calibration, int8
+from moesr.export.quantisation.calibration import Inputs, Recording
+from moesr.export.quantisation.qdq import Ranges, layers_of, quantised
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.config import ModelConfig
 
@@ -81,7 +83,7 @@ class Networks:
 
     def expert(self, k: int) -> Callable[..., torch.Tensor]:
         """Runs graph k."""
-        session = quantise.open_model(self.graphs[k].model)
+        session = int8.open_model(self.graphs[k].model)
 
         def run(*given: torch.Tensor) -> torch.Tensor:
             names = [spec.name for spec in self.graphs[k].boundary.inputs]
@@ -102,8 +104,8 @@ def timesteps(study: Study) -> tuple[str, dict[str, list[BuiltGraph]]]:
         built = study.graph(role)
         layers = layers_of(built)
         found = {
-            "own": quantise.observe(built, layers, study.seen.inputs[role]),
-            "all": quantise.observe(built, layers, study.pooled(role)),
+            "own": int8.observe(built, layers, study.seen.inputs[role]),
+            "all": int8.observe(built, layers, study.pooled(role)),
         }
         cells = []
         for kind, ranges in found.items():
@@ -127,13 +129,13 @@ def width(held: tuple[float, float]) -> float:
 
 def within_budget(study: Study, role: str, ranges: Ranges) -> float:
     """The share of multiply-accumulates that may be int8 at the export's budget."""
-    side = min(study.latent_px, quantise.SMALL_PX)
+    side = min(study.latent_px, int8.SMALL_PX)
     small, whole = study.graph(role, side), study.graph(role)
-    given = calibration.spread(study.seen.inputs[role], quantise.TRIALS)
-    trials = [quantise.middle(each, side, study.latent_px) for each in given]
-    errors = quantise.sensitivities(small, layers_of(small), ranges, trials)
+    given = calibration.spread(study.seen.inputs[role], int8.TRIALS)
+    trials = [int8.middle(each, side, study.latent_px) for each in given]
+    errors = int8.sensitivities(small, layers_of(small), ranges, trials)
     layers = layers_of(whole)
-    kept = quantise.to_keep(errors, [layer.macs for layer in layers], INT8_ERROR)
+    kept = int8.to_keep(errors, [layer.macs for layer in layers], INT8_ERROR)
     return sum(layer.macs for i, layer in enumerate(layers) if i not in kept) / whole.macs
 
 
@@ -146,7 +148,7 @@ def methods(study: Study) -> str:
         for role in roles:
             built = study.graph(role)
             layers = layers_of(built)
-            ranges = quantise.observe(built, layers, study.seen.inputs[role], percentile)
+            ranges = int8.observe(built, layers, study.seen.inputs[role], percentile)
             cells.append(f"{study.error(quantised(built, layers, ranges), role, built):.4f}")
         lines.append(f"| {percentile:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"# int8 by its calibration\n\n`python benchmarks/int8_ranges.py`, {machine_line()}")
     for name in args.models:
         checkpoint = load_checkpoint(checkpoint_directory(Path(name)))
-        images = list(pairs.load_originals(args.hr).values())
+        images = list(image_pairs.load_originals(args.hr).values())
         record = partial(calibration.record, checkpoint, tile_px=args.tile)
         seen, held_out = record(calibration.demo_photographs(args.photographs)), record(images)
         study = Study(checkpoint, args.tile // checkpoint.config.decoder.factor, seen, held_out)

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import absent  # noqa: F401
+import benchlib.missing_extra  # noqa: F401
 import torch
-from machine import machine, machine_line
+from benchlib.machine import machine, machine_line
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -21,16 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import absent  # noqa: F401
-import ladder
-import limits
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
 import torch
-from machine import load_average, machine, machine_line, usable_cores
-from rungs import EAGER, RUNGS, Rung, obstacle
+from benchlib.machine import load_average, machine, machine_line, usable_cores
+from ladder import peak_rates, report
+from ladder.configurations import EAGER, RUNGS, Rung, obstacle
+from ladder.rounds import Bench
 from torch import nn
 from tqdm import tqdm
-from turns import Bench
 
 from moesr.export import parity
 from moesr.export.package import check_tile
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoesrError as error:
         print(f"latency: {error}", file=sys.stderr)
         return error.exit_code
-    text = ladder.markdown(result)
+    text = report.markdown(result)
     print(json.dumps(result, indent=1) if args.json else text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,7 @@ def measure(config: ModelConfig, place: Path, args: argparse.Namespace) -> dict[
         bench = Bench(place, given, args, bar)
         skipped |= bench.export_all(checkpoint, chosen)
         bench.stage("measure the limits of arithmetic")
-        rates = limits.measure(args.threads, 256 if args.quick else limits.SIDE)
+        rates = peak_rates.measure(args.threads, 256 if args.quick else peak_rates.SIDE)
         found = bench.time_all([rung for rung in chosen if rung.name not in skipped])
         skipped |= bench.failed
         for one in found:

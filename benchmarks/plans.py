@@ -15,24 +15,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import absent  # noqa: F401
-import gpu_networks
+import benchlib.missing_extra  # noqa: F401
 import torch
-from gpu_setup import Setup
-from machine import machine_line
+from benchlib.machine import machine_line
+from gpu_suite.networks import networks as seeded_networks
+from gpu_suite.setup import Setup
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesr.export import cutting
-from moesr.export.decoder import decoder_graph
-from moesr.export.expert import expert_graph
-from moesr.export.kernel_calls import KernelCall, fused_share
+from moesr.export.graphs.decoder import decoder_graph
+from moesr.export.graphs.expert import expert_graph
+from moesr.export.graphs.kernel_call import KernelCall
+from moesr.export.graphs.kernel_nodes import fused_time_ratio
 from moesr.export.lowering import Lowering, Precision, lowering
-from moesr.export.parts_files import write_parts
+from moesr.export.partition import partition
+from moesr.export.partition.writer import write_parts
+from moesr.runtime.backends.tensorrt.library import Library, load
+from moesr.runtime.backends.tensorrt.plan_builder import as_text, build_plan
+from moesr.runtime.engine.partitioned_graph import NHWC, Parts, layout, read_parts
 from moesr.runtime.errors import MoesrError
-from moesr.runtime.parts import NHWC, Parts, layout, read_parts
-from moesr.runtime.plan_builder import as_text, build_plan
-from moesr.runtime.tensorrt_library import Library, load
 from moesr.training.networks import Autoencoder, DenoisingUNet
 from moesr.training.networks.refinement import InvertedResidual
 
@@ -92,7 +93,7 @@ def page(
     on_built: Callable[[Built], object] = say,
 ) -> str:
     """All of it; `on_built` hears of every plan."""
-    networks = gpu_networks.networks(setup)
+    networks = seeded_networks(setup)
     rows, calls, listed = list[Built](), list[KernelCall](), None
     for precision in HALF:
         paths, calls, listed = write(*networks, setup, lowering("gpu", precision), scratch)
@@ -128,7 +129,7 @@ def write(
     paths[0].write_bytes(expert_graph(expert, side, choices).to_bytes())
     paths[1].write_bytes(decoder_graph(decoder, side, choices).to_bytes())
     built = decoder_graph(decoder, side, replace(choices, kernels=True))
-    parts = cutting.cut(built)
+    parts = partition.cut(built)
     main_file, *_ = write_parts(folder, "decoder", built, parts)
     listed = read_parts(folder / main_file.file)
     paths += [folder / step.plan.file for step in listed.steps if step.plan]
@@ -172,7 +173,7 @@ def decisions(calls: Sequence[KernelCall], decoder: Autoencoder, tile: int) -> I
         taken = "kernel" if tuple(sorted(shape.items())) in chosen else "plans"
         yield (
             f"| {channels} -> {out}, {size}x{size} | {count} | {plans / 1e6:.0f} | {kernel / 1e6:.0f} | "
-            f"{fused_share(shape, 'fp16'):.2f} | {taken} |"
+            f"{fused_time_ratio(shape, 'fp16'):.2f} | {taken} |"
         )
     yield ""
     yield (

@@ -19,20 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import absent  # noqa: F401
-import figures
-import metrics
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
-import perceptual
-from pairs import BLIND, DEGRADATIONS, degrade, load_originals
+from benchlib import (
+    figures,
+    metrics,
+    perceptual,
+)
+from benchlib.image_pairs import BLIND, DEGRADATIONS, degrade, load_originals
+from benchlib.tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from PIL import Image
-from tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from tqdm import tqdm
 
-from moesr.runtime.colour import COLOR_FIXES
 from moesr.runtime.errors import MoesrError, UsageError
-from moesr.runtime.resize import imresize
-from moesr.runtime.samplers import ETA
+from moesr.runtime.images.color import COLOR_FIXES
+from moesr.runtime.images.resize import imresize
+from moesr.runtime.sampling.samplers import ETA
 from moesr.runtime.upscaler import Upscaler
 
 BICUBIC, HR = "Bicubic", "HR"
@@ -165,7 +167,7 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
-        f"Originals: {args.hr}{times}. Seed {args.seed}, colour fix {args.color_fix}, "
+        f"Originals: {args.hr}{times}. Seed {args.seed}, color fix {args.color_fix}, "
         f"fidelity {args.fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"

@@ -23,21 +23,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import absent  # noqa: F401
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
 import torch
-from latency_worker import Inputs, Run, peak_bytes, serve
-from machine import load_average, machine, machine_line, usable_cores
+from benchlib.machine import load_average, machine, machine_line, usable_cores
+from ladder.rounds import GIGA, Row, Worker
+from ladder.worker import Inputs, Run, peak_bytes, serve
 from torch import Tensor, nn
 from tqdm import tqdm
-from turns import GIGA, Row, Worker
 
+from moesr.export.graphs.stablesr import LatentDecoder, LatentEncoder, StableSRExpert
 from moesr.export.package import check_tile, export_engine
-from moesr.export.stablesr import LatentDecoder, LatentEncoder, StableSRExpert
-from moesr.runtime.backends import select_backend
+from moesr.runtime.backends.selection import select_backend
+from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME, read_manifest
 from moesr.runtime.errors import MoesrError
-from moesr.runtime.graphs import Graph
-from moesr.runtime.manifest import MANIFEST_NAME, Manifest
 from moesr.training.checkpoint import CONFIG_NAME, StableSRCheckpoint, load_checkpoint, save_checkpoint
 from moesr.training.config import StableSRConfig
 from moesr.training.weights import networks
@@ -93,7 +94,7 @@ def prepare(config: StableSRConfig, place: Path, tile_px: int) -> Manifest:
     engine = place / f"engine-{tile_px}"
     if not (engine / MANIFEST_NAME).is_file():
         export_engine(load_checkpoint(place / "checkpoint"), engine, tile_px=tile_px)
-    return Manifest.read(engine, verify=False)
+    return read_manifest(engine, verify=False)
 
 
 @torch.no_grad()
@@ -179,7 +180,7 @@ def _worker(kind: str, what: str, place: Path, args: argparse.Namespace) -> Iter
 
 def work(kind: str, what: str, place: str, threads: str, tile_px: str) -> int:
     """One candidate: load it, say how long that took, then run it whenever a line comes in."""
-    role, manifest = ROLES[what], Manifest.read(Path(place) / f"engine-{tile_px}", verify=False)
+    role, manifest = ROLES[what], read_manifest(Path(place) / f"engine-{tile_px}", verify=False)
     values = inputs(manifest.graphs[role])
     begin = time.perf_counter()
     if kind == "engine":

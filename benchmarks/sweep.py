@@ -21,22 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import absent  # noqa: F401
-import figures
-import metrics
+import benchlib.missing_extra  # noqa: F401
 import numpy as np
-import perceptual
-from machine import machine_line
-from pairs import DEGRADATIONS, degrade, load_images, load_originals
+from benchlib import (
+    figures,
+    metrics,
+    perceptual,
+)
+from benchlib.image_pairs import DEGRADATIONS, degrade, load_images, load_originals
+from benchlib.machine import machine_line
+from benchlib.tables import SECONDS, Record, csv_text, markdown, means
 from quality import BICUBIC, HR, Upscale
-from tables import SECONDS, Record, csv_text, markdown, means
 from tqdm import tqdm
 
-from moesr.runtime.colour import COLOR_FIXES
-from moesr.runtime.contract import DECODER
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.manifest import SAMPLERS, Manifest
 from moesr.runtime.errors import MoesrError, UsageError
-from moesr.runtime.manifest import SAMPLERS, Manifest
-from moesr.runtime.resize import imresize
+from moesr.runtime.images.color import COLOR_FIXES
+from moesr.runtime.images.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 
 
@@ -51,7 +53,7 @@ class Sweep:
 
 SWEEPS = {
     "fidelity": Sweep("Fidelity (Table 4)", "w = {:g}", (0.0, 0.25, 0.5, 0.75, 1.0)),
-    "color_fix": Sweep("Colour correction (Table 3)", "{}", ("none", "adain", "wavelet")),
+    "color_fix": Sweep("Color correction (Table 3)", "{}", ("none", "adain", "wavelet")),
     "guidance": Sweep("Guidance (Table 6)", "s = {:g}", (1.0, 2.5, 5.0, 7.5)),
 }
 """By the names of `Upscaler`'s options."""
@@ -210,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--lr", metavar="DIR", help="images to enlarge, of which there are no originals")
     add("--degrade", choices=DEGRADATIONS, default="x4-bicubic", help="how LR is made (default %(default)s)")
     add("--fidelity", type=float, nargs="*", metavar="W", help="0 free to 1 faithful")
-    add("--color-fix", choices=COLOR_FIXES, nargs="*", help="towards the LR image's colours")
+    add("--color-fix", choices=COLOR_FIXES, nargs="*", help="towards the LR image's colors")
     add("--guidance", type=float, nargs="*", metavar="S", help="0 the negative prompt alone, 1 none")
     add("--steps", type=int, metavar="N", help="(default: the engine's)")
     add("--sampler", choices=SAMPLERS, help="(default: the engine's)")

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesr.export.lowering import INT8_ERROR, SHALLOW_BLOCKS
-from moesr.export.prompts import GUIDANCE, Wish
-from moesr.runtime import console
-from moesr.runtime.engines import demo_name
+from moesr.export.prompts import GUIDANCE, PromptOptions
+from moesr.runtime.engine.locate import demo_name
 from moesr.runtime.errors import UsageError
 from moesr.runtime.options import check_guidance
+from moesr.runtime.system import console
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from moesr.runtime.manifest import Manifest
+    from moesr.runtime.engine.manifest import Manifest
 
 MEGA = 1e6
 PLAN_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> int:
     from moesr.export import package, tensorrt  # --help does not wait for torch
     from moesr.kernels.plan import check_compiler
-    from moesr.runtime.tensorrt_library import load
+    from moesr.runtime.backends.tensorrt.library import load
     from moesr.training.checkpoint import load_checkpoint
 
     if args.guidance is not None:
@@ -80,7 +80,7 @@ def _export(args: argparse.Namespace) -> int:
             precision=precision,
             store=args.store,
             tile_px=args.tile,
-            wish=Wish(args.prompt, args.negative_prompt, args.guidance),
+            wish=PromptOptions(args.prompt, args.negative_prompt, args.guidance),
             kernels=kernels,
             photographs=photographs,
             int8_error=args.int8_error,
@@ -100,7 +100,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _photographs(args: argparse.Namespace) -> Sequence[np.ndarray]:
     """What int8 is calibrated on: those of a folder, or for a bundled model those of Python packages."""
-    from moesr.export import calibration
+    from moesr.export.quantisation import calibration
 
     if args.calibrate is None and demo_name(args.checkpoint) is None:
         raise UsageError(
@@ -115,7 +115,7 @@ def _photographs(args: argparse.Namespace) -> Sequence[np.ndarray]:
 def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) -> None:
     """Build TensorRT plans, and the kernels around and between them, into an engine directory."""
     from moesr.export import tensorrt
-    from moesr.runtime.tensorrt_library import load
+    from moesr.runtime.backends.tensorrt.library import load
 
     targets = tensorrt.capabilities(load(), args.capability)
     with console.bar(args.quiet, total=1.0, bar_format=PLAN_BAR) as bar:

@@ -13,27 +13,30 @@ import numpy as np
 import torch
 from torch import nn
 
-from moesr.export import cutting, parity, stablesr_engine
-from moesr.export.calibration import Recording, record
-from moesr.export.decoder import decoder_graph
-from moesr.export.expert import expert_graph, shallow_graph
-from moesr.export.graph import BuiltGraph, onnx_versions
+from moesr.export import parity, stablesr_engine
+from moesr.export.external_weights import write_graph
+from moesr.export.graphs.builder import BuiltGraph, onnx_versions
+from moesr.export.graphs.decoder import decoder_graph
+from moesr.export.graphs.expert import expert_graph, shallow_graph
 from moesr.export.lowering import INT8_ERROR, Lowering, Precision, Residuals, Target, lowering
-from moesr.export.parts_files import write_parts
-from moesr.export.prompts import Prompts, Wish, choose
-from moesr.export.quantise import Make, int8_graph
+from moesr.export.partition import partition
+from moesr.export.partition.writer import write_parts
+from moesr.export.prompts import PromptOptions, Prompts, choose
+from moesr.export.quantisation.calibration import Recording, record
+from moesr.export.quantisation.int8 import Make, int8_graph
 from moesr.export.reuse import DeepFeatures, ShallowExpert, check_blocks, recorded, shallow_inputs, shared
-from moesr.export.weight_files import write_graph
-from moesr.runtime import files
-from moesr.runtime.engines import demo_name
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.graph_spec import Arrangement, Expert, Graph
+from moesr.runtime.engine.locate import demo_name
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME, write_manifest
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.graphs import Arrangement, Expert, Graph
-from moesr.runtime.manifest import DECODER, MANIFEST_NAME, Manifest
+from moesr.runtime.system import files
 from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint
 from moesr.training.config import ModelConfig, StableSRConfig
 
 DEFAULT_TILE_PX = 512
-NO_WISH = Wish()
+NO_WISH = PromptOptions()
 VERSIONED = ("moesr", "torch", "onnx", "onnxruntime", "numpy")
 
 Targets = Literal[Target, "both"]
@@ -113,7 +116,7 @@ def export_engine(
     precision: Precision = "fp32",
     store: Precision = "fp32",
     tile_px: int | None = None,
-    wish: Wish = NO_WISH,
+    wish: PromptOptions = NO_WISH,
     kernels: bool = False,
     photographs: Sequence[np.ndarray] = (),
     int8_error: float = INT8_ERROR,
@@ -160,14 +163,14 @@ def export_engine(
             else:
                 graphs, more = _write_graphs(checkpoint, tile_px, writer, recording, blocks), {}
             manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
-            manifest.write(new)
+            write_manifest(manifest, new)
             on_stage("publish")
     except OSError as error:
         raise OutputError(f"{directory}: cannot write the engine: {files.reason(error)}") from error
     return manifest
 
 
-def _prompts(checkpoint: Checkpoint, wish: Wish) -> Prompts | None:
+def _prompts(checkpoint: Checkpoint, wish: PromptOptions) -> Prompts | None:
     """The prompts of a model that has a text encoder; UsageError where one that has none is told some."""
     if isinstance(checkpoint.config, StableSRConfig):
         return choose(checkpoint.config.text, wish)
@@ -262,10 +265,10 @@ class _Writer:
         if not built.calls:
             return None
         self._on_stage(f"write {role} in parts")
-        parts = cutting.cut(built)
+        parts = partition.cut(built)
         (main, *data) = write_parts(self._directory, role, built, parts)
         self._on_stage(f"prove {role} in parts")
-        got = cutting.run(parts, inputs, built.boundary.outputs[0].name)
+        got = partition.run(parts, inputs, built.boundary.outputs[0].name)
         proof = parity.judge(self._directory / main.file, got, want, choices)
         return Arrangement(main.file, main.sha256, choices.precision, data=tuple(data), parity=proof)
 

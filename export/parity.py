@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesr.export.bfloat16 import as_bf16, without_bf16
 from moesr.export.lowering import Lowering
-from moesr.export.rounding import as_bf16, without_bf16
+from moesr.runtime.backends.ort import session_options
+from moesr.runtime.engine.graph_spec import Parity
 from moesr.runtime.errors import EngineError
-from moesr.runtime.graphs import Parity
-from moesr.runtime.sessions.ort import session_options
 from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 

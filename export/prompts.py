@@ -23,7 +23,7 @@ Ids = tuple[int, ...]  # of tokens, from start to end
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptOptions:
     """What a user says of prompts: texts, and the default strength of guidance."""
 
     prompt: str | None = None
@@ -38,7 +38,7 @@ class Wish:
     @property
     def empty(self) -> bool:
         """Whether nothing was said."""
-        return self == Wish()
+        return self == PromptOptions()
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Prompts:
     guidance: float
 
 
-def choose(config: TextConfig, wish: Wish) -> Prompts:
+def choose(config: TextConfig, wish: PromptOptions) -> Prompts:
     """The prompts of an engine; those that are not told are the model's.
 
     Raises UsageError for a text that is too long, or whose tokens nothing here knows.

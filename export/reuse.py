@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from moesr.export import parity
-from moesr.export.expert import shallow_parts
+from moesr.export.external_weights import ALIGNMENT, SMALL_BYTES, refer
+from moesr.export.graphs.expert import shallow_parts
 from moesr.export.lowering import SHALLOW_BLOCKS
-from moesr.export.weight_files import ALIGNMENT, SMALL_BYTES, refer
-from moesr.runtime.contract import DEEP
+from moesr.runtime.engine.graph_io import DEEP
+from moesr.runtime.engine.graph_spec import Arrangement, File, Graph
 from moesr.runtime.errors import UsageError
-from moesr.runtime.graphs import Arrangement, File, Graph
 from moesr.training.config import ModelConfig, StableSRConfig
 from moesr.training.networks import DenoisingUNet
 from moesr.training.networks.unet import Conditions
@@ -83,8 +83,10 @@ def shared(
     """
     pair = graphs[full], replace(graphs[shallow], params=params)
     targets = sorted(pair[0].variants.keys() & pair[1].variants.keys())
-    own = _share(directory, full, *pair)
-    variants = {t: _share(directory, f"{full}.{t}", *(graph.variants[t] for graph in pair)) for t in targets}
+    own = _merge_weights(directory, full, *pair)
+    variants = {
+        t: _merge_weights(directory, f"{full}.{t}", *(graph.variants[t] for graph in pair)) for t in targets
+    }
     found = {}
     for index, (role, graph) in enumerate(zip((full, shallow), pair, strict=True)):
         moved = graph.variants | {target: variants[target][index] for target in targets}
@@ -92,7 +94,7 @@ def shared(
     return found
 
 
-def _share(directory: Path, name: str, *arrangements: Arrangement) -> list[Arrangement]:
+def _merge_weights(directory: Path, name: str, *arrangements: Arrangement) -> list[Arrangement]:
     """Move the weights of graph files to one file, equal ones once."""
     models = [onnx.load(directory / a.file) for a in arrangements]  # weights from elsewhere included
     apart = {file.file for a in arrangements for file in a.data}

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from moesr.export import parity
-from moesr.export.decoder import decoder_graph
-from moesr.export.graph import BuiltGraph
-from moesr.export.lowering import Lowering
-from moesr.export.prompts import Prompts
-from moesr.export.stablesr import (
+from moesr.export.graphs.builder import BuiltGraph
+from moesr.export.graphs.decoder import decoder_graph
+from moesr.export.graphs.stablesr import (
     LatentDecoder,
     LatentEncoder,
     StableSRExpert,
     encoder_graph,
     stablesr_expert_graph,
 )
-from moesr.runtime.contract import DECODER, ENCODER
-from moesr.runtime.framing import Framing
-from moesr.runtime.graphs import Graph
+from moesr.export.lowering import Lowering
+from moesr.export.prompts import Prompts
+from moesr.runtime.engine.framing import Framing
+from moesr.runtime.engine.graph_io import DECODER, ENCODER
+from moesr.runtime.engine.graph_spec import Graph
 from moesr.training.checkpoint import StableSRCheckpoint
 from moesr.training.config import StableSRConfig
 

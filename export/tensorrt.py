@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moesr.runtime import caches, plans
-from moesr.runtime.cuda_driver import open_device
+from moesr.runtime.backends.tensorrt import plan_store
+from moesr.runtime.backends.tensorrt.backend import MAX_BATCH
+from moesr.runtime.backends.tensorrt.library import Library, load
+from moesr.runtime.backends.tensorrt.plan_builder import as_text, build_plan, capability_of
+from moesr.runtime.devices.compiled_kernels import KERNELS_FOLDER
+from moesr.runtime.devices.cuda_driver import open_device
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.partitioned_graph import SUFFIX, KernelStep, read_parts
 from moesr.runtime.errors import EngineError, OutputError, UsageError
-from moesr.runtime.files import reason
-from moesr.runtime.kernel_files import KERNELS_FOLDER
-from moesr.runtime.manifest import Manifest
-from moesr.runtime.parts import SUFFIX, KernelStep, read_parts
-from moesr.runtime.plan_builder import as_text, build_plan, capability_of
-from moesr.runtime.sessions.tensorrt import MAX_BATCH
-from moesr.runtime.tensorrt_library import Library, load
+from moesr.runtime.system import user_cache
+from moesr.runtime.system.files import reason
 
 BF16_FROM = 80  # compute capability
 
@@ -70,11 +71,11 @@ def build_plans(
 ) -> list[Built]:
     """Build the plans of an engine into its directory; those that are there and fit are kept."""
     library, built = load(), []
-    folder = directory / plans.PLANS_FOLDER
+    folder = directory / plan_store.PLANS_FOLDER
     for capability in capabilities(library, given):
-        for file in plans.graph_files(directory, manifest):
-            key = plans.key_of(library, file.sha256, capability, max_batch)
-            data = plans.read_plan(key, [folder])
+        for file in plan_store.graph_files(directory, manifest):
+            key = plan_store.key_of(library, file.sha256, capability, max_batch)
+            data = plan_store.read_plan(key, [folder])
             if data is None:
                 stage = f"plan {file.file} for {as_text(capability)}"
                 data = build_plan(
@@ -82,10 +83,10 @@ def build_plans(
                     directory / file.file,
                     capability,
                     max_batch,
-                    timing_cache=plans.timings(caches.directory(), key),
+                    timing_cache=plan_store.timings(user_cache.directory(), key),
                     on_progress=lambda share, stage=stage: on_stage(stage, share),
                 )
-                plans.write_plan(folder, key, file.file, data)
+                plan_store.write_plan(folder, key, file.file, data)
             built.append(Built(folder / key.name, len(data)))
     return built
 

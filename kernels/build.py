@@ -25,9 +25,10 @@ import torch
 
 from moesr.kernels.compile import ALIGNMENT, Compiled, Job, compile_job
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import ARCHITECTURES, Case, Launch, Op, Plan, check_compiler, evaluate
+from moesr.kernels.plan import ARCHITECTURES, Case, Launch, Op, Plan, check_compiler
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
+from moesr.runtime.devices.grid_expressions import evaluate
 from moesr.runtime.errors import UsageError
 
 SCHEMA = 2

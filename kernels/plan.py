@@ -14,8 +14,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from moesr.runtime.devices.grid_expressions import evaluate
 from moesr.runtime.errors import UsageError
-from moesr.runtime.expressions import evaluate
 
 Shape = Mapping[str, int]
 Scalar = int | float

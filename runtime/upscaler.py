@@ -16,34 +16,29 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
 
-from moesr.runtime import caches, fastest, image_io, pipeline
-from moesr.runtime.admission import Admission, Reservation
-from moesr.runtime.backends import Backend, candidates
-from moesr.runtime.colour import COLOR_FIXES
-from moesr.runtime.costs import Costs
-from moesr.runtime.engines import engine_directory
+from moesr.runtime.backends import autotune
+from moesr.runtime.backends.selection import Backend, candidates
+from moesr.runtime.devices.interface import Session
+from moesr.runtime.engine.locate import engine_directory
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageError
-from moesr.runtime.image_io import LoadedImage
-from moesr.runtime.jobs import Job, Settings
-from moesr.runtime.manifest import SAMPLERS, Manifest
-from moesr.runtime.options import (
-    DEFAULT_COLOR_FIX,
-    DEFAULT_SEED,
-    check_fidelity,
-    check_guidance,
-    check_reuse,
-    check_seed,
-    whole,
-)
-from moesr.runtime.pixels import Planes, split
-from moesr.runtime.residency import Residency
-from moesr.runtime.sessions import Session
-from moesr.runtime.worker import CLOSED, Worker
+from moesr.runtime.images import reading, writing
+from moesr.runtime.images.planes import Planes, split
+from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.loop import processing
+from moesr.runtime.loop.admission import Admission, Reservation
+from moesr.runtime.loop.cost_model import Costs
+from moesr.runtime.loop.job import Job
+from moesr.runtime.loop.residency import Residency
+from moesr.runtime.loop.settings import Options, Settings, resolve
+from moesr.runtime.loop.worker import CLOSED, Worker
+from moesr.runtime.system import user_cache
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done and the work in all, both in estimated seconds, and the stage.
@@ -55,25 +50,6 @@ this process measures, so the work in all may change on the way.
 log = logging.getLogger("moesr")
 
 Picture = TypeVar("Picture", np.ndarray, Image.Image, LoadedImage)
-
-
-class Options(TypedDict, total=False):
-    """How an image is made; what is left out, or None, takes its default.
-
-    `steps` (1 to the schedule's timesteps), `sampler` ("ddpm", "ddim", "dpm++2m"), `fidelity`, from 0 (free)
-    to 1 (faithful to the LR image), and `guidance`, 0 to 100, where the engine has a negative prompt, default
-    to the engine's; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none") to "adain".
-    `reuse`, 1 by default: one step in so many computes an expert's deep levels, where the engine was exported
-    for that; the others take their features from it.
-    """
-
-    steps: int | None
-    sampler: str | None
-    seed: int | None
-    color_fix: str | None
-    fidelity: float | None
-    guidance: float | None
-    reuse: int | None
 
 
 @dataclass(eq=False)
@@ -114,15 +90,15 @@ class Upscaler:
         a GPU do the same launch by launch. Raises EngineError or UsageError; graphs are loaded when first
         needed.
         """
-        kept = caches.directory() if cache is None else Path(cache) if cache else None
+        kept = user_cache.directory() if cache is None else Path(cache) if cache else None
         choose = partial(candidates, backend, device, threads, max_batch, cache=kept, cuda_graphs=cuda_graphs)
         found = choose(precision=precision)
         self.directory = engine_directory(engine)
-        self.manifest = Manifest.read(self.directory, verify=verify)
+        self.manifest = read_manifest(self.directory, verify=verify)
         if (precision, self.manifest.precision) == ("graph", "bf16"):  # which float32 serves as well
             found = choose(precision="auto")
         log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
-        self.backend, self.measured = fastest.choose(found, self.directory, self.manifest)
+        self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
         self.backend.warn(self.manifest.precision)
         place = self.backend.device(self.directory)
         opener = partial(_open, self.backend, self.directory, self.manifest, place.stream)
@@ -163,7 +139,7 @@ class Upscaler:
         from this thread while the work goes on. Raises InputError, UsageError, MemoryLimitError or
         EngineError.
         """
-        return next(self._map([image], *self._settings(**options), False, progress))
+        return next(self._map([image], self._settings(options), False, progress))
 
     def map(
         self,
@@ -179,13 +155,12 @@ class Upscaler:
         or MemoryError of one image is yielded in its place and the others go on; an engine that cannot be
         used at all is raised. `progress` counts the images begun.
         """
-        return self._map(images, *self._settings(**options), return_errors, progress)
+        return self._map(images, self._settings(options), return_errors, progress)
 
     def _map(
         self,
         images: Iterable[Any],
         settings: Settings,
-        color_fix: str,
         return_errors: bool,
         progress: Progress | None,
     ) -> Iterator[Any]:
@@ -211,7 +186,7 @@ class Upscaler:
                 if not flight:
                     return
                 report()
-                result = self._end(flight[0], color_fix, report)
+                result = self._end(flight[0], report)
                 if isinstance(result, Exception) and not (return_errors and _spares_others(result)):
                     raise result
                 ticket = flight.popleft()
@@ -229,14 +204,14 @@ class Upscaler:
         ticket = _Ticket(kind=type(image))
         try:
             if isinstance(image, Image.Image):
-                ticket.loaded, ticket.kind = image_io.from_pil(image), Image.Image
+                ticket.loaded, ticket.kind = reading.from_pil(image), Image.Image
             elif isinstance(image, LoadedImage):
                 ticket.loaded = image
             ticket.planes = split(ticket.loaded.pixels if ticket.loaded else image)
             ticket.room = self._reserve(ticket.planes, settings, wait=wait)
             if ticket.room is None:
                 return None
-            ticket.job = ticket.room.job = pipeline.prepare(self.manifest, ticket.planes, settings)
+            ticket.job = ticket.room.job = processing.prepare(self.manifest, ticket.planes, settings)
             self._worker.submit(ticket.job)
         except (MoesrError, MemoryError) as error:
             self._let_go(ticket)
@@ -256,13 +231,13 @@ class Upscaler:
         self._worker.wait_until(attempt)
         return found[0] if found else None
 
-    def _end(self, ticket: _Ticket, color_fix: str, report: Callable[[], None]) -> Any:
+    def _end(self, ticket: _Ticket, report: Callable[[], None]) -> Any:
         """Wait for an image; returns the result or the error."""
         if ticket.error or not ticket.job or not ticket.planes:
             return ticket.error
         try:
             self._worker.wait(ticket.job, report)
-            pixels = pipeline.finish(self.manifest, ticket.planes, ticket.job, color_fix)
+            pixels = processing.finish(self.manifest, ticket.planes, ticket.job)
         except (MoesrError, MemoryError) as error:
             return error
         finally:
@@ -271,8 +246,8 @@ class Upscaler:
         if ticket.loaded is None:
             return pixels
         if ticket.kind is Image.Image:
-            return image_io.to_pil(pixels, ticket.loaded)
-        return image_io.with_pixels(ticket.loaded, pixels)
+            return writing.to_pil(pixels, ticket.loaded)
+        return reading.with_pixels(ticket.loaded, pixels)
 
     def _let_go(self, ticket: _Ticket) -> None:
         """Forget an image that has left, failed, or is not wanted any more."""
@@ -281,35 +256,11 @@ class Upscaler:
         if ticket.room:
             ticket.room.dropped = True
 
-    def _settings(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        seed: int | None = None,
-        color_fix: str | None = None,
-        fidelity: float | None = None,
-        guidance: float | None = None,
-        reuse: int | None = None,
-    ) -> tuple[Settings, str]:
-        """Fill in the defaults and check everything; UsageError names the option."""
+    def _settings(self, options: Options) -> Settings:
+        """The settings that options ask for; UsageError if this is closed or an option is wrong."""
         if not self._release.alive:
             raise UsageError(CLOSED)
-        manifest = self.manifest
-        sampler = manifest.sampler if sampler is None else sampler
-        color_fix = DEFAULT_COLOR_FIX if color_fix is None else color_fix
-        for option, value, choices in (("sampler", sampler, SAMPLERS), ("color_fix", color_fix, COLOR_FIXES)):
-            if value not in choices:
-                raise UsageError(f"{option} is {value!r}, expected one of {', '.join(choices)}")
-        settings = Settings(
-            steps=whole("steps", manifest.steps if steps is None else steps, 1, manifest.schedule.timesteps),
-            sampler=sampler,
-            seed=check_seed(DEFAULT_SEED if seed is None else seed),
-            fidelity=check_fidelity(manifest.fidelity if fidelity is None else fidelity),
-            guidance=check_guidance(manifest.guidance if guidance is None else guidance),
-            reuse=check_reuse(1 if reuse is None else reuse),
-        )
-        pipeline.check_settings(manifest, settings)
-        return settings, color_fix
+        return resolve(self.manifest, **options)
 
 
 class _LookAhead:

@@ -19,7 +19,8 @@ import pytest
 from make_goldens import GOLDENS
 from weights_of_names import weights
 
-from moesr.runtime.backends import BACKENDS
+from moesr.runtime.backends.selection import BACKENDS
+from moesr.training.networks import Autoencoder
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("MOESR_REFERENCE", REPO.parent / "shared" / "reference"))
@@ -98,7 +99,7 @@ def own_shapes(network: str) -> dict[str, list[int]]:
     from stablesr import NETWORKS
 
     from moesr.training.config import AutoencoderConfig, UNetConfig
-    from moesr.training.networks import Autoencoder, DenoisingUNet
+    from moesr.training.networks import DenoisingUNet
     from moesr.training.weights import meta_network
 
     kind, config = (

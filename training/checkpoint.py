@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.files import check_replaceable, new_directory, reason
-from moesr.runtime.records import build
+from moesr.runtime.system.files import check_replaceable, new_directory, reason
+from moesr.runtime.system.json_dataclass import build
 from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 from moesr.training.weights import (

@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moesr.runtime.console import HelpFormatter, run_program
+from moesr.runtime.system.console import HelpFormatter, run_program
 from moesr.training.recipe import presets
 
 

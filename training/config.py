@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
-from moesr.runtime.samplers import Prediction
-from moesr.runtime.schedule import Schedule
+from moesr.runtime.sampling.samplers import Prediction
+from moesr.runtime.sampling.schedule import Schedule
 
 START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
 
@@ -118,7 +118,7 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, as `moesr.runtime.records.build` reads them."""
+        """Return plain JSON values, as `moesr.runtime.system.json_dataclass.build` reads them."""
         return dataclasses.asdict(self)
 
 

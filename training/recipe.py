@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
-from moesr.runtime.records import build
+from moesr.runtime.system.json_dataclass import build
 from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig
 
 
@@ -66,7 +66,7 @@ class AutoencoderStage(StageConfig):
 
     l1_weight: float = 1.0
     frequency_weight: float = 0.0
-    colour_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
+    color_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
     gradient_weight: float = 0.0  # one minus the gradient magnitude similarity
     commitment: float = 0.25
     refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
@@ -113,18 +113,18 @@ class DecoderStage(StageConfig):
     learning_rate: float = 1e-4
     l1_weight: float = 1.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
-    colour_weight: float = 0.0  # as for the autoencoder
+    color_weight: float = 0.0  # as for the autoencoder
     gradient_weight: float = 0.0  # as for the autoencoder
     free_share: float = 0.0  # of the samples, which are decoded with fidelity 0: from latents alone
     energy_weight: float = 0.0  # of these samples: local energy of detail, wherever it lies
     spectrum_weight: float = 0.0  # of all samples: the shape of the log power spectrum
-    wavelet_colours: bool = False  # compare images after the wavelet colour correction, but for colour_weight
+    wavelet_colors: bool = False  # compare images after the wavelet color correction, but for color_weight
     lpips_weight: float = 0.0
     lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
     adversarial_weight: float = 0.0
     adversarial_scaling: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times VQGAN's own weight
     adversarial_from: int = 0  # step at which the decoder begins to see the discriminator
-    # "decoder+lr" also trains the encoder's levels, from a start that passes LR colours: for narrow networks,
+    # "decoder+lr" also trains the encoder's levels, from a start that passes LR colors: for narrow networks,
     # whose encoder keeps no hues. The encoder then serves LR images only, no longer the first stage.
     trainable: Literal["fusion+refinement", "decoder", "decoder+lr"] = "fusion+refinement"
     init_share: float = 0.0  # of the weights of --init in those that are published: network interpolation
@@ -151,7 +151,7 @@ class Augmentation:
 
     shuffle_channels: bool = False  # an order of red, green and blue for every crop: every hue
     smallest_size: float = 1.0  # photographs are made smaller by a factor between this and 1
-    least_contrast: float = 1.0  # differences from a crop's mean colour are multiplied by this to 1
+    least_contrast: float = 1.0  # differences from a crop's mean color are multiplied by this to 1
     candidates: int = 1  # places drawn in a photograph, of which the one with most detail is taken
 
     def __post_init__(self) -> None:

@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 
 from moesr.runtime.errors import UsageError
-from moesr.training import parallel
-from moesr.training.allocator import keep_freed
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.config import StableSRConfig
-from moesr.training.data import Crops
-from moesr.training.dryrun import measure
-from moesr.training.journal import summary_writer
-from moesr.training.loop import Run, Samples
-from moesr.training.photographs import PhotoFolder, scan
+from moesr.training.data.crops import Crops
+from moesr.training.data.photographs import PhotoFolder, scan
+from moesr.training.loop import distributed
+from moesr.training.loop.allocator import keep_freed
+from moesr.training.loop.dry_run import measure
+from moesr.training.loop.fit import Run, Samples
+from moesr.training.loop.metrics_log import summary_writer
+from moesr.training.loop.out_of_memory import memory_relief
+from moesr.training.loop.trainer import Objective
 from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe
-from moesr.training.relief import memory_relief
 from moesr.training.stages import autoencoder, decoder, experts, latents, structure
 from moesr.training.stages.common import CHECKPOINT, first_stage_of, with_lr
-from moesr.training.trainer import Objective
 
 log = logging.getLogger("moesr")
 
@@ -63,8 +63,8 @@ def start(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed()
-    with parallel.processes(pick_device(args.device)) as device:
-        if parallel.rank() > 0:
+    with distributed.processes(pick_device(args.device)) as device:
+        if distributed.rank() > 0:
             log.setLevel(logging.ERROR)  # the process 0 reports for all
         folders = [None if path is None else scan(path) for path in (args.data, args.val)]
         inputs = Inputs(args, recipe, device, *folders)
@@ -165,7 +165,7 @@ def dry_run(inputs: Inputs) -> None:
     with memory_relief(args.stage, recipe):
         objective, samples = measurable(args.stage, recipe, data, run, before)
         measured = measure(objective, stage_config(args.stage, recipe), samples, run)
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         print(measured)
 
 

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from moesr.runtime.errors import MoesrError
 from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
-from moesr.training.networks import (
-    Autoencoder,
-    DenoisingUNet,
-    StableSRUNet,
-    StructureEncoder,
-    TextEncoder,
-)
+from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 
 CURE = "train or import the checkpoint again, or copy the whole directory again"
 NAMED = 4  # keys named in one message

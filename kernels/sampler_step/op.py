@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesr.kernels.plan import Buffer, Cost, Launch, Op, Plan, Shape, cases
 from moesr.kernels.sampler_step import reference
-from moesr.runtime.noise import INITIAL_NOISE
+from moesr.runtime.sampling.noise import INITIAL_NOISE
 
 COLUMNS = 7
 """Of the table: addresses of z, sums and coefficients, elements, seed, step + 1, address of the history."""
@@ -108,7 +108,7 @@ def _shape(channels: int, height: int, width: int, **extra: int) -> dict[str, in
     return {"channels": channels, "height": height, "width": width, **extra}
 
 
-# The reference is float64 but for the noise; tests/test_kernels_loop.py compares with the host's float32.
+# The reference is float64 but for the noise; test_kernels_loop.py compares with the host's float32.
 TOLERANCES = {"fp32": 2e-7}
 CHECKED = {
     "odd": _shape(3, 7, 5),

@@ -18,7 +18,7 @@ def sampler_step(
     """`z <- c_z z + c_out sums + c_noise noise(seed, step)` and `sums <- 0`; all float32, contiguous.
 
     `z` and `sums` [C, H, W]; `coefficients` [3] are (c_z, c_out, c_noise). `seed` is 0 .. 2**63 - 1, `step`
-    as in `moesr.runtime.noise`. With a `history` [C, H, W], the coefficients [6] are followed by (c_history,
+    as in `sampling.noise`. With a `history` [C, H, W], the coefficients [6] are followed by (c_history,
     x_z, x_out): `c_history history` is added, and `history <- x_z z + x_out sums`. ValueError where a tensor
     does not fit.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesr.runtime import noise
+from moesr.runtime.sampling import noise
 
 
 def sampler_step(

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesr.kernels.launch import DTYPES
 from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases
 from moesr.kernels.tile_blend import reference
-from moesr.runtime import tiles
+from moesr.runtime.sampling import tiles
 
 COLUMNS = 7  # of the table: addresses of sums, sum of weights and flag, plane stride, row stride, y, x
 BLOCK_H, BLOCK_W = 8, 64
@@ -123,7 +123,7 @@ def _shape(slots: int, channels: int, tile: int) -> dict[str, int]:
     return {"slots": slots, "channels": channels, "height": tile, "width": tile}
 
 
-# The reference is float64 here; tests/test_kernels_loop.py compares with the host's float32, to the last bit.
+# The reference is float64 here; test_kernels_loop.py compares with the host's float32, bit by bit.
 TOLERANCES = {"fp32": 2e-7, "fp16": 2e-7, "bf16": 2e-7}
 CHECKED = {"odd": _shape(12, 3, 13), "four_channels": _shape(5, 4, 16), "wide": _shape(3, 3, 70)}
 DEPLOYED = {"latent128": _shape(8, 3, 128), "pixels512": _shape(2, 3, 512)}

@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from moesr.runtime import tiles
-from moesr.runtime.devices import Canvas, Mean, Slot
+from moesr.runtime.devices.compiled_kernels import KernelFiles, Launch
 from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
+from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
-from moesr.runtime.devices.tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
-from moesr.runtime.graphs import TensorSpec
-from moesr.runtime.kernel_files import KernelFiles, Launch
-from moesr.runtime.samplers import Coefficients
-from moesr.runtime.sessions import Session
+from moesr.runtime.engine.graph_spec import TensorSpec
+from moesr.runtime.sampling import tiles
+from moesr.runtime.sampling.samplers import Coefficients
 
 AHEAD = 64
 """Ticks and steps that the host may be ahead of the GPU."""
@@ -114,8 +113,8 @@ class CudaDevice:
         flag, window = self._filled((1,), np.int32), self._window(weights)
         return Mean(self._filled(shape), factor, weights=window, weight_sum=weight_sum, state=flag)
 
-    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
-        """See `Device.share`."""
+    def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
+        """See `Device.with_weights`."""
         return replace(mean, weights=self._window(weights))
 
     def _window(self, weights: np.ndarray) -> Array:

@@ -1,7 +1,7 @@
 """What the runtime needs of the CUDA driver: one GPU, one stream, addresses.
 
 Everything is enqueued on the stream and done in order; only `copy_out`, `wait` and `synchronize` wait for it.
-`moesr.runtime.cuda_driver` is the real one; addresses are integers, so that another can stand in for a GPU.
+`devices.cuda_driver` is the real one. Addresses are integers, so that tests can simulate a GPU.
 """
 
 from __future__ import annotations

@@ -8,19 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesr.runtime import noise, samplers, tiles
-from moesr.runtime.devices import Canvas, Mean, Slot
-from moesr.runtime.graphs import TensorSpec
-from moesr.runtime.pixels import to_unit
-from moesr.runtime.samplers import Coefficients
-from moesr.runtime.sessions import Session
+from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
+from moesr.runtime.engine.graph_spec import TensorSpec
+from moesr.runtime.images.planes import to_unit
+from moesr.runtime.sampling import noise, samplers, tiles
+from moesr.runtime.sampling.samplers import Coefficients
 
 
 @dataclass
 class _State:
     """What the host keeps with a mean."""
 
-    share: np.ndarray  # [tile, tile]
+    normalised_weights: np.ndarray  # [tile, tile]
     scratch: np.ndarray  # [C, tile, tile]
     finite: bool = True
 
@@ -55,8 +54,8 @@ class HostDevice:
         data = np.zeros(shape, np.float32)
         return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state)
 
-    def share(self, mean: Mean, weights: np.ndarray) -> Mean:
-        """See `Device.share`."""
+    def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
+        """See `Device.with_weights`."""
         return replace(mean, weights=weights)
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
@@ -83,8 +82,8 @@ class HostDevice:
                 state.finite = False
             rows, columns = _window(mean, slot, tile.shape)
             # Dividing here needs no second canvas, and w / w is exactly 1 where one tile stands alone.
-            np.divide(mean.weights, mean.weight_sum[rows, columns], out=state.share)
-            np.multiply(tile, state.share, out=state.scratch)
+            np.divide(mean.weights, mean.weight_sum[rows, columns], out=state.normalised_weights)
+            np.multiply(tile, state.normalised_weights, out=state.scratch)
             window = mean.data[:, rows, columns]
             np.add(window, state.scratch, out=window)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesr.runtime.kernel_files import KernelFiles, Launch, Step
+from moesr.runtime.devices.compiled_kernels import KernelFiles, Launch, Step
 
 PIXEL_BYTES = (4, 2, 1)
 """Kinds of canvases: float32 latents, uint16 and uint8 images."""

@@ -1,7 +1,7 @@
 """The first stage: a VQ autoencoder whose latents have unit scale.
 
 The published first stage comes from VQGAN (Esser et al. 2020); this trains one of any size with L1, the
-codebook losses and, if asked for, the focal frequency and colour losses.
+codebook losses and, if asked for, the focal frequency and color losses.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesr.training import parallel
 from moesr.training.config import ModelConfig
-from moesr.training.data import Crops, to_float
-from moesr.training.loop import Run, fit
-from moesr.training.losses import frequency_loss, pixel_loss
+from moesr.training.data.crops import Crops, to_float
+from moesr.training.loop import distributed
+from moesr.training.loop.fit import Run, fit
+from moesr.training.loop.validation import psnr
+from moesr.training.losses.losses import frequency_loss, pixel_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, first_stage_sizes, publish
-from moesr.training.validation import psnr
 
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
@@ -35,7 +35,7 @@ class AutoencoderObjective:
         self._latents: Tensor | None = None
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1, codebook and commitment losses, and those of frequency and colour where they have a weight."""
+        """L1, codebook and commitment losses, and those of frequency and color where they have a weight."""
         image = to_float(batch[1])
         z = self.network.encode(image)
         self._latents = z.detach()
@@ -60,7 +60,7 @@ class AutoencoderObjective:
         """Set the codebook from encoder outputs when the quantiser comes into use."""
         net = self.network
         if step + 1 == self.stage.quantise_from and net.config.codebook_size and self._latents is not None:
-            latents = parallel.gather(self._latents.float())
+            latents = distributed.gather(self._latents.float())
             vectors = latents.permute(0, 2, 3, 1).reshape(-1, net.config.embed_dim)
             codes = net.quantize.embedding.weight
             picks = torch.randint(len(vectors), (len(codes),)).to(vectors.device)

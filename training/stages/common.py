@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import UsageError
-from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig
-from moesr.training.data import Crops, Degradation
-from moesr.training.loop import Run
+from moesr.training.data.crops import Crops, Degradation
+from moesr.training.loop import distributed
+from moesr.training.loop.fit import Run
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
 
@@ -73,6 +73,6 @@ def publish(
     others: Iterable[tuple[str, dict[str, Tensor]]] = (),
 ) -> None:
     """Write a checkpoint directory, in place of one from an earlier run; the process 0 does."""
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         save_checkpoint(directory, config, experts, decoder, others=others, force=True, dtype=dtype)
-    parallel.wait()
+    distributed.wait()

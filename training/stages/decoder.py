@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from moesr.runtime.errors import UsageError
-from moesr.training.adversarial import adaptive_weight, hinge_loss
 from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint, expert_count
 from moesr.training.config import StableSRConfig
-from moesr.training.data import Crops, resize_batch, to_float
-from moesr.training.loop import Fitted, Run, fit
-from moesr.training.losses import (
+from moesr.training.data.crops import Crops, resize_batch, to_float
+from moesr.training.loop.fit import Fitted, Run, fit
+from moesr.training.loop.validation import psnr
+from moesr.training.losses.adversarial import adaptive_weight, hinge_loss
+from moesr.training.losses.losses import (
     energy_distance,
     frequency_loss,
     pixel_loss,
     spectrum_distance,
-    wavelet_colours,
+    wavelet_colors,
 )
+from moesr.training.losses.perceptual import load_lpips
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.discriminator import PatchDiscriminator
-from moesr.training.perceptual import load_lpips
 from moesr.training.recipe import DecoderStage, Recipe
 from moesr.training.stages import latents
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, first_stage_of, publish
 from moesr.training.stages.start import add_to_lr, pass_lr
 from moesr.training.stages.structure import check_stage_1
-from moesr.training.validation import psnr
 
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
@@ -80,7 +80,7 @@ class DecoderObjective:
         _, hr, lr, z = batch
         lr_up = to_float(resize_batch(lr, *hr.shape[-2:])).contiguous(memory_format=torch.channels_last)
         decoded = self.network.decode(z, lr_up, fidelity, quantised=True).float()
-        sr = wavelet_colours(decoded, lr_up) if self.stage.wavelet_colours else decoded
+        sr = wavelet_colors(decoded, lr_up) if self.stage.wavelet_colors else decoded
         return decoded, sr, to_float(hr), lr_up
 
     def _reconstruction(

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError, UsageError
-from moesr.training import parallel
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.config import UNetConfig
-from moesr.training.data import Crops, condition, to_float
-from moesr.training.diffusion import add_noise, denoising_loss, predict_x0
-from moesr.training.draws import DIFFUSION, Draws
-from moesr.training.loop import Fitted, Run, Samples, finished, fit
+from moesr.training.data.crops import Crops, condition, to_float
+from moesr.training.loop import distributed
+from moesr.training.loop.fit import Fitted, Run, Samples, finished, fit
+from moesr.training.loop.trainer import read_state, write_state
+from moesr.training.loop.validation import psnr
+from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE, share_expert_weights
 from moesr.training.recipe import ExpertStage, Recipe
+from moesr.training.seeded_random import DIFFUSION, Draws
 from moesr.training.stages.common import (
     BEST_CHECKPOINT,
     CHECKPOINT,
@@ -31,8 +33,6 @@ from moesr.training.stages.common import (
     publish,
     with_lr,
 )
-from moesr.training.trainer import read_state, write_state
-from moesr.training.validation import psnr
 
 POOL_NAME = "latents.pt"
 POOL_BATCH = 16  # crops encoded together
@@ -101,7 +101,7 @@ def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> 
     """Encode `latent_pool` crops once and keep them in `path`, or read them back."""
     recipe, count = objective.recipe, objective.recipe.experts.latent_pool
     # asked of all processes before one of them writes it
-    if parallel.any_process(not path.exists(), run.device):
+    if distributed.any_process(not path.exists(), run.device):
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []
         for at in range(0, count, POOL_BATCH):
@@ -229,7 +229,7 @@ def _publish_if_complete(
         fitted.get(k) or finished(run.directory / f"expert_{k}", steps, best=validated) for k in range(count)
     ]
     complete = [part for part in parts if part is not None]
-    if parallel.any_process(len(complete) < count, run.device):
+    if distributed.any_process(len(complete) < count, run.device):
         return
     whole = dataclasses.replace(recipe.model, decoder=first_stage_sizes(recipe))
     decoder = cpu_state(first_stage)

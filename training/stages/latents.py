@@ -24,23 +24,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moesr.runtime import console
 from moesr.runtime.errors import InputError, OutputError, UsageError
-from moesr.runtime.files import new_file, reason
-from moesr.runtime.samplers import ETA
-from moesr.runtime.schedule import StepTable, step_table
-from moesr.training import parallel
+from moesr.runtime.sampling.samplers import ETA
+from moesr.runtime.sampling.schedule import StepTable, step_table
+from moesr.runtime.system import console
+from moesr.runtime.system.files import new_file, reason
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import StableSRConfig
-from moesr.training.data import Crops, condition, resize_batch, to_float
-from moesr.training.diffusion import sample
-from moesr.training.draws import SAMPLING, Draws
-from moesr.training.loop import Run
+from moesr.training.data.crops import Crops, condition, resize_batch, to_float
+from moesr.training.loop import distributed
+from moesr.training.loop.fit import Run
+from moesr.training.loop.interrupts import stop_requests
+from moesr.training.losses.diffusion import sample
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
+from moesr.training.seeded_random import SAMPLING, Draws
 from moesr.training.stages.common import degradation
 from moesr.training.stages.structure import Denoiser, denoiser_of, scaled_latent
-from moesr.training.stopping import stop_requests
 
 SET_NAME = "set.json"
 COLUMNS = ("lr", "latent", "hr")
@@ -77,15 +77,15 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
     wanted = describe(recipe, start, data, count)
     if (directory / SET_NAME).exists():
         _check(directory, wanted)
-    elif parallel.rank() == 0:
+    elif distributed.rank() == 0:
         _write(directory / SET_NAME, (json.dumps(wanted, indent=1) + "\n").encode())
-    parallel.wait()
+    distributed.wait()
     # A process's share does not depend on what is on disk, which others are changing already.
-    share = list(enumerate(shard_sizes(count)))[parallel.rank() :: parallel.size()]
+    share = list(enumerate(shard_sizes(count)))[distributed.rank() :: distributed.size()]
     missing = {number: n for number, n in share if not _whole(shard_path(directory, number), n)}
     if missing:
         _make_shards(recipe, start, data, run, directory, missing)
-    parallel.wait()
+    distributed.wait()
 
 
 def _make_shards(
@@ -93,7 +93,7 @@ def _make_shards(
 ) -> None:
     """Make the shards of these numbers, each of so many triples."""
     batch, sampler = recipe.decoder.latent_batch, _sampler(recipe, start, run.device)
-    hidden = run.quiet or parallel.rank() > 0
+    hidden = run.quiet or distributed.rank() > 0
     with (
         stop_requests() as stopping,
         console.bar(hidden, iterable=sizes, desc="latents", unit="shard") as bar,

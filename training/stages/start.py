@@ -1,4 +1,4 @@
-"""Where a narrow network starts: as a copy of colours, which it hardly ever finds when it starts at random.
+"""Where a narrow network starts: as a copy of colors, which it hardly ever finds when it starts at random.
 
 Not of the papers, whose networks are wide and start from published weights.
 """
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesr.training.data import resize_batch, to_float
+from moesr.training.data.crops import resize_batch, to_float
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.fusion import RESIDUAL_SCALE
 
 COLOURS = 3
 KEPT = 0.03  # of the first stage's features, which are an order of magnitude above the LR image's
-OFFSETS = 3.0  # deviation of the constants beside colours
+OFFSETS = 3.0  # deviation of the constants beside colors
 RIDGE = 1e-4
 
 PASSING = re.compile(r"(.*\.)?(conv_in|downsample\.conv|upsample\.conv|nin_shortcut|encode_enc_1\.conv_out)")
@@ -34,7 +34,7 @@ RESIDUAL = re.compile(r".*(block\.\d+\.conv2|rdb\d\.conv5)$")
 def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float) -> None:
     """Turn layers into copies of their first channels, and what residual blocks add into nothing.
 
-    `kept` is what stays of the weights. Constants of deviation `offsets` in the channels beside the colours
+    `kept` is what stays of the weights. Constants of deviation `offsets` in the channels beside the colors
     keep GroupNorm from taking away the mean and the contrast of a crop.
     """
     for name, layer in layers:
@@ -68,7 +68,7 @@ def add_to_lr(network: Autoencoder) -> None:
 
 @torch.no_grad()
 def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
-    """Let the LR image's colours pass from the encoder to the image, beside the first stage's features.
+    """Let the LR image's colors pass from the encoder to the image, beside the first stage's features.
 
     The last layer is fitted to `batch` (number, HR, LR, latent) by least squares.
     """

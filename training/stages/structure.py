@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from moesr.runtime.errors import UsageError
 from moesr.training.checkpoint import Checkpoint, StableDiffusionCheckpoint, StableSRCheckpoint
 from moesr.training.config import StableDiffusionConfig, StableSRConfig
-from moesr.training.data import Crops, resize_batch, to_float
-from moesr.training.diffusion import add_noise, denoising_loss, predict_x0
-from moesr.training.draws import DIFFUSION, Draws
-from moesr.training.loop import Run, fit
+from moesr.training.data.crops import Crops, resize_batch, to_float
+from moesr.training.loop.fit import Run, fit
+from moesr.training.loop.validation import psnr
+from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
 from moesr.training.networks.stablesr import SPADE
 from moesr.training.recipe import Recipe
+from moesr.training.seeded_random import DIFFUSION, Draws
 from moesr.training.stages.common import (
     BEST_CHECKPOINT,
     CHECKPOINT,
@@ -33,10 +34,9 @@ from moesr.training.stages.common import (
     publish,
     with_lr,
 )
-from moesr.training.validation import psnr
 
 
-class Guide(nn.Module):
+class TrainableParts(nn.Module):
     """What stage 1 trains: the structure encoder, and the SPADE layers, which `unet` goes on using."""
 
     def __init__(self, unet: StableSRUNet, structure: StructureEncoder) -> None:
@@ -75,7 +75,7 @@ class StructureObjective:
         self.model, self.first_stage, self.recipe = model, first_stage, recipe
         self.config = stablesr(recipe)
         model.unet.requires_grad_(False)
-        self.network = Guide(model.unet, model.structure).requires_grad_(True)
+        self.network = TrainableParts(model.unet, model.structure).requires_grad_(True)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the prediction, of crops (number, HR, LR or not)."""

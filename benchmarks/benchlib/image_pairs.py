@@ -1,0 +1,87 @@
+"""Pairs of images to measure on: originals, and the LR images made from them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.images.resize import imresize
+from moesr.training.data.demo_photos import photographs
+
+DEGRADATIONS = {"x4-blind": 4, "x4-mild": 4, "x4-bicubic": 4, "x8-bicubic": 8}
+"""Ways to make an LR image, and their scale: blind as Real-ESRGAN's or mild as StableSR's, or by imresize."""
+
+BLIND = ("x4-blind", "x4-mild")
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MULTIPLE = 8  # sides of an original are cut to a multiple of this
+LEAST_PX = 32  # of a side: a border of 8 pixels and the window of SSIM
+
+
+def load_originals(source: str) -> dict[str, np.ndarray]:
+    """Originals by file name, uint8 RGB [H, W, 3], cut at the right and bottom to multiples of 8 pixels.
+
+    `source` is a directory, or "demo" for the photographs of scikit-image that were kept out of training.
+    Raises UsageError where there is nothing to read and InputError naming an image that cannot be used.
+    """
+    if source == "demo":
+        return {name: _crop(image, name) for name, image in photographs("validation").items()}
+    if not Path(source).is_dir():
+        raise UsageError(f"{source}: no such directory of originals; name one, or demo for three photographs")
+    return {name: _crop(image, name) for name, image in load_images(source).items()}
+
+
+def load_images(source: str) -> dict[str, np.ndarray]:
+    """Images of a directory by file name, uint8 RGB [H, W, 3].
+
+    Raises UsageError where there is nothing to read and InputError naming an image that cannot be read.
+    """
+    directory = Path(source)
+    if not directory.is_dir():
+        raise UsageError(f"{source}: no such directory of images; name one")
+    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UsageError(f"{source}: no images there; expected files ending in {', '.join(SUFFIXES)}")
+    return {path.name: _read(path) for path in paths}
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not an image that can be read ({error}); remove or replace it") from error
+
+
+def _crop(image: np.ndarray, name: str) -> np.ndarray:
+    height, width = (side // MULTIPLE * MULTIPLE for side in image.shape[:2])
+    if min(height, width) < LEAST_PX:
+        raise InputError(
+            f"{name}: {image.shape[1]}x{image.shape[0]} pixels are too few to measure, "
+            f"expected at least {LEAST_PX} a side; remove it"
+        )
+    return np.ascontiguousarray(image[:height, :width])
+
+
+def degrade(hr: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """LR image of an original, uint8 both; `kind` is one of DEGRADATIONS.
+
+    A blind degradation draws from a generator seeded by `name`, so a file gives the same LR image wherever
+    it lies and whatever else is measured.
+    """
+    scale = DEGRADATIONS[kind]
+    if kind not in BLIND:
+        return imresize(hr, hr.shape[0] // scale, hr.shape[1] // scale)
+    import torch
+
+    from moesr.training.data.degradation import BlindDegradation, degrade_blind
+
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    batch = torch.tensor(hr).permute(2, 0, 1)[None].float() / 255
+    config = BlindDegradation(scale) if kind == "x4-blind" else BlindDegradation.mild(scale)
+    lr = degrade_blind(batch, config, torch.Generator().manual_seed(seed))
+    return (lr[0] * 255).round().byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,87 @@
+"""Tables of scores, as Markdown and CSV: a row for each method, a column for each measure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchlib import metrics, perceptual
+
+SECONDS = "seconds"
+HEADINGS = {**metrics.COLUMNS, metrics.SHARPNESS: "sharpness", **perceptual.HEADINGS, SECONDS: "seconds"}
+"""Every column that a table can have, in order."""
+
+_DECIMALS = {"psnr": 2, "musiq": 2, perceptual.FID: 2, SECONDS: 2}  # 4 for the others
+_MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a method scored on an image: values by column name."""
+
+    image: str
+    method: str
+    values: Mapping[str, float]
+
+
+def means(records: Sequence[Record]) -> list[Record]:
+    """Mean of every column over the images, a record for each method in order of appearance."""
+    averaged = []
+    for method in dict.fromkeys(r.method for r in records):
+        own = [r.values for r in records if r.method == method]
+        averaged.append(Record(_MEAN, method, {c: math.fsum(v[c] for v in own) / len(own) for c in own[0]}))
+    return averaged
+
+
+def markdown(records: Sequence[Record], averaged: Sequence[Record]) -> str:
+    """A table of the means, then one with every image."""
+    images = len({r.image for r in records})
+    return "\n".join(
+        [
+            f"Mean of {images} image{'s' if images > 1 else ''}\n",
+            _table(averaged, with_image=False),
+            "\nEach image\n",
+            _table(records, with_image=True),
+            "",
+        ]
+    )
+
+
+def _table(records: Sequence[Record], with_image: bool) -> str:
+    columns = _columns(records)
+    head = [*(["Image"] if with_image else []), "Method", *(HEADINGS[c] for c in columns)]
+    body = [
+        [*([r.image] if with_image else []), r.method, *(_number(c, r.values.get(c)) for c in columns)]
+        for r in records
+    ]
+    return grid(head, body, names=1 + with_image)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Cells as a table in Markdown, all columns but the first `names` to the right."""
+    rule = [*["---"] * names, *["---:"] * (len(head) - names)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
+
+
+def _columns(records: Sequence[Record]) -> list[str]:
+    return [c for c in HEADINGS if any(c in r.values for r in records)]
+
+
+def _number(column: str, value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.{_DECIMALS.get(column, 4)}f}"
+
+
+def csv_text(records: Sequence[Record], averaged: Sequence[Record]) -> str:
+    """Every record, then the means (their image is called "mean"), with full precision."""
+    columns = _columns([*records, *averaged])
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["image", "method", *columns])
+    for r in [*records, *averaged]:
+        writer.writerow([r.image, r.method, *(r.values.get(c, "") for c in columns)])
+    return stream.getvalue()

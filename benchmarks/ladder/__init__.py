@@ -1,0 +1,1 @@
+"""The optimisation ladder of `latency.py`."""

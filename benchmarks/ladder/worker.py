@@ -1,0 +1,242 @@
+"""One candidate of the latency benchmark in a process of its own, so that its peak memory is its own.
+
+Takes one JSON object as its argument: `way` and what that needs. "profile", "whole" and "open" print their
+result and end. Others load their networks, say how long that took, and then answer commands from stdin:
+"step", "shallow", "decode" and "save FILE", which keeps the results of step and decode; each with a JSON line
+of seconds and peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ladder import profiles
+from moesr.runtime.backends.selection import Backend, candidates
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.engine.manifest_file import read_manifest
+
+EXPERT = "expert_0"
+
+Run = Callable[[], object]
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a rung runs, and where its results then are."""
+
+    step: Run
+    decode: Run
+    outputs: Callable[[], tuple[np.ndarray, np.ndarray]]  # of the last step and decode
+    shallow: Run | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the process is to do; `given` is a file of inputs by name, of expert and decoder."""
+
+    way: str
+    directory: str
+    threads: int
+    given: str = ""
+    backend: str = "onnxruntime"
+    precision: str = "graph"
+    cache: str | None = None
+    reuse: int = 1
+    steps: int = 2
+    begun: float = 0.0  # when the process was started, as the system's clock has it
+    options: dict[str, Any] = field(default_factory=dict)  # of an Upscaler's call
+
+    def inputs(self, names: tuple[str, ...]) -> Inputs:
+        """Some of the given inputs, in this order."""
+        with np.load(self.given) as arrays:
+            return {name: arrays[name] for name in names}
+
+
+OF_EXPERT, OF_DECODER = ("z_t", "cond", "t"), ("z", "lr", "fidelity")
+
+
+def select(task: Task) -> Backend:
+    """The backend as a rung wants it."""
+    cache = Path(task.cache) if task.cache else None
+    return candidates(task.backend, "cpu", task.threads, precision=task.precision, cache=cache)[0]
+
+
+def engine(task: Task) -> Candidate:
+    """Step and decode as the runtime does them; with reuse, the step without the deep levels, too."""
+    directory = Path(task.directory)
+    manifest, backend = read_manifest(directory, verify=False), select(task)
+    buffers: dict[str, np.ndarray] = dict(task.inputs((*OF_EXPERT, *OF_DECODER)))
+    step, eps = _bound(backend, directory, manifest.graphs[EXPERT], buffers)
+    shallow = getattr(manifest.experts[0], "shallow", None) if task.reuse > 1 else None
+    again = _bound(backend, directory, manifest.graphs[shallow], buffers)[0] if shallow else None
+    decode, image = _bound(backend, directory, manifest.graphs[DECODER], buffers)
+    return Candidate(step, decode, lambda: (eps, image), again)
+
+
+def _bound(
+    backend: Backend, directory: Path, graph: Graph, buffers: dict[str, np.ndarray]
+) -> tuple[Run, np.ndarray]:
+    """A graph between buffers by name, those that it lacks made; its run and its first output."""
+    session = backend.open(directory, graph)
+    for spec in (*session.boundary.inputs, *session.boundary.outputs):
+        if spec.name not in buffers:
+            buffers[spec.name] = backend.device().buffer(spec, 1)
+    mine = buffers | {
+        session.boundary.outputs[0].name: np.zeros(session.boundary.outputs[0].shape(1), np.float32)
+    }
+    session.bind(mine, 1)
+    return lambda: session.enqueue(1), mine[session.boundary.outputs[0].name]
+
+
+def plain(task: Task) -> Candidate:
+    """The graphs as ONNX Runtime runs them on its own: default options, no buffers bound."""
+    import onnxruntime as ort
+
+    directory, results = Path(task.directory), {}
+    manifest = read_manifest(directory, verify=False)
+
+    def run(role: str, names: tuple[str, ...]) -> Run:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = task.threads, 3
+        path = str(directory / manifest.graphs[role].file)
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        wanted = {i.name for i in session.get_inputs()}
+        feed = {k: v for k, v in task.inputs(names).items() if k in wanted}
+        return lambda: results.update({role: session.run(None, feed)[0]})
+
+    step, decode = run(EXPERT, OF_EXPERT), run(DECODER, OF_DECODER)
+    return Candidate(step, decode, lambda: (results[EXPERT], results[DECODER]))
+
+
+def pytorch(task: Task) -> Candidate:
+    """The networks in PyTorch, from the checkpoint: eager, compiled, or in bf16 and channels last."""
+    import torch
+
+    from moesr.training.checkpoint import load_checkpoint
+
+    torch.set_num_threads(task.threads)
+    checkpoint, results = load_checkpoint(Path(task.directory)), {}
+    expert, autoencoder = checkpoint.expert(0), checkpoint.decoder()
+    layout: Any = torch.channels_last if task.way == "autocast" else torch.contiguous_format
+    decode: Callable[..., Any] = autoencoder.decode
+
+    def call(role: str, function: Callable[..., Any], names: tuple[str, ...]) -> Run:
+        tensors = [torch.from_numpy(value) for value in task.inputs(names).values()]
+        tensors = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors]
+        if role == DECODER and tensors[-1].dim() == 1:  # fidelity, one a tile
+            tensors[-1] = tensors[-1][:, None, None, None]
+
+        @torch.inference_mode()
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=task.way == "autocast"):
+                results[role] = function(*tensors)
+
+        return run
+
+    if task.way == "autocast":
+        for module in (expert, autoencoder):
+            module.to(memory_format=layout)  # type: ignore[call-overload]
+    if task.way == "compiled":
+        expert, decode = torch.compile(expert), torch.compile(decode)
+    runs = call(EXPERT, expert, OF_EXPERT), call(DECODER, decode, OF_DECODER)
+    return Candidate(*runs, lambda: tuple(results[r].float().numpy() for r in (EXPERT, DECODER)))
+
+
+WAYS: dict[str, Callable[[Task], Candidate]] = {
+    "engine": engine,
+    "plain": plain,
+    "eager": pytorch,
+    "compiled": pytorch,
+    "autocast": pytorch,
+}
+
+
+def whole(task: Task) -> dict[str, float]:
+    """A whole image of `steps` steps from one tile: seconds from the process's start on, and peak memory."""
+    from moesr.runtime import Upscaler
+
+    side = read_manifest(Path(task.directory), verify=False)
+    lr = np.random.default_rng(0).integers(0, 256, (side.tile // side.scale,) * 2 + (3,), np.uint8)
+    options = {"backend": task.backend, "precision": task.precision, "cache": task.cache}
+    with Upscaler(task.directory, threads=task.threads, **options) as up:
+        opened = time.time() - task.begun
+        up(lr, steps=task.steps, **task.options)
+    return {"opened": opened, "seconds": time.time() - task.begun, "peak_bytes": peak_bytes()}
+
+
+def open_all(task: Task) -> dict[str, float]:
+    """Open the graphs one after the other, so that they are prepared: seconds."""
+    directory, begin = Path(task.directory), time.perf_counter()
+    manifest, backend = read_manifest(directory, verify=False), select(task)
+    for graph in manifest.graphs.values():
+        backend.open(directory, graph).close()
+    return {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
+
+
+def profile(task: Task) -> dict[str, profiles.Profile]:
+    """Where one step and one decode spend their time."""
+    directory, found = Path(task.directory), {}
+    manifest = read_manifest(directory, verify=False)
+    for role, names in ((EXPERT, OF_EXPERT), (DECODER, OF_DECODER)):
+        path, values = directory / manifest.graphs[role].file, task.inputs(names)
+        if task.backend == "openvino":
+            found[role] = profiles.openvino_profile(path, values, select(task).options)
+        else:
+            found[role] = profiles.onnxruntime_profile(path, values, task.threads)
+    return found
+
+
+def peak_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Largest memory this process has held; on Linux not ru_maxrss, which begins with that of the parent."""
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve(
+    step: Run, decode: Run, shallow: Run | None = None, save: Callable[[str], object] | None = None
+) -> None:
+    """Answer commands until stdin ends."""
+    commands: Mapping[str, Run | None] = {"step": step, "decode": decode, "shallow": shallow}
+    for line in sys.stdin:
+        name, _, argument = line.strip().partition(" ")
+        begin = time.perf_counter()
+        if name == "save":
+            assert save, "nothing can be saved"
+            save(argument)
+        else:
+            run = commands[name]
+            assert run, f"there is no {name}"
+            run()
+        answer = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
+        print(json.dumps(answer), flush=True)
+
+
+ENDING: dict[str, Callable[[Task], object]] = {"profile": profile, "whole": whole, "open": open_all}
+
+
+def main(argument: str) -> None:
+    """Do the task: print a result, or load the candidate, say how long that took, and serve."""
+    task, begin = Task(**json.loads(argument)), time.perf_counter()
+    if task.way in ENDING:
+        print(json.dumps(ENDING[task.way](task)))
+        return
+    made = WAYS[task.way](task)
+    print(json.dumps({"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}), flush=True)
+    serve(made.step, made.decode, made.shallow, lambda path: np.savez(path, *made.outputs()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

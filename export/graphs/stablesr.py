@@ -1,0 +1,147 @@
+"""StableSR's graphs: the encoder, and the denoising UNet with its structure encoder and its prompts inside.
+
+The decoder is that of every model (`decoder.py`). Latents at the boundary are scaled, as the UNet sees them.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from moesr.export.graphs.builder import BuiltGraph, GraphBuilder, Value
+from moesr.export.graphs.decoder import level, middle
+from moesr.export.graphs.expert import Conditioning, res_block, stage, time_offsets, unet
+from moesr.export.graphs.layers import conv, conv_module, group_norm
+from moesr.export.lowering import CPU, Lowering
+from moesr.runtime.engine.graph_spec import BATCH
+from moesr.runtime.sampling.samplers import Prediction
+from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
+from moesr.training.networks.autoencoder import LOG_VARIANCE
+from moesr.training.networks.unet import Downsample, ResBlock
+
+
+class StableSRExpert(nn.Module):
+    """The denoising UNet with its structure encoder and prompts: what the graph of an expert computes."""
+
+    def __init__(
+        self, unet: StableSRUNet, structure: StructureEncoder, text: Tensor, prediction: Prediction
+    ) -> None:
+        """`text` [prompts, tokens, text_channels] are the encoded prompts, one or two."""
+        super().__init__()
+        self.unet, self.structure, self.text, self.prediction = unet, structure, text, prediction
+
+    def forward(self, z_t: Tensor, cond: Tensor, t: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Latents `z_t` and LR latents `cond` [B, C, h, w], `t` [B] -> the prediction [B, C, h, w].
+
+        `prompt` [B] is the number of each tile's prompt, as a float.
+        """
+        text = self.text if prompt is None else self.text[prompt.long()]
+        return self.unet(z_t, t, self.structure(cond, t), text)
+
+
+class LatentEncoder(nn.Module):
+    """The encoder that makes the LR latent: what its graph computes."""
+
+    def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
+        super().__init__()
+        self.used = nn.ModuleList([autoencoder.encoder, autoencoder.quant_conv])
+        self._whole, self.latent_scale = (autoencoder,), latent_scale
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """All of it: the decoder is no part of this network."""
+        return self._whole[0]
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Image [B, 3, f*h, f*w] in [-1, 1], noise [B, C, h, w] -> scaled latent [B, C, h, w]."""
+        return self.latent_scale * self.autoencoder.sample(image, noise)
+
+
+class LatentDecoder(nn.Module):
+    """The decoder of scaled latents: what its graph computes."""
+
+    def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
+        super().__init__()
+        self.autoencoder, self.latent_scale = autoencoder, latent_scale
+
+    def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
+        """Scaled latent [B, C, h, w] -> image.
+
+        Where the decoder has feature wrapping the condition is the LR image [B, 3, f*h, f*w] and its weight
+        [B, 1, 1, 1].
+        """
+        return self.autoencoder.decode(z / self.latent_scale, *condition)
+
+
+def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
+    """Inputs `z_t`, `cond` [B, C, h, w], `t` [B] and, of two prompts, `prompt` [B]; h = w = `latent_px`.
+
+    The output is called what it predicts.
+    """
+    g, config = GraphBuilder("expert", lowering), network.unet.config
+    z_t = g.input("z_t", (BATCH, config.in_channels, latent_px, latent_px))
+    cond = g.input("cond", (BATCH, network.structure.config.in_channels, latent_px, latent_px))
+    t = g.input("t", (BATCH,))
+    with g.scope("structure"):
+        structure = _structure(g, g.compute(cond), t, network.structure)
+    with g.scope("time_embed"):
+        offsets = time_offsets(g, network.unet, t)
+    prompt = None
+    if len(network.text) > 1:
+        prompt = g.cast(g.input("prompt", (BATCH,)), TensorProto.INT64)
+    given = Conditioning(offsets, structure, network.text, prompt)
+    g.output(network.prediction, unet(g, g.compute(z_t), network.unet, given))
+    return g.finish()
+
+
+def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -> dict[int, Value]:
+    """Features of the LR latent for the timesteps `t`, by width."""
+    with g.scope("time_embed"):
+        given = Conditioning(time_offsets(g, network, t))
+    h, levels = x, []
+    for i, block in enumerate(network.input_blocks):
+        if isinstance(next(block.children()), Downsample):
+            levels.append(h)
+        with g.scope(f"input_blocks.{i}"):
+            h = stage(g, h, block, given)
+    with g.scope("middle_block"):
+        levels.append(stage(g, h, network.middle_block, given))
+    features = {}
+    for i, (tran, found) in enumerate(zip(network.fea_tran, levels, strict=True)):
+        assert isinstance(tran, ResBlock)
+        with g.scope(f"fea_tran.{i}"):
+            features[found.size(-1)] = res_block(g, found, tran, given)
+    return features
+
+
+def encoder_graph(network: LatentEncoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
+    """Inputs `image` [B, 3, f*h, f*w] and `noise` [B, C, h, w], output `latent` [B, C, h, w], scaled."""
+    g, autoencoder = GraphBuilder("encoder", lowering), network.autoencoder
+    config, encoder = autoencoder.config, autoencoder.encoder
+    image_px, channels = latent_px * config.factor, config.embed_dim
+    image = g.input("image", (BATCH, 3, image_px, image_px))
+    noise = g.input("noise", (BATCH, channels, latent_px, latent_px))
+    h = conv_module(g, g.compute(image), encoder.conv_in)
+    for i, blocks in enumerate(encoder.down):
+        with g.scope(f"down.{i}"):
+            h = level(g, h, blocks)
+            if i < len(encoder.down) - 1:
+                h = conv_module(g, h, blocks.get_submodule("downsample.conv"), pads=(0, 0, 1, 1))
+    with g.scope("mid"):
+        h = middle(g, h, encoder.mid)
+    with g.scope("out"):
+        h = conv_module(g, group_norm(g, h, encoder.norm_out, activate=True), encoder.conv_out)
+        g.output("latent", _sampled(g, g.float32(h), noise, network))
+    return g.finish()
+
+
+def _sampled(g: GraphBuilder, moments: Value, noise: Value, network: LatentEncoder) -> Value:
+    """`scale * (mean + exp(log_variance / 2) * noise)`, in float32; the scale is folded into the mean."""
+    quant, channels = network.autoencoder.quant_conv, noise.size(1)
+    weight, bias = quant.weight.clone(), quant.bias.clone()  # type: ignore[union-attr]
+    weight[:channels] *= network.latent_scale
+    bias[:channels] *= network.latent_scale
+    mean, log_variance = g.split(conv(g, moments, weight, bias), 1, [channels] * 2)
+    bounds = (g.constant(Tensor([bound]).squeeze()) for bound in LOG_VARIANCE)
+    deviation = g.op("Exp", g.op("Mul", g.op("Clip", log_variance, *bounds), Tensor([0.5])))
+    return g.op("Add", mean, g.op("Mul", g.op("Mul", deviation, Tensor([network.latent_scale])), noise))

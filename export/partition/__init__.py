@@ -1,0 +1,1 @@
+"""Partition of a graph at the operators that our kernels run."""

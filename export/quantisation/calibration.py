@@ -1,0 +1,184 @@
+"""What the graphs of an engine see while its sampler works on photographs, to measure int8's ranges on.
+
+A sampling expert only ever sees latents of its own timesteps, which the experts before it made. So the
+sampler itself runs, in PyTorch, on small versions of the photographs, and every graph's inputs are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.images.planes import to_unit
+from moesr.runtime.images.resize import imresize, reflect_pad
+from moesr.runtime.sampling import noise, samplers
+from moesr.runtime.sampling.schedule import StepTable, step_table
+from moesr.training.checkpoint import Checkpoint
+from moesr.training.config import ModelConfig
+from moesr.training.data import demo_photos
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = 8
+"""Photographs that are taken from a folder that holds more: seven to calibrate on, and one for the proof."""
+
+Inputs = dict[str, np.ndarray]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Inputs by role, image by image: of each one decoding, and an expert's steps in their order.
+
+    The last image is set apart: graphs are proved on it.
+    """
+
+    inputs: dict[str, list[Inputs]]
+    images: int
+    steps: int
+
+    def calibrating(self, role: str) -> list[Inputs]:
+        """The inputs that ranges are measured on."""
+        return self.inputs[role][: -self._each(role)]
+
+    def proving(self, role: str) -> Inputs:
+        """A batch of the first and the last input of a graph for the image that is set apart."""
+        own = self.inputs[role][-self._each(role) :]
+        chosen = own if len(own) == 1 else [own[0], own[-1]]
+        return {name: np.concatenate([given[name] for given in chosen]) for name in own[0]}
+
+    def _each(self, role: str) -> int:
+        return len(self.inputs[role]) // self.images
+
+
+def photographs(folder: Path, count: int = IMAGES) -> list[np.ndarray]:
+    """Up to `count` photographs of a folder, uint8 RGB [H, W, 3], spread over its names.
+
+    Raises UsageError where there are fewer than two and InputError naming one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--calibrate {folder}: no such folder; name one that holds photographs")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(paths) < 2:
+        raise UsageError(
+            f"--calibrate {folder}: {len(paths)} photographs there, expected 2 or more (8 are enough), as "
+            f"files ending in {', '.join(SUFFIXES)}"
+        )
+    return [_read(path) for path in spread(paths, count)]
+
+
+def demo_photographs(count: int = IMAGES) -> list[np.ndarray]:
+    """Photographs that come with Python packages; UsageError where these are not installed."""
+    try:
+        return spread(list(demo_photos.photographs("train").values()), count)
+    except ImportError as error:
+        raise UsageError(
+            f"int8 needs photographs to calibrate on ({error}); name a folder of them with --calibrate, or "
+            "install those that come with scikit-image and others: pip install 'moesr[bench]'"
+        ) from error
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Up to `count` items at equal distances."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a photograph that can be read ({error}); remove it") from error
+
+
+@torch.inference_mode()
+def record(
+    checkpoint: Checkpoint,
+    images: Sequence[np.ndarray],
+    tile_px: int,
+    steps: int | None = None,
+    on_role: Callable[[str], None] = lambda role: None,
+) -> Recording:
+    """Run the sampler on the middle of each photograph, reduced by the model's scale, with its own noise.
+
+    `steps` default to the model's, and become more where an expert would serve none. `on_role` hears which
+    expert is at work.
+    """
+    config = checkpoint.config
+    table = step_list(config, steps or config.steps)
+    latent_px = tile_px // config.decoder.factor
+    pairs = [conditions(image, config.scale, tile_px, latent_px) for image in images]
+    shape = (config.decoder.embed_dim, latent_px, latent_px)
+    latents = [noise.gaussian(i, noise.INITIAL_NOISE, shape) for i in range(len(images))]
+    inputs: dict[str, list[Inputs]] = {}
+    for k, first, last in runs_of_experts(table):
+        network, role = checkpoint.expert(k), f"expert_{k}"
+        on_role(role)
+        for i, (cond, _) in enumerate(pairs):
+            for step in range(first, last):
+                t = table.t[step : step + 1].astype(np.float32)
+                given = {"z_t": latents[i][None].copy(), "cond": cond, "t": t}
+                inputs.setdefault(role, []).append(given)
+                out = network(*(torch.from_numpy(value) for value in given.values())).numpy()[0]
+                _advance(latents[i], out, table, step, seed=i)
+    inputs[DECODER] = [{"z": z[None]} for z in latents]
+    if config.decoder.fusion_levels:
+        for given, (_, lr) in zip(inputs[DECODER], pairs, strict=True):
+            given.update(lr=lr, fidelity=np.ones(1, np.float32))
+    return Recording(inputs, len(images), len(table))
+
+
+def step_list(config: ModelConfig, steps: int) -> StepTable:
+    """The sampler's steps, doubled until every expert serves one."""
+    table = step_table(config.schedule, steps, samplers.ETA[config.sampler], config.expert_ranges)
+    if len(set(table.expert)) < len(config.expert_ranges):
+        return step_list(config, min(2 * steps, config.schedule.timesteps))
+    return table
+
+
+def conditions(image: np.ndarray, scale: int, tile_px: int, latent_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the LR version of a photograph is to the graphs: on the latent grid, and at output size.
+
+    float32 [1, 3, side, side] in [-1, 1].
+    """
+    small = reduced(image, scale, tile_px)
+    small, _ = reflect_pad(small, tile_px // scale, tile_px // scale, axes=(0, 1))
+    return _unit(imresize(small, latent_px, latent_px)), _unit(imresize(small, tile_px, tile_px))
+
+
+def reduced(image: np.ndarray, scale: int, tile_px: int) -> np.ndarray:
+    """The LR version of the middle of a photograph, as much of it as a tile holds."""
+    sides = [min(side, tile_px) // scale * scale for side in image.shape[:2]]
+    top, left = ((side - kept) // 2 for side, kept in zip(image.shape[:2], sides, strict=True))
+    middle = np.ascontiguousarray(image[top : top + sides[0], left : left + sides[1]])
+    return imresize(middle, sides[0] // scale, sides[1] // scale)
+
+
+def runs_of_experts(table: StepTable) -> Iterator[tuple[int, int, int]]:
+    """(expert, first step, step after its last) in the order of sampling."""
+    edges = [0, *(np.flatnonzero(np.diff(table.expert)) + 1), len(table)]
+    for first, last in pairwise(edges):
+        yield int(table.expert[first]), int(first), int(last)
+
+
+def _advance(z: np.ndarray, out: np.ndarray, table: StepTable, step: int, seed: int) -> None:
+    c = samplers.coefficients(table, step)
+    added = noise.gaussian(seed, step, z.shape)
+    samplers.advance(z, np.ascontiguousarray(out), added, c, np.empty_like(z))
+
+
+def _unit(image: np.ndarray) -> np.ndarray:
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    unit = np.empty(planes.shape, np.float32)
+    to_unit(planes, unit)
+    return unit[None]

@@ -1,0 +1,166 @@
+"""int8 graphs: convolutions and products with weights between rounded tensors, and the rest in float32.
+
+A layer's input and output become 8-bit integers by ranges that were observed on recorded inputs, its weights
+by the largest of every output channel: QuantizeLinear and DequantizeLinear around the node, which backends
+fuse. Only what the layer itself reads is rounded: a residual that goes past it stays float32.
+
+How much a layer adds to the error of the result is measured, one layer at a time. These errors add up like
+independent noise, as the root of the sum of squares, so the layers to leave in float32 are those that save
+most error for the fewest multiply-accumulates, until what is left is within `Lowering.int8_error`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, helper
+
+from moesr.export.graphs.builder import BuiltGraph
+from moesr.export.lowering import Lowering
+from moesr.export.quantisation.calibration import Inputs, Recording, spread
+from moesr.export.quantisation.qdq import SWITCHES, Layer, Range, Ranges, layers_of, quantised, switched
+from moesr.runtime.backends.ort import session_options
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.graph_spec import Calibration
+
+PERCENTILE = 99.999
+"""Of a tensor's values that its range holds on either side; what is beyond is clipped."""
+
+METHOD = f"percentile {PERCENTILE:g}"
+
+SMALL_PX, SMALL_DECODER_PX = 32, 16
+"""Sides, in latent pixels, of the graphs that layers are tried one by one in: a fraction of a tile's work."""
+
+TRIALS = 16  # runs of such a graph for each layer, at most
+
+SAMPLES = 4096  # values kept of every tensor and run
+Make = Callable[[int, Lowering], BuiltGraph]
+"""A graph for latents of a side in pixels."""
+
+
+def int8_graph(make: Make, role: str, latent_px: int, recording: Recording, lowering: Lowering) -> BuiltGraph:
+    """The graph that `make` makes, in int8 where its recorded inputs show that it loses little by that."""
+    built, inputs = make(latent_px, lowering), recording.calibrating(role)
+    layers = layers_of(built)
+    ranges = observe(built, layers, inputs)
+    kept = set[int]()
+    if lowering.int8_error < 1:  # all of the result
+        side = min(latent_px, SMALL_DECODER_PX if role == DECODER else SMALL_PX)
+        small = make(side, lowering)
+        trials = [middle(given, side, latent_px) for given in spread(inputs, TRIALS)]
+        errors = sensitivities(small, layers_of(small), ranges, trials)
+        kept = to_keep(errors, [layer.macs for layer in layers], lowering.int8_error)
+    share = sum(layer.macs for i, layer in enumerate(layers) if i not in kept) / built.macs
+    names = tuple(layers[i].name for i in sorted(kept))
+    found = Calibration(recording.images - 1, recording.steps, len(inputs), METHOD, share, names)
+    return replace(quantised(built, layers, ranges, kept), calibration=found)
+
+
+def middle(inputs: Inputs, side: int, latent_px: int) -> Inputs:
+    """The inputs of a graph for smaller latents, of `side` pixels in place of `latent_px`."""
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        start = (latent_px - side) // 2 * array.shape[2] // latent_px
+        stop = start + side * array.shape[2] // latent_px
+        return np.ascontiguousarray(array[:, :, start:stop, start:stop])
+
+    return {name: cut(array) if array.ndim == 4 else array for name, array in inputs.items()}
+
+
+def observe(
+    built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs], percentile: float = PERCENTILE
+) -> Ranges:
+    """The ranges of every layer's input and output over runs of the float32 graph.
+
+    A few thousand values of every tensor and run are looked at, so that nothing large is kept.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(built.model)
+    tensors = {
+        tensor for layer in layers for node in layer.nodes for tensor in (node.input[0], node.output[0])
+    }
+    # The library begins with what the last node wants. So the nodes that look at tensors stand in reverse:
+    # each tensor is looked at before those after it are made, and not kept until the end.
+    places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
+    names = sorted(tensors, key=lambda name: (-places.get(name, -1), name))
+    for i, name in enumerate(names):
+        model.graph.node.extend(_sampling(f"sample_{i}", name, built.values[name].shape))
+        model.graph.output.append(helper.make_tensor_value_info(f"sample_{i}", TensorProto.FLOAT, [None]))
+    session, values = open_model(model), {name: [] for name in names}
+    for given in inputs:
+        for name, sample in zip(
+            names, session.run([f"sample_{i}" for i in range(len(names))], given), strict=True
+        ):
+            values[name].append(sample)
+
+    def over(tensors: Sequence[str]) -> Range:
+        seen = np.concatenate([sample for name in tensors for sample in values[name]])
+        low, high = np.percentile(seen, (100 - percentile, percentile))
+        return min(float(low), 0.0), max(float(high), 0.0)
+
+    return [
+        (over([n.input[0] for n in layer.nodes]), over([n.output[0] for n in layer.nodes]))
+        for layer in layers
+    ]
+
+
+def sensitivities(
+    built: BuiltGraph, layers: Sequence[Layer], ranges: Ranges, inputs: Sequence[Inputs]
+) -> list[float]:
+    """Relative L2 error of the result where one layer alone is int8, for each of `layers`.
+
+    One session does it all: in its graph every layer is there both ways, and an input chooses.
+    """
+    session = open_model(switched(built, layers, ranges))
+    count = len(layers)
+
+    def results(switches: np.ndarray) -> np.ndarray:
+        fed = switches.astype(np.float32)
+        runs = [np.asarray(session.run(None, {**given, SWITCHES: fed})[0]) for given in inputs]
+        return np.stack(runs).astype(np.float64)
+
+    want = results(np.zeros(count))
+    size = np.linalg.norm(want)
+    return [float(np.linalg.norm(results(row) - want) / size) for row in np.eye(count)]
+
+
+def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[int]:
+    """Indices of the layers to leave in float32, so that the error of the others is within a budget."""
+    squares, kept = np.square(errors), set[int]()
+    for i in sorted(range(len(macs)), key=lambda i: -squares[i] / macs[i]):
+        if sum(square for j, square in enumerate(squares) if j not in kept) <= budget**2:
+            break
+        kept.add(i)
+    return kept
+
+
+def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[NodeProto]:
+    """Nodes that take about SAMPLES values of a tensor, at a stride that visits all columns and rows."""
+    sizes = [size for size in shape if isinstance(size, int)]
+    stride = max(1, math.prod(sizes) // SAMPLES)
+    while math.gcd(stride, math.prod(sizes)) > 1:
+        stride += 1
+
+    def vector(name: str, value: int) -> NodeProto:
+        return helper.make_node("Constant", [], [f"{output}_{name}"], value_ints=[value])
+
+    parts = {"flat": -1, "start": 0, "end": np.iinfo(np.int64).max, "axis": 0, "stride": stride}
+    return [
+        *(vector(name, value) for name, value in parts.items()),
+        helper.make_node("Reshape", [source, f"{output}_flat"], [f"{output}_values"]),
+        helper.make_node(
+            "Slice",
+            [f"{output}_values", *(f"{output}_{n}" for n in ("start", "end", "axis", "stride"))],
+            [output],
+        ),
+    ]
+
+
+def open_model(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session of a graph that is no file."""
+    return ort.InferenceSession(model.SerializeToString(), session_options(), ["CPUExecutionProvider"])

@@ -1,0 +1,1 @@
+"""Backends: each runs graphs with one inference library."""

@@ -1,0 +1,192 @@
+"""Which of several backends runs an engine fastest on this machine: measured once, and kept.
+
+What is timed is a step of the engine's first expert, on one tile. A backend has to be clearly faster than the
+preferred one and agree with it, or it is not chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moesr.runtime.backends.selection import Backend
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.errors import MoesrError
+from moesr.runtime.system import cpu, json_dataclass, user_cache
+
+RUNS, BUDGET_S = 9, 1.0
+"""Runs of a backend after the first, which warms up, and the time that all of them may take.
+
+The quickest counts: the one least disturbed by other programs. A first run beyond that time is the only one.
+"""
+
+MARGIN = 0.9
+"""Part of a backend's time that a later one, less preferred, may take at most to be chosen for it."""
+
+AGREEMENT = 1e-2
+"""Largest relative L2 difference of a step's result from the preferred backend's.
+
+Float32 differs by 1e-6 to 1e-4, from one order of additions to another; bfloat16 by 4e-3 on the bundled
+engines. Beyond this bound something is computed wrongly, or too coarsely to be chosen unasked. Where an
+engine's graph was proved with a wider bound, as in bf16 and int8, that one holds.
+"""
+
+FOLDER = "fastest"
+"""Of the measurements, below the cache directory."""
+
+log = logging.getLogger("moesr")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, by the backends' labels: seconds of a step, or why one is out of the question."""
+
+    engine: str
+    machine: str
+    seconds: dict[str, float]
+    refused: dict[str, str]
+    chosen: str
+
+    def __str__(self) -> str:
+        parts = [f"{label} {1e3 * figure:.1f} ms" for label, figure in self.seconds.items()]
+        parts += [f"not {label}: {why}" for label, why in self.refused.items()]
+        return ", ".join(parts)
+
+
+_measured: dict[str, Measured] = {}  # by file name, where nothing can be kept on disk
+
+
+def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tuple[Backend, Measured | None]:
+    """The fastest of several backends for an engine, and the figures. Logs why.
+
+    A single one is not measured, nor are those of a GPU, of which the preferred one is taken.
+
+    Where none can run the expert the preferred one is returned: using it will tell what is wrong.
+    """
+    if found[0].options.kind != "cpu":
+        found[0].announce("preferred on a GPU")
+        return found[0], None
+    if len(found) == 1:
+        found[0].announce("the only one in question")
+        return found[0], None
+    measured = _recall(found, manifest)
+    if measured is None:
+        log.info("measuring which backend is the fastest for this engine; it is done once")
+        measured = _measure(found, directory, manifest)
+        if measured is None:
+            found[0].announce("none could be measured")
+            return found[0], None
+        _keep(found, manifest, measured)
+    chosen = next(backend for backend in found if backend.label == measured.chosen)
+    chosen.announce(f"a step takes {measured}")
+    return chosen, measured
+
+
+def cache_name(found: Sequence[Backend], manifest: Manifest) -> str:
+    """Name of the file of what was measured, below the cache directory; all that could matter is in it."""
+    expert = manifest.graphs[manifest.experts[0].graph]
+    facts = {
+        "graphs": [file.sha256 for arrangement in expert.arrangements for file in arrangement.files],
+        "backends": [(b.label, b.version, b.options.device, b.options.threads) for b in found],
+        "machine": machine(),
+        "rules": (RUNS, BUDGET_S, MARGIN, AGREEMENT),
+    }
+    return f"{FOLDER}/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
+
+
+def machine() -> str:
+    """The processor's model and how many of its logical cores this process may use."""
+    return f"{cpu.model()}, {cpu.cores()} logical cores"
+
+
+def _recall(found: Sequence[Backend], manifest: Manifest) -> Measured | None:
+    """What was measured before, where that can be read and names a backend that is at hand."""
+    name = cache_name(found, manifest)
+    if name in _measured:
+        return _measured[name]
+    try:
+        measured = json_dataclass.build(Measured, user_cache.read(name))
+    except ValueError:
+        return None
+    return measured if measured.chosen in {backend.label for backend in found} else None
+
+
+def _keep(found: Sequence[Backend], manifest: Manifest, measured: Measured) -> None:
+    name = cache_name(found, manifest)
+    _measured[name] = measured
+    user_cache.write(name, dataclasses.asdict(measured))
+
+
+def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> Measured | None:
+    """Time a step on each backend, one after the other so that one graph at a time takes memory."""
+    seconds: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    reference: np.ndarray | None = None
+    proof = manifest.graphs[manifest.experts[0].graph].parity
+    limit = max(AGREEMENT, proof.threshold if proof else 0.0)
+    for backend in found:
+        try:
+            taken, result = _time_step(backend, directory, manifest)
+        except (MoesrError, MemoryError) as error:
+            refused[backend.label] = str(error)
+            continue
+        reference = result if reference is None else reference
+        difference = _difference(result, reference)
+        if difference <= limit or not seconds:
+            seconds[backend.label] = taken
+        else:
+            refused[backend.label] = f"differs by {difference:.1e}, more than {limit:.0e}"
+    if not seconds:
+        return None
+    chosen = next(iter(seconds))
+    for label, figure in seconds.items():
+        if figure <= MARGIN * seconds[chosen]:
+            chosen = label
+    return Measured(manifest.name, machine(), seconds, refused, chosen)
+
+
+def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[float, np.ndarray]:
+    """Seconds of one step of the first expert on one tile, and its result on seeded inputs.
+
+    Nothing that is prepared for it is kept, as the backend may not be chosen.
+    """
+    backend = replace(backend, options=replace(backend.options, cache=None))
+    expert, device = manifest.experts[0], backend.device()
+    session = backend.open(directory, manifest.graphs[expert.graph])
+    try:
+        rng, boundary = np.random.Generator(np.random.PCG64(0)), session.boundary
+        buffers = {s.name: device.buffer(s, 1) for s in (*boundary.inputs, *boundary.outputs)}
+        for spec in boundary.inputs:
+            middle = float((expert.t_from + expert.t_to) // 2 if spec.name == "t" else 0)
+            number = len(spec.dims) == 1
+            buffers[spec.name][...] = middle if number else rng.standard_normal(spec.shape(1))
+        session.bind(buffers, 1)
+        start = time.perf_counter()
+        quickest = math.inf
+        for _ in range(1 + RUNS):
+            begin = time.perf_counter()
+            session.enqueue(1)
+            end = time.perf_counter()
+            quickest = min(quickest, end - begin)
+            if end - start > BUDGET_S:
+                break
+        return quickest, buffers[boundary.outputs[0].name].copy()
+    finally:
+        session.close()
+        backend.release()
+
+
+def _difference(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||; NaN where a value is not finite."""
+    want64 = want.astype(np.float64)
+    scale = float(np.linalg.norm(want64))
+    return float(np.linalg.norm(got.astype(np.float64) - want64)) / scale if scale else math.nan

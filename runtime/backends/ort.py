@@ -1,0 +1,247 @@
+"""ONNX Runtime: the default backend on CPUs, and on NVIDIA GPUs with the onnxruntime-gpu package."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime.backends import graph_cache, ort_cuda
+from moesr.runtime.backends.base import Offer, SessionOptions, check_boundary
+from moesr.runtime.backends.ort_cuda import CudaOnnxSession
+from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
+from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.system import files, memory
+
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
+_MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
+_TYPES = {"tensor(float)": "float32"}
+_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 512 << 20}  # 0: it doubles
+_PREPARED = "graph.onnx"  # of an entry of `prepared`
+_PREPARATION = "all optimisations, prepacked weights, 2"  # other than what is told by the library's version
+# A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
+_SMALLEST_MODEL = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
+    b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+log = logging.getLogger("moesr")
+
+_arena_lock = threading.Lock()
+_arena_made = False
+
+
+def probe() -> Offer:
+    """Version and devices; EngineError where the library is not installed or does not load."""
+    ort = _library()
+    available = ort.get_available_providers()
+    return Offer(ort.__version__, {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available})
+
+
+def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OnnxSession | CudaOnnxSession:
+    """Open an ONNX file; EngineError where it cannot be loaded or is not what was declared."""
+    ort = _library()
+    settings = session_options(options.threads)
+    _share_arena(ort, settings)
+    provider: Any = _PROVIDERS[options.kind]
+    if options.kind == "cuda":
+        provider = ort_cuda.provider(options)
+        ort_cuda.prepare(settings)
+    session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
+    quiet = ort_cuda.capturing if options.kind == "cuda" else contextlib.nullcontext()
+    try:
+        with quiet:
+            session = session or ort.InferenceSession(str(path), settings, providers=[provider])
+    except Exception as error:  # the library has no common base for its errors
+        raise _explain(path, error) from error
+    if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only
+        raise EngineError(
+            f"onnxruntime offers {options.kind} but cannot use it (driver, CUDA or cuDNN missing or "
+            "of another version); repair these, or choose --device cpu"
+        )
+    found = Boundary(_specs(session.get_inputs()), _specs(session.get_outputs()))
+    check_boundary(path, found, declared)
+    memory.return_freed()
+    names = {spec.name for spec in found.inputs}  # the runtime may offer more than it takes
+    boundary = Boundary(tuple(spec for spec in declared.inputs if spec.name in names), declared.outputs)
+    if options.kind == "cuda":
+        ort_cuda.check_assignment(session, path)
+        return ort_cuda.CudaOnnxSession(ort, session, path, boundary, ("cuda", options.index))
+    return OnnxSession(ort, session, path, boundary)
+
+
+def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
+    """A session of the graph as it was prepared before, or now for the next time; None where none is kept.
+
+    Such a graph needs no work: its constants are folded and laid out, and mapped from a file, not read.
+    """
+    if not (options.cache and options.files):
+        return None
+    settings = session_options(options.threads)
+    _share_arena(ort, settings)
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    kept = None
+    try:
+        made_of = graph_cache.origin(path.parent, options.files, "onnxruntime", ort.__version__, _PREPARATION)
+        kept = graph_cache.find(options.cache, made_of)
+        kept = kept or graph_cache.write(options.cache, made_of, partial(_prepare, ort, path))
+        return kept and ort.InferenceSession(str(kept / _PREPARED), settings, providers=[_PROVIDERS["cpu"]])
+    except Exception as error:  # what is wrong with the graph itself shows where it is opened plainly
+        log.info("%s: not opened as prepared: %s", path, files.reason(error))
+    if kept:
+        graph_cache.remove(kept)
+    return None
+
+
+def _prepare(ort: Any, path: Path, directory: Path) -> None:
+    """Write a graph with everything done to it that a session does when it opens it."""
+    settings = session_options(1)
+    _share_arena(ort, settings)
+    settings.optimized_model_filepath = str(directory / _PREPARED)
+    for name, value in (
+        ("optimized_model_external_initializers_file_name", "weights.bin"),
+        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("save_external_prepacked_constant_initializers", "1"),
+    ):
+        settings.add_session_config_entry(f"session.{name}", value)
+    ort.InferenceSession(str(path), settings, providers=[_PROVIDERS["cpu"]])
+    memory.return_freed()
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options under which graphs are run; `threads` None leaves their number to the library."""
+    options = _library().SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # fatal ones; errors come as exceptions
+    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
+    # full-width decoder at 512 px); the arena uses them again without a plan. So it does without the pattern
+    # of a first run, which gives later ones a block as large again, and tensors places of their own in it
+    # rather than those in the caches: a full-width step took 9 % longer, the decoder twice the memory.
+    options.enable_mem_reuse = False
+    options.enable_mem_pattern = False
+    # One Split in place of a tensor's slices would copy all of it at once: strips are cut when they are read.
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "GatherSliceToSplitFusion")
+    return options
+
+
+def release() -> None:
+    """Give the system the working memory that no open session needs."""
+    if not _arena_made:
+        return
+    with contextlib.suppress(Exception):  # nothing depends on it
+        _shrink_arena(_library())
+    memory.return_freed()
+
+
+class OnnxSession:
+    """A loaded graph with one binding a batch size, all over the same buffers."""
+
+    capturable = False
+
+    def __init__(self, ort: Any, session: Any, path: Path, boundary: Boundary) -> None:
+        self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
+        self._run = ort.RunOptions()
+        self._bindings: list[Any] = []
+
+    @property
+    def boundary(self) -> Boundary:
+        """See `Session.boundary`."""
+        return self._boundary
+
+    def bind(self, buffers: Mapping[str, np.ndarray], max_batch: int) -> None:
+        """See `Session.bind`; the buffers are host arrays, which a run reads and writes themselves."""
+        value_of = self._ort.OrtValue.ortvalue_from_numpy
+        self._bindings = []
+        for batch in range(1, max_batch + 1):
+            binding = self._session.io_binding()
+            for spec in self._boundary.inputs:
+                part = buffers[spec.name][:batch] if spec.per_tile else buffers[spec.name]
+                binding.bind_ortvalue_input(spec.name, value_of(part))
+            for spec in self._boundary.outputs:
+                binding.bind_ortvalue_output(spec.name, value_of(buffers[spec.name][:batch]))
+            self._bindings.append(binding)
+
+    def enqueue(self, batch: int) -> None:
+        """See `Session.enqueue`."""
+        try:
+            self._session.run_with_iobinding(self._bindings[batch - 1], self._run)
+        except Exception as error:  # the library has no common base for its errors
+            raise _explain(self._path, error) from error
+
+    def abort(self) -> None:
+        """See `Session.abort`."""
+        self._run.terminate = True
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._bindings = []
+        del self._session
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"onnxruntime does not load ({error}); install it with: pip install 'moesr[cpu]' "
+            "(or 'moesr[cuda]' for an NVIDIA GPU)"
+        ) from error
+    return onnxruntime
+
+
+def _share_arena(ort: Any, options: Any) -> None:
+    """Let all sessions draw on one CPU arena: graphs run in turn, so their peaks need not add up.
+
+    It grows by large regions, each twice the one before. What is not touched takes no memory, and in few
+    large regions tensors of different sizes follow one another, which regions as large as each request do not
+    allow. The size of the first applies once the arena has shrunk. What it held before that is never given
+    back, so the smallest graph runs first.
+    """
+    global _arena_made
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    with _arena_lock:
+        if not _arena_made:
+            info = ort.OrtMemoryInfo(
+                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+            )
+            ort.create_and_register_allocator(info, ort.OrtArenaCfg(_ARENA))
+            _arena_made = True
+            _shrink_arena(ort)
+
+
+def _shrink_arena(ort: Any) -> None:
+    """Run the smallest graph, and have the arena give back at its end what is not in use."""
+    run = ort.RunOptions()
+    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    settings = session_options(1)
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    session = ort.InferenceSession(_SMALLEST_MODEL, settings, providers=[_PROVIDERS["cpu"]])
+    session.run(None, {"x": np.zeros(1, np.float32)}, run)
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    """The library's description of inputs or outputs; a dimension left open is a name, or "?"."""
+    return tuple(
+        TensorSpec(v.name, _TYPES.get(v.type) or str(v.type), tuple("?" if d is None else d for d in v.shape))
+        for v in values
+    )
+
+
+def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", text, re.IGNORECASE):
+        return MemoryLimitError(
+            f"{path.name}: out of memory ({text:.200}); close other programs, "
+            "or use an engine with smaller tiles"
+        )
+    cure = "export the engine again with moesr-export"
+    if "NOT_IMPLEMENTED" in text:
+        cure = "it lacks a type of this graph, such as bfloat16: use another --backend, or export as --fp16"
+    return EngineError(f"{path}: onnxruntime cannot run it ({text:.300}); {cure}")

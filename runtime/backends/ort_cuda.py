@@ -1,0 +1,144 @@
+"""ONNX Runtime on an NVIDIA GPU: every node there or none, between buffers of the device, on its stream."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.devices.cuda import Buffer
+from moesr.runtime.devices.driver import Driver
+from moesr.runtime.engine.graph_spec import Boundary
+from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.system.memory import ran_out_of_memory
+
+PROVIDER = "CUDAExecutionProvider"
+_RECORD = "session.record_ep_graph_assignment_info"
+
+capturing = threading.Lock()
+"""Held while the library captures a CUDA graph, and by whoever opens a session.
+
+It captures in CUDA's global mode, in which memory that any other thread takes meanwhile ends the capture.
+"""
+
+
+def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
+    """The provider and its settings: our stream, the library's own CUDA graph, convolutions in NHWC."""
+    settings = {
+        "device_id": str(options.index),
+        "arena_extend_strategy": "kSameAsRequested",
+        "prefer_nhwc": "1",
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+    }
+    if options.stream is not None:
+        settings |= {"user_compute_stream": str(options.stream)}
+    if options.cuda_graphs:
+        settings |= {"enable_cuda_graph": "1"}
+    return PROVIDER, settings
+
+
+def prepare(settings: Any) -> None:
+    """Have a session note where its nodes are put, for `check_assignment`."""
+    settings.add_session_config_entry(_RECORD, "1")
+
+
+def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None:
+    """EngineError where a node is not on the provider: it would copy to the CPU and back at every run."""
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    if tell is None:
+        raise EngineError(
+            f"{path}: this onnxruntime does not tell where it runs a graph's nodes; 1.24 and later do: "
+            "pip install --upgrade 'moesr[cuda]'"
+        )
+    elsewhere = Counter(
+        f"{node.op_type} on {part.ep_name.removesuffix('ExecutionProvider')}"
+        for part in tell()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    )
+    if elsewhere:
+        kinds = ", ".join(f"{count} {what}" for what, count in elsewhere.most_common(5))
+        raise EngineError(
+            f"{path}: onnxruntime would run part of it elsewhere ({kinds}); export the engine with "
+            "--target gpu or both, use --backend tensorrt, or choose --device cpu"
+        )
+
+
+class CudaOnnxSession:
+    """See `Session`. The library captures CUDA graphs itself, so a run is not part of the device's."""
+
+    capturable = False
+
+    def __init__(
+        self, ort: Any, session: Any, path: Path, boundary: Boundary, device: tuple[str, int]
+    ) -> None:
+        """`device` is kind and number, as the library names them."""
+        self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
+        self._device = device
+        self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles
+        self._captured: set[int] = set()  # numbers of tiles
+        self._driver: Driver | None = None
+        self._aborted = False
+
+    @property
+    def boundary(self) -> Boundary:
+        """See `Session.boundary`."""
+        return self._boundary
+
+    def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
+        """See `Session.bind`."""
+        self._runs, self._captured = [], set()
+        self._driver = buffers[self._boundary.outputs[0].name].driver
+        for batch in range(1, max_batch + 1):
+            binding, options = self._session.io_binding(), self._ort.RunOptions()
+            for specs, bind in (
+                (self._boundary.inputs, binding.bind_input),
+                (self._boundary.outputs, binding.bind_output),
+            ):
+                for spec in specs:
+                    address = buffers[spec.name].address
+                    bind(spec.name, *self._device, np.dtype(spec.dtype).type, spec.shape(batch), address)
+            options.add_run_config_entry("gpu_graph_id", str(batch))
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self._runs.append((binding, options))
+
+    def enqueue(self, batch: int) -> None:
+        """See `Session.enqueue`; returns before the run is done."""
+        if self._aborted:
+            raise EngineError(f"{self._path.name}: was told to stop")
+        if batch in self._captured:
+            self._run(batch)
+            return
+        with capturing:
+            self._run(batch)
+        self._captured.add(batch)
+
+    def _run(self, batch: int) -> None:
+        try:
+            self._session.run_with_iobinding(*self._runs[batch - 1])
+        except Exception as error:  # the library has no common base for its errors
+            text = " ".join(str(error).split())
+            if ran_out_of_memory(text):
+                raise MemoryLimitError(
+                    f"{self._path.name}: out of memory ({text:.200}); close what else uses the GPU, lower "
+                    "max_batch, or use an engine with smaller tiles"
+                ) from error
+            raise EngineError(
+                f"{self._path}: onnxruntime cannot run it ({text:.300}); see moesr-doctor"
+            ) from error
+
+    def abort(self) -> None:
+        """See `Session.abort`; what is enqueued is done in milliseconds."""
+        self._aborted = True
+
+    def close(self) -> None:
+        """See `Session.close`; waits for what is enqueued."""
+        if self._driver:
+            self._driver.synchronize()
+        self._runs = []
+        del self._session

@@ -1,0 +1,181 @@
+"""Which backends can run an engine here, and on what: said aloud, never replaced by another."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from moesr.runtime.backends.base import Offer, SessionOptions
+from moesr.runtime.devices.host import HostDevice
+from moesr.runtime.devices.interface import Device, Session
+from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.errors import EngineError, UsageError
+from moesr.runtime.options import PRECISIONS, check_device, check_threads, whole
+from moesr.runtime.system import cpu
+
+BACKENDS = {
+    "tensorrt": "moesr.runtime.backends.tensorrt.backend",
+    "onnxruntime": "moesr.runtime.backends.ort",
+    "openvino": "moesr.runtime.backends.ov",
+}
+"""Module of each backend, the preferred one first."""
+
+MAX_BATCH = 256
+"""Most tiles in one run that may be asked for."""
+
+_PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
+_WITH_KERNELS = ("tensorrt",)  # backends that run graphs in parts, with our kernels between them
+_APART = ("openvino",)  # backends whose sessions hold working memory each
+_MAPPED = ("onnxruntime",)  # backends whose prepared graphs are used where they lie in a file
+
+log = logging.getLogger("moesr")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend that loads, and how to use it."""
+
+    name: str
+    options: SessionOptions
+    max_batch: int  # tiles in one run
+    version: str = field(default="", kw_only=True)
+
+    @property
+    def label(self) -> str:
+        """Its name, with the precision where that is not the graph's."""
+        return f"{self.name} {self.options.precision}" if self.options.precision else self.name
+
+    @property
+    def target(self) -> str:
+        """What graphs should be arranged for: see `Graph.arrangement`."""
+        if self.options.kind != "cpu":
+            return "parts" if self.name in _WITH_KERNELS else "gpu"
+        return "plain" if self.name in _PLAIN else "cpu"
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its sessions, which run in turn, share their working memory."""
+        return self.name not in _APART
+
+    @property
+    def opens_at_once(self) -> bool:
+        """Whether its graphs, once prepared, are mapped from a file."""
+        return self.name in _MAPPED and self.options.kind == "cpu" and self.options.cache is not None
+
+    def device(self, directory: Path | None = None) -> Device:
+        """The device whose buffers its sessions run between, for an engine directory, which may hold kernels.
+
+        EngineError where a GPU, its driver or the kernels for it are missing.
+        """
+        if self.options.kind == "cpu":
+            return HostDevice()
+        from moesr.runtime.devices.compiled_kernels import KernelFiles, find_kernels
+        from moesr.runtime.devices.cuda import CudaDevice
+        from moesr.runtime.devices.cuda_driver import CudaDriver  # a CPU's start does not wait for these
+
+        driver = CudaDriver(self.options.index)
+        kernels = KernelFiles(find_kernels(directory), driver)
+        log.info("on %s with kernels for %s", driver.name, kernels.architecture)
+        return CudaDevice(driver, kernels, use_graphs=self.options.cuda_graphs)
+
+    def open(self, directory: Path, graph: Graph, stream: int | None = None) -> Session:
+        """Open one graph of an engine, to run on a device's stream; EngineError where that cannot be."""
+        files = graph.arrangement(self.target).files
+        options = replace(self.options, stream=stream, max_batch=self.max_batch, files=files)
+        module = importlib.import_module(BACKENDS[self.name])
+        return module.open_session(directory / files[0].file, graph.boundary, options)
+
+    def release(self) -> None:
+        """Give back what the library keeps for further sessions."""
+        importlib.import_module(BACKENDS[self.name]).release()
+
+    def announce(self, why: str) -> None:
+        """Log that it was chosen, and why."""
+        log.info("backend %s %s on %s (%s)", self.label, self.version, self.options.device, why)
+
+    def warn(self, precision: str) -> None:
+        """Log where it may compute graphs of this precision wrongly."""
+        here = self.name == "onnxruntime" and self.options.kind == "cpu" and cpu.int8_may_saturate()
+        if precision == "int8" and here:
+            log.warning(
+                "this CPU has no VNNI, without which onnxruntime's 8-bit products may overflow and images be "
+                "wrong; take a float32 engine, or --backend openvino"
+            )
+
+
+def probe(name: str) -> Offer:
+    """What a backend offers here; EngineError saying what to install where its library does not load."""
+    return importlib.import_module(BACKENDS[name]).probe()
+
+
+def select_backend(
+    name: str = "auto", device: str | None = None, threads: int | None = None, max_batch: int | None = None
+) -> Backend:
+    """The preferred one of `candidates`, logged; where no engine is at hand to compare them on."""
+    backend = candidates(name, device, threads, max_batch)[0]
+    backend.announce("the first that loads" if name == "auto" else "asked for")
+    return backend
+
+
+def candidates(
+    name: str = "auto",
+    device: str | None = None,
+    threads: int | None = None,
+    max_batch: int | None = None,
+    *,
+    precision: str = "graph",
+    cache: Path | None = None,
+    cuda_graphs: bool = True,
+) -> list[Backend]:
+    """The backends that may be chosen from, the preferred one first; at least one.
+
+    "auto" stands for all of `BACKENDS` that load; without `device` each uses its fastest, and only those on
+    the device of the first are kept. `precision` "auto" stands for all that a backend offers. `cache`: a
+    directory for what they compile. `cuda_graphs` False has a GPU do the same launch by launch. A name,
+    device or precision given explicitly is used or refused (UsageError, EngineError), never replaced by
+    another.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    device, threads = check_device(device), check_threads(threads)
+    if max_batch is not None:
+        whole("max_batch", max_batch, 1, MAX_BATCH)
+    found: list[Backend] = []
+    failures = []
+    for each in BACKENDS if name == "auto" else [name]:
+        try:
+            offer = probe(each)
+            for options in _ways(each, offer, device, threads, precision, cache):
+                size = max_batch or offer.devices[options.kind]
+                options = replace(options, cuda_graphs=cuda_graphs)
+                found.append(Backend(each, options, size, version=offer.version))
+        except EngineError as error:
+            failures.append(str(error))
+    if not found:
+        raise EngineError("; ".join(failures))
+    return [b for b in found if b.options.device == found[0].options.device]
+
+
+def _ways(
+    name: str, offer: Offer, device: str | None, threads: int | None, precision: str, cache: Path | None
+) -> Iterator[SessionOptions]:
+    """How a backend may be used; EngineError where it has not what was asked for."""
+    options = SessionOptions(device or next(iter(offer.devices)), threads, cache=cache)
+    if options.kind not in offer.devices:
+        names = ", ".join(offer.devices)
+        raise EngineError(f"{name} {offer.version} cannot use device {options.device!r} here, only {names}")
+    if precision in ("graph", "auto"):
+        yield options
+        wanted = offer.precisions if precision == "auto" else ()
+    elif precision in offer.precisions:
+        wanted = (precision,)
+    else:
+        known = ", ".join(("graph", *offer.precisions))
+        raise EngineError(f"{name} {offer.version} cannot compute in {precision} here, only as: {known}")
+    for other in wanted:
+        yield SessionOptions(options.device, threads, other, cache)

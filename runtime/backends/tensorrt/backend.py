@@ -1,0 +1,208 @@
+"""TensorRT in either flavour: plans of the engine directory or the user's cache, built where missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.backends.base import Offer, SessionOptions, check_boundary
+from moesr.runtime.backends.tensorrt import plan_store
+from moesr.runtime.backends.tensorrt.library import Library, load
+from moesr.runtime.backends.tensorrt.parts_session import PartsSession
+from moesr.runtime.backends.tensorrt.plan_builder import (
+    DEFAULT_WORKSPACE_BYTES,
+    OnProgress,
+    build_plan,
+    capability_of,
+)
+from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner, boundary_of
+from moesr.runtime.devices.compiled_kernels import find_kernels
+from moesr.runtime.devices.cuda import Buffer
+from moesr.runtime.devices.cuda_driver import memory_bytes, open_device
+from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.engine.graph_spec import Boundary
+from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
+from moesr.runtime.errors import EngineError, MemoryLimitError, OutputError
+from moesr.runtime.system import user_cache
+from moesr.runtime.system.memory import ran_out_of_memory
+
+MAX_BATCH = 4
+"""Tiles that a GPU best runs at once."""
+
+log = logging.getLogger("moesr")
+
+
+def probe() -> Offer:
+    """Version and devices; EngineError where the library, the driver or a GPU is missing."""
+    library, device = load(), open_device(0)
+    if library.ahead_of_time:
+        capability_of(library, int("".join(map(str, device.compute_capability))))
+    return Offer(str(library), {"cuda": MAX_BATCH})
+
+
+def open_session(path: Path, declared: Boundary, options: SessionOptions) -> TensorRTSession | PartsSession:
+    """Open an ONNX file, or a graph in parts; EngineError where plans are missing and cannot be built."""
+    library, options = load(), replace(options, cache=options.cache or user_cache.directory())
+    device = open_device(options.index)
+    capability = int("".join(map(str, device.compute_capability)))
+    if path.name.endswith(SUFFIX):
+        return open_parts(library, path, declared, capability, options)
+    key = plan_store.key_of(library, plan_store.identity(path), capability, options.max_batch)
+    engine = open_plan(library, path, key, options.cache)
+    check_boundary(path, boundary_of(library, engine), declared)
+    return TensorRTSession(library, engine, path, declared, plan_store.compiled(options.cache, key))
+
+
+def open_parts(
+    library: Library, path: Path, declared: Boundary, capability: int, options: SessionOptions
+) -> PartsSession:
+    """Open every plan of a graph in parts."""
+    parts, runners = read_parts(path), {}
+    for step in parts.steps:
+        if step.plan:
+            file = path.parent / step.plan.file
+            key = plan_store.key_of(library, step.plan.sha256, capability, options.max_batch)
+            engine = open_plan(library, file, key, options.cache)
+            runners[file.name] = PlanRunner(library, engine, file, plan_store.compiled(options.cache, key))
+    session = PartsSession(path, parts, runners, find_kernels(path.parent))
+    check_boundary(path, session.boundary, declared)
+    return session
+
+
+def release() -> None:
+    """Nothing is kept between sessions."""
+
+
+def open_plan(library: Library, path: Path, key: plan_store.PlanKey, cache: Path | None) -> Any:
+    """The library's engine of a plan that fits: one that is there, or else a new one, kept in `cache`."""
+    folders = plan_store.plan_folders(path.parent, cache)
+    data = plan_store.read_plan(key, folders)
+    if data is not None:
+        engine = _deserialize(library, data)
+        if engine is not None:
+            return engine
+        log.warning("%s: its plan does not load (%s); building another", path.name, _complaint(library, path))
+    for reason in plan_store.misfits(key, folders):
+        log.info("%s", reason)
+    data = _build(library, path, key, cache)
+    engine = _deserialize(library, data)
+    if engine is None:
+        raise plan_store.unusable(folders[-1] / key.name, _complaint(library, path))
+    return engine
+
+
+def _build(library: Library, path: Path, key: plan_store.PlanKey, cache: Path | None) -> bytes:
+    log.info("building a TensorRT plan of %s for this GPU; it takes a minute or more, once", path.name)
+    start = time.perf_counter()
+    data = build_plan(
+        library,
+        path,
+        key.capability,
+        key.max_batch,
+        workspace_bytes=_workspace_bytes(),
+        timing_cache=plan_store.timings(cache, key),
+        on_progress=_logged(path.name),
+    )
+    log.info("built in %.0f s", time.perf_counter() - start)
+    if cache:
+        try:
+            plan_store.write_plan(cache / plan_store.PLANS_FOLDER, key, path.name, data)
+        except OutputError as error:
+            log.warning("%s; it will be built again the next time", error)
+    return data
+
+
+def _workspace_bytes() -> int:
+    """Half of the memory that is free on the GPU, at most the builder's default."""
+    try:
+        return min(DEFAULT_WORKSPACE_BYTES, memory_bytes()[0] // 2)
+    except EngineError:
+        return DEFAULT_WORKSPACE_BYTES
+
+
+def _logged(name: str) -> OnProgress:
+    """Log a build's progress at every quarter."""
+    seen = 0
+
+    def report(share: float) -> None:
+        nonlocal seen
+        if int(4 * share) > seen:
+            seen = int(4 * share)
+            log.info("%s: %d %% built", name, 25 * seen)
+
+    return report
+
+
+def _complaint(library: Library, path: Path) -> str:
+    """Why a plan did not load; MemoryLimitError where another one would not either, for want of memory."""
+    text = library.complaint()
+    if ran_out_of_memory(text):
+        raise MemoryLimitError(
+            f"{path.name}: no memory to open its plan ({text}); close what else uses the GPU"
+        )
+    return text
+
+
+def _deserialize(library: Library, data: bytes) -> Any:
+    library.errors.clear()
+    return library.module.Runtime(library.logger).deserialize_cuda_engine(data)
+
+
+class TensorRTSession:
+    """See `Session`. Runs on the stream of the device that its buffers are of."""
+
+    capturable = True
+
+    def __init__(
+        self,
+        library: Library,
+        engine: Any,
+        path: Path,
+        declared: Boundary,
+        compiled: Path | None = None,
+    ) -> None:
+        """`declared` may hold more inputs than the engine has; `compiled` is for `PlanRunner`."""
+        found = {spec.name for spec in boundary_of(library, engine).inputs}
+        self._boundary = Boundary(
+            tuple(spec for spec in declared.inputs if spec.name in found), declared.outputs
+        )
+        self._runner, self._path = PlanRunner(library, engine, path, compiled), path
+        self._driver: Driver | None = None
+        self._work: Block | None = None
+        self._aborted = False
+
+    @property
+    def boundary(self) -> Boundary:
+        """See `Session.boundary`."""
+        return self._boundary
+
+    def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
+        """See `Session.bind`; the working memory is taken here, once."""
+        self._driver = buffers[self._boundary.outputs[0].name].driver
+        if self._work is None and self._runner.work_bytes:
+            self._work = self._driver.alloc(self._runner.work_bytes)
+        addresses = {name: buffer.address for name, buffer in buffers.items()}
+        self._runner.bind(self._driver, addresses, self._work.address if self._work else 0)
+
+    def enqueue(self, batch: int) -> None:
+        """See `Session.enqueue`; returns before the run is done."""
+        if self._aborted:
+            raise EngineError(f"{self._path.name}: was told to stop")
+        self._runner.enqueue(batch)
+
+    def abort(self) -> None:
+        """See `Session.abort`; what is enqueued is done in milliseconds."""
+        self._aborted = True
+
+    def close(self) -> None:
+        """See `Session.close`; waits for what is enqueued."""
+        if self._driver:
+            self._driver.synchronize()
+            if self._work:
+                self._driver.free(self._work)
+        self._runner.close()
+        self._driver = self._work = None

@@ -1,0 +1,46 @@
+"""Kernels that TensorRT-RTX compiles when a plan first runs on a GPU, kept for the next process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.system.files import reason, write_atomically
+
+log = logging.getLogger("moesr")
+
+
+class CompiledKernels:
+    """The file of one plan's kernels. What does not fit the driver, GPU or library is compiled again."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` None: nothing is kept."""
+        self._path, self._cache, self._kept = path, None, b""
+
+    def attach(self, config: Any) -> None:
+        """Have contexts of a runtime configuration take their kernels from here and leave new ones here."""
+        if self._path is None:
+            return
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._kept = self._path.read_bytes()
+            if self._kept and not self._cache.deserialize(self._kept):
+                log.info("%s: is of another driver, GPU or version; kernels are compiled anew", self._path)
+                self._kept = b""
+        config.set_runtime_cache(self._cache)
+
+    def keep(self) -> None:
+        """Write what was compiled since, if anything was."""
+        made = self._cache.serialize() if self._cache is not None else None
+        data = b"" if made is None else bytes(made)
+        if self._path is None or not data or data == self._kept:
+            return
+        self._kept = data
+        try:
+            with write_atomically(self._path) as stream:
+                stream.write(data)
+        except OSError as error:
+            log.info("%s is not kept: %s", self._path, reason(error))

@@ -1,0 +1,163 @@
+"""TensorRT plans from ONNX files, strongly typed: the file says what is computed in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.backends.tensorrt.library import Library
+from moesr.runtime.engine.partitioned_graph import NHWC
+from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.system.files import reason, write_atomically
+from moesr.runtime.system.memory import ran_out_of_memory
+
+DEFAULT_WORKSPACE_BYTES = 8 << 30
+"""Working memory that a plan may ask for; what it needs is decided by the builder."""
+
+OnProgress = Callable[[float], None]
+"""Called with the share of the build that is done, 0 to 1."""
+
+
+def build_plan(
+    library: Library,
+    path: Path,
+    capability: int,
+    max_batch: int,
+    *,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    timing_cache: Path | None = None,
+    on_progress: OnProgress = lambda share: None,
+) -> bytes:
+    """A plan of an ONNX file for 1 to `max_batch` tiles on a GPU of `capability` (89 for 8.9).
+
+    `timing_cache`: file of what earlier builds measured, read and written. EngineError where the file or the
+    capability is not for this library; MemoryLimitError where memory ran out.
+    """
+    trt = library.module
+    library.errors.clear()
+    builder = trt.Builder(library.logger)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, library.logger)
+    if not parser.parse_from_file(str(path)):
+        complaint = library.complaint()
+        raise EngineError(f"{path}: {library} cannot read it ({complaint}); export the engine again")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    config.progress_monitor = _monitor(trt, on_progress)
+    config.add_optimization_profile(_profile(builder, network, max_batch))
+    _set_formats(trt, network)
+    if library.ahead_of_time:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability_of(library, capability), 0)
+    else:
+        _read_timings(config, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _failure(library, path, capability)
+    if not library.ahead_of_time:
+        _write_timings(config, timing_cache)
+    on_progress(1.0)
+    return bytes(plan)
+
+
+def capability_of(library: Library, capability: int) -> Any:
+    """The library's name of a compute capability; EngineError where it builds for others only."""
+    offered = library.module.ComputeCapability
+    found = getattr(offered, f"SM{capability}", None)
+    if found is None:
+        numbers = sorted(int(name[2:]) for name in dir(offered) if name.startswith("SM"))
+        raise EngineError(
+            f"{library} builds for compute capability {', '.join(map(as_text, numbers))}, not for "
+            f"{as_text(capability)}; use the other flavour of TensorRT on that GPU, or --backend onnxruntime"
+        )
+    return found
+
+
+def as_text(capability: int) -> str:
+    """A compute capability as it is written, 8.9 for 89."""
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag of networks that keep the file's types, for libraries that know others, too."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _profile(builder: Any, network: Any, max_batch: int) -> Any:
+    """Shapes of 1 to `max_batch` tiles, the largest number being what the plan is tuned for."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        shape = tuple(value.shape)
+        sizes = [tuple(batch if size < 0 else size for size in shape) for batch in (1, max_batch, max_batch)]
+        profile.set_shape(value.name, *sizes)
+    return profile
+
+
+def _set_formats(trt: Any, network: Any) -> None:
+    """Have values whose names say so lie with their channels last, and all others plane by plane."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for value in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
+        layout = trt.TensorFormat.HWC8 if value.name.endswith(NHWC) else trt.TensorFormat.LINEAR
+        value.allowed_formats = 1 << int(layout)
+
+
+def _monitor(trt: Any, on_progress: OnProgress) -> Any:
+    """The library's tree of phases as one share: a phase fills its part of the step of the one above it."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.ranges: dict[str, tuple[float, float, int]] = {}  # (from, width, steps)
+            self.at: dict[str, int] = {}
+            self.share = 0.0
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            start, width, count = self.ranges.get(parent or "", (0.0, 1.0, 1))
+            done = min(self.at.get(parent or "", 0), count - 1) if count else 0
+            self.ranges[name] = start + width * done / max(count, 1), width / max(count, 1), steps
+            self.at[name] = 0
+
+        def step_complete(self, name: str, step: int) -> bool:
+            self.at[name] = step + 1
+            start, width, count = self.ranges[name]
+            self.share = min(max(self.share, start + width * (step + 1) / max(count, 1)), 1.0)
+            on_progress(self.share)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.at.pop(name, None)
+
+    return Monitor()
+
+
+def _failure(library: Library, path: Path, capability: int) -> EngineError | MemoryLimitError:
+    text = library.complaint()
+    if ran_out_of_memory(text):
+        return MemoryLimitError(f"{path.name}: no memory to build a plan ({text}); close other programs")
+    return EngineError(
+        f"{path}: {library} builds no plan for compute capability {as_text(capability)} ({text}); "
+        "export the engine in another precision, or use --backend onnxruntime"
+    )
+
+
+def _read_timings(config: Any, path: Path | None) -> None:
+    """Hand the library the timings of earlier builds; those of another version it passes over itself."""
+    known = b""
+    if path:
+        with contextlib.suppress(OSError):
+            known = path.read_bytes()
+    config.set_timing_cache(config.create_timing_cache(known), False)
+
+
+def _write_timings(config: Any, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        with write_atomically(path) as stream:
+            stream.write(bytes(config.get_timing_cache().serialize()))
+    except OSError as error:
+        raise EngineError(f"{path}: timings cannot be kept: {reason(error)}") from error

@@ -1,0 +1,106 @@
+"""A TensorRT plan between fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.backends.tensorrt.jit_kernel_cache import CompiledKernels
+from moesr.runtime.backends.tensorrt.library import Library
+from moesr.runtime.devices.driver import Driver
+from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
+from moesr.runtime.errors import EngineError, MemoryLimitError
+from moesr.runtime.system.memory import ran_out_of_memory
+
+_TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
+
+
+def boundary_of(library: Library, engine: Any) -> Boundary:
+    """What an engine of the library takes and gives."""
+    sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dims = tuple("?" if size < 0 else int(size) for size in engine.get_tensor_shape(name))
+        dtype = str(engine.get_tensor_dtype(name)).rpartition(".")[2].lower()
+        is_input = engine.get_tensor_mode(name) == library.module.TensorIOMode.INPUT
+        sides[is_input].append(TensorSpec(name, _TYPES.get(dtype, dtype), dims))
+    return Boundary(tuple(sides[True]), tuple(sides[False]))
+
+
+class PlanRunner:
+    """An engine of the library between fixed addresses: a context a number of tiles, one working memory.
+
+    Contexts are not shared between numbers of tiles, since a CUDA graph keeps what a context was set to.
+    """
+
+    def __init__(self, library: Library, engine: Any, path: Path, compiled: Path | None = None) -> None:
+        """`compiled`: file for kernels that the library compiles when the plan first runs."""
+        self._compiled = CompiledKernels(compiled)
+        self._library, self._engine, self._path = library, engine, path
+        self._boundary = boundary_of(library, engine)
+        self._contexts: dict[int, Any] = {}
+        self._addresses: Mapping[str, int] = {}
+        self._driver: Driver | None = None
+        self._work = 0
+
+    @property
+    def work_bytes(self) -> int:
+        """Working memory that a run needs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def bind(self, driver: Driver, addresses: Mapping[str, int], work: int) -> None:
+        """Run between these addresses from now on, with the working memory that begins at `work`."""
+        self._driver, self._addresses, self._work = driver, addresses, work
+        self._contexts = {}
+
+    def enqueue(self, batch: int) -> None:
+        """Add a run on the first `batch` tiles to the stream; EngineError where the library refuses."""
+        assert self._driver is not None
+        first = batch not in self._contexts
+        if first:
+            self._contexts[batch] = self._context(batch)
+        if not self._contexts[batch].execute_async_v3(self._driver.stream):
+            raise self._failure("does not run")
+        if first:
+            self._compiled.keep()
+
+    def _context(self, batch: int) -> Any:
+        context = self._engine.create_execution_context(self._settings())
+        if context is None:
+            raise self._failure("cannot be prepared")
+        if self.work_bytes:
+            context.set_device_memory(self._work, self.work_bytes)
+        shaped = all(context.set_input_shape(spec.name, spec.shape(batch)) for spec in self._boundary.inputs)
+        names = [spec.name for spec in (*self._boundary.inputs, *self._boundary.outputs)]
+        if not (shaped and all(context.set_tensor_address(name, self._addresses[name]) for name in names)):
+            raise self._failure(f"does not take {batch} tiles")
+        return context
+
+    def _settings(self) -> Any:
+        """How contexts take their memory, and where there is a choice of kernels, when they are made."""
+        trt = self._library.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # a CUDA graph would keep the slower kernels that runs begin with while better ones are compiled
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self._compiled.attach(config)
+        return config
+
+    def _failure(self, what: str) -> EngineError | MemoryLimitError:
+        text = self._library.complaint()
+        if ran_out_of_memory(text):
+            return MemoryLimitError(
+                f"{self._path.name}: no memory for its plan ({text}); close what else uses the GPU, or "
+                "lower max_batch"
+            )
+        return EngineError(f"{self._path.name}: its plan {what} ({text}); see moesr-doctor")
+
+    def close(self) -> None:
+        """Let go of everything; nothing enqueued may be outstanding."""
+        self._contexts = {}
+        del self._engine

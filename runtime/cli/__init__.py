@@ -1,0 +1,1 @@
+"""The command-line programs `moesr-run` and `moesr-doctor`."""

@@ -1,0 +1,103 @@
+"""What `moesr-doctor` says of a GPU: driver, libraries, an engine's kernels and plans, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moesr.runtime.backends.selection import probe
+from moesr.runtime.backends.tensorrt import plan_store
+from moesr.runtime.backends.tensorrt.library import FLAVOURS, Library, load
+from moesr.runtime.backends.tensorrt.plan_builder import as_text
+from moesr.runtime.devices.compiled_kernels import BUILD, choose, find_kernels, read
+from moesr.runtime.devices.cuda_driver import driver_version, memory_bytes, open_device
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.errors import EngineError
+from moesr.runtime.system import memory, user_cache
+
+Finding = tuple[str, str]
+"""Label and text."""
+
+
+def findings(engine: Path, manifest: Manifest, index: int = 0) -> Iterator[Finding]:
+    """All of it; nothing here is an error, since a CPU may do."""
+    capability = None
+    try:
+        device = open_device(index)
+        capability = int("".join(map(str, device.compute_capability)))
+        free, total = map(memory.readable, memory_bytes())
+        yield (
+            "gpu",
+            f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver_version()}, "
+            f"{free} of {total} free",
+        )
+    except EngineError as error:
+        yield "gpu", f"none usable: {error}"
+    libraries = []
+    for flavour in FLAVOURS:
+        try:
+            libraries.append(load(flavour))
+            yield flavour, libraries[-1].version
+        except EngineError as error:
+            yield flavour, f"unusable: {error}"
+    if capability is not None:
+        yield "onnxruntime cuda", _onnxruntime()
+    yield "kernels", kernels(find_kernels(engine), capability)
+    yield from plans_of(engine, libraries[0] if libraries else None, capability)
+    if libraries and capability is not None:
+        yield "plans needed", needed(engine, manifest, libraries[0], capability)
+
+
+def _onnxruntime() -> str:
+    try:
+        offer = probe("onnxruntime")
+    except EngineError as error:
+        return f"unusable: {error}"
+    if "cuda" in offer.devices:
+        return f"offered by {offer.version}"
+    return f"{offer.version} is for CPUs; for the GPU uninstall it and: pip install 'moesr[cuda]'"
+
+
+def kernels(directory: Path, capability: int | None) -> str:
+    """What kernels there are, and whether a GPU can run them."""
+    try:
+        content = read(directory)
+    except EngineError as error:
+        return f"unusable: {error}"
+    made = sorted({name for kernel in content.kernels.values() for name in kernel.targets})
+    text = f"{len(content.kernels)} for {', '.join(made)} in {directory}"
+    if capability is None:
+        return text
+    if all(choose(tuple(kernel.targets), capability) for kernel in content.kernels.values()):
+        return f"{text}: fit"
+    return f"{text}: NOT for this GPU; {BUILD.format(capability, directory)}"
+
+
+def plans_of(engine: Path, library: Library | None, capability: int | None) -> Iterator[Finding]:
+    """How many plans there are of each kind, and whether this library and GPU can run them."""
+    for folder in plan_store.plan_folders(engine, user_cache.directory()):
+        groups: dict[str, int] = {}
+        for record in plan_store.list_plans(folder):
+            what = str(record)
+            if library and capability is not None:
+                made_here = (record.flavour, record.version) == (library.flavour, library.version)
+                fits = made_here and record.capability == capability
+                what += ": fit" if fits else f": stale, this is {library} on {as_text(capability)}"
+            groups[what] = groups.get(what, 0) + 1
+        for what, count in groups.items() or [("none", 0)]:
+            yield "plans", f"{count} for {what} in {folder}" if count else f"none in {folder}"
+
+
+def needed(engine: Path, manifest: Manifest, library: Library, capability: int) -> str:
+    """Which of the plans that TensorRT would run this engine with are there."""
+    here = (library.flavour, library.version, capability)
+    folders = plan_store.plan_folders(engine, user_cache.directory())
+    records = [record for folder in folders for record in plan_store.list_plans(folder)]
+    there = {r.graph_sha256 for r in records if (r.flavour, r.version, r.capability) == here}
+    wanted = list(plan_store.graph_files(engine, manifest))
+    missing = [file.file for file in wanted if file.sha256 not in there]
+    text = f"{len(wanted) - len(missing)} of {len(wanted)} for {library} on {as_text(capability)}"
+    if not missing:
+        return text
+    names = ", ".join(missing[:4]) + (", .." if len(missing) > 4 else "")
+    return f"{text}; missing: {names}: each is built when first used, or by moesr-export --tensorrt"

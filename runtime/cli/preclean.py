@@ -1,0 +1,176 @@
+"""Cleaning of severely degraded images before they are super-resolved (StableSR, appendix C).
+
+Any super-resolution network, such as Real-ESRGAN+, takes noise and blur away; its result, halved by bicubic
+so that its artefacts are not enlarged, is what the engine sees. The network is an ONNX file that maps RGB in
+0..1, [1, 3, h, w], to [1, 3, s h, s w]; its scale s is found by running it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime.errors import EngineError, MemoryLimitError, NonFiniteError
+from moesr.runtime.images.planes import join, split
+from moesr.runtime.images.resize import imresize
+from moesr.runtime.system.files import sha256_of
+
+TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and what its sides are multiples of
+MARGIN_PX = 16  # around what is used of a tile; at the image's edges it is mirrored
+PROBE_PX = 64
+FARTHEST = 4.0  # a network for pixels in 0..1 makes none beyond this of grey
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_EXPECTED = "expected a super-resolution network: RGB in 0..1, [1, 3, h, w] -> [1, 3, s h, s w], s from 2 on"
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Along one side: the part of the image that a tile makes, which begins `MARGIN_PX` inside it."""
+
+    start: int
+    stop: int
+
+
+class PreCleaner:
+    """An opened network: images in, cleaner ones of `scale / 2` times the size out."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """Open an ONNX file; EngineError where it is none, or not such a network."""
+        self.path = path
+        self._session = _open(path, threads)
+        self._name, self._type, self._fixed = _declared(path, self._session)
+        self.scale = self._probe()
+        self.sha256 = sha256_of(path)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Clean a uint8 or uint16 array HxW or HxWx{1,2,3,4}; same type and channels, alpha is only resized.
+
+        Raises InputError for anything else, NonFiniteError or EngineError where the network fails on it, and
+        MemoryLimitError.
+        """
+        planes = split(image)
+        rgb = self._clean(planes.rgb)
+        alpha = None if planes.alpha is None else imresize(planes.alpha, *rgb.shape[:2])
+        return join(rgb, alpha, planes)
+
+    def _clean(self, rgb: np.ndarray) -> np.ndarray:
+        """[H, W, 3] -> [s H / 2, s W / 2, 3], halves of pixels rounded up."""
+        height, width = rgb.shape[:2]
+        tile = self._fixed or (_side(height), _side(width))
+        rows, columns = (list(_spans(size, side)) for size, side in zip((height, width), tile, strict=True))
+        top = np.iinfo(rgb.dtype).max
+        size = [-(-n * self.scale // 2) for n in (height, width)]
+        out = np.empty((*size, 3), rgb.dtype)
+        for row in rows:
+            for column in columns:
+                part = rgb[np.ix_(_mirrored(row, tile[0], height), _mirrored(column, tile[1], width))]
+                halved = self._halved(part.astype(np.float32) / np.float32(top))
+                source, place = zip(*(self._places(span) for span in (row, column)), strict=True)
+                out[place] = np.rint(np.clip(halved[source], 0.0, 1.0) * top)
+        return out
+
+    def _places(self, span: _Span) -> tuple[slice, slice]:
+        """Of a halved tile, the part that is used, and where it goes."""
+        scale = self.scale
+        first, length = MARGIN_PX * scale // 2, -(-(span.stop - span.start) * scale // 2)
+        place = span.start * scale // 2
+        return slice(first, first + length), slice(place, place + length)
+
+    def _halved(self, tile: np.ndarray) -> np.ndarray:
+        """Float32 [h, w, 3] in 0..1 -> the network's result, halved: [s h / 2, s w / 2, 3]."""
+        result = self._run(tile)
+        if not np.isfinite(result).all():
+            raise NonFiniteError(f"{self.path}: NaN or infinite values for this image; use another network")
+        odd = [(0, side % 2) for side in result.shape[:2]]
+        even = np.pad(result, (*odd, (0, 0)), mode="edge")
+        return imresize(even, even.shape[0] // 2, even.shape[1] // 2)
+
+    def _run(self, tile: np.ndarray) -> np.ndarray:
+        fed = np.ascontiguousarray(tile.transpose(2, 0, 1)[None], self._type)
+        try:
+            result = self._session.run(None, {self._name: fed})[0]
+        except Exception as error:  # the library has no common base for its errors
+            raise _explain(self.path, error) from error
+        return np.asarray(result, np.float32)[0].transpose(1, 2, 0)
+
+    def _probe(self) -> int:
+        """The scale, from a run on grey; EngineError where the network is none of super-resolution."""
+        height, width = self._fixed or (PROBE_PX, PROBE_PX)
+        grey = np.full((height, width, 3), 0.5, np.float32)
+        try:
+            result = self._run(grey)
+        except (ValueError, IndexError) as error:
+            raise EngineError(f"{self.path}: its result has no image's axes; {_EXPECTED}") from error
+        scale = result.shape[0] // height
+        if result.shape != (scale * height, scale * width, 3) or scale < 2:
+            made, given = ("x".join(map(str, array.shape)) for array in (result, grey))
+            raise EngineError(f"{self.path}: made {made} of {given} (h x w x channels); {_EXPECTED}")
+        if not np.abs(result).max() < FARTHEST:
+            raise EngineError(f"{self.path}: made {np.abs(result).max():g} of grey 0.5; {_EXPECTED}")
+        return scale
+
+
+def _side(size: int) -> int:
+    """Side of the tiles for an image of that size."""
+    return min(TILE_PX, -(-(size + 2 * MARGIN_PX) // MULTIPLE_PX) * MULTIPLE_PX)
+
+
+def _spans(size: int, tile: int) -> Iterator[_Span]:
+    """The tiles along one side; all begin at even positions, so that what they make can be halved."""
+    stride = (tile - 2 * MARGIN_PX) // 2 * 2
+    for start in range(0, size, stride):
+        yield _Span(start, min(start + stride, size))
+
+
+def _mirrored(span: _Span, tile: int, size: int) -> np.ndarray:
+    """Positions in a line of `size` pixels that a tile shows, back and forth beyond its ends."""
+    period = max(2 * (size - 1), 1)
+    position = np.arange(span.start - MARGIN_PX, span.start - MARGIN_PX + tile) % period
+    return np.minimum(position, period - position)
+
+
+def _open(path: Path, threads: int | None) -> Any:
+    from moesr.runtime.backends import ort
+
+    ort.probe()  # says what to install
+    import onnxruntime
+
+    if not path.is_file():
+        raise EngineError(f"{path}: no such file; {_EXPECTED}, as an ONNX file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads or 0, 4
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library has no common base for its errors
+        raise _explain(path, error) from error
+
+
+def _declared(path: Path, session: Any) -> tuple[str, type, tuple[int, int] | None]:
+    """Name, type and fixed sides (None: any) of the only input; EngineError where it takes no image."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise EngineError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPECTED}")
+    shape = [n if isinstance(n, int) else None for n in inputs[0].shape]
+    kind = _TYPES.get(inputs[0].type)
+    if kind is None or len(shape) != 4 or shape[0] not in (1, None) or shape[1] not in (3, None):
+        given = "x".join("?" if n is None else str(n) for n in shape)
+        raise EngineError(f"{path}: takes {inputs[0].type} {given}; {_EXPECTED}")
+    height, width = shape[2:]
+    if height is None and width is None:
+        return inputs[0].name, kind, None
+    fixed = height or width or 0, width or height or 0
+    if min(fixed) <= 2 * MARGIN_PX + 1:
+        raise EngineError(f"{path}: takes tiles of {fixed[1]}x{fixed[0]} only; {_EXPECTED}, of any size")
+    return inputs[0].name, kind, fixed
+
+
+def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", text, re.IGNORECASE):
+        return MemoryLimitError(f"{path}: out of memory ({text:.200}); close other programs")
+    return EngineError(f"{path}: cannot be run by onnxruntime ({text:.300}); {_EXPECTED}, as an ONNX file")

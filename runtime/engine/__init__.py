@@ -1,0 +1,1 @@
+"""Engine directories: the manifest, the graphs that it lists, and where engines are found."""

@@ -1,0 +1,44 @@
+"""Engines by name: the bundled ones, and directories of the user's."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME
+from moesr.runtime.errors import EngineError
+from moesr.runtime.system.files import examine
+
+DEMO_ENGINES = ("demo-x4", "demo-x8")
+"""Names of the engines that come with the package, the default first."""
+
+
+def demo_name(given: Path | str | None) -> str | None:
+    """The name in DEMO_ENGINES that is meant, the first for None; None where it is a path of the user's."""
+    if given is None:
+        return DEMO_ENGINES[0]
+    return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
+
+
+def engine_directory(engine: Path | str | None = None) -> Path:
+    """Directory of an engine given as a path or as one of DEMO_ENGINES, which come with the package.
+
+    None is the first of them; a directory of that name goes before the bundled one. Raises EngineError where
+    there is no such directory, or a bundled engine was left out of the installation.
+    """
+    name = demo_name(engine)
+    if name is None:
+        path = Path(str(engine))
+        if len(path.parts) == 1 and examine(path, EngineError) is None:
+            raise EngineError(
+                f"{path}: no such engine directory, and none of the bundled engines "
+                f"({', '.join(DEMO_ENGINES)}); name one of these, or make it with moesr-export -o {path}"
+            )
+        return path
+    path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))
+    if not (path / MANIFEST_NAME).is_file():
+        raise EngineError(
+            f"this installation has no bundled demo engine ({path}); name an engine directory, "
+            "made with moesr-export -o DIR"
+        )
+    return path

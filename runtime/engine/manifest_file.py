@@ -1,0 +1,215 @@
+"""Reads, writes and checks the `manifest.json` of an engine directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.engine import manifest_v1, onnx_external_data
+from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_of, mismatches
+from moesr.runtime.engine.manifest import SAMPLERS, SCHEMA, Manifest
+from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
+from moesr.runtime.errors import EngineError
+from moesr.runtime.options import MAX_GUIDANCE
+from moesr.runtime.system.file_hashes import sha256_of
+from moesr.runtime.system.json_dataclass import build
+
+MANIFEST_NAME = "manifest.json"
+
+
+CURE = "export the engine again with moesr-export, or copy the whole directory again"
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> Path:
+    """Write `manifest.json` into an existing directory, checked as on reading, and return its path."""
+    path = Path(directory) / MANIFEST_NAME
+    _check_values(manifest, path)
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -> Manifest:
+    """Read and check the manifest of an engine directory.
+
+    With `verify` the SHA-256 of every file is compared. The hash of a large file is remembered as long as
+    the file is not touched; `anew` computes it again. Raises EngineError that names
+    the file at fault and the cure.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_NAME
+    values = _load_json(directory, path)
+    schema = values.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise EngineError(f"{path}: schema is {schema!r}, expected {SCHEMA}; {CURE}")
+    if schema > SCHEMA:
+        raise EngineError(
+            f"{path}: the engine has manifest schema {schema}, this moesr reads schema {SCHEMA}; "
+            "upgrade moesr, or export the engine again with this version's moesr-export"
+        )
+    try:
+        if schema == 1:
+            values = manifest_v1.upgraded(values)
+        manifest = build(Manifest, values)
+    except ValueError as error:
+        raise EngineError(f"{path}: {error}; {CURE}") from error
+    _check_values(manifest, path)
+    _check_files(manifest, directory, verify, anew)
+    return manifest
+
+
+def _load_json(directory: Path, path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(_no_manifest(directory)) from None
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise EngineError(
+            f"{path}: cannot be read ({reason}); check the name and the permissions of the engine directory"
+        ) from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
+    if not isinstance(values, dict):
+        raise EngineError(f"{path}: expected a JSON object, got {type(values).__name__}; {CURE}")
+    return values
+
+
+def _no_manifest(directory: Path) -> str:
+    """Why a directory has no readable manifest, and what to do."""
+    if directory.is_dir():
+        return (
+            f"{directory}: not an engine directory, it has no {MANIFEST_NAME}; "
+            "make one with moesr-export -o DIR"
+        )
+    if directory.exists():
+        return (
+            f"{directory}: an engine is a directory with {MANIFEST_NAME}, this is a file; name its directory"
+        )
+    return f"{directory}: no such engine directory; make one with moesr-export -o {directory}"
+
+
+def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) -> None:
+    """Compare what is there with what the manifest lists; weights that it does not list are refused."""
+    for file in manifest.files:
+        _check_file(directory / file.file, file.sha256, verify, anew)
+    for graph in manifest.graphs.values():
+        for arrangement in graph.arrangements:
+            listed = {file.file for file in arrangement.data}
+            if verify and (stray := _taken(directory / arrangement.file) - listed):
+                raise EngineError(
+                    f"{directory / arrangement.file}: takes weights from {', '.join(sorted(stray))}, which "
+                    f"{MANIFEST_NAME} does not list; {CURE}"
+                )
+
+
+def _taken(path: Path) -> set[str]:
+    """Files, besides itself, that a graph is made of."""
+    return read_parts(path).files if path.name.endswith(SUFFIX) else onnx_external_data.external_files(path)
+
+
+def _check_file(path: Path, sha256: str, verify: bool, anew: bool) -> None:
+    try:
+        if not path.is_file():
+            raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {CURE}")
+        got = sha256_of(path, anew=anew) if verify else sha256
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if got != sha256:
+        raise EngineError(
+            f"{path}: damaged or replaced: its SHA-256 is {got[:12]}.., "
+            f"{MANIFEST_NAME} says {sha256[:12]}..; {CURE}"
+        )
+
+
+def _check_values(m: Manifest, path: Path) -> None:
+    """Refuse values that parse but cannot drive a model."""
+    problems = [
+        f"{name} is {getattr(m, name)}, expected at least 1"
+        for name in ("scale", "tile", "latent_channels", "latent_factor")
+        if getattr(m, name) < 1
+    ]
+    if not problems and m.tile % m.latent_factor:
+        problems.append(f"tile {m.tile} is not a multiple of latent_factor {m.latent_factor}")
+    if m.framing.overlap is not None and not problems and not 0 <= m.framing.overlap < m.latent_tile:
+        problems.append(
+            f"framing.overlap is {m.framing.overlap}, expected 0 to {m.latent_tile - 1} latent pixels"
+        )
+    if m.model.get("scale", m.scale) != m.scale:
+        problems.append(f"scale is {m.scale}, the model's is {m.model['scale']}")
+    if not 1 <= m.steps <= m.schedule.timesteps:
+        problems.append(f"steps is {m.steps}, expected 1 to {m.schedule.timesteps}")
+    if m.sampler not in SAMPLERS:
+        problems.append(f"sampler is {m.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    if not 0.0 <= m.fidelity <= 1.0:
+        problems.append(f"fidelity is {m.fidelity}, expected 0 to 1")
+    problems += _unguided(m)
+    problems += [
+        f"graph file {file.file!r} must be a plain file name inside the engine directory"
+        for file in m.files
+        if not file.file or Path(file.file).name != file.file or "\\" in file.file
+    ]
+    problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
+    if problems:
+        raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
+
+
+def _missing_roles(m: Manifest) -> list[str]:
+    """Roles that the model needs and no graph fills, in words."""
+    needed = {e.graph for e in m.experts} | {e.shallow for e in m.experts if e.shallow}
+    needed |= {ENCODER} if m.condition == "latent" else set()
+    missing = [f"no graph {role!r}" for role in sorted(needed - m.graphs.keys())]
+    if DECODER not in m.graphs and (m.latent_channels, m.latent_factor) != (3, 1):
+        missing.append("without a decoder, latents must be images: latent_channels 3, latent_factor 1")
+    if m.init == "latent" and m.condition != "latent":
+        missing.append("init is 'latent', which needs condition 'latent'")
+    return missing or _unshared(m)
+
+
+def _unshared(m: Manifest) -> list[str]:
+    """Where a shallow graph has no features to take, in words."""
+    deep = {e.graph: deep_of(m.graphs[e.graph]) for e in m.experts if e.shallow}
+    missing = [
+        f"{role} has a shallow graph and no output {DEEP!r}" for role, spec in deep.items() if not spec
+    ]
+    if deep and len(deep) < len(m.experts):
+        missing.append("some experts have a shallow graph and some have none")
+    if len(set(deep.values())) > 1:
+        missing.append(f"experts differ in their output {DEEP!r}")
+    return missing
+
+
+def _unguided(m: Manifest) -> list[str]:
+    """Where guidance lacks what it needs, in words."""
+    if len(m.prompts) > 2:
+        return [f"prompts has {len(m.prompts)} entries, expected at most one to follow and a negative one"]
+    if not 0.0 <= m.guidance <= MAX_GUIDANCE:
+        return [f"guidance is {m.guidance}, expected 0 to {MAX_GUIDANCE}"]
+    if not m.guided:
+        return [f"guidance is {m.guidance} without a negative prompt"] if m.guidance != 1.0 else []
+    graphs = {e.graph: m.graphs.get(e.graph) for e in m.experts}
+    return [
+        f"{role} takes no prompt, though there are two"
+        for role, graph in graphs.items()
+        if graph and "prompt" not in {spec.name for spec in graph.inputs if spec.per_tile}
+    ]
+
+
+def _gaps(m: Manifest) -> list[str]:
+    """Where the experts do not follow one another from 0 to `timesteps`, in words."""
+    found, edge = [], 0
+    for expert in m.experts:
+        if expert.t_from != edge or expert.t_to <= expert.t_from:
+            found.append(
+                f"{expert.graph} serves t {expert.t_from} to {expert.t_to}, expected to start at {edge}"
+            )
+        edge = expert.t_to
+    if edge != m.schedule.timesteps:
+        found.append(f"the experts serve t up to {edge}, expected {m.schedule.timesteps}")
+    return found

@@ -1,0 +1,63 @@
+"""Manifests of schema 1, which listed the experts and the decoder and left their boundaries to the sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.engine.graph_io import DECODER, boundary_of
+from moesr.runtime.engine.graph_spec import Expert, File, Graph, Parity
+from moesr.runtime.system.json_dataclass import build
+
+
+@dataclass(frozen=True)
+class _Expert(File):
+    t_from: int
+    t_to: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What schema 1 had in another form; the other entries are those of schema 2."""
+
+    tile: int
+    latent_channels: int
+    latent_factor: int
+    precision: str
+    experts: tuple[_Expert, ...]
+    decoder: File
+    params: dict[str, int]  # of one "expert" and of the "decoder"
+    macs: dict[str, int]
+    parity: dict[str, Parity] = field(default_factory=dict)  # by file name without suffix
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of schema 1 as the JSON values of schema 2; ValueError names what is wrong with it."""
+    old = build(_Manifest, values)
+    roles = [f"expert_{k}" for k in range(len(old.experts))]
+
+    def graph(role: str, kind: str, file: File) -> Graph:
+        sizes = max(old.tile, 1), old.latent_channels, max(old.latent_factor, 1)
+        full = boundary_of(role, *sizes)
+        # The fidelity was one value for a run.
+        inputs = tuple(replace(i, dims=(1,)) if i.name == "fidelity" else i for i in full.inputs)
+        return Graph(
+            file=file.file,
+            sha256=file.sha256,
+            precision=old.precision,
+            inputs=inputs,
+            outputs=full.outputs,
+            params=old.params.get(kind, 0),
+            macs=old.macs.get(kind, 0),
+            parity=old.parity.get(Path(file.file).stem),
+        )
+
+    graphs = {role: graph(role, "expert", e) for role, e in zip(roles, old.experts, strict=True)}
+    graphs[DECODER] = graph(DECODER, "decoder", old.decoder)
+    experts = [Expert(r, e.t_from, e.t_to) for r, e in zip(roles, old.experts, strict=True)]
+    return values | {
+        "schema": 2,
+        "graphs": {role: asdict(entry) for role, entry in graphs.items()},
+        "experts": [asdict(expert) for expert in experts],
+    }

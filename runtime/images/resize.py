@@ -1,0 +1,165 @@
+"""Bicubic resizing as MATLAB's `imresize` does it, the convention of the super-resolution literature.
+
+Keys' cubic kernel with a = -0.5; pixel centres at integers from 1, so output u maps to `u / scale + (1 -
+1/scale) / 2`; edges mirrored with the edge pixel repeated; for a reduction with antialiasing the kernel is
+stretched by 1/scale. The axis of the smaller scale goes first, rows where they are equal. Sums are in
+float64. As in the published pipeline, an integer image is rounded (half to even) and clipped after *each* of
+the two passes. PyTorch's `interpolate` differs in the kernel, a = -0.75, in repeating the edge pixel, and in
+rounding nothing in between.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Convention = Literal["matlab", "torch"]
+
+_A: dict[str, float] = {"matlab": -0.5, "torch": -0.75}  # of Keys' kernel
+_TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+_BLOCK_BYTES = 32 << 20  # size aimed at for one block's float64 intermediate
+
+
+@dataclass(frozen=True, eq=False)
+class _Taps:
+    """For each output position its source positions and their weights (summing to 1), [out, taps] both."""
+
+    index: np.ndarray
+    weight: np.ndarray
+
+    def rows(self, start: int, stop: int) -> _Taps:
+        return _Taps(self.index[start:stop], self.weight[start:stop])
+
+    def window(self) -> tuple[_Taps, slice]:
+        """The same taps, counted from the first source position used, and the slice of the source used."""
+        first, last = int(self.index.min()), int(self.index.max())
+        return _Taps(self.index - first, self.weight), slice(first, last + 1)
+
+
+def imresize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    antialias: bool = True,
+    convention: Convention = "matlab",
+) -> np.ndarray:
+    """Resize an image, [H, W] or [H, W, C] of uint8, uint16 or float32, to `height` x `width`; same dtype.
+
+    Integer images are rounded and clipped to the range of their type; float32 is neither. Any source from 1x1
+    on. Works on blocks of rows: memory beyond the output is bounded by the block size and a few source rows.
+    Raises ValueError for another type or number of axes, or an empty size.
+    """
+    if image.dtype not in _TYPES or image.ndim not in (2, 3):
+        raise ValueError(
+            f"expected a uint8, uint16 or float32 image, HxW or HxWxC; got {image.dtype} {image.shape}"
+        )
+    if min(image.shape) < 1 or height < 1 or width < 1:
+        raise ValueError(
+            f"cannot resize an image of shape {image.shape} to {height}x{width}: sizes start at 1"
+        )
+    source = image.reshape(*image.shape[:2], -1)  # [H, W, C]
+    in_height, in_width, channels = source.shape
+    vertical, horizontal = (
+        _taps(*sizes, antialias, convention) for sizes in ((in_height, height), (in_width, width))
+    )
+    rows_first = height * in_width <= width * in_height  # height / in_height <= width / in_width
+    between = image.dtype if convention == "matlab" else np.dtype(np.float64)
+    out = np.empty((height, width, channels), image.dtype)
+    rows_per_block = max(1, _BLOCK_BYTES // (8 * channels * max(in_width, width)))
+    # A reduction reads many source rows for each row made: let those fill the block instead.
+    rows_per_block = max(1, min(rows_per_block, math.ceil(rows_per_block * height / in_height)))
+    for start in range(0, height, rows_per_block):
+        stop = min(start + rows_per_block, height)
+        taps, needed = vertical.rows(start, stop).window()
+        block = source[needed]
+        if rows_first:
+            block = _quantise(_resample(block, taps), between)
+            block = _resample_columns(block, horizontal)
+        else:
+            block = _quantise(_resample_columns(block, horizontal), between)
+            block = _resample(block, taps)
+        out[start:stop] = _quantise(block, image.dtype)
+    return out.reshape(height, width, *image.shape[2:])
+
+
+def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> _Taps:
+    scale = out_size / size
+    stretch = min(scale, 1.0) if antialias else 1.0
+    support = 4.0 / stretch
+    centre = np.arange(1, out_size + 1) / scale + 0.5 * (1.0 - 1.0 / scale)
+    first = np.floor(centre - support / 2)
+    position = first[:, None] + np.arange(math.ceil(support) + 2)  # [out, taps], from 1
+    weight = stretch * _cubic(stretch * (centre[:, None] - position), _A[convention])
+    weight /= weight.sum(axis=1, keepdims=True)
+    index = position.astype(np.int64) - 1
+    if convention == "torch":
+        index = index.clip(0, size - 1)
+    else:
+        index %= 2 * size
+        index = np.where(index < size, index, 2 * size - 1 - index)
+    used = np.any(weight != 0.0, axis=0)
+    return _Taps(index[:, used], weight[:, used])
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' kernel (IEEE Trans. ASSP 29(6), 1981, Eq. 8)."""
+    x = np.abs(x)
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
+    return np.where(x <= 1.0, near, np.where(x <= 2.0, far, 0.0))
+
+
+def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
+    """Weighted sums of whole rows: [N, ...] -> float64 [out, ...]."""
+    shape = (len(taps.index), *source.shape[1:])
+    total, term = np.zeros(shape), np.empty(shape)
+    for tap in range(taps.index.shape[1]):
+        weight = taps.weight[:, tap].reshape(-1, *([1] * (source.ndim - 1)))
+        np.multiply(source[taps.index[:, tap]], weight, out=term)
+        total += term
+    return total
+
+
+def _resample_columns(source: np.ndarray, taps: _Taps) -> np.ndarray:
+    """The same along the second axis, on a transposed copy so that whole lines are gathered."""
+    return _resample(np.ascontiguousarray(source.swapaxes(0, 1)), taps).swapaxes(0, 1)
+
+
+def _quantise(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round half to even and clip to an integer type's range, in place; a float image passes unchanged."""
+    if dtype.kind == "f":
+        return values
+    np.rint(values, out=values)
+    return np.clip(values, 0, np.iinfo(dtype).max, out=values)
+
+
+def reflect_pad(
+    image: np.ndarray, min_height: int, min_width: int, *, axes: tuple[int, int] = (-2, -1)
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Extend an image at the bottom and right by reflection to at least `min_height` x `min_width`.
+
+    `axes` are the positions of height and width: (-2, -1) for [..., H, W], (0, 1) for [H, W, C]. The edge
+    pixel is not repeated; an image smaller than the padding is reflected back and forth, a line of one pixel
+    is repeated. Returns the image (itself where it is large enough) and its original `(height, width)`, to
+    crop by.
+    """
+    size = (image.shape[axes[0]], image.shape[axes[1]])
+    if min(size) < 1:
+        raise ValueError(f"cannot pad an empty image of shape {image.shape}")
+    for axis, length, minimum in zip(axes, size, (min_height, min_width), strict=True):
+        if length < minimum:
+            image = np.take(image, _reflected(length, minimum), axis=axis)
+    return image, size
+
+
+def _reflected(length: int, padded: int) -> np.ndarray:
+    """Source positions 0 .. length - 1, then back, and so on: int64 [padded]."""
+    if length == 1:
+        return np.zeros(padded, np.int64)
+    period = 2 * (length - 1)
+    position = np.arange(padded) % period
+    return np.minimum(position, period - position)

@@ -1,0 +1,119 @@
+"""The settings of one image, in one place: the options that callers give, their defaults, and every check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict, Unpack
+
+from moesr.runtime.engine.graph_io import DECODER
+from moesr.runtime.engine.manifest import SAMPLERS, Manifest
+from moesr.runtime.errors import UsageError
+from moesr.runtime.images.color import COLOR_FIXES
+from moesr.runtime.options import (
+    DEFAULT_COLOR_FIX,
+    DEFAULT_SEED,
+    check_fidelity,
+    check_guidance,
+    check_reuse,
+    check_seed,
+    whole,
+)
+
+
+class Options(TypedDict, total=False):
+    """How an image is made; an option that is left out, or None, takes its default.
+
+    `steps` (1 to the schedule's number of timesteps), `sampler` ("ddpm", "ddim" or "dpm++2m"), `fidelity`
+    (0, free, to 1, faithful to the LR image) and `guidance` (0 to 100, for engines with a negative prompt)
+    default to the engine's values; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none")
+    to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one step in N, and the
+    other steps reuse those features; the engine must have been exported for that.
+    """
+
+    steps: int | None
+    sampler: str | None
+    seed: int | None
+    color_fix: str | None
+    fidelity: float | None
+    guidance: float | None
+    reuse: int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options with their defaults filled in and checked. `resolve` makes them."""
+
+    steps: int
+    sampler: str
+    seed: int
+    fidelity: float
+    guidance: float = 1.0  # strength of classifier-free guidance; 1 is none
+    reuse: int = 1  # every level is computed at one step in `reuse`
+    color_fix: str = DEFAULT_COLOR_FIX
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as results record them: those that do nothing are left out, as older versions did."""
+        values = asdict(self)
+        for name in ("guidance", "reuse"):
+            if values[name] == 1:
+                del values[name]
+        return values
+
+
+OPTION_NAMES = tuple(Options.__annotations__)
+_CHECKS = {"seed": check_seed, "fidelity": check_fidelity, "guidance": check_guidance, "reuse": check_reuse}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the options that need no engine for it; UsageError names the one that is wrong."""
+    for name, check in _CHECKS.items():
+        if options.get(name) is not None:
+            check(options[name])
+
+
+def resolve(manifest: Manifest, **options: Unpack[Options]) -> Settings:
+    """Fill in an engine's defaults and check every option; UsageError names the option that is wrong."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := given.keys() - set(OPTION_NAMES):
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}, expected {', '.join(OPTION_NAMES)}")
+    m = manifest
+    settings = Settings(
+        steps=whole("steps", given.get("steps", m.steps), 1, m.schedule.timesteps),
+        sampler=_one_of("sampler", given.get("sampler", m.sampler), SAMPLERS),
+        seed=check_seed(given.get("seed", DEFAULT_SEED)),
+        fidelity=check_fidelity(given.get("fidelity", m.fidelity)),
+        guidance=check_guidance(given.get("guidance", m.guidance)),
+        reuse=check_reuse(given.get("reuse", 1)),
+        color_fix=_one_of("color_fix", given.get("color_fix", DEFAULT_COLOR_FIX), COLOR_FIXES),
+    )
+    check_settings(m, settings)
+    return settings
+
+
+def _one_of(option: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(f"{option} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def check_settings(manifest: Manifest, settings: Settings) -> None:
+    """Raise UsageError if the engine does not support the settings."""
+    m = manifest
+    if settings.guidance != 1.0 and not m.guided:
+        raise UsageError(
+            f"guidance is {settings.guidance:g}, but {m.name} knows no negative prompt: export the engine "
+            "with moesr-export --guidance S, or leave guidance at 1"
+        )
+    if settings.reuse > 1 and not m.deep:
+        raise UsageError(
+            f"reuse is {settings.reuse}, but {m.name} has no shallow graphs: export the engine with "
+            "moesr-export --reuse, or leave reuse at 1"
+        )
+    decoder = m.graphs.get(DECODER)
+    takes_fidelity = decoder is not None and any(spec.name == "fidelity" for spec in decoder.inputs)
+    if settings.fidelity != m.fidelity and not takes_fidelity:
+        raise UsageError(
+            f"fidelity is {settings.fidelity:g}, but the decoder of {m.name} takes no features of the LR "
+            "image: import the model with one that does (--cfw FILE of moesr-import), or leave fidelity out"
+        )

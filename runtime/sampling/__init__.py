@@ -1,0 +1,1 @@
+"""The mathematics of sampling: schedule, samplers, noise and tile windows."""

@@ -1,0 +1,139 @@
+"""One sampler step over flat arrays, in place.
+
+DDIM (Song et al., ICLR 2021, Eq. 12) predicts the clean latent and moves towards it::
+
+    z_{t-1} = sqrt(a_prev) * x0 + d * eps + sigma * noise,    d = sqrt(1 - a_prev - sigma^2)
+
+with `a = alpha_bar`. A network predicts one of eps, x0 and v = sqrt(a) * eps - sqrt(1 - a) * x0 (Salimans and
+Ho, ICLR 2022), and z_t = sqrt(a) * x0 + sqrt(1 - a) * eps gives the others. All of that is linear in `z_t`
+and the network's output, so a step is three scalars, computed in float64::
+
+    z_{t-1} = c_z * z_t + c_out * out + c_noise * noise
+
+=====  ================================  ==========================================
+       c_z                               c_out
+=====  ================================  ==========================================
+eps    sqrt(a_prev / a)                  d - sqrt(a_prev * (1 - a) / a)
+x0     d / sqrt(1 - a)                   sqrt(a_prev) - d * sqrt(a / (1 - a))
+v      sqrt(a * a_prev) + d * sqrt(1-a)  d * sqrt(a) - sqrt(a_prev * (1 - a))
+=====  ================================  ==========================================
+
+and the loop makes three multiplications and two additions an element, without a temporary array.
+
+DPM-Solver++ (Lu et al., 2022, Algorithm 2: data prediction, multistep, second order) takes the step of DDIM
+(d = sqrt(1 - a_prev)) with x0 carried forward along the line through the x0 of the step before::
+
+    x0' = (1 + w) * x0 - w * x0_before,    w = h / (2 h_before)
+
+where h is what a step adds to lambda = log(a / (1 - a)) / 2. With k = sqrt(a_prev) - d * sqrt(a / (1 - a))
+and x0 = x_z * z_t + x_out * out that is linear once more::
+
+    z_{t-1} = (d / sqrt(1 - a) + k (1 + w) x_z) * z_t + k (1 + w) x_out * out - k w * x0_before
+
+=====  ===========  ====================
+       x_z          x_out
+=====  ===========  ====================
+eps    1 / sqrt(a)  -sqrt((1 - a) / a)
+x0     0            1
+v      sqrt(a)      -sqrt(1 - a)
+=====  ===========  ====================
+
+The first step has none before it (w = 0); the last, which may be infinitely long in lambda, does without.
+What is remembered is an estimate of the clean latent, whichever expert made it, and stays one where the next
+expert takes over: `docs/architecture.md` has why it is kept there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moesr.runtime.sampling.schedule import StepTable
+
+ETA = {"ddpm": 1.0, "ddim": 0.0, "dpm++2m": 0.0}
+"""Share of the posterior's noise that each sampler adds, by name."""
+
+MULTISTEP = ("dpm++2m",)
+"""Samplers that remember the x0 of the step before."""
+
+Prediction = Literal["eps", "x0", "v"]
+"""What a network predicts."""
+
+_ZERO = np.float32(0.0)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Scalars of one step, float32 (see the module's formulas); the last three are of multistep samplers.
+
+    `c_history` weights the x0 of the step before, and this step's is `x_z * z_t + x_out * out`.
+    """
+
+    c_z: np.float32
+    c_out: np.float32
+    c_noise: np.float32
+    c_history: np.float32 = _ZERO
+    x_z: np.float32 = _ZERO
+    x_out: np.float32 = _ZERO
+
+
+def coefficients(table: StepTable, step: int, prediction: Prediction = "eps") -> Coefficients:
+    """Scalars of the step at position `step` of the table (0 is executed first)."""
+    a, a_prev, sigma = table.alpha_bar[step], table.alpha_bar_prev[step], table.sigma[step]
+    d = np.sqrt(max(1.0 - a_prev - sigma**2, 0.0))
+    if prediction == "eps":
+        c_z, c_out = np.sqrt(a_prev / a), d - np.sqrt(a_prev * (1.0 - a) / a)
+    elif prediction == "x0":
+        c_z, c_out = d / np.sqrt(1.0 - a), np.sqrt(a_prev) - d * np.sqrt(a / (1.0 - a))
+    else:
+        c_z = np.sqrt(a * a_prev) + d * np.sqrt(1.0 - a)
+        c_out = d * np.sqrt(a) - np.sqrt(a_prev * (1.0 - a))
+    x_z, x_out = _clean(a, prediction)
+    k = (np.sqrt(a_prev) - d * np.sqrt(a / (1.0 - a))) * table.extrapolation[step]
+    return Coefficients(*map(np.float32, (c_z + k * x_z, c_out + k * x_out, sigma, -k, x_z, x_out)))
+
+
+def _clean(a: float, prediction: Prediction) -> tuple[float, float]:
+    """What z_t and the network's output count for in x0, where alpha_bar is `a`."""
+    if prediction == "eps":
+        return 1.0 / math.sqrt(a), -math.sqrt((1.0 - a) / a)
+    return (0.0, 1.0) if prediction == "x0" else (math.sqrt(a), -math.sqrt(1.0 - a))
+
+
+def advance(
+    z: np.ndarray,
+    out: np.ndarray,
+    noise: np.ndarray | None,
+    c: Coefficients,
+    scratch: np.ndarray,
+    history: np.ndarray | None = None,
+) -> None:
+    """Replace `z` (z_t) by z_{t-1}, in place, and `history`, the x0 of the step before, by this step's.
+
+    All arrays are float32 of one shape; `out`, the prediction, and `noise` are only read, `scratch` is
+    overwritten. `noise` may be None where the step adds none, `history` where nothing is remembered;
+    ValueError where one is missing but needed.
+    """
+    if history is not None:
+        np.multiply(history, c.c_history, out=scratch)
+        np.multiply(z, c.x_z, out=history)
+    elif c.c_history != 0:
+        raise ValueError("this step goes by the x0 of the step before but got none; pass the history")
+    np.multiply(z, c.c_z, out=z)
+    if history is not None:
+        np.add(z, scratch, out=z)
+        np.multiply(out, c.x_out, out=scratch)
+        np.add(history, scratch, out=history)
+    np.multiply(out, c.c_out, out=scratch)
+    np.add(z, scratch, out=z)
+    if c.c_noise == 0:
+        return
+    if noise is None:
+        raise ValueError(
+            f"this step adds noise (sigma {c.c_noise:.6g}) but got none; pass standard normal noise"
+        )
+    np.multiply(noise, c.c_noise, out=scratch)
+    np.add(z, scratch, out=z)

@@ -1,0 +1,199 @@
+"""Noise schedule and the sampler's list of steps, computed once in float64.
+
+Symbols, as in the papers:
+
+========== =====================================================================================
+`t`        training timestep, 0 (least noise) .. timesteps - 1 (pure noise)
+`step`     position in the sampler's list, 0 .. steps - 1, in the order of execution
+`beta`     variance that training adds at one timestep
+`alpha_bar` product of (1 - beta) up to and including t: the share of the signal left
+`sigma`    standard deviation of the noise that one sampler step adds
+========== =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+Spacing = Literal["leading", "linspace", "linspace_leading"]
+"""How the sampler's steps are spread over the timesteps, for S steps of T timesteps.
+
+================== ================================ =============================== ==============
+                   the network sees t               `alpha_bar` is taken at         the end
+================== ================================ =============================== ==============
+leading            floor(i T / S) + 1               t                               alpha_bar[0]
+linspace           round(i (T - 1) / (S - 1))       t                               1
+linspace_leading   round(i (T - 1) / (S - 1))       floor(i T / S)                  alpha_bar[0]
+================== ================================ =============================== ==============
+
+The first is LDM's DDIM and MoE-SR, the second StableSR's DDPM, and the last StableSR's DDIM, where the
+network is told of more noise than there is. Halves round to even.
+"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Scaled-linear noise schedule: `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.0015
+    beta_end: float = 0.0155
+    spacing: Spacing = "leading"
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 1:
+            raise ValueError(f"a schedule needs at least 1 timestep, got {self.timesteps}")
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise ValueError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
+            )
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """Float64 [timesteps], read-only."""
+        roots = np.linspace(
+            np.sqrt(self.beta_start), np.sqrt(self.beta_end), self.timesteps, dtype=np.float64
+        )
+        return _read_only(roots**2)
+
+    @cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """Float64 [timesteps], read-only, falling with t."""
+        return _read_only(np.cumprod(1.0 - self.betas))
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """What the sampler needs to know of each step, in the order of execution: row 0 has the highest t.
+
+    `t` and `expert` are int64 [S]; `alpha_bar`, `alpha_bar_prev` (of the next, less noisy timestep), `sigma`
+    and `extrapolation` (how far a multistep sampler carries x0 on from that of the step before; 0: not at
+    all) are float64 [S].
+    """
+
+    t: np.ndarray
+    expert: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    sigma: np.ndarray
+    extrapolation: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> np.ndarray:
+    """Pick `steps` of `total` training timesteps: int64 [steps], ascending, each in [0, total - 1].
+
+    "leading": where `steps` divides `total` this is the published sampler's `range(0, total, total // steps)
+    + 1`. Elsewhere that list would have more than `steps` entries; here entry i is `floor(i * total / steps)
+    + 1`, which spreads exactly `steps` entries over the whole range. Only `steps == total` leaves no room for
+    the offset of one: then every timestep is taken once. The others run from 0 to `total - 1`; one step alone
+    is at `total - 1`.
+
+    Raises ValueError unless 1 <= steps <= total.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in 1..{total} (the number of training timesteps), got {steps}")
+    if spacing != "leading":
+        strides = np.full(steps, (total - 1) / max(steps - 1, 1))
+        strides[0] = 0 if steps > 1 else total - 1
+        # summed up like the published list, whose rounding errors decide where halves go
+        return np.cumsum(strides).round().astype(np.int64)
+    offset = 1 if steps < total else 0
+    return np.arange(steps, dtype=np.int64) * total // steps + offset
+
+
+def step_table(
+    schedule: Schedule,
+    steps: int,
+    eta: float,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    multistep: bool = False,
+) -> StepTable:
+    """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
+
+    `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. Where the last step ends is a matter of
+    the schedule's spacing, as in the published samplers. `multistep`: DPM-Solver++(2M), whose steps are even
+    in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError for steps or eta out of range,
+    or where a timestep belongs to no expert or to several.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
+    spacing, total = schedule.spacing, schedule.timesteps
+    ascending = respaced_timesteps(total, steps, spacing)
+    if multistep:
+        ascending, spacing = _even_in_lambda(schedule.alpha_bar, steps), "leading"
+    positions = np.arange(steps) * total // steps if spacing == "linspace_leading" else ascending
+    alpha_bar = schedule.alpha_bar[positions]
+    end = 1.0 if spacing == "linspace" else schedule.alpha_bar[0]
+    alpha_bar_prev = np.concatenate([[end], alpha_bar[:-1]])
+    variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
+    further = _extrapolation(alpha_bar, alpha_bar_prev) if multistep else np.zeros(steps)
+    experts = _experts(ascending, ranges)
+    columns = (ascending, experts, alpha_bar, alpha_bar_prev, eta * np.sqrt(variance), further)
+    return StepTable(*(_read_only(column[::-1].copy()) for column in columns))
+
+
+def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
+    """Which steps compute every level of their expert: bool [S], for the experts of the steps, int64 [S].
+
+    The first of each expert and every `interval`-th after it; the others reuse deep features of the full one
+    before them, which is never another expert's.
+    """
+    full = np.ones(len(experts), bool)
+    since = 0
+    for step in range(1, len(experts)):
+        since = since + 1 if experts[step] == experts[step - 1] else 0
+        full[step] = since % interval == 0
+    return full
+
+
+def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
+    """The timesteps nearest to even steps of `lambda = log(a / (1 - a)) / 2`, ascending, none of them twice.
+
+    From pure noise to the first step before alpha_bar[0], where the last one ends. The higher the order of a
+    sampler, the more it needs that: with steps even in t the last ones are several times longer in lambda.
+    """
+    order, last = np.arange(steps), len(alpha_bar) - 1
+    curve = np.log(alpha_bar / (1.0 - alpha_bar)) / 2.0  # falls with t
+    wanted = np.linspace(curve[0], curve[-1], steps + 1)[1:]
+    right = np.clip(np.searchsorted(-curve, -wanted), 1, max(last, 1))
+    nearest = right - (wanted - curve[right] > curve[right - 1] - wanted) if last else order
+    apart = np.maximum.accumulate(nearest - order) + order
+    return np.minimum(apart, last - order[::-1]).astype(np.int64)
+
+
+def _extrapolation(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> np.ndarray:
+    """`w = h / (2 h_before)` of `sampling.samplers`, timesteps ascending; 0 for first and last step."""
+    w = np.zeros(len(alpha_bar))
+    now, then = (np.log(a / (1.0 - a)) for a in (alpha_bar, alpha_bar_prev[1:]))
+    h = np.concatenate([[np.inf], then - now[1:]])  # the last step, in front here, is not asked for
+    w[1:-1] = h[1:-1] / (2.0 * h[2:])
+    return w
+
+
+def _experts(timesteps: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Index of the range that holds each timestep: int64 [S]."""
+    bounds = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+    holds = (bounds[:, :1] <= timesteps) & (timesteps < bounds[:, 1:])  # [experts, S]
+    owners = holds.sum(axis=0)
+    if np.any(owners != 1):
+        t = int(timesteps[owners != 1][0])
+        found = "no expert" if not holds[:, timesteps == t].any() else "several experts"
+        raise ValueError(
+            f"timestep {t} belongs to {found}; the ranges {list(ranges)} (end exclusive) must hold every "
+            "sampled timestep exactly once"
+        )
+    return holds.argmax(axis=0).astype(np.int64)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

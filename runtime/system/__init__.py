@@ -1,0 +1,1 @@
+"""Files, memory, processor, caches and the console."""

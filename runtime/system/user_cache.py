@@ -1,0 +1,51 @@
+"""Where moesr keeps what it found out about a machine, small JSON files that may be deleted at any time.
+
+Nothing depends on them: what cannot be read is found out again, what cannot be written is not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from moesr.runtime.system import files
+
+log = logging.getLogger("moesr")
+
+
+def directory() -> Path | None:
+    """`$MOESR_CACHE`, `$XDG_CACHE_HOME/moesr` or `~/.cache/moesr`, there or not; None without a home.
+
+    As the XDG specification has it, a variable that holds a relative path is passed over.
+    """
+    own, shared = (Path(os.environ.get(name, "")) for name in ("MOESR_CACHE", "XDG_CACHE_HOME"))
+    if own.is_absolute():
+        return own
+    try:
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "moesr"
+    except RuntimeError:
+        return None
+
+
+def read(name: str) -> Any:
+    """The value kept under a name; None where there is none, or none that can be read."""
+    folder = directory()
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8")) if folder else None
+    except (OSError, ValueError):
+        return None
+
+
+def write(name: str, value: Any) -> None:
+    """Keep a value under a name, if that can be done."""
+    folder = directory()
+    if folder is None:
+        return
+    try:
+        with files.write_atomically(folder / name) as stream:
+            stream.write(json.dumps(value, indent=1).encode())
+    except (OSError, ValueError) as error:
+        log.info("%s is not kept: %s", folder / name, files.reason(error))

@@ -1,0 +1,21 @@
+"""Benchmarks without their packages say what installs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "parse_args(" in path.read_text())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_missing_package_is_told_with_its_cure(program):
+    bare = [sys.executable, "-S", str(BENCHMARKS / f"{program}.py"), "--help"]  # the standard library alone
+    found = subprocess.run(bare, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"{program}: ") and found.stderr.count("\n") == 1
+    assert "is not installed; pip install 'moesr[bench]'" in found.stderr

@@ -1,0 +1,344 @@
+"""benchmarks/gpu.py without a GPU: every section, at tiny sizes over the simulated driver."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu
+import numpy as np
+import pytest
+import simulated_backend
+import torch
+from cuda_simulation import SimulatedDriver, write_kernels
+from gpu_suite import device as gpu_device
+from gpu_suite import engine as gpu_engine
+from gpu_suite import kernels as gpu_kernels
+from gpu_suite import networks as gpu_networks
+from gpu_suite import report as gpu_report
+from gpu_suite import runtime as gpu_runtime
+from gpu_suite import setup as gpu_setup
+from gpu_suite import torch_backend as gpu_backend
+from gpu_suite.setup import Report, Setup
+
+from moesr.kernels.registry import OPS
+from moesr.runtime.backends import selection as backends
+from moesr.runtime.devices import cuda_driver
+from moesr.runtime.errors import EngineError
+from moesr.training.networks import operators
+
+FACTS = {"gpu": "NVIDIA Test 1", "capability": "9.0", "cuda": "13.0", "memory_gb": 80.0}
+
+
+class Heard:
+    """What a section said."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.found = setup, gpu.empty()
+        self.report = Report(self.say, setup)
+
+    def say(self, kind: str, value: Any) -> None:
+        json.dumps(value)  # as it goes from process to process
+        gpu.take(self.found, kind, value)
+
+    def whats(self, who: str) -> list[tuple[str, int]]:
+        return [(row["what"], row["batch"]) for row in self.found["rows"] if row["who"] == who]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With what the host gives for comparison, and limits."""
+    setup = Setup(16, 16, 32, (2,), (1, 2), tmp_path_factory.mktemp("cache"), seconds=600)
+    gpu_networks.reference(setup)
+    setup.limits.write_text(json.dumps({"bytes_per_s": 1e12, "flops_per_s": 1e14}))
+    write_kernels(setup.engine / "kernels")
+    return setup.cache
+
+
+@pytest.fixture
+def heard(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Heard:
+    """A quick section on the simulated GPU."""
+    quick = functools.partial(gpu_setup.seconds_each, at_least=0.0)
+    for module in (gpu_device, gpu_networks, gpu_runtime):
+        monkeypatch.setattr(module, "seconds_each", quick)
+    monkeypatch.setattr(gpu_kernels, "seconds_each", lambda run, sync, _: quick(run, sync))
+    monkeypatch.setattr(gpu_networks, "device_of", lambda: "cpu")
+    monkeypatch.setattr(gpu_networks, "PRECISION", torch.float32)  # half is slow on a CPU
+    monkeypatch.setattr(cuda_driver, "CudaDriver", lambda index: SimulatedDriver())
+    monkeypatch.setattr(cuda_driver, "memory_bytes", lambda: (70 * 10**9, 80 * 10**9))
+    for module in (gpu_device, gpu_runtime):
+        monkeypatch.setattr(module, "absent_unless_there", lambda *modules: None)
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    return Heard(Setup(16, 16, 32, (2,), (1, 2), cache, seconds=600))
+
+
+def held(heard: Heard) -> bool:
+    assert heard.found["checks"]
+    return all(check["held"] for check in heard.found["checks"])
+
+
+def test_the_device_does_what_the_host_does(heard: Heard):
+    gpu_device.measure_device(heard.setup, heard.report)
+    assert held(heard) and len(heard.found["checks"]) == 8
+    for name in ("CUDA graphs", "launch by launch"):
+        assert heard.whats(f"device, {name}") == [("tick without a network", 1)]
+
+
+def test_a_device_that_is_wrong_is_found(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    from cuda_simulation import RUN
+
+    blend = RUN["tile_blend"]
+    monkeypatch.setitem(RUN, "tile_blend", lambda *a: (blend(*a), blend(*a)))
+    gpu_device.measure_device(heard.setup, heard.report)
+    assert not held(heard)
+
+
+IMAGES = [("image of 2 steps", 1), ("image of 2 steps", 2)]
+TICKS = [("step", 1), ("step", 2), ("decode", 1), ("decode", 2)]
+
+
+@pytest.mark.parametrize("one_graph", [True, False])
+def test_the_runtime_over_networks_of_pytorch(heard: Heard, monkeypatch: pytest.MonkeyPatch, one_graph: bool):
+    def tensor_of(buffer: Any, batch: int) -> torch.Tensor:
+        shape = buffer.spec.shape(batch)
+        view = buffer.driver.view(buffer.address, int(np.prod(shape)), np.float32)
+        return torch.from_numpy(view.reshape(shape))
+
+    monkeypatch.setattr(gpu_backend, "tensor_of", tensor_of)
+    monkeypatch.setattr(gpu_backend, "on_stream", lambda driver, run: driver.library_call("network", run))
+    monkeypatch.setattr(gpu_backend, "ONE_GRAPH", True)
+    if not one_graph:  # then they are launched one by one, and it is said
+
+        def fails(self: SimulatedDriver) -> None:
+            raise EngineError("a CUDA graph could not be made")
+
+        monkeypatch.setattr(SimulatedDriver, "begin_capture", fails)
+    gpu_runtime.measure_pytorch(heard.setup, heard.report)
+    who = f"runtime over PyTorch, {'one graph' if one_graph else 'launched'}"
+    assert held(heard) and len(heard.found["notes"]) == 1 - one_graph
+    whats = heard.whats(who)
+    assert [what for what in whats if what in TICKS] == TICKS
+    assert [what for what in whats if what in IMAGES] == IMAGES
+    assert {"first image of 2 steps", "memory of the GPU in use"} <= {what for what, _ in whats}
+    assert all(row["share"] for row in heard.found["rows"] if row["what"] in ("step", "decode"))
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
+def test_the_runtime_over_a_library(heard: Heard, monkeypatch: pytest.MonkeyPatch, backend: str):
+    """On ONNX Runtime's CPU in the library's place; TensorRT would take the decoder in parts."""
+    monkeypatch.setitem(backends.BACKENDS, backend, simulated_backend.__name__)
+    monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(backends, "_WITH_KERNELS", ())
+    compiled = []
+
+    def build(setup: Setup, directory: Path, manifest: Any, **given: Any) -> None:
+        compiled.append(given["compiled"])
+        write_kernels(directory / "kernels")
+
+    monkeypatch.setattr(gpu_engine, "kernels_for", build)
+    gpu_runtime.measure_library(heard.setup, heard.report, backend, ("library",))
+    assert held(heard) and compiled == [backend == "tensorrt"]
+    whats = heard.whats("runtime over library")
+    assert [what for what in whats if what in (*TICKS, *IMAGES)] == [*TICKS, *IMAGES]
+    directory = heard.setup.exported(backend)
+    assert (directory / "decoder.parts.json").is_file() == (backend == "tensorrt")
+
+
+def test_a_library_that_is_absent_is_named(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: None)
+    gpu.run_section("tensorrt", heard.setup, heard.say)
+    assert heard.found["absent"] == "none of tensorrt, tensorrt_rtx_bindings is installed"
+    monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: True)
+    gpu.run_section("onnxruntime", heard.setup, heard.say)
+    assert "onnxruntime 1." in heard.found["absent"] and "cannot use device 'cuda'" in heard.found["absent"]
+
+
+def test_plain_networks(heard: Heard):
+    gpu_networks.measure_eager(heard.setup, heard.report)
+    assert held(heard)
+    assert heard.whats("PyTorch fp16, eager") == [("step", 1), ("decode", 1)]
+    whats = heard.whats("PyTorch fp16, CUDA graphs")
+    assert [what for what in whats if what in (*TICKS, *IMAGES)] == [
+        IMAGES[0], TICKS[0], TICKS[2], IMAGES[1], TICKS[1], TICKS[3],
+    ]  # fmt: skip
+
+
+def test_networks_in_half_precision(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_networks, "PRECISION", torch.float16)
+    made, given = gpu_networks.calls(heard.setup, "cpu"), gpu_networks.tensors(heard.setup, "cpu")
+    got = {role: made[role](*given[role]) for role in gpu_networks.ROLES}
+    gpu_networks.check(heard.report, "half", got, heard.setup)
+    assert held(heard) and min(check["error"] for check in heard.found["checks"]) > 1e-4
+
+
+@pytest.fixture
+def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks take the operators of kernels, which compute their references here."""
+    from moesr.kernels import dispatch
+
+    monkeypatch.setattr(operators, "has_kernels", lambda x: True)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda x: False)
+
+
+def test_networks_with_kernels(heard: Heard, kernels_by_reference: None):
+    gpu.run_section("pytorch with kernels", heard.setup, heard.say)
+    assert held(heard) and heard.whats("PyTorch fp16 with our kernels") and not heard.found["failed"]
+
+
+def test_kernels_take_what_is_left_in_float32(
+    heard: Heard, kernels_by_reference: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_networks, "PRECISION", torch.float16)
+    made, given = gpu_networks.calls(heard.setup, "cpu"), gpu_networks.tensors(heard.setup, "cpu")
+    gpu_networks.check(heard.report, "half", {r: made[r](*given[r]) for r in gpu_networks.ROLES}, heard.setup)
+    assert held(heard)
+    with gpu_networks.without_kernels():
+        assert not operators.has_kernels(given["decoder"][0])
+    assert operators.has_kernels(given["decoder"][0])
+
+
+def test_compiled_networks(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda call, mode, dynamic: call)
+    gpu_networks.measure_compiled(heard.setup, heard.report)
+    assert held(heard)
+    whats = heard.whats("torch.compile fp16")
+    assert sorted(what for what in whats if what in TICKS) == sorted(TICKS)
+    assert ("compiling a step", 1) in whats
+
+
+def test_limits(heard: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(gpu_networks, "seconds_each", lambda run, sync: 0.5)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(8, dtype=torch.uint8))
+    setup = Setup(cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda count, *size, **options: torch.zeros(count, 2, 2))
+        gpu_networks.measure_limits(setup, heard.report)
+    assert gpu_setup.rates(setup) == {"bytes_per_s": 32.0, "flops_per_s": 2 * 8192**3 / 0.5}
+
+
+def test_kernels_are_checked_then_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    """In Triton's interpreter, two operators of which one is wrong and one does not launch."""
+    pytest.importorskip("triton")
+    op = OPS["tile_blend"]
+    small = [min(op.cases, key=lambda case: op.cost(case.shape, case.dtype).bytes)]
+    good = gpu_kernels_op(op, small, "tile_blend")
+    other = next(case for case in OPS["tile_gather"].cases if not case.slow)
+    bad = gpu_kernels_op(OPS["tile_gather"], [other], "none")
+    monkeypatch.setattr(gpu_kernels, "OPS", {"good": good, "bad": bad})
+    gpu_kernels.measure_kernels(heard.setup, heard.report)
+    assert [check["held"] for check in heard.found["checks"]] == [True, False]
+    assert heard.whats("kernel tile_blend") == [(str(small[0]), 1)]
+    assert heard.found["rows"][0]["limit"] == "copy rate"
+    assert "ModuleNotFoundError" in heard.found["notes"][0]
+
+
+def gpu_kernels_op(op: Any, cases: list, name: str) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(op, name=name, cases=tuple(cases), deployed=tuple(cases))
+
+
+def test_preparation(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    class Device:
+        compute_capability = (9, 0)
+
+    monkeypatch.setattr(cuda_driver, "open_device", lambda index: Device)
+    gpu.run_section("preparation", heard.setup, heard.say)
+    assert not heard.found["failed"] and (heard.setup.engine / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_macs_are_those_of_the_published_model():
+    """0.166 T a step, as benchmarks/flops.py counts it."""
+    assert gpu_networks.macs_of(Setup())["expert_0"] == pytest.approx(0.1663e12, rel=1e-3)
+
+
+# The program.
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert gpu.main(["--cache", str(tmp_path), "-o", str(tmp_path / "out")]) == 0
+    assert "no GPU that can be used here (no GPU cuda:0" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, **parts: dict[str, Any]) -> None:
+    """Sections that found this."""
+    found = {"machine": {"facts": FACTS}, **parts}
+
+    def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
+        return gpu.empty() | found.get(name, {"absent": f"no {name}"})
+
+    monkeypatch.setattr(gpu, "in_process", in_process)
+
+
+def row(who: str, what: str, value: float, batch: int = 1, **more: Any) -> dict[str, Any]:
+    return gpu_setup.Row(who, what, value, "ms", batch, **more).__dict__
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_was_found_is_written(tmp_path, capsys, monkeypatch, right):
+    device = {
+        "rows": [
+            row("runtime over X", "step", 1.0, share=0.5, limit="matrix rate"),
+            row("runtime over X", "step", 9.0, 16, share=0.61, limit="matrix rate"),
+            row("runtime over X", "image of 20 steps", 44.0),
+        ],
+        "checks": [{"what": "a step", "error": 0.5, "tolerance": 0.1, "held": right}],
+        "notes": ["four cases were not reached"],
+    }
+    scripted(monkeypatch, device=device)
+    assert gpu.main(["--cache", str(tmp_path), "-o", str(tmp_path)]) == (0 if right else 1)
+    text = (tmp_path / "gpu-nvidia-test-1.md").read_text()
+    assert text == capsys.readouterr().out.removesuffix("\n")
+    assert "| image of 20 steps | 50 ms | 44 ms (runtime over X) |" in text
+    assert "| a step over its floor, batch 1 | 3 x | 2 x (runtime over X) |" in text
+    assert "| share of the matrix rate, batch 16 | 50 % | 61 % (runtime over X) |" in text
+    assert "| image of 200 steps | 300 ms | not measured |" in text
+    assert ("NOT held: a step, error 5.0e-01" in text) is not right
+    assert "- device: four cases" in text and "- tensorrt: absent: no tensorrt" in text
+    assert json.loads((tmp_path / "gpu-nvidia-test-1.json").read_text())["device"]["rows"]
+
+
+def test_a_section_that_hangs_or_dies_leaves_what_it_found(tmp_path, monkeypatch):
+    program = tmp_path / "gpu.py"
+    program.write_text(
+        "import json, sys, time\n"
+        "print('@@ ' + json.dumps(['note', 'begun']), flush=True)\n"
+        "print('a word of a library')\n"
+        "sys.exit(3) if 'limits' in sys.argv else time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setitem(gpu.SECTIONS, "device", gpu.Section("", "", 1.5))
+    setup, deadline = Setup(cache=tmp_path), time.monotonic() + 100
+    hanging, dying = (gpu.in_process(name, setup, deadline) for name in ("device", "limits"))
+    assert hanging["notes"] == dying["notes"] == ["begun"]
+    assert hanging["failed"].startswith("ended after 2 s") and dying["failed"].endswith("code 3")
+    assert gpu.in_process("device", setup, time.monotonic())["failed"] == "no time was left"
+
+
+def test_arguments_survive_the_way_to_a_section(tmp_path):
+    setup = Setup(32, 16, 64, (3, 4), (1, 5), tmp_path, 12.5)
+    assert Setup.of(gpu.parser().parse_args([*setup.arguments, "--section", "device"])) == setup
+
+
+def test_the_package_is_found_from_a_checkout(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.sys, "path", list(gpu.sys.path))
+    monkeypatch.setattr(gpu.sys, "modules", dict(gpu.sys.modules))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    gpu.find_package()
+    folder, rest = gpu.os.environ["PYTHONPATH"].split(gpu.os.pathsep)
+    assert rest == "elsewhere" and gpu.sys.path[0] == folder
+    assert (Path(folder) / "moesr" / "runtime" / "upscaler.py").is_file()
+
+
+def test_every_section_is_there():
+    for section in gpu.SECTIONS.values():
+        assert callable(getattr(gpu.importlib.import_module(section.module), section.function))
+    assert gpu_report.rows_of({"x": gpu.empty()})

@@ -1,0 +1,142 @@
+"""The decoder cut at what our kernels compute: the parts and the references are the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import relative_l2
+from graphs import TINY, decoder_inputs, random_decoder, run
+
+from moesr.export.graphs.builder import FLOATS
+from moesr.export.graphs.decoder import decoder_graph
+from moesr.export.graphs.kernel_call import KernelCall
+from moesr.export.graphs.kernel_nodes import fused_time_ratio
+from moesr.export.lowering import lowering
+from moesr.export.partition import partition
+from moesr.runtime.engine.partitioned_graph import NHWC
+
+TILE = 64
+LIMITS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_decoder()
+
+
+def parts_of(network, precision: str, **choices: Any) -> list[partition.Part]:
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True, **choices)
+    return partition.cut(decoder_graph(network, TILE // 4, choices))
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_parts_equal_the_whole(network, precision):
+    inputs = decoder_inputs(network, [0.3, 1.0], TILE)
+    got = partition.run(parts_of(network, precision), inputs, "image")
+    whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
+    assert relative_l2(got, run(whole, inputs)) < LIMITS[precision]
+
+
+@pytest.mark.parametrize("residuals", ["plans", "kernels", "reckoned"])
+def test_what_inverted_residuals_are_is_chosen(network, residuals):
+    parts = parts_of(network, "fp16", residuals=residuals)
+    calls = [part for part in parts if isinstance(part, KernelCall) and part.op == "inverted_residual"]
+    blocks = [name for name, m in network.named_modules() if type(m).__name__ == "InvertedResidual"]
+    assert len(calls) == (0 if residuals == "plans" else len(blocks)) and blocks
+    inputs = decoder_inputs(network, [0.3, 1.0], TILE)
+    whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
+    assert relative_l2(partition.run(parts, inputs, "image"), run(whole, inputs)) < LIMITS["fp16"]
+
+
+def test_an_inverted_residual_is_a_kernel_where_that_moves_less():
+    """Wide images move more; many channels multiply more at the edges of tiles."""
+    sizes = [(128, 128, 512), (256, 128, 512), (256, 256, 128), (512, 256, 256)]
+    names = "channels", "out", "height"
+    shapes = [dict(zip(names, size, strict=True)) | {"width": size[2]} for size in sizes]
+    shares = [fused_time_ratio(shape, "fp16") for shape in shapes]
+    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] < 1
+    assert fused_time_ratio({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_images_between_compiled_parts_lie_channels_last(network, precision):
+    """Kernels over planes get planes, and what the whole takes and gives is as declared."""
+    parts = parts_of(network, precision)
+    graphs = [part.graph for part in parts if isinstance(part, onnx.ModelProto)]
+    sides = {v.name: v for graph in graphs for v in (*graph.input, *graph.output)}
+    planes = {
+        name
+        for part in parts
+        if isinstance(part, KernelCall) and part.op != "inverted_residual"
+        for name in (*part.inputs.values(), part.output[1])
+    }
+    assert planes and not any(name.endswith(NHWC) for name in planes | {"z", "lr", "image"})
+    others = {name: v.type.tensor_type for name, v in sides.items() if name not in planes}
+    for name, kind in others.items():
+        dims = [dim.dim_value for dim in kind.shape.dim]
+        fits = kind.elem_type == FLOATS[precision] and len(dims) == 4 and dims[1] % 8 == 0
+        assert name.endswith(NHWC) == fits
+    assert sum(name.endswith(NHWC) for name in others) > 10
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
+    parts = parts_of(network, precision)
+    calls = [part for part in parts if isinstance(part, KernelCall)]
+    assert [call.op for call in calls].count("attention") == 1
+    filters = [name for name, m in network.named_modules() if type(m).__name__ == "AFFFilter"]
+    assert [call.op for call in calls].count("aff_filter") == len(filters) > 0
+    assert all(call.dtype == precision for call in calls)
+    for part in parts:
+        if isinstance(part, onnx.ModelProto):
+            onnx.checker.check_model(part)
+            assert not {"DFT", "Softmax"} & {node.op_type for node in part.graph.node}
+
+
+def test_parts_follow_their_inputs(network):
+    """What a part takes is there by then, every value has one maker, and no part is split for nothing."""
+    parts = parts_of(network, "fp16")
+    there = {"z", "lr", "fidelity"}
+    for before, part in zip([None, *parts], parts, strict=False):
+        if isinstance(part, KernelCall):
+            takes, gives = set(part.inputs.values()), {part.output[1]}
+        else:
+            takes = {value.name for value in part.graph.input}
+            gives = {value.name for value in part.graph.output}
+            assert not isinstance(before, onnx.ModelProto)
+        assert takes <= there and not gives & there
+        there |= gives
+    assert "image" in there
+
+
+def test_without_kernels_nothing_is_cut(network):
+    (part,) = partition.cut(decoder_graph(network, TILE // 4, lowering("gpu", "fp32")))
+    inputs = decoder_inputs(network, [0.3], TILE)
+    whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
+    np.testing.assert_array_equal(partition.run([part], inputs, "image"), run(whole, inputs))
+
+
+def test_what_kernels_do_not_take_stays_in_the_graph():
+    """A head that is no power of two wide."""
+    decoder = dataclasses.replace(TINY.decoder, channels=24)
+    network = random_decoder(dataclasses.replace(TINY, decoder=decoder))
+    assert "attention" not in {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)}
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_weights_are_packed_for_the_kernels(network, precision):
+    from moesr.kernels.registry import OPS
+
+    call = next(
+        part for part in parts_of(network, precision) if isinstance(part, KernelCall) and part.weights
+    )
+    plan = OPS[call.op].plan({"batch": 3, **call.shape}, call.dtype, 90)
+    wanted = {b.name: (b.dtype, plan.dims(b)) for b in plan.buffers if b.role == "input"}
+    names = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
+    for name, weight in call.packed().items():
+        dtype, dims = wanted[name]
+        assert (str(weight.dtype).removeprefix("torch."), tuple(weight.shape)) == (names[dtype], dims)

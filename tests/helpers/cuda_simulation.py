@@ -1,0 +1,358 @@
+"""A CUDA driver over host memory: always behind, strict about memory, its kernels plain NumPy.
+
+Whatever is enqueued waits until the host waits for it. So pinned memory that is filled too early, memory that
+is freed or taken again while something enqueued still uses it, and results looked at too early all show: in
+the numbers, or as an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recording import FakeSession, Function
+
+from moesr.kernels.build import substitute
+from moesr.kernels.plan import Launch, Op, Plan
+from moesr.kernels.registry import LOOP
+from moesr.runtime.devices.compiled_kernels import KernelFiles
+from moesr.runtime.devices.cuda import Buffer, CudaDevice
+from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.sampling import noise
+from moesr.runtime.system.files import sha256_of
+
+POISON = 0xFF  # every float of it is NaN
+_FIRST_ADDRESS = 1 << 20
+
+
+@dataclass(eq=False)
+class SimulatedBlock:
+    address: int
+    nbytes: int
+
+
+class SimulatedDriver:
+    """See `devices.driver.Driver`. `log` says what was enqueued, waited for or read, in order."""
+
+    name, stream = "Simulated GPU", 0
+
+    def __init__(self, capability: int = 90, memory_bytes: int | None = None) -> None:
+        self.capability, self._free_bytes = capability, memory_bytes
+        self.log: list[str] = []
+        self.kernels: list[str] = []  # every one that ran, in order
+        self.blocks: dict[int, np.ndarray] = {}
+        self._top = _FIRST_ADDRESS
+        self._freed: list[SimulatedBlock] = []
+        self._queue: list[Callable[[], object]] = []
+        self._captured: list[tuple[str, Callable[[], object]]] | None = None
+        self._done = self._enqueued = 0
+        self.peak_pinned = 0
+        self.closed = False
+
+    # memory
+
+    def alloc(self, nbytes: int) -> SimulatedBlock:
+        assert self._captured is None, "memory taken while a graph is captured"
+        if self._free_bytes is not None:
+            from moesr.runtime.errors import MemoryLimitError
+
+            if nbytes > self._free_bytes:
+                raise MemoryLimitError("no memory")
+            self._free_bytes -= nbytes
+        again = next((b for b in self._freed if b.nbytes >= nbytes), None)
+        if again:  # as a pool does: in the order of the stream
+            self._freed.remove(again)
+            block = SimulatedBlock(again.address, nbytes)
+        else:
+            block = SimulatedBlock(self._top, nbytes)
+            self._top += -(-(nbytes + 256) // 256) * 256  # with a gap
+        self._add("alloc", lambda: self._make(block))
+        return block
+
+    def _make(self, block: SimulatedBlock) -> None:
+        assert block.address not in self.blocks
+        self.blocks[block.address] = np.full(block.nbytes, POISON, np.uint8)
+
+    def free_bytes(self) -> int:
+        return 1 << 40 if self._free_bytes is None else self._free_bytes
+
+    def set_free(self, nbytes: int) -> None:
+        self._free_bytes = nbytes
+
+    def free(self, block: SimulatedBlock) -> None:
+        assert self._captured is None, "memory freed while a graph is captured"
+        self._add("free", lambda: self.blocks.pop(block.address))
+        if self._free_bytes is not None:
+            self._free_bytes += block.nbytes
+        self._freed.append(block)
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        self.peak_pinned += nbytes
+        return np.full(nbytes, POISON, np.uint8)
+
+    def view(self, address: int, count: int, dtype: Any = np.uint8) -> np.ndarray:
+        """Live memory as an array; an error where it is not all inside one block."""
+        nbytes = count * np.dtype(dtype).itemsize
+        for base, data in self.blocks.items():
+            if base <= address and address + nbytes <= base + len(data):
+                return data[address - base : address - base + nbytes].view(dtype)
+        raise AssertionError(f"{nbytes} bytes at {address}: not memory of the device")
+
+    # what is enqueued
+
+    def _add(self, name: str, call: Callable[[], object]) -> None:
+        if self._captured is not None:
+            self._captured.append((name, call))
+            return
+        self.log.append(name)
+        self._queue.append(call)
+        self._enqueued += 1
+
+    def clear(self, address: int, nbytes: int) -> None:
+        self._add("clear", lambda: self.view(address, nbytes).fill(0))
+
+    def copy_in(self, address: int, source: np.ndarray) -> None:
+        assert self._captured is None, "a graph would read this memory again at every replay"
+        self._add("copy in", lambda: np.copyto(self.view(address, source.nbytes), source))
+
+    def copy(self, address: int, source: int, nbytes: int) -> None:
+        self._add("copy", lambda: np.copyto(self.view(address, nbytes), self.view(source, nbytes)))
+
+    def library_call(self, name: str, call: Callable[[], object]) -> None:
+        """What a library such as TensorRT enqueues on the stream."""
+        self._add(name, call)
+
+    def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> tuple[str, dict]:
+        return entry, json.loads(code)
+
+    def launch(
+        self,
+        kernel: tuple[str, dict],
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[np.generic],
+    ) -> None:
+        entry, constants = kernel
+        assert all(int(a) % 16 == 0 for a in arguments if isinstance(a, np.uint64))  # as was compiled for
+        values = [int(a) if isinstance(a, np.integer) else float(a) for a in arguments]
+        self._add(entry, lambda: (self.kernels.append(entry), RUN[entry](self, constants, grid, *values)))
+
+    # graphs
+
+    def begin_capture(self) -> None:
+        assert self._captured is None
+        self._captured = []
+
+    def end_capture(self) -> list[tuple[str, Callable[[], object]]]:
+        captured, self._captured = self._captured, None
+        assert captured
+        self.log.append("capture")
+        return captured
+
+    def abandon_capture(self) -> None:
+        self._captured = None
+
+    def replay(self, graph: list[tuple[str, Callable[[], object]]]) -> None:
+        self.log.append("replay")
+        for _, call in graph:
+            self._queue.append(call)
+        self._enqueued += len(graph)
+
+    # waiting
+
+    def record(self) -> int:
+        return self._enqueued
+
+    def wait(self, event: int) -> None:
+        if event > self._done:
+            self.log.append("WAIT")
+            self._play(event)
+
+    def copy_out(self, target: np.ndarray, address: int) -> None:
+        self.log.append("READ")
+        self._play(self._enqueued)
+        target.reshape(-1).view(np.uint8)[:] = self.view(address, target.nbytes)
+
+    def synchronize(self) -> None:
+        self._play(self._enqueued)
+
+    def close(self) -> None:
+        self.synchronize()
+        self.closed = True
+
+    def _play(self, until: int) -> None:
+        count = until - self._done
+        now, self._queue = self._queue[:count], self._queue[count:]
+        self._done += len(now)
+        for call in now:
+            call()
+
+
+class SimulatedSession(FakeSession):
+    """A graph as a library would run it: enqueued, between buffers of the simulated GPU."""
+
+    capturable = True
+
+    def __init__(self, driver: SimulatedDriver, graph: Graph, function: Function) -> None:
+        super().__init__(graph, function)
+        self._driver, self._role = driver, graph.file.removesuffix(".onnx")
+
+    def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
+        self.buffers = buffers
+
+    def enqueue(self, batch: int) -> None:
+        self.batches.append(batch)
+        buffers = self.buffers
+
+        def run() -> None:
+            self._driver.kernels.append(self._role)
+            self.compute(batch, {name: self._array(b) for name, b in buffers.items()})
+
+        self._driver.library_call(f"run {self._role}", run)
+
+    def _array(self, buffer: Buffer) -> np.ndarray:
+        shape = buffer.spec.shape(buffer.batch)
+        return self._driver.view(buffer.address, int(np.prod(shape)), np.float32).reshape(shape)
+
+
+# kernels
+
+
+def window(driver, address: int, rows: tuple[int, int], columns: tuple[int, int], dtype: Any) -> np.ndarray:
+    """[rows, columns] of a canvas as a view; both are (count, stride in elements)."""
+    (height, row), (width, column) = rows, columns
+    reach = driver.view(address, (height - 1) * row + (width - 1) * column + 1, dtype)
+    size = reach.itemsize
+    return np.lib.stride_tricks.as_strided(reach, (height, width), (row * size, column * size))
+
+
+def tile_gather(driver, constants, grid, slots, tiles, t, height, width, *hidden) -> None:
+    _, channels, count = grid
+    table = driver.view(slots, 6 * count, np.int64).reshape(count, 6)
+    out = driver.view(tiles, count * channels * height * width, np.float32)
+    out = out.reshape(count, channels, height, width)
+    dtype = {4: np.float32, 2: np.uint16, 1: np.uint8}[constants["PIXEL_BYTES"]]
+    column = 1 if dtype is np.float32 else channels
+    for i, (address, plane, row, y, x, time) in enumerate(table.tolist()):
+        driver.view(t, count, np.float32)[i] = time
+        for c in range(channels):
+            start = address + (c * plane + y * row + x * column) * np.dtype(dtype).itemsize
+            tile = window(driver, start, (height, row), (width, column), dtype)
+            if dtype is not np.float32:
+                tile = tile.astype(np.float32) * np.float32(2.0 / np.iinfo(dtype).max) - np.float32(1.0)
+            out[i, c] = tile
+
+
+def tile_blend(driver, constants, grid, slots, tiles, weights, height, width, *hidden) -> None:
+    _, channels, count = grid
+    table = driver.view(slots, 7 * count, np.int64).reshape(count, 7).tolist()
+    values = driver.view(tiles, count * channels * height * width, np.float32)
+    share = driver.view(weights, height * width, np.float32).reshape(height, width)
+    for tile, row in zip(values.reshape(count, channels, height, width), table, strict=True):
+        sums, weight_sum, flag, plane, stride, y, x = row
+        if not np.isfinite(tile).all():
+            driver.view(flag, 1, np.int32)[0] |= 1
+        size = (height, stride), (width, 1)
+        total = window(driver, weight_sum + (y * stride + x) * 4, *size, np.float32)
+        for c in range(channels):
+            start = sums + (c * plane + y * stride + x) * 4
+            window(driver, start, *size, np.float32)[:] += tile[c] * (share / total)
+
+
+def sampler_step(driver, constants, grid, jobs, *hidden) -> None:
+    table = driver.view(jobs, 7 * grid[1], np.uint64).reshape(-1, 7)
+    for z, sums, coefficients, size, seed, step, kept in table:
+        moved, out = (driver.view(int(p), int(size), np.float32) for p in (z, sums))
+        c_z, c_out, c_noise = driver.view(int(coefficients), 3, np.float32)
+        total = moved * c_z
+        if kept:
+            history = driver.view(int(kept), int(size), np.float32)
+            c_history, x_z, x_out = driver.view(int(coefficients) + 12, 3, np.float32)
+            total += history * c_history
+            history[:] = moved * x_z + out * x_out
+        total += out * c_out
+        if c_noise:
+            number = (int(step) - 1) % (1 << 64)
+            number = noise.INITIAL_NOISE if number == (1 << 64) - 1 else number
+            total += noise.gaussian(int(seed), number, (int(size),)) * c_noise
+        moved[:], out[:] = total, 0
+
+
+RUN = {"tile_gather": tile_gather, "tile_blend": tile_blend, "sampler_step": sampler_step}
+
+
+def write_kernels(
+    directory: Path,
+    targets: Sequence[str] = ("sm_90",),
+    ops: Sequence[Op] = LOOP,
+    dtype: str = "fp32",
+    without: str = "",
+) -> Path:
+    """A kernels.json of operators' deployed cases as the build writes it, over files for the simulation."""
+    directory.mkdir(parents=True, exist_ok=True)
+    kernels, plans = {}, []
+    for op in ops:
+        for case in op.deployed:
+            if case.dtype != dtype or op.name == without:
+                continue
+            plan = op.plan(case.shape, dtype, 90)
+            launches = []
+            for launch in plan.launches:
+                name = f"{op.name}.{launch.function}.{len(kernels)}"
+                kernels[name] = {
+                    "op": op.name,
+                    "function": launch.function,
+                    "arguments": [plan.type_of(a) for a in launch.arguments],
+                    "constants": dict(launch.constants),
+                    "targets": {t: _compiled(directory, t, name, launch) for t in targets},
+                }
+                grid = [substitute(size, launch.constants) for size in launch.grid]
+                launches.append({"kernel": name, "arguments": list(launch.arguments), "grid": grid})
+            plans.append(
+                {
+                    "op": op.name,
+                    "dtype": dtype,
+                    "shape": dict(case.shape),
+                    "scalars": dict(plan.scalars),
+                    "buffers": [_buffer(directory, plan, buffer) for buffer in plan.buffers],
+                    "launches": launches,
+                    "targets": list(targets),
+                }
+            )
+    content = {"schema": 2, "kernels": kernels, "plans": plans}
+    (directory / "kernels.json").write_text(json.dumps(content))
+    return directory
+
+
+def _compiled(directory: Path, target: str, name: str, launch: Launch) -> dict[str, Any]:
+    file = directory / target / f"{name}.cubin"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(dict(launch.constants)))
+    return {
+        "file": file.relative_to(directory).as_posix(),
+        "sha256": sha256_of(file),
+        "entry": launch.function,
+        "threads": 128,
+        "shared_bytes": 0,
+        "hidden": {"global_scratch": 0, "profile_scratch": 64},
+    }
+
+
+def _buffer(directory: Path, plan: Plan, buffer: Any) -> dict[str, Any]:
+    entry = {"name": buffer.name, "dtype": buffer.dtype, "role": buffer.role, "shape": list(buffer.shape)}
+    if buffer.role == "table":
+        file = directory / "tables" / f"{buffer.name}.bin"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes())
+        entry["file"] = file.relative_to(directory).as_posix()
+    return entry
+
+
+def simulated_device(directory: Path, *, use_graphs: bool = True) -> tuple[CudaDevice, SimulatedDriver]:
+    driver = SimulatedDriver()
+    return CudaDevice(driver, KernelFiles(write_kernels(directory), driver), use_graphs=use_graphs), driver

@@ -1,0 +1,126 @@
+"""ONNX Runtime on a GPU, as far as it shows without one: refusals, bindings at addresses, settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from cuda_simulation import SimulatedDriver
+from engines import build_engine
+
+from moesr.runtime.backends import ort_cuda, selection
+from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.backends.ort import session_options
+from moesr.runtime.engine.graph_spec import Boundary
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.errors import EngineError, MemoryLimitError
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> tuple[Path, Boundary]:
+    manifest = read_manifest(build_engine(tmp_path / "engine"))
+    return tmp_path / "engine" / "decoder.onnx", manifest.graphs["decoder"].boundary
+
+
+def opened(path: Path) -> ort.InferenceSession:
+    settings = session_options(1)
+    ort_cuda.prepare(settings)
+    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def test_nodes_elsewhere_are_refused_by_name(graph):
+    session = opened(graph[0])
+    ort_cuda.check_assignment(session, graph[0], "CPUExecutionProvider")
+    with pytest.raises(EngineError, match=r"part of it elsewhere \(.*1 Resize on CPU.*--target gpu"):
+        ort_cuda.check_assignment(session, graph[0])
+
+
+def test_runs_go_between_the_addresses_of_buffers(graph):
+    """With the library's CPU in the GPU's place, whose addresses are those of arrays."""
+    path, boundary = graph
+    session = ort_cuda.CudaOnnxSession(ort, opened(path), path, boundary, ("cpu", 0))
+    rng = np.random.default_rng(1)
+    arrays = {s.name: rng.random(s.shape(3), np.float32) for s in (*boundary.inputs, *boundary.outputs)}
+    driver = SimulatedDriver()
+    buffers = {n: SimpleNamespace(address=a.ctypes.data, driver=driver) for n, a in arrays.items()}
+    session.bind(buffers, 3)
+    for batch in (2, 3):
+        arrays["image"][:] = np.nan
+        session.enqueue(batch)
+        z = arrays["z"].repeat(4, axis=2).repeat(4, axis=3)
+        want = arrays["fidelity"][:, None, None, None] * arrays["lr"] + 0.05 * z
+        np.testing.assert_allclose(arrays["image"][:batch], want[:batch], rtol=1e-5)
+        assert np.isnan(arrays["image"][batch:]).all()
+    assert not session.capturable
+    session.abort()
+    with pytest.raises(EngineError, match="told to stop"):
+        session.enqueue(1)
+    late = []
+    driver.library_call("run", lambda: late.append(1))
+    session.close()
+    assert late  # was waited for
+
+
+def test_settings_of_the_provider():
+    _, settings = ort_cuda.provider(SessionOptions("cuda:1", stream=4711))
+    assert settings["device_id"] == "1" and settings["user_compute_stream"] == "4711"
+    assert settings["enable_cuda_graph"] == settings["prefer_nhwc"] == "1"
+    _, eager = ort_cuda.provider(SessionOptions("cuda", cuda_graphs=False))
+    assert "enable_cuda_graph" not in eager and "user_compute_stream" not in eager
+
+
+def test_without_a_gpu_cuda_is_refused_with_what_is_missing():
+    backend = selection.Backend("onnxruntime", SessionOptions("cuda:99"), 4)
+    with pytest.raises(EngineError, match=r"no GPU cuda:99 .*nvidia-smi|cuda-core does not load"):
+        backend.device()
+
+
+def test_an_onnxruntime_that_does_not_tell_is_refused():
+    with pytest.raises(EngineError, match=r"does not tell where .*1\.24 and later"):
+        ort_cuda.check_assignment(SimpleNamespace(), Path("expert.onnx"))
+
+
+class StandIn:
+    """A session of the library that only notes whether captures are guarded, or fails."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.guarded = error, []
+
+    def io_binding(self) -> SimpleNamespace:
+        return SimpleNamespace(bind_input=lambda *a: None, bind_output=lambda *a: None)
+
+    def run_with_iobinding(self, binding: object, options: object) -> None:
+        self.guarded.append(ort_cuda.capturing.locked())
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def bound(graph: tuple[Path, Boundary], library: StandIn) -> ort_cuda.CudaOnnxSession:
+    session = ort_cuda.CudaOnnxSession(ort, library, *graph, ("cuda", 0))
+    specs = (*graph[1].inputs, *graph[1].outputs)
+    session.bind({s.name: SimpleNamespace(address=256, driver=None) for s in specs}, 2)
+    return session
+
+
+def test_nothing_is_opened_while_a_graph_is_captured(graph):
+    """The library captures at the first run with a number of tiles, in CUDA's global mode."""
+    library = StandIn()
+    session = bound(graph, library)
+    for batch in (1, 1, 2, 1, 2):
+        session.enqueue(batch)
+    assert library.guarded == [True, False, True, False, False]
+    assert not ort_cuda.capturing.locked()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("CUDA failure 2: out of memory", MemoryLimitError), ("CUDNN_STATUS_BAD_PARAM", EngineError)],
+)
+def test_failing_runs_say_what_was_lacking(graph, text, kind):
+    session = bound(graph, StandIn(text))
+    with pytest.raises(kind, match=text):
+        session.enqueue(1)
+    assert not ort_cuda.capturing.locked()

@@ -1,0 +1,94 @@
+"""moesr-doctor on GPUs: what is missing and what does not fit is said, each in its line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cuda_simulation import write_kernels
+from engines import build_engine
+from fake_tensorrt import fake_library
+
+from moesr.runtime.backends.base import Offer
+from moesr.runtime.backends.tensorrt import plan_store
+from moesr.runtime.cli import doctor_gpu
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.errors import EngineError
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """An engine directory; no GPU, no library and an empty cache."""
+    monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "cache"))
+    for name in ("open_device", "load", "probe"):
+        monkeypatch.setattr(doctor_gpu, name, missing(name))
+    return build_engine(tmp_path / "engine")
+
+
+def findings(engine: Path) -> list[tuple[str, str]]:
+    return list(doctor_gpu.findings(engine, read_manifest(engine)))
+
+
+def missing(name: str):
+    def raises(*given: object) -> None:
+        raise EngineError(f"no {name} {given}")
+
+    return raises
+
+
+def with_gpu(monkeypatch, capability: tuple[int, int]) -> None:
+    device = SimpleNamespace(name="Fake GPU", compute_capability=capability)
+    monkeypatch.setattr(doctor_gpu, "open_device", lambda index: device)
+    monkeypatch.setattr(doctor_gpu, "driver_version", lambda: "13.2")
+    monkeypatch.setattr(doctor_gpu, "memory_bytes", lambda: (3 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(doctor_gpu, "load", lambda flavour: fake_library())
+
+
+def test_a_machine_without_anything(engine):
+    found = dict(findings(engine))
+    assert found["gpu"] == "none usable: no open_device (0,)"
+    assert found["tensorrt_rtx"] == "unusable: no load ('tensorrt_rtx',)"
+    assert "no kernels there" in found["kernels"] and "moesr.kernels.build" in found["kernels"]
+    assert found["plans"].startswith("none in ")
+
+
+def test_what_fits_and_what_does_not(engine, monkeypatch):
+    write_kernels(engine / "kernels", ["sm_86", "sm_90"])
+    for capability in (86, 89):
+        key = plan_store.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", capability, 4)
+        plan_store.write_plan(engine / "tensorrt", key, "expert_0.onnx", b"plan")
+    with_gpu(monkeypatch, (8, 9))
+    found = findings(engine)
+    texts = [text for _, text in found]
+    gpu = "Fake GPU, compute capability 8.9, driver for CUDA 13.2, 3.0 GB of 24.0 GB free"
+    assert ("gpu", gpu) in found
+    assert ("tensorrt_rtx", "9.9") in found
+    kernels = dict(found)["kernels"]
+    assert kernels.endswith(": fit") and "for sm_86, sm_90" in kernels
+    assert any("capability 8.9, up to 4 tiles: fit" in text for text in texts)
+    assert any("capability 8.6, up to 4 tiles: stale, this is tensorrt_rtx 9.9 on 8.9" in t for t in texts)
+    with_gpu(monkeypatch, (7, 5))
+    assert "NOT for this GPU; make them with" in dict(findings(engine))["kernels"]
+
+
+def test_plans_that_are_missing_are_named(engine, monkeypatch):
+    with_gpu(monkeypatch, (8, 9))
+    manifest = read_manifest(engine)
+    assert dict(findings(engine))["plans needed"] == (
+        "0 of 5 for tensorrt_rtx 9.9 on 8.9; missing: expert_0.onnx, expert_1.onnx, expert_2.onnx, "
+        "expert_3.onnx, ..: each is built when first used, or by moesr-export --tensorrt"
+    )
+    for graph in manifest.graphs.values():
+        key = plan_store.PlanKey(graph.sha256, "tensorrt_rtx", "9.9", 89, 4)
+        plan_store.write_plan(engine / "tensorrt", key, graph.file, b"plan")
+    assert dict(findings(engine))["plans needed"] == "5 of 5 for tensorrt_rtx 9.9 on 8.9"
+
+
+def test_an_onnxruntime_for_cpus_is_said_to_be_one(engine, monkeypatch):
+    with_gpu(monkeypatch, (8, 9))
+    wants = ({"cpu": 1}, r"1.31 is for CPUs; .*moesr\[cuda\]"), ({"cuda": 4}, "offered by 1.31")
+    for devices, want in wants:
+        monkeypatch.setattr(doctor_gpu, "probe", lambda name, devices=devices: Offer("1.31", devices))
+        assert re.match(want, dict(findings(engine))["onnxruntime cuda"])

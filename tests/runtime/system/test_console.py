@@ -1,0 +1,195 @@
+"""The guard of all programs: exit codes, one line on stderr, streams that are closed or full, signals."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesr.runtime.errors import EngineError, UsageError
+from moesr.runtime.system import console
+
+PROGRAM = """
+import argparse, os, signal, sys, time
+from moesr.runtime import console
+
+def parser():
+    p = argparse.ArgumentParser("try")
+    p.add_argument("--debug", action="store_true")
+    return p
+
+def work(args):
+    for number in range(3):
+        console.say(f"line {number}")
+        console.log.info("note %d", number)
+    with console.bar(total=2) as shown:
+        shown.update()
+    open(sys.argv[1], "w").write("done")
+    return 0
+
+sys.exit(console.run_program("try", parser, work, []))
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("try")
+    p.add_argument("--debug", action="store_true")
+    p.add_argument("--quiet", action="store_true")
+    return p
+
+
+def run(raised: BaseException | None = None, *argv: str) -> int:
+    def work(args: argparse.Namespace) -> int:
+        console.log.info("a note")
+        if raised:
+            raise raised
+        return 0
+
+    return console.run_program("try", parser, work, argv)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "try: error: interrupted; finished results are kept"),
+        (console.Stopped(signal.SIGTERM), 143, "try: error: ended by SIGTERM"),
+        (MemoryError(), 4, "try: error: out of memory; close"),
+        (RuntimeError("failed to allocate 3 GB"), 4, "try: error: out of memory"),
+        (UsageError("steps is 0"), 2, "try: error: steps is 0"),
+        (EngineError("two\nlines"), 3, "try: error: two lines"),
+        (PermissionError(13, "Permission denied", "a.png"), 1, "try: error: a.png: Permission denied"),
+        (RuntimeError("surprise"), 1, "internal error, please report it: RuntimeError: surprise (--debug"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_is_raised_becomes_one_line(raised, code, message, capsys):
+    assert run(raised) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 2
+
+
+def test_a_package_that_is_missing_names_its_extra(capsys):
+    def work(args: argparse.Namespace) -> int:
+        import no_such_package  # type: ignore[import-not-found]
+
+        return no_such_package.work()
+
+    assert console.run_program("try", parser, work, [], extra="train") == 2
+    message = "try: error: no_such_package is not installed; install it with: pip install 'moesr[train]'"
+    assert capsys.readouterr().err.strip() == message
+    assert console.run_program("try", parser, work, []) == 1  # where nothing would bring it: a defect
+    assert "internal error" in capsys.readouterr().err
+
+
+def test_quiet_and_debug_are_heeded(capsys: pytest.CaptureFixture[str]):
+    assert run(None, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert run(RuntimeError("surprise"), "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [
+        ("", 0),
+        (">&-", 1),
+        ("2>&-", 0),
+        ("<&- >&- 2>&-", 1),
+        (">/dev/full", 1),
+        ("2>/dev/full", 0),
+        (">/dev/full 2>/dev/full", 1),
+    ],
+)
+def test_streams_that_cannot_be_written(tmp_path, redirection: str, code: int):
+    script, done = tmp_path / "program.py", tmp_path / "done"
+    script.write_text(PROGRAM)
+    command = f"exec '{sys.executable}' '{script}' '{done}' {redirection}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert done.read_text() == "done"
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+def test_help_into_a_full_device():
+    script = PROGRAM.replace("work, []", "work, ['--help']")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_names_that_the_stream_cannot_say(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.replace("line {number}", "caf\\u00e9 \\udcff"))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(script), str(tmp_path / "done")]
+    result = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert result.returncode == 0
+    assert b"caf\\xe9 \\udcff" in result.stdout
+
+
+@pytest.fixture(autouse=True, scope="module")
+def heard_signals():
+    """Programs inherit what is ignored, as under nohup or in the background: here they hear all of it."""
+    ignored = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cleans_up_and_a_second_ends_at_once(number: signal.Signals):
+    work = """
+def work(args):
+    try:
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(5)
+    finally:
+        print("cleaned up", flush=True)
+        if "twice" in sys.argv:
+            os.kill(os.getpid(), NUMBER)
+""".replace("NUMBER", str(int(number)))
+    head, tail = PROGRAM.split("def work(args):")[0], "sys.exit(console.run_program('try', parser, work, []))"
+    for times, code in (("once", 128 + number), ("twice", -number)):
+        command = [sys.executable, "-c", head + work + tail, times]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        assert result.returncode == code, result.stderr
+        assert result.stdout == "cleaned up\n"
+        assert "Traceback" not in result.stderr
+
+
+def test_an_ignored_signal_stays_ignored():
+    script = PROGRAM.replace("for number", "os.kill(os.getpid(), signal.SIGHUP)\n    for number")
+    script = script.replace("def parser", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n\ndef parser")
+    command = [sys.executable, "-c", script, os.devnull]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_ctrl_c_while_large_modules_are_imported_shows_no_traceback():
+    script = """
+import os, signal, sys
+sys.argv = ["moesr-run", "a.png"]
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:  # as extension modules do
+                raise ImportError("half imported") from None
+sys.meta_path.insert(0, Interrupt())
+from moesr.runtime.cli import main
+sys.exit(main())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 130, result.stderr
+    assert "interrupted" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,1 @@
+"""Training images: photographs, crops and degradations."""

@@ -1,0 +1,117 @@
+"""Folders of photographs: what is in them, and a bounded amount of it decoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from moesr.runtime.errors import InputError
+from moesr.runtime.images.reading import READ_SUFFIXES, load
+
+log = logging.getLogger("moesr")
+
+CACHE_BYTES = 2**30  # decoded photographs in memory, of all the loader's processes on a machine together
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """A folder that was scanned: the (width, height) of every image below it, by path, sorted."""
+
+    folder: Path
+    sizes: Mapping[Path, tuple[int, int]]
+
+    def at_least(self, minimum_px: int) -> list[Path]:
+        """Images with both sides of at least `minimum_px`; smaller ones are reported.
+
+        Raises InputError where none is left.
+        """
+        found = []
+        for path, (width, height) in self.sizes.items():
+            if min(width, height) >= minimum_px:
+                found.append(path)
+                continue
+            log.warning("%s: skipped, %dx%d is smaller than a crop of %d px", path, width, height, minimum_px)
+        if not found:
+            raise InputError(
+                f"{self.folder}: no readable image of at least {minimum_px} px a side; add photographs"
+            )
+        return found
+
+
+def scan(folder: Path) -> PhotoFolder:
+    """Find the images under `folder`, at any depth.
+
+    Only headers are read, so that a million files are no obstacle. Files that are no images by their suffix
+    are passed over; empty and unreadable ones are reported. Raises InputError where it is no directory.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a directory; expected a folder of photographs")
+    files = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    sizes = {}
+    for path in sorted(p for p in files if p.suffix.lower() in READ_SUFFIXES and p.name[0] != "."):
+        try:
+            with Image.open(path) as image:
+                sizes[path] = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            log.warning("%s: skipped, cannot be read (%s)", path, error)
+    return PhotoFolder(folder, sizes)
+
+
+def load_rgb(path: Path) -> np.ndarray | None:
+    """Decode a photograph to uint8 [H, W, 3], upright; None, reported, where it is damaged."""
+    try:
+        pixels = load(path).pixels
+    except InputError as error:
+        log.warning("%s: skipped", error)
+        return None
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels = np.ascontiguousarray(pixels[..., :-1])  # without alpha, also in memory
+    return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
+
+
+class PhotoCache:
+    """The photographs decoded last: as many as fit into this process's share, and at least one."""
+
+    def __init__(self) -> None:
+        self._images: OrderedDict[Path, np.ndarray | None] = OrderedDict()
+        self.held_bytes = 0
+
+    def load(self, path: Path) -> np.ndarray | None:
+        """What `load_rgb` returns, or returned before."""
+        if path in self._images:
+            self._images.move_to_end(path)
+            return self._images[path]
+        self._images[path] = image = load_rgb(path)
+        self.held_bytes += _bytes_of(image)
+        while self.held_bytes > share_bytes() and len(self._images) > 1:
+            self.held_bytes -= _bytes_of(self._images.popitem(last=False)[1])
+        return image
+
+    def clear(self) -> None:
+        """Forget all photographs."""
+        self._images.clear()
+        self.held_bytes = 0
+
+
+def share_bytes() -> int:
+    """What this process may cache: all loader processes on the machine, of all GPUs, have as much."""
+    worker = get_worker_info()
+    loaders = 1 if worker is None else worker.num_workers
+    return CACHE_BYTES // (loaders * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _bytes_of(image: np.ndarray | None) -> int:
+    return 0 if image is None else image.nbytes
+
+
+decoded = PhotoCache()

@@ -1,0 +1,116 @@
+"""Import published weights as a checkpoint directory that moesr-export reads.
+
+Sizes are inferred from the weights. Experts are given with the lowest noise first; the exponential moving
+average is used where a file has one. With --decoder and without --experts the result is a decoder on its own.
+StableSR is given by --stablesr and --cfw, Stable Diffusion 2, which StableSR is trained on, by
+--stable-diffusion.
+Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesr.runtime.system.console import HelpFormatter, run_program
+from moesr.training.config import StableSRUNetConfig, UNetConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `moesr-import`; returns the exit code."""
+    return run_program("moesr-import", parser, run, argv, interrupted="nothing was written", extra="export")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    from moesr.training.importing import command
+
+    return command.run(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    p = argparse.ArgumentParser("moesr-import", description=__doc__, formatter_class=_HelpFormatter)
+    add = p.add_argument
+    add(
+        "--experts",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="weights of each sampling expert, lowest noise first; one file: a plain latent diffusion model",
+    )
+    add(
+        "--decoder",
+        type=Path,
+        metavar="FILE",
+        help="weights of the autoencoder, or a whole latent diffusion model",
+    )
+    add("--stablesr", type=Path, metavar="FILE", help="weights of StableSR: 512, Turbo, 768v or faces")
+    add(
+        "--cfw",
+        type=Path,
+        metavar="FILE",
+        help="weights of StableSR's autoencoder with controllable feature wrapping",
+    )
+    add(
+        "--stable-diffusion",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="weights of Stable Diffusion 2: one file, diffusers' directory, or its three files",
+    )
+    add(
+        "--prediction",
+        choices=("eps", "v"),
+        help="what StableSR or Stable Diffusion predicts (default: known from the name of the file)",
+    )
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
+    add("--scale", type=int, choices=(4, 8), default=4, help="upscaling factor the model was trained for")
+    add("--name", metavar="NAME", help="name of the model (default: made from its kind and scale)")
+    add(
+        "--head-channels",
+        type=_positive,
+        metavar="N",
+        help="channels of an attention head, which the weights do not tell (default: "
+        f"{UNetConfig.head_channels}, of StableSR {StableSRUNetConfig.head_channels})",
+    )
+    add(
+        "--norm-groups",
+        type=_positive,
+        default=UNetConfig.norm_groups,
+        metavar="N",
+        help="groups of every GroupNorm, which the weights do not tell",
+    )
+    add("--fp16", action="store_true", help="store the weights in half precision")
+    add("--quiet", action="store_true", help="no progress bar, warnings only")
+    add("--debug", action="store_true", help="show where an internal error was raised")
+    add("--force", action="store_true", help="replace an existing checkpoint directory")
+    add(
+        "--trust-pickle",
+        action="store_true",
+        help="load files that hold more than tensors; these can run any code",
+    )
+    return p
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+class _HelpFormatter(HelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default in (None, [], False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Read published weight files and write them as a checkpoint directory.
+
+Published files are pickled (or safetensors) state dicts, with or without a `state_dict` level. UNet weights
+lie under `model.diffusion_model.` or bare; their exponential moving averages (EMA), preferred, under
+`model_ema.` with the dots of the name removed. Every size is inferred from the shapes of the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesr.runtime.sampling.schedule import Schedule
+from moesr.training.checkpoint import Checkpoint, check_writable_as_checkpoint, save_checkpoint
+from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.importing.files import (
+    AUTOENCODER_PREFIX,
+    CURE,
+    SCHEDULE_BUFFER,
+    UNET_PREFIX,
+    float32,
+    named,
+    read_state_dict,
+)
+from moesr.training.importing.infer_config import infer_autoencoder_config, infer_unet_config
+from moesr.training.weights import (
+    CheckpointError,
+    StateDict,
+    check_finite,
+    check_shapes,
+    expected_shapes,
+    merge_space_experts,
+    state_shapes,
+)
+
+EMA_PREFIX = "model_ema."
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published files, and what their tensors do not tell. Without experts: a decoder on its own."""
+
+    decoder: Path
+    experts: tuple[Path, ...] = ()  # lowest noise first
+    scale: int = 4
+    name: str | None = None  # None: made from kind and scale
+    head_channels: int = UNetConfig.head_channels
+    norm_groups: int = UNetConfig.norm_groups
+    trust_pickle: bool = False  # load files that hold more than tensors, which can run any code
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote, and what it found: `unet` still counts the space experts that were merged."""
+
+    checkpoint: Checkpoint
+    unet: UNetConfig | None
+    ema: tuple[bool, ...]  # for each expert: EMA weights were used, else the raw ones
+
+
+def import_published(
+    source: Published,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+    on_file: Callable[[Path], object] = lambda path: None,
+) -> Imported:
+    """Write the checkpoint `directory` from published files.
+
+    The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `dtype` is
+    that of the stored weights, and `on_file` is called with each file that is done. Raises CheckpointError
+    naming the file that cannot be used, and OutputError where nothing can be written; the place is then as it
+    was.
+    """
+    check_writable_as_checkpoint(directory, force)
+    for path in (*source.experts, source.decoder):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; expected a published weight file")
+    decoder, decoder_config = read_autoencoder(source.decoder, source.norm_groups, source.trust_pickle)
+    on_file(source.decoder)
+    unet = _unet_config(source, decoder_config)
+    ema_used: list[bool] = []
+
+    def states() -> Iterator[StateDict]:
+        for path in source.experts:
+            state, found, ema = read_unet(path, source)
+            if found != unet:
+                raise CheckpointError(f"{path}: {found} differs from {unet} of {source.experts[0]}; {CURE}")
+            ema_used.append(ema)
+            yield state
+            on_file(path)
+
+    config = _model_config(source, unet, decoder_config)
+    checkpoint = save_checkpoint(directory, config, states(), decoder, dtype=dtype, force=force)
+    return Imported(checkpoint, unet, tuple(ema_used))
+
+
+def _unet_config(source: Published, decoder: AutoencoderConfig) -> UNetConfig | None:
+    """Sizes of the first expert, if there is one; CheckpointError where the decoder is of another model."""
+    if not source.experts:
+        return None
+    unet = _raw_unet(source.experts[0], source)[1]
+    if unet.out_channels != decoder.embed_dim:
+        raise CheckpointError(
+            f"{source.experts[0]} predicts latents of {unet.out_channels} channels, {source.decoder} decodes "
+            f"{decoder.embed_dim}; give the decoder that belongs to the experts"
+        )
+    return unet
+
+
+def _model_config(source: Published, unet: UNetConfig | None, decoder: AutoencoderConfig) -> ModelConfig:
+    family = "decoder" if unet is None else "moesr" if unet.space_experts else "ldm"
+    return ModelConfig(
+        name=source.name or f"{family}-x{source.scale}",
+        scale=source.scale,
+        unet=unet,
+        decoder=decoder,
+        expert_ranges=split_timesteps(Schedule().timesteps, len(source.experts)),
+    )
+
+
+def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]:
+    """Split 0..timesteps evenly: expert k serves [k T / N, (k + 1) T / N)."""
+    edges = [k * timesteps // experts for k in range(experts + 1)] if experts else []
+    return tuple(itertools.pairwise(edges))
+
+
+def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, bool]:
+    """Weights of one UNet, space experts merged; its configuration as found; whether they are EMA."""
+    raw, config, ema = _raw_unet(path, source)
+    weights = ema_weights(path, raw, ema) if ema else raw
+    check_finite(str(path), weights, CURE)
+    return named(path, merge_space_experts, float32(weights)), config, bool(ema)
+
+
+def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
+    """A UNet's tensors as stored, its configuration, and what stands under the prefix of EMA copies."""
+    state = read_state_dict(path, source.trust_pickle)
+    prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
+    ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
+    raw = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in state.items()
+        if not key.startswith(ignored) and not SCHEDULE_BUFFER.fullmatch(key)
+    }
+    config = named(path, infer_unet_config, raw, source.head_channels, source.norm_groups)
+    check_shapes(str(path), state_shapes(raw), _shapes(path, ModelConfig(unet=config), "expert"), CURE)
+    return raw, config, {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
+
+
+def read_autoencoder(
+    path: Path, norm_groups: int, trust_pickle: bool = False
+) -> tuple[dict[str, Tensor], AutoencoderConfig]:
+    """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
+    state = read_state_dict(path, trust_pickle)
+    whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
+    # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
+    ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)
+    found = {
+        key.removeprefix(AUTOENCODER_PREFIX): tensor
+        for key, tensor in state.items()
+        if not key.startswith((*ignored, f"{AUTOENCODER_PREFIX}loss."))
+        and not (whole and SCHEDULE_BUFFER.fullmatch(key))
+    }
+    config = named(path, infer_autoencoder_config, found, norm_groups)
+    check_shapes(str(path), state_shapes(found), _shapes(path, ModelConfig(decoder=config), "decoder"), CURE)
+    check_finite(str(path), found, CURE)
+    return float32(found), config
+
+
+def ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
+    """Take every weight of `raw` from its EMA copy, whose name is that of the weight without dots."""
+    lead = "diffusion_model" if any(key.startswith("diffusion_model") for key in ema) else ""
+    names = {key: lead + key.replace(".", "") for key in raw}
+    expected = {names[key]: tuple(tensor.shape) for key, tensor in raw.items()}
+    counters = {"decay", "num_updates"}
+    got = {key: shape for key, shape in state_shapes(ema).items() if key not in counters}
+    check_shapes(f"{path}: EMA copies under {EMA_PREFIX}", got, expected, CURE)
+    return {key: ema[name] for key, name in names.items()}
+
+
+def _shapes(path: Path, config: ModelConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    return expected_shapes(config, str(path))[kind]

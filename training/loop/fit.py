@@ -1,0 +1,159 @@
+"""The training loop that all stages share: batches, validation, interruption, resume.
+
+Every draw of a step comes from the step's number and the recipe's seed, not from the history, so a resumed
+run continues exactly as the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from moesr.runtime.errors import InputError
+from moesr.runtime.system import console
+from moesr.training.loop import distributed
+from moesr.training.loop.interrupts import ignore_interrupts, stop_requests
+from moesr.training.loop.metrics_log import Journal
+from moesr.training.loop.trainer import Objective, Trainer, read_state, write_state
+from moesr.training.loop.validation import validate
+from moesr.training.recipe import StageConfig
+
+log = logging.getLogger("moesr")
+
+STATE_NAME = "last.pt"
+BEST_NAME = "best.pt"
+
+Samples = Dataset[tuple[Tensor, ...]]  # any index from 0 on
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how one stage runs."""
+
+    directory: Path
+    seed: int
+    device: torch.device
+    workers: int = 0
+    quiet: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Averaged (EMA) state dicts, on the CPU: the last, and that of the least validation loss."""
+
+    last: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+
+
+class MicroBatches(Sampler[list[int]]):
+    """Numbers of the samples of this process: all processes' batches together are consecutive numbers."""
+
+    def __init__(self, stage: StageConfig, first_step: int) -> None:
+        self.stage, self.first_step = stage, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch, accumulate = self.stage.batch, self.stage.accumulate
+        for micro in range(self.first_step * accumulate, self.stage.steps * accumulate):
+            start = (micro * distributed.size() + distributed.rank()) * batch
+            yield list(range(start, start + batch))
+
+
+def batches(data: Samples, stage: StageConfig, first_step: int, run: Run) -> Iterator[Sequence[Tensor]]:
+    """Batches of this process from the first one of `first_step` to the last step's."""
+    loader = DataLoader(
+        data,
+        batch_sampler=MicroBatches(stage, first_step),
+        num_workers=run.workers,
+        pin_memory=run.device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else it draws from the step's numbers when it starts
+    )
+    try:
+        yield from loader
+    except InputError as error:  # one raised in a loader's process carries that one's traceback
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+
+
+def fit(
+    objective: Objective,
+    stage: StageConfig,
+    data: Samples,
+    run: Run,
+    label: str,
+    held_out: Samples | None = None,
+) -> Fitted:
+    """Train `objective.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
+
+    Continues from `run.directory/last.pt` where there is one. Ctrl-C or SIGTERM finishes the step, saves and
+    raises KeyboardInterrupt.
+    """
+    trainer = Trainer(objective, stage, run.device, run.seed)
+    last, best = run.directory / STATE_NAME, run.directory / BEST_NAME
+    if distributed.rank() == 0:
+        run.directory.mkdir(parents=True, exist_ok=True)
+    if last.exists():
+        trainer.load(last)
+    distributed.wait()
+    if trainer.step < stage.steps:
+        with Journal(run.directory, trainer.step, tensorboard=run.tensorboard) as journal:
+            _train(trainer, data, run, label, held_out, journal)
+    return Fitted(trainer.ema_on_cpu(), _best(best) if held_out is not None else None)
+
+
+def _train(
+    trainer: Trainer, data: Samples, run: Run, label: str, held_out: Samples | None, journal: Journal
+) -> None:
+    stage, last = trainer.stage, run.directory / STATE_NAME
+    source = batches(data, stage, trainer.step, run)
+    hidden = run.quiet or distributed.rank() > 0
+    bar = console.bar(hidden, total=stage.steps, initial=trainer.step, desc=label, unit="step")
+    with bar, stop_requests() as stopping:
+        while trainer.step < stage.steps:
+            figures = trainer.advance(source)
+            journal.write(trainer.step - 1, figures)
+            bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()}, refresh=False)
+            bar.update()
+            done = trainer.step == stage.steps
+            if held_out is not None and (done or trainer.step % stage.val_every == 0):
+                _validate(trainer, held_out, run, journal)
+            stop = distributed.any_process(stopping.is_set(), run.device)
+            if done or stop or trainer.step % stage.save_every == 0:
+                trainer.save(last)
+            if stop and not done:
+                log.warning("%s: stopped after step %d; the same command continues it", label, trainer.step)
+                stopping.stop()
+
+
+def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -> None:
+    """Measure the averaged weights and keep them where they are the best so far."""
+    figures, picture = validate(trainer, held_out)
+    journal.write(trainer.step - 1, {f"val_{k}": v for k, v in figures.items()}, picture)
+    if figures["loss"] < trainer.best_loss:
+        trainer.best_loss = figures["loss"]
+        state = {"step": trainer.step, "loss": trainer.best_loss, "ema": trainer.ema}
+        write_state(run.directory / BEST_NAME, state)
+
+
+def finished(directory: Path, steps: int, *, best: bool) -> Fitted | None:
+    """What the run in `directory` has left, read when it is used; None where it has not made all its steps.
+
+    The best weights are looked for where `best` is set.
+    """
+    path = directory / STATE_NAME
+    if not path.exists():
+        return None
+    state = read_state(path, "step", "ema", mmap=True)  # of gigabytes, the optimiser's share is not touched
+    if int(state["step"]) < steps:
+        return None
+    return Fitted(state["ema"], _best(directory / BEST_NAME) if best else None)
+
+
+def _best(path: Path) -> dict[str, Tensor] | None:
+    return read_state(path, "ema", mmap=True)["ema"] if path.exists() else None

@@ -1,0 +1,28 @@
+"""The adversarial losses of VQGAN (Esser et al. 2021, section 3.1): hinge, with an adaptive weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesr.training.loop import distributed
+
+LARGEST_WEIGHT = 1e4
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Loss of the discriminator from its scores of real and made images."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Weight that makes the adversarial gradient at `last_layer` as large as the reconstruction's (Eq. 7).
+
+    The ratio of the gradients' norms, over all processes, at most 10,000; a constant to the gradient.
+    """
+    norms = []
+    for loss in (reconstruction, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(distributed.mean(gradient.float()).norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, LARGEST_WEIGHT).detach()

@@ -1,0 +1,90 @@
+"""The diffusion loss of stage 1 and the sampling of latents, in torch (paper Eq. 1-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesr.runtime.sampling.samplers import Prediction, coefficients
+from moesr.runtime.sampling.schedule import Schedule, StepTable
+from moesr.training.seeded_random import Draws
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> prediction
+
+
+def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """z_t of clean latents `z` [B, C, h, w], noise `eps` of the same shape and timesteps `t` [B] (Eq. 1)."""
+    signal, noise = scales(t, schedule, z)
+    return signal * z + noise * eps
+
+
+def predict_x0(
+    z_t: Tensor, out: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction = "eps"
+) -> Tensor:
+    """The clean latents that `z_t` and the prediction `out` [B, C, h, w] imply at timesteps `t` [B]."""
+    signal, noise = scales(t, schedule, z_t)
+    if prediction == "v":
+        return signal * z_t - noise * out
+    return (z_t - noise * out) / signal if prediction == "eps" else out
+
+
+def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps `t` [B], [B, 1, 1, 1] each, typed as `like`."""
+    alpha_bar = torch.from_numpy(schedule.alpha_bar.copy())[t.cpu()][:, None, None, None]
+    return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+
+def denoising_loss(
+    network: Denoiser,
+    z: Tensor,
+    cond: Tensor,
+    t_range: tuple[int, int],
+    schedule: Schedule,
+    draws: Draws,
+    offset: float = 0.0,
+    prediction: Prediction = "eps",
+) -> Tensor:
+    """Mean squared error of the prediction, with t drawn uniformly from [t_from, t_to) (Eq. 2).
+
+    `offset` is the deviation of a constant that is added to the noise of each channel. White noise hides the
+    mean of a latent so little that the network copies it from z_t, which holds none when sampling begins.
+    """
+    t, eps = draws.integers(*t_range), draws.normal(*z.shape[1:]).to(z.device)
+    if offset:
+        eps = eps + offset * draws.normal(z.shape[1], 1, 1).to(z.device)
+    z_t = add_noise(z, eps, t, schedule)
+    target = eps
+    if prediction != "eps":
+        signal, noise = scales(t, schedule, z)
+        target = signal * eps - noise * z if prediction == "v" else z
+    return F.mse_loss(network(z_t, cond, t.to(z.device)).float(), target)
+
+
+@torch.inference_mode()
+def sample(
+    experts: Sequence[Denoiser],
+    cond: Tensor,
+    table: StepTable,
+    draws: Draws,
+    prediction: Prediction = "eps",
+    noised: Schedule | None = None,
+) -> Tensor:
+    """Draw latents [B, C, h, w] for conditions `cond` of that shape.
+
+    Sampling starts from noise, or with the schedule `noised` from the condition at its last timestep. The
+    runtime's sampler does the same over tiles; training needs only batches.
+    """
+    shape = cond.shape[1:]
+    z = draws.normal(*shape).to(cond.device)
+    if noised is not None:
+        z = add_noise(cond, z, torch.full((len(z),), noised.timesteps - 1), noised)
+    for step, (t, k) in enumerate(zip(table.t.tolist(), table.expert.tolist(), strict=True)):
+        c = coefficients(table, step, prediction)
+        out = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
+        z = float(c.c_z) * z + float(c.c_out) * out
+        if c.c_noise:
+            z += float(c.c_noise) * draws.normal(*shape).to(z.device)
+    return z
