@@ -1,21 +1,108 @@
-"""Frozen dataclasses from JSON values: one reader for manifests, checkpoints and recipes."""
+"""Reads JSON files safely and builds frozen dataclasses from their values.
+
+Manifests, checkpoints, recipes, kernel tables and cache entries are all read here, so that one place bounds
+the size of a file, the depth of its nesting and the range of its numbers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import os
+import re
+import stat
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 Record = TypeVar("Record")
+
+MAX_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read unless the caller sets another limit; kernels.json has about 1 MB."""
+
+MAX_DEPTH = 100
+"""Deepest nesting of a JSON value; manifests need eight levels."""
+
+INTEGERS = -(2**63), 2**64 - 1
+"""Range of an integer whose field declares none: whatever 64 bits hold, signed or not."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The inclusive range of a number, declared as `Annotated[int, Range(1, 256)]`."""
+
+    low: float
+    high: float
+
+    def refusal(self, value: float) -> str | None:
+        """The words for what was expected if the value is out of range; None if it is in range."""
+        return None if self.low <= value <= self.high else f"a number from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The regular expression that a whole string must match, and the words for it."""
+
+    pattern: str
+    words: str
+
+    def refusal(self, value: str) -> str | None:
+        """The words for what was expected if the string does not match; None if it does."""
+        return None if re.fullmatch(self.pattern, value) else self.words
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value that a JSON file holds.
+
+    Only a regular file of at most `limit` bytes is read, so that a pipe cannot block and a device cannot fill
+    the memory. Raises OSError if the file cannot be read and ValueError if it is too large, is not JSON, or
+    is nested more deeply than MAX_DEPTH.
+    """
+    return parse_json(read_bytes(path, limit))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; OSError or ValueError as for `read_json`."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"larger than {limit} bytes")
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is not JSON or nested more deeply than MAX_DEPTH."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(value: Any) -> typing.Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def build(kind: type[Record], value: Any, where: str = "", *, strict: bool = False) -> Record:
     """Build `kind`, a dataclass of scalars, tuples, dicts, literals, unions and dataclasses, from JSON.
 
-    Entries that the JSON lacks take their defaults. Entries that `kind` does not know are passed over, or
-    refused where `strict`. ValueError names the entry at fault by its path below `where`, what was got and
-    what was expected.
+    Entries that the JSON lacks take their defaults. Unknown entries are ignored, or refused if `strict` is
+    set. Numbers must be in the `Range` of their field's annotation (without one: integers in INTEGERS, floats
+    finite), and strings must match its `Form`. ValueError names the entry at fault by its path below `where`,
+    what was got and what was expected.
     """
     return _build(kind, value, where, strict)
 
@@ -23,6 +110,12 @@ def build(kind: type[Record], value: Any, where: str = "", *, strict: bool = Fal
 def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
     origin: Any = typing.get_origin(kind) or kind
     args = typing.get_args(kind)
+    if origin is Annotated:
+        built = _build(args[0], value, where, strict)
+        for rule in args[1:]:
+            if built is not None and (words := rule.refusal(built)):
+                raise ValueError(f"{where} is {_shown(value)}, expected {words}".lstrip())
+        return built
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _record(kind, value, where, strict)
     if origin in (typing.Union, types.UnionType):
@@ -35,17 +128,33 @@ def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
             return tuple(_build(k, v, _below(where, i), strict) for i, (k, v) in pairs)
     if origin is dict and isinstance(value, dict):
         return {k: _build(args[1], v, _below(where, k), strict) for k, v in value.items()}
-    if origin is Any or (origin is Literal and value in args):
+    if origin is Any or (origin is Literal and any(type(v) is type(value) and v == value for v in args)):
         return value
-    if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool) and _finite(value):
         return float(value)
-    if isinstance(origin, type) and type(value) is origin and origin not in (tuple, dict):
+    if origin is int and type(value) is int and not INTEGERS[0] <= value <= INTEGERS[1]:
+        raise ValueError(f"{where} is {_shown(value)}, expected a number of at most 64 bits".lstrip())
+    if isinstance(origin, type) and type(value) is origin and origin not in (tuple, dict, float):
         return value
-    raise ValueError(f"{where} is {value!r:.80}, expected {_words(kind)}".lstrip())
+    raise ValueError(f"{where} is {_shown(value)}, expected {_words(kind)}".lstrip())
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message shows it, at most 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.80}"
 
 
 def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [_below(where, name) for name in required if name not in value]:
@@ -63,6 +172,8 @@ def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
 def _takes(kind: Any, value: Any) -> bool:
     """Whether a JSON value may be meant for this arm of a union."""
     origin = typing.get_origin(kind) or kind
+    if origin is Annotated:
+        return _takes(typing.get_args(kind)[0], value)
     if dataclasses.is_dataclass(kind):  # of several, the one of the family that the value names
         return isinstance(value, dict) and value.get("family") == getattr(kind, "family", None)
     if origin is dict:
@@ -78,6 +189,8 @@ def _below(where: str, name: object) -> str:
 
 def _words(kind: Any) -> str:
     origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is Annotated:
+        return _words(args[0])
     if dataclasses.is_dataclass(kind) or origin is dict:
         return "an object"
     if origin is tuple:

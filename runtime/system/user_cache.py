@@ -11,7 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moesr.runtime.system import files
+from moesr.runtime.system import files, json_dataclass
+
+MAX_BYTES = 1 << 20
+"""Largest file that is read back; larger ones were not written by this module."""
 
 log = logging.getLogger("moesr")
 
@@ -34,7 +37,7 @@ def read(name: str) -> Any:
     """The value kept under a name; None where there is none, or none that can be read."""
     folder = directory()
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8")) if folder else None
+        return json_dataclass.read_json(folder / name, MAX_BYTES) if folder else None
     except (OSError, ValueError):
         return None
 
