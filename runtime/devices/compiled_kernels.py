@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,92 +16,29 @@ import numpy as np
 
 from moesr.runtime.devices.driver import Driver
 from moesr.runtime.devices.grid_expressions import evaluate
+from moesr.runtime.devices.operator_plan import (
+    SCHEMA,
+    CompiledKernel,
+    KernelIndex,
+    KernelLaunch,
+    KernelTarget,
+    OperatorPlan,
+    PlanBuffer,
+    Scalar,
+)
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import json_dataclass, user_cache
 from moesr.runtime.system.files import reason
 
 KERNELS_NAME, KERNELS_FOLDER = "kernels.json", "kernels"
 _CACHE_FOLDER = "cubins"
-SCHEMA = 2
 BUILD = "make them with: python -m moesr.kernels.build --arch sm_{0} -o {1}"
 _PTX_FROM = 89  # the PTX is that of this architecture
 
-SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "u16": 2, "u8": 1}
-"""Bytes of an element."""
-
-Scalar = int | float
-
 
 @dataclass(frozen=True)
-class Target:
-    """A kernel for one architecture; `hidden` pointers follow its arguments, each to that many bytes."""
-
-    file: str
-    sha256: str
-    entry: str
-    threads: int
-    shared_bytes: int
-    hidden: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One function at fixed types and constants; `arguments` are "*fp32" for a pointer, "i32" or "fp32"."""
-
-    op: str
-    function: str
-    arguments: tuple[str, ...]
-    constants: dict[str, Any]
-    targets: dict[str, Target]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A launch of a plan: names of buffers and scalars, and expressions over the scalars."""
-
-    kernel: str
-    arguments: tuple[str, ...]
-    grid: tuple[str | int, ...]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A buffer of a plan."""
-
-    name: str
-    dtype: str
-    role: str  # "input", "table", "scratch", "output" or "state"
-    shape: tuple[str | int, ...]
-    file: str | None = None  # the bytes of a table
-
-    def nbytes(self, scalars: Mapping[str, Scalar]) -> int:
-        """Its size at these scalars."""
-        return SIZES[self.dtype] * math.prod(evaluate(size, scalars) for size in self.shape)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An operator at a shape: its launches in order."""
-
-    op: str
-    dtype: str
-    shape: dict[str, Any]
-    scalars: dict[str, Any]
-    buffers: tuple[Memory, ...]
-    launches: tuple[Step, ...]
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Content:
-    schema: int
-    kernels: dict[str, Kernel]
-    plans: tuple[Plan, ...]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with all that a launch needs. Equal launches do the same."""
+class BoundLaunch:
+    """A loaded kernel with its grid and arguments. Equal launches do the same work."""
 
     kernel: Any = field(hash=False)  # the driver's
     name: str
@@ -112,7 +48,7 @@ class Launch:
     arguments: tuple[np.generic, ...]
 
     def enqueue(self, driver: Driver) -> None:
-        """Launch it."""
+        """Launch the kernel on the driver's stream."""
         driver.launch(self.kernel, self.grid, self.threads, self.shared_bytes, self.arguments)
 
 
@@ -123,8 +59,8 @@ class KernelFiles:
         """EngineError where there is no such directory, it is damaged, or was made for other GPUs."""
         self._directory, self._driver = directory, driver
         self._content = read(directory)
-        self._loaded: dict[str, tuple[Any, Target, list[Any]]] = {}
-        self._bound: dict[Any, Launch] = {}
+        self._loaded: dict[str, tuple[Any, KernelTarget, list[Any]]] = {}
+        self._bound: dict[Any, BoundLaunch] = {}
         self._check_architecture()
 
     @property
@@ -132,7 +68,7 @@ class KernelFiles:
         """The architecture that the kernels used here were compiled for."""
         return self._target(next(iter(self._content.kernels.values())))
 
-    def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> Plan:
+    def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan:
         """The plan of an operator that has all of `shape`; EngineError where there is none for this GPU."""
         for plan in self._content.plans:
             same = all(plan.shape.get(name, 0) == value for name, value in shape.items())
@@ -142,14 +78,18 @@ class KernelFiles:
         sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
         raise EngineError(f"{self._directory}: no {dtype} kernel of {op} with {sizes}; {self._cure()}")
 
-    def bind(self, step: Step, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]) -> Launch:
+    def bind(
+        self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
+    ) -> BoundLaunch:
         """A launch between buffers, given by their addresses; the same one for the same values."""
         key = step, tuple(buffers.values()), tuple(scalars.values())
         if key not in self._bound:
             self._bound[key] = self._bind(step, buffers, scalars)
         return self._bound[key]
 
-    def _bind(self, step: Step, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]) -> Launch:
+    def _bind(
+        self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
+    ) -> BoundLaunch:
         kernel, target, scratch = self._load(step.kernel)
         types, given = self._content.kernels[step.kernel].arguments, {**scalars, **buffers}
         visible = [_argument(kind, given[name]) for kind, name in zip(types, step.arguments, strict=True)]
@@ -157,13 +97,13 @@ class KernelFiles:
         grid = [evaluate(size, scalars) for size in step.grid]
         grid += [1] * (3 - len(grid))
         arguments = (*visible, *hidden)
-        return Launch(kernel, step.kernel, tuple(grid), target.threads, target.shared_bytes, arguments)
+        return BoundLaunch(kernel, step.kernel, tuple(grid), target.threads, target.shared_bytes, arguments)
 
-    def table(self, memory: Memory) -> bytes:
+    def table(self, memory: PlanBuffer) -> bytes:
         """The bytes of a constant buffer."""
         return self._read(memory.file or "")
 
-    def _load(self, name: str) -> tuple[Any, Target, list[Any]]:
+    def _load(self, name: str) -> tuple[Any, KernelTarget, list[Any]]:
         if name not in self._loaded:
             found = self._content.kernels[name]
             architecture = self._target(found)
@@ -177,7 +117,7 @@ class KernelFiles:
             self._loaded[name] = kernel, target, scratch
         return self._loaded[name]
 
-    def _target(self, kernel: Kernel) -> str:
+    def _target(self, kernel: CompiledKernel) -> str:
         return choose(tuple(kernel.targets), self._driver.capability) or ""
 
     def _check_architecture(self) -> None:
@@ -207,7 +147,7 @@ def find_kernels(engine: Path | None) -> Path:
     return next((path for path in places if (path / KERNELS_NAME).is_file()), places[-1])
 
 
-def read(directory: Path) -> _Content:
+def read(directory: Path) -> KernelIndex:
     """What a kernels.json holds; EngineError where it is absent, damaged or of another schema."""
     path = directory / KERNELS_NAME
     cure = BUILD.format("XX", directory)
@@ -219,7 +159,7 @@ def read(directory: Path) -> _Content:
     if schema != SCHEMA:
         raise EngineError(f"{path}: schema {schema!r}, expected {SCHEMA}; {cure}")
     try:
-        return json_dataclass.build(_Content, value)
+        return json_dataclass.build(KernelIndex, value)
     except ValueError as error:
         raise EngineError(f"{path}: {error}; {cure}") from error
 

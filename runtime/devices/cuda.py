@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moesr.runtime.devices.compiled_kernels import KernelFiles, Launch
+from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
 from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
@@ -202,7 +202,7 @@ class CudaDevice:
         self._collect()
         self._driver.close()
 
-    def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[Launch]:
+    def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[BoundLaunch]:
         """One launch an input that comes from canvases, or more where their pixels differ in type."""
         launches = []
         for name in slots[0].sources:
@@ -217,7 +217,7 @@ class CudaDevice:
                 start += count
         return launches
 
-    def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[Launch]:
+    def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[BoundLaunch]:
         """One launch, or more where slots differ in their windows."""
         rows, launches, start, size = list(map(_blend_row, slots)), [], 0, output.spec.shape(1)[1:]
         for weights, run in groupby(slot.target.weights.address for slot in slots):
@@ -236,7 +236,7 @@ class CudaDevice:
             parts.append((buffers[name].address, np.array([s.scalars[name] for s in given], np.float32)))
         self._staging.send(parts)
 
-    def _enqueue(self, launches: Sequence[Launch]) -> None:
+    def _enqueue(self, launches: Sequence[BoundLaunch]) -> None:
         for launch in launches:
             launch.enqueue(self._driver)
 

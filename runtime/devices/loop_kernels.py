@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moesr.runtime.devices.compiled_kernels import KernelFiles, Launch, Step
+from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
+from moesr.runtime.devices.operator_plan import KernelLaunch
 
 PIXEL_BYTES = (4, 2, 1)
 """Kinds of canvases: float32 latents, uint16 and uint8 images."""
@@ -17,26 +18,26 @@ class LoopKernels:
         self._gather = {n: self._only("tile_gather", pixel_bytes=n) for n in PIXEL_BYTES}
         self._blend, self._step = self._only("tile_blend"), self._only("sampler_step")
 
-    def _only(self, op: str, **shape: int) -> Step:
+    def _only(self, op: str, **shape: int) -> KernelLaunch:
         (step,) = self._kernels.plan(op, "fp32", shape).launches
         return step
 
     def gather(
         self, slots: int, tiles: int, t: int, count: int, size: tuple[int, ...], pixel_bytes: int
-    ) -> Launch:
+    ) -> BoundLaunch:
         """`count` rows at `slots`, into tiles of `size` (C, h, w) at `tiles`; `t` may be written, too."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "t": t}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._gather[pixel_bytes], buffers, scalars)
 
-    def blend(self, slots: int, tiles: int, weights: int, count: int, size: tuple[int, ...]) -> Launch:
+    def blend(self, slots: int, tiles: int, weights: int, count: int, size: tuple[int, ...]) -> BoundLaunch:
         """`count` rows at `slots`, of tiles of `size` at `tiles`, weighted by the window at `weights`."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "weights": weights}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._blend, buffers, scalars)
 
-    def step(self, jobs: int) -> Launch:
+    def step(self, jobs: int) -> BoundLaunch:
         """The sampler's step of one job, whose row is at `jobs`."""
         return self._kernels.bind(self._step, {"jobs": jobs}, {"jobs": 1})

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner
-from moesr.runtime.devices.compiled_kernels import KernelFiles, Launch, Plan
+from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.devices.operator_plan import OperatorPlan
 from moesr.runtime.devices.staging import Staging
 from moesr.runtime.engine.graph_spec import BATCH, Boundary
 from moesr.runtime.engine.partitioned_graph import KernelStep, Parts, layout
@@ -30,7 +31,7 @@ class PartsSession:
         self._boundary = Boundary(*(tuple(map(parts.spec, names)) for names in (parts.inputs, parts.outputs)))
         self._driver: Driver | None = None
         self._blocks: list[Block] = []
-        self._runs: dict[int, list[PlanRunner | Launch]] = {}
+        self._runs: dict[int, list[PlanRunner | BoundLaunch]] = {}
         self._aborted = False
 
     @property
@@ -61,7 +62,7 @@ class PartsSession:
             for batch in range(1, max_batch + 1)
         }
 
-    def _place(self, driver: Driver, plans: Mapping[int, Plan], batch: int) -> dict[str, int]:
+    def _place(self, driver: Driver, plans: Mapping[int, OperatorPlan], batch: int) -> dict[str, int]:
         """Addresses of all that lies between steps or is needed during one, for up to `batch` tiles."""
         lives = self._parts.lives()
         sizes = {name: self._parts.nbytes(name, batch) for name in lives}
@@ -69,15 +70,17 @@ class PartsSession:
             needs = {"work": self._runners[step.plan.file].work_bytes} if step.plan else {}
             if step.kernel:
                 scalars = _scalars(step.kernel, plans[at], batch)
-                scratch = [memory for memory in plans[at].buffers if memory.role == "scratch"]
-                needs = {memory.name: memory.nbytes(scalars) for memory in scratch}
+                scratch = [buffer for buffer in plans[at].buffers if buffer.role == "scratch"]
+                needs = {buffer.name: buffer.nbytes(scalars) for buffer in scratch}
             for name, nbytes in needs.items():
                 sizes[f"{at} {name}"], lives[f"{at} {name}"] = nbytes, (at, at)
         offsets, total = layout(sizes, lives)
         block = self._take(driver, total)
         return {name: block.address + offset for name, offset in offsets.items()}
 
-    def _upload(self, driver: Driver, kernels: KernelFiles, plans: Mapping[int, Plan]) -> dict[str, int]:
+    def _upload(
+        self, driver: Driver, kernels: KernelFiles, plans: Mapping[int, OperatorPlan]
+    ) -> dict[str, int]:
         """Addresses of weights and tables of the kernels, by step and buffer."""
         file = self._parts.constants
         data = (self._path.parent / file).read_bytes() if file else b""
@@ -86,8 +89,8 @@ class PartsSession:
             if step.kernel:
                 for name, constant in step.kernel.constants.items():
                     contents[f"{at} {name}"] = data[constant.offset : constant.offset + constant.nbytes]
-                tables = (memory for memory in plans[at].buffers if memory.role == "table")
-                contents |= {f"{at} {memory.name}": kernels.table(memory) for memory in tables}
+                tables = (buffer for buffer in plans[at].buffers if buffer.role == "table")
+                contents |= {f"{at} {buffer.name}": kernels.table(buffer) for buffer in tables}
         sizes = {name: len(content) for name, content in contents.items()}
         offsets, total = layout(sizes, dict.fromkeys(sizes, (0, 0)))
         block, staging = self._take(driver, total), Staging(driver, _STAGING_BYTES)
@@ -96,18 +99,22 @@ class PartsSession:
         return {name: block.address + offset for name, offset in offsets.items()}
 
     def _steps(
-        self, kernels: KernelFiles, plans: Mapping[int, Plan], addresses: Mapping[str, int], batch: int
-    ) -> list[PlanRunner | Launch]:
+        self,
+        kernels: KernelFiles,
+        plans: Mapping[int, OperatorPlan],
+        addresses: Mapping[str, int],
+        batch: int,
+    ) -> list[PlanRunner | BoundLaunch]:
         """What a run on `batch` tiles enqueues, in order."""
-        found: list[PlanRunner | Launch] = []
+        found: list[PlanRunner | BoundLaunch] = []
         for at, step in enumerate(self._parts.steps):
             if step.plan:
                 found.append(self._runners[step.plan.file])
             elif step.kernel:
                 values = {**step.kernel.inputs, **step.kernel.outputs}
                 # what a step does not name is compiled out of its kernels
-                given = {m.name: addresses.get(f"{at} {m.name}", 0) for m in plans[at].buffers}
-                given |= {buffer: addresses[value] for buffer, value in values.items()}
+                given = {b.name: addresses.get(f"{at} {b.name}", 0) for b in plans[at].buffers}
+                given |= {name: addresses[value] for name, value in values.items()}
                 scalars = _scalars(step.kernel, plans[at], batch)
                 found += [kernels.bind(launch, given, scalars) for launch in plans[at].launches]
         return found
@@ -117,7 +124,7 @@ class PartsSession:
         if self._aborted or self._driver is None:
             raise EngineError(f"{self._path.name}: was told to stop")
         for step in self._runs[batch]:
-            if isinstance(step, Launch):
+            if isinstance(step, BoundLaunch):
                 step.enqueue(self._driver)
             else:
                 step.enqueue(batch)
@@ -145,7 +152,7 @@ class PartsSession:
         self._blocks, self._runs = [], {}
 
 
-def _scalars(step: KernelStep, plan: Plan, batch: int) -> dict[str, int | float]:
+def _scalars(step: KernelStep, plan: OperatorPlan, batch: int) -> dict[str, int | float]:
     """The plan's scalars with the step's own values, for a number of tiles."""
     own = {name: batch if value == BATCH else value for name, value in step.scalars.items()}
     return {**plan.scalars, **own}  # type: ignore[dict-item]
