@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -236,7 +235,7 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
 
 def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", text, re.IGNORECASE):
+    if memory.ran_out_of_memory(error, path):
         return MemoryLimitError(
             f"{path.name}: out of memory ({text:.200}); close other programs, "
             "or use an engine with smaller tiles"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -226,7 +225,7 @@ def _specs(ports: Any, declared: Boundary) -> tuple[TensorSpec, ...]:
 
 def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
     text = _one_line(error)
-    if isinstance(error, MemoryError) or re.search(r"bad_alloc|allocat|out of memory", text, re.IGNORECASE):
+    if memory.ran_out_of_memory(error, path):
         return MemoryLimitError(
             f"{path.name}: out of memory ({text:.200}); close other programs, "
             "or use an engine with smaller tiles"

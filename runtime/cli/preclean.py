@@ -7,7 +7,6 @@ so that its artefacts are not enlarged, is what the engine sees. The network is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from moesr.runtime.errors import EngineError, MemoryLimitError, NonFiniteError
 from moesr.runtime.images.planes import join, split
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.system.files import sha256_of
+from moesr.runtime.system.memory import ran_out_of_memory
 
 TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and what its sides are multiples of
 MARGIN_PX = 16  # around what is used of a tile; at the image's edges it is mirrored
@@ -171,6 +171,6 @@ def _declared(path: Path, session: Any) -> tuple[str, type, tuple[int, int] | No
 
 def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", text, re.IGNORECASE):
+    if ran_out_of_memory(error, path):
         return MemoryLimitError(f"{path}: out of memory ({text:.200}); close other programs")
     return EngineError(f"{path}: cannot be run by onnxruntime ({text:.300}); {_EXPECTED}, as an ONNX file")

@@ -1,36 +1,41 @@
-"""What the programs of this project share on a terminal: one guard, one log, one bar.
+"""What the programs of this project share on a terminal: a guard against tracebacks, a log and a bar.
 
-Importing it is quick, so that a program is under its guard before anything large is loaded.
+This module imports nothing large, so that the guard already holds while the rest of a program is imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from moesr.runtime.errors import MemoryLimitError, MoesrError, UsageError
+from moesr.runtime.system.memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 BY_SIGNAL = 128
-"""A program that a signal ended exits with this and the signal's number, as shells have it: 130, 143."""
+"""A program ended by a signal exits with this plus the signal's number, as shells do: 130, 143."""
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 log = logging.getLogger("moesr")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
+    """Keeps the line breaks of a program's description."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,19 +58,21 @@ def run_program(
 ) -> int:
     """Parse `argv` and run a program's body; returns the exit code.
 
-    `parser` and `work` import what is large. Log messages go to stderr as "NAME: message"; whatever is raised
-    becomes one of them. The parsed `quiet` and `debug`, where the program has them, are heeded. Standard
-    streams that are closed or full stop nothing: a report that could not be written makes the code 1. `extra`
-    names what installs the packages that the program needs: moesr[EXTRA].
+    `parser` and `work` import the large modules themselves. Log messages go to stderr as "NAME: message", and
+    every exception becomes such a line. The parsed options `quiet` and `debug` are honoured if the program
+    has them. The program goes on when a standard stream is closed or full, but exits with 1 if part of its
+    report was lost. `extra` names the optional dependencies of the program, as in moesr[EXTRA].
     """
     with _sturdy_streams() as out, _signals() as stop, logging_to_stderr(logging.INFO, name):
         debug = False
         try:
-            args = parser().parse_args(argv)
+            arguments = parser()
+            arguments.error = functools.partial(_refuse, arguments)
+            args = arguments.parse_args(argv)
             debug = getattr(args, "debug", False)
             log.setLevel(logging.WARNING if getattr(args, "quiet", False) else logging.INFO)
             code = work(args)
-        except SystemExit as leave:  # argparse has said all
+        except SystemExit as leave:  # argparse has printed its message
             out.flush()
             raise SystemExit(leave.code or int(out.lost)) from None
         except BaseException as error:
@@ -77,7 +84,7 @@ def run_program(
 
 @contextlib.contextmanager
 def logging_to_stderr(level: int, name: str = "moesr") -> Iterator[None]:
-    """Send the log to stderr as "NAME: message" lines, above the bar, for the time of a `with` block."""
+    """Send the log to stderr as "NAME: message" lines above the bar, during a `with` block."""
     handler, before = _LineHandler(name), log.level
     log.addHandler(handler)
     log.setLevel(level)
@@ -89,29 +96,49 @@ def logging_to_stderr(level: int, name: str = "moesr") -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Write a line to stdout, above the bar."""
-    _write(text, sys.stdout)
+    """Write a line to stdout, above the bar; see `printable`."""
+    _write(printable(text), sys.stdout)
+
+
+def printable(text: str) -> str:
+    """Text with control characters and line breaks as escapes, such as "\\x1b" and "\\n".
+
+    File names and names in engines can hold terminal commands, line breaks, and marks that reverse the
+    direction of writing. Everything that this module prints goes through this function.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_shown: list[tqdm] = []  # bars on the terminal
 
 
 def bar(quiet: bool = False, **options: Any) -> tqdm:
-    """A bar on stderr, for the options of tqdm; where that is a file, a line every ten seconds."""
+    """A bar on stderr with the given options of tqdm; if stderr is no terminal, a line every ten seconds."""
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread that redraws a bar which is not updated
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(disable=quiet, mininterval=interval, dynamic_ncols=True, file=sys.stderr, **options)
+    made = tqdm(disable=quiet, mininterval=interval, dynamic_ncols=True, file=sys.stderr, **options)
+    _shown[:] = [made]
+    return made
 
 
 def _write(text: str, stream: TextIO) -> None:
-    loaded = sys.modules.get("tqdm")  # without it there is no bar to write above
-    if loaded:
-        loaded.tqdm.write(text, file=stream)
+    shown = any(not bar.disable for bar in _shown)  # a closed bar is disabled
+    if shown:
+        type(_shown[0]).write(text, file=stream)
     else:
         print(text, file=stream)
     stream.flush()
 
 
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """End a program as argparse does, with the user's arguments made printable."""
+    argparse.ArgumentParser.error(parser, printable(message))
+
+
 def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: str, extra: str) -> int:
-    """Say on one line what ended a program; returns the exit code."""
+    """Log one line about the exception that ended a program; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
@@ -122,13 +149,12 @@ def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: 
         return error.exit_code
     if debug:
         traceback.print_exception(error)
+    if ran_out_of_memory(error):
+        log.error("out of memory; %s", out_of_memory)
+        return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
         log.error("%s", f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
         return 1
-    # The libraries have no exception of their own for it.
-    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
-        log.error("out of memory; %s", out_of_memory)
-        return MemoryLimitError.exit_code
     if extra and isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moesr"):
         log.error("%s is not installed; install it with: pip install 'moesr[%s]'", error.name, extra)
         return UsageError.exit_code
@@ -144,12 +170,15 @@ class _LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        line = " ".join(record.getMessage().splitlines())
-        _write(f"{self._program}: {prefix}{line}", sys.stderr)
+        line = printable(f"{self._program}: {prefix}{record.getMessage()}")
+        try:
+            _write(line, sys.stderr)
+        except MemoryError:
+            os.write(2, line.encode("utf-8", "backslashreplace") + b"\n")
 
 
 class _Stream:
-    """A standard stream that cannot fail: where it is closed or full it falls silent and remembers it."""
+    """A standard stream whose writes never fail: once it is closed or full, it drops them and sets `lost`."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream or io.StringIO()
@@ -158,7 +187,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         if not self._closed and not self.lost:
-            encoding = self._stream.encoding or "utf-8"  # file names may hold what it cannot say
+            encoding = self._stream.encoding or "utf-8"  # file names may hold characters that it lacks
             self._try(lambda: self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         self.lost |= self._closed and bool(text)
         return len(text)
@@ -173,7 +202,7 @@ class _Stream:
         except (OSError, ValueError):
             self.lost = True
             with contextlib.suppress(OSError, ValueError):
-                # What is still buffered goes nowhere, or the interpreter would fail on it when it ends.
+                # Drop what is still buffered: the interpreter would fail to flush it when it ends.
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
@@ -185,11 +214,11 @@ class _Stream:
 
 @contextlib.contextmanager
 def _sturdy_streams() -> Iterator[_Stream]:
-    """Standard streams that cannot fail, for the time of a `with` block; yields stdout."""
+    """Replace the standard streams by ones that never fail, during a `with` block; yields stdout."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file opened, a result even, would take its place and its output
+        except OSError:  # the next file opened, perhaps a result, would get this number and its output
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)
@@ -203,14 +232,14 @@ def _sturdy_streams() -> Iterator[_Stream]:
 
 
 class _Stop:
-    """Whether a signal has asked the program to end."""
+    """Holds the signal that asked the program to end."""
 
     cause: Stopped | None = None
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Turn the first signal to end into an exception that cleans up; a second ends the process at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an exception; a second ends the process at once."""
     stop, owner = _Stop(), os.getpid()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

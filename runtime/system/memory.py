@@ -1,9 +1,11 @@
-"""How much memory this process may still take, as far as the operating system tells, and giving it back."""
+"""Memory of this process: how much it may still take, giving it back, and errors that say it ran out."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,18 +19,33 @@ _CGROUPS = (  # (limit, used, statistics): version 2, then version 1
     ),
 )
 
+_SHORTAGE = re.compile(
+    r"out[ _]?of[ _]?(?:(?:host|device|gpu|cuda)[ _])?memory"
+    r"|(?:not enough|insufficient) (?:\w+ )?memory"
+    r"|\bbad[_ ]alloc(?:ation)?\b"
+    r"|\b(?:can't|cannot|can not|could not|couldn't|unable to|failed to|failure to) alloc(?:ate)?\b"
+    r"|memory allocation"
+    r"|alloc(?:ation)?[ _]fail(?:ed|ure)"
+    r"|allocation of .{1,60} failed"
+    r"|memory .{0,60}could not be allocated"
+    r"|memory ?object ?allocation|cudaErrorMemoryAllocation"
+    r"|available memory of \d+ is smaller than requested",
+    re.IGNORECASE,
+)
+"""Phrases by which ONNX Runtime, OpenVINO, TensorRT, CUDA and the C++ library report failed allocations."""
+
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes free for use without swapping, within the container's limit; None where it cannot be told.
+    """Bytes free for use without swapping, within the container's limit; None if the system does not say.
 
-    `proc` and `cgroup` are the mount points of the two file systems that Linux reports it in.
+    `proc` and `cgroup` are the mount points of the two file systems in which Linux reports memory.
     """
     figures = [figure for figure in (_system_bytes(proc), _container_bytes(cgroup)) if figure is not None]
     return min(figures, default=None)
 
 
 def return_freed() -> None:
-    """Have the C library give freed memory back to the system, where it is one that keeps it (glibc)."""
+    """Make glibc return freed memory to the system; other C libraries do so by themselves."""
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
@@ -36,7 +53,7 @@ def return_freed() -> None:
 
 
 def readable(count: float) -> str:
-    """A number of bytes in words, such as "3.2 GB"."""
+    """Format a number of bytes, such as "3.2 GB"."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -45,7 +62,7 @@ def readable(count: float) -> str:
 
 
 def _system_bytes(proc: Path) -> int | None:
-    """Memory available on the machine; where the system does not say, half of what it has."""
+    """Memory available on the machine, or half of its memory if the system does not say."""
     kilobytes = _entry(proc / "meminfo", "MemAvailable:")
     if kilobytes is not None:
         return kilobytes * 1024
@@ -72,7 +89,7 @@ def _windows_bytes() -> int | None:
 
 
 def _container_bytes(cgroup: Path) -> int | None:
-    """What the control group leaves free, counting its reclaimable file cache as free."""
+    """Memory that the control group leaves free; its reclaimable file cache counts as free."""
     for limit_name, used_name, stat_name, cache_name in _CGROUPS:
         limit, used = _number(cgroup / limit_name), _number(cgroup / used_name)
         if limit is not None and used is not None:
@@ -83,7 +100,7 @@ def _container_bytes(cgroup: Path) -> int | None:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max" for no limit
+    except (OSError, ValueError):  # the file is absent, or says "max" for no limit
         return None
 
 
@@ -96,7 +113,20 @@ def _entry(path: Path, name: str) -> int | None:
         return None
 
 
-def ran_out_of_memory(text: str) -> bool:
-    """Whether a complaint is of memory, the GPU's or the host's, that could not be had."""
-    words = text.lower()
-    return "out of memory" in words or "outofmemory" in words or ("memory" in words and "alloc" in words)
+def ran_out_of_memory(problem: BaseException | str, *paths: Path | str) -> bool:
+    """Whether an error, or the message of a library, says that memory of the host or a GPU ran out.
+
+    Only whole phrases of allocators count. Paths in the message do not: words with a slash are ignored, and
+    so are the given `paths` and their file names, which may hold any words and spaces. An OSError is judged
+    by its number alone, because its text quotes a file name.
+    """
+    if isinstance(problem, MemoryError):
+        return True
+    if isinstance(problem, OSError) and problem.errno is not None:
+        return problem.errno == errno.ENOMEM
+    text = str(problem)
+    for path in sorted(map(str, paths), key=len, reverse=True):
+        for name in (path, Path(path).name):
+            text = text.replace(name, " ") if name else text
+    words = " ".join(word for word in text.split() if "/" not in word and "\\" not in word)
+    return _SHORTAGE.search(words) is not None and "static TLS block" not in words

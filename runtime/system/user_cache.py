@@ -1,6 +1,7 @@
-"""Where moesr keeps what it found out about a machine, small JSON files that may be deleted at any time.
+"""The user's cache directory: small JSON files with measurements and hashes, which may be deleted anytime.
 
-Nothing depends on them: what cannot be read is found out again, what cannot be written is not kept.
+No result depends on them. A value that cannot be read counts as absent, and a value that cannot be written is
+not kept.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ log = logging.getLogger("moesr")
 
 
 def directory() -> Path | None:
-    """`$MOESR_CACHE`, `$XDG_CACHE_HOME/moesr` or `~/.cache/moesr`, there or not; None without a home.
+    """`$MOESR_CACHE`, `$XDG_CACHE_HOME/moesr` or `~/.cache/moesr`, existing or not; None without a home.
 
-    As the XDG specification has it, a variable that holds a relative path is passed over.
+    A variable that holds a relative path is ignored, as the XDG specification demands.
     """
     own, shared = (Path(os.environ.get(name, "")) for name in ("MOESR_CACHE", "XDG_CACHE_HOME"))
     if own.is_absolute():
@@ -34,7 +35,7 @@ def directory() -> Path | None:
 
 
 def read(name: str) -> Any:
-    """The value kept under a name; None where there is none, or none that can be read."""
+    """The value kept under a name; None if there is none, or none that can be read safely."""
     folder = directory()
     try:
         return json_dataclass.read_json(folder / name, MAX_BYTES) if folder else None
@@ -43,7 +44,7 @@ def read(name: str) -> Any:
 
 
 def write(name: str, value: Any) -> None:
-    """Keep a value under a name, if that can be done."""
+    """Keep a value under a name if the cache directory can be written; the log says if it cannot."""
     folder = directory()
     if folder is None:
         return

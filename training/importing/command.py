@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             source = Published(args.decoder, tuple(args.experts), args.scale, **common)
             lines = summary(import_published(source, args.output, **options), source)
-    console.say("\n".join(lines))
+    for line in lines:
+        console.say(line)
     return 0
 
 

@@ -175,6 +175,15 @@ def test_unusable_engine(tmp_path, photos, harm, message, program, capsys):
     assert names(photos) == ["a.png", "b.jpg", "notes.txt"]
 
 
+def test_a_damaged_graph_is_no_lack_of_memory_whatever_its_path_is_called(tmp_path, photos, capsys):
+    for name in ("allocated-engine", "failed to allocate memory", "out of memory"):
+        engine = build_engine(tmp_path / name)
+        for graph in engine.glob("expert_*.onnx"):
+            graph.write_bytes(graph.read_bytes()[:100])
+        assert run(engine, photos / "a.png", "--no-verify", "--no-cache") == 3
+        assert "out of memory (" not in capsys.readouterr().err
+
+
 def test_nan_in_one_image_leaves_the_others(
     engine: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

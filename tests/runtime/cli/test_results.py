@@ -282,7 +282,7 @@ def test_places_that_cannot_be_written_are_found_before_any_work(
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(upscaler.Manifest, "read", unexpected)
+    monkeypatch.setattr(upscaler, "read_manifest", unexpected)
     for place, code in ((photos / "a.png" / "sub", 1), (tmp_path / ("n" * 256), 1), (photos / "a.png", 2)):
         assert run(engine, photos, "-o", place) == code
     err = capsys.readouterr().err
@@ -340,7 +340,7 @@ def save(self, stream, *args, **kwargs):
     stream.write(b"half")
     os.kill(os.getpid(), signal.SIGTERM)
 Image.Image.save = save
-from moesr.runtime.cli import main
+from moesr.runtime.cli.run import main
 sys.exit(main())
 """
     command = [sys.executable, "-c", script, "--engine", str(engine), str(photos / "a.png")]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from moesr.runtime.system import console
 
 PROGRAM = """
 import argparse, os, signal, sys, time
-from moesr.runtime import console
+from moesr.runtime.system import console
 
 def parser():
     p = argparse.ArgumentParser("try")
@@ -61,7 +62,7 @@ def run(raised: BaseException | None = None, *argv: str) -> int:
         (MemoryError(), 4, "try: error: out of memory; close"),
         (RuntimeError("failed to allocate 3 GB"), 4, "try: error: out of memory"),
         (UsageError("steps is 0"), 2, "try: error: steps is 0"),
-        (EngineError("two\nlines"), 3, "try: error: two lines"),
+        (EngineError("two\nlines"), 3, r"try: error: two\nlines"),
         (PermissionError(13, "Permission denied", "a.png"), 1, "try: error: a.png: Permission denied"),
         (RuntimeError("surprise"), 1, "internal error, please report it: RuntimeError: surprise (--debug"),
     ],
@@ -73,6 +74,50 @@ def test_whatever_is_raised_becomes_one_line(raised, code, message, capsys):
     assert message in err
     assert "Traceback" not in err
     assert err.count("\n") == 2
+
+
+NAMES = {
+    "clears the screen": ("a\x1b[2Jb", r"a\x1b[2Jb"),
+    "splits the line": ("new\nline\r\vx", r"new\nline\r\x0bx"),
+    "eight-bit control": ("a\x9b2Jb", r"a\x9b2Jb"),
+    "reversed direction": ("gnp\u202eexe.png", r"gnp\u202eexe.png"),
+    "line separators": ("a\u2028b\x85c", r"a\u2028b\x85c"),
+    "plain": ("Bäume 3\u202fPM 👩‍🌾.png", "Bäume 3\u202fPM 👩‍🌾.png"),
+}
+
+
+@pytest.mark.parametrize(("name", "shown"), NAMES.values(), ids=NAMES)
+def test_names_cannot_command_the_terminal(name: str, shown: str, capsys):
+    def work(args: argparse.Namespace) -> int:
+        console.say(f"{name} -> b.png")
+        console.log.warning("%s: odd", name)
+        raise UsageError(f"{name}: no such file")
+
+    console.run_program("try", parser, work, [])
+    out, err = capsys.readouterr()
+    assert out == f"{shown} -> b.png\n"
+    assert err == f"try: warning: {shown}: odd\ntry: error: {shown}: no such file\n"
+    with pytest.raises(SystemExit):
+        console.run_program("try", parser, work, [f"--{name}"])
+    assert f"unrecognized arguments: --{shown}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["half imported", "no memory for a line"])
+def test_memory_that_ends_while_tqdm_is_imported(moment: str, capfd, monkeypatch):
+    def work(args: argparse.Namespace) -> int:
+        if moment == "half imported":
+            monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))
+        else:
+            monkeypatch.setattr(console, "_write", no_memory)
+        raise MemoryError
+
+    def no_memory(text: str, stream: object) -> None:
+        raise MemoryError
+
+    assert console.run_program("try", parser, work, []) == 4
+    assert (
+        capfd.readouterr().err == "try: error: out of memory; close other programs, or use a smaller image\n"
+    )
 
 
 def test_a_package_that_is_missing_names_its_extra(capsys):
@@ -187,7 +232,7 @@ class Interrupt:
             except KeyboardInterrupt:  # as extension modules do
                 raise ImportError("half imported") from None
 sys.meta_path.insert(0, Interrupt())
-from moesr.runtime.cli import main
+from moesr.runtime.cli.run import main
 sys.exit(main())
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -115,7 +115,7 @@ def test_what_may_be_replaced(tmp_path: Path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moesr.runtime import files
+from moesr.runtime.system import files
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
 rename = Path.rename
