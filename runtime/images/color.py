@@ -1,13 +1,19 @@
 """Color correction of a super-resolved image towards its low-resolution input, over the whole image.
 
-Both methods are StableSR's (Section 3.1): matching of channel statistics (Eq. 2) and exchange of the low
-wavelet band (Eq. 3-5). Images are float32 [..., H, W]: the leading axes are channels, each corrected alone,
-so that one channel at a time needs working memory.
+Both methods come from StableSR (Section 3.1): matching of channel statistics (Eq. 2) and exchange of the low
+wavelet band (Eq. 3-5). Images are float32 [..., H, W] in [-1, 1]. The leading axes are channels; each channel
+is corrected alone, so working memory is needed for one channel at a time.
+
+`adain` and `wavelet` are the published methods. `fix_color` also protects clipped regions (see `clipping`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from moesr.runtime.images import clipping
 
 COLOR_FIXES = ("adain", "wavelet", "none")
 """Names that `fix_color` takes."""
@@ -19,26 +25,35 @@ _ROWS_PER_BLOCK = 64
 def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray | None = None) -> np.ndarray:
     """Correct `sr` by `method` (one of `COLOR_FIXES`) towards `lr_up`, the input resized to the same size.
 
-    "none" returns `sr` itself, or a copy in `out`; otherwise as `adain` and `wavelet`.
+    Regions where `lr_up` is flat white or black take no part in the statistics and are not moved by them;
+    inside such a region the result is `lr_up`. "none" returns `sr` itself, or a copy in `out`. `out` may be
+    `sr`. Raises ValueError for an unknown method or unequal shapes.
     """
-    if method == "adain":
-        return adain(sr, lr_up, out=out)
-    if method == "wavelet":
-        return wavelet(sr, lr_up, out=out)
-    if method != "none":
+    if method not in COLOR_FIXES:
         raise ValueError(f"unknown color correction {method!r}; choose one of {', '.join(COLOR_FIXES)}")
-    if out is None or out is sr:
+    if method == "none" and (out is None or out is sr):
         return sr
-    out[...] = sr
+    _check_shapes(sr, lr_up)
+    out = np.empty_like(sr) if out is None else out
+    if method == "none":
+        out[...] = sr
+        return out
+    for channel in np.ndindex(sr.shape[:-2]):
+        content, style, plane = sr[channel], lr_up[channel], out[channel]
+        cells = clipping.clipped_cells(style)
+        if cells is None:
+            (_adain_plane if method == "adain" else _wavelet_plane)(content, style, plane)
+        else:
+            (_adain_around if method == "adain" else _wavelet_around)(content, style, plane, cells)
     return out
 
 
 def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
     """Give each channel of `content` the mean and standard deviation of `style`'s (StableSR, Eq. 2).
 
-    Float32 [..., H, W] both, with equal leading axes; `style` may have another height and width. The variance
-    is the unbiased one plus 1e-5. Written to `out` if given, which may be `content`. Raises ValueError where
-    the leading axes differ.
+    Both are float32 [..., H, W] with equal leading axes; `style` may have another height and width. The
+    variance is the unbiased one plus 1e-5. The result is written to `out` if given, which may be `content`.
+    Raises ValueError if the leading axes differ.
     """
     if content.ndim < 2 or content.shape[:-2] != style.shape[:-2]:
         raise ValueError(
@@ -46,11 +61,7 @@ def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = No
         )
     out = np.empty_like(content) if out is None else out
     for channel in np.ndindex(content.shape[:-2]):
-        content_mean, content_std = _statistics(content[channel])
-        style_mean, style_std = _statistics(style[channel])
-        gain = style_std / content_std
-        np.multiply(content[channel], np.float32(gain), out=out[channel])
-        out[channel] += np.float32(style_mean - content_mean * gain)
+        _adain_plane(content[channel], style[channel], out[channel])
     return out
 
 
@@ -60,22 +71,62 @@ def wavelet(
     """Keep the high frequencies of `content`, take the low ones of `style` (StableSR, Eq. 3-5).
 
     The detail bands sum to `content - low(content)`, and the low-pass filter is linear (with replicated edges
-    too), so the result is `content + low(style - content)`: one cascade of blurs in place of two. Float32
-    [..., H, W], equal shapes; written to `out` if given, which may be `content` but not `style`. Working
-    memory is two channels. Raises ValueError where the shapes differ.
+    too), so the result is `content + low(style - content)`: one cascade of blurs in place of two. Both images
+    are float32 [..., H, W] of equal shape. The result is written to `out` if given, which may be `content`
+    but not `style`. Working memory is two channels. Raises ValueError if the shapes differ.
     """
+    _check_shapes(content, style)
+    out = np.empty_like(content) if out is None else out
+    for channel in np.ndindex(content.shape[:-2]):
+        _wavelet_plane(content[channel], style[channel], out[channel], levels)
+    return out
+
+
+def _check_shapes(content: np.ndarray, style: np.ndarray) -> None:
     if content.ndim < 2 or content.shape != style.shape:
         raise ValueError(f"content and style must have equal shapes, got {content.shape} and {style.shape}")
-    out = np.empty_like(content) if out is None else out
-    low = np.empty(content.shape[-2:], np.float32)
-    scratch = np.empty_like(low)
-    for channel in np.ndindex(content.shape[:-2]):
-        np.subtract(style[channel], content[channel], out=low)
-        for level in range(levels):
-            _blur_rows(low, scratch, 2**level)
-            _blur_rows(scratch.T, low.T, 2**level)
-        np.add(content[channel], low, out=out[channel])
-    return out
+
+
+def _adain_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray) -> None:
+    gain, offset = _gain_and_offset(content, style)
+    np.multiply(content, np.float32(gain), out=out)
+    out += np.float32(offset)
+
+
+def _adain_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, cells: np.ndarray) -> None:
+    """`_adain_plane` with statistics of the pixels outside `cells` [h, w], which are protected."""
+    gain, offset = _gain_and_offset(content, style, cells)
+    weights = clipping.Protection(cells, content.shape)
+    for rows in _blocks(len(content)):
+        correction = content[rows] * np.float32(gain - 1.0) + np.float32(offset)
+        weights.apply(rows, content, correction, style, out)
+
+
+def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, levels: int = 5) -> None:
+    low = np.empty(content.shape, np.float32)
+    np.subtract(style, content, out=low)
+    np.add(content, _low_band(low, levels), out=out)
+
+
+def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, cells: np.ndarray) -> None:
+    """`_wavelet_plane` with no difference inside `cells` [h, w], which are protected."""
+    low = np.empty(content.shape, np.float32)
+    np.subtract(style, content, out=low)
+    weights = clipping.Protection(cells, content.shape)
+    for rows in _blocks(len(content)):
+        low[rows][weights.clipped(rows)] = 0.0
+    _low_band(low, 5)
+    for rows in _blocks(len(content)):
+        weights.apply(rows, content, low[rows], style, out)
+
+
+def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:
+    """Blur [H, W] in place `levels` times, with taps 1, 2, 4, ... pixels apart; returns it."""
+    scratch = np.empty_like(plane)
+    for level in range(levels):
+        _blur_rows(plane, scratch, 2**level)
+        _blur_rows(scratch.T, plane.T, 2**level)
+    return plane
 
 
 def _blur_rows(source: np.ndarray, out: np.ndarray, dilation: int) -> None:
@@ -92,13 +143,41 @@ def _blur_rows(source: np.ndarray, out: np.ndarray, dilation: int) -> None:
     out *= np.float32(0.25)
 
 
-def _statistics(plane: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of [H, W], summed in float64 by blocks of rows."""
-    mean = float(np.mean(plane, dtype=np.float64))
+def _gain_and_offset(
+    content: np.ndarray, style: np.ndarray, cells: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Factor and summand that give `content` the mean and deviation of `style`, outside `cells` if given."""
+    content_mean, content_std = _statistics(content, cells)
+    style_mean, style_std = _statistics(style, cells)
+    gain = style_std / content_std
+    return gain, style_mean - content_mean * gain
+
+
+def _statistics(plane: np.ndarray, cells: np.ndarray | None = None) -> tuple[float, float]:
+    """Mean and standard deviation of [H, W] in float64, by blocks of rows, without the pixels in `cells`."""
+    if cells is None:
+        count, mean = plane.size, float(np.mean(plane, dtype=np.float64))
+    else:
+        sums = [(values.size, float(values.sum())) for values in _outside(plane, cells)]
+        count = sum(size for size, _ in sums)
+        mean = sum(total for _, total in sums) / max(count, 1)
     squares = 0.0
-    for start in range(0, len(plane), _ROWS_PER_BLOCK):
-        deviation = plane[start : start + _ROWS_PER_BLOCK].astype(np.float64)
-        deviation -= mean
-        squares += float(np.vdot(deviation, deviation))
-    variance = squares / max(plane.size - 1, 1)  # a single pixel has no spread
+    for values in _outside(plane, cells):
+        values -= mean
+        squares += float(np.vdot(values, values))
+    variance = squares / max(count - 1, 1)  # a single pixel has no spread
     return mean, float(np.sqrt(variance + _VARIANCE_EPS))
+
+
+def _outside(plane: np.ndarray, cells: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Float64 copies of the pixels outside `cells`, by blocks of rows."""
+    for rows in _blocks(len(plane)):
+        block = plane[rows]
+        if cells is not None:
+            block = block[~clipping.expand(cells, rows, plane.shape[1])]
+        yield block.astype(np.float64)
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    """Slices of rows that begin at multiples of a cell's side."""
+    return (slice(start, min(start + _ROWS_PER_BLOCK, rows)) for start in range(0, rows, _ROWS_PER_BLOCK))

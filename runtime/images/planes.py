@@ -1,7 +1,8 @@
-"""Arrays as users have them, taken apart into color and alpha and put together again."""
+"""Arrays as users have them: taken apart into color and alpha, and put together again."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,31 +10,44 @@ import numpy as np
 
 from moesr.runtime.errors import InputError
 
+_FREE_BITS = 2  # 16-bit data with so many unused bits are stretched
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+
+log = logging.getLogger("moesr")
 
 _CURES = {
     "b": "for black and white pass image.astype(np.uint8) * 255",
     "f": "for values of 0 to 1 pass (image * 255).round().astype(np.uint8)",
     "O": "its rows may be of several lengths; pass np.asarray(rows, np.uint8)",
 }
-"""What to do with an array, by the kind of its type."""
+"""Advice for arrays of other types, by NumPy's letter for the kind."""
 
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """An image in parts; `rgb` [H, W, 3] and `alpha` [H, W] or None are of one type, uint8 or uint16."""
+    """An image in parts; `rgb` [H, W, 3] and `alpha` [H, W] or None have one type, uint8 or uint16.
+
+    `grey` images have three equal channels in `rgb`. `channels` and `ndim` describe the array that came in.
+    The values of `rgb` are `(value - base) << shift` of those that came in (see `_used_range`).
+    """
 
     rgb: np.ndarray
     alpha: np.ndarray | None
-    ndim: int  # of the array they came from
+    ndim: int
+    channels: int
     grey: bool
+    base: int = 0
+    shift: int = 0
 
 
-def split(image: Any) -> Planes:
+def split(image: Any, *, keep_colors_under_alpha: bool = False) -> Planes:
     """Take apart a uint8 or uint16 array of shape HxW or HxWxC; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
 
-    Grey becomes three equal channels. Color under fully transparent pixels, which is arbitrary, is replaced
-    by that of visible pixels nearby, so that it cannot bleed into them. Raises InputError for anything else.
+    An image whose channels are equal everywhere is grey, also if it has three of them. Colors of fully
+    transparent pixels are arbitrary as a rule; they are replaced by those of visible pixels nearby, so that
+    they cannot bleed into them. `keep_colors_under_alpha` leaves them as they are, for textures that keep a
+    mask in alpha. 16-bit values that use a quarter of the range or less are stretched. Raises InputError for
+    anything that is not such an array.
     """
     image = _plain(image)
     channels = image.shape[2] if image.ndim == 3 else 1
@@ -45,13 +59,41 @@ def split(image: Any) -> Planes:
     planes = image.reshape(*image.shape[:2], channels)
     rgb = np.repeat(planes[..., :1], 3, axis=2) if grey else np.ascontiguousarray(planes[..., :3])
     alpha = np.ascontiguousarray(planes[..., -1]) if channels in (2, 4) else None
-    if alpha is not None and not alpha.all():
+    if alpha is not None and not keep_colors_under_alpha and not alpha.all():
         rgb = fill_transparent(rgb, alpha)
-    return Planes(rgb, alpha, image.ndim, grey)
+    base, shift = _used_range(rgb)
+    if shift:
+        rgb = (rgb - np.uint16(base)) << np.uint16(shift)
+    return Planes(rgb, alpha, image.ndim, channels, grey or _is_neutral(rgb), base, shift)
+
+
+def _used_range(rgb: np.ndarray) -> tuple[int, int]:
+    """Lowest value, and bits that are free above the others, of 16-bit data that use part of the range.
+
+    Instruments deliver 10, 12 or 14 bits in files of 16. A model sees such data as an almost black image and
+    errs by as much as in a bright one, which is a large part of the range in use. Photographs use more than a
+    quarter of the range and are left alone. The lowest value is taken off only from data that lie together
+    far from 0, such as signed values with an offset; otherwise it is 0, so that 12-bit data give what the
+    same data give when they are stored 16 times as large.
+    """
+    if rgb.dtype != np.uint16:
+        return 0, 0
+    low, high = int(rgb.min()), int(rgb.max())
+    base = low if 4 * (high - low) < high else 0
+    shift = 16 - (high - base).bit_length()
+    if shift < _FREE_BITS or high == base:
+        return 0, 0
+    log.info("16-bit values lie within %d..%d: they are stretched for the work, and scaled back", low, high)
+    return base, shift
+
+
+def _is_neutral(rgb: np.ndarray) -> bool:
+    """Whether red, green and blue are equal everywhere."""
+    return bool((rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 1] == rgb[..., 2]).all())
 
 
 def _plain(image: Any) -> np.ndarray:
-    """A plain array of native uint8 or uint16; InputError with what to do for whatever else was given."""
+    """A plain array of native uint8 or uint16; for anything else an InputError that says what to do."""
     if isinstance(image, np.ma.MaskedArray):
         raise InputError("got a masked array, expected a plain one; pass image.filled(0), or image.data")
     if isinstance(image, np.matrix):
@@ -68,12 +110,22 @@ def _plain(image: Any) -> np.ndarray:
 
 
 def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:
-    """Put a result together in the layout of the array that `like` came from."""
-    planes = [grey_of(rgb)[..., None]] if like.grey else [rgb]
+    """Put a result together in the layout, and in the range of values, of the array `like` came from."""
+    color = grey_of(rgb)[..., None] if like.grey else rgb
+    if like.shift:
+        color = _scaled_back(color, like)
+    planes = [color.repeat(3, axis=2) if like.grey and like.channels > 2 else color]
     if alpha is not None:
         planes.append(alpha[..., None])
     image = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
     return image[..., 0] if like.ndim == 2 else image
+
+
+def _scaled_back(values: np.ndarray, like: Planes) -> np.ndarray:
+    """Undo the stretch of `split`, rounded, and no further than the bits that were in use."""
+    values = (values.astype(np.uint32) + (1 << (like.shift - 1))) >> like.shift
+    top = min((1 << (16 - like.shift)) - 1, 0xFFFF - like.base)
+    return (np.minimum(values, top) + like.base).astype(np.uint16)
 
 
 def to_unit(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:

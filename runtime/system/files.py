@@ -45,7 +45,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         cure = _CURES.get(error.errno or 0)
         return f"{error.strerror}; {cure}" if cure else error.strerror
-    if isinstance(error, ValueError):  # a NUL character, or one that has no form on disk
+    if isinstance(error, UnicodeError) or "null byte" in str(error) or "null char" in str(error):
         return f"not a possible file name ({error}); name another"
     return str(error) or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Arrays that users have and that are no images: refused with what to do, or taken for what they are."""
+"""Arrays as users have them: refused with advice, or taken apart and put together again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moesr.runtime.errors import InputError
-from moesr.runtime.images.planes import split
+from moesr.runtime.images.planes import join, split
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
 
@@ -36,9 +36,67 @@ def test_refused(image: object, message: str):
 def test_any_byte_order(kind: str):
     planes = split((GREY * 20).astype(kind))
     assert planes.rgb.dtype.isnative
-    np.testing.assert_array_equal(planes.rgb[..., 0], GREY * 20)
+    np.testing.assert_array_equal(join(planes.rgb, None, planes), GREY * 20)
 
 
 def test_mapped_files_are_arrays(tmp_path):
     mapped = np.memmap(tmp_path / "a.bin", np.uint8, "w+", shape=(3, 4))
     assert split(mapped).rgb.shape == (3, 4, 3)
+
+
+RNG = np.random.default_rng(8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_equal_channels_stay_equal(dtype: type, channels: int):
+    top = np.iinfo(dtype).max
+    image = np.repeat(RNG.integers(0, top, (6, 5, 1), dtype), channels, axis=2)
+    image[0, 0, :3], image[-1, -1, :3] = 0, top
+    planes = split(image)
+    noisy = RNG.integers(0, top, (12, 10, 3), dtype)
+    result = join(noisy, None if channels == 3 else noisy[..., 0], planes)
+    assert result.shape == (12, 10, channels) and result.dtype == dtype
+    assert (result[..., :1] == result[..., :3]).all()
+    np.testing.assert_array_equal(join(split(image).rgb, planes.alpha, planes), image)
+    image[2, 2, 1] ^= 1
+    assert not split(image).grey
+
+
+def test_one_transparent_pixel_of_color_does_not_make_an_image_colorful():
+    image = np.full((4, 4, 4), 90, np.uint8)
+    image[1, 1] = (255, 0, 255, 0)
+    assert split(image).grey
+    assert not split(image, keep_colors_under_alpha=True).grey
+
+
+@pytest.mark.parametrize(
+    ("bits", "offset"), [(1, 0), (8, 0), (10, 0), (12, 0), (14, 0), (1, 30_000), (10, 60_000), (12, 32_768)]
+)
+def test_narrow_16_bit_data_fill_the_range(bits: int, offset: int):
+    values = RNG.integers(0, 2**bits, (7, 9), np.uint16)
+    values[0, :2] = 0, 2**bits - 1
+    planes = split(values + np.uint16(offset))
+    np.testing.assert_array_equal(planes.rgb[..., 0], values << np.uint16(16 - bits))
+    np.testing.assert_array_equal(join(planes.rgb, None, planes), values + offset)
+    high = join(np.full_like(planes.rgb, 65535), None, planes)
+    assert (high == offset + 2**bits - 1).all()  # no overflow by rounding
+
+
+@pytest.mark.parametrize("values", [[0, 65535], [0, 16_384], [20_000, 65_535], [40_000, 40_000], [0, 0]])
+def test_photographs_and_flat_images_are_left_alone(values: list[int]):
+    image = np.array([values], np.uint16)
+    planes = split(image)
+    assert (planes.base, planes.shift) == (0, 0)
+    np.testing.assert_array_equal(planes.rgb[..., 0], image)
+
+
+def test_8_bit_data_are_never_stretched():
+    assert split(GREY).shift == 0
+
+
+def test_colors_under_alpha_can_be_kept():
+    image = RNG.integers(0, 256, (6, 6, 4), np.uint8)
+    image[..., 3] = 255 * (np.arange(6) > 2)
+    assert (split(image).rgb[:, :3] != image[:, :3, :3]).any()
+    np.testing.assert_array_equal(split(image, keep_colors_under_alpha=True).rgb, image[..., :3])

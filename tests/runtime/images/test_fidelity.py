@@ -1,0 +1,47 @@
+"""Whole runs on images that people noticed: white paper, narrow 16-bit data, grey stored as RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from engines import build_engine
+
+from moesr.runtime import Upscaler
+
+RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upscaler]:
+    with Upscaler(build_engine(tmp_path_factory.mktemp("engine"))) as upscaler:
+        yield upscaler
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet"])
+@pytest.mark.parametrize("share", [0, 1], ids=["black", "white"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_flat_white_and_black_stay(up: Upscaler, dtype: type, color_fix: str, share: int, channels: int):
+    top = np.iinfo(dtype).max
+    image = RNG.integers(0, top, (40, 48, channels), dtype, endpoint=True)
+    image[:, 16:, : 3 if channels == 4 else channels] = share * top
+    result = up(image, steps=2, color_fix=color_fix)
+    flat = result[:, 19 * 4 :, :3].astype(int)
+    assert np.abs(flat - share * top).max() <= 1
+
+
+def test_12_bit_data_give_what_the_same_data_give_in_16_bits(up: Upscaler):
+    narrow = RNG.integers(0, 4096, (20, 24), np.uint16)
+    narrow[0, 0] = 4095
+    wide = up(narrow * np.uint16(16), steps=2).astype(float) / 16
+    assert np.abs(up(narrow, steps=2) - wide).max() < 1  # values above 4095 are cut off
+
+
+def test_grey_stored_as_rgb_stays_grey(up: Upscaler):
+    grey = RNG.integers(0, 256, (18, 20, 1), np.uint8)
+    result = up(np.repeat(grey, 3, axis=2), steps=2)
+    assert result.shape == (72, 80, 3)
+    assert (result == result[..., :1]).all()
+    np.testing.assert_array_equal(result[..., :1], up(grey, steps=2))
