@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moesr.kernels.interpreter import interpreted
 from moesr.kernels.launch import DTYPES, architecture, run, table
-from moesr.kernels.plan import ARCHITECTURES, Op, Plan, Scalar, Shape
+from moesr.kernels.plan import ARCHITECTURES, Op, Scalar, Shape, TritonPlan
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ def has_kernels(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and interpreted()
 
 
-def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> TritonPlan:
     """The plan of an operator, made once; ValueError for a type or a shape that has none."""
     if dtype not in FLOATS:
         raise ValueError(f"{op.name} has no kernels for {dtype}, only for {', '.join(map(str, FLOATS))}")
@@ -48,7 +48,7 @@ def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
 
 
 @cache
-def _plan(op: Op, shape: tuple[tuple[str, int], ...], dtype: str, arch: int) -> Plan:
+def _plan(op: Op, shape: tuple[tuple[str, int], ...], dtype: str, arch: int) -> TritonPlan:
     return op.plan(dict(shape), dtype, arch)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.interpreter import interpreted, repair
-from moesr.kernels.plan import Buffer, Op, Plan
+from moesr.kernels.plan import Op, PlanBuffer, TritonPlan
 
 DTYPES = {
     "fp32": torch.float32,
@@ -36,7 +36,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def run(op: Op, plan: Plan, buffers: Mapping[str, Tensor], poison: bool = False) -> dict[str, Tensor]:
+def run(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor], poison: bool = False) -> dict[str, Tensor]:
     """Launch a plan on its input and state buffers; returns outputs and states by name.
 
     `poison` fills scratch and outputs with NaN (integers: the largest value) before the launches.
@@ -50,30 +50,30 @@ def run(op: Op, plan: Plan, buffers: Mapping[str, Tensor], poison: bool = False)
     return {b.name: given[b.name] for b in plan.with_role("output", "state")}
 
 
-def kernel_buffers(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kernel_buffers(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All buffers of a plan: the given ones, checked, and tables, scratch and outputs on their device."""
     given: dict[str, Tensor] = {}
     for b in plan.with_role("input", "state"):
         value = given[b.name] = buffers[b.name].contiguous()
-        if value.dtype != DTYPES[b.dtype] or tuple(value.shape) != plan.dims(b):
+        if value.dtype != DTYPES[b.dtype] or tuple(value.shape) != b.dims(plan.scalars):
             got = f"{value.dtype} {tuple(value.shape)}"
-            raise ValueError(f"{op.name}: {b.name} is {got}, the plan takes {b.dtype} {plan.dims(b)}")
+            raise ValueError(f"{op.name}: {b.name} is {got}, the plan takes {b.dtype} {b.dims(plan.scalars)}")
     device = next(iter(given.values())).device
     for b in plan.with_role("table"):
         given[b.name] = buffers[b.name] if b.name in buffers else table(plan, b, device)
     for b in plan.with_role("scratch", "output"):
-        given[b.name] = torch.empty(plan.dims(b), dtype=DTYPES[b.dtype], device=device)
+        given[b.name] = torch.empty(b.dims(plan.scalars), dtype=DTYPES[b.dtype], device=device)
     if op.link:
         op.link(given)
     return given
 
 
-def table(plan: Plan, buffer: Buffer, device: torch.device) -> Tensor:
+def table(plan: TritonPlan, buffer: PlanBuffer, device: torch.device) -> Tensor:
     """A constant buffer on a device."""
     return torch.from_numpy(plan.tables[buffer.name]).to(device, DTYPES[buffer.dtype])
 
 
-def launch(op: Op, plan: Plan, buffers: Mapping[str, Tensor]) -> None:
+def launch(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor]) -> None:
     """Launch on buffers that are all there; nothing is allocated or checked."""
     functions = kernel_module(op.name)
     if interpreted():

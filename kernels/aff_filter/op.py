@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from moesr.kernels.aff_filter import reference, tables
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, next_power_of_2
+from moesr.kernels.plan import (
+    SIZES,
+    Cost,
+    Op,
+    PlanBuffer,
+    Shape,
+    TritonLaunch,
+    TritonPlan,
+    cases,
+    next_power_of_2,
+)
 
 ON_CHIP = 8192  # complex values of one column of a group of channels that the registers of a program hold
 DENSE = 64  # up to this height a column is one dense product; also the largest factor
@@ -52,7 +62,7 @@ def _pad(n: int) -> int:
     return max(DOT, next_power_of_2(n))
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """Three launches. `norm` 1 applies a scale and a shift of each plane on load and adds x to the result."""
     channels, blocks, height, width = (shape[k] for k in ("channels", "blocks", "height", "width"))
     if width % 2:
@@ -62,21 +72,24 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     square = (2, tiling.groups, tiling.channels, tiling.channels)
     half = width // 2
     made = tables.row_tables(width) | tables.column_tables(tiling.n1, tiling.n2, tiling.p1, tiling.p2)
-    return Plan(
+    return TritonPlan(
+        op="aff_filter",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("x", dtype, planes, "input"),
-            Buffer("scale", "fp32", ("batch", channels), "input"),
-            Buffer("shift", "fp32", ("batch", channels), "input"),
-            Buffer("w1", dtype, square, "input"),
-            Buffer("b1", "fp32", square[:3], "input"),
-            Buffer("w2", dtype, square, "input"),
-            Buffer("b2", "fp32", square[:3], "input"),
+            PlanBuffer("x", dtype, planes, "input"),
+            PlanBuffer("scale", "fp32", ("batch", channels), "input"),
+            PlanBuffer("shift", "fp32", ("batch", channels), "input"),
+            PlanBuffer("w1", dtype, square, "input"),
+            PlanBuffer("b1", "fp32", square[:3], "input"),
+            PlanBuffer("w2", dtype, square, "input"),
+            PlanBuffer("b2", "fp32", square[:3], "input"),
             *(
-                Buffer(name, "fp32" if name == "twiddle" else dtype, table.shape, "table")
+                PlanBuffer(name, "fp32" if name == "twiddle" else dtype, table.shape, "table")
                 for name, table in made.items()
             ),
-            Buffer("spectrum", dtype, ("batch", half + 1, channels, 2, height), "scratch"),
-            Buffer("y", dtype, planes, "output"),
+            PlanBuffer("spectrum", dtype, ("batch", half + 1, channels, 2, height), "scratch"),
+            PlanBuffer("y", dtype, planes, "output"),
         ),
         launches=_launches(shape, dtype, arch, tiling),
         scalars={"batch": shape["batch"]},
@@ -84,7 +97,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     )
 
 
-def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Launch, ...]:
+def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[TritonLaunch, ...]:
     channels, height, width = shape["channels"], shape["height"], shape["width"]
     even, odd = tables.cosines(width)
     precision = "tf32x3" if dtype == "fp32" else "ieee"
@@ -102,37 +115,37 @@ def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Lau
     sizes = {"BLOCK_H": block_h, "BLOCK_K": block_k}
     tail = ("cdiv(H, BLOCK_H)", "batch * CHANNELS")
     return (
-        Launch(
+        TritonLaunch(
             "rows",
             ("x", "scale", "shift", "even", "odd", "spectrum"),
-            common | sizes | {"BLOCK_R": block_r},
             ("cdiv(W // 2, BLOCK_R)", *tail),
+            common | sizes | {"BLOCK_R": block_r},
             warps,
             stages,
         ),
         _column_launch(column, tiling, dtype, arch),
-        Launch(
+        TritonLaunch(
             "rows_inverse",
             ("spectrum", "even_inverse", "odd_inverse", "x", "scale", "shift", "y"),
-            common | sizes | {"BLOCK_N": block_r},
             ("cdiv(W // 2, BLOCK_N)", *tail),
+            common | sizes | {"BLOCK_N": block_r},
             warps,
             stages,
         ),
     )
 
 
-def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch: int) -> Launch:
+def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch: int) -> TritonLaunch:
     """The whole column in registers where it fits in half precision; through the cache otherwise."""
     values = tiling.channels * tiling.p1 * tiling.p2
     arguments = ("spectrum", "w1", "b1", "w2", "b2", "dft_1", "dft_2", "twiddle")
     grid = ("HALF + 1", "GROUPS", "batch")
     if SIZES[dtype] == 2 and values <= ON_CHIP:
-        return Launch("columns", arguments, constants, grid, max(4, values // 1024), 1)
+        return TritonLaunch("columns", arguments, grid, constants, max(4, values // 1024), 1)
     at_once = 2048 if arch in (90, 100) else 512  # complex values; more spill
     chunk = max(1, min(tiling.channels, at_once // (tiling.p1 * tiling.p2)))
     chunked = {"CHUNK": chunk, "FREQUENCIES": max(DOT, min(64, next_power_of_2(constants["H"])))}
-    return Launch("columns_cached", arguments, constants | chunked, grid, 4, 1)
+    return TritonLaunch("columns_cached", arguments, grid, constants | chunked, 4, 1)
 
 
 def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[int, int, int], int, int]:

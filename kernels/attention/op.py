@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moesr.kernels.attention import reference
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases
+from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases
 
 
 class Tiling(NamedTuple):
@@ -41,7 +41,7 @@ def tiling(width: int, dtype: str, arch: int, tokens_last: bool) -> Tiling:
     return Tiling(32, 32, 64, width, 4, 2)  # 99 KiB of shared memory
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch. Tokens and heads are scalars; whether blocks divide the tokens is compiled in."""
     width, last, packed = shape["width"], bool(shape.get("tokens_last", 0)), bool(shape.get("packed", 0))
     t = tiling(width, dtype, arch, last)
@@ -58,17 +58,20 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     names = ("qkv",) * 3 if packed else ("q", "k", "v")
     dims = (width, "tokens") if last else ("tokens", width)
     lead = ("heads", 3) if packed else ("heads",)
-    return Plan(
+    return TritonPlan(
+        op="attention",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            *(Buffer(name, dtype, (*lead, *dims), "input") for name in dict.fromkeys(names)),
-            Buffer("out", dtype, ("heads", *dims), "output"),
+            *(PlanBuffer(name, dtype, (*lead, *dims), "input") for name in dict.fromkeys(names)),
+            PlanBuffer("out", dtype, ("heads", *dims), "output"),
         ),
         launches=(
-            Launch(
+            TritonLaunch(
                 "attention",
                 (*names, "out", "tokens", "scale"),
-                constants,
                 ("cdiv(tokens, BLOCK_M)", "heads", "WIDTH // VALUES"),
+                constants,
                 t.num_warps,
                 t.num_stages,
             ),

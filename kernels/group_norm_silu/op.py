@@ -10,13 +10,24 @@ from torch import Tensor
 
 from moesr.kernels.group_norm_silu import reference
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, cdiv, next_power_of_2
+from moesr.kernels.plan import (
+    SIZES,
+    Cost,
+    Op,
+    PlanBuffer,
+    Shape,
+    TritonLaunch,
+    TritonPlan,
+    cases,
+    cdiv,
+    next_power_of_2,
+)
 
 PARTS = 64  # of a group's values (NCHW); the second launch reads a group's partials in every block
 PARTS_NHWC = 256  # of an image's pixels
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """Two launches; the same tiling on every architecture, as nothing here needs shared memory."""
     del arch
     pixels, channels, groups = shape["height"] * shape["width"], shape["channels"], shape["groups"]
@@ -26,20 +37,23 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
     parts, launches = (_nhwc if nhwc else _nchw)(shape, pixels, channels // groups)
     sides = (shape["height"], shape["width"])
     dims = ("batch", *sides, channels) if nhwc else ("batch", channels, *sides)
-    return Plan(
+    return TritonPlan(
+        op="group_norm_silu",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("x", dtype, dims, "input"),
-            Buffer("weight", "fp32", (channels,), "input"),
-            Buffer("bias", "fp32", (channels,), "input"),
-            Buffer("partial", "fp32", ("batch", parts, groups, 2), "scratch"),
-            Buffer("y", dtype, dims, "output"),
+            PlanBuffer("x", dtype, dims, "input"),
+            PlanBuffer("weight", "fp32", (channels,), "input"),
+            PlanBuffer("bias", "fp32", (channels,), "input"),
+            PlanBuffer("partial", "fp32", ("batch", parts, groups, 2), "scratch"),
+            PlanBuffer("y", dtype, dims, "output"),
         ),
         launches=launches,
         scalars={"batch": shape["batch"], "eps": reference.EPS},
     )
 
 
-def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...]]:
+def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunch, ...]]:
     groups, size = shape["groups"], width * pixels
     block = min(4096, next_power_of_2(size))
     part = block * cdiv(size, PARTS * block)
@@ -56,22 +70,22 @@ def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
         "BLOCK": apply_block,
     }
     return parts, (
-        Launch(
+        TritonLaunch(
             "statistics_nchw",
             ("x", "partial"),
-            {"SIZE": size, "PART": part, "BLOCK": block},
             (f"batch * {groups}", str(parts)),
+            {"SIZE": size, "PART": part, "BLOCK": block},
         ),
-        Launch(
+        TritonLaunch(
             "apply_nchw",
             ("x", "weight", "bias", "partial", "y", "eps"),
-            constants,
             ("batch * CHANNELS", "cdiv(PIXELS, BLOCK)"),
+            constants,
         ),
     )
 
 
-def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...]]:
+def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunch, ...]]:
     groups, pad = shape["groups"], next_power_of_2(width)
     span = groups & -groups  # the largest power of two that divides them
     while span * pad > 512 and span > 1:
@@ -96,12 +110,12 @@ def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[Launch, ...
     }
     last = "GROUPS // SPAN"
     return parts, (
-        Launch("statistics_nhwc", ("x", "partial"), common, ("batch", str(parts), last)),
-        Launch(
+        TritonLaunch("statistics_nhwc", ("x", "partial"), ("batch", str(parts), last), common),
+        TritonLaunch(
             "apply_nhwc",
             ("x", "weight", "bias", "partial", "y", "eps"),
-            common | second,
             ("batch", "cdiv(PIXELS, RUN)", last),
+            common | second,
         ),
     )
 

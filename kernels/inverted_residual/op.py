@@ -10,13 +10,24 @@ from torch import Tensor
 
 from moesr.kernels.inverted_residual import reference
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, cdiv, next_power_of_2
+from moesr.kernels.plan import (
+    SIZES,
+    Cost,
+    Op,
+    PlanBuffer,
+    Shape,
+    TritonLaunch,
+    TritonPlan,
+    cases,
+    cdiv,
+    next_power_of_2,
+)
 
 PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 DOT = 16  # the smallest inner size of a matrix product on tensor cores
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch over tiles; `channels_last` 1 reads and writes [B, H, W, C]."""
     cin, cout, height, width = (shape[k] for k in ("channels", "out", "height", "width"))
     inner, nhwc = 4 * cin, shape.get("channels_last", 0)
@@ -37,19 +48,26 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
         "BLOCK_C": min(block_c, max(DOT, next_power_of_2(cin))), "CO": max(DOT, next_power_of_2(cout)),
     }  # fmt: skip
     buffers = (
-        Buffer("x", dtype, planes(cin), "input"),
-        Buffer("expand", dtype, (inner, cin), "input"),
-        Buffer("expand_bias", "fp32", (inner,), "input"),
-        Buffer("depthwise", dtype, (9, inner), "input"),
-        Buffer("depthwise_bias", "fp32", (inner,), "input"),
-        Buffer("reduce", dtype, (cout, inner), "input"),
-        Buffer("reduce_bias", "fp32", (cout,), "input"),
-        Buffer("scratch", dtype, ("programs", gh * gw, chunk), "scratch"),
-        Buffer("y", dtype, planes(cout), "output"),
+        PlanBuffer("x", dtype, planes(cin), "input"),
+        PlanBuffer("expand", dtype, (inner, cin), "input"),
+        PlanBuffer("expand_bias", "fp32", (inner,), "input"),
+        PlanBuffer("depthwise", dtype, (9, inner), "input"),
+        PlanBuffer("depthwise_bias", "fp32", (inner,), "input"),
+        PlanBuffer("reduce", dtype, (cout, inner), "input"),
+        PlanBuffer("reduce_bias", "fp32", (cout,), "input"),
+        PlanBuffer("scratch", dtype, ("programs", gh * gw, chunk), "scratch"),
+        PlanBuffer("y", dtype, planes(cout), "output"),
     )
     arguments = (*(b.name for b in buffers), "batch")
-    launch = Launch("inverted_residual", arguments, constants, ("programs",), warps, 1)
-    return Plan(buffers, (launch,), {"batch": shape["batch"], "programs": min(PROGRAMS, tiles)})
+    launch = TritonLaunch("inverted_residual", arguments, ("programs",), constants, warps, 1)
+    return TritonPlan(
+        op="inverted_residual",
+        dtype=dtype,
+        shape=dict(shape),
+        scalars={"batch": shape["batch"], "programs": min(PROGRAMS, tiles)},
+        buffers=buffers,
+        launches=(launch,),
+    )
 
 
 def _tiling(cin: int, cout: int, dtype: str, arch: int) -> tuple[tuple[int, int], int, int, int]:

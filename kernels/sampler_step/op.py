@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesr.kernels.plan import Buffer, Cost, Launch, Op, Plan, Shape, cases
+from moesr.kernels.plan import Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases
 from moesr.kernels.sampler_step import reference
 from moesr.runtime.sampling.noise import INITIAL_NOISE
 
@@ -21,20 +21,25 @@ PROGRAMS = 128  # a job: about one for each multiprocessor; more than one pass w
 KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch of a fixed grid; canvases are reached through the table alone. A third job is empty."""
     del arch
     sizes = _sizes(shape)
-    return Plan(
+    return TritonPlan(
+        op="sampler_step",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("jobs", "i64", ("jobs", COLUMNS), "input"),
-            Buffer("coefficients", dtype, (2, 6), "input"),
-            *(Buffer(f"z_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
-            *(Buffer(f"sums_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
-            Buffer("history_0", dtype, sizes[0], "state"),
+            PlanBuffer("jobs", "i64", ("jobs", COLUMNS), "input"),
+            PlanBuffer("coefficients", dtype, (2, 6), "input"),
+            *(PlanBuffer(f"z_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
+            *(PlanBuffer(f"sums_{i}", dtype, size, "state") for i, size in enumerate(sizes)),
+            PlanBuffer("history_0", dtype, sizes[0], "state"),
         ),
         launches=(
-            Launch("sampler_step", ("jobs",), {"BLOCK": BLOCK}, (str(PROGRAMS), "jobs"), fp_fusion=False),
+            TritonLaunch(
+                "sampler_step", ("jobs",), (str(PROGRAMS), "jobs"), {"BLOCK": BLOCK}, fp_fusion=False
+            ),
         ),
         scalars={"jobs": shape.get("jobs", 3)},
     )

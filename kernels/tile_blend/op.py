@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases
+from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases
 from moesr.kernels.tile_blend import reference
 from moesr.runtime.sampling import tiles
 
@@ -17,25 +17,28 @@ COLUMNS = 7  # of the table: addresses of sums, sum of weights and flag, plane s
 BLOCK_H, BLOCK_W = 8, 64
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch; canvases are reached through the table alone."""
     del arch
     sides = [_sides(shape, i) for i in (0, 1)]
-    return Plan(
+    return TritonPlan(
+        op="tile_blend",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("slots", "i64", ("slots", COLUMNS), "input"),
-            Buffer("tiles", dtype, ("slots", "channels", "height", "width"), "input"),
-            Buffer("weights", "fp32", ("height", "width"), "input"),
-            *(Buffer(f"weight_sum_{i}", "fp32", side, "input") for i, side in enumerate(sides)),
-            *(Buffer(f"sums_{i}", "fp32", ("channels", *side), "state") for i, side in enumerate(sides)),
-            Buffer("flags", "i32", (2,), "state"),
+            PlanBuffer("slots", "i64", ("slots", COLUMNS), "input"),
+            PlanBuffer("tiles", dtype, ("slots", "channels", "height", "width"), "input"),
+            PlanBuffer("weights", "fp32", ("height", "width"), "input"),
+            *(PlanBuffer(f"weight_sum_{i}", "fp32", side, "input") for i, side in enumerate(sides)),
+            *(PlanBuffer(f"sums_{i}", "fp32", ("channels", *side), "state") for i, side in enumerate(sides)),
+            PlanBuffer("flags", "i32", (2,), "state"),
         ),
         launches=(
-            Launch(
+            TritonLaunch(
                 "tile_blend",
                 ("slots", "tiles", "weights", "height", "width"),
-                {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W},
                 ("cdiv(height, BLOCK_H) * cdiv(width, BLOCK_W)", "channels", "slots"),
+                {"BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W},
                 fp_fusion=False,
             ),
         ),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases
+from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases
 from moesr.kernels.tile_gather import reference
 
 COLUMNS = 6  # of the table: address, plane stride, row stride, y, x, t
@@ -17,30 +17,33 @@ BLOCK_H, BLOCK_W = 8, 64
 CANVAS_TYPES = {1: "u8", 2: "u16", 4: "fp32"}
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch; canvases are reached through the table alone."""
     del arch
-    return Plan(
+    return TritonPlan(
+        op="tile_gather",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("slots", "i64", ("slots", COLUMNS), "input"),
+            PlanBuffer("slots", "i64", ("slots", COLUMNS), "input"),
             *(
-                Buffer(f"canvas_{i}", CANVAS_TYPES[shape["pixel_bytes"]], size, "input")
+                PlanBuffer(f"canvas_{i}", CANVAS_TYPES[shape["pixel_bytes"]], size, "input")
                 for i, size in enumerate(_sizes(shape))
             ),
-            Buffer("tiles", dtype, ("slots", "channels", "height", "width"), "output"),
-            Buffer("t", "fp32", ("slots",), "output"),
+            PlanBuffer("tiles", dtype, ("slots", "channels", "height", "width"), "output"),
+            PlanBuffer("t", "fp32", ("slots",), "output"),
         ),
         launches=(
-            Launch(
+            TritonLaunch(
                 "tile_gather",
                 ("slots", "tiles", "t", "height", "width"),
+                ("cdiv(height, BLOCK_H) * cdiv(width, BLOCK_W)", "channels", "slots"),
                 {
                     "PIXEL_BYTES": shape["pixel_bytes"],
                     "WITH_T": True,
                     "BLOCK_H": BLOCK_H,
                     "BLOCK_W": BLOCK_W,
                 },
-                ("cdiv(height, BLOCK_H) * cdiv(width, BLOCK_W)", "channels", "slots"),
                 fp_fusion=False,
             ),
         ),

@@ -9,29 +9,33 @@ import torch
 from torch import Tensor
 
 from moesr.kernels.launch import DTYPES
-from moesr.kernels.plan import SIZES, Buffer, Cost, Launch, Op, Plan, Shape, cases, cdiv
+from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases, cdiv
 from moesr.kernels.vq_nearest import reference
 
 BLOCK_M, BLOCK_N = 16, 128  # latents and codes; wider blocks cost the registers that hide latency
 
 
-def plan(shape: Shape, dtype: str, arch: int) -> Plan:
+def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
     """One launch; the same tiling on every architecture, as all of it stays in registers."""
     del arch
     width, out_width, codes = shape["width"], shape["out_width"], shape["codes"]
     padded = cdiv(codes, BLOCK_N) * BLOCK_N
-    return Plan(
+    return TritonPlan(
+        op="vq_nearest",
+        dtype=dtype,
+        shape=dict(shape),
         buffers=(
-            Buffer("z", dtype, ("batch", width, "pixels"), "input"),
-            Buffer("planes", "fp32", (width + 1, padded), "input"),
-            Buffer("table", "fp32", (codes, out_width), "input"),
-            Buffer("values", dtype, ("batch", out_width, "pixels"), "output"),
-            Buffer("indices", "i32", ("batch", "pixels"), "output"),
+            PlanBuffer("z", dtype, ("batch", width, "pixels"), "input"),
+            PlanBuffer("planes", "fp32", (width + 1, padded), "input"),
+            PlanBuffer("table", "fp32", (codes, out_width), "input"),
+            PlanBuffer("values", dtype, ("batch", out_width, "pixels"), "output"),
+            PlanBuffer("indices", "i32", ("batch", "pixels"), "output"),
         ),
         launches=(
-            Launch(
+            TritonLaunch(
                 "vq_nearest",
                 ("z", "planes", "table", "values", "indices", "pixels"),
+                ("cdiv(pixels, BLOCK_M)", "batch"),
                 {
                     "WIDTH": width,
                     "OUT_WIDTH": out_width,
@@ -39,7 +43,6 @@ def plan(shape: Shape, dtype: str, arch: int) -> Plan:
                     "BLOCK_M": BLOCK_M,
                     "BLOCK_N": BLOCK_N,
                 },
-                ("cdiv(pixels, BLOCK_M)", "batch"),
                 fp_fusion=False,
             ),
         ),

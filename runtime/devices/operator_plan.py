@@ -6,6 +6,8 @@ in order. The build (`moesr.kernels.build`) writes these dataclasses as JSON, an
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ class OperatorPlan:
     scalars: dict[str, Any]  # values at this shape: an integer is an int32 argument, a float a float32 one
     buffers: tuple[PlanBuffer, ...]
     launches: tuple[KernelLaunch, ...]
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     case: str = ""  # name of the shape, for readers
 
 
@@ -115,3 +117,11 @@ class KernelIndex:
     alignment: int = 16  # of every buffer, in bytes
     architectures: tuple[str, ...] = ()
     sources: dict[str, str] | None = None  # sha256 of each operator's kernel.py
+
+    def to_json(self) -> str:
+        """Return the text of the file; entries that are None are left out."""
+        return json.dumps(dataclasses.asdict(self, dict_factory=_without_none), indent=1) + "\n"
+
+
+def _without_none(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in entries if value is not None}

@@ -135,7 +135,7 @@ def test_weights_are_packed_for_the_kernels(network, precision):
         part for part in parts_of(network, precision) if isinstance(part, KernelCall) and part.weights
     )
     plan = OPS[call.op].plan({"batch": 3, **call.shape}, call.dtype, 90)
-    wanted = {b.name: (b.dtype, plan.dims(b)) for b in plan.buffers if b.role == "input"}
+    wanted = {b.name: (b.dtype, b.dims(plan.scalars)) for b in plan.buffers if b.role == "input"}
     names = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
     for name, weight in call.packed().items():
         dtype, dims = wanted[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,19 @@ import numpy as np
 from recording import FakeSession, Function
 
 from moesr.kernels.build import substitute
-from moesr.kernels.plan import Launch, Op, Plan
+from moesr.kernels.plan import Op, TritonLaunch, TritonPlan
 from moesr.kernels.registry import LOOP
 from moesr.runtime.devices.compiled_kernels import KernelFiles
 from moesr.runtime.devices.cuda import Buffer, CudaDevice
+from moesr.runtime.devices.operator_plan import (
+    SCHEMA,
+    CompiledKernel,
+    KernelIndex,
+    KernelLaunch,
+    KernelTarget,
+    OperatorPlan,
+    PlanBuffer,
+)
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.sampling import noise
 from moesr.runtime.system.files import sha256_of
@@ -304,53 +313,44 @@ def write_kernels(
             launches = []
             for launch in plan.launches:
                 name = f"{op.name}.{launch.function}.{len(kernels)}"
-                kernels[name] = {
-                    "op": op.name,
-                    "function": launch.function,
-                    "arguments": [plan.type_of(a) for a in launch.arguments],
-                    "constants": dict(launch.constants),
-                    "targets": {t: _compiled(directory, t, name, launch) for t in targets},
-                }
-                grid = [substitute(size, launch.constants) for size in launch.grid]
-                launches.append({"kernel": name, "arguments": list(launch.arguments), "grid": grid})
-            plans.append(
-                {
-                    "op": op.name,
-                    "dtype": dtype,
-                    "shape": dict(case.shape),
-                    "scalars": dict(plan.scalars),
-                    "buffers": [_buffer(directory, plan, buffer) for buffer in plan.buffers],
-                    "launches": launches,
-                    "targets": list(targets),
-                }
-            )
-    content = {"schema": 2, "kernels": kernels, "plans": plans}
-    (directory / "kernels.json").write_text(json.dumps(content))
+                kernels[name] = CompiledKernel(
+                    op.name,
+                    launch.function,
+                    tuple(plan.type_of(a) for a in launch.arguments),
+                    dict(launch.constants),
+                    {t: _compiled(directory, t, name, launch) for t in targets},
+                )
+                grid = tuple(substitute(str(size), launch.constants) for size in launch.grid)
+                launches.append(KernelLaunch(name, launch.arguments, grid))
+            buffers = tuple(_buffer(directory, plan, buffer) for buffer in plan.buffers)
+            fields = (op.name, dtype, dict(case.shape), dict(plan.scalars), buffers)
+            plans.append(OperatorPlan(*fields, tuple(launches), tuple(targets)))
+    index = KernelIndex(SCHEMA, kernels, tuple(plans))
+    (directory / "kernels.json").write_text(index.to_json())
     return directory
 
 
-def _compiled(directory: Path, target: str, name: str, launch: Launch) -> dict[str, Any]:
+def _compiled(directory: Path, target: str, name: str, launch: TritonLaunch) -> KernelTarget:
     file = directory / target / f"{name}.cubin"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(dict(launch.constants)))
-    return {
-        "file": file.relative_to(directory).as_posix(),
-        "sha256": sha256_of(file),
-        "entry": launch.function,
-        "threads": 128,
-        "shared_bytes": 0,
-        "hidden": {"global_scratch": 0, "profile_scratch": 64},
-    }
+    return KernelTarget(
+        file=file.relative_to(directory).as_posix(),
+        sha256=sha256_of(file),
+        entry=launch.function,
+        threads=128,
+        shared_bytes=0,
+        hidden={"global_scratch": 0, "profile_scratch": 64},
+    )
 
 
-def _buffer(directory: Path, plan: Plan, buffer: Any) -> dict[str, Any]:
-    entry = {"name": buffer.name, "dtype": buffer.dtype, "role": buffer.role, "shape": list(buffer.shape)}
-    if buffer.role == "table":
-        file = directory / "tables" / f"{buffer.name}.bin"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes())
-        entry["file"] = file.relative_to(directory).as_posix()
-    return entry
+def _buffer(directory: Path, plan: TritonPlan, buffer: PlanBuffer) -> PlanBuffer:
+    if buffer.role != "table":
+        return buffer
+    file = directory / "tables" / f"{buffer.name}.bin"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes())
+    return replace(buffer, file=file.relative_to(directory).as_posix())
 
 
 def simulated_device(directory: Path, *, use_graphs: bool = True) -> tuple[CudaDevice, SimulatedDriver]:

@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ pytest.importorskip("triton")
 
 from moesr.kernels import build
 from moesr.kernels.assembly import TENSOR_CORE, Resources, disassemble, from_log, loops, with_instructions
-from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES, SIZES
+from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
 from moesr.runtime.devices.grid_expressions import evaluate
+from moesr.runtime.devices.operator_plan import KernelIndex
+from moesr.runtime.system import json_dataclass
 
 REPO = Path(build.__file__).parents[1]
 SAMPLE = (86, 90)  # without and with asynchronous matrix products
@@ -31,11 +35,15 @@ def first_case(op):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The first deployed case of every operator, for two architectures: (directory, kernels.json)."""
+    """The first deployed case of every operator, for two architectures: (directory, its index)."""
     directory = tmp_path_factory.mktemp("kernels") / "built"
     ops = [first_case(op) for op in OPS.values()]
-    build.build(directory, SAMPLE, ops, cache=tmp_path_factory.mktemp("cache"))
-    return directory, json.loads((directory / "kernels.json").read_text())
+    built = build.build(directory, SAMPLE, ops, cache=tmp_path_factory.mktemp("cache"))
+    read = json_dataclass.build(
+        KernelIndex, json.loads((directory / "kernels.json").read_text()), strict=True
+    )
+    assert read == built, "kernels.json holds what the build returns"
+    return directory, read
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +54,19 @@ def everything(tmp_path_factory):
 
 def check_resources(content, op):
     """Within the multiprocessor's limits and the operator's stated spills, on tensor cores where said."""
-    kernels = {name: k for name, k in content["kernels"].items() if k["op"] == op.name}
+    kernels = {name: k for name, k in content.kernels.items() if k.op == op.name}
     for name, kernel in kernels.items():
-        for target, compiled in kernel["targets"].items():
+        for target, compiled in kernel.targets.items():
             where = f"{name} on {target}"
-            assert not any(compiled["hidden"].values()), f"{where}: a hidden pointer needs memory"
+            assert not any(compiled.hidden.values()), f"{where}: a hidden pointer needs memory"
             if target == "ptx":
                 continue
-            assert compiled["spill_bytes"] <= op.max_spill_bytes, where
-            assert compiled["shared_bytes"] <= SHARED_BYTES[int(target[3:])], where
-            assert compiled["local_in_loops"] == 0 or compiled["spill_bytes"] > 0, where
-            if kernel["function"] in ON_TENSOR_CORES:
-                assert compiled["tensor_core"] > 0, where
-    return {target for kernel in kernels.values() for target in kernel["targets"]}
+            assert compiled.spill_bytes <= op.max_spill_bytes, where
+            assert compiled.shared_bytes <= SHARED_BYTES[int(target[3:])], where
+            assert compiled.local_in_loops == 0 or compiled.spill_bytes > 0, where
+            if kernel.function in ON_TENSOR_CORES:
+                assert compiled.tensor_core > 0, where
+    return {target for kernel in kernels.values() for target in kernel.targets}
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -74,13 +82,13 @@ def test_resources_on_every_architecture(everything, op):
 
 def test_files_are_what_the_json_says(sample):
     directory, content = sample
-    for kernel in content["kernels"].values():
-        for target in kernel["targets"].values():
-            data = (directory / target["file"]).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == target["sha256"]
-            assert target["entry"].encode() in data
-            assert list(target["hidden"]) == ["global_scratch", "profile_scratch"]
-            assert target["threads"] % 32 == 0
+    for kernel in content.kernels.values():
+        for target in kernel.targets.values():
+            data = (directory / target.file).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == target.sha256
+            assert target.entry.encode() in data
+            assert list(target.hidden) == ["global_scratch", "profile_scratch"]
+            assert target.threads % 32 == 0
     assert {f.relative_to(directory).parts[0] for f in directory.rglob("*") if f.is_file()} == {
         "kernels.json", "ptx", "sm_86", "sm_90", "tables"
     }  # fmt: skip
@@ -89,25 +97,22 @@ def test_files_are_what_the_json_says(sample):
 def test_plans_can_be_launched_from_the_json_alone(sample):
     """Argument types, grids and buffer sizes follow from kernels.json and equal the registry's."""
     directory, content = sample
-    assert {t for p in content["plans"] for t in p["targets"]} == {"sm_86", "sm_90", "ptx"}
-    for entry in content["plans"]:
-        arch = int(entry["targets"][0].removeprefix("sm_")) if entry["targets"][0] != "ptx" else 89
-        plan = OPS[entry["op"]].plan(entry["shape"], entry["dtype"], arch)
-        types = {n: "i32" if isinstance(v, int) else "fp32" for n, v in entry["scalars"].items()}
-        types |= {b["name"]: f"*{b['dtype']}" for b in entry["buffers"]}
-        for launch, mine in zip(entry["launches"], plan.launches, strict=True):
-            kernel = content["kernels"][launch["kernel"]]
-            assert [types[a] for a in launch["arguments"]] == kernel["arguments"]
-            assert set(entry["targets"]) <= set(kernel["targets"])
-            assert tuple(evaluate(g, entry["scalars"]) for g in launch["grid"]) == plan.grid(mine)
-        for buffer, mine in zip(entry["buffers"], plan.buffers, strict=True):
-            dims = tuple(evaluate(str(d), entry["scalars"]) for d in buffer["shape"])
-            assert dims == plan.dims(mine)
-            if buffer["role"] == "table":
-                size = SIZES[buffer["dtype"]]
-                for n in dims:
-                    size *= n
-                assert (directory / buffer["file"]).stat().st_size == size
+    assert {t for p in content.plans for t in p.targets} == {"sm_86", "sm_90", "ptx"}
+    for entry in content.plans:
+        arch = int(entry.targets[0].removeprefix("sm_")) if entry.targets[0] != "ptx" else 89
+        plan = OPS[entry.op].plan(entry.shape, entry.dtype, arch)
+        types = {n: "i32" if isinstance(v, int) else "fp32" for n, v in entry.scalars.items()}
+        types |= {b.name: f"*{b.dtype}" for b in entry.buffers}
+        for launch, mine in zip(entry.launches, plan.launches, strict=True):
+            kernel = content.kernels[launch.kernel]
+            assert tuple(types[a] for a in launch.arguments) == kernel.arguments
+            assert set(entry.targets) <= set(kernel.targets)
+            assert tuple(evaluate(g, entry.scalars) for g in launch.grid) == plan.grid(mine)
+        for buffer, mine in zip(entry.buffers, plan.buffers, strict=True):
+            dims = buffer.dims(entry.scalars)
+            assert dims == mine.dims(plan.scalars)
+            if buffer.role == "table":
+                assert (directory / buffer.file).stat().st_size == buffer.nbytes(entry.scalars)
 
 
 def test_portable_text_names_no_special_architecture(sample):
@@ -120,7 +125,7 @@ def test_portable_text_names_no_special_architecture(sample):
 def assembly(sample, function: str, target: str) -> list[str]:
     """SASS of the kernels that one function became for an architecture."""
     directory, content = sample
-    kernels = [k["targets"] for k in content["kernels"].values() if k["function"] == function]
+    kernels = [k.targets for k in content.kernels.values() if k.function == function]
     return [disassemble(directory / targets[target]["file"]) for targets in kernels if target in targets]
 
 
@@ -164,6 +169,55 @@ def test_a_full_directory_is_left_alone(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(SystemExit, match="not empty"):
         build.main(["--arch", "sm_90", "-o", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("variables", "want"),
+    [
+        ({"MOESR_CACHE": "{0}/own", "XDG_CACHE_HOME": "{0}/xdg"}, "own/kernels"),
+        ({"XDG_CACHE_HOME": "{0}/xdg"}, "xdg/moesr/kernels"),
+        ({"XDG_CACHE_HOME": ""}, "home/.cache/moesr/kernels"),
+        ({"MOESR_CACHE": "", "XDG_CACHE_HOME": "relative"}, "home/.cache/moesr/kernels"),
+    ],
+)
+def test_compiled_kernels_are_kept_in_the_users_cache(tmp_path, monkeypatch, variables, want):
+    for name in ("MOESR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    with build.cache_folder(None) as folder:
+        assert folder == tmp_path / want
+    with build.cache_folder(tmp_path / "chosen") as folder:
+        assert folder == tmp_path / "chosen"
+
+
+def test_without_a_home_compiled_kernels_are_kept_for_one_build(monkeypatch):
+    monkeypatch.setattr("moesr.runtime.system.user_cache.directory", lambda: None)
+    with build.cache_folder(None) as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_import_needs_no_home():
+    """`Path.home()` raises RuntimeError for a user without a home directory."""
+    code = (
+        "import pathlib\n"
+        "def fail(): raise RuntimeError('no home')\n"
+        "pathlib.Path.home = fail\n"
+        "import moesr.kernels.build"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*given, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(build, "build", refuse)
+    with pytest.raises(SystemExit, match="cannot write the kernels"):
+        build.main(["--arch", "sm_90", "-o", str(tmp_path / "new")])
 
 
 def test_unknown_architecture_is_a_usage_error(tmp_path, capsys):
