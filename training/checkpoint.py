@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.system.files import check_replaceable, new_directory, reason
-from moesr.runtime.system.json_dataclass import build
+from moesr.runtime.system.json_dataclass import build, read_json
 from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 from moesr.training.weights import (
@@ -41,7 +41,7 @@ from moesr.training.weights import (
 )
 
 SCHEMA = 1
-CONFIG_NAME = "config.json"
+CONFIG_NAME, CONFIG_BYTES = "config.json", 1 << 20
 OURS = r"config\.json|(expert_\d+|decoder|structure|text)\.safetensors"  # names of a checkpoint's files
 FAMILIES: dict[str | None, type[ModelConfig]] = {
     None: ModelConfig,
@@ -222,7 +222,7 @@ def _write_files(
 def _read_config(path: Path) -> ModelConfig:
     """Read and check `config.json`."""
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, CONFIG_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; {path.parent} is not a checkpoint directory") from None
     except (OSError, ValueError) as error:

@@ -12,11 +12,44 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.sampling.samplers import Prediction
 from moesr.runtime.sampling.schedule import Schedule
+from moesr.runtime.system.json_dataclass import Range
+
+
+@dataclass(frozen=True)
+class Length:
+    """The inclusive range of the number of entries of a list, declared like `Range`."""
+
+    low: int
+    high: int
+
+    def refusal(self, value: tuple[Any, ...]) -> str | None:
+        """The words for what was expected if there are too few or too many entries; None if there are not."""
+        fits = self.low <= len(value) <= self.high
+        return None if fits else f"a list of {self.low} to {self.high} entries"
+
+
+# The ranges of all numbers of a configuration. They are far wider than any published model needs: they keep a
+# damaged file from describing a network that cannot be built.
+Channels = Annotated[int, Range(1, 1 << 16)]
+Blocks = Annotated[int, Range(1, 64)]
+Heads = Annotated[int, Range(1, 1 << 12)]  # also groups and blocks of channels
+OptionalGroups = Annotated[int, Range(0, 1 << 12)]
+Experts = Annotated[int, Range(0, 1 << 8)]
+Level = Annotated[int, Range(0, 9)]
+Scale = Annotated[int, Range(1, 64)]
+Steps = Annotated[int, Range(1, 1 << 16)]
+Tile = Annotated[int, Range(8, 1 << 14)]
+LatentScale = Annotated[float, Range(1e-6, 1e6)]
+Multipliers = Annotated[tuple[Annotated[int, Range(1, 64)], ...], Length(1, 10)]
+Factors = Annotated[tuple[Annotated[int, Range(1, 1 << 10)], ...], Length(0, 10)]
+Timestep = Annotated[int, Range(0, 1 << 16)]
+ExpertRanges = Annotated[tuple[tuple[Timestep, Timestep], ...], Length(0, 64)]
+Tokens = Annotated[tuple[Annotated[int, Range(0, 1 << 24)], ...], Length(2, 1 << 12)]
 
 START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
 
@@ -25,6 +58,8 @@ def prompt_ids(words: str) -> tuple[int, ...]:
     """Token ids of a prompt, given those of its words, with the start and the end."""
     return (START_TOKEN, *map(int, words.split()), END_TOKEN)
 
+
+EMPTY_PROMPT = prompt_ids("")
 
 POSITIVE_PROMPT = prompt_ids(
     "263 12066 281 273 2361 263 949 3027 281 273 2361 263 16157 281 273 2361 263 1070 3143 281 273 264"
@@ -41,15 +76,15 @@ NEGATIVE_PROMPT = prompt_ids(
 class UNetConfig:
     """Denoising UNet of one sampling expert (paper section 3.2)."""
 
-    in_channels: int = 6  # z_t and the condition, stacked
-    out_channels: int = 3  # eps
-    width: int = 160
-    channel_mult: tuple[int, ...] = (1, 2, 2, 4)
-    res_blocks: int = 2  # residual blocks a level
-    attention_factors: tuple[int, ...] = (8,)  # attention where the latent is downsampled by these
-    head_channels: int = 32
-    norm_groups: int = 32
-    space_experts: int = 16  # FFN experts after each attention block; 1 = merged, 0 = no Space MoE
+    in_channels: Channels = 6  # z_t and the condition, stacked
+    out_channels: Channels = 3  # eps
+    width: Channels = 160
+    channel_mult: Multipliers = (1, 2, 2, 4)
+    res_blocks: Blocks = 2  # residual blocks a level
+    attention_factors: Factors = (8,)  # attention where the latent is downsampled by these
+    head_channels: Channels = 32
+    norm_groups: Heads = 32
+    space_experts: Experts = 16  # FFN experts after each attention block; 1 = merged, 0 = no Space MoE
 
     @property
     def factor(self) -> int:
@@ -61,19 +96,21 @@ class UNetConfig:
 class AutoencoderConfig:
     """First stage with the frequency-compensated decoder (paper section 3.3)."""
 
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 4)
-    res_blocks: int = 2
-    z_channels: int = 3
-    embed_dim: int = 3
-    codebook_size: int = 8192  # 0: a KL autoencoder without a quantiser
-    norm_groups: int = 32  # 0: no normalisation outside the refinement, so that levels are kept
-    fusion_level: int | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
-    fusion_count: int = 1  # levels that are: this one and those of lower resolution after it
-    fusion_blocks: int = 2  # RRDBs in the fusion layer
-    fusion_growth: int = 32
+    channels: Channels = 128
+    channel_mult: Multipliers = (1, 2, 4)
+    res_blocks: Blocks = 2
+    z_channels: Channels = 3
+    embed_dim: Channels = 3
+    codebook_size: Annotated[int, Range(0, 1 << 24)] = 8192  # 0: a KL autoencoder without a quantiser
+    norm_groups: Annotated[int, Range(0, 1 << 12)] = (
+        32  # 0: no normalisation outside the refinement, so that levels are kept
+    )
+    fusion_level: Level | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
+    fusion_count: Blocks = 1  # fused levels: this one and those of lower resolution after it
+    fusion_blocks: Blocks = 2  # RRDBs in the fusion layer
+    fusion_growth: Channels = 32
     refinement: Literal["aff", "unet", "none"] = "aff"  # "unet": the ablation without the frequency filter
-    filter_blocks: int = 8  # blocks of the AFF filter's block-diagonal layers
+    filter_blocks: Heads = 8  # blocks of the AFF filter's block-diagonal layers
     lr_residual: bool = False  # the decoder makes what the LR image lacks, and the two are added
 
     @property
@@ -93,13 +130,13 @@ class ModelConfig:
     """A whole model: sampling experts, decoder, schedule and the range of timesteps of each expert."""
 
     name: str = "moesr-x4"
-    scale: int = 4
+    scale: Scale = 4
     unet: UNetConfig | None = field(default_factory=UNetConfig)  # None: a decoder on its own
     decoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     schedule: Schedule = field(default_factory=Schedule)
-    expert_ranges: tuple[tuple[int, int], ...] = ((0, 250), (250, 500), (500, 750), (750, 1000))
+    expert_ranges: ExpertRanges = ((0, 250), (250, 500), (500, 750), (750, 1000))
     sampler: Literal["ddpm", "ddim"] = "ddpm"
-    steps: int = 50
+    steps: Steps = 50
 
     @property
     def tile_multiple(self) -> int:
@@ -126,29 +163,29 @@ class ModelConfig:
 class StableSRUNetConfig(UNetConfig):
     """StableSR's denoising UNet: that of Stable Diffusion 2.1, modulated by structure features."""
 
-    in_channels: int = 4
-    out_channels: int = 4
-    width: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    attention_factors: tuple[int, ...] = (1, 2, 4)
-    head_channels: int = 64
-    space_experts: int = 0
-    text_channels: int = 1024
-    structure_channels: int = 256  # 0: not modulated, Stable Diffusion's own
+    in_channels: Channels = 4
+    out_channels: Channels = 4
+    width: Channels = 320
+    channel_mult: Multipliers = (1, 2, 4, 4)
+    attention_factors: Factors = (1, 2, 4)
+    head_channels: Channels = 64
+    space_experts: Experts = 0
+    text_channels: Channels = 1024
+    structure_channels: Annotated[int, Range(0, 1 << 16)] = 256  # 0: not modulated, Stable Diffusion's own
 
 
 @dataclass(frozen=True)
 class StructureConfig:
     """StableSR's time-aware encoder of the LR latent."""
 
-    in_channels: int = 4
-    out_channels: int = 256  # of the features of every resolution
-    width: int = 256
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2)
-    res_blocks: int = 2
-    attention_factors: tuple[int, ...] = (1, 2, 4)
-    heads: int = 4
-    norm_groups: int = 32
+    in_channels: Channels = 4
+    out_channels: Channels = 256  # of the features of every resolution
+    width: Channels = 256
+    channel_mult: Multipliers = (1, 1, 2, 2)
+    res_blocks: Blocks = 2
+    attention_factors: Factors = (1, 2, 4)
+    heads: Heads = 4
+    norm_groups: Heads = 32
 
 
 @dataclass(frozen=True)
@@ -158,14 +195,14 @@ class TextConfig:
     Ids run from the start token to the end token; the network pads them with 0.
     """
 
-    width: int = 1024
-    layers: int = 24  # as stored; the last one is not run
-    heads: int = 16
-    vocabulary: int = 49408
-    tokens: int = 77
-    prompt: tuple[int, ...] = prompt_ids("")
-    guided_prompt: tuple[int, ...] = POSITIVE_PROMPT  # with guidance, together with the next
-    negative_prompt: tuple[int, ...] = NEGATIVE_PROMPT
+    width: Channels = 1024
+    layers: Blocks = 24  # as stored; the last one is not run
+    heads: Heads = 16
+    vocabulary: Annotated[int, Range(1, 1 << 24)] = 49408
+    tokens: Annotated[int, Range(2, 1 << 12)] = 77
+    prompt: Tokens = EMPTY_PROMPT
+    guided_prompt: Tokens = POSITIVE_PROMPT  # with guidance, together with the next
+    negative_prompt: Tokens = NEGATIVE_PROMPT
 
 
 CFW_AUTOENCODER = AutoencoderConfig(
@@ -191,14 +228,14 @@ class StableDiffusionConfig(ModelConfig):
 
     family: Literal["stable-diffusion"] = "stable-diffusion"
     name: str = "stable-diffusion"
-    scale: int = 1
+    scale: Scale = 1
     unet: StableSRUNetConfig = StableSRUNetConfig(structure_channels=0)
     decoder: AutoencoderConfig = KL_AUTOENCODER
     schedule: Schedule = STABLE_DIFFUSION
-    expert_ranges: tuple[tuple[int, int], ...] = ((0, 1000),)
+    expert_ranges: ExpertRanges = ((0, 1000),)
     text: TextConfig = field(default_factory=TextConfig)
     prediction: Prediction = "eps"
-    latent_scale: float = 0.18215  # latents of the UNet are the autoencoder's times this
+    latent_scale: LatentScale = 0.18215  # latents of the UNet are the autoencoder's times this
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,15 +257,15 @@ class StableSRConfig(ModelConfig):
     unet: StableSRUNetConfig = field(default_factory=StableSRUNetConfig)
     decoder: AutoencoderConfig = CFW_AUTOENCODER
     schedule: Schedule = STABLE_DIFFUSION
-    expert_ranges: tuple[tuple[int, int], ...] = ((0, 1000),)
-    steps: int = 200
+    expert_ranges: ExpertRanges = ((0, 1000),)
+    steps: Steps = 200
     structure: StructureConfig = field(default_factory=StructureConfig)
     text: TextConfig = field(default_factory=TextConfig)
     prediction: Prediction = "eps"
     init: Literal["noise", "latent"] = "latent"  # sampling starts from noise, or from the noised LR latent
-    tile: int = 512  # side of the images that it was trained on, output pixels
-    latent_scale: float = 0.18215  # latents of the UNet are the autoencoder's times this
-    fidelity: float = 0.5  # default weight of the LR features in the decoder
+    tile: Tile = 512  # side of the images that it was trained on, output pixels
+    latent_scale: LatentScale = 0.18215  # latents of the UNet are the autoencoder's times this
+    fidelity: Annotated[float, Range(0, 1)] = 0.5  # default weight of the LR features in the decoder
 
     def __post_init__(self) -> None:
         super().__post_init__()

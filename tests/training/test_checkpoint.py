@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import typing
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from moesr.runtime.errors import OutputError
 from moesr.training.checkpoint import CheckpointError, load_checkpoint, merge_space_experts, save_checkpoint
-from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    StableDiffusionConfig,
+    StableSRConfig,
+    UNetConfig,
+)
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 UNET = UNetConfig(width=32, channel_mult=(1, 2), res_blocks=1, attention_factors=(2,), space_experts=3)
@@ -28,6 +36,7 @@ VQ = AutoencoderConfig(
 )
 PLAIN = dataclasses.replace(VQ, fusion_level=None, refinement="none")
 KL = dataclasses.replace(PLAIN, codebook_size=0, z_channels=4, embed_dim=4, refinement="unet")
+SAVED_DEMO = Path(str(resources.files("moesr.training"))) / "demo_checkpoints" / "demo-x4"
 TWO = ((0, 500), (500, 1000))
 ONE = ((0, 1000),)
 FAMILIES = {
@@ -162,6 +171,10 @@ DAMAGE = {
         r"config\.json: cannot be read as JSON",
     ),
     "no-object": (lambda d: (d / "config.json").write_text("[]"), r"config\.json: schema is None"),
+    "nested-deeply": (
+        lambda d: (d / "config.json").write_text('{"a":' * 200_000),
+        r"config\.json: cannot be read as JSON \(nested too deeply\)",
+    ),
     "other-schema": (edit_config(schema=2), r"config\.json: schema is 2, this version reads 1"),
     "unknown-entry": (edit_config(color="blue"), r"config\.json: unknown entries color, expected"),
     "wrong-type": (edit_config(scale="4"), r"config\.json: scale is '4', expected int"),
@@ -346,3 +359,61 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert load_checkpoint(directory).sha256() == digest
     save(directory, FAMILIES["moe"], force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def numbers(kind, path=()):
+    """The path to every number of a configuration, with the annotation of its field."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        yield from _numbers(hint, (*path, name))
+
+
+def _numbers(hint, path):
+    inner = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        yield from numbers(hint, path)
+    elif hint in (int, float) or (typing.get_origin(hint) is typing.Annotated and inner[0] in (int, float)):
+        yield path, hint
+    else:
+        for arm in inner if typing.get_origin(hint) is not typing.Annotated else inner[:1]:
+            if arm not in (type(None), Ellipsis) and not isinstance(arm, str):
+                yield from _numbers(arm, path)
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, StableSRConfig, StableDiffusionConfig])
+def test_every_number_of_a_configuration_has_a_range(kind):
+    found = [(".".join(path), hint) for path, hint in numbers(kind)]
+    assert len(found) > 20
+    open_ended = [name for name, hint in found if typing.get_origin(hint) is not typing.Annotated]
+    assert [name for name in open_ended if not name.startswith("schedule.")] == []
+
+
+@pytest.mark.parametrize("value", [2**31, 10**400, -1, 1e308])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("unet", "res_blocks"),
+        ("unet", "width"),
+        ("decoder", "channels"),
+        ("decoder", "fusion_blocks"),
+        ("decoder", "codebook_size"),
+        (None, "steps"),
+        (None, "scale"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_a_network_is_built(tmp_path, place, name, value):
+    copy = shutil.copytree(SAVED_DEMO, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (config[place] if place else config)[name] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{name} is .*expected"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", ["channel_mult", "attention_factors"])
+def test_a_list_without_end_is_refused(tmp_path, name):
+    copy = shutil.copytree(SAVED_DEMO, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["unet"][name] = [1] * 10_000
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"unet\.{name} is .*expected a list of \d to 10 entries"):
+        load_checkpoint(copy)
