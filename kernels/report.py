@@ -13,9 +13,9 @@ HEAD = """# Compiled kernels
 
 Written by `python -m moesr.kernels.build -o DIR --report benchmarks/results/kernels.md`, Triton {triton},
 without a GPU. The cells of an architecture are registers per thread / dynamic shared memory per block in
-KiB / bytes spilled per thread (the larger of stores and loads). "threads" is the size of a block, "mma" counts
-tensor-core instructions, and "local" counts loads and stores of local memory inside loops, summed over the
-architectures. The build also writes PTX of sm_89, which the driver compiles for later architectures.
+KiB / bytes spilled per thread (the larger of stores and loads). "threads" is the size of a block, "mma"
+counts tensor-core instructions, and "local" counts loads and stores of local memory inside loops, summed over
+the architectures. The build also writes PTX of sm_89, which the driver compiles for later architectures.
 """
 
 

@@ -239,8 +239,10 @@ def _read_config(path: Path) -> ModelConfig:
         )
     try:
         config = build(kind, values, strict=True)
-    except (UsageError, ValueError) as error:
+    except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {CURE}") from error
     if config.unet is not None and config.unet.space_experts not in (0, 1):
         raise CheckpointError(
             f"{path}: unet.space_experts is {config.unet.space_experts}, expected 1 (merged) or 0; {CURE}"
