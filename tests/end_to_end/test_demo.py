@@ -147,9 +147,10 @@ def test_closing_gives_memory_back():
 REPEATED = """
 from pathlib import Path
 import numpy as np
-from moesr.runtime.engines import engine_directory
-from moesr.runtime.manifest import Manifest
-from moesr.runtime.sessions import Options, ort
+from moesr.runtime.engine.locate import engine_directory
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.backends import ort
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -157,7 +158,7 @@ def resident():
 
 directory = engine_directory(Path("demo-x4"))
 graph = read_manifest(directory).graphs["decoder"]
-session = ort.open_session(directory / graph.file, graph.boundary, Options("cpu"))
+session = ort.open_session(directory / graph.file, graph.boundary, SessionOptions("cpu"))
 specs = (*graph.inputs, *graph.outputs)
 session.bind({spec.name: np.zeros(spec.shape(1), np.float32) for spec in specs}, 1)
 before, after = resident(), []

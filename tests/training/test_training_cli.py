@@ -230,7 +230,7 @@ def test_freed_memory_is_kept():
     code = """
 import ctypes, resource, sys
 import numpy as np
-from moesr.training.allocator import keep_freed
+from moesr.training.loop.allocator import keep_freed
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     sys.exit("no mallopt")
 keep_freed()

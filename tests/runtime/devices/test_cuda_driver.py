@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[2] / "assets" / "fake_cuda.c"
 PROGRAM = """
 import sys, threading
 import numpy as np
-from moesr.runtime.cuda_driver import CudaDriver
+from moesr.runtime.devices.cuda_driver import CudaDriver
 from moesr.runtime.errors import EngineError, MemoryLimitError
 
 def say(*words):

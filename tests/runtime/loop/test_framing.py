@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moesr.runtime import EngineError, MemoryLimitError, Upscaler
 from moesr.runtime.engine.framing import Framing
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.engine.manifest_file import read_manifest, write_manifest
 from moesr.runtime.images import planes
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.loop import processing
@@ -139,4 +139,4 @@ def test_thin_images_that_grow_too_large_are_explained(engine: Path, monkeypatch
 @pytest.mark.parametrize("overlap", [-1, 16])
 def test_overlaps_that_cannot_be(manifest: Manifest, tmp_path: Path, overlap: int):
     with pytest.raises(EngineError, match=rf"framing\.overlap is {overlap}, expected 0 to 15 latent pixels"):
-        replace(manifest, framing=Framing(overlap=overlap)).write(tmp_path)
+        write_manifest(replace(manifest, framing=Framing(overlap=overlap)), tmp_path)
