@@ -100,10 +100,8 @@ class Worker:
 
 @contextmanager
 def _worker(task: dict[str, Any]) -> Iterator[Worker]:
-    found = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
     with subprocess.Popen(
-        _command(task), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        _command(task), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment()
     ) as process:
         try:
             yield Worker(process)
@@ -111,6 +109,12 @@ def _worker(task: dict[str, Any]) -> Iterator[Worker]:
             assert process.stdin
             with suppress(BrokenPipeError):
                 process.stdin.close()
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a worker, which finds the packages of the benchmarks in it."""
+    found = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
 
 
 def _command(task: dict[str, Any]) -> list[str]:
@@ -235,7 +239,9 @@ class Bench:
 
     def _ended(self, rung: Rung, way: str) -> dict[str, Any]:
         """The answer of a process that does one thing."""
-        done = subprocess.run(_command(self._task(rung, way)), stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            _command(self._task(rung, way)), stdout=subprocess.PIPE, text=True, env=_environment()
+        )
         if done.returncode:
             raise MoesrError(f"its process ended with code {done.returncode}; see its message above")
         return json.loads(done.stdout)
