@@ -147,15 +147,17 @@ class Upscaler:
         *,
         return_errors: bool = False,
         progress: Progress | None = None,
+        begun: Callable[[Any], None] | None = None,
         **options: Unpack[Options],
     ) -> Iterator[Any]:
         """Super-resolve many images in order, several in flight; options and results as for one image.
 
         The next image is fetched while the one before it is worked on. With `return_errors`, the MoesrError
         or MemoryError of one image is yielded in its place and the others go on; an engine that cannot be
-        used at all is raised. `progress` counts the images begun.
+        used at all is raised. `progress` counts the images begun, and `begun` is called with each of them
+        when it has been given its memory.
         """
-        return self._map(images, self._settings(options), return_errors, progress)
+        return self._map(images, self._settings(options), return_errors, progress, begun)
 
     def _map(
         self,
@@ -163,6 +165,7 @@ class Upscaler:
         settings: Settings,
         return_errors: bool,
         progress: Progress | None,
+        begun: Callable[[Any], None] | None = None,
     ) -> Iterator[Any]:
         flight: deque[_Ticket] = deque()
         finished: Counter[str] = Counter()  # tiles of images that have left
@@ -181,6 +184,8 @@ class Upscaler:
                     ticket = self._begin(coming.item, settings, wait=not flight)
                     if ticket is None:  # no room yet
                         break
+                    if begun and ticket.job:
+                        begun(coming.item)
                     coming.take()
                     flight.append(ticket)
                 if not flight:

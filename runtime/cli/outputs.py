@@ -1,263 +1,246 @@
-"""Which file each input becomes: directories opened, names chosen, nothing overwritten by accident.
+"""Result files: their names, which inputs are already done, and what may be overwritten.
 
-A result is known by the record in it (see marks.py), not by its name.
+A result is recognised by the record in it (see `images/provenance.py`), not by its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moesr.runtime.errors import InputError, MoesrError, OutputError, UsageError
+from moesr.runtime.cli import inputs
+from moesr.runtime.cli.inputs import Input, Listing, is_directory
+from moesr.runtime.errors import InputError, OutputError, UsageError
 from moesr.runtime.images import provenance
 from moesr.runtime.images.provenance import Provenance
-from moesr.runtime.images.reading import READ_SUFFIXES
-from moesr.runtime.images.writing import check_output
-from moesr.runtime.system.files import check_file, check_writable, examine, kind_of, reason, sha256_of
+from moesr.runtime.images.writing import WRITE_FORMATS, check_output
+from moesr.runtime.system import file_hashes
+from moesr.runtime.system.file_hashes import Stamp
+from moesr.runtime.system.files import check_file, check_writable, examine, kind_of, reason
+
+NAME_BYTES = 255
+"""Longest file name of the usual file systems, unless the system reports another limit."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The names of results: the input's name, then `suffix`, then the extension of the format."""
+
+    suffix: str
+    extension: str = ".png"
+
+    def first(self, source: Path) -> tuple[str, str]:
+        """The usual name, and the one for inputs whose names differ in their extension only."""
+        return self._name(source.stem), self._name(source.name.replace(".", "_"))
+
+    def later(self, source: Path) -> Iterator[str]:
+        """Further names, numbered from 2."""
+        return (self._name(source.name.replace(".", "_"), f"_{n}") for n in itertools.count(2))
+
+    def _name(self, stem: str, number: str = "") -> str:
+        return shorten(stem, f"{number}{self.suffix}{self.extension}")
+
+
+def shorten(stem: str, ending: str, limit: int = NAME_BYTES) -> str:
+    """`stem` and `ending` as a file name of at most `limit` bytes.
+
+    A stem that is too long is cut, and eight hexadecimal digits of its hash keep the names of different stems
+    apart.
+    """
+    if len(os.fsencode(stem + ending)) <= limit:
+        return stem + ending
+    ending = f"_{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}{ending}"
+    while stem and len(os.fsencode(stem + ending)) > limit:
+        stem = stem[:-1]
+    return stem + ending
 
 
 @dataclass(frozen=True)
 class Task:
-    """An input file to be done, and where its result goes."""
+    """An input file to work on and the place of its result.
+
+    `digest` is the SHA-256 of the input as it was at `stamp`, if it had to be compared with a result.
+    """
 
     source: Path
     target: Path
+    digest: str = ""
+    stamp: Stamp | None = None
 
 
 @dataclass
 class OutputPlan:
-    """What a run has to do; the lists of text hold one line for the user each."""
+    """The inputs of a run, and the names of their results."""
 
-    tasks: list[Task] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # inputs whose results exist
-    failed: list[MoesrError] = field(default_factory=list)  # inputs that cannot be done
-    notes: list[str] = field(default_factory=list)  # what is no input
+    listing: Listing
+    names: OutputNames
+    notes: list[str] = field(default_factory=list)
 
+    def decide(self, found: Input) -> Task | str:
+        """The task for an input, or a line that says why its result need not be made.
 
-def plan(inputs: Sequence[Path], output: str | None, wanted: Provenance, force: bool) -> OutputPlan:
-    """One task a file, in the order given; the images of a directory in the order of their names.
-
-    Without `output`, results go beside their inputs as `{stem}_x{scale}.png`; otherwise see `check_usage`.
-    A whole result is not made again unless `force`; one that `wanted` (engine, settings) does not describe is
-    an error for an input named directly. Where another input or its result has that name, the next one that
-    is free is taken (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...). Any other file is not replaced without
-    `force`: an input named directly is refused then, one from a directory gets the next name.
-    """
-    directory = check_usage(inputs, output)
-    made = OutputPlan()
-    found, results = _without_results(list(_expand(inputs, made)), f"_x{wanted.scale}.png")
-    if output is not None and directory is None:
-        choose = OutputNames([], wanted, force, Path(output))
-    else:
-        choose = OutputNames([source for source, _ in found], wanted, force, directory)
-    for source, listed in found:
+        The decisions depend on each other, so inputs must be passed in the order of the listing. Raises
+        InputError or OutputError if the input cannot be done.
+        """
         try:
-            check_file(source)
-            target, line = choose.target(source, listed)
-        except (MoesrError, OSError) as error:
-            made.failed.append(
-                error if isinstance(error, MoesrError) else InputError(_unreadable(source, error))
-            )
-            continue
-        results.discard(target)
-        if line:
-            made.skipped.append(line)
-        else:
-            made.tasks.append(Task(source, target))
-    for folder, count in Counter(path.parent for path in results).items():
-        made.notes.append(f"{folder}: passed over, results of its images ({count})")
-    return made
+            check_file(found.path)
+            return self.names.decide(found)
+        except OSError as error:
+            raise InputError(f"{found.path}: cannot be read: {reason(error)}") from error
 
 
-def check_usage(inputs: Sequence[Path], output: str | None) -> Path | None:
-    """The directory that `output` names, None where it names a file or nothing.
+def plan(
+    paths: Sequence[Path],
+    output: str | None,
+    wanted: Provenance,
+    force: bool,
+    *,
+    naming: Naming | None = None,
+    recursive: bool = False,
+    ignored: frozenset[str] = frozenset(),
+) -> OutputPlan:
+    """Find the inputs and prepare the names of their results; no image is hashed or decoded.
 
-    It is a directory where it is one already, ends in a slash, or has to take the results of several inputs
-    or of a directory. Raises UsageError for a file where a directory is needed, or of unknown kind, and
-    OutputError where the directory cannot be made or written to.
+    Without `output`, results go beside their inputs, as `{stem}_x{scale}.png` unless `naming` says otherwise;
+    for `output` see `check_usage`. The results of a directory that is searched recursively go into the same
+    subdirectories of `output`. A complete result is not made again unless `force` is set; if it differs from
+    `wanted` (engine, settings) in more than the `ignored` settings, that is an error for an input that was
+    named. If another input or its result has the name of a result, the next free name is used
+    (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...). Any other file is only replaced with `force`: without it,
+    an input that was named is refused, and one from a directory gets the next name.
+    """
+    naming = naming or Naming(f"_x{wanted.scale}")
+    directory = check_usage(paths, output)
+    listing = inputs.find(paths, recursive=recursive, ignored=directory)
+    places = [[found.path.with_name(name) for name in naming.first(found.path)] for found in listing.inputs]
+    results = inputs.remove_results(listing, places)
+    one = Path(output) if output is not None and directory is None else None
+    names = OutputNames(listing.inputs, wanted, naming, force, place=directory, one=one, ignored=ignored)
+    notes = [f"{folder}: ignored, results of its images ({count})" for folder, count in results.items()]
+    return OutputPlan(listing, names, listing.notes + notes)
+
+
+def check_usage(paths: Sequence[Path], output: str | None) -> Path | None:
+    """The directory that `output` names; None if it names a file or is None.
+
+    It names a directory if it is one, ends in a slash or has no extension, and also if it must hold several
+    results and its extension is not that of an image. Raises UsageError for a file where a directory is
+    needed and for an unknown extension, and OutputError if the directory cannot be made or written to.
     """
     if output is None:
         return None
     path = Path(output)
     status = examine(path, OutputError)
     there = kind_of(status) if status else "nothing"
-    if len(inputs) > 1 or there == "directory" or output.endswith(("/", os.sep)) or _is_directory(inputs[0]):
+    several = len(paths) > 1 or is_directory(paths[0])
+    slash = output.endswith(("/", os.sep))
+    if several and there == "nothing" and not slash and path.suffix.lower() in WRITE_FORMATS:
+        what = "a directory" if len(paths) == 1 else f"{len(paths)} inputs"
+        raise UsageError(
+            f"{path}: is the name of one image, but {what} may have several results; "
+            f"name a directory, such as {path.with_suffix('')}/"
+        )
+    if several or there == "directory" or slash or (there == "nothing" and not path.suffix):
         if there not in ("directory", "nothing"):
             raise UsageError(f"{path}: is a {there}, expected a directory for the results")
         check_writable(path)
         return path
-    check_output(path)
+    try:
+        check_output(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; for a directory, write {path}/") from error
     check_writable(path.parent)
     return None
 
 
-def _is_directory(path: Path) -> bool:
-    try:
-        status = examine(path)
-    except InputError:
-        return False
-    return status is not None and kind_of(status) == "directory"
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be read: {reason(error)}"
-
-
-def _expand(inputs: Sequence[Path], made: OutputPlan) -> Iterator[tuple[Path, bool]]:
-    """Files named, and the images of directories (marked True), each once."""
-    seen: dict[str, Path] = {}
-
-    def first(path: Path, listed: bool) -> bool:
-        earlier = seen.get(_real(path))
-        if earlier is not None:
-            made.notes.append(f"{path}: passed over, the same {'file' if listed else 'input'} as {earlier}")
-            return False
-        seen[_real(path)] = path
-        return True
-
-    for path in inputs:
-        try:
-            if not _is_directory(path):
-                check_file(path)
-                if first(path, False):
-                    yield path, False
-            elif first(path, False):
-                yield from ((image, True) for image in _images(path, made) if first(image, True))
-        except InputError as error:
-            made.failed.append(error)
-
-
-def _images(folder: Path, made: OutputPlan) -> list[Path]:
-    """The image files of a directory by name; what else is in it is noted."""
-    images, others = [], []
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(_unreadable(folder, error)) from error
-    for path in paths:
-        if path.name.startswith("."):
-            continue
-        try:
-            status = examine(path)
-        except InputError as error:
-            made.failed.append(error)
-            continue
-        kind = kind_of(status) if status else "link that leads nowhere"
-        if kind != "file":
-            cure = "; name it to do its images" if kind == "directory" else ""
-            made.notes.append(f"{path}: passed over, a {kind}{cure}")
-        elif path.suffix.lower() in READ_SUFFIXES:
-            images.append(path)
-        else:
-            others.append(path.name)
-    if others:
-        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        made.notes.append(f"{folder}: passed over, no images: {names} ({len(others)} in all)")
-    return images
-
-
-def _without_results(
-    found: list[tuple[Path, bool]], suffix: str
-) -> tuple[list[tuple[Path, bool]], set[Path]]:
-    """Take out the results of other inputs of this run, and empty files that stand where a result should."""
-    sources = {_real(source) for source, _ in found}
-    places = {source.with_name(name) for source, _ in found for name in _first_names(source, suffix)}
-    kept, results = [], set[Path]()
-    for source, listed in found:
-        record = provenance.read(source)
-        origin = _real(source.with_name(record.source)) if record else ""
-        if origin in sources and origin != _real(source):
-            results.add(source)
-        elif not (source in places and source.stat().st_size == 0):
-            kept.append((source, listed))
-    return kept, results
-
-
-def _first_names(source: Path, suffix: str) -> tuple[str, str]:
-    return source.stem + suffix, source.name.replace(".", "_") + suffix
-
-
-def _later_names(source: Path, suffix: str) -> Iterator[str]:
-    return (f"{source.name.replace('.', '_')}_{n}{suffix}" for n in itertools.count(2))
-
-
-def _real(path: Path) -> str:
-    return os.path.realpath(path)
-
-
 class OutputNames:
-    """Chooses the target of each source of a run."""
+    """Decides for each input of a run, in order, if there is work to do and what its result is called."""
 
-    def __init__(self, sources: Sequence[Path], wanted: Provenance, force: bool, place: Path | None) -> None:
-        """`place` is the directory of all results, or the one result where `sources` is empty."""
-        self._wanted, self._force, self._place = wanted, force, place
-        self._one = place if place and not sources else None
-        self._suffix = f"_x{wanted.scale}.png"
-        self._sources = {_key(source) for source in sources}
-        self._stems = Counter(self._folder(source) / source.stem for source in sources)
+    def __init__(
+        self,
+        listed: Sequence[Input],
+        wanted: Provenance,
+        naming: Naming,
+        force: bool,
+        *,
+        place: Path | None = None,
+        one: Path | None = None,
+        ignored: frozenset[str] = frozenset(),
+    ) -> None:
+        """`place` is the directory of all results, and `one` the file of the only result."""
+        self._wanted, self._naming, self._force = wanted, naming, force
+        self._place, self._one, self._ignored = place, one, ignored
+        self._sources = {_key(found.path) for found in listed}
+        self._stems = Counter(self._folder(found) / found.path.stem for found in listed)
         self._taken: set[str] = set()
         self._folders: dict[Path, OutputError | None] = {}
 
-    def target(self, source: Path, listed: bool) -> tuple[Path, str]:
-        """Where the result of a source goes, and why it need not be made, or ""."""
-        folder = self._folder(source)
-        wanted = self._wanted.of(source.name, sha256_of(source))
+    def decide(self, found: Input) -> Task | str:
+        """The task for an input, or the line that says that it is done; OutputError if it cannot be done."""
+        source, folder = found.path, self._folder(found)
+        stamp = Stamp.of(source.stat())
+        digest = ""
         for target in self._earlier(source, folder):
-            record = provenance.read(target)
-            if _key(target) not in self._taken and record and self._is_own(record, wanted, target, source):
-                self._taken.add(_key(target))
-                line = self._finished(source, target, record, wanted, listed)
-                if not line:
-                    self._check_folder(folder)
-                return target, line
+            record = None if _key(target) in self._taken else provenance.read(target)
+            if not record or (record.source, record.scale) != (source.name, self._wanted.scale):
+                continue
+            digest = digest or ("" if self._force else file_hashes.sha256_of(source))
+            if not self._is_own(record, digest, target, source):
+                continue
+            self._taken.add(_key(target))
+            if line := self._finished(found, target, record, self._wanted.of(source.name, digest)):
+                return line
+            self._check_folder(folder)
+            return Task(source, target, digest, stamp)
         self._check_folder(folder)
-        target = self._one or self._free(source, folder, listed)
+        target = self._one or self._free(found, folder)
         self._check_target(source, target)
         self._taken.add(_key(target))
-        return target, ""
+        return Task(source, target, digest, stamp)
 
     def _earlier(self, source: Path, folder: Path) -> Iterator[Path]:
-        """Where earlier runs may have put the result of a source."""
+        """Files that may be the result of a source from an earlier run."""
         if self._one:
             yield self._one
             return
-        yield from (folder / name for name in _first_names(source, self._suffix))
-        later = (folder / name for name in _later_names(source, self._suffix))
+        yield from (folder / name for name in self._naming.first(source))
+        later = (folder / name for name in self._naming.later(source))
         yield from itertools.takewhile(lambda path: examine(path, OutputError) is not None, later)
 
-    def _is_own(self, record: Provenance, wanted: Provenance, target: Path, source: Path) -> bool:
-        """Whether a result is that of a source: made of this file, or beside it and of its name."""
-        if (record.source, record.scale) != (wanted.source, wanted.scale):
-            return False
-        return self._force or record.digest == wanted.digest or _real(target.parent) == _real(source.parent)
+    def _is_own(self, record: Provenance, digest: str, target: Path, source: Path) -> bool:
+        """Whether a result was made from this file, or lies beside it and names it as its source."""
+        return self._force or record.digest == digest or _real(target.parent) == _real(source.parent)
 
-    def _finished(
-        self, source: Path, target: Path, record: Provenance, wanted: Provenance, listed: bool
-    ) -> str:
-        """The line that says that a source is done; "" where its result has to be made again."""
+    def _finished(self, found: Input, target: Path, record: Provenance, wanted: Provenance) -> str:
+        """The line that says that an input is done; "" if its result has to be made again."""
         if self._force or not provenance.is_whole(target):
             return ""
-        differences = record.differences(wanted)
-        if differences and not listed:
+        same = {name: record.settings.get(name) for name in self._ignored if name in record.settings}
+        differences = record.differences(replace(wanted, settings={**wanted.settings, **same}))
+        if differences and not found.listed:
             raise OutputError(
-                f"{source}: {target} exists, made with {differences}; pass --force to make it again"
+                f"{found.path}: {target} exists, made with {differences}; pass --force to make it again"
             )
         made = f", made with {differences}" if differences else ""
-        return f"{source}: skipped, {target} exists{made} (--force does it again)"
+        return f"{found.path}: skipped, {target} exists{made} (--force makes it again)"
 
-    def _free(self, source: Path, folder: Path, listed: bool) -> Path:
+    def _free(self, found: Input, folder: Path) -> Path:
         """The first name that is not in use."""
-        short, long = _first_names(source, self._suffix)
-        first = [long] if self._stems[folder / source.stem] > 1 else [short, long]
-        names = itertools.chain(first, _later_names(source, self._suffix))
-        return next(target for target in map(folder.joinpath, names) if self._is_free(target, listed))
+        short, long = self._naming.first(found.path)
+        first = [long] if self._stems[folder / found.path.stem] > 1 else [short, long]
+        names = itertools.chain(first, self._naming.later(found.path))
+        return next(target for target in map(folder.joinpath, names) if self._is_free(target, found.listed))
 
     def _is_free(self, target: Path, listed: bool) -> bool:
-        """Whether a name is to be taken, be it to say that what is there is in the way."""
+        """Whether this name can be used; for an input that was named, also if a foreign file has it.
+
+        The user is then told about that file, while a listed input gets the next name.
+        """
         if _key(target) in self._taken or _key(target) in self._sources or provenance.read(target):
             return False
         return not listed or self._is_vacant(target) or (self._force and target.is_file())
@@ -267,7 +250,7 @@ class OutputNames:
         return status is None or (kind_of(status) == "file" and status.st_size == 0)
 
     def _check_target(self, source: Path, target: Path) -> None:
-        """Raise OutputError where a result may not be written over what is there."""
+        """Raise OutputError if a result may not be written over the file that is there."""
         if self._is_vacant(target):
             return
         status = examine(target, OutputError)
@@ -282,10 +265,10 @@ class OutputNames:
                 "pass --force to overwrite it, or name another file with -o"
             )
 
-    def _folder(self, source: Path) -> Path:
+    def _folder(self, found: Input) -> Path:
         if self._one:
             return self._one.parent
-        return self._place or source.parent
+        return self._place / found.folder if self._place else found.path.parent
 
     def _check_folder(self, folder: Path) -> None:
         if folder not in self._folders:
@@ -299,6 +282,10 @@ class OutputNames:
             raise problem
 
 
+def _real(path: Path) -> str:
+    return os.path.realpath(path)
+
+
 def _key(path: Path) -> str:
-    """What two paths share that may be one file, also where capitals do not count."""
+    """Equal for two paths that may name one file, including on systems that ignore capitals."""
     return f"{_real(path.parent)}/{path.name}".casefold()

@@ -12,14 +12,14 @@ import struct
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from moesr.runtime.errors import InputError
 from moesr.runtime.images import exif, libtiff
-from moesr.runtime.system.files import check_file, reason
+from moesr.runtime.system.files import open_input, reason
 
 READ_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
 _SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .gif .ico .tga .avif"
@@ -42,13 +42,23 @@ class LoadedImage:
     dpi: tuple[float, float] | None = None
 
 
-def load(path: Path) -> LoadedImage:
-    """Read an image file; InputError saying what is wrong with it. Warnings go to the log."""
+def load(path: Path, stream: BinaryIO | None = None) -> LoadedImage:
+    """Read an image file; InputError saying what is wrong with it. Warnings go to the log.
+
+    `stream` is the opened file, if the caller has opened it; `path` is then only its name in messages.
+    """
     path = Path(path)
-    check_file(path)
+    if stream is not None:
+        return _decode(path, stream)
+    with open_input(path) as opened:
+        return _decode(path, opened)
+
+
+def _decode(path: Path, stream: BinaryIO) -> LoadedImage:
     try:
-        with path.open("rb") as stream:
-            head = stream.read(32)
+        stream.seek(0)
+        head = stream.read(32)
+        stream.seek(0)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
     if not head:
@@ -60,12 +70,12 @@ def load(path: Path) -> LoadedImage:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
             warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the image itself counts
             formats = [name for name in READ_FORMATS if name in Image.OPEN]
-            with Image.open(path, formats=formats) as image:
+            with Image.open(stream, formats=formats) as image:
                 return from_pil(image, name=str(path))
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: {_unidentified(path, head)}") from error
+        raise InputError(f"{path}: {_unidentified(stream, head)}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {_too_large(str(error))}") from error
     except Exception as error:  # decoders raise whatever their parsers meet
@@ -124,7 +134,7 @@ def _damaged(error: Exception) -> str:
     return f"truncated or damaged ({error}); get the file again"
 
 
-def _unidentified(path: Path, head: bytes) -> str:
+def _unidentified(stream: BinaryIO, head: bytes) -> str:
     """Why Pillow does not know a file: not an image, or one of a known kind that it cannot open."""
     if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
         width, height = struct.unpack(">II", head[16:24])
@@ -134,7 +144,8 @@ def _unidentified(path: Path, head: bytes) -> str:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory and accept and accept(head) is True:
             try:
-                with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
+                stream.seek(0)
+                with warnings.catch_warnings(action="ignore"):
                     factory(stream, "")
             except Exception as error:
                 return f"a {name} that cannot be opened ({error}); get the file again, or convert it to PNG"

@@ -1,49 +1,94 @@
-"""SHA-256 of large files, remembered for as long as a file is not touched.
+"""SHA-256 of files, remembered in the user's cache for as long as a file is not touched.
 
-Hashing a full-width engine takes seconds, its graphs open in tenths. Size, inode and times of change tell
-whether a file is still the one that was hashed; what a failing disk changes without a write shows only where
-it is hashed anew, which `moesr-doctor` does.
+Hashing a full-width engine takes seconds while its graphs open in tenths of a second. A remembered hash
+counts as long as size, inode, and the times of the last modification and change are the same. Damage by a
+failing disk changes none of them; `moesr-doctor` finds it, because it always reads the files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import time
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from moesr.runtime.system import files, user_cache
 
 FOLDER = "hashes"
-LARGE = 16 << 20
-"""Bytes from which a hash is worth remembering."""
+
+LARGE = 4 << 20
+"""Smallest size in bytes of a file whose hash is remembered."""
 
 SETTLED_NS = 2_000_000_000
-"""A file that changed so shortly ago might change again within the clock's tick: its hash is not kept."""
+"""The hash of a file that changed this recently is not kept: it may change again within the clock's tick."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The properties of a file that differ once it was modified or replaced."""
+
+    size: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """The stamp of a file from its status."""
+        return cls(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def sha256_of(path: Path, *, anew: bool = False) -> str:
-    """Hash of a file's content, hexadecimal; `anew`: of what is on disk now, whatever is remembered."""
-    stamp = _stamp(path)
-    if stamp["size"] < LARGE:
-        return files.sha256_of(path)
-    name = f"{FOLDER}/{hashlib.sha256(stamp['path'].encode()).hexdigest()[:24]}.json"
-    kept = None if anew else user_cache.read(name)
-    if isinstance(kept, dict) and kept | stamp == kept and isinstance(kept.get("sha256"), str):
-        return kept["sha256"]
+    """Hash of a file's content, hexadecimal; `anew` reads the file although its hash is remembered."""
+    stamp = Stamp.of(path.stat())
+    known = None if anew else _recall(path, stamp)
+    if known:
+        return known
     found = files.sha256_of(path)
-    settled = time.time_ns() - max(stamp["modified_ns"], stamp["changed_ns"]) > SETTLED_NS
-    if settled and _stamp(path) == stamp:
-        user_cache.write(name, stamp | {"sha256": found})
+    if Stamp.of(path.stat()) == stamp:
+        _remember(path, stamp, found)
     return found
 
 
-def _stamp(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {
-        "path": str(path.resolve()),
-        "size": status.st_size,
-        "inode": status.st_ino,
-        "modified_ns": status.st_mtime_ns,
-        "changed_ns": status.st_ctime_ns,
-    }
+def sha256_of_stream(stream: BufferedReader, path: Path) -> str:
+    """Hash of an opened file, hexadecimal, which is read from its beginning unless the hash is remembered.
+
+    `path` is the name under which the hash is remembered. The position in the stream afterwards is undefined.
+    """
+    stamp = Stamp.of(os.fstat(stream.fileno()))
+    known = _recall(path, stamp)
+    if known:
+        return known
+    stream.seek(0)
+    found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if Stamp.of(os.fstat(stream.fileno())) == stamp:
+        _remember(path, stamp, found)
+    return found
+
+
+def _name(path: Path) -> str:
+    """Name of the cache entry of a path."""
+    return f"{FOLDER}/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.json"
+
+
+def _recall(path: Path, stamp: Stamp) -> str | None:
+    """The remembered hash of a file with this stamp; None if there is none."""
+    if stamp.size < LARGE:
+        return None
+    kept, wanted = user_cache.read(_name(path)), _entry(path, stamp)
+    if isinstance(kept, dict) and kept | wanted == kept and isinstance(kept.get("sha256"), str):
+        return kept["sha256"]
+    return None
+
+
+def _remember(path: Path, stamp: Stamp, digest: str) -> None:
+    settled = time.time_ns() - max(stamp.modified_ns, stamp.changed_ns) > SETTLED_NS
+    if settled and stamp.size >= LARGE:
+        user_cache.write(_name(path), _entry(path, stamp) | {"sha256": digest})
+
+
+def _entry(path: Path, stamp: Stamp) -> dict[str, str | int]:
+    return {"path": str(path.resolve()), **dataclasses.asdict(stamp)}

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -82,6 +83,21 @@ def check_file(path: Path) -> os.stat_result:
     if kind != "file":
         raise InputError(f"{path}: is a {kind}, expected a file; save what comes from it as a file first")
     return status
+
+
+def open_input(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading; InputError if it is none or cannot be read."""
+    check_file(path)
+    try:
+        stream = os.fdopen(
+            os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+        )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # it was replaced since
+        stream.close()
+        raise InputError(f"{path}: is no longer a file")
+    return stream
 
 
 def sha256_of(path: Path) -> str:

@@ -69,7 +69,12 @@ def test_progress_on_stderr_unless_quiet(engine: Path, photos: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("output", "result"),
-    [("sr.webp", "sr.webp"), ("new/sr.JPG", "new/sr.JPG"), ("folder/", "folder/a_x4.png")],
+    [
+        ("sr.webp", "sr.webp"),
+        ("new/sr.JPG", "new/sr.JPG"),
+        ("folder/", "folder/a_x4.png"),
+        ("newdir", "newdir/a_x4.png"),
+    ],
 )
 def test_output_of_one_image(engine: Path, photos: Path, tmp_path: Path, output: str, result: str):
     assert run(engine, photos / "a.png", "-o", f"{tmp_path}/{output}") == 0
@@ -107,7 +112,8 @@ def test_bad_inputs_do_not_stop_the_others(
 
 USAGE = {
     "unknown suffix": (["-o", "x.xyz"], "cannot write .xyz"),
-    "no suffix": (["-o", "result"], "cannot write a file without suffix"),
+    "one name for several": (["b.jpg", "-o", "out.png"], "name a directory, such as out/"),
+    "one name for a directory": ([".", "-o", "out.TIF"], "name a directory, such as out/"),
     "steps": (["--steps", "0"], "steps is 0, expected a whole number from 1 to 1000"),
     "steps beyond": (["--steps", "1001"], "steps is 1001"),
     "fidelity": (["--fidelity", "2"], "fidelity is 2.0"),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from engines import build_engine
 from PIL import Image
 
 from moesr.runtime import errors, upscaler
-from moesr.runtime.cli.outputs import OutputPlan, plan
+from moesr.runtime.cli.outputs import Task, plan
 from moesr.runtime.cli.run import main
 from moesr.runtime.images import provenance, reading, writing
 from moesr.runtime.images.provenance import Provenance
@@ -42,13 +43,35 @@ def photos(tmp_path: Path) -> Path:
     return picture(tmp_path / "photos" / "a.png").parent
 
 
+@dataclass
+class Decisions:
+    tasks: list[Task]
+    skipped: list[str]
+    failed: list[errors.MoesrError]
+    notes: list[str]
+
+
 def planned(
-    *inputs: Path, output: Path | str | None = None, wanted: Provenance = WANTED, force: bool = False
-) -> OutputPlan:
-    return plan(inputs, None if output is None else str(output), wanted, force)
+    *inputs: Path,
+    output: Path | str | None = None,
+    wanted: Provenance = WANTED,
+    force: bool = False,
+    **options: object,
+) -> Decisions:
+    """The decisions on all inputs of a plan."""
+    made = plan(inputs, None if output is None else str(output), wanted, force, **options)  # type: ignore
+    decisions = Decisions([], [], list(made.listing.failed), made.notes)
+    for found in made.listing.inputs:
+        try:
+            decided = made.decide(found)
+        except errors.MoesrError as error:
+            decisions.failed.append(error)
+        else:
+            (decisions.tasks if isinstance(decided, Task) else decisions.skipped).append(decided)  # type: ignore
+    return decisions
 
 
-def do(made: OutputPlan, wanted: Provenance = WANTED) -> list[str]:
+def do(made: Decisions, wanted: Provenance = WANTED) -> list[str]:
     """Write a result for every task; returns their names."""
     assert not made.failed, made.failed
     for task in made.tasks:
@@ -192,7 +215,7 @@ def test_one_file_by_several_names_is_done_once(photos: Path, monkeypatch: pytes
     twice = Path("a.png")
     made = planned(twice, twice, photos / "a.png", Path("./a.png"), photos)
     assert [task.target.name for task in made.tasks] == ["a_x4.png", "b_x4.png"]
-    assert sum("passed over, the same" in note for note in made.notes) == 5
+    assert sum("ignored, the same" in note for note in made.notes) == 5
 
 
 def test_what_is_no_image_is_noted(photos: Path):
@@ -206,12 +229,12 @@ def test_what_is_no_image_is_noted(photos: Path):
     assert [task.source.name for task in made.tasks] == ["a.png", "b.jpg"]
     text = "\n".join(made.notes)
     for words in (
-        "gone.png: passed over, a link",
-        "sub.png: passed over, a dir",
-        "pipe.png: passed over, a pipe",
+        "gone.png: ignored, a link",
+        "sub.png: ignored, a dir",
+        "pipe.png: ignored, a pipe",
     ):
         assert words in text
-    assert "no images: a.xmp, b.xmp, c.xmp, ... (4 in all)" in text
+    assert "not images: a.xmp, b.xmp, c.xmp, ... (4 in all)" in text
     assert len(made.notes) == 4
     assert ["loop.png: cannot be looked at" in str(error) for error in made.failed] == [True]
 
@@ -315,7 +338,7 @@ def test_a_run_over_a_folder_ends_with_a_summary(
     (photos / "notes.txt").touch()
     assert run(engine, photos) == 1
     err = capsys.readouterr().err
-    assert "1/2 b.jpg: 100%" in err
+    assert "2/3 b.jpg: 100%" in err
     lines = err.splitlines()
     assert lines[-1] == "moesr-run: 1 done, 1 skipped, 1 failed"
     assert sum("skipped," in line and "a_x4.png exists (--force" in line for line in lines) == 1
