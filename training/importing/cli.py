@@ -85,14 +85,9 @@ def parser() -> argparse.ArgumentParser:
         help="groups of every GroupNorm, which the weights do not tell",
     )
     add("--fp16", action="store_true", help="store the weights in half precision")
-    add("--quiet", action="store_true", help="no progress bar, warnings only")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
     add("--debug", action="store_true", help="show where an internal error was raised")
     add("--force", action="store_true", help="replace an existing checkpoint directory")
-    add(
-        "--trust-pickle",
-        action="store_true",
-        help="load files that hold more than tensors; these can run any code",
-    )
     return p
 
 

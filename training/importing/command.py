@@ -26,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
     common = {
         "name": args.name,
         "norm_groups": args.norm_groups,
-        "trust_pickle": args.trust_pickle,
     }
     if args.head_channels is not None:
         common["head_channels"] = args.head_channels
@@ -43,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             source = Published(args.decoder, tuple(args.experts), args.scale, **common)
             lines = summary(import_published(source, args.output, **options), source)
-    for line in lines:
-        console.say(line)
+    if not args.quiet:
+        for line in lines:
+            console.say(line)
     return 0
 
 

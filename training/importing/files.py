@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moesr.training.importing import inert_pickle
 from moesr.training.weights import CheckpointError, StateDict, brief
 
 UNET_PREFIX = "model.diffusion_model."
@@ -26,10 +26,10 @@ SCHEDULE_BUFFER = re.compile(
 )
 
 
-def read_state_dict(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a published file, below its `state_dict` level if it has one.
 
-    Pickles are loaded without running code unless `trust_pickle`. Raises CheckpointError naming the file.
+    No code of a pickle is run. Raises CheckpointError that names the file.
     """
     try:
         with path.open("rb") as file:
@@ -45,7 +45,7 @@ def read_state_dict(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
-    loaded = _load_pickle(path, trust_pickle, mmap=head.startswith(ZIP_MAGIC))
+    loaded = _load_pickle(path, mmap=head.startswith(ZIP_MAGIC))
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not loaded:
@@ -57,20 +57,14 @@ def read_state_dict(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]
     ]
     if others:
         raise CheckpointError(f"{path}: entries {', '.join(others[:4])} are not tensors; {CURE}")
-    return dict(loaded)
+    return {key: tensor.detach() for key, tensor in loaded.items()}
 
 
-def _load_pickle(path: Path, trust: bool, mmap: bool) -> Any:
-    """Unpickle with PyTorch; CheckpointError says whether the file is damaged or holds more than tensors."""
+def _load_pickle(path: Path, mmap: bool) -> Any:
+    """Unpickle the tensors of a file; objects that are no tensors become placeholders and run no code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
-    except Exception as error:  # a damaged or trusted pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|operand|global) (\S+)", str(error))
-        if not trust and isinstance(error, pickle.UnpicklingError) and refused:
-            raise CheckpointError(
-                f"{path}: holds Python objects besides tensors ({refused[1] or refused[2]}), which could "
-                "run code when loaded; if you trust where the file came from, add --trust-pickle"
-            ) from error
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap, pickle_module=inert_pickle)
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: not a whole PyTorch file ({brief(error)}); {CURE}") from error
 
 

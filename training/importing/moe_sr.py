@@ -51,7 +51,6 @@ class Published:
     name: str | None = None  # None: made from kind and scale
     head_channels: int = UNetConfig.head_channels
     norm_groups: int = UNetConfig.norm_groups
-    trust_pickle: bool = False  # load files that hold more than tensors, which can run any code
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def import_published(
     for path in (*source.experts, source.decoder):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected a published weight file")
-    decoder, decoder_config = read_autoencoder(source.decoder, source.norm_groups, source.trust_pickle)
+    decoder, decoder_config = read_autoencoder(source.decoder, source.norm_groups)
     on_file(source.decoder)
     unet = _unet_config(source, decoder_config)
     ema_used: list[bool] = []
@@ -141,7 +140,7 @@ def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
 
 def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
     """A UNet's tensors as stored, its configuration, and what stands under the prefix of EMA copies."""
-    state = read_state_dict(path, source.trust_pickle)
+    state = read_state_dict(path)
     prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
     ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
     raw = {
@@ -154,11 +153,9 @@ def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
     return raw, config, {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
 
 
-def read_autoencoder(
-    path: Path, norm_groups: int, trust_pickle: bool = False
-) -> tuple[dict[str, Tensor], AutoencoderConfig]:
+def read_autoencoder(path: Path, norm_groups: int) -> tuple[dict[str, Tensor], AutoencoderConfig]:
     """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
-    state = read_state_dict(path, trust_pickle)
+    state = read_state_dict(path)
     whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
     # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
     ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)

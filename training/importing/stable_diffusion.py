@@ -80,7 +80,6 @@ class PublishedDiffusion:
     prediction: Prediction | None = None  # None: known from a name, or from diffusers' configuration
     head_channels: int = StableSRUNetConfig.head_channels
     norm_groups: int = StableSRUNetConfig.norm_groups
-    trust_pickle: bool = False  # load files that hold more than tensors, which can run any code
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def import_diffusion(
     prediction = source.prediction or _prediction(source.files)
     found: dict[str, _Found] = {}
     for path in paths:
-        found |= _read(path, source.trust_pickle)
+        found |= _read(path)
         on_file(path)
     lacking = [part for part in PREFIXES if part not in found]
     if lacking:
@@ -168,9 +167,9 @@ def _prediction(given: tuple[Path, ...]) -> Prediction:
     )
 
 
-def _read(path: Path, trust_pickle: bool) -> dict[str, _Found]:
+def _read(path: Path) -> dict[str, _Found]:
     """The networks of one file."""
-    state = read_state_dict(path, trust_pickle)
+    state = read_state_dict(path)
     part = part_of(state)
     if part is not None:
         name, convert = PARTS[part]

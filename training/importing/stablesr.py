@@ -74,7 +74,6 @@ class PublishedStableSR:
     prediction: Prediction | None = None  # None: known from the name of the file
     head_channels: int = StableSRUNetConfig.head_channels
     norm_groups: int = StructureConfig.norm_groups
-    trust_pickle: bool = False  # load files that hold more than tensors, which can run any code
 
 
 def import_stablesr(
@@ -132,7 +131,7 @@ def _variant(source: PublishedStableSR) -> Variant:
 
 def _read_cfw(source: PublishedStableSR) -> tuple[dict[str, Tensor], AutoencoderConfig]:
     """Weights and sizes of the autoencoder; CheckpointError where it has no feature wrapping."""
-    state, config = read_autoencoder(source.cfw, source.norm_groups, source.trust_pickle)
+    state, config = read_autoencoder(source.cfw, source.norm_groups)
     if not config.fusion_levels or config.codebook_size:
         raise CheckpointError(
             f"{source.cfw}: is no KL autoencoder with feature wrapping (decoder.fusion_layer_1); {CURE}"
@@ -144,7 +143,7 @@ def _read_model(source: PublishedStableSR) -> States:
     """Tensors of each network without their prefixes; CheckpointError names those that belong to none."""
     states: States = {part: {} for part in PREFIXES}
     unknown = {}
-    for key, tensor in read_state_dict(source.model, source.trust_pickle).items():
+    for key, tensor in read_state_dict(source.model).items():
         part = next((part for part, prefix in PREFIXES.items() if key.startswith(prefix)), None)
         if part is not None:
             states[part][key.removeprefix(PREFIXES[part])] = tensor

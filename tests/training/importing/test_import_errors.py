@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -147,18 +149,53 @@ class RunsCode:
         return Path.touch, (self.marker,)
 
 
+@pytest.fixture
+def callback(monkeypatch: pytest.MonkeyPatch):
+    """An object like those that training frameworks save, of a module that is gone when the file is read."""
+    module = types.ModuleType("framework")
+
+    class Callback(dict):
+        pass
+
+    Callback.__module__, Callback.__qualname__ = "framework", "Callback"
+    module.Callback = Callback  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "framework", module)
+    made = Callback(best=1.0)
+    made.monitor = "loss"
+    return made
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_pickle_with_objects_is_refused_unless_trusted(zipped, small, tmp_path, capsys):
-    path, marker, out = tmp_path / "vae.pth", tmp_path / "ran", tmp_path / "model"
-    content = {"state_dict": small[1], "hyper_parameters": RunsCode(marker)}
+def test_objects_besides_tensors_are_passed_over_and_run_no_code(
+    zipped, small, tmp_path, callback, monkeypatch
+):
+    path, marker, out = tmp_path / "vae.ckpt", tmp_path / "ran", tmp_path / "model"
+    parameters = {key: torch.nn.Parameter(tensor) for key, tensor in small[1].items()}
+    content = {"state_dict": parameters, "hyper_parameters": RunsCode(marker)}
+    content |= {
+        "callbacks": {callback.__class__: callback},
+        "loops": [callback],
+        "optimizer_states": [{1, 2}],
+    }
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert run("--decoder", path, "-o", out) == 1
-    err = capsys.readouterr().err
-    assert str(path) in err and "--trust-pickle" in err
-    assert not marker.exists() and not out.exists()
-    assert run("--decoder", path, "-o", out, "--trust-pickle") == 0
-    assert marker.exists()
-    load_checkpoint(out)
+    monkeypatch.delitem(sys.modules, "framework")
+    assert run("--decoder", path, "-o", out) == 0
+    assert not marker.exists()
+    imported = load_checkpoint(out).decoder().state_dict()
+    torch.testing.assert_close(imported["encoder.conv_in.weight"], small[1]["encoder.conv_in.weight"])
+
+
+def test_a_state_dict_of_objects_is_refused(small, tmp_path, capsys):
+    torch.save({"state_dict": {**small[1], "hook": RunsCode(tmp_path / "ran")}}, tmp_path / "vae.pth")
+    assert run("--decoder", tmp_path / "vae.pth", "-o", tmp_path / "model") == 1
+    assert "entries hook are not tensors" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_quiet_prints_nothing(small, tmp_path, capsys):
+    torch.save(small[1], tmp_path / "vae.pth")
+    assert run("--decoder", tmp_path / "vae.pth", "-o", tmp_path / "model", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_existing_output_needs_force(small, tmp_path, capsys):
