@@ -1,28 +1,27 @@
-"""What a model's sampler expects of image sizes and tiles."""
+"""How a model's sampler lays an image out in tiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
+from moesr.runtime.engine.field_types import MAX_SIDE
 from moesr.runtime.images.resize import Convention
-
-if TYPE_CHECKING:
-    pass
+from moesr.runtime.system.json_dataclass import Range
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """What a model's sampler is used to; the defaults are MoE-SR's.
+    """The layout that a model's published sampler uses; the defaults are MoE-SR's.
 
-    `small`: an image below a tile is padded by reflection, or enlarged until its short side is a tile and the
-    result reduced again. `resize`: how the LR image is enlarged; "torch" goes with 16 bits a channel.
-    `overlap`: latent pixels that neighbouring tiles share at every step. `tiling`: as many tiles as it takes,
-    evenly spaced, or StableSR's: a stride apart, the last one moved back to the edge, with windows whose
-    centre is half a pixel low.
+    `small` says how an image smaller than a tile is handled: it is padded by reflection, or it is enlarged
+    until its short side is a tile and the result is reduced again. `resize` names the kernel that enlarges
+    the LR image; "torch" goes with 16 bits per channel. `overlap` is the number of latent pixels that
+    neighboring tiles share at every step. `tiling` "even" spaces the tiles evenly; "stablesr" places them a
+    stride apart, moves the last one back to the edge and centers the windows half a pixel low.
     """
 
     small: Literal["pad", "enlarge"] = "pad"
     resize: Convention = "matlab"
-    overlap: int | None = None  # None: a quarter of a tile
+    overlap: Annotated[int, Range(0, MAX_SIDE)] | None = None  # None: a quarter of a tile
     tiling: Literal["even", "stablesr"] = "even"

@@ -1,4 +1,4 @@
-"""What the runtime feeds to each graph of an engine and takes from it: the boundary by role.
+"""The inputs and outputs of each graph of an engine, by its role.
 
 =======  =======================================================================  ============================
 role     inputs                                                                   output
@@ -9,10 +9,10 @@ decoder  `z` [B, C, h, w], `lr` [B, 3, H, W], `fidelity` [B] (or [1])           
 encoder  `image` [B, 3, H, W], `noise` [B, C, h, w]                               `latent` [B, C, h, w]
 =======  =======================================================================  ============================
 
-float32 at the boundary whatever the inside; images in [-1, 1]; h, w the tile in latent pixels, H, W in output
-pixels. A graph may do without any input but the first of its row. `prompt` says by which of two prompts a
-tile is made, 1 being the negative one. An expert with a shallow graph has a second output, `deep`, of any
-size: what that graph takes in place of the deep levels.
+Inputs and outputs are float32 whatever the precision inside. Images are in [-1, 1]; h, w are the tile's sides
+in latent pixels, H, W in output pixels. A graph may lack any input but the first of its row. `prompt` is the
+index of the tile's prompt; prompt 1 is the negative one. An expert with a shallow graph has a second output,
+`deep`, of any size; the shallow graph takes it in place of computing the deep levels.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def boundary_of(
     with_latent: bool = False,
     with_prompt: bool = False,
 ) -> Boundary:
-    """All that the runtime can feed to the graph of a role, and what it takes from it.
+    """All inputs that the runtime can feed to the graph of a role, and the outputs that it reads.
 
-    `tile` in output pixels; `with_latent`: the condition is a latent; `with_prompt`: there are two prompts.
+    `tile` is in output pixels. With `with_latent` the condition is a latent; with `with_prompt` there are two
+    prompts.
     """
     side = tile // latent_factor
     latent = (BATCH, latent_channels, side, side)
@@ -54,12 +55,12 @@ def boundary_of(
 
 
 def deep_of(graph: Graph) -> TensorSpec | None:
-    """The features that an expert leaves to its shallow graph, where it is made to leave any."""
+    """The output of an expert that its shallow graph reuses; None if the expert has no such output."""
     return next((s for s in graph.outputs[1:] if _spec(DEEP, s.dims) == s and _is_feature(s)), None)
 
 
 def deep_size(deep: TensorSpec) -> tuple[int, int, int]:
-    """Channels and sides of the features of one tile."""
+    """Channels, height and width of the features of one tile."""
     _, channels, height, width = deep.shape(1)
     return channels, height, width
 
@@ -70,7 +71,7 @@ def _is_feature(spec: TensorSpec) -> bool:
 
 
 def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> list[str]:
-    """Where graphs are not what the runtime can drive, in words; both by role."""
+    """Messages about graphs whose inputs or outputs the runtime cannot drive; both arguments are by role."""
     found = []
     for role, graph in graphs.items():
         full = offered[role]
@@ -84,7 +85,7 @@ def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> 
 
 
 def _fits(spec: TensorSpec, offered: TensorSpec | None) -> bool:
-    """A single value of each tile may be one for the whole run too: schema 1 had it so."""
+    """True if an input fits; in schema 1 a value per tile could be one value for the whole run."""
     if offered is None:
         return False
     return spec == offered or (offered.dims == (BATCH,) and spec.dims == (1,) and spec.dtype == offered.dtype)

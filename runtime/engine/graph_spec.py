@@ -5,26 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from moesr.runtime.engine.field_types import (
+    Count,
+    Dimension,
+    Error,
+    FileName,
+    Fraction,
+    Precision,
+    Sha256,
+    Text,
+)
+from moesr.runtime.sampling.schedule import MAX_TIMESTEPS
+from moesr.runtime.system.json_dataclass import Form, Range
 
 BATCH = "B"
-"""The dimension that counts the tiles of one run."""
+"""The dimension that stands for the number of tiles of a run."""
+
+MAX_PARAMS, MAX_MACS = 10**13, 10**18
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """An input or output of a graph: its element type ("float32") and dimensions, numbers or `BATCH`."""
 
-    name: str
+    name: Text
     dtype: str
-    dims: tuple[int | str, ...]
+    dims: tuple[Dimension, ...]
 
     @property
     def per_tile(self) -> bool:
-        """Whether each tile of a run has a value of its own; otherwise one value serves the whole run."""
+        """True if each tile of a run has its own value, False if one value serves the whole run."""
         return bool(self.dims) and self.dims[0] == BATCH
 
     def shape(self, batch: int) -> tuple[int, ...]:
-        """Its shape in a run of `batch` tiles."""
+        """The shape in a run of `batch` tiles."""
         return tuple(batch if isinstance(size, str) else size for size in self.dims)
 
     def __str__(self) -> str:
@@ -33,10 +49,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Boundary:
-    """All that a graph takes and gives."""
+    """All inputs and outputs of a graph."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def only(self, names: set[str]) -> Boundary:
+        """This boundary with those inputs alone that a file has; the runtime may offer more."""
+        return Boundary(tuple(spec for spec in self.inputs if spec.name in names), self.outputs)
 
     def __str__(self) -> str:
         return f"{', '.join(map(str, self.inputs))} -> {', '.join(map(str, self.outputs))}"
@@ -46,39 +66,39 @@ class Boundary:
 class File:
     """A file of the engine directory (a plain name) and its SHA-256 in hexadecimal."""
 
-    file: str
-    sha256: str
+    file: FileName
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Error of a graph against its network, on seeded inputs; `threshold` bounds `relative_l2`."""
+    """The error of a graph against its network on seeded inputs; `threshold` bounds `relative_l2`."""
 
-    relative_l2: float
-    max_abs: float
-    threshold: float
+    relative_l2: Error
+    max_abs: Error
+    threshold: Error
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the ranges of an int8 graph were found: on what, by which method, and what is not int8.
+    """How the ranges of an int8 graph were found.
 
-    `images` went through `steps` sampling steps each, and `runs` runs of this graph were looked at. `share`
-    of its multiply-accumulates is int8, 0 to 1; `kept` names the layers that are float32 as they are
-    sensitive.
+    `images` went through `steps` sampling steps each, in which this graph ran `runs` times. `int8_fraction`
+    is the part of the multiply-accumulates that is int8, 0 to 1. `kept` names the layers that stay float32
+    because they are sensitive.
     """
 
-    images: int
-    steps: int
-    runs: int
-    method: str
-    share: float
+    images: Count
+    steps: Count
+    runs: Count
+    method: Text
+    int8_fraction: Fraction
     kept: tuple[str, ...]
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.0%} of the multiply-accumulates, {len(self.kept)} layers left in float32; ranges "
-            f"by {self.method} of {self.runs} runs ({self.images} images, {self.steps} steps)"
+            f"{self.int8_fraction:.0%} of the multiply-accumulates, {len(self.kept)} layers left in float32; "
+            f"ranges by {self.method} of {self.runs} runs ({self.images} images, {self.steps} steps)"
         )
 
 
@@ -86,12 +106,12 @@ class Calibration:
 class Arrangement(File):
     """A graph as one ONNX file, with the files of its external weights, in one precision.
 
-    `stored` is the precision in which the file keeps its large weights, where that is another.
+    `stored` is the precision in which the file keeps its large weights, if it is another.
     """
 
-    precision: str
+    precision: Precision
     data: tuple[File, ...] = field(default=(), kw_only=True)
-    stored: str | None = field(default=None, kw_only=True)
+    stored: Annotated[str, Form("fp16", "fp16")] | None = field(default=None, kw_only=True)
     parity: Parity | None = field(default=None, kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
 
@@ -103,27 +123,27 @@ class Arrangement(File):
 
 @dataclass(frozen=True, kw_only=True)
 class Graph(Arrangement):
-    """A graph of the engine. Its own files are for any target; `variants` hold others for some targets.
+    """A graph of the engine. Its own files serve any target; `variants` hold others for some targets.
 
-    `params` counts the network's parameters, `macs` the multiply-accumulates of one tile.
+    `params` is the number of the network's parameters, `macs` the multiply-accumulates of one tile.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    params: int
-    macs: int
+    params: Annotated[int, Range(0, MAX_PARAMS)]
+    macs: Annotated[int, Range(0, MAX_MACS)]
     variants: dict[str, Arrangement] = field(default_factory=dict)  # by target: "cpu", "gpu", "parts"
 
     @property
     def boundary(self) -> Boundary:
-        """What every arrangement of it takes and gives."""
+        """The inputs and outputs that all its arrangements have."""
         return Boundary(self.inputs, self.outputs)
 
     def arrangement(self, target: str) -> Arrangement:
         """The files that serve a target best: "cpu", "gpu", "parts" or "plain".
 
-        "parts" is a GPU with our kernels between the parts of a graph, where there are any.
-        "plain" is a CPU that wants the plain operators of a GPU's files, where their precision is the same.
+        "parts" is a GPU with our kernels between the parts of a graph; without such a variant it is "gpu".
+        "plain" is a CPU that wants the plain operators of a GPU's files, if these have the same precision.
         """
         if target == "plain":
             plain = self.variants.get("gpu", self)
@@ -134,12 +154,12 @@ class Graph(Arrangement):
 
     @property
     def arrangements(self) -> Iterator[Arrangement]:
-        """All of them, its own first."""
+        """All arrangements, its own first."""
         yield self
         yield from self.variants.values()
 
     def pixels(self) -> int:
-        """Pixels of its largest input or output, for one tile."""
+        """The number of pixels of its largest input or output, for one tile."""
         return max(math.prod(spec.shape(1)[2:]) for spec in (*self.inputs, *self.outputs))
 
 
@@ -147,10 +167,11 @@ class Graph(Arrangement):
 class Expert:
     """The timesteps that a graph serves: t_from inclusive, t_to exclusive.
 
-    `shallow` computes the same but for the deep levels, whose features it takes from an earlier step.
+    `shallow` names the graph that computes the same without the deep levels, whose features it takes from an
+    earlier step.
     """
 
     graph: str
-    t_from: int
-    t_to: int
+    t_from: Annotated[int, Range(0, MAX_TIMESTEPS)]
+    t_to: Annotated[int, Range(1, MAX_TIMESTEPS)]
     shallow: str | None = None

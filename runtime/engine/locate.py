@@ -1,4 +1,4 @@
-"""Engines by name: the bundled ones, and directories of the user's."""
+"""Finds an engine by the name of a bundled one or by its directory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.system.files import examine
 
 DEMO_ENGINES = ("demo-x4", "demo-x8")
-"""Names of the engines that come with the package, the default first."""
+"""Names of the engines that are bundled with the package; the first is the default."""
 
 
 def demo_name(given: Path | str | None) -> str | None:
-    """The name in DEMO_ENGINES that is meant, the first for None; None where it is a path of the user's."""
+    """The name in DEMO_ENGINES that `given` stands for, the first for None; None if it is a path."""
     if given is None:
         return DEMO_ENGINES[0]
     return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
 
 
 def engine_directory(engine: Path | str | None = None) -> Path:
-    """Directory of an engine given as a path or as one of DEMO_ENGINES, which come with the package.
+    """The directory of an engine, given as a path or as a name in DEMO_ENGINES.
 
-    None is the first of them; a directory of that name goes before the bundled one. Raises EngineError where
-    there is no such directory, or a bundled engine was left out of the installation.
+    None stands for the first name. A directory of that name in the current folder takes precedence over the
+    bundled engine. Raises EngineError if there is no such directory or the bundled engine is not installed.
     """
     name = demo_name(engine)
     if name is None:

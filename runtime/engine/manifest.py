@@ -1,24 +1,36 @@
-"""The engine directory's `manifest.json`: written by the export, read by the runtime, defined once here.
+"""The content of an engine directory's `manifest.json`, which the export writes and the runtime reads.
 
-An engine directory holds `manifest.json` and the ONNX graphs that it lists by role: `expert_0` and further
-ones, which predict what a sampler needs, at most one `decoder`, and an `encoder` where the condition is a
-latent. The manifest says how to drive the graphs (scale, tile, schedule, the experts' timesteps) and proves
-them (SHA-256, parity with the network). `docs/engine-format.md` describes it entry by entry.
+An engine directory holds `manifest.json` and the ONNX graphs that it lists by role: the experts (`expert_0`,
+`expert_1`, ..), at most one `decoder`, and an `encoder` if the condition is a latent. The manifest says how
+to run the graphs (scale, tile, schedule, timesteps of each expert) and how to check them (SHA-256, parity
+with the network). `docs/engine-format.md` describes every entry.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from moesr.runtime.engine.field_types import Fraction, Sha256, Side, Text
 from moesr.runtime.engine.framing import Framing
 from moesr.runtime.engine.graph_io import boundary_of, deep_of
 from moesr.runtime.engine.graph_spec import Boundary, Expert, File, Graph, TensorSpec
+from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.sampling.samplers import ETA, Prediction
-from moesr.runtime.sampling.schedule import Schedule
+from moesr.runtime.sampling.schedule import MAX_TIMESTEPS, Schedule
+from moesr.runtime.system.json_dataclass import Form, Range
 
 SCHEMA = 2
 SAMPLERS = tuple(ETA)
+MAX_SCALE = 64
+
+Role = Annotated[
+    str,
+    Form(
+        "expert_[0-9]+|shallow_[0-9]+|decoder|encoder", "a role such as expert_0, shallow_0, decoder, encoder"
+    ),
+]
+"""The name of a graph in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +38,27 @@ class Manifest:
     """Everything the runtime needs to know about an engine. Unknown entries of the JSON file are ignored."""
 
     schema: int = SCHEMA
-    name: str
-    model: dict[str, Any]  # configuration of the networks, for the reader
-    scale: int  # output pixels per input pixel, along one side
-    tile: int  # output pixels of one tile, along one side
-    latent_channels: int
-    latent_factor: int  # output pixels per latent pixel, along one side
-    latent_scale: float = 1.0  # of the autoencoder's latents inside the graphs, for the reader
-    condition: Literal["image", "latent"] = (
-        "image"  # the LR image on the latent grid, or the encoder's latent
-    )
+    name: Text
+    model: dict[str, Any]  # configuration of the networks; the runtime does not read it
+    scale: Annotated[int, Range(1, MAX_SCALE)]  # output pixels per input pixel, along one side
+    tile: Side  # output pixels of one tile, along one side
+    latent_channels: Side
+    latent_factor: Side  # output pixels per latent pixel, along one side
+    latent_scale: float = 1.0  # factor of the latents inside the graphs; the runtime does not read it
+    condition: Literal["image", "latent"] = "image"  # LR image on the latent grid, or the encoder's latent
     init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the noised condition
     prediction: Prediction = "eps"
-    prompts: tuple[str, ...] = ()  # that the experts know: one to follow, one to guide away from
-    guidance: float = 1.0  # default strength of classifier-free guidance; 1 is none
-    fidelity: float = 1.0  # default weight of the LR features in the decoder
+    prompts: tuple[str, ...] = ()  # of the experts: one to follow and one to guide away from
+    guidance: Annotated[float, Range(0, MAX_GUIDANCE)] = 1.0  # default classifier-free guidance; 1 is none
+    fidelity: Fraction = 1.0  # default weight of the LR features in the decoder
     framing: Framing = field(default_factory=Framing)
-    graphs: dict[str, Graph]  # by role
-    experts: tuple[Expert, ...]  # ascending in t: the lowest noise first
+    graphs: dict[Role, Graph]
+    experts: tuple[Expert, ...]  # ascending in t, so the expert of the lowest noise comes first
     schedule: Schedule
     sampler: str  # default sampler, one of SAMPLERS
-    steps: int  # default number of sampling steps
+    steps: Annotated[int, Range(1, MAX_TIMESTEPS)]  # default number of sampling steps
     versions: dict[str, str]  # of the packages that made the engine
-    checkpoint_sha256: str
+    checkpoint_sha256: Sha256
 
     @property
     def latent_tile(self) -> int:
@@ -62,12 +72,12 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """Precision of the experts, by which an engine is called."""
+        """The precision of the experts, which the engine is named after."""
         return self.graphs[self.experts[0].graph].precision
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
-        """What the runtime can feed to each graph, and takes from it, by role."""
+        """All inputs that the runtime can feed to each graph and the outputs that it reads, by role."""
         sizes = self.tile, self.latent_channels, self.latent_factor, self.prediction
         latent = self.condition == "latent"
         options = {"with_latent": latent, "with_prompt": self.guided}
@@ -82,13 +92,13 @@ class Manifest:
 
     @property
     def deep(self) -> TensorSpec | None:
-        """The features that experts leave to their shallow graphs; None where there are none to reuse."""
+        """The features that experts pass to their shallow graphs; None if it has no shallow graphs."""
         every = all(expert.shallow for expert in self.experts)
         return deep_of(self.graphs[self.experts[0].graph]) if every else None
 
     @property
     def guided(self) -> bool:
-        """Whether there is a negative prompt, so that guidance may be other than 1."""
+        """True if there is a negative prompt, so that guidance may differ from 1."""
         return len(self.prompts) == 2
 
     @property

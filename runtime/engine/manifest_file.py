@@ -12,21 +12,29 @@ from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_of, misma
 from moesr.runtime.engine.manifest import SAMPLERS, SCHEMA, Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError
-from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.system.file_hashes import sha256_of
-from moesr.runtime.system.json_dataclass import build
+from moesr.runtime.system.json_dataclass import build, parse_json, read_json
 
 MANIFEST_NAME = "manifest.json"
 
+MAX_BYTES = 16 << 20
+"""Largest manifest that is read; that of a full-width engine has 40 kB."""
 
 CURE = "export the engine again with moesr-export, or copy the whole directory again"
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> Path:
-    """Write `manifest.json` into an existing directory, checked as on reading, and return its path."""
+    """Write `manifest.json` into an existing directory and return its path.
+
+    EngineError if `read_manifest` would refuse the manifest; nothing is written then.
+    """
     path = Path(directory) / MANIFEST_NAME
     _check_values(manifest, path)
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+        build(Manifest, parse_json(text))
+    except ValueError as error:
+        raise EngineError(f"{path}: {error}") from error
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -34,9 +42,8 @@ def write_manifest(manifest: Manifest, directory: Path) -> Path:
 def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -> Manifest:
     """Read and check the manifest of an engine directory.
 
-    With `verify` the SHA-256 of every file is compared. The hash of a large file is remembered as long as
-    the file is not touched; `anew` computes it again. Raises EngineError that names
-    the file at fault and the cure.
+    With `verify` the SHA-256 of every file is compared. The hash of a large file is remembered until the file
+    is touched; `anew` computes it again. Raises an EngineError that names the file at fault and the cure.
     """
     directory = Path(directory)
     path = directory / MANIFEST_NAME
@@ -52,7 +59,7 @@ def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -
     try:
         if schema == 1:
             values = manifest_v1.upgraded(values)
-        manifest = build(Manifest, values)
+        manifest = build(Manifest, _renamed(values))
     except ValueError as error:
         raise EngineError(f"{path}: {error}; {CURE}") from error
     _check_values(manifest, path)
@@ -60,29 +67,42 @@ def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -
     return manifest
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `calibration.share`, as older engines have it, under its new name, `int8_fraction`."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        found = {name: renamed(item) for name, item in value.items()}
+        calibration = found.get("calibration")
+        if isinstance(calibration, dict) and "share" in calibration:
+            found["calibration"] = {"int8_fraction": calibration["share"]} | calibration
+        return found
+
+    return values | {"graphs": renamed(values.get("graphs", {}))}
+
+
 def _load_json(directory: Path, path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        values = read_json(path, MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(_no_manifest(directory)) from None
-    except UnicodeDecodeError as error:
-        raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise EngineError(
-            f"{path}: cannot be read ({reason}); check the name and the permissions of the engine directory"
+            f"{path}: cannot be read ({error.strerror or error}); check the name and the permissions of the "
+            "engine directory"
         ) from error
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: not valid JSON ({error}); {CURE}") from error
+    except ValueError as error:
+        raise EngineError(f"{path}: not a usable {MANIFEST_NAME} ({error}); {CURE}") from error
     if not isinstance(values, dict):
         raise EngineError(f"{path}: expected a JSON object, got {type(values).__name__}; {CURE}")
     return values
 
 
 def _no_manifest(directory: Path) -> str:
-    """Why a directory has no readable manifest, and what to do."""
+    """The message for a directory without a readable manifest, with the cure."""
     if directory.is_dir():
         return (
             f"{directory}: not an engine directory, it has no {MANIFEST_NAME}; "
@@ -96,7 +116,7 @@ def _no_manifest(directory: Path) -> str:
 
 
 def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) -> None:
-    """Compare what is there with what the manifest lists; weights that it does not list are refused."""
+    """Compare the files on disk with the manifest's list; external weights that it lacks are refused."""
     for file in manifest.files:
         _check_file(directory / file.file, file.sha256, verify, anew)
     for graph in manifest.graphs.values():
@@ -110,7 +130,7 @@ def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) 
 
 
 def _taken(path: Path) -> set[str]:
-    """Files, besides itself, that a graph is made of."""
+    """The further files that a graph is made of."""
     return read_parts(path).files if path.name.endswith(SUFFIX) else onnx_external_data.external_files(path)
 
 
@@ -130,14 +150,10 @@ def _check_file(path: Path, sha256: str, verify: bool, anew: bool) -> None:
 
 def _check_values(m: Manifest, path: Path) -> None:
     """Refuse values that parse but cannot drive a model."""
-    problems = [
-        f"{name} is {getattr(m, name)}, expected at least 1"
-        for name in ("scale", "tile", "latent_channels", "latent_factor")
-        if getattr(m, name) < 1
-    ]
-    if not problems and m.tile % m.latent_factor:
+    problems: list[str] = []
+    if min(m.tile, m.latent_factor) < 1 or m.tile % m.latent_factor:
         problems.append(f"tile {m.tile} is not a multiple of latent_factor {m.latent_factor}")
-    if m.framing.overlap is not None and not problems and not 0 <= m.framing.overlap < m.latent_tile:
+    elif m.framing.overlap is not None and not 0 <= m.framing.overlap < m.latent_tile:
         problems.append(
             f"framing.overlap is {m.framing.overlap}, expected 0 to {m.latent_tile - 1} latent pixels"
         )
@@ -147,21 +163,14 @@ def _check_values(m: Manifest, path: Path) -> None:
         problems.append(f"steps is {m.steps}, expected 1 to {m.schedule.timesteps}")
     if m.sampler not in SAMPLERS:
         problems.append(f"sampler is {m.sampler!r}, expected one of {', '.join(SAMPLERS)}")
-    if not 0.0 <= m.fidelity <= 1.0:
-        problems.append(f"fidelity is {m.fidelity}, expected 0 to 1")
     problems += _unguided(m)
-    problems += [
-        f"graph file {file.file!r} must be a plain file name inside the engine directory"
-        for file in m.files
-        if not file.file or Path(file.file).name != file.file or "\\" in file.file
-    ]
     problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
     if problems:
         raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
 
 
 def _missing_roles(m: Manifest) -> list[str]:
-    """Roles that the model needs and no graph fills, in words."""
+    """Messages about graphs that the model needs and the manifest lacks."""
     needed = {e.graph for e in m.experts} | {e.shallow for e in m.experts if e.shallow}
     needed |= {ENCODER} if m.condition == "latent" else set()
     missing = [f"no graph {role!r}" for role in sorted(needed - m.graphs.keys())]
@@ -173,7 +182,7 @@ def _missing_roles(m: Manifest) -> list[str]:
 
 
 def _unshared(m: Manifest) -> list[str]:
-    """Where a shallow graph has no features to take, in words."""
+    """Messages about shallow graphs without the features that they need."""
     deep = {e.graph: deep_of(m.graphs[e.graph]) for e in m.experts if e.shallow}
     missing = [
         f"{role} has a shallow graph and no output {DEEP!r}" for role, spec in deep.items() if not spec
@@ -186,11 +195,9 @@ def _unshared(m: Manifest) -> list[str]:
 
 
 def _unguided(m: Manifest) -> list[str]:
-    """Where guidance lacks what it needs, in words."""
+    """Messages about guidance without the prompts that it needs."""
     if len(m.prompts) > 2:
         return [f"prompts has {len(m.prompts)} entries, expected at most one to follow and a negative one"]
-    if not 0.0 <= m.guidance <= MAX_GUIDANCE:
-        return [f"guidance is {m.guidance}, expected 0 to {MAX_GUIDANCE}"]
     if not m.guided:
         return [f"guidance is {m.guidance} without a negative prompt"] if m.guidance != 1.0 else []
     graphs = {e.graph: m.graphs.get(e.graph) for e in m.experts}
@@ -202,7 +209,7 @@ def _unguided(m: Manifest) -> list[str]:
 
 
 def _gaps(m: Manifest) -> list[str]:
-    """Where the experts do not follow one another from 0 to `timesteps`, in words."""
+    """Messages about gaps and overlaps of the experts, which must cover 0 to `timesteps` in order."""
     found, edge = [], 0
     for expert in m.experts:
         if expert.t_from != edge or expert.t_to <= expert.t_from:

@@ -1,4 +1,4 @@
-"""Manifests of schema 1, which listed the experts and the decoder and left their boundaries to the sizes."""
+"""Upgrades manifests of schema 1, in which the inputs and outputs of a graph followed from the sizes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moesr.runtime.engine.field_types import Precision, Side
 from moesr.runtime.engine.graph_io import DECODER, boundary_of
 from moesr.runtime.engine.graph_spec import Expert, File, Graph, Parity
 from moesr.runtime.system.json_dataclass import build
@@ -19,12 +20,12 @@ class _Expert(File):
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What schema 1 had in another form; the other entries are those of schema 2."""
+    """The entries that have another form in schema 1; all others are the same in schema 2."""
 
-    tile: int
-    latent_channels: int
-    latent_factor: int
-    precision: str
+    tile: Side
+    latent_channels: Side
+    latent_factor: Side
+    precision: Precision
     experts: tuple[_Expert, ...]
     decoder: File
     params: dict[str, int]  # of one "expert" and of the "decoder"
@@ -33,14 +34,14 @@ class _Manifest:
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of schema 1 as the JSON values of schema 2; ValueError names what is wrong with it."""
+    """The values of a manifest of schema 1 in the form of schema 2; ValueError names an entry at fault."""
     old = build(_Manifest, values)
     roles = [f"expert_{k}" for k in range(len(old.experts))]
 
     def graph(role: str, kind: str, file: File) -> Graph:
-        sizes = max(old.tile, 1), old.latent_channels, max(old.latent_factor, 1)
+        sizes = old.tile, old.latent_channels, old.latent_factor
         full = boundary_of(role, *sizes)
-        # The fidelity was one value for a run.
+        # In schema 1 the fidelity was one value for the whole run.
         inputs = tuple(replace(i, dims=(1,)) if i.name == "fidelity" else i for i in full.inputs)
         return Graph(
             file=file.file,

@@ -1,7 +1,7 @@
-"""Which other files an ONNX file draws its weights from, read without the onnx library.
+"""Finds the files in which an ONNX file keeps its external weights, without the onnx library.
 
-A file in Protocol Buffers' wire format is a list of fields, each a key (number and kind) and a value; nested
-messages are fields with a length. So everything that is not on the way to a tensor can be stepped over.
+A file in the wire format of Protocol Buffers is a list of fields. Each field has a key (number and kind) and
+a value, and a nested message is a field with a length, so every field that cannot hold a tensor is skipped.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moesr.runtime.errors import EngineError
+from moesr.runtime.system.files import reason
 
-# Fields that lead to tensors, by message: number -> message. Numbers are those of onnx.proto.
+# Fields that lead to tensors, by message: field number of onnx.proto -> message inside it.
 _PATHS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
@@ -24,20 +25,30 @@ _PATHS: dict[str, dict[int, str]] = {
 }
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of values
 
+MAX_NESTING = 100
+"""Deepest nesting of messages. Protocol Buffers' own readers refuse more than 100 levels, too."""
+
 
 def external_files(path: Path) -> set[str]:
-    """Locations, as written, of the weights that an ONNX file keeps elsewhere; empty where it keeps none.
+    """The locations, as written, of the external weights of an ONNX file; empty if it has none.
 
-    Raises EngineError where the file is not in the format of ONNX.
+    Raises EngineError if the file cannot be read or is not in the format of ONNX.
     """
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return set(_locations(data, 0, len(data), "Model"))
+            return set(_locations(data, 0, len(data), "Model", MAX_NESTING))
     except (ValueError, IndexError) as error:  # an empty file cannot be mapped
-        raise EngineError(f"{path}: not an ONNX file; export the engine again with moesr-export") from error
+        raise EngineError(
+            f"{path}: not an ONNX file ({error}); export the engine again with moesr-export"
+        ) from error
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def _locations(data: mmap.mmap, start: int, stop: int, message: str) -> Iterator[str]:
+def _locations(data: mmap.mmap, start: int, stop: int, message: str, levels: int) -> Iterator[str]:
+    """The locations below one message, which may have this many levels of messages inside it."""
+    if not levels:
+        raise ValueError(f"its messages are nested more than {MAX_NESTING} deep")
     if message == "Entry":
         entry = {number: data[a:b] for number, a, b in _fields(data, start, stop)}
         if entry.get(1) == b"location":
@@ -46,11 +57,11 @@ def _locations(data: mmap.mmap, start: int, stop: int, message: str) -> Iterator
     inner = _PATHS[message]
     for number, a, b in _fields(data, start, stop):
         if number in inner:
-            yield from _locations(data, a, b, inner[number])
+            yield from _locations(data, a, b, inner[number], levels - 1)
 
 
 def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(number, start, stop) of every field with a length between two positions."""
+    """Yield (number, start, stop) of every field with a length between two positions."""
     while at < stop:
         key, at = _varint(data, at)
         kind = key & 7
@@ -69,7 +80,7 @@ def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and the position after it."""
+    """A number stored with seven bits per byte, lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = data[at]

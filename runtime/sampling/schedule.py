@@ -35,6 +35,9 @@ The first is LDM's DDIM and MoE-SR, the second StableSR's DDPM, and the last Sta
 network is told of more noise than there is. Halves round to even.
 """
 
+MAX_TIMESTEPS = 100_000
+"""Most training timesteps of a schedule; the published models have 1000."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -46,8 +49,10 @@ class Schedule:
     spacing: Spacing = "leading"
 
     def __post_init__(self) -> None:
-        if self.timesteps < 1:
-            raise ValueError(f"a schedule needs at least 1 timestep, got {self.timesteps}")
+        if not 1 <= self.timesteps <= MAX_TIMESTEPS:
+            raise ValueError(
+                f"a schedule has at least 1 timestep and at most {MAX_TIMESTEPS}, got {self.timesteps}"
+            )
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"

@@ -7,6 +7,8 @@ the size of a file, the depth of its nesting and the range of its numbers.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import json
 import math
 import os
@@ -66,7 +68,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; OSError or ValueError as for `read_json`."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL character, or a name that cannot be encoded
+        raise OSError(errno.EINVAL, f"not a possible file name ({error})") from error
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("not a regular file")
@@ -127,7 +133,8 @@ def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
             pairs = enumerate(zip(kinds, value, strict=True))
             return tuple(_build(k, v, _below(where, i), strict) for i, (k, v) in pairs)
     if origin is dict and isinstance(value, dict):
-        return {k: _build(args[1], v, _below(where, k), strict) for k, v in value.items()}
+        named = {_build(args[0], k, f"the name {_below(where, k)}", strict): v for k, v in value.items()}
+        return {k: _build(args[1], v, _below(where, k), strict) for k, v in named.items()}
     if origin is Any or (origin is Literal and any(type(v) is type(value) and v == value for v in args)):
         return value
     if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool) and _finite(value):
@@ -154,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [_below(where, name) for name in required if name not in value]:
@@ -167,6 +174,11 @@ def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
         return kind(**built)
     except ValueError as error:  # what the class itself refuses
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _takes(kind: Any, value: Any) -> bool:

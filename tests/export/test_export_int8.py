@@ -218,7 +218,7 @@ def test_manifest_says_how_it_was_calibrated(engine):
         assert found.runs == (IMAGES - 1) * (
             1 if role == "decoder" else found.steps * (0.4, 0.6)[int(role[-1])]
         )
-        assert 0.3 < found.share < 1.0
+        assert 0.3 < found.int8_fraction < 1.0
 
 
 def test_files_are_smaller(engine, checkpoint):
@@ -291,7 +291,7 @@ def test_more_may_be_accepted(recording, expert):
         return found
 
     fine, coarse, all_layers = map(calibrated, (2e-3, 2e-2, 1.0))
-    assert fine.share < coarse.share <= all_layers.share and not all_layers.kept
+    assert fine.int8_fraction < coarse.int8_fraction <= all_layers.int8_fraction and not all_layers.kept
     assert parity.threshold(dataclasses.replace(INT8, int8_error=0.5)) == 1.5
 
 
@@ -333,4 +333,4 @@ def test_full_width(tmp_path, photographs, monkeypatch):
             built = int8.int8_graph(partial(expert_graph, network), f"expert_{k}", 32, recording, INT8)
         given = recording.proving(f"expert_{k}")
         assert relative_l2(run(built, given), parity.network_output(network, given)) < 3e-2
-        assert built.calibration and built.calibration.share > 0.3
+        assert built.calibration and built.calibration.int8_fraction > 0.3

@@ -1,4 +1,4 @@
-"""docs/engine-format.schema.json says what the runtime reads: bundled and written manifests are valid."""
+"""docs/engine-format.schema.json and the runtime agree: what the schema refuses, the runtime refuses too."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import jsonschema
 import pytest
 from conftest import REPO
 from engines import build_engine
+from mutations import check_reader
 
 from moesr.runtime.engine.graph_spec import Arrangement, Graph
 from moesr.runtime.engine.locate import DEMO_ENGINES, engine_directory
 from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.errors import EngineError
 
 SCHEMA = json.loads((REPO / "docs" / "engine-format.schema.json").read_text())
 
@@ -62,3 +65,41 @@ def test_what_the_runtime_refuses_is_not_valid(tmp_path: Path, harm: Any):
     harm(values)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(values, SCHEMA)
+
+
+def test_the_reader_refuses_what_the_schema_refuses(tmp_path: Path):
+    engine = build_engine(tmp_path, experts=1)
+    values = load(engine)
+    graph = values["graphs"]["decoder"]
+    graph["calibration"] = {
+        "images": 3,
+        "steps": 4,
+        "runs": 5,
+        "method": "percentile",
+        "int8_fraction": 0.5,
+        "kept": ["a"],
+    }
+    same = {"file": graph["file"], "sha256": graph["sha256"]}
+    graph["data"] = [same]
+    graph["variants"] = {"gpu": same | {"precision": "fp16"}}
+
+    def read(changed: Any) -> None:
+        (engine / "manifest.json").write_text(json.dumps(changed))
+        read_manifest(engine, verify=False)
+
+    assert check_reader(values, SCHEMA, read, EngineError) > 500
+
+
+def test_calibration_of_older_engines_is_still_read(tmp_path: Path):
+    engine = build_engine(tmp_path, experts=1)
+    values = load(engine)
+    old = {"images": 3, "steps": 4, "runs": 5, "method": "percentile", "share": 0.25, "kept": []}
+    graph = values["graphs"]["decoder"]
+    graph["calibration"] = old
+    variant = {name: graph[name] for name in ("file", "sha256", "precision")} | {"calibration": old}
+    values["graphs"]["expert_0"]["variants"] = {"cpu": variant}
+    jsonschema.validate(values, SCHEMA)
+    (engine / "manifest.json").write_text(json.dumps(values))
+    manifest = read_manifest(engine)
+    for found in (manifest.graphs["decoder"], manifest.graphs["expert_0"].variants["cpu"]):
+        assert found.calibration and found.calibration.int8_fraction == 0.25

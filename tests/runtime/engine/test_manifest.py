@@ -14,6 +14,7 @@ from engines import build_engine
 from moesr.runtime.engine.manifest_file import read_manifest, write_manifest
 from moesr.runtime.engine.onnx_external_data import external_files
 from moesr.runtime.errors import EngineError
+from moesr.runtime.system import json_dataclass
 from moesr.runtime.system.files import sha256_of
 
 
@@ -73,8 +74,8 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "latent start": (lambda v: v.update(init="latent"), "init is 'latent', which needs condition 'latent'"),
     "unknown condition": (lambda v: v.update(condition="text"), "'text', expected one of image, latent"),
     "unknown prediction": (lambda v: v.update(prediction="score"), "expected one of eps, x0, v"),
-    "guidance": (lambda v: v.update(guidance=7.0), "guidance is 7.0"),
-    "fidelity": (lambda v: v.update(fidelity=2), "fidelity is 2.0, expected 0 to 1"),
+    "guidance": (lambda v: v.update(guidance=7.0), "guidance is 7.0 without a negative prompt"),
+    "fidelity": (lambda v: v.update(fidelity=2), "fidelity is 2, expected a number from 0 to 1"),
     "another scale than the model's": (
         lambda v: v.update(scale=3, model={"scale": 4}),
         "scale is 3, the model's is 4",
@@ -83,7 +84,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda v: v.update(sampler="euler"),
         "sampler is 'euler', expected one of ddpm, ddim, dpm",
     ),
-    "no steps": (lambda v: v.update(steps=0), "steps is 0, expected 1 to 1000"),
+    "no steps": (lambda v: v.update(steps=0), "steps is 0, expected a number from 1"),
     "zero tile": (lambda v: v.update(tile=0), "tile is 0"),
     "uneven tile": (lambda v: v.update(tile=62), "tile 62 is not a multiple"),
     "another tile": (
@@ -94,7 +95,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "another type": (lambda v: _tensor(v, "expert_1", "t").update(dtype="int64"), "expert_1 is .*t int64"),
     "file outside": (
         lambda v: v["graphs"]["decoder"].update(file="../decoder.onnx"),
-        "must be a plain file name",
+        "expected a plain file name",
     ),
     "hash of another file": (
         lambda v: v["graphs"]["decoder"].update(sha256="0" * 64),
@@ -225,6 +226,40 @@ def test_directory_that_may_not_be_entered(engine: Path, monkeypatch: pytest.Mon
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(json_dataclass, "read_bytes", refuse)
     with pytest.raises(EngineError, match=r"cannot be read \(Permission denied\); check the .* permissions"):
         read_manifest(engine)
+
+
+def _nested(levels: int) -> bytes:
+    """An ONNX file whose graphs are nested: model > graph > node > attribute > graph > .."""
+
+    def field(number: int, content: bytes) -> bytes:
+        length, size = len(content), b""
+        while True:
+            size += bytes([(length & 127) | (128 if length > 127 else 0)])
+            length >>= 7
+            if not length:
+                return bytes([(number << 3) | 2]) + size + content
+
+    content = b""
+    for _ in range(levels):
+        content = field(6, field(1, field(5, content)))
+    return field(7, field(1, field(5, content)))
+
+
+@pytest.mark.parametrize("levels", [40, 2000])
+def test_deeply_nested_graphs_are_refused(tmp_path: Path, levels: int):
+    path = tmp_path / "deep.onnx"
+    path.write_bytes(_nested(levels))
+    with pytest.raises(
+        EngineError, match=r"deep\.onnx: not an ONNX file \(its messages are nested more than 100"
+    ):
+        external_files(path)
+    path.write_bytes(_nested(20))
+    assert external_files(path) == set()
+
+
+def test_unreadable_graphs_are_an_engine_error(tmp_path: Path):
+    with pytest.raises(EngineError, match=r"cannot be read"):
+        external_files(tmp_path)
