@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from moesr.runtime.system import cpu
 
 FLAGS = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("moesr", "torch", "onnxruntime", "onnx", "numpy")
 
 
-def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """CPU model, usable cores, vector extensions, memory and versions; what cannot be told is left out."""
-    text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else ""
-    pairs = [line.partition(":") for line in text.splitlines()]
-    entries = {name.strip(): value.strip() for name, _, value in pairs}
-    flags = entries.get("flags", "").split()
+    flags = cpu.extensions().split()
     return {
-        "cpu": entries.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu.model(),
         "cores": usable_cores(),
         "flags": [flag for flag in FLAGS if flag in flags],
         "memory_gb": _memory_gb(),
@@ -42,7 +40,7 @@ def machine_line() -> str:
 
 def usable_cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpu.cores() or 1
 
 
 def load_average() -> float | None:

@@ -1,6 +1,6 @@
-"""Check this installation: versions, machine, backends, an engine, and one sampling step on it.
+"""Check this installation: versions, machine, backends, an engine, and one sampling step with it.
 
-Exit codes: 0 all well, 2 usage, 3 engine or backend unusable, 4 out of memory.
+Exit codes: 0 no problem found, 2 wrong usage, 3 engine or backend unusable, 4 out of memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from moesr.runtime.backends import autotune
+from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import BACKENDS, probe
 from moesr.runtime.cli import doctor_gpu
-from moesr.runtime.cli.engine_options import add_engine_options, engine_options
+from moesr.runtime.cli.engine_options import add_engine_options, cache_directory, engine_options
 from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError
+from moesr.runtime.options import check_device
 from moesr.runtime.system import console, memory, user_cache
 from moesr.runtime.upscaler import Upscaler
 
@@ -44,16 +46,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def examine(args: argparse.Namespace) -> int:
-    """Print the findings; raises what makes the engine unusable."""
+    """Print the findings; raises an EngineError or MemoryLimitError if the engine cannot be used."""
+    check_device(args.device)
     _show_machine()
     _show_backends()
     directory = engine_directory(args.engine)
     manifest = read_manifest(directory, verify=not args.no_verify, anew=True)
-    for label, text in doctor_gpu.findings(directory, manifest):
+    index = SessionOptions(device=args.device or "cpu").index
+    for label, text in doctor_gpu.findings(directory, manifest, index, cache_directory(args)):
         _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
     options = engine_options(args)
-    options["verify"] = False  # done above
+    options["verify"] = False  # the hashes were compared above
     with Upscaler(directory, **options) as upscaler:
         _show_choice(upscaler)
         image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
@@ -108,7 +112,7 @@ def _show_engine(manifest: Manifest, where: str) -> None:
 
 
 def _show_choice(upscaler: Upscaler) -> None:
-    """What runs the engine and, where there was a choice, what was measured and where that is kept."""
+    """Print the backend and, if several were measured, their times and the place where these are kept."""
     backend, measured = upscaler.backend, upscaler.measured
     instead = upscaler.manifest.precision == "bf16" and backend.options.precision is None
     how = " (its bf16 graphs in float32)" if instead else ""
@@ -123,7 +127,7 @@ def _show_choice(upscaler: Upscaler) -> None:
 
 
 def _line(label: str, text: str) -> None:
-    print(f"{label:<20} {text}")
+    console.say(f"{label:<20} {text}")
 
 
 if __name__ == "__main__":

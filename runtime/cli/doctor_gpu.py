@@ -1,8 +1,8 @@
-"""What `moesr-doctor` says of a GPU: driver, libraries, an engine's kernels and plans, what is missing."""
+"""The part of `moesr-doctor` about GPUs: driver, libraries, and an engine's kernels and plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moesr.runtime.backends.selection import probe
@@ -13,14 +13,19 @@ from moesr.runtime.devices.compiled_kernels import BUILD, choose, find_kernels, 
 from moesr.runtime.devices.cuda_driver import driver_version, memory_bytes, open_device
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import EngineError
-from moesr.runtime.system import memory, user_cache
+from moesr.runtime.system import memory
 
 Finding = tuple[str, str]
 """Label and text."""
 
 
-def findings(engine: Path, manifest: Manifest, index: int = 0) -> Iterator[Finding]:
-    """All of it; nothing here is an error, since a CPU may do."""
+def findings(
+    engine: Path, manifest: Manifest, index: int = 0, cache: Path | None = None
+) -> Iterator[Finding]:
+    """All findings for GPU number `index`; `cache` is the directory of plans besides the engine's own.
+
+    Problems are findings too and not raised, since the engine may run on a CPU.
+    """
     capability = None
     try:
         device = open_device(index)
@@ -43,9 +48,10 @@ def findings(engine: Path, manifest: Manifest, index: int = 0) -> Iterator[Findi
     if capability is not None:
         yield "onnxruntime cuda", _onnxruntime()
     yield "kernels", kernels(find_kernels(engine), capability)
-    yield from plans_of(engine, libraries[0] if libraries else None, capability)
+    folders = plan_store.plan_folders(engine, cache)
+    yield from plans_of(folders, libraries[0] if libraries else None, capability)
     if libraries and capability is not None:
-        yield "plans needed", needed(engine, manifest, libraries[0], capability)
+        yield "plans needed", needed(engine, folders, manifest, libraries[0], capability)
 
 
 def _onnxruntime() -> str:
@@ -59,7 +65,7 @@ def _onnxruntime() -> str:
 
 
 def kernels(directory: Path, capability: int | None) -> str:
-    """What kernels there are, and whether a GPU can run them."""
+    """The number of kernels, their targets, and whether a GPU can run them."""
     try:
         content = read(directory)
     except EngineError as error:
@@ -73,9 +79,9 @@ def kernels(directory: Path, capability: int | None) -> str:
     return f"{text}: NOT for this GPU; {BUILD.format(capability, directory)}"
 
 
-def plans_of(engine: Path, library: Library | None, capability: int | None) -> Iterator[Finding]:
-    """How many plans there are of each kind, and whether this library and GPU can run them."""
-    for folder in plan_store.plan_folders(engine, user_cache.directory()):
+def plans_of(folders: Sequence[Path], library: Library | None, capability: int | None) -> Iterator[Finding]:
+    """The number of plans of each kind in each folder, and whether this library and GPU can run them."""
+    for folder in folders:
         groups: dict[str, int] = {}
         for record in plan_store.list_plans(folder):
             what = str(record)
@@ -88,10 +94,11 @@ def plans_of(engine: Path, library: Library | None, capability: int | None) -> I
             yield "plans", f"{count} for {what} in {folder}" if count else f"none in {folder}"
 
 
-def needed(engine: Path, manifest: Manifest, library: Library, capability: int) -> str:
-    """Which of the plans that TensorRT would run this engine with are there."""
+def needed(
+    engine: Path, folders: Sequence[Path], manifest: Manifest, library: Library, capability: int
+) -> str:
+    """How many of the plans that TensorRT needs for this engine exist, and the names of the others."""
     here = (library.flavour, library.version, capability)
-    folders = plan_store.plan_folders(engine, user_cache.directory())
     records = [record for folder in folders for record in plan_store.list_plans(folder)]
     there = {r.graph_sha256 for r in records if (r.flavour, r.version, r.capability) == here}
     wanted = list(plan_store.graph_files(engine, manifest))

@@ -6,66 +6,80 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moesr.runtime.system import user_cache
+
 
 def add_engine_options(p: argparse.ArgumentParser) -> None:
-    """Options that choose the engine and how it runs, shared with `moesr-doctor`."""
+    """Add the options that choose the engine and how it runs."""
     from moesr.runtime.backends.selection import BACKENDS
     from moesr.runtime.options import PRECISIONS
 
-    p.add_argument(
-        "--engine", type=_path, metavar="DIR", help="engine directory, or demo-x4 (default) or demo-x8"
+    group = p.add_argument_group("engine and machine")
+    group.add_argument(
+        "--engine",
+        type=path_argument,
+        metavar="DIR",
+        help="engine directory, or a bundled engine: demo-x4 (default) or demo-x8",
     )
-    p.add_argument(
+    group.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="what runs the engine (default: %(default)s, the fastest as measured once on this machine)",
+        help="library that runs the engine (default: %(default)s, the fastest one, which is measured once "
+        "per machine)",
     )
-    p.add_argument("--device", help="cpu, cuda or cuda:N (default: the fastest that the backend has)")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
-    p.add_argument(
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the fastest one of the backend)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="graph",
-        help="of the arithmetic: the engine's, or bf16 with openvino on a CPU that has it, or auto, the "
-        "faster of these (default: %(default)s)",
+        help="precision of the arithmetic: graph, as the engine's graphs say; bf16, with openvino on CPUs "
+        "that have it; auto, the faster of the two (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--cache",
-        type=_path,
+        type=path_argument,
         metavar="DIR",
-        help="where graphs are kept as backends prepare them, for a faster start (default: the user's cache, "
+        help="directory for graphs as backends prepare them, so that later runs start faster (default: "
         "$MOESR_CACHE or ~/.cache/moesr)",
     )
-    p.add_argument(
+    group.add_argument(
         "--no-cache",
         action="store_const",
         const=False,
         dest="cache",
-        help="keep no prepared graphs on a CPU: at full width they take twice the engine's size",
+        help="keep no prepared graphs of a CPU; at full width they take twice the engine's size",
     )
-    p.add_argument(
+    group.add_argument(
         "--no-cuda-graphs",
         action="store_true",
-        help="have a GPU do a tick launch by launch: the same, slower, easier to look into",
+        help="launch each GPU operation by itself: the same results, slower, for debugging",
     )
-    p.add_argument(
-        "--no-verify", action="store_true", help="do not compare the engine's hashes: a faster start"
+    group.add_argument(
+        "--no-verify", action="store_true", help="start faster without comparing the engine's hashes"
     )
-    p.add_argument("--debug", action="store_true", help="show where an internal error happened")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
+
+
+def cache_directory(args: argparse.Namespace) -> Path | None:
+    """The directory of cached plans: the one given, else the user's. `--no-cache` concerns CPUs only."""
+    return args.cache or user_cache.directory()
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What they say to an Upscaler, beside the engine."""
+    """The arguments of an Upscaler that these options stand for, except the engine."""
     given = {name: getattr(args, name) for name in ("backend", "device", "threads", "precision", "cache")}
     return given | {"verify": not args.no_verify, "cuda_graphs": not args.no_cuda_graphs}
 
 
-def _name(text: str) -> str:
+def name_argument(text: str) -> str:
+    """An argument that must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected the name of a file or directory")
     return text
 
 
-def _path(text: str) -> Path:
-    return Path(_name(text))
+def path_argument(text: str) -> Path:
+    """The name of a file or directory."""
+    return Path(name_argument(text))

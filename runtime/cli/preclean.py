@@ -1,8 +1,8 @@
 """Cleaning of severely degraded images before they are super-resolved (StableSR, appendix C).
 
-Any super-resolution network, such as Real-ESRGAN+, takes noise and blur away; its result, halved by bicubic
-so that its artefacts are not enlarged, is what the engine sees. The network is an ONNX file that maps RGB in
-0..1, [1, 3, h, w], to [1, 3, s h, s w]; its scale s is found by running it.
+A super-resolution network such as Real-ESRGAN+ removes noise and blur. Its result is halved by bicubic
+resampling, so that its artefacts are not enlarged, and then given to the engine. The network is an ONNX file
+that maps RGB in 0..1, [1, 3, h, w], to [1, 3, s h, s w]; its scale s is found by running it.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ import numpy as np
 
 from moesr.runtime.errors import EngineError, MemoryLimitError, NonFiniteError
 from moesr.runtime.images.planes import join, split
-from moesr.runtime.images.resize import imresize
-from moesr.runtime.system.files import sha256_of
+from moesr.runtime.images.resize import imresize, reflect
+from moesr.runtime.system.files import examine, kind_of, sha256_of
 from moesr.runtime.system.memory import ran_out_of_memory
 
-TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and what its sides are multiples of
-MARGIN_PX = 16  # around what is used of a tile; at the image's edges it is mirrored
-PROBE_PX = 64
-FARTHEST = 4.0  # a network for pixels in 0..1 makes none beyond this of grey
+TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and the number that divides its sides
+MARGIN_PX = 16  # border of a tile that is not used; beyond the image's edges it is mirrored
+PROBE_PX = 64  # side of the grey image that the network is tried on
+FARTHEST = 4.0  # a network for pixels in 0..1 yields smaller values than this for grey
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _EXPECTED = "expected a super-resolution network: RGB in 0..1, [1, 3, h, w] -> [1, 3, s h, s w], s from 2 on"
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Along one side: the part of the image that a tile makes, which begins `MARGIN_PX` inside it."""
+    """Along one axis: the part of the image that a tile produces. It begins `MARGIN_PX` inside the tile."""
 
     start: int
     stop: int
 
 
 class PreCleaner:
-    """An opened network: images in, cleaner ones of `scale / 2` times the size out."""
+    """An opened network that turns an image into a cleaner one of `scale / 2` times its size."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Open an ONNX file; EngineError where it is none, or not such a network."""
+        """Open an ONNX file; EngineError if it is none, or not a super-resolution network."""
         self.path = path
         self._session = _open(path, threads)
         self._name, self._type, self._fixed = _declared(path, self._session)
@@ -50,8 +50,8 @@ class PreCleaner:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Clean a uint8 or uint16 array HxW or HxWx{1,2,3,4}; same type and channels, alpha is only resized.
 
-        Raises InputError for anything else, NonFiniteError or EngineError where the network fails on it, and
-        MemoryLimitError.
+        Raises InputError for another array, NonFiniteError or EngineError if the network fails on it, and
+        MemoryLimitError if memory runs out.
         """
         planes = split(image)
         rgb = self._clean(planes.rgb)
@@ -68,14 +68,14 @@ class PreCleaner:
         out = np.empty((*size, 3), rgb.dtype)
         for row in rows:
             for column in columns:
-                part = rgb[np.ix_(_mirrored(row, tile[0], height), _mirrored(column, tile[1], width))]
+                part = rgb[np.ix_(_shown(row, tile[0], height), _shown(column, tile[1], width))]
                 halved = self._halved(part.astype(np.float32) / np.float32(top))
                 source, place = zip(*(self._places(span) for span in (row, column)), strict=True)
                 out[place] = np.rint(np.clip(halved[source], 0.0, 1.0) * top)
         return out
 
     def _places(self, span: _Span) -> tuple[slice, slice]:
-        """Of a halved tile, the part that is used, and where it goes."""
+        """The part of a halved tile that is used, and its place in the halved image."""
         scale = self.scale
         first, length = MARGIN_PX * scale // 2, -(-(span.stop - span.start) * scale // 2)
         place = span.start * scale // 2
@@ -99,7 +99,7 @@ class PreCleaner:
         return np.asarray(result, np.float32)[0].transpose(1, 2, 0)
 
     def _probe(self) -> int:
-        """The scale, from a run on grey; EngineError where the network is none of super-resolution."""
+        """The scale, from a run on grey; EngineError if this is no super-resolution network."""
         height, width = self._fixed or (PROBE_PX, PROBE_PX)
         grey = np.full((height, width, 3), 0.5, np.float32)
         try:
@@ -116,22 +116,20 @@ class PreCleaner:
 
 
 def _side(size: int) -> int:
-    """Side of the tiles for an image of that size."""
+    """Side of the tiles for an image of this size."""
     return min(TILE_PX, -(-(size + 2 * MARGIN_PX) // MULTIPLE_PX) * MULTIPLE_PX)
 
 
 def _spans(size: int, tile: int) -> Iterator[_Span]:
-    """The tiles along one side; all begin at even positions, so that what they make can be halved."""
+    """The tiles along one axis; all begin at even positions, so that their results can be halved."""
     stride = (tile - 2 * MARGIN_PX) // 2 * 2
     for start in range(0, size, stride):
         yield _Span(start, min(start + stride, size))
 
 
-def _mirrored(span: _Span, tile: int, size: int) -> np.ndarray:
-    """Positions in a line of `size` pixels that a tile shows, back and forth beyond its ends."""
-    period = max(2 * (size - 1), 1)
-    position = np.arange(span.start - MARGIN_PX, span.start - MARGIN_PX + tile) % period
-    return np.minimum(position, period - position)
+def _shown(span: _Span, tile: int, size: int) -> np.ndarray:
+    """Positions in a line of `size` pixels that a tile shows, mirrored beyond the ends of the line."""
+    return reflect(np.arange(span.start - MARGIN_PX, span.start - MARGIN_PX + tile), size)
 
 
 def _open(path: Path, threads: int | None) -> Any:
@@ -140,8 +138,10 @@ def _open(path: Path, threads: int | None) -> Any:
     ort.probe()  # says what to install
     import onnxruntime
 
-    if not path.is_file():
-        raise EngineError(f"{path}: no such file; {_EXPECTED}, as an ONNX file")
+    status = examine(path, EngineError)
+    if status is None or kind_of(status) != "file":
+        problem = f"is a {kind_of(status)}" if status else "no such file"
+        raise EngineError(f"{path}: {problem}; {_EXPECTED}, as an ONNX file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or 0, 4
     try:
@@ -151,7 +151,7 @@ def _open(path: Path, threads: int | None) -> Any:
 
 
 def _declared(path: Path, session: Any) -> tuple[str, type, tuple[int, int] | None]:
-    """Name, type and fixed sides (None: any) of the only input; EngineError where it takes no image."""
+    """Name, type and fixed sides (None: any) of the only input; EngineError if it does not take an image."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise EngineError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPECTED}")

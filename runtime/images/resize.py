@@ -152,14 +152,12 @@ def reflect_pad(
         raise ValueError(f"cannot pad an empty image of shape {image.shape}")
     for axis, length, minimum in zip(axes, size, (min_height, min_width), strict=True):
         if length < minimum:
-            image = np.take(image, _reflected(length, minimum), axis=axis)
+            image = np.take(image, reflect(np.arange(minimum), length), axis=axis)
     return image, size
 
 
-def _reflected(length: int, padded: int) -> np.ndarray:
-    """Source positions 0 .. length - 1, then back, and so on: int64 [padded]."""
-    if length == 1:
-        return np.zeros(padded, np.int64)
-    period = 2 * (length - 1)
-    position = np.arange(padded) % period
+def reflect(position: np.ndarray, length: int) -> np.ndarray:
+    """Fold integer positions into 0 .. length - 1 by reflection; the ends are not repeated."""
+    period = max(2 * (length - 1), 1)
+    position = position % period
     return np.minimum(position, period - position)

@@ -1,1 +1,1 @@
-"""Files, memory, processor, caches and the console."""
+"""Files, memory, CPU, caches and the console."""

@@ -1,4 +1,4 @@
-"""What the processor is, as far as results and timings depend on it."""
+"""CPU model, cores and instruction sets, for cache keys and for choices that depend on them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 
 def model() -> str:
-    """The processor's name."""
+    """The name of the CPU."""
     return _entry("model name") or platform.processor() or platform.machine()
 
 
 def extensions() -> str:
-    """The instruction sets that it lists; empty where the system does not say."""
+    """The instruction sets of the CPU, as /proc/cpuinfo lists them; empty on other systems."""
     return _entry("flags") or _entry("Features")
 
 
 def cores() -> int | None:
-    """How many of its logical cores this process may use."""
+    """Logical cores that this process may use; None if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def int8_may_saturate() -> bool:
-    """Whether it is an x86 without VNNI: sums of products of 8 bits are then made in 16, and may overflow."""
+    """Whether 8-bit products are added in 16 bits, which may overflow, as on x86 CPUs without VNNI."""
     return "avx2" in extensions() and "vnni" not in extensions()
 
 

@@ -1,8 +1,8 @@
-"""Files and directories that are whole or absent, and plain reasons where a path cannot be used.
+"""Files and directories that are complete or absent, and plain reasons why a path cannot be used.
 
-What is being written lies beside its place as `.moesr-HOST-PID-RANDOM.tmp` and is renamed when it is whole. A
-process that is killed leaves it there: the next one that writes in that place removes it, and puts back what
-a directory's replacement had moved aside.
+A file is written beside its final place as `.moesr-HOST-PID-RANDOM.tmp` and renamed when it is complete. A
+process that is killed leaves the temporary file behind. The next process that writes in the same place
+removes it, and restores a directory that was moved aside to be replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import BinaryIO
 from moesr.runtime.errors import InputError, MoesrError, OutputError
 
 FOREIGN_AGE_S = 86_400
-"""Leftovers whose owner cannot be asked (another machine or container) are removed at this age."""
+"""Age at which temporary files of other machines or containers are removed: their process cannot be asked."""
 
 _LEFTOVER = re.compile(r"\.moesr-(?:([0-9a-f]{8})-)?(\d+)-[0-9a-f]+\.tmp")
 _NEW, _OLD = "new", "old"  # inside the temporary directory of `new_directory`
@@ -42,7 +42,7 @@ _CURES = {
 
 
 def reason(error: Exception) -> str:
-    """What went wrong with a path, in the system's words, and what to do where that is known."""
+    """The problem with a path in the system's words, and a cure if one is known."""
     if isinstance(error, OSError) and error.strerror:
         cure = _CURES.get(error.errno or 0)
         return f"{error.strerror}; {cure}" if cure else error.strerror
@@ -52,17 +52,17 @@ def reason(error: Exception) -> str:
 
 
 def examine(path: Path, error: type[MoesrError] = InputError) -> os.stat_result | None:
-    """`path`'s status, links followed; None where nothing is there. `error` where it cannot be looked at."""
+    """`path`'s status, with links followed; None if nothing is there. Raises `error` if it cannot be read."""
     try:
         return os.stat(path)  # noqa: PTH116 - pathlib hides a NUL character
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as problem:
-        raise error(f"{path}: cannot be looked at: {reason(problem)}") from problem
+        raise error(f"{path}: cannot be examined: {reason(problem)}") from problem
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What is at a path, in words: "file", "directory", "pipe", "socket", "device"."""
+    """The kind of a path: "file", "directory", "pipe", "socket" or "device"."""
     mode = status.st_mode
     for test, name in ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "pipe")):
         if test(mode):
@@ -71,7 +71,7 @@ def kind_of(status: os.stat_result) -> str:
 
 
 def check_file(path: Path) -> os.stat_result:
-    """Status of a regular file; InputError for anything else, since reading a pipe could wait for ever."""
+    """Status of a regular file; InputError for anything else, because reading a pipe could wait forever."""
     status = examine(path)
     if status is None:
         if path.is_symlink():
@@ -107,7 +107,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise OutputError where files cannot be made in `directory`, or it cannot be made; leaves no trace."""
+    """Raise OutputError if `directory` cannot be made, or no files in it; leaves no trace."""
     made: list[Path] = []
     try:
         for folder in reversed((directory, *directory.parents)):
@@ -126,9 +126,9 @@ def check_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name to write a file at that becomes `path` when the block succeeds, and nothing when it does not.
+    """Yield a temporary name whose file becomes `path` if the block succeeds and is removed if it fails.
 
-    Makes the directories above and replaces a file that is there. OSError where the system refuses.
+    Makes the directories above and replaces an existing file. Raises OSError if the system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
@@ -146,17 +146,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary stream whose content becomes `path` when the block succeeds; see `new_file`."""
+    """Yield a binary stream whose content becomes `path` if the block succeeds; see `new_file`."""
     with new_file(path) as scratch, scratch.open("xb") as stream:
         yield stream
 
 
 @contextlib.contextmanager
 def new_directory(target: Path, *, force: bool, marker: str, only: str | None = None) -> Iterator[Path]:
-    """An empty directory that becomes `target` when the block succeeds; otherwise all stays as it was.
+    """Yield an empty directory that becomes `target` if the block succeeds; otherwise nothing changes.
 
-    What may be replaced: see `check_replaceable`. It is kept until the new one is in its place, and put back
-    should anything come between, Ctrl-C included. OSError where the system refuses.
+    `check_replaceable` says what may be replaced. The old directory is kept until the new one is in its
+    place, and restored after any interruption, including Ctrl-C. Raises OSError if the system refuses.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, again=True)
@@ -175,10 +175,10 @@ def new_directory(target: Path, *, force: bool, marker: str, only: str | None = 
 
 
 def check_replaceable(target: Path, *, force: bool, marker: str, only: str | None = None) -> None:
-    """Raise OutputError where a directory may not be written at `target`.
+    """Raise OutputError if a directory may not be written at `target`.
 
-    What exists is refused without `force`. With it, a directory is replaced that is empty or ours: it holds a
-    file named `marker` and, where `only` is given, no name that this regular expression does not match.
+    An existing directory is refused without `force`. With `force` it may be replaced if it is empty, or if it
+    holds a file named `marker` and, if `only` is given, no name that this regular expression does not match.
     """
     if not target.is_symlink() and examine(target, OutputError) is None:
         return
@@ -187,9 +187,9 @@ def check_replaceable(target: Path, *, force: bool, marker: str, only: str | Non
     if target.is_symlink() or not target.is_dir():
         raise OutputError(f"{target}: is not a directory; choose another one")
     try:
-        names = sorted(os.listdir(target))  # noqa: PTH208 - names are all that is wanted
+        names = sorted(os.listdir(target))  # noqa: PTH208 - only the names are needed
     except OSError as error:
-        raise OutputError(f"{target}: cannot be looked at: {reason(error)}") from error
+        raise OutputError(f"{target}: cannot be examined: {reason(error)}") from error
     if names and marker not in names:
         raise OutputError(f"{target}: holds files but no {marker}, so it is none of ours; choose another one")
     foreign = [name for name in names if only and not re.fullmatch(only, name)]
@@ -201,9 +201,9 @@ _swept: set[Path] = set()
 
 
 def sweep(directory: Path, *, again: bool = False) -> None:
-    """Remove what processes that are gone left in `directory`, once a process unless `again`.
+    """Remove temporary files of dead processes from `directory`, once per process unless `again` is set.
 
-    A directory that a killed process had moved aside, and put no other in its place, goes back there.
+    A directory that a killed process moved aside is restored if nothing has taken its place.
     """
     if directory.absolute() in _swept and not again:
         return
@@ -215,11 +215,11 @@ def sweep(directory: Path, *, again: bool = False) -> None:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether the process that was writing a temporary file or directory is gone, as far as one can know."""
+    """Whether the process that was writing a temporary file or directory is known to be dead."""
     match = _LEFTOVER.fullmatch(path.name)
     if not match:
         return False
-    if match[1] == _host() and os.name != "nt":  # signal 0 would end a process there
+    if match[1] == _host() and os.name != "nt":  # on Windows, signal 0 would end the process
         return not _alive(int(match[2]))
     newest = max((p.lstat().st_mtime for p in (path, *path.rglob("*"))), default=0.0)
     return time.time() - newest > FOREIGN_AGE_S
@@ -236,7 +236,7 @@ def _alive(pid: int) -> bool:
 
 
 def _discard(scratch: Path) -> None:
-    """Remove a temporary file or directory, after what it holds of others' has been put back."""
+    """Remove a temporary file or directory, after restoring the directory that was moved into it."""
     old = scratch / _OLD
     if old.is_dir():
         for kept in old.iterdir():
@@ -256,7 +256,7 @@ def _scratch_name() -> str:
 
 @functools.cache
 def _host() -> str:
-    """Eight characters that differ wherever a process number would mean another process."""
+    """Eight characters that identify the machine, its boot and its process namespace."""
     parts = [os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -13,9 +13,10 @@ from fake_tensorrt import fake_library
 
 from moesr.runtime.backends.base import Offer
 from moesr.runtime.backends.tensorrt import plan_store
-from moesr.runtime.cli import doctor_gpu
+from moesr.runtime.cli import doctor, doctor_gpu
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError
+from moesr.runtime.system import user_cache
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def engine(tmp_path, monkeypatch):
 
 
 def findings(engine: Path) -> list[tuple[str, str]]:
-    return list(doctor_gpu.findings(engine, read_manifest(engine)))
+    return list(doctor_gpu.findings(engine, read_manifest(engine), 0, user_cache.directory()))
 
 
 def missing(name: str):
@@ -84,6 +85,25 @@ def test_plans_that_are_missing_are_named(engine, monkeypatch):
         key = plan_store.PlanKey(graph.sha256, "tensorrt_rtx", "9.9", 89, 4)
         plan_store.write_plan(engine / "tensorrt", key, graph.file, b"plan")
     assert dict(findings(engine))["plans needed"] == "5 of 5 for tensorrt_rtx 9.9 on 8.9"
+
+
+def test_the_device_and_the_cache_that_are_given_are_examined(engine, tmp_path, monkeypatch, capsys):
+    seen = []
+    with_gpu(monkeypatch, (8, 9))
+    monkeypatch.setattr(
+        doctor_gpu, "open_device", lambda index: seen.append(index) or missing("second GPU")(index)
+    )
+    key = plan_store.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", 89, 4)
+    plan_store.write_plan(tmp_path / "mine" / plan_store.PLANS_FOLDER, key, "expert_0.onnx", b"plan")
+    given = ["--engine", str(engine), "--device", "cuda:1", "--cache", str(tmp_path / "mine")]
+    assert doctor.main(given) == 3  # no backend has a GPU here
+    assert seen == [1]
+    out = capsys.readouterr().out
+    assert "none usable: no second GPU (1,)" in out
+    assert f"in {tmp_path / 'mine'}" in out and f"in {tmp_path / 'cache'}" not in out
+    assert doctor.main(["--engine", str(engine), "--device", "cuda:x"]) == 2
+    assert doctor.main(["--engine", str(engine), "--no-cache"]) == 0
+    assert seen == [1, 0]
 
 
 def test_an_onnxruntime_for_cpus_is_said_to_be_one(engine, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,11 @@ def test_files_that_are_no_networks_are_refused(tmp_path):
         PreCleaner(tmp_path / "text.onnx")
     with pytest.raises(EngineError, match="no such file"):
         PreCleaner(tmp_path / "absent.onnx")
+    with pytest.raises(EngineError, match="is a directory"):
+        PreCleaner(tmp_path)
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(EngineError, match="is a pipe"):
+        PreCleaner(tmp_path / "pipe.onnx")
 
 
 def test_nan_is_an_error_of_the_image(tmp_path):

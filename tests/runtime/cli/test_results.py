@@ -236,7 +236,7 @@ def test_what_is_no_image_is_noted(photos: Path):
         assert words in text
     assert "not images: a.xmp, b.xmp, c.xmp, ... (4 in all)" in text
     assert len(made.notes) == 4
-    assert ["loop.png: cannot be looked at" in str(error) for error in made.failed] == [True]
+    assert ["loop.png: cannot be examined" in str(error) for error in made.failed] == [True]
 
 
 def test_inputs_that_cannot_be_looked_at_leave_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch):
@@ -310,7 +310,7 @@ def test_places_that_cannot_be_written_are_found_before_any_work(
         assert run(engine, photos, "-o", place) == code
     err = capsys.readouterr().err
     assert (
-        "cannot be written to" in err and "cannot be looked at" in err and "is a file, expected a dir" in err
+        "cannot be written to" in err and "cannot be examined" in err and "is a file, expected a dir" in err
     )
     assert names(tmp_path) == ["photos"]
 
