@@ -22,7 +22,7 @@ from benchlib import (
     image_pairs,
     metrics,
 )
-from benchlib.machine import machine_line
+from benchlib.origin import origin_line
 from benchlib.tables import Record, grid, means
 
 from moesr.export.package import export_engine
@@ -185,7 +185,7 @@ def heading(args: argparse.Namespace) -> str:
     batch = load_recipe("demo-x4").decoder
     return (
         "# Ablations, small scale\n\n"
-        f"Machine: {machine_line()}.\n\n"
+        f"{origin_line()}\n\n"
         f"Decoders: {args.decoder_steps} steps of {batch.batch} crops of {batch.patch_px} px, on the same "
         f"latents. Experts: a base of {args.base_steps} steps, then {args.expert_steps} steps an expert, all "
         f"decoded by the full decoder. Means over three photographs kept out of training, {args.steps} "

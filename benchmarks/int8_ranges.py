@@ -21,7 +21,7 @@ from benchlib import (
     image_pairs,
     metrics,
 )
-from benchlib.machine import machine_line
+from benchlib.origin import origin_line
 
 from moesr.export.graphs.builder import BuiltGraph
 from moesr.export.graphs.decoder import decoder_graph
@@ -190,7 +190,7 @@ def cut(sr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables of every model."""
     args = parser().parse_args(argv)
-    print(f"# int8 by its calibration\n\n`python benchmarks/int8_ranges.py`, {machine_line()}")
+    print(f"# int8 by its calibration\n\n{origin_line()}")
     for name in args.models:
         checkpoint = load_checkpoint(checkpoint_directory(Path(name)))
         images = list(image_pairs.load_originals(args.hr).values())

@@ -19,7 +19,8 @@ from typing import Any
 
 import benchlib.missing_extra  # noqa: F401
 import torch
-from benchlib.machine import machine, machine_line
+from benchlib.machine import machine
+from benchlib.origin import origin_line
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -257,7 +258,7 @@ def heading(limits: Limits) -> str:
     return "\n".join(
         (
             "# Kernels on a GPU\n",
-            f"`python benchmarks/kernels.py`: {gpu_name()}; {machine_line()}\n",
+            f"{origin_line()} GPU: {gpu_name()}.\n",
             f"Measured limits: copy {limits.bytes_per_s / 1e12:.2f} TB/s, fp16 matrix product "
             f"{limits.flops_per_s / 1e12:.0f} TFLOP/s.\n",
             f"| {' | '.join(COLUMNS)} |",

@@ -25,6 +25,7 @@ import benchlib.missing_extra  # noqa: F401
 import numpy as np
 import torch
 from benchlib.machine import load_average, machine, machine_line, usable_cores
+from benchlib.origin import origin_line, work_folder
 from ladder import peak_rates, report
 from ladder.configurations import EAGER, RUNGS, Rung, obstacle
 from ladder.rounds import Bench
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_tile(config, args.tile)
         with tempfile.TemporaryDirectory(prefix="moesr-latency-") as scratch:
-            result = measure(config, args.work or Path(scratch), args)
+            sizes = {name: getattr(args, name) for name in QUICK}
+            place = work_folder(args.work or Path(scratch), **sizes)
+            place.mkdir(parents=True, exist_ok=True)
+            result = measure(config, place, args)
     except MoesrError as error:
         print(f"latency: {error}", file=sys.stderr)
         return error.exit_code
@@ -93,7 +97,7 @@ def measure(config: ModelConfig, place: Path, args: argparse.Namespace) -> dict[
         where = bench.profiles(found)
     return {
         "machine": machine(),
-        "machine_line": machine_line(),
+        "origin": origin_line(),
         "load_average": load,
         "settings": {k: getattr(args, k) for k in ("width", "channels", "tile", "threads", "repeats")},
         "limits": rates,
@@ -153,7 +157,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--demo", action="store_true", help="also find the PSNR of the bundled x4 model on every rung of ours"
     )
-    add("--work", type=Path, metavar="DIR", help="keep checkpoint, engines and prepared graphs there")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep checkpoint, engines and prepared graphs below it, in a folder per size and commit",
+    )
     add("--json", action="store_true", help="print JSON in place of the page")
     add(
         "-o",

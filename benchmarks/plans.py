@@ -17,7 +17,7 @@ from pathlib import Path
 
 import benchlib.missing_extra  # noqa: F401
 import torch
-from benchlib.machine import machine_line
+from benchlib.origin import origin_line
 from gpu_suite.networks import networks as seeded_networks
 from gpu_suite.setup import Setup
 from torch import Tensor, nn
@@ -108,9 +108,10 @@ def page(
     last = sum(name.endswith(NHWC) for name in sizes)
     lines = [
         "# Plans, built ahead of time without a GPU\n",
-        f"`python benchmarks/plans.py`: {library}, compute capability {as_text(capability)}, half "
+        origin_line() + "\n",
+        f"{str(library).capitalize()}, compute capability {as_text(capability)}, half "
         f"precision, tiles of {setup.tile} px, up to {max_batch} a run; UNet width {setup.width}, decoder "
-        f"channels {setup.channels}; {machine_line()}\n",
+        f"channels {setup.channels}.\n",
         *table(rows),
         f"Between the {len(listed.steps)} steps of the decoder in parts ({len(listed.steps) - len(calls)} "
         f"plans, {len(calls)} kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all "

@@ -27,6 +27,7 @@ from benchlib import (
     perceptual,
 )
 from benchlib.image_pairs import BLIND, DEGRADATIONS, degrade, load_originals
+from benchlib.origin import origin_line
 from benchlib.tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from PIL import Image
 from tqdm import tqdm
@@ -171,6 +172,7 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
         f"fidelity {args.fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"
+        f"{origin_line()}\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
         "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"
     )

@@ -27,6 +27,7 @@ import benchlib.missing_extra  # noqa: F401
 import numpy as np
 import torch
 from benchlib.machine import load_average, machine, machine_line, usable_cores
+from benchlib.origin import origin_line, work_folder
 from ladder.rounds import GIGA, Row, Worker
 from ladder.worker import Inputs, Run, peak_bytes, serve
 from torch import Tensor, nn
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_tile(config, args.tile)
         with tempfile.TemporaryDirectory(prefix="moesr-stablesr-") as scratch:
-            place = args.work or Path(scratch)
+            place = work_folder(args.work or Path(scratch), tile=args.tile)
+            place.mkdir(parents=True, exist_ok=True)
             manifest = prepare(config, place, args.tile)
             result = {} if args.prepare else measure(manifest, place, args)
     except MoesrError as error:
@@ -125,7 +127,7 @@ def measure(manifest: Manifest, place: Path, args: argparse.Namespace) -> dict[s
     graphs = [{"what": t.what, "macs": t.macs, "rows": [asdict(row) for row in t.rows]} for t in timed]
     return {
         "machine": machine(),
-        "machine_line": machine_line(),
+        "origin": origin_line(),
         "load_average": load,
         "settings": {k: getattr(args, k) for k in ("tile", "threads", "repeats")},
         "graphs": graphs,
@@ -245,7 +247,9 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a page: machine, settings, table."""
     s, load = result["settings"], result["load_average"]
     lines = [
-        f"Machine: {result['machine_line']}.",
+        "# Latency of StableSR",
+        "",
+        result["origin"],
         "",
         f"StableSR with random weights ({result['params'] / 1e6:.0f} M parameters in the engine's graphs), "
         f"one tile of {s['tile']} px, float32 (stored as {result['stored']}), {s['threads']} threads, "
@@ -274,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--work", type=Path, metavar="DIR", help="where checkpoint and engine are kept, 10 GB (default: not)")
+    add("--work", type=Path, metavar="DIR", help="keep checkpoint and engine (10 GB) below it (default: no)")
     add("--graphs", nargs="+", choices=tuple(ROLES), default=tuple(ROLES), help="(default: all)")
     add("--prepare", action="store_true", help="make these and measure nothing")
     add("--tile", type=int, default=512, metavar="PX", help="side of the tile (default: 512)")

@@ -29,7 +29,7 @@ from benchlib import (
     perceptual,
 )
 from benchlib.image_pairs import DEGRADATIONS, degrade, load_images, load_originals
-from benchlib.machine import machine_line
+from benchlib.origin import origin_line
 from benchlib.tables import SECONDS, Record, csv_text, markdown, means
 from quality import BICUBIC, HR, Upscale
 from tqdm import tqdm
@@ -175,7 +175,8 @@ def preamble(up: Upscaler, option: str, fixed: Mapping[str, Any], args: argparse
     held = ", ".join(f"{name} {value}" for name, value in settings.items())
     return (
         f"# {SWEEPS[option].title}: {m.name} ({m.precision})\n\n"
-        f"Images: {source}. Held: {held}. {up.backend.name}; {machine_line()}.\n"
+        f"Images: {source}. Held: {held}. {up.backend.name}.\n"
+        f"{origin_line()}\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels.\n\n"
     )
 

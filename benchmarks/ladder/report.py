@@ -44,7 +44,9 @@ def markdown(result: dict[str, Any]) -> str:
     s, load = result["settings"], result["load_average"]
     rates = ", ".join(f"{name} {rate / GIGA:.0f}" for name, rate in result["limits"].items())
     lines = [
-        f"Machine: {result['machine_line']}.",
+        "# Latency",
+        "",
+        result["origin"],
         "",
         f"UNet width {s['width']}, decoder channels {s['channels']}, one tile of {s['tile']} px, "
         f"{s['threads']} threads, medians of {s['repeats']} round{'s' * (s['repeats'] > 1)} in turns"

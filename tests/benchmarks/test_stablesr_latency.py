@@ -18,10 +18,11 @@ def test_measures_every_graph_of_both(tmp_path, monkeypatch, capsys):
     args = ["--tile", "128", "--repeats", "1", "--threads", "1", "--work", str(tmp_path / "work")]
     assert stablesr_latency.main([*args, "--prepare"]) == 0
     assert capsys.readouterr().out == ""
-    made = (tmp_path / "work" / "engine-128" / "manifest.json").stat().st_mtime_ns
+    (manifest,) = (tmp_path / "work").glob("tile-128-*/engine-128/manifest.json")
+    made = manifest.stat().st_mtime_ns
     page = tmp_path / "page.md"
     assert stablesr_latency.main([*args, "--json", "-o", str(page)]) == 0
-    assert (tmp_path / "work" / "engine-128" / "manifest.json").stat().st_mtime_ns == made
+    assert manifest.stat().st_mtime_ns == made
     result = json.loads(capsys.readouterr().out)
     assert [graph["what"] for graph in result["graphs"]] == ["step", "encoding", "decoding"]
     for graph in result["graphs"]:
@@ -42,7 +43,7 @@ def test_page():
         {"what": "step", "unit": "s", "engine": 0.5, "eager": 1.0},
     ]
     result = {
-        "machine_line": "a machine",
+        "origin": "Command: .. Commit: .. Machine: ..",
         "load_average": None,
         "settings": {"tile": 512, "threads": 2, "repeats": 3},
         "graphs": [{"what": "step", "macs": 10**11, "rows": rows}],
