@@ -53,7 +53,7 @@ def test_page():
         "parity": {"expert_0": {"relative_l2": 1.5e-6}},
     }
     lines = stablesr_latency.markdown(result).splitlines()
-    assert lines[6:9] == [
+    assert lines[8:11] == [
         "| step: load (s) | 2 | 4 | 2.00 |  |",
         "| step (s) | 0.5 | 1 | 2.00 | 200 |",
         "| image (s) | 100 | 200 | 2.00 |  |",
