@@ -1,0 +1,104 @@
+"""README, CONTRIBUTING and docs/: the files, links, options and commands that they name exist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moesr.export import cli as export
+from moesr.runtime.backends.selection import BACKENDS
+from moesr.runtime.cli import doctor, run
+from moesr.training import cli as train
+from moesr.training.importing import cli as importing
+
+REPO = Path(__file__).resolve().parents[1]
+TOPS = ("runtime", "export", "kernels", "training", "benchmarks", "tests", "docs")
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "kernels/README.md"]
+PAGES += sorted(path for folder in ("docs", "tests") for path in (REPO / folder).rglob("*.md"))
+
+WRITTEN = {"manifest.json", "plan.json", "kernels.json", "parts.json", "config.json", "entry.json"}
+"""Files that the programs write."""
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "moesr-run": run.parser,
+    "moesr-doctor": doctor.parser,
+    "moesr-export": export.parser,
+    "moesr-import": importing.parser,
+    "moesr-train": train.parser,
+}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+
+
+@each_page
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@each_page
+def test_named_files_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(rf"(?<![\w/.-])((?:{'|'.join(TOPS)})/[\w./-]*[\w/])", text)
+    assert [path for path in paths if not (REPO / path).exists()] == []
+    bare = set(re.findall(r"`([\w/]+\.(?:py|md|json|toml|npz))`", text)) - WRITTEN
+    assert [
+        name
+        for name in sorted(bare)
+        if not any((REPO / top / name).exists() for top in ("", *TOPS))
+        and not any(next((REPO / top).rglob(name), None) for top in TOPS)
+    ] == []
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command) for each command of this project in a shell block, joined over line ends."""
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("#")[0].split("&&"):
+                    if command.strip():
+                        yield str(page.relative_to(REPO)), command.strip()
+
+
+@pytest.mark.parametrize(("page", "command"), [c for c in commands() if c[1].split()[0] in PARSERS])
+def test_commands_are_accepted_by_their_parsers(page: str, command: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("openvino", "tensorrt"):  # other tests run with one backend
+        monkeypatch.setitem(BACKENDS, name, "")
+    program, *arguments = shlex.split(command)
+    PARSERS[program]().parse_args(arguments)
+
+
+@pytest.mark.parametrize(("page", "command"), [c for c in commands() if c[1].startswith("make ")])
+def test_targets_of_make_exist(page: str, command: str):
+    targets = [word for word in command.split()[1:] if not word.startswith("-") and "=" not in word]
+    text = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert [name for name in targets if not re.search(rf"^{name}:", text, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize(("page", "command"), [c for c in commands() if "python" in c[1].split()[0]])
+def test_programs_of_python_commands_exist(page: str, command: str):
+    words = command.split()[1:]
+    if words[0] == "-m":
+        module = words[1].removeprefix("moesr.").replace(".", "/")
+        assert words[1] == "pytest" or (REPO / f"{module}.py").is_file()
+    else:
+        assert (REPO / words[0]).is_file()
+
+
+def test_readme_lists_every_option_of_moesr_run_with_its_default():
+    text = (REPO / "README.md").read_text(encoding="utf-8").split("## Options")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`-.*?) \| (.*?) \|", text, re.MULTILINE)
+    table = {flag: default for flags, default in rows for flag in re.findall(r"`(-[\w-]+)`", flags)}
+    actions = [a for a in run.parser()._actions if a.option_strings and a.dest != "help"]
+    assert sorted(table) == sorted(flag for action in actions for flag in action.option_strings)
+    for action in actions:
+        stated = table[action.option_strings[-1]]
+        if action.default not in (None, False):
+            assert str(action.default) in stated
+        elif action.nargs == 0:
+            assert stated == "off" or action.option_strings[-1] == "--no-cache"
