@@ -35,7 +35,7 @@ from tqdm import tqdm
 from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
-from moesr.runtime.sampling.samplers import ETA
+from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.upscaler import Upscaler
 
 BICUBIC, HR = "Bicubic", "HR"
@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="(default: 200 100 50 20)",
     )
     add("--reuse", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
-    add("--sampler", nargs="+", choices=list(ETA), default=["ddpm"], help="(default: ddpm)")
+    add("--sampler", nargs="+", choices=list(SAMPLERS), default=["ddpm"], help="(default: ddpm)")
     add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
     add("--fidelity", type=float, default=1.0, metavar="W", help="0 free to 1 faithful (default %(default)s)")
     add("--seed", type=int, default=42, help="of the noise (default %(default)s)")

@@ -35,10 +35,11 @@ from quality import BICUBIC, HR, Upscale
 from tqdm import tqdm
 
 from moesr.runtime.engine.graph_io import DECODER
-from moesr.runtime.engine.manifest import SAMPLERS, Manifest
+from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
+from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.upscaler import Upscaler
 
 

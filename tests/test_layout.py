@@ -25,7 +25,10 @@ RUNTIME = {
     "backends": ("devices", "engine", "errors", "options", "system"),
     "loop": ("devices", "engine", "errors", "images", "options", "sampling", "system"),
     "upscaler": ("backends", "devices", "engine", "errors", "images", "loop", "system"),
-    "cli": ("backends", "devices", "engine", "errors", "images", "loop", "options", "system", "upscaler"),
+    "cli": (
+        *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
+        "upscaler",
+    ),
 }
 """What each package of the runtime imports, from the bottom up: every import is of an entry above it."""
 

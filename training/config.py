@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from moesr.runtime.errors import UsageError
-from moesr.runtime.sampling.samplers import Prediction
+from moesr.runtime.sampling.samplers import SAMPLERS, Prediction
 from moesr.runtime.sampling.schedule import Schedule
 from moesr.runtime.system.json_dataclass import Range
 
@@ -135,7 +135,7 @@ class ModelConfig:
     decoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     schedule: Schedule = field(default_factory=Schedule)
     expert_ranges: ExpertRanges = ((0, 250), (250, 500), (500, 750), (750, 1000))
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: str = "ddpm"  # one of SAMPLERS that is not multistep
     steps: Steps = 50
 
     @property
@@ -146,6 +146,9 @@ class ModelConfig:
         return latent if self.decoder.refinement == "none" else math.lcm(latent, 8)
 
     def __post_init__(self) -> None:
+        single = [name for name, sampler in SAMPLERS.items() if not sampler.multistep]
+        if self.sampler not in single:
+            raise UsageError(f"sampler is {self.sampler!r}, expected one of {', '.join(single)}")
         edges = [0, *(t_to for _, t_to in self.expert_ranges)]
         contiguous = all(r == (a, b) for r, a, b in zip(self.expert_ranges, edges, edges[1:], strict=False))
         if self.unet and not (contiguous and edges[-1] == self.schedule.timesteps):

@@ -101,9 +101,9 @@ def obstacle(rung: Rung) -> str | None:
     if lacking := [option for option in wanted if option not in known]:
         return f"moesr-export has no --{lacking[0]}"
     if rung.sampler != "ddpm":
-        from moesr.runtime.sampling.samplers import ETA
+        from moesr.runtime.sampling.samplers import SAMPLERS
 
-        if rung.sampler not in ETA:
+        if rung.sampler not in SAMPLERS:
             return f"there is no sampler {rung.sampler}"
     if rung.way == "compiled" and importlib.util.find_spec("torch._inductor") is None:
         return "this PyTorch cannot compile"

@@ -21,7 +21,7 @@ from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.images.planes import to_unit
 from moesr.runtime.images.resize import imresize, reflect_pad
 from moesr.runtime.sampling import noise, samplers
-from moesr.runtime.sampling.schedule import StepTable, step_table
+from moesr.runtime.sampling.schedule import StepTable
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
 from moesr.training.data import demo_photos
@@ -140,7 +140,7 @@ def record(
 
 def step_list(config: ModelConfig, steps: int) -> StepTable:
     """The sampler's steps, doubled until every expert serves one."""
-    table = step_table(config.schedule, steps, samplers.ETA[config.sampler], config.expert_ranges)
+    table = samplers.SAMPLERS[config.sampler].table(config.schedule, steps, config.expert_ranges)
     if len(set(table.expert)) < len(config.expert_ranges):
         return step_list(config, min(2 * steps, config.schedule.timesteps))
     return table

@@ -76,9 +76,9 @@ def _add_output_options(p: argparse.ArgumentParser) -> None:
 
 
 def _add_image_options(p: argparse.ArgumentParser) -> None:
-    from moesr.runtime.engine.manifest import SAMPLERS
     from moesr.runtime.images.color import COLOR_FIXES
     from moesr.runtime.options import DEFAULT_COLOR_FIX, DEFAULT_SEED
+    from moesr.runtime.sampling.samplers import SAMPLERS
 
     group = p.add_argument_group("image quality and time")
     group.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the engine's)")

@@ -16,12 +16,11 @@ from moesr.runtime.engine.framing import Framing
 from moesr.runtime.engine.graph_io import boundary_of, deep_of
 from moesr.runtime.engine.graph_spec import Boundary, Expert, File, Graph, TensorSpec
 from moesr.runtime.options import MAX_GUIDANCE
-from moesr.runtime.sampling.samplers import ETA, Prediction
+from moesr.runtime.sampling.samplers import Prediction
 from moesr.runtime.sampling.schedule import MAX_TIMESTEPS, Schedule
 from moesr.runtime.system.json_dataclass import Form, Range
 
 SCHEMA = 2
-SAMPLERS = tuple(ETA)
 MAX_SCALE = 64
 
 Role = Annotated[

@@ -9,9 +9,10 @@ from typing import Any
 
 from moesr.runtime.engine import manifest_v1, onnx_external_data
 from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_of, mismatches
-from moesr.runtime.engine.manifest import SAMPLERS, SCHEMA, Manifest
+from moesr.runtime.engine.manifest import SCHEMA, Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError
+from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.system.file_hashes import sha256_of
 from moesr.runtime.system.json_dataclass import build, parse_json, read_json
 

@@ -49,13 +49,10 @@ def split(image: Any, *, keep_colors_under_alpha: bool = False) -> Planes:
     mask in alpha. 16-bit values that use a quarter of the range or less are stretched. Raises InputError for
     anything that is not such an array.
     """
-    image = _plain(image)
+    image = checked(image)
     channels = image.shape[2] if image.ndim == 3 else 1
-    if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or image.size == 0:
-        raise InputError(
-            f"got an array of shape {image.shape}, expected HxW or HxWxC with C of 1 to 4, and some pixels"
-        )
     grey = channels < 3
+    image = np.asarray(image, image.dtype.newbyteorder("="))
     planes = image.reshape(*image.shape[:2], channels)
     rgb = np.repeat(planes[..., :1], 3, axis=2) if grey else np.ascontiguousarray(planes[..., :3])
     alpha = np.ascontiguousarray(planes[..., -1]) if channels in (2, 4) else None
@@ -92,8 +89,19 @@ def _is_neutral(rgb: np.ndarray) -> bool:
     return bool((rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 1] == rgb[..., 2]).all())
 
 
+def checked(image: Any) -> np.ndarray:
+    """The image as a plain array that `split` can take; no pixel is copied. InputError as for `split`."""
+    image = _plain(image)
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or image.size == 0:
+        raise InputError(
+            f"got an array of shape {image.shape}, expected HxW or HxWxC with C of 1 to 4, and some pixels"
+        )
+    return image
+
+
 def _plain(image: Any) -> np.ndarray:
-    """A plain array of native uint8 or uint16; for anything else an InputError that says what to do."""
+    """A plain array of uint8 or uint16; for anything else an InputError that says what to do."""
     if isinstance(image, np.ma.MaskedArray):
         raise InputError("got a masked array, expected a plain one; pass image.filled(0), or image.data")
     if isinstance(image, np.matrix):
@@ -106,7 +114,7 @@ def _plain(image: Any) -> np.ndarray:
         raise InputError(
             f"got an array of {image.dtype}, expected uint8 (0..255) or uint16 (0..65535); {cure}"
         )
-    return np.asarray(image, image.dtype.newbyteorder("="))
+    return np.asarray(image)
 
 
 def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:

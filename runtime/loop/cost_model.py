@@ -1,4 +1,4 @@
-"""What a tile of each graph costs: by multiply-accumulates, then by what this process has measured."""
+"""Estimates of the seconds that a tile of each graph takes, first from its work, then from measurements."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from collections import Counter
 from collections.abc import Mapping
 
 from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.errors import EngineError
+
+MAX_MACS = 10**18
+"""Largest number of multiply-accumulates per tile that is believed; StableSR's decoder has 4e12."""
+
+FIRST_RATE = 1e-11
+"""Seconds per multiply-accumulate that are assumed before anything has run."""
 
 
 class Costs:
-    """Seconds a tile by role. Threads may share it."""
+    """Seconds per tile by role. Threads may share it."""
 
     def __init__(self, graphs: Mapping[str, Graph]) -> None:
-        self._macs = {role: max(graph.macs, 1) for role, graph in graphs.items()}
+        """EngineError if a graph's multiply-accumulates are out of range."""
+        self._macs = {role: max(macs_of(role, graph), 1) for role, graph in graphs.items()}
         self._tiles: Counter[str] = Counter()
         self._seconds: dict[str, float] = dict.fromkeys(graphs, 0.0)
         self._lock = threading.Lock()
 
     def observe(self, role: str, tiles: int, seconds: float) -> None:
-        """Take note of a run of a graph."""
+        """Record a run of a graph."""
         with self._lock:
             self._tiles[role] += tiles
             self._seconds[role] += seconds
@@ -27,14 +35,28 @@ class Costs:
     def seconds(self, tiles: Mapping[str, int]) -> float:
         """Estimate for a number of tiles by role.
 
-        A graph that has not run yet is taken to be as fast, a multiply-accumulate, as those that have; before
-        any has run, at 1e11 a second.
+        A graph that has not run yet is assumed to do as many multiply-accumulates per second as those that
+        have; before any has run, FIRST_RATE is assumed.
         """
+        per_tile = self.per_tile()
+        return sum(count * per_tile[role] for role, count in tiles.items())
+
+    def per_tile(self) -> dict[str, float]:
+        """Estimated seconds per tile of every role."""
         with self._lock:
             measured = sum(self._macs[role] * count for role, count in self._tiles.items())
-            rate = sum(self._seconds.values()) / measured if measured else 1e-11
-            return sum(count * self._tile_seconds(role, rate) for role, count in tiles.items())
+            rate = sum(self._seconds.values()) / measured if measured else FIRST_RATE
+            return {
+                role: self._seconds[role] / self._tiles[role] if self._tiles[role] else macs * rate
+                for role, macs in self._macs.items()
+            }
 
-    def _tile_seconds(self, role: str, rate: float) -> float:
-        ran = self._tiles[role]
-        return self._seconds[role] / ran if ran else self._macs[role] * rate
+
+def macs_of(role: str, graph: Graph) -> int:
+    """Multiply-accumulates of one tile as the manifest gives them; EngineError if they are out of range."""
+    if not 0 <= graph.macs <= MAX_MACS:
+        raise EngineError(
+            f"graph {role!r}: the manifest gives a number of multiply-accumulates (macs) outside 0 to 1e18; "
+            "export the engine again with moesr-export"
+        )
+    return graph.macs

@@ -1,50 +1,70 @@
-"""One image on its way: its inputs, the passes that it goes through, and how far it is."""
+"""One image in the worker: its inputs, the passes that it goes through, and its state."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from moesr.runtime.devices.interface import Canvas, Device
 from moesr.runtime.engine.graph_io import DECODER, ENCODER
 from moesr.runtime.engine.graph_spec import Graph
-from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import NonFiniteError
 from moesr.runtime.loop.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import coding_grid, sampling_grid
-from moesr.runtime.sampling.samplers import ETA, MULTISTEP
-from moesr.runtime.sampling.schedule import step_table
+from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.sampling.samplers import SAMPLERS
+
+PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
+"""Weights of flows by the name of their priority: one of weight 4 gets 4 times the seconds of one of 1."""
+
+
+@dataclass(eq=False)
+class Flow:
+    """Jobs that together get one fair part of the machine, such as all images of one `Upscaler.map`."""
+
+    priority: str = "normal"
+    credit: float = 0.0  # seconds; the scheduler's
+
+    @property
+    def weight(self) -> float:
+        """The weight of its priority."""
+        return PRIORITIES[self.priority]
 
 
 class Job:
-    """One image on its way. Once it is `done`, there is an `error` or an `image`, the result.
+    """One image in the worker. Once it is `done`, it has either an `error` or the result in `image`.
 
-    `planned` and `ran` count tiles by the graph they run through. Made by the caller; then the worker's
-    thread alone changes it, until it is done.
+    `planned` and `ran` count tiles by graph. Any thread may make a job; after that only the worker's thread
+    changes it, until it is done.
     """
 
     def __init__(
-        self, manifest: Manifest, lr: np.ndarray, condition: np.ndarray | None, settings: Settings
+        self,
+        layout: TileLayout,
+        lr: np.ndarray,
+        condition: np.ndarray | None,
+        settings: Settings,
+        flow: Flow | None = None,
     ) -> None:
         """`lr` [H, W, 3] is the input at output size, `condition` [h, w, 3] that on the latent grid.
 
-        Both at least a tile, uint8 or uint16; the condition is None where an encoder makes it. ValueError
-        where the settings do not fit the schedule.
+        Both have the size of the layout's canvas and are uint8 or uint16. The condition is None if an encoder
+        makes it. Jobs of one `flow` share one part of the machine; by default a job has a flow of its own.
+        ValueError if the settings do not fit the schedule.
         """
-        eta, multistep = ETA[settings.sampler], settings.sampler in MULTISTEP
-        spaced = manifest.schedule, settings.steps, eta, manifest.expert_ranges
-        self._table = step_table(*spaced, multistep=multistep)
-        self._manifest, self.settings = manifest, settings
+        m = layout.manifest
+        self._table = SAMPLERS[settings.sampler].table(m.schedule, settings.steps, m.expert_ranges)
+        self.layout, self.settings, self.flow = layout, settings, flow or Flow()
         self._condition, self.lr = condition, lr
-        self._size = (lr.shape[0] // manifest.latent_factor, lr.shape[1] // manifest.latent_factor)
-        self.planned = self._plan()
+        self.planned = planned_tiles(layout, settings)
         self.ran: Counter[str] = Counter()
         self.stage = Encoding.stage if ENCODER in self.planned else Sampling.stage
-        self.rounds = 0  # steps taken, and passes of one round
+        self.rounds = 0  # sampling steps and other passes that are complete
         self.finished = False  # every tile ran
+        self.cancelled = False  # set by any thread; the worker ends the job before its next tick
         self.done = False
         self.error: BaseException | None = None
         self.image: np.ndarray | None = None  # float32 [3, H, W], about [-1, 1]
@@ -54,7 +74,7 @@ class Job:
 
     @property
     def current(self) -> Pass:
-        """The pass that the job is in; `begin` comes first."""
+        """The pass that the job is in; call `begin` first."""
         return self._entered[-1]
 
     @property
@@ -67,14 +87,14 @@ class Job:
         return DECODER if DECODER in self.planned else None
 
     def begin(self, device: Device) -> None:
-        """Take memory for the first pass, if that has not happened yet."""
+        """Allocate the first pass, unless that has happened already."""
         if self._passes is None:
             self._device = device
             self._passes = self._go_through(device)
             self._entered.append(next(self._passes))
 
     def accept(self, count: int) -> None:
-        """Take note that the next `count` tiles are blended, and move on where that ends a pass."""
+        """Record that `count` more tiles are blended, and enter the next pass if that ends this one."""
         current = self.current
         self.ran[current.role] += count
         current.ran(count)
@@ -90,59 +110,60 @@ class Job:
             self.finished = True
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError where a graph gave NaN or infinity for this image; waits for the device."""
+        """Raise NonFiniteError if a graph gave NaN or infinity for this image. Waits for the device."""
         for entered in self._entered:
             if not self._device.finite(entered.target):
                 raise NonFiniteError(_not_finite(entered.graph))
 
-    def _plan(self) -> Counter[str]:
-        """Tiles by graph, in the order of the passes."""
-        m, plan = self._manifest, Counter[str]()
-        coded = len(coding_grid(m, *self._size))
-        sampled = len(sampling_grid(m, *self._size)) * len(prompt_gains(self.settings.guidance))
-        if m.condition == "latent":
-            plan[ENCODER] = coded
-        for role in step_roles(m, self._table, self.settings.reuse):
-            plan[role] += sampled
-        if DECODER in m.graphs:
-            plan[DECODER] = coded
-        return plan
-
     def _go_through(self, device: Device) -> Iterator[Pass]:
         """The passes in order; each begins when the one before is done."""
-        m, settings, size = self._manifest, self.settings, self._size
+        layout, settings = self.layout, self.settings
+        m = layout.manifest
         lr = device.upload(self.lr, m.latent_factor)
         if m.condition == "latent":
-            encoding = Encoding(m, device, lr, size, settings.seed)
+            encoding = Encoding(layout, device, lr, settings.seed)
             yield encoding
             cond: Canvas = encoding.target
         else:
             assert self._condition is not None
             cond = device.upload(self._condition)
-        how = settings.seed, settings.guidance, settings.reuse
-        sampling = Sampling(m, device, self._table, cond, size, *how)
+        sampling = Sampling(layout, device, self._table, cond, settings)
         yield sampling
         result: Canvas = sampling.z
         if DECODER in m.graphs:
-            decoding = Decoding(m, device, result, lr, size, settings.fidelity)
+            decoding = Decoding(layout, device, result, lr, settings.fidelity)
             yield decoding
             result = decoding.target
         self._result = result
 
     def finish(self) -> None:
-        """Fetch the result and let go of the device's memory."""
+        """Fetch the result and release the device's memory."""
         assert self._result
         self.image = self._device.download(self._result)
-        self._let_go()
+        self._release()
 
     def fail(self, error: BaseException) -> None:
-        """End here, with an error."""
-        self.error = error
-        self._let_go()
+        """End the job with an error and release all of its memory."""
+        self.error, self._condition, self.lr = error, None, self.lr[:0].copy()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._passes, self._entered, self._result = None, [], None
         self.done = True
+
+
+def planned_tiles(layout: TileLayout, settings: Settings) -> Counter[str]:
+    """Tiles of an image by graph, in the order of the passes; ValueError as for `Job`."""
+    m, plan = layout.manifest, Counter[str]()
+    table = SAMPLERS[settings.sampler].table(m.schedule, settings.steps, m.expert_ranges)
+    sampled = len(layout.sampling) * len(prompt_gains(settings.guidance))
+    if m.condition == "latent":
+        plan[ENCODER] = len(layout.coding)
+    for role in step_roles(m, table, settings.reuse):
+        plan[role] += sampled
+    if DECODER in m.graphs:
+        plan[DECODER] = len(layout.coding)
+    return plan
 
 
 def _not_finite(graph: Graph) -> str:

@@ -1,10 +1,10 @@
-"""What an image goes through: encode, denoise, decode, each a list of tiles to run through a graph.
+"""The passes of one image: encode, denoise, decode. Each is a list of tiles that run through a graph.
 
-Encoding makes the latent that conditions the sampler, where the model has an encoder; every tile runs once.
+Encoding makes the latent that conditions the sampler, if the model has an encoder; every tile runs once.
 Sampling visits all tiles of the latent canvas at every step, blends their predictions, then moves the whole
-canvas by one step of the sampler (StableSR's progressive aggregation); with guidance it visits every tile
-once a prompt. Decoding runs every tile once and blends in pixels. A pass allocates its canvases when it
-begins; it is driven from the worker's thread alone.
+canvas by one step of the sampler (StableSR's progressive aggregation). With guidance it visits every tile
+once per prompt. Decoding runs every tile once and blends in pixels. A pass allocates its canvases when it
+begins, and only the worker's thread uses it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
-
 from moesr.runtime.devices.interface import Canvas, Device, Mean, Slot
 from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_size
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.loop.tile_layout import CODING_OVERLAP, Grid, coding_grid, sampling_grid, sampling_window
+from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import CODING_OVERLAP, Grid, TileLayout, sampling_window
 from moesr.runtime.sampling import noise, samplers, tiles
 from moesr.runtime.sampling.schedule import StepTable, full_steps
 
 
 class Pass(ABC):
-    """Tiles of one image that need a graph. `cursor` counts those of this round that ran."""
+    """Tiles of one image that need a graph, in rounds: a round runs every tile once.
+
+    `taken` counts the tiles of this round that were handed out to ticks, `cursor` those that are blended.
+    They differ while ticks are under way.
+    """
 
     stage: ClassVar[str]
 
@@ -39,8 +42,9 @@ class Pass(ABC):
         sources: dict[str, Canvas],
         scalars: dict[str, float],
     ) -> None:
-        """`sources` and `scalars` are what the pass can feed to its graphs, by input."""
-        self.tiles, self.target, self.cursor, self.done = tiles, target, 0, False
+        """`sources` and `scalars` are all values that the pass can feed to its graphs, by input."""
+        self.tiles, self.target, self.done = tiles, target, False
+        self.taken = self.cursor = 0
         self._manifest, self._sources, self._scalars = manifest, sources, scalars
 
     @property
@@ -50,32 +54,42 @@ class Pass(ABC):
 
     @property
     def upcoming(self) -> str | None:
-        """The graph that this pass needs after it, if it needs another one."""
+        """The graph that this pass needs next; None if it needs no other one."""
         return None
 
     @property
     def graph(self) -> Graph:
-        """The manifest's entry of `role`."""
+        """The manifest's entry for `role`."""
         return self._manifest.graphs[self.role]
 
     @property
     def group(self) -> Hashable:
-        """Tiles of equal group may share a tick: one graph, and equal values of what a run has one of."""
+        """Tiles of equal group may share a tick: the same graph, and equal values of its per-run inputs."""
         single = (i.name for i in self.graph.inputs if not i.per_tile)
         return self.role, *(self._scalars[name] for name in single)
 
+    @property
+    def remaining(self) -> int:
+        """Tiles of this round that can still be handed out."""
+        return len(self.tiles) - self.taken
+
+    def take(self, count: int) -> range:
+        """Hand out the next `count` tiles; returns their positions in `tiles`."""
+        self.taken += count
+        return range(self.taken - count, self.taken)
+
     def slot(self, tile: int) -> Slot:
         """The row of a tick's table for one tile."""
-        taken = [spec.name for spec in self.graph.inputs]
-        sources = {name: self._sources[name] for name in taken if name in self._sources}
-        scalars = {name: self._scalars[name] for name in taken if name in self._scalars}
+        needed = [spec.name for spec in self.graph.inputs]
+        sources = {name: self._sources[name] for name in needed if name in self._sources}
+        scalars = {name: self._scalars[name] for name in needed if name in self._scalars}
         return Slot(sources, scalars, self.target, *self.tiles[tile])
 
     def ran(self, count: int) -> None:
-        """Take note that the next `count` tiles are blended; with the last one, end the round."""
+        """Record that `count` more tiles are blended; the last one ends the round."""
         self.cursor += count
         if self.cursor == len(self.tiles):
-            self.cursor = 0
+            self.taken = self.cursor = 0
             self._end_round()
 
     def _end_round(self) -> None:
@@ -87,18 +101,16 @@ class Encoding(Pass):
 
     stage = "encoding"
 
-    def __init__(
-        self, manifest: Manifest, device: Device, lr: Canvas, size: tuple[int, int], seed: int
-    ) -> None:
-        """`lr` is the input at output size, `size` that of the latent canvas."""
-        grid = coding_grid(manifest, *size)
-        shape = (manifest.latent_channels, *size)
-        weights = tiles.feather_weights(manifest.latent_tile, manifest.latent_tile // CODING_OVERLAP)
+    def __init__(self, layout: TileLayout, device: Device, lr: Canvas, seed: int) -> None:
+        """`lr` is the input at output size."""
+        m, grid = layout.manifest, layout.coding
+        shape = (m.latent_channels, *layout.latent)
+        weights = tiles.feather_weights(m.latent_tile, m.latent_tile // CODING_OVERLAP)
         sources = {"image": lr}
-        if any(spec.name == "noise" for spec in manifest.graphs[ENCODER].inputs):
+        if any(spec.name == "noise" for spec in m.graphs[ENCODER].inputs):
             sources["noise"] = device.canvas(shape)
             device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
-        super().__init__(manifest, grid, device.mean(shape, grid, weights), sources, {})
+        super().__init__(m, grid, device.mean(shape, grid, weights), sources, {})
 
     @property
     def role(self) -> str:
@@ -112,35 +124,27 @@ class Sampling(Pass):
     stage = "sampling"
 
     def __init__(
-        self,
-        manifest: Manifest,
-        device: Device,
-        table: StepTable,
-        cond: Canvas,
-        size: tuple[int, int],
-        seed: int,
-        guidance: float = 1.0,
-        reuse: int = 1,
+        self, layout: TileLayout, device: Device, table: StepTable, cond: Canvas, settings: Settings
     ) -> None:
-        """`cond` covers the latent canvas of `size`; one step in `reuse` is full."""
-        grid, gains = sampling_grid(manifest, *size), prompt_gains(guidance)
-        shape = (manifest.latent_channels, *size)
-        weights = sampling_window(manifest)
+        """`cond` is the condition on the latent canvas."""
+        m, gains = layout.manifest, prompt_gains(settings.guidance)
+        shape, weights = (m.latent_channels, *layout.latent), sampling_window(m)
         self.z = device.canvas(shape)
-        sources, target = {"z_t": self.z, "cond": cond}, device.mean(shape, grid, weights)
-        super().__init__(manifest, grid * len(gains), target, sources, {"t": float(table.t[0])})
-        self._shares = {
-            prompt: target if gain == 1.0 else device.with_weights(target, np.float32(gain) * weights)
+        target = device.mean(shape, layout.sampling, weights)
+        sources, visited = {"z_t": self.z, "cond": cond}, layout.sampling * len(gains)
+        super().__init__(m, visited, target, sources, {"t": float(table.t[0])})
+        self._targets = {
+            prompt: target if gain == 1.0 else device.with_weights(target, weights.dtype.type(gain) * weights)
             for prompt, gain in gains.items()
         }
-        self._device, self._table, self._seed, self._step = device, table, seed, 0
+        self._device, self._table, self._seed, self._step = device, table, settings.seed, 0
         self._history = device.canvas(shape) if table.extrapolation.any() else None
-        self._roles = step_roles(manifest, table, reuse)
-        deep = manifest.deep if reuse > 1 else None
+        self._roles = step_roles(m, table, settings.reuse)
+        deep = m.deep if settings.reuse > 1 else None
         self._deep = [device.canvas(deep_size(deep), 0) for _ in self.tiles] if deep else []
-        device.gaussian(self.z, seed, noise.INITIAL_NOISE)
-        if manifest.init == "latent":
-            signal = float(manifest.schedule.alpha_bar[-1])
+        device.gaussian(self.z, settings.seed, noise.INITIAL_NOISE)
+        if m.init == "latent":
+            signal = float(m.schedule.alpha_bar[-1])
             device.mix(self.z, cond, math.sqrt(1.0 - signal), math.sqrt(signal))
 
     @property
@@ -150,20 +154,20 @@ class Sampling(Pass):
 
     @property
     def upcoming(self) -> str | None:
-        """The graph that follows."""
+        """The graph of the first later step that needs another one than the current step."""
         later = self._roles[self._step :]
         return next((role for role in later if role != later[0]), None)
 
     def slot(self, tile: int) -> Slot:
         """The row for one tile and prompt; all tiles of a prompt come before those of the next."""
-        prompt = list(self._shares)[tile * len(self._shares) // len(self.tiles)]
+        prompt = list(self._targets)[tile * len(self._targets) // len(self.tiles)]
         self._scalars["prompt"] = float(prompt)
         if not self._deep:
-            return replace(super().slot(tile), target=self._shares[prompt])
+            return replace(super().slot(tile), target=self._targets[prompt])
         self._sources[DEEP] = self._deep[tile]
         leaves = any(spec.name == DEEP for spec in self.graph.outputs)
         keeps = {DEEP: self._deep[tile]} if leaves else {}
-        return replace(super().slot(tile), target=self._shares[prompt], keeps=keeps)
+        return replace(super().slot(tile), target=self._targets[prompt], keeps=keeps)
 
     def _end_round(self) -> None:
         """Move the canvas by one step of the sampler."""
@@ -180,21 +184,12 @@ class Decoding(Pass):
 
     stage = "decoding"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        device: Device,
-        z: Canvas,
-        lr: Canvas,
-        size: tuple[int, int],
-        fidelity: float,
-    ) -> None:
-        """`z` the latent canvas of `size`, `lr` the input at output size."""
-        grid, factor = coding_grid(manifest, *size), manifest.latent_factor
-        overlap = manifest.latent_tile // CODING_OVERLAP * factor
-        weights = tiles.feather_weights(manifest.tile, overlap)
-        target = device.mean((3, size[0] * factor, size[1] * factor), grid, weights, factor)
-        super().__init__(manifest, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
+    def __init__(self, layout: TileLayout, device: Device, z: Canvas, lr: Canvas, fidelity: float) -> None:
+        """`z` is the latent canvas, `lr` the input at output size."""
+        m, grid, factor = layout.manifest, layout.coding, layout.manifest.latent_factor
+        weights = tiles.feather_weights(m.tile, m.latent_tile // CODING_OVERLAP * factor)
+        target = device.mean((3, *layout.frame.canvas), grid, weights, factor)
+        super().__init__(m, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
 
     @property
     def role(self) -> str:
@@ -203,17 +198,16 @@ class Decoding(Pass):
 
 
 def step_roles(manifest: Manifest, table: StepTable, reuse: int) -> list[str]:
-    """The graph of every step, one in `reuse` being full; a manifest without shallow graphs takes 1."""
+    """The graph of every step. One step in `reuse` is full; without shallow graphs `reuse` must be 1."""
     experts = [manifest.experts[k] for k in table.expert]
     full = full_steps(table.expert, reuse)
     return [e.graph if f else e.shallow or e.graph for e, f in zip(experts, full, strict=True)]
 
 
 def prompt_gains(guidance: float) -> dict[int, float]:
-    """What the prediction for each prompt counts for: `guidance` to follow the first and avoid the second.
+    """Weights of the predictions by prompt, 0 to follow and 1 to avoid; a prompt of weight 0 is left out.
 
-    `out = out_1 + guidance * (out_0 - out_1)` (Ho and Salimans, 2021; StableSR, Eq. 8). A prompt that counts
-    for nothing is left out.
+    `out = out_1 + guidance * (out_0 - out_1)` (Ho and Salimans, 2021; StableSR, Eq. 8).
     """
     gains = {0: guidance, 1: 1.0 - guidance}
     return {prompt: gain for prompt, gain in gains.items() if gain}

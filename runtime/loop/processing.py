@@ -1,4 +1,4 @@
-"""One image around the sampler: what it needs, how it becomes a job, and how the result becomes an image."""
+"""The work on an image before and after the sampler: resizing, padding, color correction, cropping."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from moesr.runtime.images.planes import Planes, join, to_unit
 from moesr.runtime.images.resize import imresize, reflect_pad
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import frame_of
+from moesr.runtime.loop.tile_layout import TileLayout
 
 
-def prepare(manifest: Manifest, planes: Planes, settings: Settings) -> Job:
-    """Make the image on the latent grid and the image at output size, and a job of them."""
-    m = manifest
-    frame = frame_of(m, *planes.rgb.shape[:2])
-    latent = frame.latent(m.latent_factor)
+def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
+    """Resize the image to output size and to the latent grid, and make a job of both."""
+    m, frame = layout.manifest, layout.frame
     if m.framing.small == "pad":
         rows, columns = frame.canvas
         source, _ = reflect_pad(planes.rgb, rows // m.scale, columns // m.scale, axes=(0, 1))
@@ -27,29 +25,29 @@ def prepare(manifest: Manifest, planes: Planes, settings: Settings) -> Job:
         source = lr = reflect_pad(enlarged, *frame.canvas, axes=(0, 1))[0]
     condition = None
     if m.condition == "image":
-        condition = source if source.shape[:2] == latent else imresize(source, *latent)
-    return Job(m, lr, condition, settings)
+        condition = source if source.shape[:2] == layout.latent else imresize(source, *layout.latent)
+    return Job(layout, lr, condition, settings)
 
 
 def _deep(manifest: Manifest, rgb: np.ndarray) -> np.ndarray:
-    """The same image with 16 bits a channel where the model is used to unrounded values."""
+    """The image with 16 bits per channel if the model was trained on values that were not rounded to 8."""
     if manifest.framing.resize == "matlab" or rgb.dtype == np.uint16:
         return rgb
     return rgb.astype(np.uint16) * np.uint16(257)
 
 
-def finish(manifest: Manifest, planes: Planes, job: Job) -> np.ndarray:
-    """Crop, correct the colors over the whole image, and return to integers and the layout of the input.
+def finish(planes: Planes, job: Job) -> np.ndarray:
+    """Crop the job's result, correct its colors, and return it in the dtype and channels of the input.
 
-    What was enlarged beyond the scale is reduced again, its colors corrected.
+    An image that was enlarged to fill a tile is reduced to `scale` times its size after the correction.
     """
     assert job.image is not None
-    height, width = (size * manifest.scale for size in planes.rgb.shape[:2])
-    rows, columns = frame_of(manifest, *planes.rgb.shape[:2]).image
+    height, width = job.layout.result
+    rows, columns = job.layout.frame.image
     top = np.iinfo(planes.rgb.dtype).max
     rgb = np.empty((height, width, 3), planes.rgb.dtype)
     style = np.empty((rows, columns), np.float32)
-    for channel in range(3):  # one at a time: an 8K image takes 130 MB a plane
+    for channel in range(3):  # one at a time: a plane of an 8K image takes 130 MB
         plane = job.image[channel, :rows, :columns]
         if job.settings.color_fix != "none":
             to_unit(job.lr[:rows, :columns, channel], style)

@@ -1,7 +1,8 @@
-"""Which graphs of an engine are in memory: loaded when first needed, the next one ahead of its use."""
+"""The graphs of an engine that are in memory: each is loaded when first needed, the next one ahead of use."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,25 +10,32 @@ from moesr.runtime.devices.interface import Session
 
 
 class Residency:
-    """Sessions by role. One thread at a time asks; loading runs in a thread of its own."""
+    """Sessions by role. One thread at a time asks for them; loading runs in a thread of its own."""
 
     def __init__(self, open_graph: Callable[[str], Session], keep_all: bool) -> None:
-        """`keep_all`: never drop a loaded graph; otherwise only the one in use and the next stay."""
+        """`keep_all`: never drop a loaded graph; otherwise only the one in use and the next one stay."""
         self._open = open_graph
         self._keep_all = keep_all
-        self._loads: dict[str, Future[Session]] = {}  # by role; done or under way
+        self._loads: dict[str, Future[Session]] = {}  # by role; complete or under way
+        self._load_s: dict[str, float] = {}  # duration of the last load, by role
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moesr-load")
 
     @property
     def loaded(self) -> frozenset[str]:
-        """Roles of the graphs in memory or on their way."""
+        """Roles of the graphs in memory or being loaded."""
         return frozenset(self._loads)
 
-    def get(self, role: str, upcoming: str | None) -> Session:
-        """The session of a role, waiting for it where needed; begins to load `upcoming` meanwhile.
+    def reload_s(self, role: str) -> float:
+        """Seconds that loading a role is expected to take; 0 if it is in memory or no other is dropped."""
+        if self._keep_all or role in self._loads:
+            return 0.0
+        return self._load_s.get(role, max(self._load_s.values(), default=0.0))
 
-        Loading ahead may fail for want of the memory that the graph before it held: then the graph is loaded
-        once more on its own. Raises what the second attempt raised.
+    def get(self, role: str, upcoming: str | None) -> Session:
+        """The session of a role, after waiting for it if need be; begins to load `upcoming` meanwhile.
+
+        Loading ahead may fail if there is no room beside the graph before it. Then the graph is loaded once
+        more on its own. Raises the error of the second attempt.
         """
         ahead = role in self._loads
         if not self._keep_all:
@@ -45,12 +53,18 @@ class Residency:
         try:
             return self._loads[role].result()
         except BaseException:
-            self._drop({role})  # so that another attempt is possible
+            self._drop({role})  # so that it can be tried again
             raise
 
     def _request(self, role: str) -> None:
         if role not in self._loads:
-            self._loads[role] = self._loader.submit(self._open, role)
+            self._loads[role] = self._loader.submit(self._load, role)
+
+    def _load(self, role: str) -> Session:
+        start = time.perf_counter()
+        session = self._open(role)
+        self._load_s[role] = time.perf_counter() - start
+        return session
 
     def _drop(self, roles: set[str]) -> None:
         for role in roles:
@@ -64,6 +78,6 @@ class Residency:
 
 
 def _close(load: Future[Session]) -> None:
-    """Close the session of a load that has come to its end, if it came to one."""
+    """Close the session of a completed load, if the load succeeded."""
     if not load.cancelled() and not load.exception():
         load.result().close()

@@ -1,53 +1,134 @@
-"""Which tiles run next: the oldest job's, filled up with tiles of others that need the same graph.
+"""Decides which tiles run next, so that jobs share the machine fairly and graphs are not swapped in vain.
 
-The oldest job leads, so that none starves and images come out in the order in which they came in; the others
-fill what it leaves of a tick, the older first. Jobs that began a little later would part from it at the first
-border between experts and never share a tick again: so where there is room in its tick, those that are a few
-rounds behind and need another graph go first.
+Jobs belong to flows, and flows share the machine by estimated seconds in deficit round robin (Shreedhar and
+Varghese, 1995): in its turn a flow receives a quantum of credit and leads until its tiles have used that up.
+The quantum is the time that the smallest image in flight takes alone. So equal images finish one after the
+other, as they would without turns, and an image that arrives behind a large one waits for no longer than it
+takes itself. Within a flow the oldest job leads, so that the images of a folder come out in order.
+
+The leading job's tiles come first in a tick. Tiles of other jobs that need the same graph fill the rest of
+it. Jobs that began a little later would part from the leader at the first border between experts and never
+share a tick with it again, so if a tick has room, jobs a few rounds behind that need another graph run first.
+
+If not all graphs fit into memory, a turn does not swap them at once: the jobs that need the loaded graphs go
+on until the graphs were used for PATIENCE times as long as the next one takes to load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moesr.runtime.loop.job import Job
+from moesr.runtime.loop.cost_model import Costs
+from moesr.runtime.loop.job import Flow, Job
 
 CATCH_UP = 2
-"""Rounds that a job may be behind the oldest one and have it wait."""
+"""Rounds that a job may be behind the leader to run before it."""
+
+PATIENCE = 4.0
+"""Loading graphs out of turn takes at most one part in PATIENCE + 1 of the time."""
+
+ALIKE = 2.0
+"""A job of up to this many times the leader's work fills a tick without limit.
+
+A larger job fills at most as many slots as the leader has, so that a small image's ticks stay short.
+"""
+
+_LEAST_S = 1e-9  # a tile costs at least this, so that turns end
 
 
 @dataclass(frozen=True)
 class TileBatch:
-    """The tiles of one job in a tick: those from its pass's cursor on."""
+    """Tiles of one job in a tick, as positions in the tiles of its current pass."""
 
     job: Job
-    count: int
+    tiles: range
 
     @property
-    def tiles(self) -> range:
-        """Their positions in the pass's list."""
-        return range(self.job.current.cursor, self.job.current.cursor + self.count)
+    def count(self) -> int:
+        """The number of tiles."""
+        return len(self.tiles)
 
 
-def next_batches(jobs: Sequence[Job], limit: int) -> list[TileBatch]:
-    """Shares of the next tick, at most `limit` tiles in all. `jobs`: the oldest first, all begun."""
-    leader = jobs[0]
-    shares = _fill(jobs, leader, limit)
-    if sum(share.count for share in shares) < limit:
-        behind = (job for job in jobs if 0 < leader.rounds - job.rounds <= CATCH_UP)
-        late = next((job for job in behind if job.current.group != leader.current.group), None)
-        if late:
-            return _fill(jobs, late, limit)
-    return shares
+class Scheduler:
+    """Picks the tiles of each tick. One thread uses it."""
+
+    def __init__(self, costs: Costs, reload_s: Callable[[str], float], max_batch: int) -> None:
+        """`reload_s` tells the seconds that loading a graph would cost now; a tick has `max_batch` slots."""
+        self._costs, self._reload_s, self._max_batch = costs, reload_s, max_batch
+        self._ring: deque[Flow] = deque()  # the first one has its turn
+        self._since_load = 0.0  # estimated seconds of ticks since a graph was swapped in
+
+    def next_batches(self, jobs: Sequence[Job]) -> list[TileBatch]:
+        """Take the tiles of the next tick, at most `max_batch` in all; none if no job has any to hand out.
+
+        `jobs` are all jobs in flight, the oldest first; each has begun.
+        """
+        ready = [job for job in jobs if job.current.remaining]
+        if not ready:
+            return []
+        per_tile = {role: max(seconds, _LEAST_S) for role, seconds in self._costs.per_tile().items()}
+        whole = {job: _seconds(job.planned, per_tile) for job in jobs}
+        may_lead = self._spare_reloads(ready)
+        leader = self._leader(jobs, may_lead, whole)
+        counts = self._fill(ready, leader, whole)
+        if sum(counts.values()) < self._max_batch and (late := _late(may_lead, leader)):
+            leader = late
+            counts = self._fill(ready, leader, whole)
+        if self._reload_s(leader.current.role):
+            self._since_load = 0.0
+        for job, count in counts.items():
+            used = count * per_tile[job.current.role]
+            job.flow.credit -= used
+            self._since_load += used
+        return [TileBatch(job, job.current.take(count)) for job, count in counts.items()]
+
+    def _spare_reloads(self, ready: list[Job]) -> list[Job]:
+        """The jobs that may lead: those of loaded graphs, unless these were used for long enough."""
+        reloads = {job: self._reload_s(job.current.role) for job in ready}
+        loaded = [job for job in ready if not reloads[job]]
+        due = self._since_load >= PATIENCE * max(reloads.values())
+        return ready if due or not loaded else loaded
+
+    def _leader(self, jobs: Sequence[Job], may_lead: list[Job], whole: Mapping[Job, float]) -> Job:
+        """The oldest job of the flow whose turn it is, among those that may lead."""
+        oldest: dict[Flow, Job] = {}
+        for job in jobs:
+            oldest.setdefault(job.flow, job)
+        self._ring = deque(flow for flow in self._ring if flow in oldest)
+        self._ring.extend(flow for flow in oldest if flow not in self._ring)
+        quantum = min(whole[job] for job in oldest.values())
+        for flow in self._ring:  # no flow saves up more than a turn, nor owes more
+            most = quantum * flow.weight
+            flow.credit = min(max(flow.credit, -most), most)
+        leads = {job.flow: job for job in reversed(may_lead)}
+        while not (self._ring[0] in leads and self._ring[0].credit > 0.0):
+            self._ring.rotate(-1)
+            flow = self._ring[0]
+            flow.credit = min(flow.credit + quantum * flow.weight, quantum * flow.weight)
+        return leads[self._ring[0]]
+
+    def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:
+        """Tiles by job for a tick of the leader's group: its own first, then the oldest jobs'."""
+        room = self._max_batch
+        counts = {leader: min(room, leader.current.remaining)}
+        room -= counts[leader]
+        for job in ready:
+            if not room or job is leader or job.current.group != leader.current.group:
+                continue
+            large = job.flow is not leader.flow and whole[job] > ALIKE * whole[leader]
+            most = min(room, counts[leader]) if large else room
+            counts[job] = min(most, job.current.remaining)
+            room -= counts[job]
+        return counts
 
 
-def _fill(jobs: Sequence[Job], leader: Job, limit: int) -> list[TileBatch]:
-    """Outstanding tiles of the leader's group, the oldest job's first."""
-    shares, room = [], limit
-    for job in jobs:
-        if room and job.current.group == leader.current.group:
-            count = min(room, len(job.current.tiles) - job.current.cursor)
-            shares.append(TileBatch(job, count))
-            room -= count
-    return shares
+def _late(may_lead: list[Job], leader: Job) -> Job | None:
+    """The oldest job that is a few rounds behind the leader and needs another graph."""
+    behind = (job for job in may_lead if 0 < leader.rounds - job.rounds <= CATCH_UP)
+    return next((job for job in behind if job.current.group != leader.current.group), None)
+
+
+def _seconds(tiles: Mapping[str, int], per_tile: Mapping[str, float]) -> float:
+    return sum(count * per_tile[role] for role, count in tiles.items())

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict, Unpack
 
 from moesr.runtime.engine.graph_io import DECODER
-from moesr.runtime.engine.manifest import SAMPLERS, Manifest
+from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.options import (
@@ -19,6 +19,7 @@ from moesr.runtime.options import (
     check_seed,
     whole,
 )
+from moesr.runtime.sampling.samplers import SAMPLERS
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +81,7 @@ def resolve(manifest: Manifest, **options: Unpack[Options]) -> Settings:
     m = manifest
     settings = Settings(
         steps=whole("steps", given.get("steps", m.steps), 1, m.schedule.timesteps),
-        sampler=_one_of("sampler", given.get("sampler", m.sampler), SAMPLERS),
+        sampler=_one_of("sampler", given.get("sampler", m.sampler), tuple(SAMPLERS)),
         seed=check_seed(given.get("seed", DEFAULT_SEED)),
         fidelity=check_fidelity(given.get("fidelity", m.fidelity)),
         guidance=check_guidance(given.get("guidance", m.guidance)),

@@ -1,71 +1,99 @@
-"""How an image of any size becomes a canvas of tiles, and how tiles are laid over it, by model."""
+"""How an image of any size becomes a canvas of tiles, as the engine's manifest says."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import numpy as np
 
+from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.sampling import tiles
 
-if TYPE_CHECKING:
-    from moesr.runtime.engine.manifest import Manifest
+SAMPLING_OVERLAP = 4
+"""While sampling, neighbouring tiles share a quarter of a tile, unless the manifest gives an overlap."""
 
-SAMPLING_OVERLAP = 4  # neighbours share a quarter of a tile at every step, where the model does not say
-CODING_OVERLAP = 8  # and an eighth when encoding and decoding, which happen once
+CODING_OVERLAP = 8
+"""While encoding and decoding, which visit every tile once, neighbouring tiles share an eighth."""
 
-Grid = list[tuple[int, int]]  # origins (y, x) of tiles
-Size = tuple[int, int]  # height and width
+Grid = list[tuple[int, int]]
+"""Origins (y, x) of tiles, in latent pixels."""
+
+Size = tuple[int, int]
+"""Height and width."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes of one image in output pixels: as the model sees it, and with what pads it to a canvas."""
+    """Sizes of one image in output pixels: `image` as the model sees it, `canvas` with its padding."""
 
     image: Size
     canvas: Size
 
-    def latent(self, factor: int) -> Size:
-        """Size of the latent canvas, for `factor` output pixels a latent pixel."""
-        return self.canvas[0] // factor, self.canvas[1] // factor
 
+@dataclass(frozen=True, eq=False)
+class TileLayout:
+    """The canvas of one image and the tiles on it, computed once and shared by everything that needs them.
 
-def frame_of(manifest: Manifest, height: int, width: int) -> Frame:
-    """The frame of an image of `height` x `width` LR pixels: at least a tile, whole latent pixels.
-
-    Padding is of LR pixels where small images are padded, and of output pixels where they are enlarged.
+    `height` and `width` are those of the input in LR pixels. ValueError if one of them is not positive.
     """
-    m, factor = manifest, manifest.latent_factor
-    sides = height * m.scale, width * m.scale
-    if m.framing.small == "pad":
-        multiple = math.lcm(m.scale, factor)
-        least = -(-m.tile // m.scale) * m.scale
-        return Frame(sides, (_up(max(sides[0], least), multiple), _up(max(sides[1], least), multiple)))
-    short = min(sides)
-    if short < m.tile:
-        sides = sides[0] * m.tile // short, sides[1] * m.tile // short
-    return Frame(sides, (_up(sides[0], factor), _up(sides[1], factor)))
 
+    manifest: Manifest
+    height: int
+    width: int
 
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"an image needs at least 1x1 pixels, got {self.width}x{self.height}")
 
+    @cached_property
+    def frame(self) -> Frame:
+        """Sizes in output pixels. The canvas holds at least one tile and a whole number of latent pixels.
 
-def sampling_grid(manifest: Manifest, height: int, width: int) -> Grid:
-    """Tiles of a step over a latent canvas."""
-    framing, tile = manifest.framing, manifest.latent_tile
-    overlap = tile // SAMPLING_OVERLAP if framing.overlap is None else framing.overlap
-    return tiles.grid(height, width, tile, overlap, strided=framing.tiling == "stablesr")
+        Small images are padded, in whole LR pixels, or enlarged until their shorter side fills a tile.
+        """
+        m, factor = self.manifest, self.manifest.latent_factor
+        sides = self.height * m.scale, self.width * m.scale
+        if m.framing.small == "pad":
+            multiple = math.lcm(m.scale, factor)
+            least = -(-m.tile // m.scale) * m.scale
+            return Frame(sides, (_up(max(sides[0], least), multiple), _up(max(sides[1], least), multiple)))
+        short = min(sides)
+        if short < m.tile:
+            sides = sides[0] * m.tile // short, sides[1] * m.tile // short
+        return Frame(sides, (_up(sides[0], factor), _up(sides[1], factor)))
+
+    @property
+    def result(self) -> Size:
+        """Size of the result in output pixels."""
+        return self.height * self.manifest.scale, self.width * self.manifest.scale
+
+    @property
+    def latent(self) -> Size:
+        """Size of the latent canvas in latent pixels."""
+        factor = self.manifest.latent_factor
+        return self.frame.canvas[0] // factor, self.frame.canvas[1] // factor
+
+    @cached_property
+    def sampling(self) -> Grid:
+        """Tiles that every sampling step visits."""
+        framing, tile = self.manifest.framing, self.manifest.latent_tile
+        overlap = tile // SAMPLING_OVERLAP if framing.overlap is None else framing.overlap
+        return tiles.grid(*self.latent, tile, overlap, strided=framing.tiling == "stablesr")
+
+    @cached_property
+    def coding(self) -> Grid:
+        """Tiles to encode or decode."""
+        tile = self.manifest.latent_tile
+        return tiles.grid(*self.latent, tile, tile // CODING_OVERLAP)
 
 
 def sampling_window(manifest: Manifest) -> np.ndarray:
-    """Weights of a tile at every step: float32 [tile, tile] in latent pixels."""
+    """Weights of a tile while sampling: float32 [tile, tile] in latent pixels."""
     lowered = 0.5 if manifest.framing.tiling == "stablesr" else 0.0
     return tiles.gaussian_weights(manifest.latent_tile, lowered)
 
 
-def coding_grid(manifest: Manifest, height: int, width: int) -> Grid:
-    """Tiles to encode or decode, in latent pixels."""
-    return tiles.grid(height, width, manifest.latent_tile, manifest.latent_tile // CODING_OVERLAP)
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

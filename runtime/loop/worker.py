@@ -1,14 +1,16 @@
 """The thread that owns an engine's sessions and device, and runs tick after tick for all jobs in flight.
 
-Submitting and cancelling only change a list: they never wait for a graph that runs. Whoever waits for a job
-sleeps until the worker says that something has changed.
+Submitting and cancelling only change a list, so they never wait for a graph that runs. The thread survives
+every error: an error ends the jobs that it concerns, and the next jobs are run as before.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import CancelledError
 from typing import Any
 from weakref import WeakSet
 
@@ -17,121 +19,165 @@ from moesr.runtime.errors import UsageError
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.residency import Residency
-from moesr.runtime.loop.scheduler import TileBatch, next_batches
+from moesr.runtime.loop.scheduler import Scheduler, TileBatch
 
-_LONGEST_NAP_S = 0.5  # what is waited for may change without the worker's doing
 CLOSED = "this Upscaler is closed; open another"
+
+THREAD_PREFIX = "moesr-"
+"""Names of the runtime's own threads begin with it."""
+
+log = logging.getLogger("moesr")
 
 
 class Worker:
-    """Runs jobs, the oldest first; `submit`, `wait` and `cancel` may be called from any thread."""
+    """Runs jobs. `submit`, `cancel` and `close` may be called from any thread.
 
-    def __init__(self, device: Device, residency: Residency, costs: Costs, max_batch: int) -> None:
+    `lock` guards the list of jobs. `ticked` is notified after every tick, and `ended` when a job is done;
+    both are conditions over that lock. `ticks` and `tiles` count what ran so far.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        residency: Residency,
+        costs: Costs,
+        max_batch: int,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`release` is called at the end, when sessions and device are closed."""
         self._device, self._residency = device, residency
-        self._costs, self._max_batch = costs, max_batch
+        self._costs, self._max_batch, self._release = costs, max_batch, release
+        self._scheduler = Scheduler(costs, residency.reload_s, max_batch)
         self._jobs: list[Job] = []  # the oldest first
-        self._changed = threading.Condition()
+        self.renew_locks()
         self._closed = False
-        self._buffers: dict[Hashable, dict[str, Any]] = {}  # by boundary: experts share theirs
+        self._buffers: dict[Hashable, dict[str, Any]] = {}  # by boundary: graphs of equal boundary share them
         self._bound: WeakSet[Session] = WeakSet()
         self._running: Session | None = None
         self._thread: threading.Thread | None = None
+        self.ticks = self.tiles = 0
+
+    def renew_locks(self) -> None:
+        """Make new locks; in a forked child the old ones may be held by threads that do not exist there."""
+        self.lock = threading.RLock()
+        self.ticked, self.ended = threading.Condition(self.lock), threading.Condition(self.lock)
+        self._wanted = threading.Condition(self.lock)  # notified when there is work for the thread
+
+    @property
+    def survives_fork(self) -> bool:
+        """Whether a forked child could use the worker: on a CPU, before its thread has started."""
+        return self._thread is None and self._device.synchronous
 
     def submit(self, job: Job) -> None:
         """Put a job in flight; UsageError once the worker is closed."""
-        with self._changed:
+        with self.lock:
             if self._closed:
                 raise UsageError(CLOSED)
             self._jobs.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="moesr-worker", daemon=True)
+                self._thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}worker", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            self._wanted.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget a job, whether or not it is in flight; a tile of it that runs is run to its end."""
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-
-    def wait(self, job: Job, progress: Callable[[], None]) -> None:
-        """Sleep until `job` is done, calling `progress` as work goes on; raises what made the job fail."""
-        seen, done = -1, False
-        while not done:
-            with self._changed:
-                while not job.done and job.ran.total() == seen:
-                    self._changed.wait()
-                seen, done = job.ran.total(), job.done
-            progress()
-        if job.error:
-            raise job.error
-
-    def wait_until(self, predicate: Callable[[], bool]) -> None:
-        """Sleep until `predicate` holds, asking it again whenever something has changed."""
-        with self._changed:
-            while not predicate():
-                self._changed.wait(_LONGEST_NAP_S)
+        """End a job with CancelledError before the next tick; nothing happens if it is done."""
+        job.cancelled = True  # the thread looks at it before every tick, so there is nothing to wake
 
     def close(self) -> None:
-        """End the run under way, fail the jobs in flight with UsageError, and give all memory back."""
-        with self._changed:
-            self._closed = True
+        """End the run under way, fail the jobs in flight with UsageError, and release all memory.
+
+        It waits for the thread, unless one of the runtime's own threads calls it, as the garbage collector
+        may have them do.
+        """
+        with self.lock:
+            first, self._closed = not self._closed, True
             if self._running:
                 self._running.abort()
-            self._changed.notify_all()
-        if self._thread:
+            self._wanted.notify()
+        if self._thread is None:
+            if first:
+                self._shut(used=False)
+        elif not own_thread():
             self._thread.join()
-        self._residency.close()
-        self._buffers.clear()
-        self._device.close()
 
     def _work(self) -> None:
-        """The thread: a tick for the jobs in flight, again and again."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
-                if self._closed:
-                    self._end(self._jobs, UsageError(CLOSED))
-                    self._changed.notify_all()
-                    return
-                jobs = list(self._jobs)
+        """The thread's function."""
+        try:
+            while self._turn():
+                pass
+        finally:
+            with self.lock:
+                self._closed = True
+                self._end(self._jobs, UsageError(CLOSED))
+                self._jobs = []
+                self._notify(ended=True)
+            self._shut(used=True)
+
+    def _turn(self) -> bool:
+        """Wait for jobs and run one tick for them; False once the worker is closed."""
+        with self.lock:
+            while not (self._jobs or self._closed):
+                self._wanted.wait()
+            if self._closed:
+                return False
+            jobs = list(self._jobs)
+        try:
             self._tick(jobs)
-            with self._changed:
-                self._jobs = [job for job in self._jobs if not job.done]
-                self._changed.notify_all()
+        except BaseException as error:  # a defect of the scheduler: no job can go on
+            self._end(jobs, error)
+        with self.lock:
+            self._jobs = [job for job in self._jobs if not job.done]
+            self._notify(ended=any(job.done for job in jobs))
+        return True
+
+    def _notify(self, *, ended: bool) -> None:
+        self.ticked.notify_all()
+        if ended:
+            self.ended.notify_all()
+
+    def _shut(self, *, used: bool) -> None:
+        """Close sessions and device, whatever else fails."""
+        steps = (self._residency.close, self._buffers.clear, self._device.close, self._release)
+        for step in steps if used else steps[:3]:
+            try:
+                step()
+            except Exception as error:
+                log.warning("closing an engine: %s", error)
 
     def _tick(self, jobs: list[Job]) -> None:
-        """Run one batch; whatever goes wrong is the error of the jobs that it concerns, and of no other."""
-        begun = [job for job in jobs if self._alone(job, lambda job=job: job.begin(self._device))]
-        if not begun:
+        """Run one batch. An error ends the jobs that it concerns, and no other."""
+        self._end([job for job in jobs if job.cancelled], CancelledError())
+        begun = [j for j in jobs if not j.done and self._alone(j, lambda j=j: j.begin(self._device))]
+        batches = self._scheduler.next_batches(begun)
+        if not batches:
             return
-        shares = next_batches(begun, self._max_batch)
         try:
-            self._run(shares)
-        except BaseException as error:  # a run that closing ended is no fault of the engine
-            self._end([share.job for share in shares], UsageError(CLOSED) if self._closed else error)
+            self._run(batches)
+        except BaseException as error:  # closing aborts the run, which is no fault of the engine
+            self._end([batch.job for batch in batches], UsageError(CLOSED) if self._closed else error)
             return
-        for share in shares:
-            self._alone(share.job, lambda share=share: self._accept(share))
+        for batch in batches:
+            self._alone(batch.job, lambda batch=batch: self._accept(batch))
 
-    def _run(self, shares: list[TileBatch]) -> None:
+    def _run(self, batches: list[TileBatch]) -> None:
         """Gather, run the graph, blend."""
-        first = shares[0].job
+        first = batches[0].job
         role = first.current.role
         session = self._session(role, first.upcoming)
-        slots = [share.job.current.slot(tile) for share in shares for tile in share.tiles]
+        slots = [batch.job.current.slot(tile) for batch in batches for tile in batch.tiles]
         buffers = self._buffers[session.boundary]
         start = time.perf_counter()
         self._device.tick(slots, session, buffers)
+        self.ticks, self.tiles = self.ticks + 1, self.tiles + len(slots)
         if self._device.synchronous:
             self._costs.observe(role, len(slots), time.perf_counter() - start)
 
-    def _accept(self, share: TileBatch) -> None:
-        """Let a job know of its tiles, and fetch its result with the last of them."""
-        job = share.job
+    def _accept(self, batch: TileBatch) -> None:
+        """Tell a job that its tiles ran, and fetch its result after the last of them."""
+        job = batch.job
         if self._device.synchronous:
             job.check_finite()
-        job.accept(share.count)
+        job.accept(batch.count)
         if job.finished:
             if not self._device.synchronous:
                 job.check_finite()
@@ -140,7 +186,7 @@ class Worker:
     def _session(self, role: str, upcoming: str | None) -> Session:
         """The session of a role, bound to buffers that it shares with graphs of the same boundary."""
         session = self._residency.get(role, upcoming)
-        with self._changed:
+        with self.lock:
             if self._closed:
                 raise UsageError(CLOSED)
             self._running = session
@@ -154,7 +200,7 @@ class Worker:
         return session
 
     def _alone(self, job: Job, step: Callable[[], None]) -> bool:
-        """Take a step for one job; False where it failed, which ends that job."""
+        """Take a step for one job; False if it failed, which ends that job."""
         try:
             step()
         except BaseException as error:
@@ -164,4 +210,10 @@ class Worker:
 
     def _end(self, jobs: list[Job], error: BaseException) -> None:
         for job in jobs:
-            job.fail(error)
+            if not job.done:
+                job.fail(error)
+
+
+def own_thread() -> bool:
+    """Whether the current thread is one of the runtime's own, of any Upscaler."""
+    return threading.current_thread().name.startswith(THREAD_PREFIX)

@@ -1,12 +1,11 @@
 """Standard normal noise as a function of (seed, step, position).
 
-The generator is counter-based (Philox-4x64: Salmon et al., SC 2011), keyed by seed and step over the whole
-latent canvas. So the result depends neither on the tiling nor on the batch, the backend or the order of
-execution.
+The generator is counter-based (Philox-4x64: Salmon et al., SC 2011) and keyed by seed and step over the whole
+latent canvas. So results do not depend on tiling, batch, backend or order of execution.
 
-The raw words of NumPy's Philox are fixed across versions, while `Generator.standard_normal` may change; hence
-the step from uniform to normal (Box-Muller) is made here, in float64. Platforms may differ in the last bit of
-a float32.
+The raw words of NumPy's Philox are the same in all versions, but those of `Generator.standard_normal` may
+change, so the transformation from uniform to normal (Box-Muller) is done here, in float64. Platforms may
+differ in the last bit of a float32.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import math
 import numpy as np
 
 INITIAL_NOISE = -1
-"""The `step` of the noise that sampling starts from, x_T."""
+"""The `step` for x_T, the noise that sampling starts from."""
 
 ENCODING_NOISE = (1 << 64) - 2
-"""The `step` of the noise by which an encoder's latent is sampled."""
+"""The `step` for the noise with which an encoder's latent is sampled."""
 
-_BLOCK_WORDS = 1 << 16  # bounds the float64 temporaries to a few MB
+_BLOCK_WORDS = 1 << 16  # keeps the float64 temporaries to a few MB
 
 
 def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
@@ -51,7 +50,7 @@ def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | Non
 def _fill(block: np.ndarray, words: np.ndarray) -> None:
     """Box-Muller: word k gives elements 2k and 2k + 1 from its high (radius) and low (angle) 32 bits."""
     radius = (words >> np.uint64(32)).astype(np.float64)
-    radius += 0.5  # the uniform is in (0, 1): the radius ends at 6.8, and log(0) cannot occur
+    radius += 0.5  # the uniform is in (0, 1), so log(0) cannot occur and the radius is at most 6.8
     radius *= 2.0**-32
     np.log(radius, out=radius)
     radius *= -2.0

@@ -18,7 +18,7 @@ x0     d / sqrt(1 - a)                   sqrt(a_prev) - d * sqrt(a / (1 - a))
 v      sqrt(a * a_prev) + d * sqrt(1-a)  d * sqrt(a) - sqrt(a_prev * (1 - a))
 =====  ================================  ==========================================
 
-and the loop makes three multiplications and two additions an element, without a temporary array.
+and the loop makes three multiplications and two additions per element, without a temporary array.
 
 DPM-Solver++ (Lu et al., 2022, Algorithm 2: data prediction, multistep, second order) takes the step of DDIM
 (d = sqrt(1 - a_prev)) with x0 carried forward along the line through the x0 of the step before::
@@ -38,38 +38,57 @@ x0     0            1
 v      sqrt(a)      -sqrt(1 - a)
 =====  ===========  ====================
 
-The first step has none before it (w = 0); the last, which may be infinitely long in lambda, does without.
-What is remembered is an estimate of the clean latent, whichever expert made it, and stays one where the next
-expert takes over: `docs/architecture.md` has why it is kept there.
+The first step has no x0 before it, so its w is 0; so is that of the last step, which may be infinitely long
+in lambda. The remembered x0 is an estimate of the clean latent whichever expert made it, so it is kept when
+the next expert takes over; `docs/architecture.md` has the measurements.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from moesr.runtime.sampling.schedule import StepTable
+from moesr.runtime.sampling.schedule import Schedule, StepTable, step_table
 
-ETA = {"ddpm": 1.0, "ddim": 0.0, "dpm++2m": 0.0}
-"""Share of the posterior's noise that each sampler adds, by name."""
 
-MULTISTEP = ("dpm++2m",)
-"""Samplers that remember the x0 of the step before."""
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, as a row of SAMPLERS.
+
+    `eta` is the fraction of the posterior's noise that a step adds: 1 is DDPM, 0 is deterministic. A
+    `multistep` sampler remembers the x0 of the step before, so `advance` needs a history.
+    """
+
+    eta: float
+    multistep: bool = False
+
+    def table(self, schedule: Schedule, steps: int, ranges: Sequence[tuple[int, int]]) -> StepTable:
+        """The steps of one run; `ranges` and ValueError as for `step_table`."""
+        return step_table(schedule, steps, self.eta, ranges, multistep=self.multistep)
+
+
+SAMPLERS = {
+    "ddpm": Sampler(eta=1.0),
+    "ddim": Sampler(eta=0.0),
+    "dpm++2m": Sampler(eta=0.0, multistep=True),
+}
+"""Every sampler by its name in options, engines and checkpoints."""
 
 Prediction = Literal["eps", "x0", "v"]
-"""What a network predicts."""
+"""The quantity that a network predicts."""
 
 _ZERO = np.float32(0.0)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Scalars of one step, float32 (see the module's formulas); the last three are of multistep samplers.
+    """Scalars of one step, float32, as in the module's formulas. Only multistep samplers use the last three.
 
-    `c_history` weights the x0 of the step before, and this step's is `x_z * z_t + x_out * out`.
+    `c_history` weights the x0 of the step before; the x0 of this step is `x_z * z_t + x_out * out`.
     """
 
     c_z: np.float32
@@ -97,7 +116,7 @@ def coefficients(table: StepTable, step: int, prediction: Prediction = "eps") ->
 
 
 def _clean(a: float, prediction: Prediction) -> tuple[float, float]:
-    """What z_t and the network's output count for in x0, where alpha_bar is `a`."""
+    """The weights (x_z, x_out) of z_t and of the network's output in x0, at an alpha_bar of `a`."""
     if prediction == "eps":
         return 1.0 / math.sqrt(a), -math.sqrt((1.0 - a) / a)
     return (0.0, 1.0) if prediction == "x0" else (math.sqrt(a), -math.sqrt(1.0 - a))
@@ -111,17 +130,17 @@ def advance(
     scratch: np.ndarray,
     history: np.ndarray | None = None,
 ) -> None:
-    """Replace `z` (z_t) by z_{t-1}, in place, and `history`, the x0 of the step before, by this step's.
+    """Replace `z` (z_t) by z_{t-1}, in place, and `history`, the x0 of the step before, by that of this step.
 
-    All arrays are float32 of one shape; `out`, the prediction, and `noise` are only read, `scratch` is
-    overwritten. `noise` may be None where the step adds none, `history` where nothing is remembered;
-    ValueError where one is missing but needed.
+    All arrays are float32 of one shape. `out`, the prediction, and `noise` are only read; `scratch` is
+    overwritten. `noise` may be None if the step adds none, and `history` if the sampler is not multistep.
+    Raises ValueError if one is missing but needed.
     """
     if history is not None:
         np.multiply(history, c.c_history, out=scratch)
         np.multiply(z, c.x_z, out=history)
     elif c.c_history != 0:
-        raise ValueError("this step goes by the x0 of the step before but got none; pass the history")
+        raise ValueError("this step needs the x0 of the step before but got none; pass the history")
     np.multiply(z, c.c_z, out=z)
     if history is not None:
         np.add(z, scratch, out=z)

@@ -6,7 +6,7 @@ Symbols, as in the papers:
 `t`        training timestep, 0 (least noise) .. timesteps - 1 (pure noise)
 `step`     position in the sampler's list, 0 .. steps - 1, in the order of execution
 `beta`     variance that training adds at one timestep
-`alpha_bar` product of (1 - beta) up to and including t: the share of the signal left
+`alpha_bar` product of (1 - beta) up to and including t: the remaining signal, as a power
 `sigma`    standard deviation of the noise that one sampler step adds
 ========== =====================================================================================
 """
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 Spacing = Literal["leading", "linspace", "linspace_leading"]
-"""How the sampler's steps are spread over the timesteps, for S steps of T timesteps.
+"""How the sampler's S steps are spread over the T timesteps.
 
 ================== ================================ =============================== ==============
                    the network sees t               `alpha_bar` is taken at         the end
@@ -31,17 +31,20 @@ linspace           round(i (T - 1) / (S - 1))       t                           
 linspace_leading   round(i (T - 1) / (S - 1))       floor(i T / S)                  alpha_bar[0]
 ================== ================================ =============================== ==============
 
-The first is LDM's DDIM and MoE-SR, the second StableSR's DDPM, and the last StableSR's DDIM, where the
-network is told of more noise than there is. Halves round to even.
+The first is used by LDM's DDIM and by MoE-SR, the second by StableSR's DDPM, and the last by StableSR's DDIM,
+which tells the network of more noise than there is. Halves round to even.
 """
 
 MAX_TIMESTEPS = 100_000
-"""Most training timesteps of a schedule; the published models have 1000."""
+"""Largest number of training timesteps; the published models have 1000."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Scaled-linear noise schedule: `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`."""
+    """Scaled-linear noise schedule: `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`.
+
+    Raises ValueError unless 1 <= timesteps <= MAX_TIMESTEPS and 0 < beta_start <= beta_end < 1.
+    """
 
     timesteps: int = 1000
     beta_start: float = 0.0015
@@ -74,11 +77,11 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """What the sampler needs to know of each step, in the order of execution: row 0 has the highest t.
+    """The sampler's steps as columns, in the order of execution: row 0 has the highest t.
 
-    `t` and `expert` are int64 [S]; `alpha_bar`, `alpha_bar_prev` (of the next, less noisy timestep), `sigma`
-    and `extrapolation` (how far a multistep sampler carries x0 on from that of the step before; 0: not at
-    all) are float64 [S].
+    `t` and `expert` are int64 [S]. `alpha_bar`, `alpha_bar_prev` (at the next, less noisy timestep), `sigma`
+    and `extrapolation` are float64 [S]. `extrapolation` is the w of a multistep sampler, by which it carries
+    x0 forward from that of the step before; 0 means not at all.
     """
 
     t: np.ndarray
@@ -95,11 +98,11 @@ class StepTable:
 def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> np.ndarray:
     """Pick `steps` of `total` training timesteps: int64 [steps], ascending, each in [0, total - 1].
 
-    "leading": where `steps` divides `total` this is the published sampler's `range(0, total, total // steps)
-    + 1`. Elsewhere that list would have more than `steps` entries; here entry i is `floor(i * total / steps)
-    + 1`, which spreads exactly `steps` entries over the whole range. Only `steps == total` leaves no room for
-    the offset of one: then every timestep is taken once. The others run from 0 to `total - 1`; one step alone
-    is at `total - 1`.
+    "leading": if `steps` divides `total`, this is the published sampler's `range(0, total, total // steps)
+    + 1`. Otherwise that list would have more than `steps` entries; here entry i is `floor(i * total / steps)
+    + 1`, which spreads exactly `steps` entries over the whole range. With `steps == total` there is no room
+    for the offset of one, and every timestep is taken once. The other spacings run from 0 to `total - 1`; a
+    single step is at `total - 1`.
 
     Raises ValueError unless 1 <= steps <= total.
     """
@@ -108,7 +111,7 @@ def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> 
     if spacing != "leading":
         strides = np.full(steps, (total - 1) / max(steps - 1, 1))
         strides[0] = 0 if steps > 1 else total - 1
-        # summed up like the published list, whose rounding errors decide where halves go
+        # summed like the published list, because its rounding errors decide which way halves go
         return np.cumsum(strides).round().astype(np.int64)
     offset = 1 if steps < total else 0
     return np.arange(steps, dtype=np.int64) * total // steps + offset
@@ -124,10 +127,10 @@ def step_table(
 ) -> StepTable:
     """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
 
-    `ranges` holds one `(t_from, t_to)` an expert, `t_to` exclusive. Where the last step ends is a matter of
-    the schedule's spacing, as in the published samplers. `multistep`: DPM-Solver++(2M), whose steps are even
-    in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError for steps or eta out of range,
-    or where a timestep belongs to no expert or to several.
+    `ranges` holds one `(t_from, t_to)` per expert, `t_to` exclusive. The schedule's spacing decides where the
+    last step ends, as in the published samplers. `multistep` selects DPM-Solver++(2M), whose steps are even
+    in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError if steps or eta are out of
+    range, or if a timestep belongs to no expert or to several.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
@@ -147,10 +150,10 @@ def step_table(
 
 
 def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
-    """Which steps compute every level of their expert: bool [S], for the experts of the steps, int64 [S].
+    """Mark the steps that compute every level of their expert: bool [S], from the steps' experts, int64 [S].
 
-    The first of each expert and every `interval`-th after it; the others reuse deep features of the full one
-    before them, which is never another expert's.
+    These are the first step of each expert and every `interval`-th step after it. The others reuse deep
+    features of the full step before them, which is always one of the same expert.
     """
     full = np.ones(len(experts), bool)
     since = 0
@@ -163,8 +166,8 @@ def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
 def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
     """The timesteps nearest to even steps of `lambda = log(a / (1 - a)) / 2`, ascending, none of them twice.
 
-    From pure noise to the first step before alpha_bar[0], where the last one ends. The higher the order of a
-    sampler, the more it needs that: with steps even in t the last ones are several times longer in lambda.
+    They run from pure noise to one step before alpha_bar[0], at which the last step ends. With steps even in
+    t the last ones would be several times longer in lambda, which costs a sampler of higher order accuracy.
     """
     order, last = np.arange(steps), len(alpha_bar) - 1
     curve = np.log(alpha_bar / (1.0 - alpha_bar)) / 2.0  # falls with t
@@ -176,10 +179,10 @@ def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _extrapolation(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> np.ndarray:
-    """`w = h / (2 h_before)` of `sampling.samplers`, timesteps ascending; 0 for first and last step."""
+    """`w = h / (2 h_before)` as in `samplers`, timesteps ascending; 0 for the first and the last step."""
     w = np.zeros(len(alpha_bar))
     now, then = (np.log(a / (1.0 - a)) for a in (alpha_bar, alpha_bar_prev[1:]))
-    h = np.concatenate([[np.inf], then - now[1:]])  # the last step, in front here, is not asked for
+    h = np.concatenate([[np.inf], then - now[1:]])  # the last step, here in front, is not used
     w[1:-1] = h[1:-1] / (2.0 * h[2:])
     return w
 

@@ -1,9 +1,9 @@
 """Overlapping tiles over a canvas of any size, and their blending.
 
-Sampling aggregates the tiles' predictions at every step with Gaussian weights (StableSR, Section 3.3, Eq. 7);
-decoding blends the tiles' pixels once, with raised-cosine ramps over the overlap. Both are weighted means:
-`canvas = sum_n w_n / w_hat * tile_n` with `w_hat = sum_n w_n`, which leaves agreeing tiles as they are and
-gives pixels that only one tile covers (the image's border among them) that tile's value.
+Sampling aggregates the tiles' predictions at every step with Gaussian weights (StableSR, Section 3.3, Eq. 7).
+Decoding blends the tiles' pixels once, with raised-cosine ramps over the overlap. Both are weighted means,
+`canvas = sum_n w_n / w_hat * tile_n` with `w_hat = sum_n w_n`: tiles that agree are left as they are, and a
+pixel that only one tile covers (as at the image's border) gets that tile's value.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _GAUSSIAN_VARIANCE = 0.01  # in squared tile widths, the value of the mixture of
 
 
 def tile_origins(size: int, tile: int, overlap: int, *, strided: bool = False) -> list[int]:
-    """First positions of the fewest tiles that cover [0, size) with neighbours sharing at least `overlap`.
+    """First positions of the fewest tiles that cover [0, size) if neighbours share at least `overlap`.
 
-    Tiles are inside; the first starts at 0, the last ends at `size`. They are evenly spaced, or where
-    `strided` share exactly `overlap` but for the last. Raises ValueError where `size < tile` (pad first) or
-    not 0 <= overlap < tile.
+    Tiles lie inside; the first starts at 0 and the last ends at `size`. They are evenly spaced; with
+    `strided`, all but the last share exactly `overlap` with the tile before. Raises ValueError if
+    `size < tile` (pad first) or not 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile}, got {overlap}")
@@ -34,7 +34,7 @@ def tile_origins(size: int, tile: int, overlap: int, *, strided: bool = False) -
 
 
 def grid(height: int, width: int, tile: int, overlap: int, *, strided: bool = False) -> list[tuple[int, int]]:
-    """Origins (y, x) of the tiles that cover a canvas, row by row."""
+    """Origins (y, x) of the tiles that cover a canvas, row by row; ValueError as for `tile_origins`."""
     rows, columns = (tile_origins(size, tile, overlap, strided=strided) for size in (height, width))
     return [(y, x) for y in rows for x in columns]
 
@@ -43,7 +43,7 @@ def gaussian_weights(tile: int, lowered: float = 0.0) -> np.ndarray:
     """Weights for aggregation at every step: float32 [tile, tile], peak 1.
 
     The variance is 0.01 squared tile widths. The corners of a large tile get exp(-25), about 1e-11: small,
-    but never 0 in float32. `lowered`: pixels by which the centre lies below the middle.
+    but not 0 in float32. The centre lies `lowered` pixels below the middle.
     """
     offset = (np.arange(tile) - (tile - 1) / 2) / tile
     column, row = (np.exp(-(d**2) / (2.0 * _GAUSSIAN_VARIANCE)) for d in (offset - lowered / tile, offset))
@@ -54,8 +54,8 @@ def gaussian_weights(tile: int, lowered: float = 0.0) -> np.ndarray:
 def feather_weights(tile: int, overlap: int) -> np.ndarray:
     """Weights for blending decoded pixels: float32 [tile, tile], in (0, 1].
 
-    1 inside, falling to the edges over `overlap` as a raised cosine; tiles that overlap by exactly that much
-    have weights that sum to 1. Raises ValueError unless 0 <= overlap < tile.
+    They are 1 inside and fall to the edges over `overlap` as a raised cosine, so that the weights of tiles
+    that overlap by exactly that much sum to 1. Raises ValueError unless 0 <= overlap < tile.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile}, got {overlap}")
@@ -68,9 +68,9 @@ def feather_weights(tile: int, overlap: int) -> np.ndarray:
 def weight_sum(
     height: int, width: int, origins: Sequence[tuple[int, int]], weights: np.ndarray
 ) -> np.ndarray:
-    """Sum of the weights of all tiles at each place of a canvas, by which a mean divides: float32 [H, W].
+    """Sum of the weights of all tiles at each pixel of a canvas, the divisor of the mean: float32 [H, W].
 
-    `weights` float32 [tile, tile], positive. Raises ValueError where the tiles leave the canvas or do not
+    `weights` are float32 [tile, tile], positive. Raises ValueError if the tiles leave the canvas or do not
     cover it.
     """
     tile = len(weights)

@@ -30,6 +30,7 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling import noise
 from moesr.training.checkpoint import StableSRCheckpoint, load_checkpoint
 
@@ -151,7 +152,9 @@ def test_the_loop_reproduces_the_published_canvas(prediction, engines, checkpoin
         "expert_0": lambda row: model(row["z_t"][None], row["cond"][None], int(row["t"].item()))[0],
     }
     settings = Settings(steps=int(data["steps"]), sampler="ddpm", seed=0, fidelity=0.5)
-    job = Job(manifest, np.zeros((20 * FACTOR, 44 * FACTOR, 3), np.uint8), None, settings)
+    size = 20 * FACTOR, 44 * FACTOR
+    layout = TileLayout(manifest, *(side // manifest.scale for side in size))
+    job = Job(layout, np.zeros((*size, 3), np.uint8), None, settings)
     assert relative_l2(sampled_by(job, manifest, functions), data[f"{prediction}.canvas.x_0"][0]) < 1e-4
 
 

@@ -16,6 +16,7 @@ from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.loop.worker import Worker
 
 RNG = np.random.default_rng(3)
@@ -72,14 +73,23 @@ class Rig:
         values = {"steps": 4, "sampler": "ddpm", "seed": 1, "fidelity": 1.0} | options
         condition = RNG.integers(0, 256, (height, width, 3), np.uint8)
         lr = RNG.integers(0, 256, (height * 4, width * 4, 3), np.uint8) if lr is None else lr
+        layout = TileLayout(self.manifest, *(side // self.manifest.scale for side in lr.shape[:2]))
         latent = self.manifest.condition == "latent"
-        return Job(self.manifest, lr, None if latent else condition, Settings(**values))
+        return Job(layout, lr, None if latent else condition, Settings(**values))
 
     def run(self, *jobs: Job) -> None:
         for job in jobs:
             self.worker.submit(job)
         for job in jobs:
-            self.worker.wait(job, lambda: None)
+            self.wait(job)
+
+    def wait(self, job: Job) -> None:
+        """Wait for a job; raises its error."""
+        with self.worker.lock:
+            while not job.done:
+                assert self.worker.ended.wait(120)
+        if job.error:
+            raise job.error
 
 
 def unit(pixels: np.ndarray) -> np.ndarray:

@@ -24,10 +24,12 @@ from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError, UsageError
 from moesr.runtime.images import provenance
 from moesr.runtime.loop.admission import Admission, feature_bytes
+from moesr.runtime.loop.graph_memory import GraphMemory
+from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import sampling_grid
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling import noise, samplers
-from moesr.runtime.sampling.schedule import full_steps, step_table
+from moesr.runtime.sampling.schedule import full_steps
 
 RNG = np.random.default_rng(12)
 Row = Mapping[str, np.ndarray]
@@ -67,9 +69,7 @@ def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int],
     job = rig.job(*size, sampler=sampler, steps=12, reuse=2)
     rig.run(job)
     assert job._condition is not None
-    multistep = sampler in samplers.MULTISTEP
-    eta, ranges = samplers.ETA[sampler], manifest.expert_ranges
-    table = step_table(manifest.schedule, 12, eta, ranges, multistep=multistep)
+    table = samplers.SAMPLERS[sampler].table(manifest.schedule, 12, manifest.expert_ranges)
     cond, z = unit(job._condition), noise.gaussian(1, noise.INITIAL_NOISE, (3, *size)).astype(np.float64)
     history, deep, full = np.zeros(z.shape), np.zeros(z.shape), full_steps(table.expert, 2)
     for step, k in enumerate(table.expert):
@@ -161,14 +161,15 @@ def test_both_graphs_of_an_expert_stay_where_memory_is_short(manifest: Manifest)
 
 @pytest.mark.parametrize(("reuse", "guidance", "copies"), [(1, 1.0, 0), (2, 1.0, 1), (2, 4.0, 2)])
 def test_room_is_kept_for_the_features(manifest: Manifest, reuse: int, guidance: float, copies: int):
-    settings = Settings(4, "ddpm", 1, 1.0, guidance, reuse)
-    tiles = len(sampling_grid(manifest, 40, 23))
-    assert feature_bytes(manifest, 40, 23, settings) == copies * tiles * 6 * 16 * 16 * 4
+    settings, layout = Settings(4, "ddpm", 1, 1.0, guidance, reuse), TileLayout(manifest, 40, 23)
+    tiles = len(layout.sampling)
+    assert feature_bytes(layout, settings) == copies * tiles * 6 * 16 * 16 * 4
 
 
 def test_a_reservation_counts_them(manifest: Manifest, tmp_path: Path):
-    admission = Admission(manifest, tmp_path / "engine", "cpu", 1, lambda: frozenset(manifest.graphs))
-    plain, reused = (admission.reserve(40, 23, Settings(4, "ddpm", 1, 1.0, 1.0, n)) for n in (1, 2))
+    graphs = GraphMemory(manifest, tmp_path / "engine", "cpu", 1)
+    admission, layout = Admission(graphs, Residency(lambda role: None, True)), TileLayout(manifest, 40, 23)  # type: ignore[arg-type]
+    plain, reused = (admission.reserve(layout, Settings(4, "ddpm", 1, 1.0, 1.0, n)) for n in (1, 2))
     assert plain and reused and reused.counts[0] > plain.counts[0]
 
 

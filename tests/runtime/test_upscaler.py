@@ -20,6 +20,7 @@ from moesr.runtime.engine.manifest_file import read_manifest, write_manifest
 from moesr.runtime.images.planes import fill_transparent
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.loop import admission, processing
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.system import memory
 
 RNG = np.random.default_rng(11)
@@ -207,7 +208,7 @@ def test_the_next_image_is_fetched_while_one_is_worked_on(engine: Path):
 def test_images_wait_for_memory_that_others_in_flight_may_take(engine: Path, monkeypatch: pytest.MonkeyPatch):
     with Upscaler(engine) as up:
         up(image(64, 64), steps=1)
-        need = admission.image_bytes(up.manifest, 64, 64)
+        need = admission.image_bytes(TileLayout(up.manifest, 64, 64))
         monkeypatch.setattr(memory, "available_bytes", lambda: int(1.5 * need))
         most: list[int] = []
         prepare = processing.prepare
@@ -234,7 +235,7 @@ def test_a_suspended_iterator_does_not_hold_up_others(engine: Path, monkeypatch:
     """Its finished images hold memory that shows as taken; nothing would ever free it by waiting."""
     with Upscaler(engine) as up:
         up(image(64, 64), steps=1)
-        need = admission.image_bytes(up.manifest, 64, 64)
+        need = admission.image_bytes(TileLayout(up.manifest, 64, 64))
         monkeypatch.setattr(memory, "available_bytes", lambda: int(2.5 * need))
         results = up.map([image(64, 64) for _ in range(3)], steps=1)
         next(results)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moesr.runtime.errors import InputError, OutputError, UsageError
-from moesr.runtime.sampling.samplers import ETA
-from moesr.runtime.sampling.schedule import StepTable, step_table
+from moesr.runtime.sampling.samplers import SAMPLERS
+from moesr.runtime.sampling.schedule import StepTable
 from moesr.runtime.system import console
 from moesr.runtime.system.files import new_file, reason
 from moesr.training.checkpoint import Checkpoint
@@ -114,8 +114,8 @@ def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler
     """How stage 1 makes latents."""
     model = recipe.model
     try:
-        eta, steps = ETA[model.sampler], recipe.decoder.latent_steps
-        table = step_table(model.schedule, steps, eta, model.expert_ranges)
+        steps = recipe.decoder.latent_steps
+        table = SAMPLERS[model.sampler].table(model.schedule, steps, model.expert_ranges)
     except ValueError as error:
         raise UsageError(f"decoder.latent_steps: {error}") from error
     first_stage = start.decoder().to(device)

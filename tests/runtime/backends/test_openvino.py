@@ -26,7 +26,7 @@ from moesr.runtime.devices.interface import Session
 from moesr.runtime.engine.graph_spec import Arrangement, Boundary, Graph
 from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest_file import read_manifest
-from moesr.runtime.loop.admission import HOST, Admission, _activation_bytes
+from moesr.runtime.loop.graph_memory import GraphMemory, _activation_bytes
 
 pytest.importorskip("openvino")
 
@@ -182,11 +182,11 @@ def test_command_line(tmp_path: Path, engine: Path, capsys: pytest.CaptureFixtur
 def test_working_memory_of_every_session_counts(engine: Path):
     manifest = read_manifest(engine)
     shared, apart = (
-        Admission(manifest, engine, "cpu", 1, frozenset, shared=way.shares_memory)
+        GraphMemory(manifest, engine, "cpu", 1, shared=way.shares_memory)
         for way in (backend("onnxruntime"), backend())
     )
     work = [_activation_bytes(manifest, role, 1) for role in manifest.graphs]
-    assert apart._engine_bytes(HOST) - shared._engine_bytes(HOST) == sum(work) - max(work)
+    assert apart.work - shared.work == sum(work) - max(work)
 
 
 def test_directory_that_cannot_be_written_is_done_without(

@@ -184,8 +184,8 @@ def test_values_that_are_not_finite_end_their_job_alone(manifest, tmp_path):
     for job in jobs:
         rig.worker.submit(job)
     with pytest.raises(NonFiniteError, match="expert"):
-        rig.worker.wait(jobs[0], lambda: None)
-    rig.worker.wait(jobs[1], lambda: None)
+        rig.wait(jobs[0])
+    rig.wait(jobs[1])
     assert np.isfinite(jobs[1].image).all()
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import simulated_backend
 from engines import build_engine
+from recording import FakeSession
 
 from moesr.runtime import Upscaler
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import Backend
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import MemoryLimitError
-from moesr.runtime.loop import admission
-from moesr.runtime.loop.admission import BESIDE_GPU, GPU, Admission
+from moesr.runtime.loop import admission, graph_memory
+from moesr.runtime.loop.admission import Admission
+from moesr.runtime.loop.graph_memory import BESIDE_GPU, GPU, HOST, WIDE, GraphMemory, MemoryPool
+from moesr.runtime.loop.residency import Residency
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.system import memory
 
 SIZE = 64, 64
@@ -31,14 +34,16 @@ class Rig:
         self.manifest = read_manifest(build_engine(directory))
         self.gpu, self.host = 1 << 40, 1 << 40
         monkeypatch.setattr(memory, "available_bytes", lambda: self.host)
-        roles = frozenset(self.manifest.graphs)
-        self.admission = Admission(
-            self.manifest, directory, "gpu", 4, lambda: roles, gpu_bytes=lambda: self.gpu
-        )
+        self.layout = TileLayout(self.manifest, *SIZE)
+        self.graphs = GraphMemory(self.manifest, directory, "gpu", 4, gpu_bytes=lambda: self.gpu)
+        residency = Residency(lambda role: FakeSession(self.manifest.graphs[role], np.asarray), True)
+        for role in self.manifest.graphs:
+            residency.get(role, None)
+        self.admission = Admission(self.graphs, residency)
         self.admission.warm = True
 
-    def need(self, place: admission.MemoryPool) -> int:
-        return admission.image_bytes(self.manifest, *SIZE, place)
+    def need(self, pool: MemoryPool) -> int:
+        return admission.image_bytes(self.layout, pool)
 
 
 @pytest.fixture
@@ -49,28 +54,28 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
 def test_an_image_that_the_gpu_has_no_room_for_is_refused(rig: Rig):
     rig.gpu = rig.need(GPU) - 1
     with pytest.raises(MemoryLimitError, match=r"64x64 to 256x256 .* of memory of the GPU, .* are free"):
-        rig.admission.reserve(*SIZE)
+        rig.admission.reserve(rig.layout)
 
 
 def test_the_host_has_to_have_room_too(rig: Rig):
     rig.host = rig.need(BESIDE_GPU) - 1
     with pytest.raises(MemoryLimitError, match=r"needs about .* of memory, .* are free"):
-        rig.admission.reserve(*SIZE)
+        rig.admission.reserve(rig.layout)
 
 
 def test_a_second_image_waits_for_the_first(rig: Rig):
     rig.gpu = int(1.5 * rig.need(GPU))
-    room = rig.admission.reserve(*SIZE)
-    assert room and rig.admission.reserve(*SIZE) is None
-    room.job = SimpleNamespace(done=True)  # type: ignore[assignment]
-    assert rig.admission.reserve(*SIZE)
+    room = rig.admission.reserve(rig.layout)
+    assert room and rig.admission.reserve(rig.layout) is None
+    room.release()
+    assert rig.admission.reserve(rig.layout)
 
 
 def test_whether_all_graphs_stay_is_for_the_gpu_to_say(rig: Rig, tmp_path: Path):
-    weights = sum(rig.admission._weights.values())
+    weights = sum(rig.graphs.weights.values())
     for free, want in ((int(2 * GPU.held * weights) + 2, True), (int(2 * GPU.held * weights) - 2, False)):
         rig.gpu = free
-        made = Admission(rig.manifest, tmp_path / "engine", "gpu", 4, frozenset, gpu_bytes=lambda: rig.gpu)
+        made = GraphMemory(rig.manifest, tmp_path / "engine", "gpu", 4, gpu_bytes=lambda: rig.gpu)
         assert made.keep_all is want
 
 
@@ -86,13 +91,13 @@ def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypat
             device._collect()
             device._driver.set_free(nbytes)
 
-        need = admission.image_bytes(up.manifest, *SIZE, GPU)
+        need = admission.image_bytes(TileLayout(up.manifest, *SIZE), GPU)
         leave(int(1.5 * need))
         most: list[int] = []
         reserve = up._admission.reserve
 
-        def spy(*size: int):
-            room = reserve(*size)
+        def spy(*arguments: Any):
+            room = reserve(*arguments)
             most.append(sum(r.stands for r in up._admission._reservations))
             return room
 
@@ -103,7 +108,7 @@ def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypat
         leave(need // 2)
         with pytest.raises(MemoryLimitError, match="memory of the GPU"):
             up(IMAGE, steps=2)
-        monkeypatch.setattr(up._admission, "reserve", lambda *size: admission.Reservation((0, 0)))
+        monkeypatch.setattr(up._admission, "reserve", lambda *arguments: admission.Reservation((0, 0)))
         with pytest.raises(MemoryLimitError, match="no memory"):  # the driver's own refusal ends the image
             up(IMAGE, steps=2)
         leave(1 << 30)
@@ -116,23 +121,23 @@ def test_a_wide_graph_takes_less_over_its_weights(tmp_path, monkeypatch):
     manifest = read_manifest(directory)
     need = []
     for limit in (1 << 30, 0):
-        monkeypatch.setattr(admission, "WIDE_BYTES", limit)
-        made = Admission(manifest, directory, "cpu", 1, frozenset)
+        monkeypatch.setattr(graph_memory, "WIDE_BYTES", limit)
+        made = GraphMemory(manifest, directory, "cpu", 1)
         made.keep_all = False
-        need.append(made._engine_bytes(admission.HOST) - made._work)
-    sizes = sorted(made._weights.values())
-    narrow, wide = ((p.held * sizes[0] + p.opening * sizes[1]) for p in (admission.HOST, admission.WIDE))
+        need.append(made.needed(HOST, frozenset(), warm=True))
+    sizes = sorted(made.weights.values())
+    narrow, wide = ((p.held * sizes[0] + p.opening * sizes[1]) for p in (HOST, WIDE))
     assert need == [int(narrow), int(wide)]
 
 
 def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
     directory = build_engine(tmp_path / "engine")
     manifest = read_manifest(directory)
-    whole = Admission(manifest, directory, "cpu", 1, frozenset)
-    size = int(admission.HOST.held * sum(whole._weights.values()))
+    whole = GraphMemory(manifest, directory, "cpu", 1)
+    size = int(HOST.held * sum(whole.weights.values()))
     for small, at_once, want in ((size, True, True), (size - 1, True, False), (size - 1, False, True)):
-        monkeypatch.setattr(admission, "SMALL", small)
-        made = Admission(manifest, directory, "cpu", 1, frozenset, at_once=at_once)
+        monkeypatch.setattr(graph_memory, "SMALL", small)
+        made = GraphMemory(manifest, directory, "cpu", 1, at_once=at_once)
         assert made.keep_all is want
 
 

@@ -21,7 +21,7 @@ from moesr.runtime.images import planes
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.loop import processing
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import Frame, frame_of, sampling_grid, sampling_window
+from moesr.runtime.loop.tile_layout import Frame, TileLayout, sampling_window
 from moesr.runtime.sampling.tiles import gaussian_weights, tile_origins, weight_sum
 from moesr.runtime.system import memory
 
@@ -53,20 +53,20 @@ FRAMES = {
 @pytest.mark.parametrize("size", FRAMES, ids=str)
 def test_frames(size: tuple[int, int], manifest: Manifest):
     padded, enlarged = FRAMES[size]
-    assert frame_of(replace(manifest, framing=Framing()), *size) == padded
-    assert frame_of(manifest, *size) == enlarged
-    assert enlarged.latent(4) == (enlarged.canvas[0] // 4, enlarged.canvas[1] // 4)
+    assert TileLayout(replace(manifest, framing=Framing()), *size).frame == padded
+    assert TileLayout(manifest, *size).frame == enlarged
+    assert TileLayout(manifest, *size).latent == (enlarged.canvas[0] // 4, enlarged.canvas[1] // 4)
 
 
 def test_factors_that_do_not_divide_the_scale(manifest: Manifest):
     """Padding where images are padded is of whole LR pixels."""
     eight = replace(manifest, latent_factor=8, scale=4)
-    assert frame_of(eight, 17, 21).canvas == (72, 88)
-    assert frame_of(replace(eight, framing=Framing()), 17, 21).canvas == (72, 88)
+    assert TileLayout(eight, 17, 21).frame.canvas == (72, 88)
+    assert TileLayout(replace(eight, framing=Framing()), 17, 21).frame.canvas == (72, 88)
     three = replace(manifest, latent_factor=4, scale=3, tile=64)
-    assert frame_of(three, 23, 23).canvas == (72, 72)
-    assert frame_of(replace(three, framing=Framing()), 23, 23).canvas == (72, 72)
-    assert frame_of(three, 22, 22) == Frame((66, 66), (68, 68))
+    assert TileLayout(three, 23, 23).frame.canvas == (72, 72)
+    assert TileLayout(replace(three, framing=Framing()), 23, 23).frame.canvas == (72, 72)
+    assert TileLayout(three, 22, 22).frame == Frame((66, 66), (68, 68))
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 32), (96, 32), (16, 8), (64, 48)])
@@ -86,9 +86,9 @@ def test_published_window(tile: int):
 
 def test_the_manifest_says_which(manifest: Manifest):
     even = replace(manifest, framing=Framing())
-    assert sampling_grid(manifest, 20, 31)[:4] == [(0, 0), (0, 8), (0, 15), (4, 0)]
-    assert sampling_grid(even, 20, 31)[:4] == [(0, 0), (0, 7), (0, 15), (4, 0)]
-    grids = [(manifest, sampling_grid(manifest, 41, 77)), (even, sampling_grid(even, 41, 77))]
+    assert TileLayout(manifest, 20, 31).sampling[:4] == [(0, 0), (0, 8), (0, 15), (4, 0)]
+    assert TileLayout(even, 20, 31).sampling[:4] == [(0, 0), (0, 7), (0, 15), (4, 0)]
+    grids = [(manifest, TileLayout(manifest, 41, 77).sampling), (even, TileLayout(even, 41, 77).sampling)]
     for given, grid in grids:
         assert weight_sum(41, 77, grid, sampling_window(given)).min() > 0
     assert len(grids[0][1]) > len(grids[1][1])
@@ -122,7 +122,7 @@ def test_an_image_in_stablesrs_frame(engine: Path, size: tuple[int, int], dtype:
 def test_the_model_sees_16_bits(manifest: Manifest):
     lr = RNG.integers(0, 256, (16, 20, 3), np.uint8)
     settings = Settings(steps=1, sampler="ddim", seed=0, fidelity=1.0)
-    job = processing.prepare(manifest, planes.split(lr), settings)
+    job = processing.prepare(TileLayout(manifest, 16, 20), planes.split(lr), settings)
     tensor = torch.from_numpy(lr.astype(np.float32)).permute(2, 0, 1)[None] / 255
     want = F.interpolate(tensor, scale_factor=4, mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1).numpy()
     assert job.lr.dtype == np.uint16

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,7 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError, NonFiniteError, UsageError
 from moesr.runtime.loop.cost_model import Costs
-from moesr.runtime.loop.scheduler import CATCH_UP, next_batches
-from moesr.runtime.loop.tile_layout import sampling_grid
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling import noise, samplers
 from moesr.runtime.sampling.schedule import step_table
 
@@ -31,7 +30,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return read_manifest(build_engine(tmp_path / "engine"))  # 16 latent pixels a tile
 
 
-@pytest.mark.parametrize("sampler", samplers.ETA)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 @pytest.mark.parametrize("size", [(16, 16), (16, 17), (40, 23)], ids=str)
 def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int], sampler: str):
     rig = Rig(manifest)
@@ -39,10 +38,8 @@ def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int],
     rig.run(job)
 
     cond, z = unit(job._condition), noise.gaussian(1, noise.INITIAL_NOISE, (3, *size)).astype(np.float64)
-    multistep, history = sampler in samplers.MULTISTEP, 0.0
-    table = step_table(
-        manifest.schedule, 7, samplers.ETA[sampler], manifest.expert_ranges, multistep=multistep
-    )
+    history = 0.0
+    table = samplers.SAMPLERS[sampler].table(manifest.schedule, 7, manifest.expert_ranges)
     for step in range(7):
         c = samplers.coefficients(table, step)
         eps = 0.9 * z + 0.1 * cond + 1e-4 * table.t[step]
@@ -142,46 +139,20 @@ def test_a_device_that_is_behind_tells_of_nan_at_the_end(manifest: Manifest):
     rig.worker.submit(bad)
     rig.worker.submit(good)
     with pytest.raises(NonFiniteError, match="expert_"):
-        rig.worker.wait(bad, lambda: None)
-    rig.worker.wait(good, lambda: None)
+        rig.wait(bad)
+    rig.wait(good)
     assert np.isfinite(good.image).all()
 
 
 def test_batches_fill_up_over_jobs(manifest: Manifest):
     rig = Rig(manifest, max_batch=4)
     jobs = [rig.job(16, 16, seed=k, fidelity=k / 4) for k in range(4)]
-    with rig.worker._changed:  # nothing runs before all are in flight
+    with rig.worker.lock:  # nothing runs before all are in flight
         for job in jobs:
             rig.worker.submit(job)
     for job in jobs:
-        rig.worker.wait(job, lambda: None)
+        rig.wait(job)
     assert all(session.batches == [4] for session in rig.sessions.values())
-
-
-def waiting(group: str, rounds: int, tiles: int = 1, cursor: int = 0) -> Any:
-    """What the policy looks at of a job."""
-    current = SimpleNamespace(group=group, tiles=range(tiles), cursor=cursor)
-    return SimpleNamespace(current=current, rounds=rounds)
-
-
-def picked(jobs: list[Any], limit: int) -> list[tuple[int, int]]:
-    return [(jobs.index(share.job), share.count) for share in next_batches(jobs, limit)]
-
-
-def test_the_oldest_job_leads_and_others_fill():
-    jobs = [waiting("a", 5, tiles=6, cursor=4), waiting("b", 5), waiting("a", 4, tiles=9), waiting("a", 5)]
-    assert picked(jobs, 1) == [(0, 1)]
-    assert picked(jobs, 4) == [(0, 2), (2, 2)]
-    assert picked(jobs, 12) == [(0, 2), (2, 9), (3, 1)]
-
-
-def test_jobs_that_began_a_little_later_catch_up():
-    late, far = waiting("a", 6 - CATCH_UP), waiting("a", 5 - CATCH_UP)
-    jobs = [waiting("b", 6), late, far]
-    assert picked(jobs, 4) == [(1, 1), (2, 1)]
-    assert picked(jobs, 1) == [(0, 1)]  # there is no room to win
-    assert picked([jobs[0], far], 4) == [(0, 1)]  # too far behind to wait for
-    assert picked([jobs[0], waiting("a", 7)], 4) == [(0, 1)]
 
 
 def test_one_value_a_run_is_never_mixed(tmp_path: Path):
@@ -200,7 +171,7 @@ def test_every_planned_tile_runs(manifest: Manifest):
     job = rig.job(40, 23, steps=6)
     rig.run(job)
     assert job.ran == job.planned == {role: sum(s.batches) for role, s in rig.sessions.items()}
-    assert len(sampling_grid(manifest, 40, 23)) == 6
+    assert len(TileLayout(manifest, 40, 23).sampling) == 6
 
 
 def test_only_visited_experts_are_loaded(manifest: Manifest):
@@ -275,8 +246,8 @@ def test_non_finite_output_fails_one_job_and_names_the_graph(tmp_path: Path, max
     rig.worker.submit(bad)
     rig.worker.submit(good)
     with pytest.raises(NonFiniteError, match=r"expert_3\.onnx: NaN or infinite .*fp16.*float32"):
-        rig.worker.wait(bad, lambda: None)
-    rig.worker.wait(good, lambda: None)
+        rig.wait(bad)
+    rig.wait(good)
     assert np.isfinite(good.image).all()
 
 
@@ -294,8 +265,8 @@ def test_memory_that_one_image_lacks_is_its_own_error(manifest: Manifest):
     rig.worker.submit(large)
     rig.worker.submit(small)
     with pytest.raises(MemoryError):
-        rig.worker.wait(large, lambda: None)
-    rig.worker.wait(small, lambda: None)
+        rig.wait(large)
+    rig.wait(small)
 
 
 def test_a_defect_reaches_the_images_that_it_concerns(manifest: Manifest):
@@ -308,9 +279,9 @@ def test_a_defect_reaches_the_images_that_it_concerns(manifest: Manifest):
     bad, good = rig.job(16, 16, fidelity=0.0), rig.job(16, 16)
     rig.worker.submit(bad)
     rig.worker.submit(good)
-    rig.worker.wait(good, lambda: None)
+    rig.wait(good)
     with pytest.raises(ZeroDivisionError):
-        rig.worker.wait(bad, lambda: None)
+        rig.wait(bad)
 
 
 def test_submitting_and_cancelling_do_not_wait_for_a_graph(manifest: Manifest):
@@ -330,9 +301,12 @@ def test_submitting_and_cancelling_do_not_wait_for_a_graph(manifest: Manifest):
     rig.worker.submit(kept)
     rig.worker.cancel(running)
     go_on.set()
-    rig.worker.wait(kept, lambda: None)
+    rig.wait(kept)
     assert dropped.ran.total() == 0
     assert running.ran.total() <= 1
+    for job in (dropped, running):
+        with pytest.raises(CancelledError):
+            rig.wait(job)
 
 
 def test_closing_ends_what_is_in_flight(manifest: Manifest):
@@ -343,7 +317,7 @@ def test_closing_ends_what_is_in_flight(manifest: Manifest):
     assert started.wait(60)
     rig.worker.close()
     with pytest.raises(UsageError, match="closed"):
-        rig.worker.wait(job, lambda: None)
+        rig.wait(job)
     with pytest.raises(UsageError, match="closed"):
         rig.worker.submit(rig.job(16, 16))
 

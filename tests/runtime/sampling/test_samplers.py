@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative_l2
 
-from moesr.runtime.sampling.samplers import ETA, Prediction, advance, coefficients
+from moesr.runtime.sampling.samplers import SAMPLERS, Prediction, advance, coefficients
 from moesr.runtime.sampling.schedule import Schedule, StepTable, step_table
 
 SHAPE = (3, 24, 20)
@@ -63,7 +63,7 @@ def test_every_prediction_takes_the_same_step(step: int, eta: float, prediction:
 
 
 def test_deterministic_sampler_with_the_true_eps_returns_to_x0():
-    table = make_table(50, ETA["ddim"])
+    table = make_table(50, SAMPLERS["ddim"].eta)
     x0, eps, scratch = normal(1), normal(2), np.empty(SHAPE, np.float32)
     first, last = table.alpha_bar[0], table.alpha_bar_prev[-1]
     z = (np.sqrt(first) * x0 + np.sqrt(1 - first) * eps).astype(np.float32)
@@ -74,7 +74,7 @@ def test_deterministic_sampler_with_the_true_eps_returns_to_x0():
 
 @pytest.mark.parametrize("steps", [200, 50, 7, 1000])
 def test_ddpm_sigma_is_the_posterior_of_the_respaced_chain(steps):
-    table = make_table(steps, ETA["ddpm"])
+    table = make_table(steps, SAMPLERS["ddpm"].eta)
     # q(x_{t-1} | x_t, x0) multiplies two Gaussians, so precisions add: one of the prior q(x_{t-1} | x0),
     # one of the likelihood q(x_t | x_{t-1}) of the respaced chain.
     alpha = table.alpha_bar / table.alpha_bar_prev
@@ -85,7 +85,7 @@ def test_ddpm_sigma_is_the_posterior_of_the_respaced_chain(steps):
 
 
 def test_ddpm_mean_is_the_posterior_mean():
-    table = make_table(50, ETA["ddpm"])
+    table = make_table(50, SAMPLERS["ddpm"].eta)
     step = 20
     a, a_prev = table.alpha_bar[step], table.alpha_bar_prev[step]
     alpha, x0, eps = a / a_prev, normal(3), normal(4)

@@ -1,0 +1,122 @@
+"""Estimates of the memory that an engine's graphs take, and whether all of them may stay in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.loop.cost_model import macs_of
+from moesr.runtime.system import memory
+
+
+@dataclass(frozen=True)
+class MemoryPool:
+    """A memory that graphs and images take up, with the factors that estimate how much.
+
+    An open graph takes `held` times the bytes of its weights, and `opening` times while it is being opened.
+    An image takes `pixel_bytes` per pixel of its canvas.
+    """
+
+    name: str
+    held: float
+    opening: float
+    pixel_bytes: int
+
+
+HOST = MemoryPool("memory", 2.0, 3.5, 40)
+"""A CPU that runs graphs and keeps transformed kernels, measured on full-width networks with ONNX Runtime.
+
+A pixel is in the resized LR image, the decoded sums, their weights, one color plane, the result and latents.
+"""
+
+WIDE, WIDE_BYTES = MemoryPool("memory", 1.5, 2.25, 40), 1 << 30
+"""A CPU, for a graph with more bytes of weights than WIDE_BYTES: few of its kernels are kept transformed.
+
+StableSR's expert was measured at 1.35 and 2.0 with ONNX Runtime.
+"""
+
+SMALL = 1 << 30
+"""Graphs that together take at most this many bytes stay in memory even if they open at once."""
+
+BESIDE_GPU = MemoryPool("memory", 0.0, 1.0, 40)
+"""The host beside a GPU that runs the graphs; it only reads their files."""
+
+GPU = MemoryPool("memory of the GPU", 1.25, 1.5, 24)
+"""Estimated, not measured. A pixel is in the 16-bit LR image, the decoded sums, their weights and latents."""
+
+
+class GraphMemory:
+    """The memory of an engine's graphs on the pools where they run.
+
+    `pools` are those that graphs and images take memory from, first the one where graphs run. `keep_all` says
+    whether all graphs may stay in memory.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        directory: Path,
+        target: str,
+        max_batch: int,
+        *,
+        shared: bool = True,
+        at_once: bool = False,
+        gpu_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """`shared`: all graphs use one working memory. `at_once`: graphs open so fast that large ones need
+        not stay. `gpu_bytes` tells the free memory of the GPU that runs the graphs; None if the CPU does.
+        """
+        self.weights = {r: _weight_bytes(manifest, directory, r, target) for r in manifest.graphs}
+        self._gpu_bytes = gpu_bytes
+        self.pools = (GPU, BESIDE_GPU) if gpu_bytes else (HOST,)
+        main = self.pools[0]
+        free = self.free_bytes(main)
+        held = sum(pool_of(size, main).held * size for size in self.weights.values())
+        self.keep_all = (free is None or held <= free // 2) and (held <= SMALL or not at_once)
+        work = sorted(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
+        self.work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
+
+    def free_bytes(self, pool: MemoryPool) -> int | None:
+        """Free bytes of a pool; None if that cannot be told."""
+        return self._gpu_bytes() if pool is GPU and self._gpu_bytes else memory.available_bytes()
+
+    def needed(self, pool: MemoryPool, loaded: frozenset[str], *, warm: bool) -> int:
+        """Bytes of a pool that the graphs have yet to take.
+
+        `loaded` are the roles in memory; `warm` says that the working memory is taken already.
+        """
+        sizes = sorted(size for role, size in self.weights.items() if role not in loaded)
+        coming = [(pool_of(size, pool), size) for size in (sizes if self.keep_all else sizes[-2:])]
+        weights = sum(p.held * size for p, size in coming)
+        weights += max(((p.opening - p.held) * size for p, size in coming), default=0)
+        working = pool is self.pools[0] and not warm
+        return int(weights) + (self.work if working else 0)
+
+
+def pool_of(size: int, pool: MemoryPool) -> MemoryPool:
+    """The factors that apply to a graph with `size` bytes of weights."""
+    return WIDE if pool is HOST and size > WIDE_BYTES else pool
+
+
+def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:
+    """Bytes of a graph's weights as a session holds them: float32 unless the graph computes in less."""
+    graph = manifest.graphs[role]
+    arrangement = graph.arrangement(target)
+    size = sum((directory / file.file).stat().st_size for file in arrangement.files)
+    sharing = [g for g in manifest.graphs.values() if {*g.arrangement(target).data} & {*arrangement.data}]
+    if most := max((g.params for g in sharing), default=0):
+        size = size * graph.params // most
+    return max(size, 4 * graph.params) if arrangement.precision in ("fp32", "bf16") else size
+
+
+def _activation_bytes(manifest: Manifest, role: str, batch: int) -> int:
+    """Estimate of the working memory of a graph, for `batch` tiles.
+
+    A network that spends M multiply-accumulates per pixel is about sqrt(M) channels wide, however these are
+    spread over its levels. That many float32 values per pixel is near the peak of the published networks.
+    """
+    graph = manifest.graphs[role]
+    return int(batch * 4 * math.sqrt(macs_of(role, graph) * graph.pixels()))

@@ -1,0 +1,73 @@
+"""The handle of a submitted image: a future that can be cancelled at any time and knows its progress."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """The progress of one image.
+
+    `stage` is "waiting" (for memory), "preparing", "encoding", "sampling", "decoding" or "finishing", and in
+    the end "done", "failed" or "cancelled". `fraction`, 0 to 1, is the part of the estimated work that is
+    done. `seconds_left` is an estimate that takes the other images in flight into account. `position` is 1
+    for the image that gets memory next, 2 for the one after it, and so on; 0 once it has memory.
+    """
+
+    fraction: float
+    stage: str
+    seconds_left: float
+    position: int
+
+
+class Handle(Future[Result]):
+    """An image on its way. `Upscaler.submit` returns it.
+
+    It is a `concurrent.futures.Future`: `result(timeout)`, `exception(timeout)`, `done()`, `cancelled()`,
+    `add_done_callback(function)`, `concurrent.futures.wait` and `as_completed` work as documented there, and
+    `asyncio.wrap_future(handle)` makes it awaitable. Cancelling the asyncio future, as a timeout of
+    `asyncio.wait_for` does, cancels the image.
+
+    Unlike other futures a handle can be cancelled while it is running. Dropping it does not cancel the image.
+    Callbacks are called from one of the runtime's threads and should return quickly.
+    """
+
+    def __init__(self, progress: Callable[[], JobProgress]) -> None:
+        super().__init__()
+        self._progress = progress
+        self._cancelling = threading.Lock()
+        self.owner: object = None  # is kept alive while the image is in flight
+
+    def cancel(self) -> bool:
+        """Cancel the image whether it waits or runs; False if it has a result or an error already.
+
+        `result` raises CancelledError at once. The machine stops working on the image at the next tick, which
+        is one run of one graph, and then the image's memory is free again.
+        """
+        if not super().cancel():  # the state of a future that runs elsewhere stays "pending"
+            return False
+        if self._cancelling.acquire(blocking=False):  # once; it tells `concurrent.futures.wait`
+            self.set_running_or_notify_cancel()
+        return True
+
+    def running(self) -> bool:
+        """Whether the image is being worked on: it has memory and is not done."""
+        return not self.done() and self.progress.stage != "waiting"
+
+    def fail_in_child(self, error: BaseException) -> None:
+        """Fail in a forked child, in which the image is not worked on; the old lock may be held for ever."""
+        self._condition = threading.Condition()
+        if not self.done():
+            self.set_exception(error)
+
+    @property
+    def progress(self) -> JobProgress:
+        """The present progress. It can be asked for at any time and from any thread."""
+        return self._progress()

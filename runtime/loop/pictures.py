@@ -1,0 +1,70 @@
+"""Images as callers have them, and how each kind becomes a job and its result an image of the same kind."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from PIL import Image
+
+from moesr.runtime.errors import InputError
+from moesr.runtime.images import reading, writing
+from moesr.runtime.images.planes import Planes, checked, split
+from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.loop import processing
+from moesr.runtime.loop.job import Job
+from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import Size, TileLayout
+
+
+class Source(Protocol):
+    """An image to be super-resolved, of any kind.
+
+    `Picture` holds whole images in memory; a kind that reads and writes rows implements the same methods.
+    """
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels, found without touching the pixels."""
+        ...
+
+    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
+        """Read the pixels and make a job of them, once there is memory for it."""
+        ...
+
+    def finish(self, job: Job) -> Any:
+        """Make the result of a job that is done, in the caller's kind of image."""
+        ...
+
+
+class Picture:
+    """An image in memory: a NumPy array, a PIL image or a LoadedImage."""
+
+    def __init__(self, image: Any) -> None:
+        """InputError if the image has a type, shape or dtype that is not supported."""
+        self._image, self._loaded = image, image if isinstance(image, LoadedImage) else None
+        self._planes: Planes | None = None
+        if isinstance(image, Image.Image):
+            self.size: Size = image.height, image.width
+        else:
+            height, width = checked(self._loaded.pixels if self._loaded else image).shape[:2]
+            self.size = height, width
+        if not all(self.size):
+            raise InputError(f"the image has no pixels ({self.size[1]}x{self.size[0]})")
+
+    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
+        """See `Source.prepare`."""
+        if isinstance(self._image, Image.Image):
+            self._loaded = reading.from_pil(self._image)
+        planes = self._planes = split(self._loaded.pixels if self._loaded else self._image)
+        height, width = planes.rgb.shape[:2]
+        if (height, width) != self.size:  # a PIL image was turned upright
+            layout = TileLayout(layout.manifest, height, width)
+        return processing.prepare(layout, planes, settings)
+
+    def finish(self, job: Job) -> Any:
+        """See `Source.finish`."""
+        assert self._planes
+        pixels = processing.finish(self._planes, job)
+        if isinstance(self._image, Image.Image):
+            return writing.to_pil(pixels, self._loaded)
+        return reading.with_pixels(self._loaded, pixels) if self._loaded else pixels

@@ -1,0 +1,322 @@
+"""Takes images from `submit` to their results: wait for memory, prepare, run in the worker, finish.
+
+Images wait for memory in the order in which they came, priorities apart; none overtakes another because it is
+smaller, so none starves. A few threads prepare images and finish them (resizing, color correction) while the
+worker's thread runs graphs. No thread of a caller ever computes anything.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from functools import partial
+from typing import Any
+
+from moesr.runtime.engine.graph_io import ENCODER
+from moesr.runtime.errors import UsageError
+from moesr.runtime.loop import forking
+from moesr.runtime.loop.admission import Admission, Reservation
+from moesr.runtime.loop.cost_model import Costs
+from moesr.runtime.loop.handle import Handle, JobProgress
+from moesr.runtime.loop.job import Flow, Job, planned_tiles
+from moesr.runtime.loop.pictures import Source
+from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.loop.worker import CLOSED, THREAD_PREFIX, Worker, own_thread
+
+THREADS = 2
+"""Threads that prepare and finish images: one of them can be busy with a large image."""
+
+OVERTAKES = {"low": -16, "normal": 0, "high": 16}
+"""Images of normal priority that an image passes while it waits for memory; negative if they pass it."""
+
+FORKED = (
+    "this Upscaler was used before the process was forked, and its threads do not exist in the child; "
+    "open an Upscaler in each process, or start processes by the method 'spawn'"
+)
+
+_LONGEST_NAP_S = 0.5  # other programs may free memory without telling
+
+log = logging.getLogger("moesr")
+
+
+class Ticket:
+    """One image between `submit` and its result. The pipeline's lock guards it."""
+
+    def __init__(self, source: Source, layout: TileLayout, settings: Settings, flow: Flow, rank: int) -> None:
+        self.source: Source | None = source
+        self.layout, self.settings, self.flow, self.rank = layout, settings, flow, rank
+        self.planned = planned_tiles(layout, settings)
+        self.ran: Counter[str] = Counter()
+        self.stage = "waiting"
+        self._work_stage = "encoding" if ENCODER in self.planned else "sampling"
+        self.room: Reservation | None = None
+        self.job: Job | None = None
+        self.prepared = False  # the caller's image is not read any more
+        self.cancelled = self.ended = False
+
+    @property
+    def work_stage(self) -> str:
+        """The present pass, or the first or last one if the image is not in the worker."""
+        return self.job.stage if self.job else self._work_stage
+
+    def let_go(self) -> None:
+        """Drop the image and the job, and give their memory back."""
+        self._work_stage = self.work_stage
+        self.source = self.job = None
+        if self.room:
+            self.room.release()
+
+    @property
+    def shown_stage(self) -> str:
+        """The stage by name, as `JobProgress` has it."""
+        if self.cancelled:
+            return "cancelled"
+        return self.work_stage if self.stage == "running" else self.stage
+
+
+class Pipeline:
+    """Images in flight of one Upscaler. All methods may be called from any thread."""
+
+    def __init__(self, worker: Worker, admission: Admission, costs: Costs) -> None:
+        self._worker, self._admission, self._costs = worker, admission, costs
+        self._lock, self._ticked, self._ended = worker.lock, worker.ticked, worker.ended
+        self._waiting: list[Ticket] = []  # in the order in which they get memory
+        self._active: list[Ticket] = []  # with memory, the oldest first
+        self._handles: dict[Ticket, Handle[Any]] = {}
+        self._numbers = itertools.count()
+        self._threads: list[threading.Thread] = []
+        self._refusal: str | None = None  # why no further image is taken
+        forking.call_in_child(self, "_in_child")
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no further image is taken; None while images are."""
+        return self._refusal
+
+    def submit(
+        self,
+        source: Source,
+        layout: TileLayout,
+        settings: Settings,
+        flow: Flow,
+        owner: object = None,
+    ) -> tuple[Ticket, Handle[Any]]:
+        """Take an image; returns at once. UsageError if the pipeline is closed.
+
+        `owner` is kept alive until the image has ended.
+        """
+        ticket = Ticket(source, layout, settings, flow, next(self._numbers) - OVERTAKES[flow.priority])
+        handle: Handle[Any] = Handle(partial(self.progress, ticket))
+        handle.owner = owner
+        handle.add_done_callback(partial(self._hear, ticket))  # the first callback, before any caller's
+        with self._lock:
+            if self._refusal:
+                raise UsageError(self._refusal)
+            bisect.insort(self._waiting, ticket, key=lambda t: t.rank)
+            self._handles[ticket] = handle
+            self._start_thread()
+            self._ended.notify_all()
+        return ticket, handle
+
+    def _start_thread(self) -> None:
+        """Start one more thread if there is work for it."""
+        if len(self._threads) < min(THREADS, len(self._handles)):
+            name = f"{THREAD_PREFIX}images-{len(self._threads)}"
+            thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def wait(self, ticket: Ticket, report: Callable[[], None], enough: Callable[[], bool]) -> None:
+        """Wait until `ticket` ended or `enough` holds, calling `report` whenever work went on."""
+        seen = -1
+        while True:
+            with self._ticked:
+                while not (finished := ticket.ended or enough()) and ticket.ran.total() == seen:
+                    self._ticked.wait()
+                seen = ticket.ran.total()
+            report()
+            if finished:
+                return
+
+    def seconds(self, tiles: Counter[str]) -> float:
+        """Estimated seconds of a number of tiles by role."""
+        return self._costs.seconds(tiles)
+
+    def progress(self, ticket: Ticket) -> JobProgress:
+        """The progress of an image; see `JobProgress`."""
+        with self._lock:
+            per_tile = self._costs.per_tile()
+            position = self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
+            ahead = [*self._active, *self._waiting[: max(position - 1, 0)]]
+            whole, done = _seconds(ticket.planned, per_tile), _seconds(ticket.ran, per_tile)
+            left = 0.0 if ticket.ended else max(whole - done, 0.0)
+            total = left
+            for other in ahead:
+                if other is not ticket:
+                    theirs = max(_seconds(other.planned, per_tile) - _seconds(other.ran, per_tile), 0.0)
+                    fair = left * other.flow.weight / ticket.flow.weight
+                    older = other.flow is ticket.flow and other.rank < ticket.rank
+                    total += theirs if older else 0.0 if other.flow is ticket.flow else min(theirs, fair)
+            fraction = 1.0 if ticket.stage == "done" else done / whole if whole else 0.0
+            return JobProgress(min(fraction, 1.0), ticket.shown_stage, total if left else 0.0, position)
+
+    def close(self) -> None:
+        """Fail all images in flight with UsageError and release all memory; waits as `Worker.close` does."""
+        with self._lock:
+            if self._refusal == FORKED:  # nothing that the parent opened may be touched
+                return
+            self._refusal = CLOSED
+            tickets = [*self._waiting, *self._active]
+            self._ended.notify_all()
+        self._worker.close()
+        for ticket in tickets:
+            self._end(ticket, error=UsageError(CLOSED))
+        if not own_thread():
+            for thread in self._threads:
+                thread.join()
+
+    def _serve(self) -> None:
+        """The function of a thread that prepares and finishes images."""
+        while True:
+            try:
+                step = self._next_step()
+                if step is None:
+                    return
+                step()
+            except BaseException as error:  # a defect, or no memory at all: the other images go on
+                log.error("internal error: %s: %s", type(error).__name__, error)
+
+    def _next_step(self) -> Callable[[], None] | None:
+        """Wait for something to do; None once the pipeline is closed."""
+        with self._lock:
+            while not self._refusal:
+                if over := next((t for t in self._active if t.stage == "running" and _done(t)), None):
+                    over.stage = "finishing"
+                    return partial(self._finish, over)
+                if not self._waiting:
+                    self._ended.wait()
+                    continue
+                first = self._waiting[0]
+                try:
+                    first.room = self._admission.reserve(first.layout, first.settings)
+                except BaseException as error:
+                    return partial(self._end, first, error=error)
+                if first.ended:  # cancelled by the garbage collector, in this very thread
+                    continue
+                if first.room:
+                    self._waiting.remove(first)
+                    self._active.append(first)
+                    first.stage = "preparing"
+                    return partial(self._prepare, first)
+                self._ended.wait(_LONGEST_NAP_S)
+        return None
+
+    def _prepare(self, ticket: Ticket) -> None:
+        """Make the job of an image that has memory, and hand it to the worker."""
+        try:
+            assert ticket.source
+            job = ticket.source.prepare(ticket.layout, ticket.settings)
+            with self._lock:
+                ticket.prepared = True
+                if ticket.cancelled:
+                    raise CancelledError
+                job.flow = ticket.flow
+                ticket.job, ticket.ran, ticket.stage = job, job.ran, "running"
+                self._worker.submit(job)
+                self._ticked.notify_all()
+        except BaseException as error:
+            self._end(ticket, error=error)
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Make the result of an image whose job is done."""
+        job, source = ticket.job, ticket.source
+        try:
+            if job is None or source is None:
+                raise CancelledError
+            if job.error:
+                raise job.error
+            self._admission.warm = True
+            result = source.finish(job)
+        except BaseException as error:
+            self._end(ticket, error=error)
+        else:
+            del job, source
+            self._end(ticket, result=result)
+
+    def _hear(self, ticket: Ticket, handle: Future[Any]) -> None:
+        """Called when a handle is done: have an image that was cancelled end as soon as nothing uses it."""
+        if not handle.cancelled():
+            return
+        with self._lock:
+            ticket.cancelled = True
+            if ticket.job:
+                self._worker.cancel(ticket.job)
+            waits = ticket.stage == "waiting"
+        if waits:
+            self._end(ticket, error=CancelledError())
+
+    def _end(self, ticket: Ticket, *, result: Any = None, error: BaseException | None = None) -> None:
+        """Give the image's memory back and tell its handle; only the first call for an image counts."""
+        with self._lock:
+            if ticket.ended:
+                return
+            ticket.ended = ticket.prepared = True
+            cancelled = isinstance(error, CancelledError)
+            ticket.stage = "cancelled" if cancelled else "failed" if error else "done"
+            for tickets in (self._waiting, self._active):
+                if ticket in tickets:
+                    tickets.remove(ticket)
+            ticket.let_go()
+            handle = self._handles.pop(ticket)
+            handle.owner = None
+            self._ticked.notify_all()
+            self._ended.notify_all()
+        try:
+            if cancelled:
+                handle.cancel()
+            elif error:
+                _forget_locals(error)
+                handle.set_exception(error)
+            else:
+                handle.set_result(result)
+        except InvalidStateError:  # it was cancelled at this moment
+            pass
+
+    def _in_child(self) -> None:
+        """Called in a forked child: what was never used works on, everything else is left alone."""
+        forking.skip_exit_handlers()
+        used = self._threads or not self._worker.survives_fork
+        self._worker.renew_locks()
+        self._lock, self._ticked, self._ended = self._worker.lock, self._worker.ticked, self._worker.ended
+        if not used or self._refusal:
+            return
+        forking.keep_for_ever(self._worker)
+        self._refusal, self._threads = FORKED, []
+        for handle in self._handles.values():
+            handle.fail_in_child(UsageError(FORKED))
+        self._handles.clear()
+
+
+def _done(ticket: Ticket) -> bool:
+    return bool(ticket.job and ticket.job.done)
+
+
+def _seconds(tiles: Counter[str], per_tile: dict[str, float]) -> float:
+    return sum(count * per_tile[role] for role, count in tiles.items())
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Drop the variables of the frames that an error passed through: they hold images."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link and id(link) not in seen:
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
