@@ -123,7 +123,7 @@ def test_guidance_needs_a_negative_prompt(tmp_path: Path):
 
 HARMS = {
     "strength without prompts": ({"prompts": (), "guidance": 7.0}, "7.0 without a negative prompt"),
-    "strength": ({"guidance": -1.0}, "guidance is -1.0, expected 0 to 100"),
+    "strength": ({"guidance": -1.0}, "guidance is -1.0, expected a number from 0 to 100"),
     "three prompts": ({"prompts": ("a", "b", "c")}, "prompts has 3 entries"),
     "one prompt": ({"prompts": ("a",)}, "expert_0 is .*prompt.*, expected"),
 }
