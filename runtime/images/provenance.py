@@ -1,7 +1,7 @@
-"""The mark in every result: of which input, by which engine and with which settings it was made.
+"""The record in every result: the input, the engine and the settings that it was made of.
 
-A line of JSON: the text chunk "moesr" of a PNG, the comment of a JPEG, the end of the Software tag of TIFF
-and WebP. BMP has no place for it.
+The record is a line of JSON. It is the text chunk "moesr" of a PNG, a comment of its own in a JPEG, and the
+end of the Software tag of TIFF and WebP, beside whatever else is there. BMP has no place for it.
 """
 
 from __future__ import annotations
@@ -10,34 +10,37 @@ import functools
 import importlib.metadata
 import json
 import re
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 
-from moesr.runtime.images import libtiff
+from moesr.runtime.images import libtiff, png_chunks
+from moesr.runtime.images.formats import PNG_SIGNATURE
 from moesr.runtime.system.files import check_file
 
 KEY = "moesr"
-_MARK = re.compile(r"(?:; )?moesr (\{.*\})\s*\Z", re.DOTALL)
+UNKNOWN_VERSION = "unknown"
+_MARK = re.compile(r"(?:; )?moesr (\{.*\})[\s\0]*\Z", re.DOTALL)
 _SOFTWARE = 0x0131
-_PNG = b"\x89PNG\r\n\x1a\n"
 _KINDS = ((b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"RIFF", "WEBP"))
 
 
 @functools.cache
 def _version() -> str:
-    return importlib.metadata.version("moesr")
+    """The version of this package; a copy without package metadata does not know it."""
+    try:
+        return importlib.metadata.version("moesr") or UNKNOWN_VERSION
+    except Exception:  # not installed, or its metadata is damaged
+        return UNKNOWN_VERSION
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a result was made of. `digest` is the SHA-256 of the input file, `source` its name."""
+    """The ingredients of a result. `digest` is the SHA-256 of the input file, `source` its name."""
 
     scale: int
     engine: str
@@ -58,7 +61,7 @@ class Provenance:
         )
 
     def differences(self, wanted: Provenance) -> str:
-        """What differs in how it was made from what is wanted, as "steps 20 (now 50), ..."; "" if nothing."""
+        """The differences to what is wanted, as in "steps 20 (now 50), ..."; "" if there are none."""
         before = {"engine": self.engine, **self.settings}
         after = {"engine": wanted.engine, **wanted.settings}
         changed = [k for k in before | after if before.get(k) != after.get(k)]
@@ -68,24 +71,34 @@ class Provenance:
         return ", ".join(parts)
 
 
-def to_software(earlier: str | None, record: Provenance) -> str:
-    """Text of a Software tag that holds the record after what was there."""
-    kept = without_mark(earlier or "")
+def to_software(earlier: Any, record: Provenance) -> str:
+    """Text of a Software tag that holds the record after what was there.
+
+    Cameras pad fixed fields with NUL characters, at which readers would stop.
+    """
+    text = earlier.decode("latin-1") if isinstance(earlier, bytes) else str(earlier or "")
+    kept = without_mark(text)
     return f"{kept}; moesr {record.to_json()}" if kept else f"moesr {record.to_json()}"
 
 
 def without_mark(text: str) -> str:
-    """A Software tag as it was before `to_software`."""
-    return _MARK.sub("", text)
+    """A Software tag as it was before `to_software`, without NUL characters."""
+    parts = (part.strip() for part in _MARK.sub("", text).split("\0"))
+    return " ".join(part for part in parts if part)
+
+
+def is_record(comment: bytes) -> bool:
+    """Whether a comment is our own record."""
+    return _MARK.fullmatch(comment.decode("latin-1")) is not None
 
 
 def read(path: Path) -> Provenance | None:
-    """The record of a result, from the head of the file; None where it is no result, or is damaged there."""
+    """The record of a result, from the head of the file; None if it is no result, or is damaged there."""
     try:
         check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
-            text = _png_text(stream) if head == _PNG else _other_text(stream, head)
+            text = _png_text(stream) if head == PNG_SIGNATURE else _other_text(stream, head)
         return _parse(text) if text else None
     except Exception:  # decoders raise whatever they meet
         return None
@@ -97,8 +110,8 @@ def is_whole(path: Path) -> bool:
         check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
-            if head == _PNG:
-                return any(kind == b"IEND" for kind, _ in _chunks(stream))
+            if head == PNG_SIGNATURE:
+                return any(kind == b"IEND" for kind, _ in png_chunks.chunks(stream))
             image = _open(stream, head)
             if image is not None:
                 image.load()
@@ -116,19 +129,8 @@ def _parse(text: str) -> Provenance | None:
     return Provenance(int(values["scale"]), engine, dict(values["settings"]), source, digest, version)
 
 
-def _chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Kinds and data of a PNG's chunks up to IEND; ValueError or struct.error where one is damaged."""
-    kind = b""
-    while kind != b"IEND":
-        length, kind = struct.unpack(">I4s", stream.read(8))
-        data = stream.read(length)
-        if struct.unpack(">I", stream.read(4))[0] != zlib.crc32(kind + data):
-            raise ValueError("a chunk is damaged")
-        yield kind, data
-
-
 def _png_text(stream: BinaryIO) -> str | None:
-    for kind, data in _chunks(stream):
+    for kind, data in png_chunks.chunks(stream):
         if kind == b"tEXt" and data.startswith(KEY.encode() + b"\0"):
             return data.partition(b"\0")[2].decode("latin-1")
         if kind == b"IDAT":
@@ -140,14 +142,17 @@ def _other_text(stream: BinaryIO, head: bytes) -> str | None:
     image = _open(stream, head)
     if image is None:
         return None
-    comment = image.info.get("comment") if image.format in ("JPEG", "MPO") else None
-    text = comment.decode("latin-1") if comment else str(image.getexif().get(_SOFTWARE, ""))
-    match = _MARK.search(text)
-    return match[1] if match else None
+    if image.format in ("JPEG", "MPO"):
+        comments = [data for marker, data in getattr(image, "applist", ()) if marker == "COM"]
+        texts = [comment.decode("latin-1") for comment in comments]
+    else:
+        texts = [str(image.getexif().get(_SOFTWARE, ""))]
+    found = [match[1] for match in map(_MARK.search, texts) if match]
+    return found[-1] if found else None
 
 
 def _open(stream: BinaryIO, head: bytes) -> Image.Image | None:
-    """The file as Pillow reads it, of any size: results are larger than what is taken as an input."""
+    """The file as Pillow reads it, whatever its size: results are larger than the limit for inputs."""
     stream.seek(0)
     libtiff.silence()
     Image.init()

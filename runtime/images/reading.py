@@ -1,30 +1,29 @@
-"""Image files and PIL images, in and out: 8-bit and 16-bit grey, alpha, color profile, EXIF, resolution.
+"""Image files and PIL images in: any bit depth and color model that Pillow reads, turned upright.
 
-What is read is told by the content, never by the file name; what is written by the suffix, and only ever
-whole (a temporary file in the same directory, then a rename).
+The content of a file decides how it is read, never its name. Metadata is read as well (see `metadata.py`).
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import struct
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from moesr.runtime.errors import InputError
-from moesr.runtime.images import exif, libtiff
+from moesr.runtime.images import embedded, formats, libtiff, metadata, png_chunks, tiff_tags
+from moesr.runtime.images.formats import READ_FORMATS, READ_SUFFIXES
+from moesr.runtime.images.metadata import Metadata
 from moesr.runtime.system.files import open_input, reason
 
-READ_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
-_SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .gif .ico .tga .avif"
-READ_SUFFIXES = frozenset(f"{_SUFFIXES} .ppm .pgm .pbm .pnm .jp2 .j2k".split())
-"""File names taken from a directory; a file named directly may have any suffix."""
+__all__ = ["MAX_INPUT_PX", "READ_FORMATS", "READ_SUFFIXES", "LoadedImage", "from_pil", "load", "with_pixels"]
 
 MAX_INPUT_PX = 150_000_000
 """Images with more pixels are refused before they are decoded."""
@@ -34,70 +33,120 @@ log = logging.getLogger("moesr")
 
 @dataclass(frozen=True, eq=False)
 class LoadedImage:
-    """Upright pixels and what travels along: uint8 or uint16 [H, W], or uint8 [H, W, C] with C of 2 to 4."""
+    """Upright pixels and their metadata.
+
+    `pixels` are uint8 [H, W] or [H, W, C] with C of 2 to 4, or uint16 [H, W] or [H, W, 2] (grey and alpha).
+    """
 
     pixels: np.ndarray
-    icc: bytes | None = None
-    exif: bytes | None = None  # without orientation
-    dpi: tuple[float, float] | None = None
+    metadata: Metadata = field(default_factory=Metadata)
+
+    @property
+    def icc(self) -> bytes | None:
+        """The color profile."""
+        return self.metadata.icc
+
+    @property
+    def exif(self) -> bytes | None:
+        """The EXIF block, without the orientation."""
+        return self.metadata.exif
+
+    @property
+    def dpi(self) -> tuple[float, float] | None:
+        """The resolution in pixels per inch, across and down."""
+        return self.metadata.dpi
 
 
 def load(path: Path, stream: BinaryIO | None = None) -> LoadedImage:
-    """Read an image file; InputError saying what is wrong with it. Warnings go to the log.
+    """Read an image file; raises an InputError that says what is wrong with it. Warnings go to the log.
 
     `stream` is the opened file, if the caller has opened it; `path` is then only its name in messages.
     """
     path = Path(path)
     if stream is not None:
-        return _decode(path, stream)
+        return _load(path, stream)
     with open_input(path) as opened:
-        return _decode(path, opened)
+        return _load(path, opened)
 
 
-def _decode(path: Path, stream: BinaryIO) -> LoadedImage:
+def _load(path: Path, stream: BinaryIO) -> LoadedImage:
+    head = b""
     try:
         stream.seek(0)
         head = stream.read(32)
-        stream.seek(0)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
-    if not head:
-        raise InputError(f"{path}: is empty (0 bytes); get the file again")
-    libtiff.silence()
-    Image.init()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the image itself counts
-            formats = [name for name in READ_FORMATS if name in Image.OPEN]
-            with Image.open(stream, formats=formats) as image:
-                return from_pil(image, name=str(path))
+        if not head:
+            raise InputError(f"{path}: is empty (0 bytes); get the file again")
+        return _decoded(stream, head, path)
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: {_unidentified(stream, head)}") from error
+        raise InputError(f"{path}: {formats.unidentified(stream, head)}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {_too_large(str(error))}") from error
+    except OSError as error:
+        text = f"cannot be read: {reason(error)}" if error.errno else _damaged(error)
+        raise InputError(f"{path}: {text}") from error
     except Exception as error:  # decoders raise whatever their parsers meet
         raise InputError(f"{path}: {_damaged(error)}") from error
+
+
+def _decoded(stream: BinaryIO, head: bytes, path: Path) -> LoadedImage:
+    libtiff.silence()
+    known = formats.readable(head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `MAX_INPUT_PX`
+        warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the image itself counts
+        inverted = tiff_tags.inverted_photometric(stream) if "TIFF" in known else None
+        try:
+            with _opened(inverted or stream, known) as image:
+                return _take(image, str(path), inverted=inverted is not None)
+        except ValueError as error:
+            if not head.startswith(formats.PNG_SIGNATURE) or not _is_about_text(error):
+                raise
+        # Pillow refuses the whole file for a long text or profile; these are read without it.
+        with _opened(png_chunks.stripped(stream), ["PNG"]) as image:
+            return _take(image, str(path), source=stream)
+
+
+def _is_about_text(error: ValueError) -> bool:
+    """Whether Pillow refuses a PNG for the size of its texts or profile, rather than for its pixels."""
+    return "MAX_TEXT" in str(error) or "too large" in str(error).lower()
+
+
+@contextmanager
+def _opened(stream: BinaryIO, known: list[str]) -> Iterator[Image.Image]:
+    stream.seek(0)
+    with Image.open(stream, formats=known) as image:
+        yield image
 
 
 def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
     """Take the first frame of a PIL image of any mode, turned upright, as an array and its metadata.
 
-    Raises InputError where the image is too large, empty, closed, damaged or has floating-point pixels.
+    Raises InputError if the image is too large, empty, closed, damaged or has floating-point pixels.
     """
+    closed = _is_closed(image)
     try:
         return _take(image, name)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever their parsers meet
-        closed = getattr(image, "fp", image) is None or "closed" in str(error)
         text = "is closed; open it again, and keep it open until it is done" if closed else _damaged(error)
         raise InputError(f"{name}: {text}") from error
 
 
-def _take(image: Image.Image, name: str) -> LoadedImage:
+def _is_closed(image: Image.Image) -> bool:
+    """Whether pixels of an image are still to be read from a file that is not open any more."""
+    if not isinstance(image, ImageFile.ImageFile):
+        return False
+    stream = getattr(image, "fp", None)
+    return bool(image.tile) and (stream is None or bool(getattr(stream, "closed", False)))
+
+
+def _take(
+    image: Image.Image, name: str, *, source: BinaryIO | None = None, inverted: bool = False
+) -> LoadedImage:
+    """`source` is the file if `image` is opened from a part of it; `inverted` if white is stored as zero."""
     if image.width * image.height > MAX_INPUT_PX:
         raise InputError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     if not image.width or not image.height:
@@ -108,22 +157,32 @@ def _take(image: Image.Image, name: str) -> LoadedImage:
     if grey or _loses_depth(image):
         what = "grey with alpha" if grey else "color"
         log.warning("%s: 16-bit %s is read with 8 bits a channel; only 16-bit grey is kept", name, what)
+    inverted = inverted or _stores_white_as_zero(image)
+    carried, turn = embedded.read(image, name, source)
     image.load()
-    icc, dpi = image.info.get("icc_profile"), image.info.get("dpi")
-    block, turn = exif.read(image, name)
     if turn != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("CMYK", "LAB"):
-        image, icc = _to_srgb(image, icc, name), None
+        image = _to_srgb(image, carried.icc, name)
+        carried = replace(carried, icc=None, color=())
     if grey and image.mode == "RGBA":
         image = Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
-    return LoadedImage(_pixels(image, name), icc, block, dpi if dpi and all(dpi) else None)
+    pixels = _pixels(image, name)
+    if inverted:
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    return LoadedImage(pixels, carried)
+
+
+def _stores_white_as_zero(image: Image.Image) -> bool:
+    """Whether an image is a TIFF of more than 8 bits that is stored as a negative, which Pillow overlooks."""
+    return image.mode.startswith("I") and image.format == "TIFF" and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
 
 
 def with_pixels(like: LoadedImage, pixels: np.ndarray) -> LoadedImage:
-    """Other pixels with the metadata of `like`; its EXIF block gets their size."""
-    height, width = pixels.shape[:2]
-    return replace(like, pixels=pixels, exif=exif.resized(like.exif, width, height))
+    """Other pixels with the metadata of `like`, which follows the change of size."""
+    height, width = like.pixels.shape[:2]
+    after = pixels.shape[1], pixels.shape[0]
+    return LoadedImage(pixels, metadata.resized(like.metadata, (width, height), after))
 
 
 def _too_large(size: str) -> str:
@@ -131,30 +190,11 @@ def _too_large(size: str) -> str:
 
 
 def _damaged(error: Exception) -> str:
-    return f"truncated or damaged ({error}); get the file again"
-
-
-def _unidentified(stream: BinaryIO, head: bytes) -> str:
-    """Why Pillow does not know a file: not an image, or one of a known kind that it cannot open."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and len(head) >= 24:
-        width, height = struct.unpack(">II", head[16:24])
-        if not width or not height:
-            return f"has no pixels ({width}x{height})"
-    for name in READ_FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory and accept and accept(head) is True:
-            try:
-                stream.seek(0)
-                with warnings.catch_warnings(action="ignore"):
-                    factory(stream, "")
-            except Exception as error:
-                return f"a {name} that cannot be opened ({error}); get the file again, or convert it to PNG"
-    known = ", ".join(READ_FORMATS)
-    return f"not an image of a known kind (it begins with {head[:8]!r}); expected one of {known}"
+    return f"truncated or damaged ({error or type(error).__name__}); get the file again"
 
 
 def _tile_modes(image: Image.Image) -> list[str]:
-    """How the pixels of an image that is not decoded yet lie in its file, in Pillow's words."""
+    """Pillow's names for the layout of the pixels in the file of an image that is not decoded yet."""
     tile = getattr(image, "tile", None) or []
     return [str(part) for entry in tile for part in np.atleast_1d(np.array(entry[3], dtype=object))]
 
@@ -195,12 +235,12 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
     """Uint8 or, for 16-bit grey, uint16 array of any mode but CMYK."""
     mode = image.mode
     if mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
+        return _with_transparent_value(np.asarray(image).astype(np.uint16), image.info.get("transparency"))
     if mode == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise InputError(f"{name}: has 32-bit pixels outside 0..65535; scale it to 16 bits")
-        return values.astype(np.uint16)
+        return _with_transparent_value(values.astype(np.uint16), image.info.get("transparency"))
     if mode == "F":
         raise InputError(f"{name}: has floating-point pixels; convert it to 8 or 16 bits")
     if image.has_transparency_data:
@@ -208,3 +248,11 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
     else:
         wanted = "L" if mode in ("1", "L") else "RGB"
     return np.asarray(image if mode == wanted else image.convert(wanted))
+
+
+def _with_transparent_value(values: np.ndarray, transparent: Any) -> np.ndarray:
+    """16-bit grey [H, W]; [H, W, 2] with alpha if one of the values is declared transparent."""
+    if not isinstance(transparent, int):
+        return values
+    alpha = np.where(values == transparent, 0, 0xFFFF).astype(np.uint16)
+    return np.stack([values, alpha], axis=2)

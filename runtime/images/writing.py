@@ -1,4 +1,4 @@
-"""Image files and PIL images out: 8-bit and 16-bit grey, alpha, color profile, EXIF, resolution.
+"""Image files and PIL images out: 8 bits, 16-bit grey, alpha, and the metadata that the format can hold.
 
 The suffix decides the format. A file is written whole or not at all: to a temporary file in the same
 directory, which is then renamed.
@@ -7,23 +7,24 @@ directory, which is then renamed.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.images import exif
-from moesr.runtime.images.provenance import KEY, Provenance
-from moesr.runtime.images.reading import (
-    LoadedImage,
-)
+from moesr.runtime.images import embedded, encoding, icc, metadata
+from moesr.runtime.images.metadata import CAPACITIES, Metadata
+from moesr.runtime.images.png_chunks import Inserting
+from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.system.files import reason, write_atomically
 
 log = logging.getLogger("moesr")
+
+_METADATA_KEY = "moesr.metadata"  # in the `info` of PIL images that `to_pil` makes
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class _Format:
 
 
 _JPEG = _Format("JPEG", False, False, 65_500, {"quality": 95, "subsampling": 0})
-
-
 _TIFF = _Format("TIFF", True, True, None, {"compression": "tiff_adobe_deflate"})
-
 
 WRITE_FORMATS = {
     ".png": _Format("PNG", True, True, None, {}),
@@ -54,14 +52,29 @@ WRITE_FORMATS = {
 
 
 def to_pil(pixels: np.ndarray, like: LoadedImage | None = None) -> Image.Image:
-    """Make a PIL image (L, LA, RGB, RGBA, I;16) of an array, with the metadata of `like`."""
+    """Make a PIL image (L, LA, RGB, RGBA, I;16) of an array, with the metadata of `like`.
+
+    16-bit pixels with alpha or color are reduced to 8 bits, since PIL has no mode for them.
+    """
+    image = _picture(pixels)
+    if like:
+        carried = _resized(like, pixels)
+        values = {"icc_profile": carried.icc, "exif": carried.exif, "dpi": carried.dpi, "xmp": carried.xmp}
+        image.info.update({key: value for key, value in values.items() if value})
+        image.info[_METADATA_KEY] = carried
+    return image
+
+
+def _resized(like: LoadedImage, pixels: np.ndarray) -> Metadata:
+    """The metadata of `like` for other pixels."""
+    before, after = like.pixels.shape[1::-1], pixels.shape[1::-1]
+    return metadata.resized(like.metadata, (before[0], before[1]), (after[0], after[1]))
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
         pixels = np.rint(pixels / np.float32(257.0)).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if like:
-        metadata = {"icc_profile": like.icc, "exif": exif.resized(like.exif, *image.size), "dpi": like.dpi}
-        image.info.update({key: value for key, value in metadata.items() if value})
-    return image
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
@@ -80,46 +93,100 @@ def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
 
 
 def save(path: Path, image: LoadedImage | Image.Image, record: Provenance | None = None) -> None:
-    """Write an image as its suffix says, with ICC, EXIF, resolution and `record`; replaces an existing file.
+    """Write an image as its suffix says, with `record` and its metadata; replaces an existing file.
 
-    UsageError for the suffix, OutputError where it cannot be written. Alpha that the format lacks is
-    flattened on white and 16-bit grey reduced to 8 bits, both with a warning.
+    A warning names the metadata that the format cannot hold. Alpha that the format lacks is flattened on
+    white, and 16 bits that it lacks are reduced to 8, also with a warning. Raises UsageError for the suffix,
+    OutputError if the file cannot be written.
     """
     path = Path(path)
-    if isinstance(image, LoadedImage):
-        image = to_pil(image.pixels, image)
-    kind = check_output(path, *image.size)
-    metadata = _metadata(image, kind, record, str(path))
-    if image.mode in ("LA", "RGBA") and not kind.alpha:
+    picture, carried = _parts(image)
+    kind = check_output(path, *picture.size)
+    if isinstance(image, LoadedImage) and image.pixels.dtype == np.uint16 and image.pixels.ndim == 3:
+        log.warning("%s: 16-bit pixels with alpha or color are written with 8 bits a channel", path)
+    if picture.mode in ("LA", "RGBA") and not kind.alpha:
         log.warning("%s: %s has no transparency; flattened on white", path, kind.name)
-        image = _flatten(image)
-    if image.mode == "I;16" and not kind.deep:
+        picture = _flatten(picture)
+    if picture.mode == "I;16" and not kind.deep:
         log.warning("%s: %s has no 16-bit grey; reduced to 8 bits", path, kind.name)
-        image = Image.fromarray(np.rint(np.asarray(image) / np.float32(257.0)).astype(np.uint8))
+        picture = Image.fromarray(np.rint(np.asarray(picture) / np.float32(257.0)).astype(np.uint8))
+    grey = picture.mode in ("L", "LA", "I;16")
+    carried = metadata.fitted(carried, kind.name, str(path), grey=grey)
+    picture, carried = _with_profile(picture, carried, kind.name, path)
+    _write(path, picture, kind, carried, record)
+
+
+def _parts(image: LoadedImage | Image.Image) -> tuple[Image.Image, Metadata]:
+    """A picture without `info`, which Pillow's encoders would look into, and its metadata."""
+    if isinstance(image, LoadedImage):
+        return _picture(image.pixels), image.metadata
+    carried = image.info.get(_METADATA_KEY)
+    if not isinstance(carried, Metadata):
+        carried, _ = embedded.read(image, "image")
+    picture = image.copy()
+    picture.info = {}
+    return picture, carried
+
+
+def _with_profile(
+    picture: Image.Image, carried: Metadata, format_name: str, path: Path
+) -> tuple[Image.Image, Metadata]:
+    """The picture converted to sRGB if the format cannot hold its color profile."""
+    if not carried.icc or len(carried.icc) <= CAPACITIES[format_name].icc:
+        return picture, carried
+    alpha = picture.getchannel("A") if picture.mode in ("LA", "RGBA") else None
+    plain = picture.convert(picture.mode[:-1]) if alpha else picture
+    converted = icc.to_srgb(plain, carried.icc)
+    if converted is None:
+        log.warning("%s: %s cannot hold its color profile (%d bytes)", path, format_name, len(carried.icc))
+    else:
+        log.warning(
+            "%s: %s cannot hold its color profile; the pixels are converted to sRGB", path, format_name
+        )
+        if alpha:
+            converted.putalpha(alpha)
+    return converted or picture, replace(carried, icc=None)
+
+
+def _write(
+    path: Path, picture: Image.Image, kind: _Format, carried: Metadata, record: Provenance | None
+) -> None:
+    """Write the file; if the encoder fails on the metadata, without them."""
+    options, lost = encoding.options(carried, kind.name, record)
+    if lost:
+        log.warning("%s: %s cannot hold %s; PNG can", path, kind.name, ", ".join(lost))
     try:
-        with write_atomically(path) as stream:
-            image.save(stream, kind.name, **kind.options, **metadata)
+        try:
+            _encode(path, picture, kind, options, carried)
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if _is_of_the_system(error) or carried == Metadata():
+                raise
+            log.warning("%s: its metadata cannot be written and is left out (%s)", path, reason(error))
+            plain = replace(Metadata(), icc=carried.icc)
+            options, _ = encoding.options(plain, kind.name, record)
+            _encode(path, picture, kind, options, plain)
     except MemoryError:
         raise
     except Exception as error:  # encoders raise errors of many kinds
-        raise OutputError(
-            f"{path}: cannot be written: {reason(error)}; name another place with -o"
-        ) from error
+        cure = "name another place with -o" if _is_of_the_system(error) else "write another format"
+        raise OutputError(f"{path}: cannot be written: {reason(error)}; {cure}") from error
 
 
-def _metadata(image: Image.Image, kind: _Format, record: Provenance | None, name: str) -> dict[str, Any]:
-    """What travels with the pixels, as options of Pillow's encoder."""
-    metadata = {key: image.info[key] for key in ("icc_profile", "exif", "dpi") if image.info.get(key)}
-    if record and kind.name == "PNG":
-        metadata["pnginfo"] = PngInfo()
-        metadata["pnginfo"].add_text(KEY, record.to_json())
-    elif record and kind.name == "JPEG":
-        metadata["comment"] = f"{KEY} {record.to_json()}"
-    elif record and kind.name in ("TIFF", "WEBP"):
-        metadata["exif"] = exif.marked(metadata.get("exif"), record)
-    if kind is _TIFF and "exif" in metadata:
-        metadata["exif"] = exif.for_tiff(metadata["exif"], name)
-    return metadata
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether an error came from the file system rather than from an encoder."""
+    return isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _encode(
+    path: Path, picture: Image.Image, kind: _Format, options: dict[str, Any], carried: Metadata
+) -> None:
+    with write_atomically(path) as stream:
+        target: Any = stream
+        if kind.name == "PNG" and carried.color:
+            target = Inserting(stream, carried.color)
+        picture.save(target, kind.name, **kind.options, **options)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

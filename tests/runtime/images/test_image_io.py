@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from moesr.runtime.errors import InputError, OutputError, UsageError
 from moesr.runtime.images import reading, writing
+from moesr.runtime.images.metadata import Metadata
 
 RNG = np.random.default_rng(7)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -277,11 +278,12 @@ def test_pil_images_that_cannot_be_decoded(tmp_path: Path):
 def test_other_pixels_with_the_same_metadata():
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA002] = 9
-    loaded = reading.LoadedImage(np.zeros((6, 9), np.uint8), SRGB, exif.tobytes(), (300.0, 300.0))
+    carried = Metadata(SRGB, exif.tobytes(), (300.0, 300.0))
+    loaded = reading.LoadedImage(np.zeros((6, 9), np.uint8), carried)
     larger = reading.with_pixels(loaded, np.zeros((24, 36), np.uint16))
     block = Image.Exif()
     block.load(larger.exif or b"")
-    assert (larger.pixels.shape, larger.icc, larger.dpi) == ((24, 36), SRGB, (300.0, 300.0))
+    assert (larger.pixels.shape, larger.icc, larger.dpi) == ((24, 36), SRGB, (1200.0, 1200.0))
     assert block.get_ifd(0x8769)[0xA002] == 36
 
 

@@ -1,0 +1,160 @@
+"""Chunks of PNG files: texts and color tags, read without Pillow's limits, and written beside its own.
+
+The format is PNG, third edition (W3C, 2025). Pillow refuses a whole file for a compressed text or profile of
+more than 1 MiB, and neither reads nor writes every color tag.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from moesr.runtime.images.formats import PNG_SIGNATURE
+
+COLOR_TAGS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
+MAX_DECOMPRESSED_BYTES = 64 << 20
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_KEPT_FOR_PIXELS = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf", b"acTL"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text chunk. `language` and `translated` (the keyword in that language) belong to iTXt."""
+
+    key: str
+    value: str
+    language: str = ""
+    translated: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a PNG holds beside its pixels. `skipped` names chunks that could not be used."""
+
+    texts: tuple[Text, ...]
+    color: tuple[tuple[bytes, bytes], ...]  # type and data of the chunks in `COLOR_TAGS`
+    icc: bytes | None
+    skipped: tuple[str, ...]
+
+
+def chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """Types and data of the chunks after the signature, up to IEND; ValueError if one is damaged."""
+    kind = b""
+    while kind != b"IEND":
+        head = stream.read(8)
+        if len(head) < 8:
+            raise ValueError("the file ends before its last chunk")
+        length, kind = struct.unpack(">I4s", head)
+        data = stream.read(length)
+        if stream.read(4) != struct.pack(">I", zlib.crc32(kind + data)):
+            raise ValueError(f"the chunk {kind!r} is damaged")
+        yield kind, data
+
+
+def headers(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Type, length and place of the data of each chunk, without reading it; ends if the file does."""
+    stream.seek(len(PNG_SIGNATURE))
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        place = stream.tell()
+        yield kind, length, place
+        if kind == b"IEND":
+            return
+        stream.seek(place + length + 4)
+
+
+def contents(stream: BinaryIO) -> Contents:
+    """Texts, color tags and profile of a PNG; the stream is left where it was."""
+    before = stream.tell()
+    texts: list[Text] = []
+    color: dict[bytes, bytes] = {}
+    icc, skipped = None, []
+    try:
+        for kind, length, place in headers(stream):
+            if kind not in (*_TEXTS, *COLOR_TAGS, b"iCCP"):
+                continue
+            if length > MAX_DECOMPRESSED_BYTES:
+                skipped.append(kind.decode())
+                continue
+            stream.seek(place)
+            data = stream.read(length)
+            try:
+                if kind in COLOR_TAGS:
+                    color.setdefault(kind, data)
+                elif kind == b"iCCP":
+                    icc = _inflated(data.partition(b"\0")[2][1:])
+                else:
+                    texts.append(_text(kind, data))
+            except (ValueError, zlib.error):
+                skipped.append(kind.decode())
+            stream.seek(place + length + 4)
+    finally:
+        stream.seek(before)
+    return Contents(tuple(texts), tuple(color.items()), icc, tuple(skipped))
+
+
+def _text(kind: bytes, data: bytes) -> Text:
+    """The content of a text chunk; ValueError or zlib.error if it is damaged or too large."""
+    key, _, rest = data.partition(b"\0")
+    name = key.decode("latin-1").strip()
+    if kind == b"tEXt":
+        return Text(name, rest.decode("latin-1"))
+    if kind == b"zTXt":
+        return Text(name, _inflated(rest[1:]).decode("latin-1"))
+    language, translated, value = rest[2:].split(b"\0", 2)
+    value = _inflated(value) if rest[:1] == b"\1" else value
+    return Text(name, value.decode("utf-8"), language.decode("latin-1"), translated.decode("utf-8"))
+
+
+def _inflated(data: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    value = inflater.decompress(data, MAX_DECOMPRESSED_BYTES)
+    if inflater.unconsumed_tail:
+        raise ValueError("too large")
+    return value
+
+
+def stripped(stream: BinaryIO) -> io.BytesIO:
+    """A copy of a PNG in memory with the chunks that its pixels, size and EXIF block need, and no others."""
+    copy = io.BytesIO()
+    copy.write(PNG_SIGNATURE)
+    for kind, length, place in headers(stream):
+        if kind in _KEPT_FOR_PIXELS:
+            stream.seek(place - 8)
+            copy.write(stream.read(length + 12))
+    copy.seek(0)
+    return copy
+
+
+class Inserting:
+    """A stream that gets chunks behind the header of the PNG that is written to it."""
+
+    HEADER_BYTES = len(PNG_SIGNATURE) + 25
+
+    def __init__(self, stream: BinaryIO, chunks: Iterable[tuple[bytes, bytes]]) -> None:
+        self._stream, self._written = stream, 0
+        self._chunks = b"".join(_packed(kind, data) for kind, data in chunks)
+
+    def write(self, data: bytes) -> int:
+        """Pass `data` on; the chunks follow once the header is complete."""
+        left = self.HEADER_BYTES - self._written
+        self._written += len(data)
+        if 0 < left <= len(data):
+            self._stream.write(data[:left])
+            self._stream.write(self._chunks)
+            self._stream.write(data[left:])
+        else:
+            self._stream.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Flush the stream behind."""
+        self._stream.flush()
+
+
+def _packed(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
