@@ -48,17 +48,20 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
     with a warning that names the file.
     """
     found = _Found()
-    block, turn = None, 1
-    try:
-        block, turn, found.left_out = exif.read(image)
-    except Exception as error:  # a damaged block may hold anything; the picture is good without it
-        log.warning("%s: its EXIF block is damaged and left out (%s)", name, error)
     reader = _READERS.get(image.format or "", _read_info)
     try:
         reader(image, source or _stream_of(image), found)
-    except Exception as error:  # as above
+    except Exception as error:  # a damaged part may hold anything; the picture is good without it
         log.warning("%s: some of its metadata is damaged and left out (%s)", name, error)
+    block, turn = None, 1
+    try:
+        block, turn, left_out = exif.read(image)  # decodes a PNG and closes its file
+        found.left_out += left_out
+    except Exception as error:  # as above
+        log.warning("%s: its EXIF block is damaged and left out (%s)", name, error)
     dpi = image.info.get("dpi")
+    if image.format == "TIFF" and 282 not in image.tag_v2:  # type: ignore[attr-defined]
+        dpi = None  # Pillow takes one pixel per inch for a file that says nothing
     metadata = Metadata(icc=image.info.get("icc_profile") or None, exif=block, dpi=resolution(dpi))
     metadata = _turned(replace(metadata, **found.values), turn)
     if dpi and metadata.dpi is None and any(dpi):

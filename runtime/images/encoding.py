@@ -64,10 +64,10 @@ def _jpeg(m: Metadata, record: Provenance | None) -> dict[str, Any]:
         segments += _segment(_APP1, XMP_SEGMENT + m.xmp)
     if m.iptc:
         segments += _segment(_APP13, b"Photoshop 3.0\0" + resources(m.iptc))
-    for comment in m.comments:
-        segments += _segment(_COM, comment)
     if record:
         segments += _segment(_COM, f"{KEY} {record.to_json()}".encode())
+    for comment in m.comments:  # after the record, since many programs show the last one
+        segments += _segment(_COM, comment)
     return {"extra": segments} | ({"exif": m.exif} if m.exif else {})
 
 
