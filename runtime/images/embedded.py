@@ -64,8 +64,8 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
         dpi = None  # Pillow takes one pixel per inch for a file that says nothing
     metadata = Metadata(icc=image.info.get("icc_profile") or None, exif=block, dpi=resolution(dpi))
     metadata = _turned(replace(metadata, **found.values), turn)
-    if dpi and metadata.dpi is None and any(dpi):
-        found.left_out.append(f"a resolution of {dpi[0]} x {dpi[1]}")
+    if dpi and metadata.dpi is None and dpi != (0, 0):
+        found.left_out.append(f"a resolution of {dpi}")
     if found.left_out:
         log.warning("%s: left out of the result: %s", name, ", ".join(dict.fromkeys(found.left_out)))
     return metadata, turn

@@ -21,6 +21,7 @@ log = logging.getLogger("moesr")
 _METRE_IN = 0.0254  # inches to metres: some formats count pixels per metre, as whole numbers
 _SEGMENT_BYTES = 65_533  # largest content of a JPEG segment
 _UNLIMITED = 2**31 - 1
+_ALL_TEXTS_BYTES = 32 << 20  # Pillow reads up to 64 MiB in all, XMP and the record among it
 _PILLOW_TEXT_BYTES = 1 << 20  # Pillow cannot read a PNG with a longer compressed text or profile
 
 
@@ -186,7 +187,7 @@ def _with_texts(m: Metadata, capacity: Capacity, lost: list[str]) -> Metadata:
         return m
     if capacity.text_as == "chunks":
         texts = (*m.texts, *(Text("Comment", decoded(comment)) for comment in m.comments))
-        kept = tuple(text for text in texts if len(text.value.encode()) <= capacity.text)
+        kept = _up_to(texts, capacity.text)
         lost += [f"the text {text.key!r}, which is too long" for text in texts if text not in kept]
         return replace(m, texts=kept, comments=())
     lines = (*m.comments, *(_line(text).encode() for text in m.texts))
@@ -201,6 +202,17 @@ def _with_texts(m: Metadata, capacity: Capacity, lost: list[str]) -> Metadata:
         names = [*(["a comment"] if m.comments else []), *(f"the text {text.key!r}" for text in m.texts)]
         lost += names
     return replace(m, texts=(), comments=(), exif=block or m.exif)
+
+
+def _up_to(texts: tuple[Text, ...], limit_bytes: int) -> tuple[Text, ...]:
+    """The texts that are no longer than the limit, as far as a reader takes them all together."""
+    kept, total = [], 0
+    for text in texts:
+        size = len(text.value.encode(errors="replace"))
+        if size <= limit_bytes and total + size <= _ALL_TEXTS_BYTES:
+            kept.append(text)
+            total += size
+    return tuple(kept)
 
 
 def _line(text: Text) -> str:

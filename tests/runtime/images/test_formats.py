@@ -1,0 +1,123 @@
+"""Formats that Pillow reads wrongly or not at all, and what is said of those that it cannot read."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_files import write_png, write_tiff
+from PIL import Image
+
+from moesr.runtime.errors import InputError
+from moesr.runtime.images import formats, reading, writing
+
+RNG = np.random.default_rng(6)
+DEEP = RNG.integers(0, 65536, (6, 9), np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("order", "big"), [("<", False), (">", False), ("<", True)], ids=["little", "big", "bigtiff"]
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_stored_as_zero(tmp_path: Path, order: str, big: bool, dtype: type):
+    picture = (DEEP >> (0 if dtype == np.uint16 else 8)).astype(dtype)
+    negative = write_tiff(tmp_path / "a.tif", np.iinfo(dtype).max - picture, 0, order, big)
+    positive = write_tiff(tmp_path / "b.tif", picture, 1, order, big)
+    for path in (negative, positive):
+        np.testing.assert_array_equal(reading.load(path).pixels, picture)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_white_stored_as_zero_in_a_compressed_tiff(tmp_path: Path, compression: str):
+    Image.fromarray(65535 - DEEP).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0
+        np.testing.assert_array_equal(reading.from_pil(image).pixels, DEEP)
+    np.testing.assert_array_equal(reading.load(tmp_path / "a.tif").pixels, DEEP)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_transparent_value_of_16_bit_grey(tmp_path: Path, suffix: str):
+    values = DEEP.copy()
+    values[:2, :3] = 300
+    write_png(tmp_path / "a.png", values, 0, [(b"tRNS", struct.pack(">H", 300))])
+    loaded = reading.load(tmp_path / "a.png")
+    np.testing.assert_array_equal(loaded.pixels[..., 0], values)
+    np.testing.assert_array_equal(loaded.pixels[..., 1], np.where(values == 300, 0, 65535))
+    writing.save(tmp_path / f"b{suffix}", loaded)
+    with Image.open(tmp_path / f"b{suffix}") as result:
+        alpha = np.asarray(result.getchannel("A"))
+    np.testing.assert_array_equal(alpha, np.where(values == 300, 0, 255))
+
+
+HEADS = {
+    "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf",
+    "AVIF, by a compatible brand": b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf",
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "HEIC, by a compatible brand": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic",
+    "JPEG XL": b"\xff\x0a" + bytes(40),
+    "JPEG XL, as boxes": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40),
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40),
+    "WebP": b"RIFF\x24\0\0\0WEBPVP8 " + bytes(40),
+}
+CURES = {
+    "AVIF": r"pillow>=11\.3",
+    "HEIC": "pillow-heif",
+    "JPEG XL": "pillow-jxl-plugin",
+    "JPEG 2000": "OpenJPEG",
+    "WebP": "built with WebP",
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_format_that_this_pillow_lacks(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    Image.init()
+    for name in ("AVIF", "HEIF", "JXL", "JPEG2000", "WEBP"):
+        monkeypatch.delitem(Image.OPEN, name, raising=False)
+    monkeypatch.setattr(formats, "_import", lambda more: None)
+    (tmp_path / "a.png").write_bytes(HEADS[kind] + bytes(64))
+    name = kind.split(",")[0]
+    with pytest.raises(
+        InputError, match=rf"a {name} image, which Pillow [\d.]+ cannot read; .*{CURES[name]}"
+    ):
+        reading.load(tmp_path / "a.png")
+
+
+def test_a_plug_in_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+
+    def opener(stream, name):
+        return Image.new("RGB", (5, 4), (1, 2, 3))
+
+    plugin = types.ModuleType("pillow_heif")
+    plugin.register_heif_opener = lambda: Image.register_open("HEIF", opener, lambda head: True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    formats._import.cache_clear()
+    (tmp_path / "a.heic").write_bytes(HEADS["HEIC"] + bytes(64))
+    assert reading.load(tmp_path / "a.heic").pixels.shape == (4, 5, 3)
+    formats._import.cache_clear()
+
+
+@pytest.mark.parametrize(("package", "suffix"), [("pillow_heif", ".heic"), ("pillow_jxl", ".jxl")])
+def test_heic_and_jpeg_xl(tmp_path: Path, package: str, suffix: str):
+    plugin = pytest.importorskip(package)
+    if package == "pillow_heif":
+        plugin.register_heif_opener()
+    picture = Image.fromarray(np.linspace(0, 250, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint8))
+    picture.save(tmp_path / f"a{suffix}", quality=95)
+    pixels = reading.load(tmp_path / f"a{suffix}").pixels
+    assert np.abs(pixels.astype(int) - np.asarray(picture)).mean() < 6
+    assert suffix in formats.READ_SUFFIXES
+
+
+def test_avif(tmp_path: Path):
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (8, 6), (200, 100, 50)).save(tmp_path / "a.avif", quality=90)
+    assert reading.load(tmp_path / "a.avif").pixels.shape == (6, 8, 3)
