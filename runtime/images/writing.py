@@ -92,16 +92,24 @@ def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
     return kind
 
 
-def save(path: Path, image: LoadedImage | Image.Image, record: Provenance | None = None) -> None:
+def save(
+    path: Path,
+    image: LoadedImage | Image.Image,
+    record: Provenance | None = None,
+    quality: int | None = None,
+) -> None:
     """Write an image as its suffix says, with `record` and its metadata; replaces an existing file.
 
     A warning names the metadata that the format cannot hold. Alpha that the format lacks is flattened on
-    white, and 16 bits that it lacks are reduced to 8, also with a warning. Raises UsageError for the suffix,
-    OutputError if the file cannot be written.
+    white, and 16 bits that it lacks are reduced to 8, also with a warning. `quality`, 1 to 100, is that of
+    JPEG and WebP (95 by default). Raises UsageError for the suffix, OutputError if the file cannot be
+    written.
     """
     path = Path(path)
     picture, carried = _parts(image)
     kind = check_output(path, *picture.size)
+    if quality is not None and "quality" in kind.options:
+        kind = replace(kind, options={**kind.options, "quality": quality})
     if isinstance(image, LoadedImage) and image.pixels.dtype == np.uint16 and image.pixels.ndim == 3:
         log.warning("%s: 16-bit pixels with alpha or color are written with 8 bits a channel", path)
     if picture.mode in ("LA", "RGBA") and not kind.alpha:

@@ -121,3 +121,12 @@ def test_avif(tmp_path: Path):
         pytest.skip("this Pillow has no AVIF")
     Image.new("RGB", (8, 6), (200, 100, 50)).save(tmp_path / "a.avif", quality=90)
     assert reading.load(tmp_path / "a.avif").pixels.shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".png", ".tif", ".bmp"])
+def test_quality(tmp_path: Path, suffix: str):
+    picture = reading.LoadedImage(RNG.integers(0, 256, (64, 64, 3), np.uint8))
+    writing.save(tmp_path / f"a{suffix}", picture)
+    writing.save(tmp_path / f"b{suffix}", picture, quality=20)
+    best, low = ((tmp_path / f"{name}{suffix}").stat().st_size for name in "ab")
+    assert (low < best / 2) == (suffix in (".jpg", ".webp"))
