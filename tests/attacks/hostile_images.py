@@ -18,13 +18,14 @@ from PIL import Image, ImageCms
 class Attack:
     """A file (or other entry) that `make` creates, the exit code that it gets, and a pattern of the message.
 
-    With exit code 0 the image is upscaled, and `says` is a warning, or "" for none.
+    With exit code 0 the image is upscaled into each of `results`, and `says` is not used.
     """
 
     make: Callable[[Path], object]
     code: int
     says: str
     name: str = "in.png"
+    results: tuple[str, ...] = ("out.png",)
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (13, 9)) -> Image.Image:
@@ -143,9 +144,6 @@ REFUSED = {
     "png_truncated": Attack(file(lambda: png()[:-40]), 1, DAMAGED),
     "png_checksum": Attack(file(lambda: png().replace(b"IDAT", b"IDAX")), 1, DAMAGED),
     "png_wrong_depth": Attack(file(lambda: png(depth=3)), 1, f"{DAMAGED}|{UNKNOWN}"),
-    "png_text_bomb": Attack(
-        file(lambda: png(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(70_000_000))))), 1, DAMAGED
-    ),
     "jpeg_truncated": Attack(file(lambda: encoded("JPEG")[:-60]), 1, DAMAGED, "in.jpg"),
     "jpeg_declared_large": Attack(file(lambda: jpeg_size(65000, 65000)), 1, LARGE, "in.jpg"),
     "jpeg_no_height": Attack(
@@ -165,7 +163,7 @@ REFUSED = {
     "tiff_header_alone": Attack(file(b"II*\0\x08\0\0\0"), 1, f"{DAMAGED}|{UNKNOWN}", "in.tif"),
     "bmp_huge_height": Attack(file(lambda: bmp_size(13, 2**31 - 1)), 1, f"{LARGE}|{DAMAGED}", "in.bmp"),
     "bmp_negative_width": Attack(
-        file(lambda: bmp_size(-13, 9)), 1, f"has no pixels|{DAMAGED}|{UNKNOWN}", "in.bmp"
+        file(lambda: bmp_size(-13, 9)), 1, f"has no pixels|{LARGE}|{DAMAGED}|{UNKNOWN}", "in.bmp"
     ),
     "gif_truncated": Attack(file(lambda: encoded("GIF")[:30]), 1, f"{DAMAGED}|{UNKNOWN}", "in.gif"),
     "ppm_declared_large": Attack(file(b"P6 99999 99999 255\n" + bytes(99)), 1, LARGE, "in.ppm"),
@@ -177,6 +175,9 @@ REFUSED = {
 }
 
 ACCEPTED = {
+    "png_text_bomb": Attack(
+        file(lambda: png(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(70_000_000))))), 0, ""
+    ),
     "png_huge_density": Attack(
         file(lambda: png(chunk(b"pHYs", struct.pack(">IIB", 2**32 - 1, 1, 1)))), 0, ""
     ),
@@ -187,17 +188,35 @@ ACCEPTED = {
     ),
     "jpeg_large_profile": Attack(file(lambda: encoded("JPEG", icc_profile=large_profile())), 0, "", "in.jpg"),
     "jpeg_padded_software": Attack(
-        file(lambda: encoded("JPEG", exif=software("Ver.1.00\0\0\0"))), 0, "", "in.jpg"
+        file(lambda: encoded("JPEG", exif=software("Ver.1.00\0\0\0"))),
+        0,
+        "",
+        "in.jpg",
+        ("out.tif", "out.webp"),
     ),
-    "webp_long_exif": Attack(file(lambda: encoded("WEBP", exif=maker_note(70_000))), 0, "", "in.webp"),
+    "webp_long_exif": Attack(
+        file(lambda: encoded("WEBP", exif=maker_note(70_000))), 0, "", "in.webp", ("out.jpg",)
+    ),
     "tiff_resolution_0_0": Attack(
-        file(lambda: tiff_with(282, 5, 1, b"", struct.pack("<II", 0, 0), dpi=(72, 72))), 0, "", "in.tif"
+        file(lambda: tiff_with(282, 5, 1, b"", struct.pack("<II", 0, 0), dpi=(72, 72))),
+        0,
+        "",
+        "in.tif",
+        ("out.png", "out.tif"),
     ),
     "tiff_resolution_infinite": Attack(
-        file(lambda: tiff_with(283, 5, 1, b"", struct.pack("<II", 1, 0), dpi=(72, 72))), 0, "", "in.tif"
+        file(lambda: tiff_with(283, 5, 1, b"", struct.pack("<II", 1, 0), dpi=(72, 72))),
+        0,
+        "",
+        "in.tif",
+        ("out.png", "out.tif"),
     ),
     "tiff_resolution_negative": Attack(
-        file(lambda: tiff_with(282, 10, 1, b"", struct.pack("<ii", -5, 1), dpi=(72, 72))), 0, "", "in.tif"
+        file(lambda: tiff_with(282, 10, 1, b"", struct.pack("<ii", -5, 1), dpi=(72, 72))),
+        0,
+        "",
+        "in.tif",
+        ("out.png", "out.tif"),
     ),
     "tiff_looping": Attack(file(looping_tiff), 0, "", "in.tif"),
     "wrong_suffix": Attack(file(lambda: encoded("JPEG")), 0, "", "in.png"),
