@@ -1,12 +1,11 @@
 """Shared fixtures: published results, weights made from names, and how closely two results agree.
 
-The whole set of reference data is a directory beside the project; parts of it lie in `assets/goldens`. Tests
-of what is only in the whole set are skipped without it.
+Tests read the goldens in `assets/goldens`, whatever lies beside the project. If MOESR_REFERENCE names the
+directory of the whole set of reference data, they read its complete arrays instead.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +15,23 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
-from make_goldens import GOLDENS
+from make_goldens import GOLDENS, STEMS, sample
 from weights_of_names import weights
 
 from moesr.runtime.backends.selection import BACKENDS
 from moesr.training.networks import Autoencoder
 
 REPO = Path(__file__).resolve().parent.parent
-REFERENCE = Path(os.environ.get("MOESR_REFERENCE", REPO.parent / "shared" / "reference"))
+REFERENCE = Path(os.environ["MOESR_REFERENCE"]) if os.environ.get("MOESR_REFERENCE") else None
 STABLESR = "stablesr_"  # before the names of its networks
 BACKEND = os.environ.get("MOESR_TEST_BACKEND", "onnxruntime")
-WITHOUT = f"not among the project's goldens, and no reference data at {REFERENCE}; set MOESR_REFERENCE"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that reads a golden with `golden`."""
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,25 +45,16 @@ def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Golden(dict[str, np.ndarray]):
-    """Arrays of one golden file by name; a test that asks for one that is not there is skipped."""
+    """Arrays of one golden file by name. Large results are sampled unless they come from the whole set."""
 
-    def __missing__(self, key: str) -> np.ndarray:
-        pytest.skip(f"{key}: {WITHOUT}")
+    def pair(self, key: str, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`got` and the result `key`, both at the elements that the file holds of the result."""
+        want = self[key]
+        return (got if got.shape == want.shape else sample(got)), want
 
-    def thinned(self, array: np.ndarray) -> np.ndarray:
-        """The pixels [..., H, W] that the file holds of a result: all, or those that `make_goldens` keeps."""
-        return array[..., self.pixels, self.pixels]
-
-    @property
-    def leeway(self) -> float:
-        """Times a limit on the relative error: that of a few pixels strays from that of a whole image."""
-        return 2.0 if "every" in self else 1.0
-
-    @property
-    def pixels(self) -> slice:
-        """The rows, and the columns, that the file holds of a result."""
-        every = int(self.get("every", 1))
-        return slice(every // 2, None, every)
+    def error(self, key: str, got: np.ndarray) -> float:
+        """Relative L2 error of `got` at the elements that the file holds of the result `key`."""
+        return relative_l2(*self.pair(key, got))
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +62,9 @@ def golden() -> Callable[[str], Golden]:
     """Load one golden file by stem: `golden("unet_w32")["eps"]`."""
 
     def load(stem: str) -> Golden:
-        for folder in (REFERENCE / "golden", GOLDENS):
-            if (folder / f"{stem}.npz").is_file():
-                with np.load(folder / f"{stem}.npz") as data:
-                    return Golden(data)
-        pytest.skip(f"{stem}: {WITHOUT}")
+        in_whole_set = REFERENCE is not None and stem in STEMS
+        with np.load((REFERENCE / "golden" if in_whole_set else GOLDENS) / f"{stem}.npz") as data:
+            return Golden(data)
 
     return load
 
@@ -80,18 +74,9 @@ def published_weights() -> Callable[[str, str], dict[str, np.ndarray]]:
     """Weights of a published network: `published_weights("unet_w32", "dev")`."""
 
     def make(network: str, salt: str) -> dict[str, np.ndarray]:
-        return weights(published_shapes(network), salt)
+        return weights(own_shapes(network), salt)
 
     return make
-
-
-def published_shapes(network: str) -> dict[str, list[int]]:
-    """Shapes of a published network's tensors by name; without the reference data, our network's."""
-    family = "stablesr_keys" if network.startswith(STABLESR) else "checkpoint_keys"
-    keys = REFERENCE / f"{family}.json"
-    if not keys.is_file():
-        return own_shapes(network)
-    return json.loads(keys.read_text())[network.removeprefix(STABLESR)]
 
 
 def own_shapes(network: str) -> dict[str, list[int]]:
@@ -116,6 +101,7 @@ def own_shapes(network: str) -> dict[str, list[int]]:
 
 
 def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
-    """||got - want|| / ||want||, in float64."""
+    """||got - want|| / ||want||, in float64; the shapes must be equal."""
+    assert np.shape(got) == np.shape(want)
     got64, want64 = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got64 - want64) / np.linalg.norm(want64))

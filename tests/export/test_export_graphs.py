@@ -263,7 +263,7 @@ def test_published_decoder(key, fidelity, golden, published_weights):
     network = Autoencoder(AutoencoderConfig(channels=32, codebook_size=256)).eval()
     _load(network, published_weights("decoder_c32", "dev"))
     inputs = {"z": data["z"], "lr": data["lr_upsampled"], "fidelity": np.array([fidelity], np.float32)}
-    assert relative_l2(run(decoder_graph(network, 32), inputs), data[key]) < 1e-5
+    assert data.error(key, run(decoder_graph(network, 32), inputs)) < 1e-5
 
 
 @torch.inference_mode()
@@ -273,7 +273,7 @@ def test_published_expert(golden, published_weights):
     _load(network, published_weights("unet_w32", "dev"))
     x, t = data["x"], data["t"].astype(np.float32)
     got = run(expert_graph(network, 32), {"z_t": x[:, :3], "cond": x[:, 3:], "t": t})
-    assert relative_l2(got, data["eps"]) < 1e-5
+    assert data.error("eps", got) < 1e-5
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_published_decoder_full_width(golden, published_weights):
     inputs = {"z": data["z"], "lr": lr, "fidelity": np.ones(1, np.float32)}
     image = run(decoder_graph(network, 128), inputs)
     # of which the golden's own float32 norms are a part
-    assert relative_l2(image[:, :, ::4, ::4], data["image_every_4th"]) < 1e-4
+    assert data.error("image_every_4th", image[:, :, ::4, ::4]) < 1e-4
 
 
 @pytest.mark.slow
@@ -296,7 +296,7 @@ def test_published_expert_full_width(golden, published_weights):
     _load(network, published_weights("unet_w160", "dev"))
     x, t = data["x"], data["t"].astype(np.float32)
     got = run(expert_graph(network, 128), {"z_t": x[:, :3], "cond": x[:, 3:], "t": t})
-    assert relative_l2(got, data["eps"]) < 1e-5
+    assert data.error("eps", got) < 1e-5
 
 
 def _load(network: torch.nn.Module, weights: dict[str, np.ndarray]) -> None:

@@ -190,23 +190,24 @@ def test_published_unet_with_our_attention(golden, published_weights, monkeypatc
     x = torch.from_numpy(data["x"])
     eps = network(x[:, :3], x[:, 3:], torch.from_numpy(data["t"]))
     assert len(calls) == 6
-    assert relative_l2(eps.numpy(), data["eps"]) < LIMIT
+    assert data.error("eps", eps.numpy()) < LIMIT
 
 
 @pytest.fixture(scope="module")
 def decoder_c32(golden, published_weights):
     config = AutoencoderConfig(channels=32, codebook_size=256)
     network = load(Autoencoder(config), published_weights("decoder_c32", "dev"))
-    return network, {k: torch.from_numpy(np.asarray(v)) for k, v in golden("decoder_c32").items()}
+    return network, golden("decoder_c32")
 
 
 @torch.inference_mode()
 def test_published_codes(decoder_c32):
     network, data = decoder_c32
     codes = network.quantize.embedding.weight
-    values, indices = vq_nearest(data["z"], codes, codes)
-    assert torch.equal(indices.flatten().long(), network.quantize.indices(data["z"]))
-    assert torch.equal(values, network.quantize(data["z"]))
+    z = torch.from_numpy(data["z"])
+    values, indices = vq_nearest(z, codes, codes)
+    assert torch.equal(indices.flatten().long(), network.quantize.indices(z))
+    assert torch.equal(values, network.quantize(z))
 
 
 @pytest.mark.slow
@@ -216,9 +217,10 @@ def test_published_decoder_with_our_attention_and_codes(decoder_c32, monkeypatch
     codes = network.quantize.embedding.weight
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or by_kernel(*qkv))
     monkeypatch.setattr(network.quantize, "forward", lambda z: vq_nearest(z, codes, codes)[0])
-    image = network.decode(data["z"], data["lr_upsampled"], 1.0)
+    z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
+    image = network.decode(z, lr, 1.0)
     assert len(calls) == 1
-    assert relative_l2(image.numpy(), data["image_w1"].numpy()) < LIMIT
+    assert data.error("image_w1", image.numpy()) < LIMIT
 
 
 def test_nearest_code_is_the_matrix_products_but_for_rounding():

@@ -1,25 +1,32 @@
-"""Cut the goldens that lie in `tests/assets/goldens` from the whole set of reference data:
+"""Write the goldens in `tests/assets/goldens` from the whole set of reference data:
 
   python tests/tools/make_goldens.py DIRECTORY
 
-All hold outputs of the published networks and scripts in float32 on a CPU; none are of this project. Weights
-are made from their names (`weights_of_names.py`), so no file holds any. Arrays in brackets are every
-`every`-th pixel in both directions, from number `every // 2` on: the error is largest at the borders.
+The goldens are inputs and outputs of the published networks and scripts, computed in float32 on a CPU; none
+were computed by this project. Weights are generated from the names of the tensors (`weights_of_names.py`),
+so no file holds any. Inputs are complete. Results of more than `WHOLE` elements are sampled (see `sample`);
+they are in brackets here.
 
-unet_w32      width 32, one sample of 32x32: x, t -> eps
+unet_w32      width 32, two samples of 32x32: x, t -> eps
+unet_w160     full width, one sample of 128x128: x, t -> [eps]
 decoder_c32   32 channels, 256 codes, 128x128: lr_upsampled, z -> [image_w1], [image_w05], [image_w0],
-              [lr_feature], prequant, codes; without the AFF filter alone
+              [lr_feature], prequant, codes; the refinement network alone, 64x48: aff_in ->
+              [aff_filter_out], [aff_block_out], [aff_unet_out]
+decoder_c128  full width, 512x512, LR image from a seed: z -> [image_every_4th]
 ddim_s8_eta1  whole sampling loop over four experts of width 32: x_T, cond, noise -> x_0, and its tables
 ddim_s5_eta0  the same without noise
 schedule      alpha_bar, timesteps and sigmas for 200, 100, 50 and 20 steps
 imresize      MATLAB's bicubic: small -> up2, [up8]; large -> down8, down4
-colour_and_ffl  one channel: content, style -> [adain], [wavelet]; without the focal frequency loss
-stablesr_unet   width 32, one sample of 16x24: x, t, context, struct -> out
-stablesr_structcond  width 32, one sample of 16x24: x, t -> out
-stablesr_text   width 64: token ids -> [out]
+colour_and_ffl  content, style -> [adain], [wavelet]; focal frequency loss: ffl_pred, ffl_target -> ffl
+stablesr_unet   width 32, two samples of 16x24: x, t, context, struct -> out, and parts of the network;
+                full width from seeds: [full.out]
+stablesr_structcond  width 32, cases a and b: x, t -> [out]; full width from a seed: [full.out]
+stablesr_text   width 64: token ids -> [out]; full width: [full.out]
 stablesr_vae_cfw  32 channels, 64x96: image, noise, z -> moments, latent, [features], [images]
-stablesr_schedule  tables for 6 and 4 steps of DDPM, 5 of DDIM; tile weights
-stable_diffusion  is of diffusers and transformers (`make_diffusers_golden.py`)
+stablesr_loop   six steps of DDPM with and without guidance, and over a canvas of tiles
+stablesr_ddim   five steps of DDIM with and without guidance
+stablesr_schedule  tables for 1000, 200, 50, 6 and 4 steps of DDPM, 50, 20 and 5 of DDIM; tile weights
+stable_diffusion  computed by diffusers and transformers (`make_diffusers_golden.py`)
 keys.json     a hash of the names and shapes of each published network's tensors
 """
 
@@ -28,57 +35,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 GOLDENS = Path(__file__).resolve().parents[1] / "assets" / "goldens"
-EVERY = {"decoder_c32": 8, "imresize": 8, "colour_and_ffl": 4, "stablesr_text": 4, "stablesr_vae_cfw": 4}
-THINNED = (
-    "image_w1",
-    "image_w05",
-    "image_w0",
-    "lr_feature",
-    "adain",
-    "wavelet",
-    "fea_level1",
-    "fea_level2",
-    "out",
-)
-LEFT_OUT = ("aff_", "ffl", "mid.", "full.", "a.", "s200.", "s50.", "ddim50.", "ddim20.")
-LEFT_OUT += ("s1000.sqrt", "s1000.posterior")
-FIRST_SAMPLE = ("unet_w32", "stablesr_unet", "stablesr_structcond")
-
-
-def cut(stem: str, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The part of the golden `stem` that is kept."""
-    kept = {key: value for key, value in whole.items() if not key.startswith(LEFT_OUT)}
-    if stem in FIRST_SAMPLE:
-        kept = {key: value[:1] for key, value in kept.items()}
-    if stem == "ddim_s5_eta0":
-        kept["noise"] = np.zeros_like(kept["noise"])  # eta 0 takes none
-    if stem == "colour_and_ffl":
-        kept = {key: value[:, :1] for key, value in kept.items()}
-    if every := EVERY.get(stem):
-        pixels = slice(every // 2, None, every)
-        kept |= {key: kept[key][..., pixels, pixels] for key in THINNED if key in kept}
-        kept |= {key: kept[key][pixels, pixels] for key in ("up8",) if key in kept}
-        kept["every"] = np.array(every)
-    if "codes" in kept:
-        kept["codes"] = kept["codes"].astype(np.int16)
-    return kept
-
-
-def digest(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Hash of the names and shapes of a network's tensors, whatever their order."""
-    lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 STEMS = (
     "unet_w32",
+    "unet_w160",
     "decoder_c32",
+    "decoder_c128",
     "ddim_s8_eta1",
     "ddim_s5_eta0",
     "schedule",
@@ -88,8 +56,47 @@ STEMS = (
     "stablesr_structcond",
     "stablesr_text",
     "stablesr_vae_cfw",
+    "stablesr_loop",
+    "stablesr_ddim",
     "stablesr_schedule",
 )
+RESULTS = re.compile(
+    r"(.+\.)?out(\.\d+)?|aff_.+_out|image_.+|eps|lr_feature|fea_level\d|adain|wavelet|up8"
+)  # names of the arrays that `cut` may sample
+WHOLE = 8192  # elements
+EVERY = 13  # no image or feature map has a side that is a multiple of it
+
+
+def cut(stem: str, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of the golden `stem` as the project stores them."""
+    kept = {key: sample(value) if RESULTS.fullmatch(key) else value for key, value in whole.items()}
+    if stem == "ddim_s5_eta0":
+        kept["noise"] = np.zeros_like(kept["noise"])  # multiplied by 0 when eta is 0
+    if "codes" in kept:
+        kept["codes"] = kept["codes"].astype(np.int16)
+    return kept
+
+
+def sample(result: np.ndarray) -> np.ndarray:
+    """Every `EVERY`-th element of a result in C order, [n]; a result of up to `WHOLE` elements unchanged.
+
+    Since `EVERY` divides no side, the sample holds elements of all rows, columns and channels.
+    """
+    return result if result.size <= WHOLE else result.reshape(-1)[::EVERY]
+
+
+def digest(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Hash of the names and shapes of a network's tensors, whatever their order."""
+    lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digests(reference: Path) -> dict[str, str]:
+    """The hash of each published network in the key lists of the directory `reference`."""
+    keys = json.loads((reference / "checkpoint_keys.json").read_text())
+    stablesr = json.loads((reference / "stablesr_keys.json").read_text())
+    keys |= {f"stablesr_{name}": shapes for name, shapes in stablesr.items()}
+    return {name: digest(shapes) for name, shapes in sorted(keys.items())}
 
 
 def main() -> None:
@@ -103,11 +110,7 @@ def main() -> None:
     for stem in STEMS:
         with np.load(reference / "golden" / f"{stem}.npz") as whole:
             np.savez_compressed(GOLDENS / f"{stem}.npz", **cut(stem, whole))
-    keys = json.loads((reference / "checkpoint_keys.json").read_text())
-    stablesr = json.loads((reference / "stablesr_keys.json").read_text())
-    keys |= {f"stablesr_{name}": shapes for name, shapes in stablesr.items()}
-    digests = {name: digest(shapes) for name, shapes in sorted(keys.items())}
-    (GOLDENS / "keys.json").write_text(json.dumps(digests, indent=1) + "\n")
+    (GOLDENS / "keys.json").write_text(json.dumps(digests(reference), indent=1) + "\n")
 
 
 if __name__ == "__main__":

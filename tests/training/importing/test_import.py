@@ -83,7 +83,7 @@ def test_layouts_give_the_golden_network(
     assert checkpoint.config.unet == dataclasses.replace(UNET, space_experts=1)
     assert checkpoint.config.decoder == VQ
     data = golden("unet_w32")
-    assert relative_l2(eps_of(checkpoint.expert(0), data), data["eps"]) < LIMIT
+    assert data.error("eps", eps_of(checkpoint.expert(0), data)) < LIMIT
     out = capsys.readouterr().out
     assert "16 space experts merged" in out
     assert ("EMA weights" in out) == (layout in ("ema-buffers-first-stage", "safetensors"))
@@ -139,7 +139,7 @@ def test_decoder_gives_the_golden_image(unet_dev, vq_file, golden, tmp_path):
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
     with torch.inference_mode():
         image = load_checkpoint(tmp_path / "model").decoder().decode(z, lr)
-    assert relative_l2(data.thinned(image.numpy()), data["image_w1"]) < LIMIT * data.leeway
+    assert data.error("image_w1", image.numpy()) < LIMIT
 
 
 @pytest.mark.parametrize("one_file", [True, False], ids=["one-file", "two-files"])
@@ -200,5 +200,5 @@ def test_full_width(published_weights, vq_file, golden, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "model")
     assert checkpoint.config.unet == UNetConfig(space_experts=1)
     data = golden("unet_w160")
-    assert relative_l2(eps_of(checkpoint.expert(0), data), data["eps"]) < LIMIT
+    assert data.error("eps", eps_of(checkpoint.expert(0), data)) < LIMIT
     shutil.rmtree(tmp_path / "model")  # half a gigabyte

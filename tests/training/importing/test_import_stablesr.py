@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_l2
 from published_files import BUFFERS, run, tensors
 from safetensors.torch import save_file
 from stablesr import FULL, NARROW, NETWORKS, SALT
@@ -92,7 +91,7 @@ def test_golden_output(imported, golden):
     keys = [key for key in data if key.startswith("struct.")]
     structure = {int(key.removeprefix("struct.")): torch.from_numpy(data[key]) for key in keys}
     z, t, text = (torch.from_numpy(data[key]) for key in ("x", "t", "context"))
-    assert relative_l2(imported.unet()(z, t, structure, text).numpy(), data["out"]) < LIMIT
+    assert data.error("out", imported.unet()(z, t, structure, text).numpy()) < LIMIT
 
 
 @pytest.mark.parametrize(

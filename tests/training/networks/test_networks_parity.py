@@ -27,7 +27,7 @@ def test_unet(stem, config, golden, published_weights):
     network = load(DenoisingUNet(config), published_weights(stem, "dev"))
     x = torch.from_numpy(data["x"])
     eps = network(x[:, :3], x[:, 3:], torch.from_numpy(data["t"]))
-    assert relative_l2(eps.numpy(), data["eps"]) < LIMIT
+    assert data.error("eps", eps.numpy()) < LIMIT
 
 
 def test_plain_ldm_keys(published_weights):
@@ -49,14 +49,14 @@ def test_decoder_fidelity(key, fidelity, decoder_c32):
     network, data = decoder_c32
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
     image = network.decode(z, lr, fidelity).numpy()
-    assert relative_l2(data.thinned(image), data[key]) < LIMIT * data.leeway
+    assert data.error(key, image) < LIMIT
 
 
 @torch.inference_mode()
 def test_encoder_and_quantiser(decoder_c32):
     network, data = decoder_c32
     lr = torch.from_numpy(data["lr_upsampled"])
-    assert relative_l2(data.thinned(network.lr_features(lr)[1].numpy()), data["lr_feature"]) < LIMIT
+    assert data.error("lr_feature", network.lr_features(lr)[1].numpy()) < LIMIT
     assert relative_l2(network.encode(lr).numpy(), data["prequant"]) < LIMIT
 
 
@@ -76,7 +76,7 @@ def test_quantiser_codes(decoder_c32):
 def test_refinement(key, path, decoder_c32):
     network, data = decoder_c32
     module = network.decoder.unet_1.get_submodule(path)
-    assert relative_l2(module(torch.from_numpy(data["aff_in"])).numpy(), data[key]) < LIMIT
+    assert data.error(key, module(torch.from_numpy(data["aff_in"])).numpy()) < LIMIT
 
 
 @pytest.fixture
@@ -96,4 +96,4 @@ def test_decoder_full_width(golden, published_weights, two_threads):
     lr = (np.clip(noise, -2, 2) / 2).astype(np.float32)
     np.testing.assert_array_equal(lr[:, :, :4, :4], data["lr_corner"])
     image = network.decode(torch.from_numpy(data["z"]), torch.from_numpy(lr))
-    assert relative_l2(image[:, :, ::4, ::4].numpy(), data["image_every_4th"]) < LIMIT
+    assert data.error("image_every_4th", image[:, :, ::4, ::4].numpy()) < LIMIT
