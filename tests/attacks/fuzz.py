@@ -1,7 +1,8 @@
 """Run the fuzz targets on many examples and report how often each outcome occurred.
 
-Examples are drawn by hypothesis from a seed. A failure is shrunk and reported once; the examples go on, so
-that one fault does not hide the next. Exit codes: 0 no failure, 1 some.
+Examples are drawn by hypothesis from a seed. Each kind of failure (the exception and where it was raised) is
+reported once, and the examples go on, so that one fault does not hide the next. Exit codes: 0 no failure, 1
+some.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ def main() -> int:
         told = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common())
         took = time.perf_counter() - began
         print(f"| {name} | {sum(outcomes.values())} | {took:.0f} | {told} | {len(failures)} |", flush=True)
-        for text in failures.values():
-            print(f"\n--- {name}\n{text}", file=sys.stderr, flush=True)
+        for kind, example in failures.items():
+            print(f"\n{name}: {kind}, shortest example:\n{example}", file=sys.stderr, flush=True)
         failed |= bool(failures)
     return int(failed)
 
 
 def run_target(target: Target, count: int, start: int) -> tuple[Counter[str], dict[str, str]]:
-    """Outcomes of `count` examples, and a report of each kind of failure by where it was raised."""
+    """Outcomes of `count` examples, and the shortest example of each kind of failure."""
     outcomes: Counter[str] = Counter()
     failures: dict[str, str] = {}
 
@@ -69,8 +70,10 @@ def run_target(target: Target, count: int, start: int) -> tuple[Counter[str], di
                 where = "; ".join(f"{Path(f.filename).name}:{f.name}" for f in frames[-3:])
                 kind = f"{type(error).__name__} in {where}"
                 example = f"{value!r}"
-                if kind not in failures or len(example) < len(failures[kind]):
-                    failures[kind] = f"{kind}\n{str(error)[:500]}\n{example}"
+                if kind not in failures:
+                    print(f"\n{kind}\n{str(error)[:500]}\n{example}\n", file=sys.stderr, flush=True)
+                if len(example) < len(failures.get(kind, example + ".")):
+                    failures[kind] = example
 
     drawn = 0
     numbers = random.Random(start)
