@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from moesr.runtime.cli import compare, frames, sizes
+from moesr.runtime.cli.frames import Frames
 from moesr.runtime.cli.inputs import Input
-from moesr.runtime.cli.outputs import OutputPlan, Task, plan
+from moesr.runtime.cli.outputs import Naming, OutputPlan, Task, plan, shorten
 from moesr.runtime.cli.preclean import PreCleaner
+from moesr.runtime.cli.progress import Display, Progress
+from moesr.runtime.cli.report import Entry, Report
+from moesr.runtime.cli.sizes import Size
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, UsageError
 from moesr.runtime.images import reading, writing
@@ -27,9 +31,45 @@ from moesr.runtime.system.file_hashes import Stamp
 from moesr.runtime.system.files import open_input, reason
 from moesr.runtime.upscaler import Upscaler
 
-BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-
 log = logging.getLogger("moesr")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the files of a run are found, named, written and reported."""
+
+    force: bool = False
+    recursive: bool = False
+    size: Size | None = None  # of results; None: the engine's scale
+    suffix: str | None = None  # of names; None: the size
+    extension: str = ".png"
+    quality: int | None = None  # of JPEG and WebP
+    all_frames: bool = False
+    preserve_times: bool = False
+    compare: bool = False
+    fail_fast: bool = False
+    any_seed: bool = False  # a result of another seed counts as done
+    quiet: bool = False
+    json_progress: bool = False
+    log: Path | None = None
+    to_stdout: bool = False  # the result is for standard output, where nothing else may be printed
+    pre_clean: PreCleaner | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The part of these options that changes results, as results record it."""
+        values: dict[str, Any] = dict(self.size.recorded()) if self.size else {}
+        if self.quality is not None:
+            values["quality"] = self.quality
+        if self.all_frames:
+            values["frames"] = "all"
+        if self.pre_clean:
+            values["pre_clean"] = f"{self.pre_clean.path.name} {self.pre_clean.sha256[:8]}"
+        return values
+
+    def naming(self, scale: int) -> Naming:
+        """The names of results of an engine of this scale."""
+        usual = f"_{self.size.name}" if self.size else f"_x{scale}"
+        return Naming(usual if self.suffix is None else self.suffix, self.extension)
 
 
 def run(
@@ -37,30 +77,33 @@ def run(
     paths: Sequence[Path],
     output: str | None,
     options: Mapping[str, Any],
-    *,
-    force: bool = False,
-    quiet: bool = False,
-    pre_clean: PreCleaner | None = None,
+    how: RunOptions | None = None,
 ) -> int:
     """Work on all inputs and report them; returns the highest exit code of all inputs.
 
-    `options` are those of `Upscaler.map`; `pre_clean` cleans the images first. Raises UsageError if there are
-    no inputs.
+    `options` are those of `Upscaler.map`. Raises UsageError if there are no inputs.
     """
+    how = how or RunOptions()
     wanted = describe(upscaler.manifest, options)
-    if pre_clean:
-        cleaned = {"pre_clean": f"{pre_clean.path.name} {pre_clean.sha256[:8]}"}
-        wanted = replace(wanted, settings={**wanted.settings, **cleaned})
-    made = plan(paths, output, wanted, force)
+    wanted = dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()})
+    made = plan(
+        paths,
+        output,
+        wanted,
+        how.force,
+        naming=how.naming(wanted.scale),
+        recursive=how.recursive,
+        ignored=frozenset({"seed"}) if how.any_seed else frozenset(),
+    )
     for note in made.notes:
         log.info("%s", note)
     if not (made.listing.inputs or made.listing.failed):
         raise UsageError(f"no images in {', '.join(map(str, paths))}")
-    batch = Batch(upscaler, made, wanted, pre_clean)
-    for error in made.listing.failed:
-        batch.fail(None, error)
-    batch.run(options, quiet)
+    batch = Batch(upscaler, made, wanted, how)
+    batch.run(options)
     counts = {"done": batch.done, "skipped": batch.skipped, "failed": batch.failed}
+    if left := len(made.listing.inputs) + len(made.listing.failed) - sum(counts.values()):
+        counts["not begun"] = left
     if sum(counts.values()) > 1:
         log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
     return batch.code
@@ -77,13 +120,17 @@ def describe(manifest: Manifest, options: Mapping[str, Any]) -> Provenance:
 
 @dataclass(eq=False)
 class _Flight:
-    """An image that was read and whose result has not been written yet."""
+    """An image, or a frame of a file, that was read and whose result has not been written yet."""
 
     task: Task
     position: int  # of the input among all, from 1
+    frames: Frames
     image: LoadedImage
     record: Provenance
     size: tuple[int, int]  # height and width of the result
+    between: tuple[int, int] | None  # the size that a second pass enlarges, if there is one
+    entry: Entry
+    status: os.stat_result
     begun: bool = False  # the upscaler has given it its memory
 
     @property
@@ -91,177 +138,207 @@ class _Flight:
         """Pixels of the input, which its work is proportional to."""
         return self.image.pixels.shape[0] * self.image.pixels.shape[1]
 
-
-class Progress:
-    """The fraction of all work that is done, from what the upscaler reports about the images it has begun.
-
-    The work on images that are not begun is estimated from their pixels, or, before they are read, from the
-    mean of the images that are. The fraction never decreases.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.fraction = 0.0
-        self.unread = count  # inputs that were neither read nor skipped
-        self._areas = {"begun": 0, "waiting": 0}
-        self._read = 0
-
-    def read(self, area: int) -> None:
-        """Count an image that was read."""
-        self.unread -= 1
-        self._read += 1
-        self._areas["waiting"] += area
-
-    def begin(self, area: int) -> None:
-        """Count an image that was read as begun."""
-        self._areas["begun"] += area
-        self._areas["waiting"] -= area
-
-    def drop(self, area: int) -> None:
-        """Forget an image that was read and failed before it was begun."""
-        self._areas["waiting"] -= area
-        self._read -= 1
-
-    def update(self, done: float, total: float) -> float:
-        """The fraction, if `done` of `total` seconds of work on the begun images are done."""
-        begun, known = self._areas["begun"], sum(self._areas.values())
-        if begun and total > 0:
-            everything = known * (1 + self.unread / max(self._read, 1))
-            self.fraction = max(self.fraction, min(done / total * begun / everything, 1.0))
-        return self.fraction
+    @property
+    def second(self) -> int:
+        """Pixels that a second pass enlarges."""
+        return self.between[0] * self.between[1] if self.between else 0
 
 
-@dataclass
+class _Stop(Exception):
+    """Ends a batch after its first failure."""
+
+
 class Batch:
     """The inputs of a plan on their way through one upscaler; one that fails leaves the others alone."""
 
-    upscaler: Upscaler
-    plan: OutputPlan
-    wanted: Provenance
-    pre_clean: PreCleaner | None = None
-    done: int = 0
-    skipped: int = 0
-    failed: int = 0
-    code: int = 0
-    _flight: deque[_Flight] = field(default_factory=deque)
+    def __init__(self, upscaler: Upscaler, made: OutputPlan, wanted: Provenance, how: RunOptions) -> None:
+        """OutputError if the file of `how.log` cannot be written to."""
+        self._upscaler, self._plan, self._wanted, self._how = upscaler, made, wanted, how
+        self._report = Report(how.log, how.json_progress)
+        count = len(made.listing.inputs)
+        self._progress = Progress(count)
+        self._display = Display(count, quiet=how.quiet, as_events=how.json_progress)
+        self._flight: deque[_Flight] = deque()
+        self._options: Mapping[str, Any] = {}
+        self.done = self.skipped = self.failed = self.code = 0
 
-    def run(self, options: Mapping[str, Any], quiet: bool = False) -> None:
+    def run(self, options: Mapping[str, Any]) -> None:
         """Work on every input. The bar appears with the first image that is read."""
-        self._quiet, self._bar = quiet, None
-        self._progress = Progress(len(self.plan.listing.inputs))
-        results = self.upscaler.map(
-            self._images(), return_errors=True, progress=self._report, begun=self._begin, **options
+        self._options = options
+        finished = False
+        results: Any = self._upscaler.map(
+            self._images(), return_errors=True, progress=self._show_progress, begun=self._begin, **options
         )
         try:
+            for path, error in self._plan.listing.failed:
+                self._fail(Entry(str(path)), error)
             for result in results:
                 self._finish(self._flight.popleft(), result)
-            if self._bar is not None and self._progress.fraction:
-                self._bar.update(1.0 - self._bar.n)
+            finished = True
+        except _Stop:
+            log.error("stopped after the first failure (--fail-fast)")
         finally:
-            if self._bar is not None:
-                self._bar.close()
+            results.close()
+            self._display.close(finished)
 
     def _images(self) -> Iterator[LoadedImage]:
         """Decide on each input, and read it, when the upscaler has room for another image."""
-        for position, found in enumerate(self.plan.listing.inputs, 1):
-            flight = self._read(found, position)
-            if flight is None:
-                self._progress.unread -= 1
-                continue
-            self._flight.append(flight)
-            self._progress.read(flight.area)
-            yield flight.image
+        for position, found in enumerate(self._plan.listing.inputs, 1):
+            entry = Entry(str(found.path))
+            self._progress.unread -= 1
+            try:
+                task = self._decide(found, entry)
+                for flight in self._read(task, position, entry) if task else ():
+                    self._flight.append(flight)
+                    self._progress.read(flight.area, flight.second)
+                    yield flight.image
+                    if flight.frames.failed:
+                        break
+            except (MoesrError, MemoryError, OSError) as error:
+                for flight in self._flight:
+                    flight.frames.failed |= flight.entry is entry
+                self._fail(entry, error)
 
-    def _read(self, found: Input, position: int) -> _Flight | None:
-        """Read and clean an input; None if there is nothing to do or it failed."""
-        try:
-            task = self.plan.decide(found)
-            if isinstance(task, str):
-                self.skipped += 1
-                log.info("%s", task)
-                return None
-            self._show()
-            image, digest = read_input(task)
-            height, width = (side * self.wanted.scale for side in image.pixels.shape[:2])
-            writing.check_output(task.target, width, height)
-            if self.pre_clean:
-                self._show(f"cleaning {task.source.name}")
-                image = reading.with_pixels(image, self.pre_clean(image.pixels))
-        except (MoesrError, MemoryError, OSError) as error:
-            self.fail(found.path, error)
-            return None
-        return _Flight(task, position, image, self.wanted.of(task.source.name, digest), (height, width))
+    def _decide(self, found: Input, entry: Entry) -> Task | None:
+        """The task for an input, or None after a note if there is nothing to do."""
+        with self._report.collecting(entry):
+            task = self._plan.decide(found)
+        if isinstance(task, Task):
+            return task
+        self.skipped += 1
+        log.info("%s", task)
+        self._report.write(entry.line("skipped", self._wanted))
+        return None
+
+    def _read(self, task: Task, position: int, entry: Entry) -> Iterator[_Flight]:
+        """Read and clean an input; a file of several frames gives several images."""
+        with open_input(task.source) as stream:
+            before = os.fstat(stream.fileno())
+            digest = task.digest if task.stamp == Stamp.of(before) else ""
+            digest = digest or _hashed(stream, task.source)
+            record = self._wanted.of(task.source.name, digest)
+            several = Frames(frames.count(stream) if self._how.all_frames else 1)
+            frames.check(task.target, several.count)
+            images = frames.read(stream, task.source, several)
+            while True:
+                with self._report.collecting(entry):
+                    image = next(images, None)
+                    if image is None:
+                        return
+                    _check_unchanged(stream, task.source, before)
+                    size = self._size_of(image)
+                    writing.check_output(task.target, size[1], size[0])
+                    if self._how.pre_clean:
+                        self._show(position, task, f"cleaning {task.source.name}")
+                        image = reading.with_pixels(image, self._how.pre_clean(image.pixels))
+                    source = (image.pixels.shape[0], image.pixels.shape[1])
+                    middle = sizes.between(source, size, self._wanted.scale)
+                yield _Flight(task, position, several, image, record, size, middle, entry, before)
+
+    def _size_of(self, image: LoadedImage) -> tuple[int, int]:
+        height, width = image.pixels.shape[:2]
+        if self._how.size:
+            return self._how.size.of(height, width)
+        return height * self._wanted.scale, width * self._wanted.scale
 
     def _begin(self, image: LoadedImage) -> None:
         flight = next(flight for flight in self._flight if flight.image is image)
         flight.begun = True
         self._progress.begin(flight.area)
 
-    def _report(self, done: float, total: float, stage: str) -> None:
-        fraction, first = self._progress.update(done, total), self._flight[0]
-        text = console.printable(f"{first.position}/{len(self.plan.listing.inputs)} {first.task.source.name}")
-        bar = self._show(stage)
-        bar.set_description(text[-40:], refresh=False)
-        bar.update(fraction - bar.n)
+    def _show_progress(self, done: float, total: float, stage: str) -> None:
+        self._progress.update(done, total)
+        first = self._flight[0]
+        self._show(first.position, first.task, stage)
 
-    def _show(self, stage: str = "") -> tqdm:
-        """The bar, with a word about what is going on."""
-        if self._bar is None:
-            self._bar = console.bar(self._quiet, total=1.0, bar_format=BAR)
-        self._bar.set_postfix_str(console.printable(stage)[-40:], refresh=False)
-        return self._bar
+    def _show(self, position: int, task: Task, stage: str) -> None:
+        self._display.show(position, task.source.name, stage, self._progress.fraction)
 
     def _finish(self, flight: _Flight, result: LoadedImage | Exception) -> None:
-        """Write a result and report it."""
-        task = flight.task
+        """Write a result, once all frames of its file are there, and report it."""
         if not flight.begun:
             self._progress.drop(flight.area)
-        if isinstance(result, Exception):
-            self.fail(task.source, result)
+        several = flight.frames
+        if several.failed:
             return
         try:
-            writing.save(task.target, _of_size(result, flight.size), flight.record)
+            with self._report.collecting(flight.entry):
+                if isinstance(result, Exception):
+                    raise result
+                several.results.append(_of_size(self._second_pass(flight, result), flight.size))
+                if len(several.results) < several.count:
+                    return
+                self._write(flight)
         except (MoesrError, MemoryError, OSError) as error:
-            self.fail(task.source, error)
-        else:
-            self.done += 1
-            console.say(f"{task.source} -> {task.target}")
+            several.failed = True
+            self._fail(flight.entry, error)
+            return
+        self.done += 1
+        flight.entry.result = str(flight.task.target)
+        if not self._how.to_stdout:
+            console.say(f"{flight.task.source} -> {flight.task.target}")
+        self._report.write(flight.entry.line("done", flight.record))
 
-    def fail(self, source: Path | None, error: Exception) -> None:
+    def _second_pass(self, flight: _Flight, result: LoadedImage) -> LoadedImage:
+        """Enlarge a result once more if one pass is too little for its size."""
+        if not flight.between:
+            return result
+
+        def progress(done: float, total: float, stage: str) -> None:
+            self._progress.update_second(flight.second, min(done / total, 0.999) if total else 0.0)
+            self._show(flight.position, flight.task, f"{stage}, second pass")
+
+        middle = _of_size(result, flight.between)
+        final = self._upscaler(middle, progress=progress, **self._options)
+        self._progress.update_second(flight.second, 1.0)
+        return final
+
+    def _write(self, flight: _Flight) -> None:
+        """Write the result of an input and everything that goes with it."""
+        target, results = flight.task.target, flight.frames.results
+        if len(results) > 1:
+            frames.save(target, flight.frames, flight.record, self._how.quality)
+        else:
+            writing.save(target, results[0], flight.record, self._how.quality)
+        if self._how.preserve_times:
+            os.utime(target, ns=(flight.status.st_atime_ns, flight.status.st_mtime_ns))
+        if self._how.compare:
+            page = target.with_name(shorten(target.stem, compare.ENDING))
+            compare.write(page, flight.image, results[-1], flight.record)
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
         """Report an input's error; the exit code of the batch becomes the highest one."""
         self.failed += 1
         text = reason(error) if isinstance(error, OSError) else str(error)
         text = text or "out of memory; use a smaller image"
-        if source and str(source) not in text:
-            text = f"{source}: {text}"
+        if entry.input not in text:
+            text = f"{entry.input}: {text}"
         log.error("%s", text)
         code = 1 if isinstance(error, OSError) else MemoryLimitError.exit_code
         code = error.exit_code if isinstance(error, MoesrError) else code
         # A UsageError of one file: the command was right, the file was not.
         self.code = max(self.code, 1 if code == UsageError.exit_code else code)
+        self._report.write(entry.line("failed", self._wanted, text))
+        if self._how.fail_fast:
+            raise _Stop
 
 
-def read_input(task: Task) -> tuple[LoadedImage, str]:
-    """An image and the SHA-256 of the file it was read from, which is opened once.
+def _hashed(stream: Any, path: Path) -> str:
+    try:
+        return file_hashes.sha256_of_stream(stream, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
 
-    Raises InputError if the file cannot be read or changes meanwhile.
-    """
-    path = task.source
-    with open_input(path) as stream:
-        try:
-            before = Stamp.of(os.fstat(stream.fileno()))
-            digest = task.digest if task.stamp == before else ""
-            digest = digest or file_hashes.sha256_of_stream(stream, path)
-            image = reading.load(path, stream)
-            after = Stamp.of(os.fstat(stream.fileno()))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {reason(error)}") from error
-    if (after.size, after.modified_ns) != (before.size, before.modified_ns):
+
+def _check_unchanged(stream: Any, path: Path, before: os.stat_result) -> None:
+    """Raise InputError if an opened file was written to since `before`."""
+    after = os.fstat(stream.fileno())
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise InputError(f"{path}: changed while it was read; run again once it is complete")
-    return image, digest
 
 
 def _of_size(image: LoadedImage, size: tuple[int, int]) -> LoadedImage:
-    """The image, resized if cleaning had made it larger than was asked for."""
+    """The image, resampled if it is not of this size (height, width)."""
     if image.pixels.shape[:2] == size:
         return image
     return reading.with_pixels(image, imresize(image.pixels, *size))

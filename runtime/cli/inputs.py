@@ -28,7 +28,7 @@ class Listing:
     """The inputs of a run in their order, and what the user should know about everything else."""
 
     inputs: list[Input] = field(default_factory=list)
-    failed: list[MoesrError] = field(default_factory=list)  # names that cannot be used
+    failed: list[tuple[Path, MoesrError]] = field(default_factory=list)  # paths that cannot be used
     notes: list[str] = field(default_factory=list)  # lines about files that are ignored
 
 
@@ -43,7 +43,7 @@ def find(paths: Sequence[Path], *, recursive: bool = False, ignored: Path | None
         try:
             listing.inputs.extend(search.expand(path))
         except InputError as error:
-            listing.failed.append(error)
+            listing.failed.append((path, error))
     return listing
 
 
@@ -117,7 +117,7 @@ class _Search:
                 try:
                     yield from self._walk(root, path.relative_to(root))
                 except InputError as error:
-                    self._listing.failed.append(error)
+                    self._listing.failed.append((path, error))
 
     def _contents(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The image files and the subdirectories to visit, by name; notes say what else there is."""
@@ -134,7 +134,7 @@ class _Search:
             try:
                 status = examine(path)
             except InputError as error:
-                self._listing.failed.append(error)
+                self._listing.failed.append((path, error))
                 continue
             kind = kind_of(status) if status else "link that leads nowhere"
             if kind == "directory" and self._recursive:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import logging
 import os
 import re
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 BY_SIGNAL = 128
 """A program ended by a signal exits with this plus the signal's number, as shells do: 130, 143."""
+
+LINE_S = 10.0
+"""Seconds between two lines of progress on a stderr that is not a terminal."""
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -117,10 +121,46 @@ def bar(quiet: bool = False, **options: Any) -> tqdm:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread that redraws a bar which is not updated
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    made = tqdm(disable=quiet, mininterval=interval, dynamic_ncols=True, file=sys.stderr, **options)
+    if sys.stderr.isatty():
+        options |= {"mininterval": 0.1, "dynamic_ncols": True, "file": sys.stderr}
+    else:
+        options |= {"mininterval": LINE_S, "miniters": 0, "ascii": True, "file": _Lines(sys.stderr)}
+        if layout := options.get("bar_format"):
+            options["bar_format"] = layout.replace("|{bar}|", "")
+    made = tqdm(disable=quiet, **options)
     _shown[:] = [made]
     return made
+
+
+class _Lines:
+    """A stream that turns what tqdm draws, each time over the last, into lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> int:
+        for part in text.split("\r"):
+            line = part.strip()
+            if line and line != self._last:
+                self._last = line
+                print(line, file=self._stream, flush=True)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def use_json() -> None:
+    """From now on, every line of the log on stderr is a JSON object, as those of `event` are."""
+    for handler in log.handlers:
+        if isinstance(handler, _LineHandler):
+            handler.as_json = True
+
+
+def event(kind: str, **values: Any) -> None:
+    """Write a JSON object to stderr, on one line: {"event": KIND, ...}."""
+    _write(json.dumps({"event": kind, **values}), sys.stderr)
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -167,8 +207,12 @@ class _LineHandler(logging.Handler):
     def __init__(self, name: str) -> None:
         super().__init__()
         self._program = name
+        self.as_json = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.as_json:
+            event("message", level=record.levelname.lower(), text=record.getMessage())
+            return
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         line = printable(f"{self._program}: {prefix}{record.getMessage()}")
         try:

@@ -14,7 +14,7 @@ from engines import build_engine
 from PIL import Image
 
 from moesr.runtime.cli import batch
-from moesr.runtime.cli.batch import Progress
+from moesr.runtime.cli.progress import Progress
 from moesr.runtime.cli.run import main
 from moesr.runtime.errors import OutputError
 from moesr.runtime.images import provenance, reading, writing
@@ -136,8 +136,10 @@ def test_hashes_of_large_inputs_are_remembered(engine, photos, tmp_path, monkeyp
 def test_an_input_that_vanishes_leaves_the_others(engine, photos, tmp_path, moment, capsys, monkeypatch):
     victim = photos / "1.png"
     if moment == "before it is read":
-        read = batch.read_input
-        monkeypatch.setattr(batch, "read_input", lambda task: (victim.unlink(missing_ok=True), read(task))[1])
+        open_input = batch.open_input
+        monkeypatch.setattr(
+            batch, "open_input", lambda path: (victim.unlink(missing_ok=True), open_input(path))[1]
+        )
     elif moment == "while it is decoded":
         load = reading.load
         monkeypatch.setattr(
@@ -236,9 +238,11 @@ def test_the_bar_never_goes_back_while_an_image_waits_for_memory(engine, photos,
 
 def test_progress_over_images_of_several_sizes():
     progress = Progress(4)
+    progress.unread -= 1
     progress.read(100)
     progress.begin(100)
     assert progress.update(5.0, 10.0) == pytest.approx(0.125)
+    progress.unread -= 1
     progress.read(100)  # waits for memory
     assert progress.update(10.0, 10.0) == pytest.approx(0.25)
     progress.begin(100)

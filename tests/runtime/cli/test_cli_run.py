@@ -111,6 +111,10 @@ def test_bad_inputs_do_not_stop_the_others(
 
 
 USAGE = {
+    "suffix": (["--suffix", "a/b"], "--suffix is 'a/b'"),
+    "format and name": (["-o", "b.webp", "--format", "jpg"], "--format is jpg, but -o names a .webp file"),
+    "quality of png": (["--quality", "80"], "--quality has no meaning for png"),
+    "quality": (["--format", "jpg", "--quality", "0"], "--quality is 0"),
     "unknown suffix": (["-o", "x.xyz"], "cannot write .xyz"),
     "one name for several": (["b.jpg", "-o", "out.png"], "name a directory, such as out/"),
     "one name for a directory": ([".", "-o", "out.TIF"], "name a directory, such as out/"),
@@ -141,7 +145,14 @@ def test_usage_errors(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a.png", "--sampler", "euler"], ["a.png", "--color-fix", "sepia"], [""], ["a.png", "-o", ""]],
+    [
+        ["a.png", "--size", "x"],
+        ["a.png", "--scale", "1000"],
+        ["a.png", "--sampler", "euler"],
+        ["a.png", "--color-fix", "sepia"],
+        [""],
+        ["a.png", "-o", ""],
+    ],
 )
 def test_arguments_that_argparse_refuses(engine: Path, arguments: list[str]):
     with pytest.raises(SystemExit) as caught:

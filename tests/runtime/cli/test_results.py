@@ -60,7 +60,7 @@ def planned(
 ) -> Decisions:
     """The decisions on all inputs of a plan."""
     made = plan(inputs, None if output is None else str(output), wanted, force, **options)  # type: ignore
-    decisions = Decisions([], [], list(made.listing.failed), made.notes)
+    decisions = Decisions([], [], [error for _, error in made.listing.failed], made.notes)
     for found in made.listing.inputs:
         try:
             decided = made.decide(found)

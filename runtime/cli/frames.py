@@ -1,0 +1,132 @@
+"""Animations and files of several pages: all frames read, and results of all frames in one file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from moesr.runtime.errors import InputError, MoesrError, OutputError
+from moesr.runtime.images import reading, writing
+from moesr.runtime.images.provenance import KEY, Provenance, to_software
+from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.system.files import reason, write_atomically
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+"""Formats that hold several frames, by extension: APNG, animated WebP, and pages of TIFF."""
+
+DEFAULT_MS = 100
+"""Duration of a frame whose file gives none."""
+
+_SOFTWARE = 0x0131
+
+
+@dataclass
+class Frames:
+    """The frames of one file: how long each is shown, and the results so far."""
+
+    count: int
+    durations_ms: list[int] = field(default_factory=list)  # empty for pages
+    loop: int = 0  # repetitions of an animation, 0 for ever
+    results: list[LoadedImage] = field(default_factory=list)
+    failed: bool = False
+
+
+def count(stream: BufferedReader) -> int:
+    """The number of frames or pages of an image file; 1 if it cannot be read as such."""
+    try:
+        stream.seek(0)
+        with Image.open(stream, formats=_formats()) as image:
+            several = getattr(image, "is_animated", False) and image.format != "MPO"
+            return int(getattr(image, "n_frames", 1)) if several else 1
+    except Exception:  # decoders raise whatever their parsers meet; `reading.load` will explain it
+        return 1
+    finally:
+        stream.seek(0)
+
+
+def check(target: Path, number: int) -> None:
+    """Raise OutputError if a file of this name cannot hold several frames."""
+    if number > 1 and target.suffix.lower() not in FORMATS:
+        raise OutputError(
+            f"{target}: {target.suffix} cannot hold {number} frames; use --format with one of "
+            f"{', '.join(sorted({extension[1:] for extension in FORMATS}))}, or leave out --frames all"
+        )
+
+
+def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[LoadedImage]:
+    """The frames of a file in their order, each complete; their durations go into `sequence`.
+
+    InputError if a frame is damaged or cannot be used.
+    """
+    if sequence.count == 1:
+        yield reading.load(path, stream)
+        return
+    stream.seek(0)
+    try:
+        with Image.open(stream, formats=_formats()) as image:
+            sequence.loop = int(image.info.get("loop", 0))
+            for number in range(sequence.count):
+                image.seek(number)
+                image.load()
+                if image.format != "TIFF":
+                    sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
+                yield reading.from_pil(image.copy(), name=f"{path} (frame {number + 1})")
+    except (MoesrError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever their parsers meet
+        raise InputError(f"{path}: a frame is truncated or damaged ({error}); get the file again") from error
+
+
+def save(path: Path, sequence: Frames, record: Provenance, quality: int | None = None) -> None:
+    """Write the results of all frames as one file, complete or not at all; OutputError if it cannot be."""
+    pictures = _pictures(sequence.results)
+    name = FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:]}
+    if icc := sequence.results[0].icc:
+        options["icc_profile"] = icc
+    if sequence.durations_ms and name != "TIFF":
+        options |= {"duration": sequence.durations_ms, "loop": sequence.loop}
+    if name == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text(KEY, record.to_json())
+        options["default_image"] = False
+    else:
+        exif = Image.Exif()
+        exif[_SOFTWARE] = to_software(None, record)
+        options |= {"exif": exif, "quality": quality or 95} if name == "WEBP" else {"exif": exif}
+    if name == "TIFF":
+        options["compression"] = "tiff_adobe_deflate"
+    try:
+        content = io.BytesIO()  # an encoder of pages reads what it wrote
+        pictures[0].save(content, name, **options)
+        with write_atomically(path) as stream:
+            stream.write(content.getbuffer())
+    except MemoryError:
+        raise
+    except Exception as error:  # encoders raise errors of many kinds
+        raise OutputError(
+            f"{path}: cannot be written: {reason(error)}; name another place with -o"
+        ) from error
+
+
+def _pictures(results: Sequence[LoadedImage]) -> list[Image.Image]:
+    """The results as pictures of one mode, since an animation cannot mix modes."""
+    pictures = [writing.to_pil(np.ascontiguousarray(result.pixels)) for result in results]
+    modes = {picture.mode for picture in pictures}
+    if len(modes) == 1:
+        return pictures
+    alpha = any(mode.endswith("A") for mode in modes)
+    return [picture.convert("RGBA" if alpha else "RGB") for picture in pictures]
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in reading.READ_FORMATS if name in Image.OPEN]
