@@ -83,7 +83,7 @@ class Display:
             return
         text = console.printable(f"{position}/{self._count} {name}")[-40:]
         if self._bar is None:
-            self._bar = console.bar(self._quiet, total=1.0, bar_format=BAR, desc=text)
+            self._bar = console.bar(self._quiet, total=1.0, bar_format=BAR, desc=f"{text}: ")
         self._bar.set_description(text, refresh=False)
         self._bar.set_postfix_str(console.printable(stage)[-40:], refresh=False)
         self._bar.update(fraction - self._bar.n)
