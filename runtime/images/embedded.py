@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from moesr.runtime.images import exif, png_chunks, tiff_tags, xmp
+from moesr.runtime.images.formats import brief
 from moesr.runtime.images.metadata import Metadata, resolution
 from moesr.runtime.images.png_chunks import Text
 from moesr.runtime.images.provenance import KEY, is_record
@@ -52,13 +53,13 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
     try:
         reader(image, source or _stream_of(image), found)
     except Exception as error:  # a damaged part may hold anything; the picture is good without it
-        log.warning("%s: some of its metadata is damaged and left out (%s)", name, error)
+        log.warning("%s: some of its metadata is damaged and left out (%s)", name, brief(error))
     block, turn = None, 1
     try:
         block, turn, left_out = exif.read(image)  # decodes a PNG and closes its file
         found.left_out += left_out
     except Exception as error:  # as above
-        log.warning("%s: its EXIF block is damaged and left out (%s)", name, error)
+        log.warning("%s: its EXIF block is damaged and left out (%s)", name, brief(error))
     dpi = image.info.get("dpi")
     if image.format == "TIFF" and 282 not in image.tag_v2:  # type: ignore[attr-defined]
         dpi = None  # Pillow takes one pixel per inch for a file that says nothing

@@ -92,6 +92,12 @@ def _import(more: Addition) -> None:
             register()
 
 
+def brief(error: Exception) -> str:
+    """An error of a decoder on one line, of bounded length, without control characters from the file."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
+
+
 def unidentified(stream: BinaryIO, head: bytes) -> str:
     """Why Pillow does not know a file: not an image, or one of a known kind that it cannot open."""
     if head.startswith(PNG_SIGNATURE) and len(head) >= 24:
@@ -109,6 +115,6 @@ def unidentified(stream: BinaryIO, head: bytes) -> str:
                 with warnings.catch_warnings(action="ignore"):
                     factory(stream, "")
             except Exception as error:
-                return f"a {name} that cannot be opened ({error}); get the file again, or convert it to PNG"
+                return f"a {name} that cannot be opened ({brief(error)}); get the file again or convert it"
     known = ", ".join(READ_FORMATS)
     return f"not an image of a known kind (it begins with {head[:8]!r}); expected one of {known}, HEIC, JXL"

@@ -190,7 +190,7 @@ def _too_large(size: str) -> str:
 
 
 def _damaged(error: Exception) -> str:
-    return f"truncated or damaged ({error or type(error).__name__}); get the file again"
+    return f"truncated or damaged ({formats.brief(error)}); get the file again"
 
 
 def _tile_modes(image: Image.Image) -> list[str]:
@@ -220,7 +220,12 @@ def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
         try:
             return _by_profile(image, ImageCms.ImageCmsProfile(io.BytesIO(icc)))
         except (ImageCms.PyCMSError, OSError, ImportError) as error:
-            log.warning("%s: its %s profile cannot be used (%s); converted without", name, image.mode, error)
+            log.warning(
+                "%s: its %s profile cannot be used (%s); converted without",
+                name,
+                image.mode,
+                formats.brief(error),
+            )
     return _by_profile(image, lab) if lab else image.convert("RGB")
 
 
