@@ -29,6 +29,13 @@ def whole(option: str, value: Any, least: int, most: int) -> int:
     return number
 
 
+def check_flag(option: str, value: Any) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{option} is {value!r}, expected True or False")
+    return value
+
+
 def check_threads(value: Any) -> int | None:
     """CPU threads, at most four a logical core; None leaves the choice to the backend."""
     return None if value is None else whole("threads", value, 1, 4 * (os.cpu_count() or 256))

@@ -272,6 +272,11 @@ def _add_image_options(p: argparse.ArgumentParser) -> None:
         "in 0..1); results have the same size as without",
     )
     group.add_argument(
+        "--keep-colors-under-alpha",
+        action="store_true",
+        help="keep the colors of fully transparent pixels, for textures that have a mask in alpha",
+    )
+    group.add_argument(
         "--reuse",
         type=int,
         default=1,

@@ -55,7 +55,10 @@ class Picture:
         """See `Source.prepare`."""
         if isinstance(self._image, Image.Image):
             self._loaded = reading.from_pil(self._image)
-        planes = self._planes = split(self._loaded.pixels if self._loaded else self._image)
+        planes = self._planes = split(
+            self._loaded.pixels if self._loaded else self._image,
+            keep_colors_under_alpha=settings.keep_colors_under_alpha,
+        )
         height, width = planes.rgb.shape[:2]
         if (height, width) != self.size:  # a PIL image was turned upright
             layout = TileLayout(layout.manifest, height, width)

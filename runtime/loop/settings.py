@@ -14,6 +14,7 @@ from moesr.runtime.options import (
     DEFAULT_COLOR_FIX,
     DEFAULT_SEED,
     check_fidelity,
+    check_flag,
     check_guidance,
     check_reuse,
     check_seed,
@@ -30,6 +31,8 @@ class Options(TypedDict, total=False):
     default to the engine's values; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none")
     to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one step in N, and the
     other steps reuse those features; the engine must have been exported for that.
+    `keep_colors_under_alpha` (False by default) keeps the colors of fully transparent pixels, for textures
+    that have a mask in alpha.
     """
 
     steps: int | None
@@ -39,6 +42,7 @@ class Options(TypedDict, total=False):
     fidelity: float | None
     guidance: float | None
     reuse: int | None
+    keep_colors_under_alpha: bool | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Settings:
     guidance: float = 1.0  # strength of classifier-free guidance; 1 is none
     reuse: int = 1  # every level is computed at one step in `reuse`
     color_fix: str = DEFAULT_COLOR_FIX
+    keep_colors_under_alpha: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """The settings as results record them: those that do nothing are left out, as older versions did."""
@@ -59,6 +64,8 @@ class Settings:
         for name in ("guidance", "reuse"):
             if values[name] == 1:
                 del values[name]
+        if not values["keep_colors_under_alpha"]:
+            del values["keep_colors_under_alpha"]
         return values
 
 
@@ -87,6 +94,9 @@ def resolve(manifest: Manifest, **options: Unpack[Options]) -> Settings:
         guidance=check_guidance(given.get("guidance", m.guidance)),
         reuse=check_reuse(given.get("reuse", 1)),
         color_fix=_one_of("color_fix", given.get("color_fix", DEFAULT_COLOR_FIX), COLOR_FIXES),
+        keep_colors_under_alpha=check_flag(
+            "keep_colors_under_alpha", given.get("keep_colors_under_alpha", False)
+        ),
     )
     check_settings(m, settings)
     return settings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from engines import build_engine
 
-from moesr.runtime import Upscaler
+from moesr.runtime import Upscaler, UsageError
 
 RNG = np.random.default_rng(5)
 
@@ -45,3 +45,15 @@ def test_grey_stored_as_rgb_stays_grey(up: Upscaler):
     assert result.shape == (72, 80, 3)
     assert (result == result[..., :1]).all()
     np.testing.assert_array_equal(result[..., :1], up(grey, steps=2))
+
+
+def test_colors_under_alpha_are_kept_if_asked_for(up: Upscaler):
+    image = np.full((16, 16, 4), 40, np.uint8)
+    image[:, 8:] = (200, 90, 30, 0)
+    options = {"steps": 2, "color_fix": "adain"}
+    filled, kept = up(image, **options), up(image, keep_colors_under_alpha=True, **options)
+    assert np.abs(kept[:, 44:, :3].astype(int) - (200, 90, 30)).mean() < 40
+    assert np.abs(filled[:, 44:, :3].astype(int) - 40).mean() < 40
+    np.testing.assert_array_equal(kept[..., 3], filled[..., 3])
+    with pytest.raises(UsageError, match="keep_colors_under_alpha is 1, expected True or False"):
+        up(image, keep_colors_under_alpha=1)  # type: ignore[arg-type]
