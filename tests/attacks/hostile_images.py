@@ -165,6 +165,7 @@ REFUSED = {
     "bmp_negative_width": Attack(
         file(lambda: bmp_size(-13, 9)), 1, f"has no pixels|{LARGE}|{DAMAGED}|{UNKNOWN}", "in.bmp"
     ),
+    "jpeg_xl_start": Attack(file(b"\xff\n\xd8\xff" + bytes(100)), 1, DAMAGED + "|JPEG XL", "in.jxl"),
     "gif_truncated": Attack(file(lambda: encoded("GIF")[:30]), 1, f"{DAMAGED}|{UNKNOWN}", "in.gif"),
     "ppm_declared_large": Attack(file(b"P6 99999 99999 255\n" + bytes(99)), 1, LARGE, "in.ppm"),
     "ppm_digits": Attack(file(b"P6 " + b"9" * 5000 + b" 1 255\n"), 1, f"{DAMAGED}|{UNKNOWN}", "in.ppm"),
