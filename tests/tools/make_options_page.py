@@ -19,8 +19,8 @@ from moesr.training.importing import cli as importing
 PAGE = Path(__file__).resolve().parents[2] / "docs/options.md"
 HEAD = """# Options
 
-Every option of every program, as `--help` describes it. `python tests/tools/make_options_page.py` writes this page,
-and a test compares it with the programs.
+Every option of every program, as `--help` describes it. A test compares this page, which
+`python tests/tools/make_options_page.py` writes, with the programs.
 """
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "moesr-run": run.parser,
