@@ -257,6 +257,25 @@ def test_a_page_to_compare_with(engine, photos):
     assert "%" not in page.replace("100%", "").replace("}%", "")
 
 
+def test_colors_under_alpha_are_kept_on_demand(engine, tmp_path, capsys):
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, :8] = (200, 40, 40, 255)
+    pixels[:, 8:, 2] = 220  # blue, under alpha 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    kept = []
+    for option in ((), ("--keep-colors-under-alpha",)):
+        target = tmp_path / f"{len(option)}.png"
+        assert run(engine, tmp_path / "a.png", "--color-fix", "none", *option, "-o", target) == 0
+        record = provenance.read(target)
+        assert record
+        kept.append((np.asarray(Image.open(target)), record.settings))
+    assert kept[1][1]["keep_colors_under_alpha"] is True and "keep_colors_under_alpha" not in kept[0][1]
+    assert (kept[0][0][..., :3] != kept[1][0][..., :3]).any()
+    capsys.readouterr()
+    assert main(["--info", str(tmp_path / "1.png")]) == 0
+    assert "--keep-colors-under-alpha" in capsys.readouterr().out
+
+
 def animation(path: Path, frames: int = 3, **options: object) -> Path:
     pictures = [Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)) for _ in range(frames)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)  # type: ignore[arg-type]

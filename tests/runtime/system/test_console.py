@@ -213,6 +213,26 @@ def work(args):
         assert "Traceback" not in result.stderr
 
 
+def test_progress_in_a_file_is_lines(monkeypatch, capsys):
+    """Not one line of carriage returns: a line every ten seconds, each complete at once."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    read: list[str] = []
+    with console.bar(total=1.0, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as shown:
+        for number in range(100):
+            now[0] += 1.0
+            shown.set_description(f"{number // 50 + 1}/2 a.png", refresh=False)
+            shown.update(0.01)
+            read.append(capsys.readouterr().err)
+    text = "".join(read) + capsys.readouterr().err
+    assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
+    lines = text.splitlines()
+    assert 10 <= len(lines) <= 13 and all(line.strip() == line and line for line in lines)
+    assert "1/2 a.png:  40% 00:40<00:59" in lines
+    assert lines[-1].startswith("2/2 a.png: 100%")
+    assert all(part.endswith("\n") for part in read if part)
+
+
 def test_an_ignored_signal_stays_ignored():
     script = PROGRAM.replace("for number", "os.kill(os.getpid(), signal.SIGHUP)\n    for number")
     script = script.replace("def parser", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n\ndef parser")
