@@ -11,7 +11,8 @@ it. Jobs that began a little later would part from the leader at the first borde
 share a tick with it again, so if a tick has room, jobs a few rounds behind that need another graph run first.
 
 If not all graphs fit into memory, a turn does not swap them at once: the jobs that need the loaded graphs go
-on until the graphs were used for PATIENCE times as long as the next one takes to load.
+on until the graphs were used for PATIENCE times as long as the next one takes to load. Then jobs that are no
+larger than the leader still run first, so that several small images load each graph once.
 """
 
 from __future__ import annotations
@@ -72,10 +73,14 @@ class Scheduler:
         whole = {job: _seconds(job.planned, per_tile) for job in jobs}
         may_lead = self._spare_reloads(ready)
         leader = self._leader(jobs, may_lead, whole)
+        if self._reload_s(leader.current.role):
+            leader = next((job for job in self._loaded(ready) if not _is_large(job, leader, whole)), leader)
         counts = self._fill(ready, leader, whole)
-        if sum(counts.values()) < self._max_batch and (late := _late(may_lead, leader)):
-            leader = late
-            counts = self._fill(ready, leader, whole)
+        if sum(counts.values()) < self._max_batch:
+            alike = [job for job in may_lead if not _is_large(job, leader, whole)]
+            if late := _late(alike, leader):
+                leader = late
+                counts = self._fill(ready, leader, whole)
         if self._reload_s(leader.current.role):
             self._since_load = 0.0
         for job, count in counts.items():
@@ -86,10 +91,13 @@ class Scheduler:
 
     def _spare_reloads(self, ready: list[Job]) -> list[Job]:
         """The jobs that may lead: those of loaded graphs, unless these were used for long enough."""
-        reloads = {job: self._reload_s(job.current.role) for job in ready}
-        loaded = [job for job in ready if not reloads[job]]
-        due = self._since_load >= PATIENCE * max(reloads.values())
-        return ready if due or not loaded else loaded
+        loaded = self._loaded(ready)
+        longest = max(self._reload_s(job.current.role) for job in ready)
+        return ready if self._since_load >= PATIENCE * longest or not loaded else loaded
+
+    def _loaded(self, ready: list[Job]) -> list[Job]:
+        """The jobs whose graph is in memory, or drops no other one from it."""
+        return [job for job in ready if not self._reload_s(job.current.role)]
 
     def _leader(self, jobs: Sequence[Job], may_lead: list[Job], whole: Mapping[Job, float]) -> Job:
         """The oldest job of the flow whose turn it is, among those that may lead."""
@@ -97,17 +105,19 @@ class Scheduler:
         for job in jobs:
             oldest.setdefault(job.flow, job)
         self._ring = deque(flow for flow in self._ring if flow in oldest)
-        self._ring.extend(flow for flow in oldest if flow not in self._ring)
         quantum = min(whole[job] for job in oldest.values())
-        for flow in self._ring:  # no flow saves up more than a turn, nor owes more
+        for flow in oldest:
             most = quantum * flow.weight
-            flow.credit = min(max(flow.credit, -most), most)
+            if flow not in self._ring:
+                self._ring.append(flow)
+                flow.credit = most
+            flow.credit = min(max(flow.credit, -most), most)  # none saves up or owes more than a turn
         leads = {job.flow: job for job in reversed(may_lead)}
-        while not (self._ring[0] in leads and self._ring[0].credit > 0.0):
+        while not ((flow := self._ring[0]) in leads and flow.credit > 0.0):
+            if flow.credit <= 0.0:  # its turn is over, and this is its credit for the next one
+                flow.credit += quantum * flow.weight
             self._ring.rotate(-1)
-            flow = self._ring[0]
-            flow.credit = min(flow.credit + quantum * flow.weight, quantum * flow.weight)
-        return leads[self._ring[0]]
+        return leads[flow]
 
     def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:
         """Tiles by job for a tick of the leader's group: its own first, then the oldest jobs'."""
@@ -117,16 +127,20 @@ class Scheduler:
         for job in ready:
             if not room or job is leader or job.current.group != leader.current.group:
                 continue
-            large = job.flow is not leader.flow and whole[job] > ALIKE * whole[leader]
-            most = min(room, counts[leader]) if large else room
+            most = min(room, counts[leader]) if _is_large(job, leader, whole) else room
             counts[job] = min(most, job.current.remaining)
             room -= counts[job]
         return counts
 
 
-def _late(may_lead: list[Job], leader: Job) -> Job | None:
+def _is_large(job: Job, leader: Job, whole: Mapping[Job, float]) -> bool:
+    """Whether a job would hold up the leader if it took part in its ticks without limit."""
+    return job.flow is not leader.flow and whole[job] > ALIKE * whole[leader]
+
+
+def _late(jobs: list[Job], leader: Job) -> Job | None:
     """The oldest job that is a few rounds behind the leader and needs another graph."""
-    behind = (job for job in may_lead if 0 < leader.rounds - job.rounds <= CATCH_UP)
+    behind = (job for job in jobs if 0 < leader.rounds - job.rounds <= CATCH_UP)
     return next((job for job in behind if job.current.group != leader.current.group), None)
 
 
