@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from moesr.runtime.errors import InputError
@@ -41,8 +43,10 @@ class Picture:
 
     def __init__(self, image: Any) -> None:
         """InputError if the image has a type, shape or dtype that is not supported."""
-        self._image, self._loaded = image, image if isinstance(image, LoadedImage) else None
+        self._image: Any = image
+        self._loaded = image if isinstance(image, LoadedImage) else None
         self._planes: Planes | None = None
+        self._from_pil = isinstance(image, Image.Image)
         if isinstance(image, Image.Image):
             self.size: Size = image.height, image.width
         else:
@@ -53,21 +57,26 @@ class Picture:
 
     def prepare(self, layout: TileLayout, settings: Settings) -> Job:
         """See `Source.prepare`."""
-        if isinstance(self._image, Image.Image):
+        if self._from_pil:
             self._loaded = reading.from_pil(self._image)
-        planes = self._planes = split(
+        planes = split(
             self._loaded.pixels if self._loaded else self._image,
             keep_colors_under_alpha=settings.keep_colors_under_alpha,
         )
         height, width = planes.rgb.shape[:2]
         if (height, width) != self.size:  # a PIL image was turned upright
             layout = TileLayout(layout.manifest, height, width)
-        return processing.prepare(layout, planes, settings)
+        job = processing.prepare(layout, planes, settings)
+        alpha = None if planes.alpha is None else planes.alpha.copy()
+        self._planes = replace(planes, rgb=np.empty((0, 0, 3), planes.rgb.dtype), alpha=alpha)
+        if not self._loaded:
+            self._image = None  # the caller's array, which may change from now on
+        return job
 
     def finish(self, job: Job) -> Any:
         """See `Source.finish`."""
         assert self._planes
         pixels = processing.finish(self._planes, job)
-        if isinstance(self._image, Image.Image):
+        if self._from_pil:
             return writing.to_pil(pixels, self._loaded)
         return reading.with_pixels(self._loaded, pixels) if self._loaded else pixels

@@ -33,8 +33,8 @@ from moesr.runtime.loop.worker import CLOSED, THREAD_PREFIX, Worker, own_thread
 THREADS = 2
 """Threads that prepare and finish images: one of them can be busy with a large image."""
 
-OVERTAKES = {"low": -16, "normal": 0, "high": 16}
-"""Images of normal priority that an image passes while it waits for memory; negative if they pass it."""
+OVERTAKES = {"low": -16.5, "normal": 0.0, "high": 16.5}
+"""Images of normal priority that one passes while it waits for memory; if negative, they pass it."""
 
 FORKED = (
     "this Upscaler was used before the process was forked, and its threads do not exist in the child; "
@@ -49,7 +49,9 @@ log = logging.getLogger("moesr")
 class Ticket:
     """One image between `submit` and its result. The pipeline's lock guards it."""
 
-    def __init__(self, source: Source, layout: TileLayout, settings: Settings, flow: Flow, rank: int) -> None:
+    def __init__(
+        self, source: Source, layout: TileLayout, settings: Settings, flow: Flow, rank: float
+    ) -> None:
         self.source: Source | None = source
         self.layout, self.settings, self.flow, self.rank = layout, settings, flow, rank
         self.planned = planned_tiles(layout, settings)
@@ -60,6 +62,7 @@ class Ticket:
         self.job: Job | None = None
         self.prepared = False  # the caller's image is not read any more
         self.cancelled = self.ended = False
+        self.fraction = 0.0  # the largest that was shown
 
     @property
     def work_stage(self) -> str:
@@ -155,8 +158,8 @@ class Pipeline:
             per_tile = self._costs.per_tile()
             position = self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
             ahead = [*self._active, *self._waiting[: max(position - 1, 0)]]
-            whole, done = _seconds(ticket.planned, per_tile), _seconds(ticket.ran, per_tile)
-            left = 0.0 if ticket.ended else max(whole - done, 0.0)
+            whole, done = _seconds(ticket.planned, per_tile) or 1.0, _seconds(ticket.ran, per_tile)
+            left = 0.0 if ticket.ended or ticket.cancelled else max(whole - done, 0.0)
             total = left
             for other in ahead:
                 if other is not ticket:
@@ -164,8 +167,9 @@ class Pipeline:
                     fair = left * other.flow.weight / ticket.flow.weight
                     older = other.flow is ticket.flow and other.rank < ticket.rank
                     total += theirs if older else 0.0 if other.flow is ticket.flow else min(theirs, fair)
-            fraction = 1.0 if ticket.stage == "done" else done / whole if whole else 0.0
-            return JobProgress(min(fraction, 1.0), ticket.shown_stage, total if left else 0.0, position)
+            fraction = 1.0 if ticket.stage == "done" else done / whole
+            ticket.fraction = max(ticket.fraction, min(fraction, 1.0))  # estimates change, this never falls
+            return JobProgress(ticket.fraction, ticket.shown_stage, total if left else 0.0, position)
 
     def close(self) -> None:
         """Fail all images in flight with UsageError and release all memory; waits as `Worker.close` does."""
@@ -232,6 +236,7 @@ class Pipeline:
                 self._worker.submit(job)
                 self._ticked.notify_all()
         except BaseException as error:
+            job = None  # the error keeps this frame
             self._end(ticket, error=error)
 
     def _finish(self, ticket: Ticket) -> None:
@@ -245,9 +250,10 @@ class Pipeline:
             self._admission.warm = True
             result = source.finish(job)
         except BaseException as error:
+            job = source = None  # the error keeps this frame
             self._end(ticket, error=error)
         else:
-            del job, source
+            job = source = None
             self._end(ticket, result=result)
 
     def _hear(self, ticket: Ticket, handle: Future[Any]) -> None:

@@ -14,7 +14,10 @@ from moesr.runtime.loop.tile_layout import TileLayout
 
 
 def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
-    """Resize the image to output size and to the latent grid, and make a job of both."""
+    """Resize the image to output size and to the latent grid, and make a job of both.
+
+    The job shares no memory with `planes`.
+    """
     m, frame = layout.manifest, layout.frame
     if m.framing.small == "pad":
         rows, columns = frame.canvas
@@ -26,7 +29,13 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
     condition = None
     if m.condition == "image":
         condition = source if source.shape[:2] == layout.latent else imresize(source, *layout.latent)
-    return Job(layout, lr, condition, settings)
+        condition = _apart(condition, planes.rgb)
+    return Job(layout, _apart(lr, planes.rgb), condition, settings)
+
+
+def _apart(array: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The array, copied if it may share memory with the other."""
+    return array.copy() if np.may_share_memory(array, other) else array
 
 
 def _deep(manifest: Manifest, rgb: np.ndarray) -> np.ndarray:

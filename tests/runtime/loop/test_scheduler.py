@@ -5,7 +5,6 @@ Time is counted in tiles, and nothing is computed: jobs are told that their tile
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,7 +150,9 @@ def test_graphs_that_do_not_all_fit_are_not_swapped_for_fairness(manifest: Manif
     for small in smalls:
         machine.run(small)
     passed = machine.time - arrived
-    assert (machine.loads - loads) * 5.0 <= passed / (PATIENCE + 1) + 5 * 5.0  # 5 graphs must be loaded anyway
+    assert (machine.loads - loads) * 5.0 <= passed / (
+        PATIENCE + 1
+    ) + 5 * 5.0  # 5 graphs must be loaded anyway
     assert passed < 300  # the large one alone takes 900
 
 
