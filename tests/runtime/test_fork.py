@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engines import build_engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -18,7 +19,7 @@ import multiprocessing
 import numpy as np
 from moesr.runtime import Upscaler, UsageError
 warnings.simplefilter("ignore")
-backend, threads = sys.argv[1], int(sys.argv[2])
+engine, threads = sys.argv[1], int(sys.argv[2])
 image = np.zeros((8, 8, 3), np.uint8)
 
 def use():
@@ -72,7 +73,7 @@ child(work, 6)
     "another": """
 up(image, steps=1)
 def work():
-    with Upscaler(backend=backend, threads=threads) as other:
+    with Upscaler(engine, backend="onnxruntime", threads=threads) as other:
         assert other(image, steps=1).shape == (32, 32, 3)
 child(work, 7)
 """,
@@ -117,7 +118,7 @@ stop.set()
 
 CASE = """
 print({name!r}, file=sys.stderr)
-up = Upscaler(backend=backend, threads=threads)
+up = Upscaler(engine, backend="onnxruntime", threads=threads)
 {text}
 up.close()
 del up
@@ -131,6 +132,6 @@ def test_fork(tmp_path: Path, threads: int):
     text = "".join(CASE.format(name=name, text=text) for name, text in CASES.items())
     script = tmp_path / "script.py"
     script.write_text(SETUP + text)
-    command = [sys.executable, str(script), "onnxruntime", str(threads)]
+    command = [sys.executable, str(script), str(build_engine(tmp_path / "engine")), str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
