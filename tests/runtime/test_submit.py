@@ -335,7 +335,7 @@ def test_an_image_that_waits_is_taken_apart_once(up: Upscaler, monkeypatch: pyte
     tight(up, monkeypatch, 1.5)
     calls: list[Any] = []
     split = pictures.split
-    monkeypatch.setattr(pictures, "split", lambda *given: calls.append(given) or split(*given))
+    monkeypatch.setattr(pictures, "split", lambda *given, **how: calls.append(given) or split(*given, **how))
     assert len(list(up.map([image(64, 64)] * 4, steps=1))) == 4
     assert len(calls) == 4
 
