@@ -17,6 +17,7 @@ TOPS = ("runtime", "kernels", "training", "export")
 RUNTIME = {
     "errors": (),
     "sampling": (),
+    "pyinstaller_hooks": (),
     "options": ("errors",),
     "system": ("errors",),
     "images": ("errors", "system"),

@@ -24,7 +24,7 @@ def listed() -> Counter[str]:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"## `([\w/]+/)`", line):
             folder = heading[1]
-        elif row := re.match(r"\| `([\w*/]+\.py)` \| \S", line):
+        elif row := re.match(r"\| `([\w*/.-]+\.py)` \| \S", line):
             names = sorted((REPO / folder).glob(row[1])) if "*" in row[1] else [REPO / folder / row[1]]
             found.update(str(path.relative_to(REPO)) for path in names)
     return found
