@@ -276,7 +276,7 @@ def check_command(arguments: list[str], folder: Path) -> str:
     """Exit codes 0 to 2, never a traceback; no input is changed, and other files only with --force."""
     prepare(folder)
     before = contents(folder)
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     home = Path.cwd()
     os.chdir(folder)
     try:
@@ -287,11 +287,13 @@ def check_command(arguments: list[str], folder: Path) -> str:
         code = leave.code
     finally:
         os.chdir(home)
-    told, results = err.getvalue(), out.getvalue().splitlines()
+    out.flush()
+    told, sent = err.getvalue(), out.buffer.getvalue()  # type: ignore[attr-defined]
+    results = [] if sent.startswith(b"\x89PNG") else sent.decode().splitlines()
     after = contents(folder)
     assert code in (0, 1, 2), told
     assert "internal error, please" not in told and "Traceback" not in told, told
-    assert "\x1b" not in told + out.getvalue()
+    assert "\x1b" not in told + "".join(results)
     assert all(" -> " in line for line in results), results
     assert code == 0 or "error" in told
     changed = {name for name, digest in before.items() if after.get(name) != digest}
