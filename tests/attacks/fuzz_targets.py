@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import hashlib
 import io
-import json
 import logging
 import os
 import resource
@@ -24,11 +23,18 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-from engines import build_engine
+from fuzz_inputs import (
+    CACHE_DAMAGES,
+    SEEDS,
+    CacheDamage,
+    command_lines,
+    engine_folder,
+    manifests,
+    mutated,
+)
 from hostile_cache import DAMAGES
-from hostile_images import encoded, maker_note, picture, png, software
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hostile_images import encoded, picture
+from hypothesis.strategies import SearchStrategy
 
 from moesr.runtime import EngineError, InputError, MoesrError, Upscaler
 from moesr.runtime.cli.run import main
@@ -77,54 +83,6 @@ def limits() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# ------------------------------------------------------------------------------------------------- images
-
-SEEDS = [
-    png(),
-    *(encoded("PNG", picture(mode)) for mode in ("L", "LA", "RGBA", "P", "1", "I;16")),
-    encoded("PNG", dpi=(72, 72), exif=software("seed"), icc_profile=b"icc" * 40),
-    *(encoded("JPEG", picture(mode), exif=software("seed"), dpi=(72, 72)) for mode in ("L", "RGB", "CMYK")),
-    encoded("JPEG", progressive=True, comment=b"seed"),
-    *(
-        encoded("TIFF", picture(mode), compression=compression, dpi=(72, 72))
-        for mode in ("RGB", "L", "CMYK", "LAB")
-        for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate")
-        if mode != "LAB" or compression == "raw"
-    ),
-    encoded("TIFF", picture("I;16"), exif=maker_note(40)),
-    encoded("WEBP", exif=software("seed")),
-    encoded("WEBP", picture("RGBA"), lossless=True),
-    encoded("GIF", save_all=True, append_images=[picture("L")]),
-    *(encoded(kind) for kind in ("BMP", "PPM", "TGA", "ICO", "JPEG2000")),
-]
-"""Valid image files that examples start from."""
-
-VALUES = [b"", b"\0", b"\xff", b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0\0\0\x01"]
-"""Bytes that often are edges of a range."""
-
-
-@st.composite
-def mutated(draw: DrawFn, seeds: list[bytes]) -> bytes:
-    """A file with a few bytes replaced, inserted, removed or repeated, or cut off."""
-    content = bytearray(draw(st.sampled_from(seeds)))
-    for _ in range(draw(st.integers(1, 6))):
-        at = draw(st.integers(0, max(len(content) - 1, 0)))
-        length = draw(st.sampled_from((1, 1, 2, 4, 16, 200)))
-        patch = draw(st.one_of(st.sampled_from(VALUES), st.binary(min_size=1, max_size=8)))
-        match draw(st.sampled_from(("replace", "replace", "replace", "insert", "remove", "repeat", "cut"))):
-            case "replace":
-                content[at : at + len(patch)] = patch
-            case "insert":
-                content[at:at] = patch
-            case "remove":
-                del content[at : at + length]
-            case "repeat":
-                content[at:at] = content[at : at + length] * 3
-            case "cut":
-                del content[at:]
-    return bytes(content)
-
-
 def check_image(content: bytes, folder: Path) -> str:
     """Read, write in every format and read again, as `moesr-run` does around the upscaling."""
     path = folder / "in.png"
@@ -162,69 +120,6 @@ def check_message(error: MoesrError, path: Path) -> None:
     assert text.isprintable()
 
 
-# ----------------------------------------------------------------------------------------------- manifests
-
-HOSTILE_VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 70),
-    st.integers(),
-    st.sampled_from((10**9, 2**31, 2**63, 10**30, -(10**30), 10**400)),
-    st.floats(),
-    st.text(max_size=12),
-    st.sampled_from(("../x", "/etc/passwd", "expert_1", "expert_0.onnx", "B", "latent", "v", "x" * 10_000)),
-    st.lists(st.integers(0, 9), max_size=3),
-    st.dictionaries(st.text(max_size=4), st.integers(0, 9), max_size=3),
-)
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) inside of a JSON value."""
-    keys = (
-        list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    )
-    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
-
-
-def engine_folder() -> Path:
-    """A sound engine, built once per process."""
-    global _engine
-    if _engine is None:
-        import atexit
-        import tempfile
-
-        _engine = Path(tempfile.mkdtemp(prefix="moesr-fuzz-"))
-        atexit.register(shutil.rmtree, _engine, ignore_errors=True)
-        build_engine(_engine, steps=2, experts=2, tile=32)
-    return _engine
-
-
-_engine: Path | None = None
-
-
-@st.composite
-def manifests(draw: DrawFn) -> str:
-    """The manifest of the sound engine with a few entries changed, or its text damaged."""
-    values = json.loads((engine_folder() / MANIFEST_NAME).read_text())
-    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
-        container, key = draw(st.sampled_from(places(values)))
-        old = container[key]
-        match draw(st.sampled_from(("replace", "nudge", "nudge", "remove", "copy"))):
-            case "nudge" if isinstance(old, (int, float)) and not isinstance(old, bool):
-                container[key] = draw(st.sampled_from((old + 1, old - 1, old * 2, old / 2, -old, old * 1000)))
-            case "remove":
-                del container[key]
-            case "copy":
-                other, other_key = draw(st.sampled_from(places(values)))
-                container[key] = json.loads(json.dumps(other[other_key]))
-            case _:
-                container[key] = draw(HOSTILE_VALUES)
-    text = json.dumps(values)
-    if draw(st.integers(0, 9)) == 0:
-        text = draw(mutated([text.encode()])).decode("utf-8", "replace")
-    return text
-
-
 def check_manifest(text: str, folder: Path) -> str:
     """Either the manifest is refused, or the engine works on an image."""
     engine = folder / "engine"
@@ -243,33 +138,6 @@ def check_manifest(text: str, folder: Path) -> str:
     except MoesrError as error:
         return f"read, then {type(error).__name__}"
     return "accepted"
-
-
-# ------------------------------------------------------------------------------------- command line: paths
-
-SOUND = st.sampled_from(("a.png", "b.jpg", "sub", "sub/c.png", "link.png", "./a.png", "sub/../b.jpg"))
-NEW = st.sampled_from(("new/", "new.png", "deep/er/out.webp", "A.PNG", "out.tif", "sub/", "sub", "a_x4.png"))
-ODD = st.one_of(
-    st.sampled_from(("loop", "pipe", "text.txt", "new.xyz", "nothing.png", "dangling.png", "empty.png")),
-    st.sampled_from(
-        (".", "..", "", "/", "a.png/", "a.png/b", "-", "--", "~", "*.png", "/dev/null", ".b.png")
-    ),
-    st.sampled_from((" ", " .png", "\n.png", "a\tb.png", "\0.png", "\x1b[2J.png", "\udcff.png", "CON.png")),
-    st.sampled_from(("é.png", "e\u0301.png")),
-)
-LONG = st.sampled_from(("x" * 300, "x" * 200 + ".png"))
-NAMES = st.one_of(
-    ODD, ODD, LONG, st.text(st.characters(), max_size=8), st.builds("{}.png".format, st.text(max_size=6))
-)
-
-
-@st.composite
-def command_lines(draw: DrawFn) -> list[str]:
-    """Inputs, perhaps an output and flags."""
-    arguments = draw(st.lists(st.one_of(SOUND, SOUND, NAMES), min_size=1, max_size=3))
-    if draw(st.booleans()):
-        arguments += ["-o", draw(st.one_of(NEW, NEW, SOUND, NAMES))]
-    return arguments + draw(st.lists(st.sampled_from(("--force", "--quiet")), max_size=2))
 
 
 def check_command(arguments: list[str], folder: Path) -> str:
@@ -321,32 +189,6 @@ def contents(folder: Path) -> dict[str, str]:
     """Hashes of all plain files."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
-
-
-# --------------------------------------------------------------------------------------------------- cache
-
-
-@dataclass(frozen=True)
-class CacheDamage:
-    """What happens to one file of a warm cache."""
-
-    file: int
-    kind: str | None  # of DAMAGES; None: the mutation
-    mutation: bytes
-    at: float  # where, as a share of the file
-
-
-CACHE_DAMAGES = st.lists(
-    st.builds(
-        CacheDamage,
-        st.integers(0, 9),
-        st.one_of(st.none(), st.none(), st.sampled_from(sorted(DAMAGES))),
-        st.binary(min_size=1, max_size=8),
-        st.floats(0, 1),
-    ),
-    min_size=1,
-    max_size=3,
-)
 
 
 def check_cache(damages: list[CacheDamage], folder: Path) -> str:
