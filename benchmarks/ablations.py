@@ -25,6 +25,7 @@ from benchlib import (
 from benchlib.origin import origin_line
 from benchlib.tables import Record, grid, means
 
+from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
 from moesr.runtime.errors import MoesrError
 from moesr.runtime.images.resize import imresize
@@ -111,7 +112,7 @@ def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, l
     records = {kind: scored("bicubic", enlarge, kind) for kind in DEGRADATIONS}
     for name, checkpoint in models.items():
         engine = checkpoint.parent / "engine"
-        export_engine(load_checkpoint(checkpoint), engine, tile_px=args.tile, force=True)
+        export_engine(load_checkpoint(checkpoint), engine, ExportOptions(tile_px=args.tile), force=True)
         with Upscaler(engine, threads=args.threads or None) as up:
             for kind in DEGRADATIONS:
                 records[kind] += scored(name, partial(up, steps=args.steps), kind)

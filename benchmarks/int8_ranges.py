@@ -32,6 +32,7 @@ from moesr.export.parity import outputs
 from moesr.export.quantisation import calibration, int8
 from moesr.export.quantisation.calibration import Inputs, Recording
 from moesr.export.quantisation.qdq import Ranges, layers_of, quantised
+from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 from moesr.training.config import ModelConfig
 
@@ -71,7 +72,7 @@ class Study:
             np.stack([outputs(graph.to_bytes(), given)[0] for given in self.held_out.inputs[role]])
             for graph in (built, like)
         )
-        return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
+        return relative_l2(got, want)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moesr.export.graphs.stablesr import LatentDecoder, LatentEncoder, StableSRExpert
+from moesr.export.options import ExportOptions
 from moesr.export.package import check_tile, export_engine
 from moesr.runtime.backends.selection import select_backend
 from moesr.runtime.engine.graph_spec import Graph
@@ -95,7 +96,7 @@ def prepare(config: StableSRConfig, place: Path, tile_px: int) -> Manifest:
         save_random(place / "checkpoint", config)
     engine = place / f"engine-{tile_px}"
     if not (engine / MANIFEST_NAME).is_file():
-        export_engine(load_checkpoint(place / "checkpoint"), engine, tile_px=tile_px)
+        export_engine(load_checkpoint(place / "checkpoint"), engine, ExportOptions(tile_px=tile_px))
     return read_manifest(engine, verify=False)
 
 

@@ -7,14 +7,17 @@ error. Without CHECKPOINT the x4 demo checkpoint that comes with moesr is export
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesr.export.lowering import INT8_ERROR, SHALLOW_BLOCKS
+from moesr.export.options import ExportOptions
 from moesr.export.prompts import GUIDANCE, PromptOptions
 from moesr.runtime.engine.locate import demo_name
 from moesr.runtime.errors import UsageError
@@ -30,43 +33,76 @@ MEGA = 1e6
 PLAN_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 
 
+@dataclass
+class Progress:
+    """How far an export has come, to say what an interrupt leaves on disk."""
+
+    directory: Path | None = None
+    before: int | None = None  # the directory's inode before the export; None: it did not exist
+
+    def begin(self, directory: Path) -> None:
+        """Remember what is at the place of the new engine."""
+        self.directory, self.before = directory, _inode(directory)
+
+    @property
+    def published(self) -> bool:
+        """True once the engine directory has been renamed into place."""
+        return self.directory is not None and _inode(self.directory) not in (None, self.before)
+
+    def left_behind(self) -> str:
+        """What an interrupted export leaves, in words."""
+        if not self.published:
+            return "nothing was written"
+        return (
+            f"the engine {self.directory} is complete, but its TensorRT plans and kernels are not; export "
+            "again with --force to build them"
+        )
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `moesr-export` and return its exit code.
 
-    0 done, 1 a checkpoint that cannot be read or an engine that cannot be written, 2 usage, 3 no parity,
-    4 out of memory, 128 and a signal's number where that ended it.
+    0: done. 1: a checkpoint cannot be read or an engine cannot be written. 2: wrong usage. 3: a graph does
+    not match its network. 4: out of memory. 128 plus a signal's number: ended by that signal.
     """
+    progress = Progress()
     return console.run_program(
         "moesr-export",
         parser,
-        _export,
+        functools.partial(_export, progress),
         argv,
-        interrupted="nothing was written",
-        out_of_memory="close other programs, or take a smaller --tile",
+        interrupted=progress.left_behind,
+        out_of_memory="close other programs, or use a smaller --tile",
         extra="export",
     )
 
 
-def _export(args: argparse.Namespace) -> int:
-    from moesr.export import package, tensorrt  # --help does not wait for torch
+def _export(progress: Progress, args: argparse.Namespace) -> int:
+    """Export as the arguments say."""
+    from moesr.export import package, tensorrt  # imported here so that --help does not load torch
     from moesr.kernels.plan import check_compiler
     from moesr.runtime.backends.tensorrt.library import load
     from moesr.training.checkpoint import load_checkpoint
 
     if args.guidance is not None:
         check_guidance(args.guidance)
+    options = _options(args)
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
-    precision, kernels = args.precision, args.tensorrt and not args.no_kernels
-    photographs = _photographs(args) if precision == "int8" else ()
-    if args.tensorrt:
-        check_compiler()  # what is missing is missed before any work
-        tensorrt.check_precision(precision, tensorrt.capabilities(load(), args.capability))
-        args.target = "both" if args.target == "cpu" else args.target
-    own = next(iter(package.lowerings(args.target, precision, args.store).values()))
+    photographs = _photographs(args) if args.precision == "int8" else ()
+    if args.tensorrt:  # anything that is missing shows before the work begins
+        check_compiler()
+        tensorrt.check_precision(args.precision, tensorrt.capabilities(load(), args.capability))
+    own = next(iter(options.lowerings().values()))
     directory = args.output or Path(f"{checkpoint.config.name}-{own.precision}")
-    done = itertools.count()
-    reuse = args.reuse is not None
-    stages = package.stage_count(checkpoint.config, args.target, kernels, precision, reuse=reuse)
+    stages, done = package.stage_count(checkpoint.config, options), itertools.count()
+    progress.begin(directory)
     with console.bar(args.quiet, total=stages, unit="stage") as bar:
 
         def on_stage(stage: str) -> None:
@@ -74,20 +110,7 @@ def _export(args: argparse.Namespace) -> int:
             bar.set_description(stage)
 
         manifest = package.export_engine(
-            checkpoint,
-            directory,
-            target=args.target,
-            precision=precision,
-            store=args.store,
-            tile_px=args.tile,
-            wish=PromptOptions(args.prompt, args.negative_prompt, args.guidance),
-            kernels=kernels,
-            photographs=photographs,
-            int8_error=args.int8_error,
-            residuals=args.residuals,
-            reuse=args.reuse,
-            force=args.force,
-            on_stage=on_stage,
+            checkpoint, directory, options, photographs=photographs, force=args.force, on_stage=on_stage
         )
         bar.n = stages
         bar.refresh()
@@ -98,14 +121,29 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _options(args: argparse.Namespace) -> ExportOptions:
+    """The export's options of the command line; TensorRT needs the graphs of a GPU."""
+    return ExportOptions(
+        target="both" if args.tensorrt and args.target == "cpu" else args.target,
+        precision=args.precision,
+        store=args.store,
+        tile_px=args.tile,
+        prompts=PromptOptions(args.prompt, args.negative_prompt, args.guidance),
+        kernels=args.tensorrt and not args.no_kernels,
+        residuals=args.residuals,
+        int8_error=args.int8_error,
+        reuse=args.reuse,
+    )
+
+
 def _photographs(args: argparse.Namespace) -> Sequence[np.ndarray]:
-    """What int8 is calibrated on: those of a folder, or for a bundled model those of Python packages."""
+    """The photographs for int8's calibration; for a demo model they may come from Python packages."""
     from moesr.export.quantisation import calibration
 
     if args.calibrate is None and demo_name(args.checkpoint) is None:
         raise UsageError(
-            "--int8 is calibrated on photographs like those that the engine is for, 8 or so: name a folder "
-            "of them with --calibrate"
+            "--int8 needs about 8 photographs that resemble the engine's later input; name a folder of them "
+            "with --calibrate"
         )
     if args.calibrate is None:
         return calibration.demo_photographs(args.photographs)
@@ -113,15 +151,15 @@ def _photographs(args: argparse.Namespace) -> Sequence[np.ndarray]:
 
 
 def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) -> None:
-    """Build TensorRT plans, and the kernels around and between them, into an engine directory."""
+    """Build TensorRT plans and compile kernels into a published engine directory."""
     from moesr.export import tensorrt
     from moesr.runtime.backends.tensorrt.library import load
 
     targets = tensorrt.capabilities(load(), args.capability)
     with console.bar(args.quiet, total=1.0, bar_format=PLAN_BAR) as bar:
 
-        def on_stage(stage: str, share: float) -> None:
-            bar.n = share
+        def on_stage(stage: str, fraction: float) -> None:
+            bar.n = fraction
             bar.set_description(stage)
 
         built = tensorrt.build_plans(directory, manifest, targets, on_stage=on_stage)
@@ -134,6 +172,7 @@ def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) 
 
 
 def _summary(manifest: Manifest, directory: Path) -> str:
+    """One line about a new engine: precisions, tile, experts, size and the largest error."""
     arrangements = [a for graph in manifest.graphs.values() for a in graph.arrangements]
     proofs = [a.parity.relative_l2 for a in arrangements if a.parity]
     precisions = dict.fromkeys(a.precision for a in arrangements)
@@ -179,80 +218,104 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="checkpoint directory, or demo-x4 (default) or demo-x8",
     )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="engine directory to write (default: ./NAME-PRECISION)",
-    )
+    add("-o", "--output", type=Path, metavar="DIR", help="engine directory (default: ./NAME-PRECISION)")
     add(
         "--target",
         choices=["cpu", "gpu", "both"],
         default="cpu",
-        help="what the graphs are arranged for, though all but bf16 run on either; with both the engine "
-        "holds a second file of each graph (default: cpu)",
+        help="the device that the graphs are arranged for; all but bf16 graphs run on either, and with both "
+        "the engine holds a second file of each graph (default: cpu)",
     )
-    precisions = p.add_mutually_exclusive_group()
-    p.set_defaults(precision="fp32")
-    precisions.add_argument(
-        "--fp16",
-        action="store_const",
-        const="fp16",
-        dest="precision",
-        help="half precision weights and arithmetic, float32 where the model needs it; with --target both "
-        "for the GPU's graphs alone (default: float32)",
+    add("--tile", type=int, metavar="PX", help="side of a tile in output pixels (default: as trained)")
+    add(
+        "--reuse",
+        type=int,
+        nargs="?",
+        const=SHALLOW_BLOCKS,
+        metavar="BLOCKS",
+        help="add shallow graphs of the last BLOCKS output blocks, which moesr-run --reuse N runs between "
+        f"full steps (default: none; without a number the last {SHALLOW_BLOCKS})",
     )
-    precisions.add_argument(
-        "--bf16",
-        action="store_const",
-        const="bf16",
-        dest="precision",
-        help="bfloat16 arithmetic on CPUs that are faster with it (with openvino; measured by moesr-run), "
-        "float32 elsewhere; half the size; a GPU's graphs are bfloat16 throughout, for TensorRT on compute "
-        "capability 8.0 and later",
-    )
-    precisions.add_argument(
-        "--int8",
-        action="store_const",
-        const="int8",
-        dest="precision",
-        help="8-bit integers in most layers, for CPUs: wide models twice as fast, a quarter of the size; "
-        "calibrated on photographs, for every expert at its own steps",
+    add("--force", action="store_true", help="replace an existing engine directory")
+    add("--quiet", action="store_true", help="print errors only")
+    add("--debug", action="store_true", help="print the traceback of an internal error")
+    _add_precision(p.add_argument_group("precision"))
+    _add_prompts(p.add_argument_group("prompts, for models with a text encoder"))
+    _add_tensorrt(p.add_argument_group("TensorRT"))
+    return p
+
+
+def _add_precision(group: argparse._ArgumentGroup) -> None:
+    """Add --fp16, --bf16, --int8 and what belongs to them; float32 is the default."""
+    group.set_defaults(precision="fp32")
+    precisions = group.add_mutually_exclusive_group()
+    for name, text in {
+        "fp16": "half precision, with float32 where the model needs it; with --target both only for the "
+        "graphs of the GPU",
+        "bf16": "bfloat16 on CPUs that are faster with it (with OpenVINO, measured by moesr-run) and float32 "
+        "on others, at half the size; for a GPU bfloat16 throughout (TensorRT, compute capability 8.0 on)",
+        "int8": "8-bit integers in most layers, for CPUs: wide models run twice as fast at a quarter of the "
+        "size; every expert is calibrated at its own timesteps",
+    }.items():
+        precisions.add_argument(f"--{name}", action="store_const", const=name, dest="precision", help=text)
+    add = group.add_argument
+    add(
+        "--store",
+        choices=["fp32", "fp16"],
+        default="fp32",
+        help="type of the weights in the files of float32 graphs: fp16 halves their size (default: fp32)",
     )
     add(
         "--calibrate",
         type=Path,
         metavar="FOLDER",
-        help="with --int8, photographs like those that the engine is for (default, of the demo models alone: "
-        "some that come with scikit-image and others)",
+        help="photographs to calibrate --int8 on (default for the demo models: some that come with "
+        "scikit-image and other packages)",
     )
     add(
         "--photographs",
         type=_two_or_more,
         default=8,
         metavar="N",
-        help="with --int8, how many of them to take; graphs are proved on one of these (default: 8)",
+        help="number of photographs for --int8; the last one proves the result (default: 8)",
     )
     add(
         "--int8-error",
         type=_positive,
         default=INT8_ERROR,
         metavar="E",
-        help="with --int8, the relative error of every graph's result that it may cost: more leaves fewer "
-        "layers in float32, and 1 none (default: %(default)g)",
+        help="relative error that --int8 may cause in the result of a graph; a larger one keeps fewer layers "
+        "in float32, and 1 keeps none (default: %(default)g)",
+    )
+
+
+def _add_prompts(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="describes the wanted image (default: the published prompt, which is empty without guidance)",
     )
     add(
-        "--store",
-        choices=["fp32", "fp16"],
-        default="fp32",
-        help="how files hold the weights of float32 graphs: fp16 halves their size, and opening the engine "
-        "casts them back (default: fp32)",
+        "--negative-prompt",
+        metavar="TEXT",
+        help="describes what guidance leads away from (default: the published one with --guidance)",
     )
+    add(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="default strength of guidance; 1 is none, and larger values lead away from the negative prompt "
+        f"(default: 1, or {GUIDANCE:g} with --negative-prompt)",
+    )
+
+
+def _add_tensorrt(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--tensorrt",
         action="store_true",
-        help="build TensorRT plans of the GPU's graphs and compile our kernels; implies --target both",
+        help="build TensorRT plans of the graphs for a GPU and compile our kernels; implies --target both",
     )
     add(
         "--capability",
@@ -260,59 +323,21 @@ def parser() -> argparse.ArgumentParser:
         type=_capability,
         default=[],
         metavar="X.Y",
-        help="compute capabilities to build for, such as 8.9; no such GPU need be here with TensorRT for RTX "
-        "(default: that of the GPU that is here)",
+        help="compute capabilities to build for, such as 8.9; TensorRT for RTX needs no such GPU in this "
+        "machine (default: the capability of the GPU in this machine)",
     )
     add(
         "--no-kernels",
         action="store_true",
-        help="with --tensorrt, leave the decoder in one graph that needs none of our kernels inside",
+        help="keep the decoder in one graph, without the operators that our kernels compute",
     )
     add(
         "--residuals",
         choices=["reckoned", "plans", "kernels"],
         default="reckoned",
-        help="with --tensorrt, what computes the refinement network's inverted residuals: plans, our kernel, "
-        "or for each what takes less time by its bytes and products (default: reckoned)",
+        help="what computes the inverted residuals of the refinement network: TensorRT plans, our kernel, or "
+        "for each of them the faster one by estimate (default: reckoned)",
     )
-    add(
-        "--tile",
-        type=int,
-        metavar="PX",
-        help="side of a tile in output pixels (default: what the model was trained on, 512 or 768)",
-    )
-    add(
-        "--prompt",
-        metavar="TEXT",
-        help="what a model with a text encoder is told to make (default: the published one, which is empty "
-        "without guidance)",
-    )
-    add(
-        "--negative-prompt",
-        metavar="TEXT",
-        help="what it is told to avoid where guidance is used (default: the published one with --guidance, "
-        "none without)",
-    )
-    add(
-        "--guidance",
-        type=float,
-        metavar="S",
-        help=f"default strength of guidance: 1 none, beyond 1 away from the negative prompt (default: 1, or "
-        f"{GUIDANCE:g} with --negative-prompt)",
-    )
-    add(
-        "--reuse",
-        type=int,
-        nargs="?",
-        const=SHALLOW_BLOCKS,
-        metavar="BLOCKS",
-        help="add shallow graphs of the last BLOCKS output blocks, for moesr-run --reuse N between full "
-        f"steps (default: none; without a number the last {SHALLOW_BLOCKS})",
-    )
-    add("--force", action="store_true", help="replace an existing engine directory")
-    add("--quiet", action="store_true", help="no bar and no report, only errors")
-    add("--debug", action="store_true", help="show where an internal error comes from")
-    return p
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from moesr.export.lowering import Lowering
 from moesr.runtime.backends.ort import session_options
 from moesr.runtime.engine.graph_spec import Parity
 from moesr.runtime.errors import EngineError
+from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.config import AutoencoderConfig, StableSRConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
@@ -195,14 +196,13 @@ def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering, sla
         )
     if not np.isfinite(want).all():
         raise ParityError(f"{path.name}: the network itself gives values that are not finite; train it again")
-    error, size = got.astype(np.float64) - want, np.linalg.norm(want.astype(np.float64))
-    relative_l2 = float(np.linalg.norm(error) / max(size, np.finfo(np.float64).tiny))
-    if not relative_l2 <= limit:  # not a number fails too
+    error = relative_l2(got, want)
+    if not error <= limit:  # NaN fails too
         raise ParityError(
-            f"{path.name}: relative L2 error {relative_l2:.2e} against the float32 network, at most "
+            f"{path.name}: relative L2 error {error:.2e} against the float32 network, at most "
             f"{limit:.0e} is accepted for {_words(lowering)}; nothing was published; {_cure(lowering)}"
         )
-    return Parity(relative_l2, float(np.abs(error).max()), limit)
+    return Parity(error, float(np.abs(got.astype(np.float64) - want).max()), limit)
 
 
 def threshold(lowering: Lowering) -> float:

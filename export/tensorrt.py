@@ -11,7 +11,7 @@ from moesr.runtime.backends.tensorrt.backend import MAX_BATCH
 from moesr.runtime.backends.tensorrt.library import Library, load
 from moesr.runtime.backends.tensorrt.plan_builder import as_text, build_plan, capability_of
 from moesr.runtime.devices.compiled_kernels import KERNELS_FOLDER
-from moesr.runtime.devices.cuda_driver import open_device
+from moesr.runtime.devices.cuda_driver import device_capability, open_device
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, KernelStep, read_parts
 from moesr.runtime.errors import EngineError, OutputError, UsageError
@@ -39,7 +39,7 @@ def capabilities(library: Library, given: Sequence[int]) -> list[int]:
             capability_of(library, capability)
         return list(given)
     try:
-        present = int("".join(map(str, open_device(0).compute_capability)))
+        present = device_capability(open_device(0))
     except EngineError as error:
         if library.ahead_of_time:
             raise UsageError(f"name the GPU to build for, such as --capability 8.9 ({error})") from error

@@ -19,6 +19,7 @@ from make_goldens import GOLDENS, STEMS, sample
 from weights_of_names import weights
 
 from moesr.runtime.backends.selection import BACKENDS
+from moesr.runtime.system.relative_error import relative_l2  # noqa: F401
 from moesr.training.networks import Autoencoder
 
 REPO = Path(__file__).resolve().parent.parent
@@ -98,10 +99,3 @@ def own_shapes(network: str) -> dict[str, list[int]]:
         }[network]
     )
     return {key: list(tensor.shape) for key, tensor in meta_network(kind, config).state_dict().items()}
-
-
-def relative_l2(got: np.ndarray, want: np.ndarray) -> float:
-    """||got - want|| / ||want||, in float64; the shapes must be equal."""
-    assert np.shape(got) == np.shape(want)
-    got64, want64 = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.linalg.norm(got64 - want64) / np.linalg.norm(want64))

@@ -6,18 +6,17 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.images.resize import imresize
 from moesr.training.data.demo_photos import photographs
+from moesr.training.data.photographs import image_files, read_rgb
 
 DEGRADATIONS = {"x4-blind": 4, "x4-mild": 4, "x4-bicubic": 4, "x8-bicubic": 8}
 """Ways to make an LR image, and their scale: blind as Real-ESRGAN's or mild as StableSR's, or by imresize."""
 
 BLIND = ("x4-blind", "x4-mild")
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MULTIPLE = 8  # sides of an original are cut to a multiple of this
 LEAST_PX = 32  # of a side: a border of 8 pixels and the window of SSIM
 
@@ -43,18 +42,10 @@ def load_images(source: str) -> dict[str, np.ndarray]:
     directory = Path(source)
     if not directory.is_dir():
         raise UsageError(f"{source}: no such directory of images; name one")
-    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = image_files(directory)
     if not paths:
-        raise UsageError(f"{source}: no images there; expected files ending in {', '.join(SUFFIXES)}")
-    return {path.name: _read(path) for path in paths}
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read ({error}); remove or replace it") from error
+        raise UsageError(f"{source}: no images there; name a directory that holds some")
+    return {path.name: read_rgb(path) for path in paths}
 
 
 def _crop(image: np.ndarray, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_suite.setup import Absent, Report, Setup, absent_unless_there, relative_l2, seconds_each
+from gpu_suite.setup import Absent, Report, Setup, absent_unless_there, seconds_each
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import Backend
 from moesr.runtime.devices.host import HostDevice
@@ -15,6 +15,7 @@ from moesr.runtime.devices.interface import Device, Slot
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.sampling import noise, tiles
 from moesr.runtime.sampling.samplers import Coefficients
+from moesr.runtime.system.relative_error import relative_l2
 
 
 class CopySession:

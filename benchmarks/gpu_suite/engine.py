@@ -133,7 +133,7 @@ def kernels_for(setup: Setup, directory: Path, manifest: Manifest, *, compiled: 
     from moesr.export.tensorrt import build_kernels as build_all
 
     if compiled:
-        capability = int("".join(map(str, cuda_driver.open_device(0).compute_capability)))
+        capability = cuda_driver.device_capability(cuda_driver.open_device(0))
         build_all(directory, manifest, [capability])
     else:
         shutil.copytree(setup.engine / "kernels", directory / "kernels", dirs_exist_ok=True)

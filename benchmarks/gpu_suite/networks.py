@@ -15,7 +15,8 @@ from benchlib import macs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpu_suite.setup import Absent, Report, Setup, T, inputs, of_matrix_rate, relative_l2, seconds_each
+from gpu_suite.setup import Absent, Report, Setup, T, inputs, of_matrix_rate, seconds_each
+from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, operators
 from moesr.training.networks.refinement import AFFFilter

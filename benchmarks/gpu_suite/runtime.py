@@ -24,7 +24,6 @@ from gpu_suite.setup import (
     absent_unless_there,
     inputs,
     of_matrix_rate,
-    relative_l2,
     seconds_each,
 )
 from moesr.runtime import Upscaler
@@ -35,6 +34,7 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError, MemoryLimitError, MoesrError
 from moesr.runtime.sampling import noise
+from moesr.runtime.system.relative_error import relative_l2
 
 ROLES = {"expert_0": "step", "decoder": "decode"}
 
@@ -42,7 +42,7 @@ ROLES = {"expert_0": "step", "decoder": "decode"}
 def prepare(setup: Setup, report: Report) -> None:
     """Compile the loop's kernels, and write the engine that stands for the networks, weights apart."""
     absent_unless_there("torch", "triton", "cuda.core")
-    capability = int("".join(map(str, cuda_driver.open_device(0).compute_capability)))
+    capability = cuda_driver.device_capability(cuda_driver.open_device(0))
     report.row("compiler", "kernels of the loop", build_kernels(setup, capability), "s")
     write_stand_in(setup)
     start = time.perf_counter()

@@ -154,11 +154,6 @@ def inputs(tile: int, factor: int = 4) -> dict[str, Array]:
     return {"z": z, "cond": coarse, "lr": coarse.repeat(factor, 0).repeat(factor, 1)}
 
 
-def relative_l2(got: Array, want: Array) -> float:
-    """||got - want|| / ||want||; NaN where a value is not finite."""
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))
-
-
 def seconds_each(run: Callable[[], object], sync: Sync, at_least: float = TIMED_S) -> float:
     """Seconds of a run among many that follow each other without waiting; the first three do not count."""
     for _ in range(3):  # the library prepares itself, then a graph is captured, then it is replayed

@@ -7,14 +7,14 @@ installed) is listed with the reason and left out.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from moesr.export.lowering import SHALLOW_BLOCKS, Precision
+from moesr.export.lowering import SHALLOW_BLOCKS
+from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
 from moesr.runtime.backends.selection import candidates
 from moesr.runtime.errors import MoesrError
@@ -54,14 +54,14 @@ class Rung:
         return sum(-(-(b - a) // self.reuse) for a, b in itertools.pairwise(ends))
 
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "plain": {"target": "gpu"},
-    "int8": {"precision": "int8", "int8_error": ANY_ERROR},
-    "reuse": {"reuse": SHALLOW_BLOCKS},
-    "int8-reuse": {"precision": "int8", "int8_error": ANY_ERROR, "reuse": SHALLOW_BLOCKS},
+ENGINES = {
+    "float32": ExportOptions(),
+    "plain": ExportOptions(target="gpu"),
+    "int8": ExportOptions(precision="int8", int8_error=ANY_ERROR),
+    "reuse": ExportOptions(reuse=SHALLOW_BLOCKS),
+    "int8-reuse": ExportOptions(precision="int8", int8_error=ANY_ERROR, reuse=SHALLOW_BLOCKS),
 }
-"""Options of `export_engine`, by name."""
+"""Options of the exported engines, by name."""
 
 
 def _int8_and_bf16(more: str, **options: Any) -> Rung:
@@ -94,12 +94,6 @@ EAGER = RUNGS[0]
 
 def obstacle(rung: Rung) -> str | None:
     """Why a rung cannot be climbed here; None where it can."""
-    wanted = ENGINES.get(rung.engine, {})
-    precision, known = wanted.get("precision"), inspect.signature(export_engine).parameters
-    if precision and precision not in get_args(Precision):
-        return f"moesr-export has no {precision}"
-    if lacking := [option for option in wanted if option not in known]:
-        return f"moesr-export has no --{lacking[0]}"
     if rung.sampler != "ddpm":
         from moesr.runtime.sampling.samplers import SAMPLERS
 
@@ -117,11 +111,10 @@ def obstacle(rung: Rung) -> str | None:
 
 def export(name: str, checkpoint: Checkpoint, directory: Path, tile_px: int) -> str | None:
     """Export one of ENGINES, which proves it; returns why that could not be, None where it was done."""
-    options: dict[str, Any] = dict(ENGINES[name])
-    if options.get("precision") == "int8":
-        options["photographs"] = _photographs()
+    options = replace(ENGINES[name], tile_px=tile_px)
+    photographs = _photographs() if options.precision == "int8" else ()
     try:
-        export_engine(checkpoint, directory, tile_px=tile_px, **options)
+        export_engine(checkpoint, directory, options, photographs=photographs)
     except MoesrError as error:
         return str(error)
     return None

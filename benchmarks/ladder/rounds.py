@@ -23,6 +23,7 @@ from ladder.configurations import EAGER, Rung, export
 from moesr.export.package import checkpoint_directory
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME, read_manifest
 from moesr.runtime.errors import MoesrError
+from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -185,7 +186,7 @@ class Bench:
             outputs = [arrays[name] for name in arrays.files]
         if rung is EAGER:
             self._want = outputs
-        errors = (_error(got, want) for got, want in zip(outputs, self._want, strict=True))
+        errors = (relative_l2(got, want) for got, want in zip(outputs, self._want, strict=True))
         one.values |= dict(zip(("step error", "decode error"), errors, strict=True))
 
     def find_memory(self, one: Measured) -> None:
@@ -245,8 +246,3 @@ class Bench:
         if done.returncode:
             raise MoesrError(f"its process ended with code {done.returncode}; see its message above")
         return json.loads(done.stdout)
-
-
-def _error(got: np.ndarray, want: np.ndarray) -> float:
-    """||got - want|| / ||want||."""
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64)))

@@ -14,10 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from moesr.runtime.engine.graph_io import DECODER
-from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.runtime.images.planes import to_unit
 from moesr.runtime.images.resize import imresize, reflect_pad
 from moesr.runtime.sampling import noise, samplers
@@ -25,8 +24,8 @@ from moesr.runtime.sampling.schedule import StepTable
 from moesr.training.checkpoint import Checkpoint
 from moesr.training.config import ModelConfig
 from moesr.training.data import demo_photos
+from moesr.training.data.photographs import image_files, read_rgb
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 IMAGES = 8
 """Photographs that are taken from a folder that holds more: seven to calibrate on, and one for the proof."""
 
@@ -66,13 +65,12 @@ def photographs(folder: Path, count: int = IMAGES) -> list[np.ndarray]:
     """
     if not folder.is_dir():
         raise UsageError(f"--calibrate {folder}: no such folder; name one that holds photographs")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = image_files(folder)
     if len(paths) < 2:
         raise UsageError(
-            f"--calibrate {folder}: {len(paths)} photographs there, expected 2 or more (8 are enough), as "
-            f"files ending in {', '.join(SUFFIXES)}"
+            f"--calibrate {folder}: {len(paths)} photographs there, expected 2 or more (8 are enough)"
         )
-    return [_read(path) for path in spread(paths, count)]
+    return [read_rgb(path) for path in spread(paths, count)]
 
 
 def demo_photographs(count: int = IMAGES) -> list[np.ndarray]:
@@ -91,14 +89,6 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a photograph that can be read ({error}); remove it") from error
 
 
 @torch.inference_mode()

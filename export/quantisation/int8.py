@@ -27,6 +27,7 @@ from moesr.export.quantisation.qdq import SWITCHES, Layer, Range, Ranges, layers
 from moesr.runtime.backends.ort import session_options
 from moesr.runtime.engine.graph_io import DECODER
 from moesr.runtime.engine.graph_spec import Calibration
+from moesr.runtime.system.relative_error import relative_l2
 
 PERCENTILE = 99.999
 """Of a tensor's values that its range holds on either side; what is beyond is clipped."""
@@ -125,8 +126,7 @@ def sensitivities(
         return np.stack(runs).astype(np.float64)
 
     want = results(np.zeros(count))
-    size = np.linalg.norm(want)
-    return [float(np.linalg.norm(results(row) - want) / size) for row in np.eye(count)]
+    return [relative_l2(results(row), want) for row in np.eye(count)]
 
 
 def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[int]:

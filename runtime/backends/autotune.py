@@ -22,6 +22,7 @@ from moesr.runtime.backends.selection import Backend
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import MoesrError
 from moesr.runtime.system import cpu, json_dataclass, user_cache
+from moesr.runtime.system.relative_error import relative_l2
 
 RUNS, BUDGET_S = 9, 1.0
 """Runs of a backend after the first, which warms up, and the time that all of them may take.
@@ -140,7 +141,7 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
             refused[backend.label] = str(error)
             continue
         reference = result if reference is None else reference
-        difference = _difference(result, reference)
+        difference = relative_l2(result, reference)
         if difference <= limit or not seconds:
             seconds[backend.label] = taken
         else:
@@ -183,10 +184,3 @@ def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[f
     finally:
         session.close()
         backend.release()
-
-
-def _difference(got: np.ndarray, want: np.ndarray) -> float:
-    """||got - want|| / ||want||; NaN where a value is not finite."""
-    want64 = want.astype(np.float64)
-    scale = float(np.linalg.norm(want64))
-    return float(np.linalg.norm(got.astype(np.float64) - want64)) / scale if scale else math.nan

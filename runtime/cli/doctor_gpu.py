@@ -10,7 +10,7 @@ from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.backends.tensorrt.library import FLAVOURS, Library, load
 from moesr.runtime.backends.tensorrt.plan_builder import as_text
 from moesr.runtime.devices.compiled_kernels import BUILD, choose, find_kernels, read
-from moesr.runtime.devices.cuda_driver import driver_version, memory_bytes, open_device
+from moesr.runtime.devices.cuda_driver import device_capability, driver_version, memory_bytes, open_device
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import memory
@@ -29,7 +29,7 @@ def findings(
     capability = None
     try:
         device = open_device(index)
-        capability = int("".join(map(str, device.compute_capability)))
+        capability = device_capability(device)
         free, total = map(memory.readable, memory_bytes())
         yield (
             "gpu",

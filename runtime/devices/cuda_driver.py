@@ -42,6 +42,12 @@ def open_device(index: int) -> Any:
     return device
 
 
+def device_capability(device: Any) -> int:
+    """The compute capability of an opened GPU as one number: 89 for 8.9, 120 for 12.0."""
+    major, minor = device.compute_capability
+    return 10 * major + minor
+
+
 def driver_version() -> str:
     """The latest CUDA that the driver knows, such as "13.2"; a device has been opened before."""
     driver = importlib.import_module("cuda.bindings.driver")
@@ -83,7 +89,7 @@ class CudaDriver:
         self._pinned: list[Any] = []
         self._builder: Any = None
         self.name, self.stream = str(self._device.name), int(self._stream.handle)
-        self.capability = int("".join(map(str, self._device.compute_capability)))
+        self.capability = device_capability(self._device)
 
     def _on(self) -> Any:
         """The stream, the device being the calling thread's."""

@@ -56,7 +56,7 @@ def run_program(
     work: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None = None,
     *,
-    interrupted: str = "finished results are kept",
+    interrupted: str | Callable[[], str] = "finished results are kept",
     out_of_memory: str = "close other programs, or use a smaller image",
     extra: str = "",
 ) -> int:
@@ -81,7 +81,8 @@ def run_program(
             raise SystemExit(leave.code or int(out.lost)) from None
         except BaseException as error:
             # An interrupted import or C extension may raise something else in a signal's place.
-            code = _report(stop.cause or error, debug, interrupted, out_of_memory, extra)
+            after = interrupted() if callable(interrupted) else interrupted
+            code = _report(stop.cause or error, debug, after, out_of_memory, extra)
         out.flush()
         return code or int(out.lost)
 

@@ -89,10 +89,6 @@ def test_every_rung_has_its_engine_and_arithmetic():
 
 def test_what_cannot_be_climbed_is_said(monkeypatch):
     assert configurations.obstacle(rung("moesr float32")) is None
-    monkeypatch.setitem(configurations.ENGINES, "float32", {"precision": "int3"})
-    assert configurations.obstacle(rung("moesr float32")) == "moesr-export has no int3"
-    monkeypatch.setitem(configurations.ENGINES, "float32", {"shortcut": 1})
-    assert configurations.obstacle(rung("moesr float32")) == "moesr-export has no --shortcut"
     monkeypatch.delitem(BACKENDS, "openvino", raising=False)
     assert "openvino" in (configurations.obstacle(rung("moesr float32, OpenVINO")) or "")
     other = replace(rung("moesr float32"), engine="plain", sampler="euler")

@@ -25,6 +25,7 @@ from moesr.export import cli, package, parity
 from moesr.export.graphs.builder import OPSET
 from moesr.export.graphs.expert import expert_graph
 from moesr.export.lowering import CPU, TARGETS, lowering
+from moesr.export.options import ExportOptions
 from moesr.runtime import Upscaler
 from moesr.runtime.cli import doctor
 from moesr.runtime.engine.manifest import Manifest
@@ -78,9 +79,11 @@ def test_manifest(engine):
     assert manifest.precision == ("fp16" if kind == "fp16" else "fp32")
     own = next(
         iter(
-            package.lowerings(
-                *{"fp16": ("cpu", "fp16"), "stored": ("cpu", "fp32", "fp16")}.get(kind, ())
-            ).values()
+            ExportOptions(
+                precision="fp16" if kind == "fp16" else "fp32", store="fp16" if kind == "stored" else "fp32"
+            )
+            .lowerings()
+            .values()
         )
     )
     for graph in manifest.graphs.values():

@@ -278,7 +278,7 @@ def test_unreadable_photograph(checkpoint, tmp_path, capsys):
         (tmp_path / name).write_bytes(b"not an image")
     flags = ["--int8", "--calibrate", str(tmp_path), "-o", str(tmp_path / "engine")]
     assert cli.main([str(checkpoint), *flags]) == 1
-    assert "a.png: not a photograph" in capsys.readouterr().err
+    assert "a.png: not an image of a known kind" in capsys.readouterr().err
 
 
 def test_more_may_be_accepted(recording, expert):

@@ -18,6 +18,7 @@ from moesr.export import cli
 from moesr.export.external_weights import ALIGNMENT, SMALL_BYTES
 from moesr.export.graphs.expert import expert_graph, shallow_graph, shallow_parts
 from moesr.export.lowering import Precision
+from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
 from moesr.export.reuse import ShallowExpert, check_blocks, shallow_inputs
 from moesr.runtime import Upscaler
@@ -34,7 +35,8 @@ ROLES = ("expert_0", "expert_1")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("export")
     checkpoint = load_checkpoint(write_checkpoint(directory / "checkpoint"))
-    export_engine(checkpoint, directory / "engine", tile_px=PX, reuse=2, target="both", precision="fp16")
+    options = ExportOptions(tile_px=PX, reuse=2, target="both", precision="fp16")
+    export_engine(checkpoint, directory / "engine", options)
     return directory / "engine"
 
 
@@ -133,8 +135,8 @@ def test_other_precisions(tmp_path: Path, precision: Precision):
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (2, 24, 24, 3), np.uint8)
     photographs = [image.repeat(4, axis=0).repeat(4, axis=1) for image in blocks]
-    given = {"precision": precision, "photographs": photographs if precision == "int8" else ()}
-    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=PX, reuse=1, **given)
+    options = ExportOptions(tile_px=PX, reuse=1, precision=precision)
+    manifest = export_engine(checkpoint, tmp_path / "engine", options, photographs=photographs)
     assert manifest.graphs["shallow_0"].precision == precision
     assert (manifest.graphs["shallow_0"].calibration is not None) == (precision == "int8")
     with Upscaler(tmp_path / "engine", backend="onnxruntime", threads=1) as up:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from graphs import write_checkpoint
 
-from moesr.export import cli, tensorrt
+from moesr.export import cli, parity, tensorrt
 from moesr.kernels import plan
 from moesr.runtime.backends.tensorrt import library as tensorrt_library
 from moesr.runtime.backends.tensorrt.library import Library
@@ -102,6 +102,38 @@ def test_kernels_are_those_of_the_decoder_and_the_loop(checkpoint, tmp_path, lib
     shapes = {(case.shape["height"], case.dtype) for case in rows["aff_filter"].deployed}
     assert shapes == {(TILE, "fp16"), (TILE // 2, "fp16"), (TILE // 4, "fp16")}
     assert {case.dtype for case in rows["tile_gather"].deployed} == {"fp32"}
+
+
+@pytest.mark.parametrize("stage", ["build_plans", "build_kernels"])
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "replacing"])
+def test_an_interrupt_while_plans_are_built_says_that_the_engine_is_complete(
+    checkpoint, tmp_path, library, monkeypatch, capsys, stage, existing
+):
+    def interrupt(*given, **options):
+        raise KeyboardInterrupt
+
+    if existing:
+        assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", str(TILE), "--quiet"]) == 0
+    monkeypatch.setattr(tensorrt, stage, interrupt)
+    assert export(checkpoint, tmp_path / "e", "--capability", "8.9", "--quiet", "--force") == 130
+    said = capsys.readouterr().err
+    assert "nothing was written" not in said and "e is complete, but its TensorRT plans" in said
+    assert "gpu" in read_manifest(tmp_path / "e").graphs["decoder"].variants
+
+
+def test_an_interrupt_before_the_engine_is_published_leaves_the_one_that_is_there(
+    checkpoint, tmp_path, library, monkeypatch, capsys
+):
+    assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", str(TILE), "--quiet"]) == 0
+    before = (tmp_path / "e" / "manifest.json").read_bytes()
+
+    def interrupt(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "prove", interrupt)
+    assert export(checkpoint, tmp_path / "e", "--capability", "8.9", "--quiet", "--force") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert (tmp_path / "e" / "manifest.json").read_bytes() == before
 
 
 def test_inverted_residuals_may_stay_with_the_plans(checkpoint, tmp_path, library, monkeypatch):

@@ -66,12 +66,22 @@ def scan(folder: Path) -> PhotoFolder:
 
 
 def load_rgb(path: Path) -> np.ndarray | None:
-    """Decode a photograph to uint8 [H, W, 3], upright; None, reported, where it is damaged."""
+    """`read_rgb`; None with a warning if the image cannot be read."""
     try:
-        pixels = load(path).pixels
+        return read_rgb(path)
     except InputError as error:
         log.warning("%s: skipped", error)
         return None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Paths of the images directly in a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READ_SUFFIXES)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Decode an image to upright uint8 RGB [H, W, 3] without alpha; InputError if it cannot be read."""
+    pixels = load(path).pixels
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):

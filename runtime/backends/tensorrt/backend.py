@@ -22,7 +22,7 @@ from moesr.runtime.backends.tensorrt.plan_builder import (
 from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner, boundary_of
 from moesr.runtime.devices.compiled_kernels import find_kernels
 from moesr.runtime.devices.cuda import Buffer
-from moesr.runtime.devices.cuda_driver import memory_bytes, open_device
+from moesr.runtime.devices.cuda_driver import device_capability, memory_bytes, open_device
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.engine.graph_spec import Boundary
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
@@ -40,7 +40,7 @@ def probe() -> Offer:
     """Version and devices; EngineError where the library, the driver or a GPU is missing."""
     library, device = load(), open_device(0)
     if library.ahead_of_time:
-        capability_of(library, int("".join(map(str, device.compute_capability))))
+        capability_of(library, device_capability(device))
     return Offer(str(library), {"cuda": MAX_BATCH})
 
 
@@ -48,7 +48,7 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Ten
     """Open an ONNX file, or a graph in parts; EngineError where plans are missing and cannot be built."""
     library, options = load(), replace(options, cache=options.cache or user_cache.directory())
     device = open_device(options.index)
-    capability = int("".join(map(str, device.compute_capability)))
+    capability = device_capability(device)
     if path.name.endswith(SUFFIX):
         return open_parts(library, path, declared, capability, options)
     key = plan_store.key_of(library, plan_store.identity(path), capability, options.max_batch)

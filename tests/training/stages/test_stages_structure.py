@@ -14,6 +14,7 @@ from conftest import relative_l2
 from stablesr import sample
 from torch import Tensor
 
+from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
 from moesr.runtime.errors import UsageError
 from moesr.runtime.sampling.schedule import step_table
@@ -313,7 +314,7 @@ def test_checkpoints_of_both_stages_become_engines(stage, photos, trained, tmp_p
     if stage == 2:
         decoder.train(RECIPE, tiny.crops(photos), tiny.run(tmp_path), trained)
         checkpoint = load_checkpoint(tmp_path / "checkpoint")
-    manifest = export_engine(checkpoint, tmp_path / "engine", tile_px=tiny.PATCH)
+    manifest = export_engine(checkpoint, tmp_path / "engine", ExportOptions(tile_px=tiny.PATCH))
     inputs = {spec.name for spec in manifest.graphs["decoder"].inputs}
     assert ("fidelity" in inputs) == (stage == 2)
     with Upscaler(tmp_path / "engine") as up:
@@ -323,5 +324,5 @@ def test_checkpoints_of_both_stages_become_engines(stage, photos, trained, tmp_p
 
 def test_stable_diffusion_alone_is_no_engine(start, tmp_path):
     with pytest.raises(CheckpointError, match="this is a checkpoint of another family"):
-        export_engine(start, tmp_path / "engine", tile_px=tiny.PATCH)
+        export_engine(start, tmp_path / "engine", ExportOptions(tile_px=tiny.PATCH))
     assert not (tmp_path / "engine").exists()
