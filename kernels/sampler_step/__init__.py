@@ -1,1 +1,1 @@
-"""One sampler step over whole canvases: update and noise in one pass."""
+"""One sampler step over whole canvases: update and noise in one launch."""

@@ -1,15 +1,15 @@
-"""`z <- c_z z + c_history history + c_out sums + c_noise noise` and `sums <- 0`, the noise made on the way.
+"""`z <- c_z z + c_history history + c_out sums + c_noise noise` and `sums <- 0`; the noise is generated here.
 
-Compile without fused multiply-add (`fp_fusion=False`): every operation below is then correctly rounded by
-IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The README has the maths.
+Compiled without fused multiply-add (`fp_fusion=False`), every operation below is correctly rounded by
+IEEE 754, so the interpreter, any GPU and NumPy agree to the last bit. The README explains the maths.
 """
 
 import triton
 import triton.language as tl
 
 JOB_COLUMNS = tl.constexpr(7)
-"""int64 [jobs, 7]: addresses of z, sums and the coefficients' row, elements (0: empty), seed, step + 1, and
-the history's address (0: none)."""
+"""Columns of the int64 table [jobs, 7]: addresses of z, of the sums and of the coefficients, number of
+elements (0: an empty job), seed, step + 1, and the address of the history (0: none)."""
 
 _MULTIPLIER_0 = tl.constexpr(0xD2E7470EE14C6C93)  # Philox-4x64 (Salmon et al., SC 2011, Table 2)
 _MULTIPLIER_1 = tl.constexpr(0xCA5A826395121157)
@@ -26,7 +26,10 @@ _HALF_PI_LOW = tl.constexpr(6.077100506506192e-11)  # the rest
 
 @triton.jit
 def philox(counter, key_0, key_1):
-    """The four words of a block; `counter` uint64 [N] is its lowest word, the others are 0."""
+    """Return the four words of each Philox block.
+
+    `counter` uint64 [N] is the lowest word of the block's counter; its other words are 0.
+    """
     c0, c1 = counter, counter * 0
     c2, c3 = c1, c1
     for _ in tl.static_range(10):
@@ -40,7 +43,7 @@ def philox(counter, key_0, key_1):
 
 @triton.jit
 def log(u):
-    """Natural logarithm of positive normal float64, within 2 units in the last place."""
+    """Return the natural logarithm of positive normal float64, within 2 units in the last place."""
     bits = u.to(tl.int64, bitcast=True)
     exponent = (bits - _HALF_ROOT_BITS) >> 52
     m = (bits - (exponent << 52)).to(tl.float64, bitcast=True)  # in [sqrt(1/2), sqrt(2))
@@ -54,7 +57,7 @@ def log(u):
 
 @triton.jit
 def cos_sin(angle):
-    """Cosine and sine of float64 in [0, 2 pi], within 2 units in the last place."""
+    """Return cosine and sine of float64 angles in [0, 2 pi], within 2 units in the last place."""
     quadrant = (angle * _TWO_OVER_PI + 0.5).to(tl.int32)
     q = quadrant.to(tl.float64)
     r = (angle - q * _HALF_PI_HIGH) - q * _HALF_PI_LOW  # in [-pi/4, pi/4]
@@ -72,7 +75,7 @@ def cos_sin(angle):
 
 @triton.jit
 def normals(word):
-    """The two standard normals of a word: Box-Muller, radius from its high half, angle from its low one."""
+    """Return two normals per word by Box-Muller: radius from its high half, angle from its low half."""
     u = ((word >> 32).to(tl.float64) + 0.5) * (1 / (1 << 32))
     radius = tl.sqrt(log(u) * -2.0)
     cosine, sine = cos_sin((word & 0xFFFFFFFF).to(tl.float64) * _TURN)
@@ -81,8 +84,8 @@ def normals(word):
 
 @triton.jit
 def noise(block, seed, step_key, BLOCK: tl.constexpr):
-    """Elements `block * 8 BLOCK` and following of the noise of one step: float32 [8 BLOCK]."""
-    counter = (block * BLOCK + tl.arange(0, BLOCK) + 1).to(tl.uint64)  # counted up before each block of words
+    """Return elements `block * 8 BLOCK` to `(block + 1) * 8 BLOCK` of a step's noise, float32 [8 BLOCK]."""
+    counter = (block * BLOCK + tl.arange(0, BLOCK) + 1).to(tl.uint64)  # NumPy's Philox counts from 1
     w0, w1, w2, w3 = philox(counter, seed, step_key)
     c0, s0 = normals(w0)
     c1, s1 = normals(w1)
@@ -95,7 +98,7 @@ def noise(block, seed, step_key, BLOCK: tl.constexpr):
 
 @triton.jit
 def sampler_step(jobs, BLOCK: tl.constexpr):
-    """Grid: (any number of programs, jobs). A program takes every so many blocks of `8 BLOCK` elements."""
+    """Grid: (any number of programs, jobs). The programs of a job share its blocks of `8 BLOCK` elements."""
     job = jobs + tl.program_id(1) * JOB_COLUMNS
     z = tl.load(job).to(tl.pointer_type(tl.float32))
     sums = tl.load(job + 1).to(tl.pointer_type(tl.float32))

@@ -1,4 +1,7 @@
-"""The registry's row for the sampler's step: plan, cases and cost. A launch moves jobs of different sizes."""
+"""The registry's entry for the sampler's step: plan, test cases and cost.
+
+One launch advances jobs whose canvases differ in size.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,15 @@ from moesr.kernels.plan import Cost, Op, PlanBuffer, Shape, TritonLaunch, Triton
 from moesr.kernels.sampler_step import reference
 from moesr.runtime.sampling.noise import INITIAL_NOISE
 
-COLUMNS = 7
-"""Of the table: addresses of z, sums and coefficients, elements, seed, step + 1, address of the history."""
+COLUMNS = 7  # of the table, see kernel.py
 
-BLOCK = 128  # Philox blocks of one pass of a program: 1024 elements
-PROGRAMS = 128  # a job: about one for each multiprocessor; more than one pass where a canvas is larger
-KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs
+BLOCK = 128  # Philox blocks per pass of a program: 1024 elements
+PROGRAMS = 128  # per job; a program makes several passes over a larger canvas
+KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs of the test cases
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch of a fixed grid; canvases are reached through the table alone. A third job is empty."""
+    """One launch of a fixed grid; the kernel reaches canvases through the table. The third job is empty."""
     del arch
     sizes = _sizes(shape)
     return TritonPlan(
@@ -51,7 +53,7 @@ def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Two canvases, the first with a history; with `pure_noise` the second takes only noise, as x_T does."""
+    """Two canvases, the first with a history. With `pure_noise` the second becomes pure noise, like x_T."""
     del dtype
     generator = torch.Generator().manual_seed(seed)
     rows = [[1.01, -0.2, 0.3, -0.4, 1.5, -1.1], [0.99, 0.1, 0.0, 9.0, 9.0, 9.0]]
@@ -66,14 +68,14 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Canvases to overwrite, and room for the table."""
+    """Copies of the canvases, and space for the table."""
     copies = {name: value.clone() for name, value in given.items()}
     device = given["coefficients"].device
     return {**copies, "jobs": torch.zeros(3, COLUMNS, dtype=torch.int64, device=device)}
 
 
 def link(buffers: dict[str, Any]) -> None:
-    """Write the table's rows."""
+    """Write the rows of the table."""
     rows = []
     for i, key in enumerate(KEYS):
         given = buffers[f"z_{i}"], buffers[f"sums_{i}"], buffers["coefficients"][i]
@@ -82,7 +84,10 @@ def link(buffers: dict[str, Any]) -> None:
 
 
 def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int, Tensor | None]]) -> Tensor:
-    """Rows of (z, sums, coefficients, seed, step, history) as the kernel reads them: int64 [jobs, 7], CPU."""
+    """Return the kernel's table, int64 [jobs, 7] on the CPU.
+
+    A row is (z, sums, coefficients, seed, step, history or None).
+    """
     words = np.zeros((len(rows), COLUMNS), np.uint64)
     for row, (z, sums, coefficients, seed, step, history) in zip(words, rows, strict=True):
         row[:3] = z.data_ptr(), sums.data_ptr(), coefficients.data_ptr()
@@ -92,7 +97,7 @@ def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int, Tensor | None]]
 
 
 def outputs(coefficients: Tensor, **given: Tensor) -> Mapping[str, Tensor]:
-    """The reference's results by the names of their buffers."""
+    """The results of the reference by buffer name."""
     results = {}
     for i, key in enumerate(KEYS):
         history = given.get(f"history_{i}")
@@ -103,7 +108,7 @@ def outputs(coefficients: Tensor, **given: Tensor) -> Mapping[str, Tensor]:
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """What there is of z, sums and history read and written once; the noise: see the README."""
+    """z, sums and history are read and written once; the README has the cost of the noise."""
     del dtype
     first, second = (int(np.prod(size)) for size in _sizes(shape))
     return Cost(bytes=24 * first + 16 * second, flops=0)
@@ -113,7 +118,7 @@ def _shape(channels: int, height: int, width: int, **extra: int) -> dict[str, in
     return {"channels": channels, "height": height, "width": width, **extra}
 
 
-# The reference is float64 but for the noise; test_kernels_loop.py compares with the host's float32.
+# Apart from the noise the reference is float64; test_kernels_loop.py compares with the host's float32.
 TOLERANCES = {"fp32": 2e-7}
 CHECKED = {
     "odd": _shape(3, 7, 5),

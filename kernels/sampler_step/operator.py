@@ -1,4 +1,4 @@
-"""`moesr::sampler_step` for PyTorch, in place."""
+"""`moesr::sampler_step` for PyTorch; it changes its arguments in place."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moesr.kernels.sampler_step.op import OP, table
 def sampler_step(
     z: Tensor, sums: Tensor, coefficients: Tensor, seed: int, step: int, history: Tensor | None = None
 ) -> None:
-    """`z <- c_z z + c_out sums + c_noise noise(seed, step)` and `sums <- 0`; all float32, contiguous.
+    """Set `z <- c_z z + c_out sums + c_noise noise(seed, step)` and `sums <- 0`.
 
-    `z` and `sums` [C, H, W]; `coefficients` [3] are (c_z, c_out, c_noise). `seed` is 0 .. 2**63 - 1, `step`
-    as in `sampling.noise`. With a `history` [C, H, W], the coefficients [6] are followed by (c_history,
-    x_z, x_out): `c_history history` is added, and `history <- x_z z + x_out sums`. ValueError where a tensor
-    does not fit.
+    All tensors are float32 and contiguous. `z` and `sums` are [C, H, W]; `coefficients` [3] are (c_z, c_out,
+    c_noise). `seed` is 0 .. 2**63 - 1, and `step` is that of `moesr.runtime.sampling.noise`. With a `history`
+    [C, H, W] there are six coefficients, the last of them (c_history, x_z, x_out): `c_history history` is
+    added to z, and `history <- x_z z + x_out sums`. ValueError is raised if a tensor does not fit.
     """
     canvases = {"z": z, "sums": sums} | ({} if history is None else {"history": history})
     for name, x in (canvases | {"coefficients": coefficients}).items():

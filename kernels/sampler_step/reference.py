@@ -1,4 +1,4 @@
-"""The sampler's step as the host takes it, with the host's noise."""
+"""The sampler's step in PyTorch, with the host's noise."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from moesr.runtime.sampling import noise
 def sampler_step(
     z: Tensor, sums: Tensor, coefficients: Tensor, seed: int, step: int, history: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`c_z z + c_history history + c_out sums + c_noise noise(seed, step)`, the cleared sums and the history.
+    """Return the new z, the cleared sums and the new history (None if there is none).
 
-    All [C, H, W] as `z`. `coefficients` are (c_z, c_out, c_noise) and, where there is a history, (c_history,
-    x_z, x_out): it becomes `x_z z + x_out sums`. Without `c_noise` no noise is made.
+    The new z is `c_z z + c_history history + c_out sums + c_noise noise(seed, step)`, and the new history is
+    `x_z z + x_out sums`. All tensors have the shape [C, H, W]. `coefficients` are (c_z, c_out, c_noise) and,
+    with a history, (c_history, x_z, x_out). No noise is generated if `c_noise` is 0.
     """
     c_z, c_out, c_noise = coefficients[:3].unbind()
     moved, kept = z * c_z, None

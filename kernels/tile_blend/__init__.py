@@ -1,1 +1,1 @@
-"""Slots of a graph's output onto the canvases' sums, weighted."""
+"""Adds the weighted output tiles of a graph to the canvases' sums."""

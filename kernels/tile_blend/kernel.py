@@ -1,26 +1,28 @@
 """Add the slots of a batch to the sums of their canvases, in the order of the slots, without a race.
 
-A pixel of a canvas belongs to the first slot of the launch that covers it. That slot's program adds the share
-of every slot that covers the pixel, one after another, and nobody else touches it. Compile without fused
-multiply-add (`fp_fusion=False`): the sums are then those of `moesr.runtime.devices.host` to the last bit.
+Each pixel of a canvas is owned by the first slot of the launch that covers it. The owner's program adds the
+weighted values of all slots that cover the pixel, in their order, and no other program touches the pixel.
+Compiled without fused multiply-add (`fp_fusion=False`), the sums equal those of `moesr.runtime.devices.host`
+to the last bit.
 """
 
 import triton
 import triton.language as tl
 
 SLOT_COLUMNS = tl.constexpr(7)
-"""int64 [slots, 7]: addresses of sums (0: empty slot), of the sum of weights and of the int32 flag; plane and
-row strides in elements; y, x."""
+"""Columns of the int64 table [slots, 7]: addresses of the canvas' sums (0: an empty slot), of its sum of
+weights and of its int32 flag; plane and row strides in elements; y and x of the tile on the canvas."""
 
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def tile_blend(slots, tiles, weights, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Grid: (blocks of a tile, channels, slots). `tiles` [slots, C, height, width], `weights` one tile's.
+    """Grid: (blocks of a tile, channels, slots).
 
-    Sums are float32 [C, H, W], the sum of weights float32 [H, W]. Bit 0 of a canvas' flag is set where one of
-    its tiles holds a value that is not finite.
+    `tiles` is [slots, C, height, width] and `weights` [height, width]. The sums of a canvas are float32 [C,
+    H, W], its sum of weights is float32 [H, W]. Bit 0 of the canvas' flag is set if one of its tiles holds a
+    value that is not finite.
     """
     channel, channels, slot = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     count = tl.num_programs(2)

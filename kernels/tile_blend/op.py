@@ -1,4 +1,7 @@
-"""The registry's row for blending tiles: plan, cases and cost. A batch holds tiles of two canvases."""
+"""The registry's entry for blending tiles: plan, test cases and cost.
+
+A batch of the test cases holds tiles of two canvases.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch,
 from moesr.kernels.tile_blend import reference
 from moesr.runtime.sampling import tiles
 
-COLUMNS = 7  # of the table: addresses of sums, sum of weights and flag, plane stride, row stride, y, x
+COLUMNS = 7  # of the table, see kernel.py
 BLOCK_H, BLOCK_W = 8, 64
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch; canvases are reached through the table alone."""
+    """One launch; the kernel reaches the canvases through the addresses in the table."""
     del arch
     sides = [_sides(shape, i) for i in (0, 1)]
     return TritonPlan(
@@ -56,7 +59,7 @@ def _origins(shape: Shape, canvas: int) -> list[tuple[int, int]]:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Slots that alternate between the canvases, their neighbours overlapping; the third is empty."""
+    """The slots alternate between the canvases, and neighboring tiles overlap; the third slot is empty."""
     generator = torch.Generator().manual_seed(seed)
     tile, channels = shape["height"], shape["channels"]
     weights = torch.from_numpy(tiles.gaussian_weights(tile))
@@ -77,7 +80,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Sums to overwrite, cleared flags, and the table with the canvas' number where addresses will stand."""
+    """Copies of the sums, cleared flags, and the table with the index of each canvas; see `link`."""
     device = given["tiles"].device
     rows = [(index, 0, 0, 0, 0, y, x) for index, y, x in given["slots"]]
     return {
@@ -90,7 +93,7 @@ def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def link(buffers: dict[str, Any]) -> None:
-    """Write addresses and strides over the canvases' numbers."""
+    """Replace the indices of the canvases by addresses and strides."""
     sums, weight_sums = [[buffers[f"{name}_{i}"] for i in (0, 1)] for name in ("sums", "weight_sum")]
     slots = buffers["slots"]
     slots.copy_(table(sums, weight_sums, buffers["flags"], slots[:, [0, 5, 6]].tolist()))
@@ -99,7 +102,7 @@ def link(buffers: dict[str, Any]) -> None:
 def table(
     sums: list[Tensor], weight_sums: list[Tensor], flags: Tensor, slots: list[tuple[int, int, int]]
 ) -> Tensor:
-    """Rows for slots of (canvas' number, y, x): int64 [slots, 7] on the CPU."""
+    """Return the kernel's table, int64 [slots, 7] on the CPU, for slots of (canvas, y, x)."""
     rows = []
     for index, y, x in slots:
         canvas, weight_sum = sums[index], weight_sums[index]
@@ -110,14 +113,14 @@ def table(
 
 
 def outputs(**given: Any) -> Mapping[str, Tensor]:
-    """The reference's results by the names of their buffers."""
+    """The results of the reference by buffer name."""
     sums, weight_sums = [[given[f"{name}_{i}"] for i in (0, 1)] for name in ("sums", "weight_sum")]
     sums, flags = reference.tile_blend(sums, weight_sums, given["tiles"], given["weights"], given["slots"])
     return {"sums_0": sums[0], "sums_1": sums[1], "flags": flags}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Tiles read once; sums read and written, weights and their sum read, for each value of the batch."""
+    """For each value of the batch: tile, weights and their sum are read, sums are read and written."""
     values = shape["slots"] * shape["channels"] * shape["height"] * shape["width"]
     return Cost(bytes=values * (SIZES[dtype] + 8) + 8 * values // shape["channels"], flops=0)
 
@@ -126,7 +129,7 @@ def _shape(slots: int, channels: int, tile: int) -> dict[str, int]:
     return {"slots": slots, "channels": channels, "height": tile, "width": tile}
 
 
-# The reference is float64 here; test_kernels_loop.py compares with the host's float32, bit by bit.
+# The reference computes in float64 here; test_kernels_loop.py compares bit by bit with the host's float32.
 TOLERANCES = {"fp32": 2e-7, "fp16": 2e-7, "bf16": 2e-7}
 CHECKED = {"odd": _shape(12, 3, 13), "four_channels": _shape(5, 4, 16), "wide": _shape(3, 3, 70)}
 DEPLOYED = {"latent128": _shape(8, 3, 128), "pixels512": _shape(2, 3, 512)}

@@ -1,4 +1,4 @@
-"""`moesr::tile_blend` for PyTorch, in place."""
+"""`moesr::tile_blend` for PyTorch; it changes its arguments in place."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def tile_blend(
     weights: Tensor,
     slots: Tensor,
 ) -> None:
-    """Add tiles [slots, C, h, w], weighted, to the canvases' float32 sums [C, H, W], in the slots' order.
+    """Add weighted tiles [slots, C, h, w] to the float32 sums [C, H, W] of canvases, in the order of slots.
 
-    `weights` [h, w] are divided by the canvas' `weight_sums` [H, W]; `flags` int32 [canvases] becomes 1
-    where a tile is not finite. `slots` int64 [slots, 3] on the CPU: the canvas' number (negative: skip), y,
-    x. ValueError for a window outside.
+    The weight of a pixel is `weights` [h, w] over the canvas' `weight_sums` [H, W]. `flags`, int32
+    [canvases], becomes 1 for a canvas with a tile that is not finite. A row of `slots`, int64 [slots, 3] on
+    the CPU, holds the canvas' index (negative: skip), y and x. ValueError is raised if a tile leaves its
+    canvas.
     """
     height, width = weights.shape
     for index, y, x in slots.tolist():

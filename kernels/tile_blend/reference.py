@@ -1,4 +1,4 @@
-"""Weighted tiles added one after another, as `moesr.runtime.devices.host` does."""
+"""Adds weighted tiles one after another, as `moesr.runtime.devices.host` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Slot = tuple[int, int, int]
-"""Number of the canvas (negative: an empty slot), y, x."""
+"""Index of the canvas (negative: an empty slot), y, x."""
 
 
 def tile_blend(
@@ -18,9 +18,10 @@ def tile_blend(
     weights: Tensor,
     slots: Sequence[Slot],
 ) -> tuple[list[Tensor], Tensor]:
-    """New sums, each [C, H, W], and int32 flags [canvases]: 1 where a tile of the canvas is not finite.
+    """Return the new sums, each [C, H, W], and int32 flags [canvases].
 
-    `weight_sums` [H, W] each, `tiles` [slots, C, h, w], `weights` [h, w].
+    A flag is 1 if a tile of its canvas is not finite. Each of `weight_sums` is [H, W], `tiles` is
+    [slots, C, h, w] and `weights` is [h, w].
     """
     sums = [canvas.clone() for canvas in sums]
     flags = torch.zeros(len(sums), dtype=torch.int32, device=tiles.device)

@@ -1,13 +1,14 @@
-"""Copy windows of canvases, wherever they lie, into the slots of a batch.
+"""Copy windows of canvases into the slots of a batch; a table says where each canvas lies in memory.
 
-Compile without fused multiply-add (`fp_fusion=False`): pixels then become what the host makes of them.
+Compiled without fused multiply-add (`fp_fusion=False`), the result equals the host's to the last bit.
 """
 
 import triton
 import triton.language as tl
 
 SLOT_COLUMNS = tl.constexpr(6)
-"""int64 [slots, 6]: address of the canvas (0: empty slot), plane and row strides in elements, y, x, t."""
+"""Columns of the int64 table [slots, 6]: address of the canvas (0: an empty slot), plane and row strides in
+elements, y and x of the window, timestep t."""
 
 
 @triton.jit
@@ -22,10 +23,10 @@ def tile_gather(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Grid: (blocks of a tile, channels, slots). `tiles` [slots, C, height, width] of any float, `t` [slots].
+    """Grid: (blocks of a tile, channels, slots).
 
-    The canvas is float32 [C, H, W] with `PIXEL_BYTES` 4, uint8 or uint16 [H, W, C] with 1 or 2. An empty slot
-    becomes zeros.
+    `tiles` is [slots, C, height, width] of any floating-point type and `t` is [slots]. A canvas is float32
+    [C, H, W] if `PIXEL_BYTES` is 4, and uint8 or uint16 [H, W, C] if it is 1 or 2. Empty slots become zeros.
     """
     channel, channels, slot = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     blocks_w = tl.cdiv(width, BLOCK_W)

@@ -1,4 +1,7 @@
-"""The registry's row for gathering tiles: plan, cases and cost. Two canvases, of two sizes, feed a batch."""
+"""The registry's entry for gathering tiles: plan, test cases and cost.
+
+The cases gather a batch from two canvases of different sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from moesr.kernels.launch import DTYPES
 from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases
 from moesr.kernels.tile_gather import reference
 
-COLUMNS = 6  # of the table: address, plane stride, row stride, y, x, t
+COLUMNS = 6  # of the table, see kernel.py
 BLOCK_H, BLOCK_W = 8, 64
 CANVAS_TYPES = {1: "u8", 2: "u16", 4: "fp32"}
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch; canvases are reached through the table alone."""
+    """One launch; the kernel reaches the canvases through the addresses in the table."""
     del arch
     return TritonPlan(
         op="tile_gather",
@@ -52,14 +55,14 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
-    """Shapes of the two canvases: planes first for latents, last for images."""
+    """Shapes of the two canvases: [C, H, W] for latents, [H, W, C] for images."""
     sides = [(2 * shape["height"] + 3, 2 * shape["width"] + 1), (shape["height"], shape["width"] + 7)]
     c = shape["channels"]
     return [(c, h, w) if shape["pixel_bytes"] == 4 else (h, w, c) for h, w in sides]
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Slots that alternate between the canvases; the third is empty."""
+    """The slots alternate between the canvases; the third slot is empty."""
     generator = torch.Generator().manual_seed(seed)
     canvases = []
     for size in _sizes(shape):
@@ -77,21 +80,21 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table with the canvas' number where its address will stand."""
+    """The table with the index of each canvas in place of its address; `link` replaces it."""
     rows = [(index, 0, 0, y, x, t) for index, y, x, t in given["slots"]]
     device = given["canvas_0"].device
     return {**given, "slots": torch.tensor(rows, dtype=torch.int64, device=device)}
 
 
 def link(buffers: dict[str, Any]) -> None:
-    """Write addresses and strides over the canvases' numbers."""
+    """Replace the indices of the canvases by addresses and strides."""
     buffers["slots"].copy_(
         table([buffers["canvas_0"], buffers["canvas_1"]], buffers["slots"][:, [0, 3, 4, 5]])
     )
 
 
 def table(canvases: list[Tensor], slots: Tensor) -> Tensor:
-    """Rows for slots [slots, 4] of (canvas' number, y, x, t): int64 [slots, 6] on the CPU."""
+    """Return the kernel's table, int64 [slots, 6] on the CPU, for slots [slots, 4] of (canvas, y, x, t)."""
     rows = []
     for index, y, x, t in slots.tolist():
         canvas = canvases[index]
@@ -101,14 +104,14 @@ def table(canvases: list[Tensor], slots: Tensor) -> Tensor:
 
 
 def outputs(canvas_0: Tensor, canvas_1: Tensor, slots: Any, shape: Shape, dtype: str) -> Mapping[str, Tensor]:
-    """The reference's results by the names of their buffers."""
+    """The results of the reference by buffer name."""
     size = shape["height"], shape["width"]
     tiles, t = reference.tile_gather([canvas_0, canvas_1], slots, *size, DTYPES[dtype])
     return {"tiles": tiles, "t": t}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Every value of the batch read once and written once."""
+    """Every value of the batch is read once and written once."""
     values = shape["slots"] * shape["channels"] * shape["height"] * shape["width"]
     return Cost(bytes=values * (shape["pixel_bytes"] + SIZES[dtype]), flops=0)
 
@@ -119,7 +122,7 @@ def _shape(slots: int, channels: int, height: int, width: int, pixel_bytes: int)
     }  # fmt: skip
 
 
-# Copies, and images mapped in the host's own order: equal.
+# The kernel copies, or maps pixels in the host's order of operations, so the results are equal.
 TOLERANCES = {"fp32": 0.0, "fp16": 0.0, "bf16": 0.0}
 CHECKED = {
     "odd": _shape(4, 3, 9, 13, 4),

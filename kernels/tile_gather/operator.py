@@ -17,11 +17,11 @@ from moesr.kernels.tile_gather.op import OP, table
 def tile_gather(
     canvases: Sequence[Tensor], slots: Tensor, height: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Windows of canvases as tiles [slots, C, height, width] in `dtype`, and float32 t [slots].
+    """Return windows of canvases as tiles [slots, C, height, width] in `dtype`, and float32 t [slots].
 
-    Canvases are float32 [C, H, W], or all of them uint8 or all uint16 [H, W, C], mapped to [-1, 1]. `slots`
-    int64 [slots, 4] on the CPU: the canvas' number (negative: zeros), y, x, t. ValueError for a window
-    outside.
+    Canvases are float32 [C, H, W], or all uint8 or all uint16 [H, W, C], which are mapped to [-1, 1]. A row
+    of `slots`, int64 [slots, 4] on the CPU, holds the canvas' index (negative: zeros), y, x and t. ValueError
+    is raised if a window leaves its canvas.
     """
     for index, y, x, _ in slots.tolist():
         rows, columns = _sides(canvases[max(index, 0)])

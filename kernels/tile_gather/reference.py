@@ -1,4 +1,4 @@
-"""Windows of canvases as slices."""
+"""Gathers tiles by slicing the canvases."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 Slot = tuple[int, int, int, int]
-"""Number of the canvas (negative: an empty slot), y, x, t."""
+"""Index of the canvas (negative: an empty slot), y, x, t."""
 
 
 def tile_gather(
     canvases: Sequence[Tensor], slots: Sequence[Slot], height: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Tiles [slots, C, height, width] in `dtype`, and float32 t [slots]; zeros in empty slots.
+    """Return tiles [slots, C, height, width] in `dtype` and float32 t [slots]; empty slots are zeros.
 
-    A canvas is floating point [C, H, W], or an image, uint8 or uint16 [H, W, C], mapped to [-1, 1].
+    A canvas is floating point [C, H, W], or a uint8 or uint16 image [H, W, C], which is mapped to [-1, 1].
     """
     tiles, t = [], []
     for index, y, x, time in slots:
