@@ -1,4 +1,4 @@
-"""What the assembler says of a kernel: registers, spills, and counts from its instructions."""
+"""Reads registers, spills and instruction counts of compiled kernels from the assembler's output."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from pathlib import Path
 TENSOR_CORE = re.compile(r"\b(?:HMMA|IMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|QMMA)\b")
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*?`?\(?(0x[0-9a-f]+|\.L_x_\d+)")
+_BARRIER = re.compile(r"\bBAR\.(?:SYNC|RED)\b")
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor, and what its loops are made of."""
+    """The resources that one compiled kernel takes of a multiprocessor, and counts of its instructions."""
 
-    registers: int  # of a thread
-    shared_bytes: int  # dynamic, of a block
-    spill_bytes: int  # of a thread: the larger of stores and loads
-    tensor_core: int = 0  # instructions
-    local_in_loops: int = 0  # loads and stores of local memory inside a loop
+    registers: int  # per thread
+    shared_bytes: int  # dynamic shared memory per block
+    spill_bytes: int  # per thread, the larger of stores and loads
+    tensor_core: int = 0  # tensor-core instructions
+    local_in_loops: int = 0  # loads and stores of local memory inside loops
+    barriers: int = 0  # barriers of the block
+    instructions: int = 0  # all instructions
 
     def as_dict(self) -> dict[str, int]:
-        """For kernels.json."""
+        """Return the fields as `KernelTarget` takes them."""
         return asdict(self)
 
 
 def from_log(log: str, shared_bytes: int) -> Resources:
-    """Read `ptxas -v`; a log without its lines is a ValueError."""
+    """Read the output of `ptxas -v`; ValueError if it has no registers or spills."""
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not spills:
@@ -42,13 +45,18 @@ def from_log(log: str, shared_bytes: int) -> Resources:
 
 def with_instructions(resources: Resources, sass: str) -> Resources:
     """Add the counts of a kernel's disassembly."""
+    texts = [m[2] for m in _ADDRESS.finditer(sass)]
     return replace(
-        resources, tensor_core=len(TENSOR_CORE.findall(sass)), local_in_loops=_local_in_loops(sass)
+        resources,
+        tensor_core=len(TENSOR_CORE.findall(sass)),
+        local_in_loops=_local_in_loops(sass),
+        barriers=sum(bool(_BARRIER.search(text)) for text in texts),
+        instructions=sum(not text.startswith("NOP") for text in texts),
     )
 
 
 def disassemble(cubin: Path) -> str:
-    """SASS of a cubin, by the nvdisasm that Triton's wheel carries."""
+    """Return the SASS of a cubin, from the nvdisasm in Triton's wheel."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,20 +66,20 @@ def disassemble(cubin: Path) -> str:
 
 
 def loops(sass: str) -> list[list[str]]:
-    """The instructions of each loop, from the target of a backward branch to the branch."""
+    """Return the instructions of each loop, from the target of a backward branch to the branch."""
     texts = [m[2] for m in _ADDRESS.finditer(sass)]
     return [[texts[i] for i in each] for each in _loop_ranges(sass)]
 
 
 def _local_in_loops(sass: str) -> int:
-    """Count local loads and stores inside loops, those of nested ones once."""
+    """Count local loads and stores inside loops; those in nested loops count once."""
     texts = [m[2] for m in _ADDRESS.finditer(sass)]
     inside = {i for each in _loop_ranges(sass) for i in each}
     return sum(bool(re.search(r"\b(?:LDL|STL)\b", texts[i])) for i in inside)
 
 
 def _loop_ranges(sass: str) -> list[range]:
-    """The places of each loop's instructions among all of them."""
+    """The indices of each loop's instructions among all instructions."""
     places = [(m.start(), m[2]) for m in _ADDRESS.finditer(sass)]
     labels = {m[1]: m.start() for m in _LABEL.finditer(sass)}
     starts = [at for at, _ in places]

@@ -1,4 +1,4 @@
-"""Compare an operator's kernels with its reference: tests and benchmarks both begin here."""
+"""Compares an operator's kernels with its reference, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moesr.kernels.plan import Case, Op
 
 
 def errors(op: Op, case: Case, device: torch.device, arch: int | None = None) -> dict[str, float]:
-    """RMS error of each output relative to the RMS of the float64 reference, on NaN-poisoned memory.
+    """Return the error of each output: RMS of the difference over RMS of the float64 reference.
 
-    Integer outputs: the share that differs. The reference runs on `device`, too. `arch` picks the tiling of
-    another architecture.
+    For integer outputs it is the share of values that differ. Outputs and scratch are filled with NaN before
+    the launches. The reference runs on `device` too. `arch` selects the tiling of another architecture.
     """
     inputs = on_device(op.inputs(case.shape, case.dtype, 0), device)
     want = op.reference(**{name: exact(value) for name, value in inputs.items()})
@@ -25,12 +25,12 @@ def errors(op: Op, case: Case, device: torch.device, arch: int | None = None) ->
 
 
 def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors on the device, everything else as it is."""
+    """Move tensors to the device; other values stay."""
     return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
 
 
 def compare(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
-    """The error of each of the wanted outputs; NaN where a kernel left memory unwritten."""
+    """Return the error of each wanted output; it is NaN if a kernel left memory unwritten."""
     return {name: _error(got[name], want[name].to(got[name].device)) for name in want}
 
 
@@ -45,5 +45,5 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def exact(value: object) -> object:
-    """Floating point as float64, everything else as it is."""
+    """Convert floating-point tensors to float64; other values stay."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""Compile one launch for one architecture without a GPU, in a process of its own, behind a cache on disk."""
+"""Compiles one Triton function for one architecture without a GPU, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moesr.kernels.assembly import Resources, disassemble, from_log, with_instructions
+from moesr.runtime.system import files, json_dataclass
 
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends to every kernel's parameters
 ALIGNMENT = 16  # of every buffer, bytes
@@ -20,11 +20,11 @@ ALIGNMENT = 16  # of every buffer, bytes
 
 @dataclass(frozen=True)
 class Job:
-    """One Triton function, its types and constants, for one architecture."""
+    """One Triton function with its argument types, constants and options; it has no architecture yet."""
 
     op: str
     function: str
-    types: tuple[str, ...]  # of the run-time arguments, in order
+    types: tuple[str, ...]  # types of the run-time arguments, in order
     constants: tuple[tuple[str, int | float | bool | str], ...]
     num_warps: int
     num_stages: int
@@ -33,41 +33,56 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Unique and stable: the same source, types, constants and options have the same name."""
+        """A stable name: equal sources, types, constants and options have equal names."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"{self.op}.{self.function}.{digest[:12]}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel and what a launch must know of it."""
+    """A compiled kernel and the values that a launch needs."""
 
-    entry: str
-    threads: int
-    hidden: tuple[str, ...]  # what follows the visible arguments
-    scratch_bytes: tuple[int, ...]  # that each hidden pointer must point to, 0: may be null
+    entry: str  # name of the function in the file
+    threads: int  # per block
+    hidden: tuple[str, ...]  # pointer parameters after the visible arguments
+    scratch_bytes: tuple[int, ...]  # bytes that each hidden pointer must point to; 0: it may be null
     resources: Resources
     cubin: Path
     ptx: Path
 
 
 def compile_job(job: Job, arch: int, cache: Path) -> Compiled:
-    """Compile, or read from the cache folder. Must run where TRITON_INTERPRET is unset."""
+    """Compile a job, or read it from the cache folder; TRITON_INTERPRET must not be set.
+
+    A cache entry that is damaged, or that another version wrote, is compiled again.
+    """
     import triton
 
     stem = cache / f"triton-{triton.__version__}" / f"sm_{arch}" / job.name
     record = stem.with_name(stem.name + ".json")
-    if record.exists():
-        return _from_record(json.loads(record.read_text()), stem)
+    with contextlib.suppress(OSError, ValueError):  # no entry, or a damaged one
+        return _from_record(json_dataclass.build(_Record, json_dataclass.read_json(record)), stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    fields = _compile(job, arch, stem)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(fields))
-    temporary.rename(record)  # a record promises whole files
-    return _from_record(fields, stem)
+    made = _compile(job, arch, stem)
+    with files.write_atomically(record) as stream:
+        stream.write(json.dumps(asdict(made)).encode())
+    return _from_record(made, stem)
 
 
-def _compile(job: Job, arch: int, stem: Path) -> dict[str, object]:
+@dataclass(frozen=True)
+class _Record:
+    """A cache entry beside its cubin and PTX; the hashes are those of these two files."""
+
+    entry: str
+    threads: int
+    hidden: tuple[str, ...]
+    scratch_bytes: tuple[int, ...]
+    resources: Resources
+    cubin_sha256: str
+    ptx_sha256: str
+
+
+def _compile(job: Job, arch: int, stem: Path) -> _Record:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -96,18 +111,20 @@ def _compile(job: Job, arch: int, stem: Path) -> dict[str, object]:
     parameters, threads = _entry(kernel.asm["ptx"])
     scratch = [kernel.metadata.global_scratch_size or 0, kernel.metadata.profile_scratch_size or 0]
     hidden = HIDDEN[: parameters - len(visible)]
-    return {
-        "entry": kernel.metadata.name,
-        "threads": threads,
-        "hidden": hidden,
-        "scratch_bytes": scratch[: len(hidden)],
-        "resources": resources.as_dict(),
-    }
+    return _Record(
+        entry=kernel.metadata.name,
+        threads=threads,
+        hidden=hidden,
+        scratch_bytes=tuple(scratch[: len(hidden)]),
+        resources=resources,
+        cubin_sha256=files.sha256_of(cubin),
+        ptx_sha256=files.sha256_of(ptx),
+    )
 
 
 @contextlib.contextmanager
 def _quiet_knobs(triton: object):
-    """Always compile, print the assembler's log, and keep source paths out of the files."""
+    """Make Triton compile always, print the assembler's log, and keep source paths out of its files."""
     knobs = triton.knobs  # type: ignore[attr-defined]
     with knobs.compilation.scope(), knobs.nvidia.scope():
         knobs.compilation.always_compile = True
@@ -117,7 +134,7 @@ def _quiet_knobs(triton: object):
 
 
 def _entry(ptx: str) -> tuple[int, int]:
-    """How many parameters the entry takes, and the threads of a block."""
+    """The number of parameters of the entry, and the threads per block."""
     head = ptx[ptx.index(".entry") :]
     parameters = head[: head.index(")")].count(".param")
     threads = re.search(r"\.reqntid\s+(\d+)", head)
@@ -130,7 +147,11 @@ def _paths(stem: Path) -> tuple[Path, Path]:
     return stem.with_name(stem.name + ".cubin"), stem.with_name(stem.name + ".ptx")
 
 
-def _from_record(fields: Mapping[str, object], stem: Path) -> Compiled:
+def _from_record(record: _Record, stem: Path) -> Compiled:
+    """The kernel that an entry describes; ValueError if its files are not those that were written."""
     cubin, ptx = _paths(stem)
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "resources"}
-    return Compiled(**known, resources=Resources(**fields["resources"]), cubin=cubin, ptx=ptx)  # type: ignore[arg-type]
+    if (files.sha256_of(cubin), files.sha256_of(ptx)) != (record.cubin_sha256, record.ptx_sha256):
+        raise ValueError(f"{stem.name}: its files are damaged")
+    return Compiled(
+        record.entry, record.threads, record.hidden, record.scratch_bytes, record.resources, cubin, ptx
+    )

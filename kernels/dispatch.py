@@ -1,4 +1,4 @@
-"""Run an operator's kernels on tensors, with its plan and tables made once for each shape."""
+"""Runs an operator's kernels on tensors; plans and tables are made once for each shape and cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run_kernels(op: Op, shape: Shape, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs by name; `inputs` as the reference takes them, in the type of x. ValueError: no plan."""
+    """Run an operator on the reference's arguments, in the type of x; ValueError if it has no plan."""
     x = inputs["x"]
     key = (op, tuple(sorted(shape.items())), NAMES[x.dtype], architecture(x.device))
     return run(op, _plan(*key), {**op.prepare(inputs), **_tables(*key, x.device)})
@@ -28,20 +28,20 @@ def run_kernels(op: Op, shape: Shape, inputs: Mapping[str, Any]) -> dict[str, Te
 def run_buffers(
     op: Op, shape: Shape, like: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, Scalar]
 ) -> dict[str, Tensor]:
-    """Outputs by name, from the plan's own input buffers; `scalars` replace some of the plan's."""
+    """Run an operator on the plan's own input buffers; `scalars` replace values of the plan's scalars."""
     plan = plan_for(op, shape, like.dtype, like.device)
     return run(op, replace(plan, scalars={**plan.scalars, **scalars}), buffers)
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether kernels run on the tensor's memory: on CUDA from sm_80, and on a CPU in the interpreter."""
+    """Return True if kernels can run on the tensor: on CUDA from sm_80, and on a CPU in the interpreter."""
     if tensor.is_cuda:
         return architecture(tensor.device) >= ARCHITECTURES[0]
     return tensor.device.type == "cpu" and interpreted()
 
 
 def plan_for(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> TritonPlan:
-    """The plan of an operator, made once; ValueError for a type or a shape that has none."""
+    """Return the cached plan of an operator; ValueError if it has none for this type or shape."""
     if dtype not in FLOATS:
         raise ValueError(f"{op.name} has no kernels for {dtype}, only for {', '.join(map(str, FLOATS))}")
     return _plan(op, tuple(sorted(shape.items())), NAMES[dtype], architecture(device))
@@ -61,7 +61,7 @@ def _tables(
 
 
 def has_plan(op: Op, shape: Shape, x: Tensor) -> bool:
-    """Whether kernels run on the memory of x, at this shape and in its type; the reference does otherwise."""
+    """Return True if kernels run on x at this shape and in its type; otherwise the reference must."""
     if not has_kernels(x):
         return False
     try:
@@ -72,21 +72,21 @@ def has_plan(op: Op, shape: Shape, x: Tensor) -> bool:
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    """Half precision as float32, which references sum and transform in; other types stay."""
+    """Convert half precision to float32, in which references compute; other types stay."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
 def image_dims(x: Tensor) -> dict[str, int]:
-    """The sizes of [B, C, H, W] by the names that plans use."""
+    """Return the sizes of [B, C, H, W] by the names that plans use."""
     return dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether [B, C, H, W] lies in memory as [B, H, W, C]."""
+    """Return True if [B, C, H, W] is stored as [B, H, W, C]."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def in_layout(y: Tensor, x: Tensor) -> Tensor:
-    """y in the type and the memory layout of x."""
+    """Convert y to the type and the memory layout of x."""
     layout = torch.channels_last if channels_last(x) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=layout)

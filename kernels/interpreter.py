@@ -1,4 +1,4 @@
-"""Triton's interpreter, with bfloat16 and loop bounds made right."""
+"""Corrects bfloat16 and loop bounds in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 
 
 def interpreted() -> bool:
-    """Whether Triton's functions run in its interpreter: TRITON_INTERPRET=1 when they were imported."""
+    """Return True if Triton runs its functions in the interpreter (TRITON_INTERPRET=1 at their import)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def repair() -> None:
-    """Make bfloat16 right in the interpreter of Triton 3.6 to 3.9, and run-time bounds of `range` in 3.6.
+    """Patch the interpreter of Triton 3.6 to 3.9.
 
-    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate where GPUs round.
-    3.6 makes an integer of an array of one element, which NumPy 2.4 refuses.
+    Its `tl.dot` multiplies the bits of bfloat16 as integers, and its casts truncate, while GPUs round.
+    Version 3.6 also converts an array of one element to the integer bound of a `range`, which NumPy 2.4
+    refuses.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -49,7 +50,7 @@ def repair() -> None:
         plain_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    # By name, as the new functions take the rest of their parameters as they come.
+    # setattr by name, since the new functions do not declare all parameters of the old ones.
     for owner, name, function in (
         (InterpreterBuilder, "create_dot", create_dot),
         (InterpreterBuilder, "cast_impl", cast),
@@ -59,12 +60,12 @@ def repair() -> None:
 
 
 def _widen(bits: NDArray[Any]) -> NDArray[Any]:
-    """uint16 bits of bfloat16 to float32."""
+    """Convert uint16 bits of bfloat16 to float32."""
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:
-    """float32 to uint16 bits of bfloat16, rounded to even; NaN stays NaN."""
+    """Convert float32 to uint16 bits of bfloat16, rounding to even; NaN stays NaN."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

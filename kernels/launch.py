@@ -1,4 +1,4 @@
-"""Run a plan in PyTorch with Triton's just-in-time compiler, or its interpreter on a CPU."""
+"""Runs a plan in PyTorch with Triton's just-in-time compiler, or in its interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DTYPES = {
 
 
 def kernel_module(op: str) -> ModuleType:
-    """The module with the operator's Triton functions."""
+    """Import the module with the operator's Triton functions."""
     return importlib.import_module(f"moesr.kernels.{op}.kernel")
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as two digits; the interpreter plays an H200."""
+    """Return the compute capability as one number, such as 90; on a CPU the interpreter stands in for 90."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -37,9 +37,9 @@ def architecture(device: torch.device) -> int:
 
 
 def run(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor], poison: bool = False) -> dict[str, Tensor]:
-    """Launch a plan on its input and state buffers; returns outputs and states by name.
+    """Launch a plan on its input and state buffers and return its outputs and states by name.
 
-    `poison` fills scratch and outputs with NaN (integers: the largest value) before the launches.
+    `poison` fills scratch and output buffers with NaN (integers: the largest value) before the launches.
     """
     given = kernel_buffers(op, plan, buffers)
     if poison:
@@ -51,7 +51,10 @@ def run(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor], poison: bool = 
 
 
 def kernel_buffers(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All buffers of a plan: the given ones, checked, and tables, scratch and outputs on their device."""
+    """Return all buffers of a plan: the given ones after a check, and new tables, scratch and outputs.
+
+    ValueError is raised if a given buffer has the wrong type or shape.
+    """
     given: dict[str, Tensor] = {}
     for b in plan.with_role("input", "state"):
         value = given[b.name] = buffers[b.name].contiguous()
@@ -69,12 +72,12 @@ def kernel_buffers(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor]) -> d
 
 
 def table(plan: TritonPlan, buffer: PlanBuffer, device: torch.device) -> Tensor:
-    """A constant buffer on a device."""
+    """Return a constant buffer of a plan on a device."""
     return torch.from_numpy(plan.tables[buffer.name]).to(device, DTYPES[buffer.dtype])
 
 
 def launch(op: Op, plan: TritonPlan, buffers: Mapping[str, Tensor]) -> None:
-    """Launch on buffers that are all there; nothing is allocated or checked."""
+    """Launch a plan on a complete set of buffers, without allocations or checks."""
     functions = kernel_module(op.name)
     if interpreted():
         repair()

@@ -1,4 +1,4 @@
-"""The operators that have kernels: one test suite, one build and one benchmark run over these rows."""
+"""All operators that have kernels; the test suite, the build and the benchmark run over this table."""
 
 from __future__ import annotations
 

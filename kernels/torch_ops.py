@@ -1,4 +1,4 @@
-"""Every kernel as a PyTorch operator: importing this module registers `torch.ops.moesr.*`."""
+"""Registers all kernels as PyTorch operators `torch.ops.moesr.*` on import."""
 
 from moesr.kernels.aff_filter.operator import aff_filter
 from moesr.kernels.attention.operator import attention, attention_packed

@@ -1,1 +1,1 @@
-"""Adaptive frequency filter: a spectrum multiplied by a mask that is made from it."""
+"""The adaptive frequency filter: a spectrum is multiplied by a mask that is computed from it."""

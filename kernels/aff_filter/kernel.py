@@ -1,9 +1,10 @@
-"""The adaptive frequency filter in three launches: rows, columns with the mask, rows back.
+"""The adaptive frequency filter in three launches: row transform, columns with the mask, inverse row
+transform.
 
-The half spectrum lies between the launches as [B, U, C, 2 (part), H], U = W/2 + 1: a column of a block of
-channels is contiguous. A row of W real numbers has W/2 even and W/2 odd coefficients that are not zero by
-symmetry: coefficient r of a class is the real part of frequency 2 r (odd: 2 r + 1) for r < COSINES, then come
-imaginary parts.
+Between the launches the half spectrum is stored as [B, U, C, 2 (part), H] with U = W/2 + 1, so that a column
+of a block of channels is contiguous. A row of W real numbers has W/2 even and W/2 odd coefficients that are
+not zero by symmetry. In each of these two classes, coefficients r < COSINES are the real parts of frequencies
+2 r (odd class: 2 r + 1), and the rest are imaginary parts.
 """
 
 import triton
@@ -15,9 +16,9 @@ SHRINK = tl.constexpr(0.01)
 
 @triton.jit
 def _place(r, ODD: tl.constexpr, COSINES: tl.constexpr, CHANNELS: tl.constexpr, H: tl.constexpr):
-    """Where coefficient r of a class lies, relative to [b, 0, c, 0, 0]."""
+    """Return the offset of coefficient r of a class in the spectrum, relative to [b, 0, c, 0, 0]."""
     frequency = tl.where(r < COSINES, 2 * r + ODD, 2 * (r - COSINES) + 2 - ODD)  # DC has no imaginary part
-    return (frequency * (CHANNELS * 2) + tl.where(r < COSINES, 0, 1)) * H  # seen to be a multiple of H
+    return (frequency * (CHANNELS * 2) + tl.where(r < COSINES, 0, 1)) * H  # the compiler sees a multiple of H
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def rows(
     EVEN_COSINES: tl.constexpr, ODD_COSINES: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(W/2, BLOCK_R), cdiv(H, BLOCK_H), B * C). `even`, `odd` [W/2 (n), W/2 (r)]."""
+    """Transform rows. Grid (cdiv(W/2, BLOCK_R), cdiv(H, BLOCK_H), B * C); tables [W/2 (n), W/2 (r)]."""
     HALF: tl.constexpr = W // 2
     plane = tl.program_id(2)
     row = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -64,7 +65,10 @@ def rows_inverse(
     EVEN_COSINES: tl.constexpr, ODD_COSINES: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(W/2, BLOCK_N), cdiv(H, BLOCK_H), B * C). `even`, `odd` [W/2 (r), W/2 (n)]. Adds x."""
+    """Transform rows back and add x (with NORM: the normalised x, and x itself as the block's residual).
+
+    Grid (cdiv(W/2, BLOCK_N), cdiv(H, BLOCK_H), B * C); tables [W/2 (r), W/2 (n)].
+    """
     HALF: tl.constexpr = W // 2
     plane = tl.program_id(2)
     row = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -88,7 +92,7 @@ def rows_inverse(
     inside = (row < H)[:, None] & (n < HALF)[None, :]
     low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    if NORM:  # the block's own residual, x, beside the filter's
+    if NORM:  # x itself, which the AFF block adds, beside the normalised x, which the filter adds
         gain, offset = tl.load(scale + plane) + 1.0, tl.load(shift + plane)
         low, high = low * gain + offset, high * gain + offset
     kind: tl.constexpr = y.dtype.element_ty
@@ -103,7 +107,7 @@ def _negative(x):
 
 @triton.jit
 def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
-    """The complex matrix product of (ar, ai) and (br, bi), in float32."""
+    """Return the complex matrix product of (ar, ai) and (br, bi) in float32."""
     real = tl.dot(ar, br, input_precision=PRECISION)
     imag = tl.dot(ar, bi, input_precision=PRECISION)
     return (
@@ -114,21 +118,21 @@ def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
 
 @triton.jit
 def _complex_table(table, SIZE: tl.constexpr):
-    """Both parts of a [2, SIZE, SIZE] table."""
+    """Load the real and the imaginary part of a [2, SIZE, SIZE] table."""
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     return tl.load(table + at), tl.load(table + SIZE * SIZE + at)
 
 
 @triton.jit
 def _twiddle(twiddle, P1: tl.constexpr, P2: tl.constexpr):
-    """Both parts of the [2, P2, P1] factors, as [1, P2, P1]."""
+    """Load the real and the imaginary part of the twiddle factors [2, P2, P1], each as [1, P2, P1]."""
     at = twiddle + tl.arange(0, P2)[None, :, None] * P1 + tl.arange(0, P1)[None, None, :]
     return tl.load(at), tl.load(at + P1 * P2)
 
 
 @triton.jit
 def _layer(pr, pi, weight, bias, group, GROUPS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """A complex linear layer over the last axis of [frequencies, C]."""
+    """Apply a complex linear layer over the last axis of [frequencies, C]."""
     matrix = weight + group * (C * C)
     at = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
     wr, wi = tl.load(matrix + at), tl.load(matrix + GROUPS * C * C + at)
@@ -152,7 +156,7 @@ def _forward(
     zr, zi, dft_1, dft_2, twiddle, C: tl.constexpr, N1: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns [C, P2 (n2), P1 (n1)] to float32 frequencies [C * P1 (k1), P2 (k2)]."""
+    """Transform columns [C, P2 (n2), P1 (n1)] to float32 frequencies [C * P1 (k1), P2 (k2)]."""
     kind: tl.constexpr = zr.dtype
     if N1 > 1:
         f1r, f1i = _complex_table(dft_1, P1)
@@ -172,7 +176,7 @@ def _backward(
     qr, qi, dft_1, dft_2, twiddle, C: tl.constexpr, N1: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `_forward`: the same matrices conjugated, in reverse."""
+    """Invert `_forward` with the same matrices, conjugated and in reverse order."""
     kind: tl.constexpr = qr.dtype
     f2r, f2i = _complex_table(dft_2, P2)
     ar, ai = _product(qr, qi, f2r, _negative(f2i), PRECISION)  # [(c, k1), n2]
@@ -190,7 +194,7 @@ def _backward(
 
 @triton.jit
 def _filter(pr, pi, w1, b1, w2, b2, group, GROUPS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The spectrum [frequencies, C] times the mask made from it. Padding stays 0."""
+    """Multiply the spectrum [frequencies, C] by the mask computed from it. Padding stays 0."""
     hr, hi = _layer(pr, pi, w1, b1, group, GROUPS, C, PRECISION)
     hr, hi = _leaky(hr).to(pr.dtype), _leaky(hi).to(pr.dtype)
     mr, mi = _layer(hr, hi, w2, b2, group, GROUPS, C, PRECISION)
@@ -204,11 +208,11 @@ def columns(
     SPAN: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     C: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (U, GROUPS, B): one column of SPAN channels, transformed, filtered and transformed back in place.
+    """Transform, filter and transform back one column of SPAN channels in place. Grid (U, GROUPS, B).
 
-    Row n = N2 n1 + n2, frequency k1 + N1 k2; C, P1, P2 are SPAN, N1, N2 padded for the tensor cores, but P1
-    is 1 where N1 is: one dense product. Weights [2, GROUPS, C, C], biases [2, GROUPS, C], `dft_*` [2, P, P]
-    (symmetric), `twiddle` [2, P2 (n2), P1 (k1)].
+    Row n is N2 n1 + n2 and frequency k is k1 + N1 k2. C, P1 and P2 are SPAN, N1 and N2, padded for the tensor
+    cores; with N1 = 1 the transform is one dense product and P1 is 1. Weights are [2, GROUPS, C, C], biases
+    [2, GROUPS, C], `dft_*` [2, P, P] (symmetric) and `twiddle` [2, P2 (n2), P1 (k1)].
     """
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = spectrum.dtype.element_ty
@@ -243,10 +247,11 @@ def columns_cached(
     C: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     FREQUENCIES: tl.constexpr,
 ):  # fmt: skip
-    """`columns` for what exceeds the registers: CHUNK channels or FREQUENCIES at a time.
+    """Do the same as `columns` for columns that exceed the registers: CHUNK channels or FREQUENCIES at a
+    time.
 
-    Between its three loops the column lies where it came from, as [SPAN, 2, N1 (k1), N2 (k2)]: this program
-    alone touches it, so it stays in the cache.
+    Between the three loops the column is stored in its own place in the spectrum, as
+    [SPAN, 2, N1 (k1), N2 (k2)]. No other program touches it, so it stays in the cache.
     """
     frequency, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kind: tl.constexpr = spectrum.dtype.element_ty

@@ -1,4 +1,4 @@
-"""The registry's row for the adaptive frequency filter: tiling, cases and cost."""
+"""The registry's entry for the adaptive frequency filter: tiling, test cases and cost."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from moesr.kernels.plan import (
     next_power_of_2,
 )
 
-ON_CHIP = 8192  # complex values of one column of a group of channels that the registers of a program hold
-DENSE = 64  # up to this height a column is one dense product; also the largest factor
+ON_CHIP = 8192  # complex values that the registers of a program hold: one column of a group of channels
+DENSE = 64  # up to this height a column is one dense product; it is also the largest factor
 DOT = 16  # the smallest inner size of a matrix product on tensor cores
 
 
 class Columns(NamedTuple):
-    """How one program of the column pass holds its values; padded sizes are powers of two."""
+    """The sizes of the column pass; padded sizes are powers of two."""
 
-    groups: int  # of channels, each a program
-    span: int  # channels of a group: one block, or as many small ones as fill the tensor cores
+    groups: int  # groups of channels, each of which is one program
+    span: int  # channels per group: one block, or as many small blocks as fill the tensor cores
     channels: int  # span, padded
     n1: int  # H = n1 n2
     n2: int
@@ -43,7 +43,7 @@ class Columns(NamedTuple):
 
 @cache
 def column_tiling(channels: int, blocks: int, height: int) -> Columns:
-    """Choose factors with the least padding; ValueError where a factor is too large."""
+    """Choose the factors with the least padding; ValueError if a factor is too large."""
     size = channels // blocks
     merge = max(d for d in range(1, max(1, DOT // size) + 1) if blocks % d == 0)
     padded = _pad(merge * size)
@@ -52,8 +52,8 @@ def column_tiling(channels: int, blocks: int, height: int) -> Columns:
     p1, p2 = _pad(n1) if n1 > 1 else 1, _pad(n2)
     if max(p1, p2) > DENSE:
         raise ValueError(
-            f"a height of {height} has factors {n1} and {n2}, at most {DENSE} fit on the chip: use another "
-            "height, or the reference"
+            f"a height of {height} has the factors {n1} and {n2}, and the kernel takes at most {DENSE}; use "
+            "another height, or the reference"
         )
     return Columns(blocks // merge, merge * size, padded, n1, n2, p1, p2)
 
@@ -63,7 +63,10 @@ def _pad(n: int) -> int:
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """Three launches. `norm` 1 applies a scale and a shift of each plane on load and adds x to the result."""
+    """Plan three launches.
+
+    With `norm` 1 the filter's input is x times a scale plus a shift per plane, and x is added to the result.
+    """
     channels, blocks, height, width = (shape[k] for k in ("channels", "blocks", "height", "width"))
     if width % 2:
         raise ValueError(f"the width must be even, got {width}")
@@ -136,13 +139,13 @@ def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Tri
 
 
 def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch: int) -> TritonLaunch:
-    """The whole column in registers where it fits in half precision; through the cache otherwise."""
+    """The column pass: in registers if the column fits in half precision, otherwise through the cache."""
     values = tiling.channels * tiling.p1 * tiling.p2
     arguments = ("spectrum", "w1", "b1", "w2", "b2", "dft_1", "dft_2", "twiddle")
     grid = ("HALF + 1", "GROUPS", "batch")
     if SIZES[dtype] == 2 and values <= ON_CHIP:
         return TritonLaunch("columns", arguments, grid, constants, max(4, values // 1024), 1)
-    at_once = 2048 if arch in (90, 100) else 512  # complex values; more spill
+    at_once = 2048 if arch in (90, 100) else 512  # complex values; more of them spill
     chunk = max(1, min(tiling.channels, at_once // (tiling.p1 * tiling.p2)))
     chunked = {"CHUNK": chunk, "FREQUENCIES": max(DOT, min(64, next_power_of_2(constants["H"])))}
     return TritonLaunch("columns_cached", arguments, grid, constants | chunked, 4, 1)
@@ -163,7 +166,7 @@ def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[in
 
 
 def _block(largest: int, n: int) -> int:
-    """The largest block that divides n, or one of 32 (less where n is) with a masked rest."""
+    """The largest block that divides n, or at most 32 with a masked remainder."""
     block = min(largest, _pad(n))
     while block > 32 and n % block:
         block //= 2
@@ -171,7 +174,7 @@ def _block(largest: int, n: int) -> int:
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights as one dense padded matrix a group of channels; scale 1 and shift 0 where none are given."""
+    """Pack the weights into one dense padded matrix per group; scale and shift default to 1 and 0."""
     x = inputs["x"]
     tiling = column_tiling(x.shape[1], inputs["w1"].shape[1], x.shape[2])
     ones = torch.ones(x.shape[:2], device=x.device)
@@ -187,7 +190,7 @@ def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def pack_weight(weight: Tensor, tiling: Columns) -> Tensor:
-    """[2, blocks, size, size] -> [2, groups, C, C], several blocks on the diagonal of one matrix."""
+    """Pack [2, blocks, size, size] as [2, groups, C, C], with several blocks on the diagonal of a matrix."""
     size = weight.shape[2]
     packed = weight.new_zeros(2, tiling.groups, tiling.channels, tiling.channels)
     for i in range(tiling.span // size):
@@ -197,13 +200,13 @@ def pack_weight(weight: Tensor, tiling: Columns) -> Tensor:
 
 
 def pack_bias(bias: Tensor, tiling: Columns) -> Tensor:
-    """[2, blocks, size] -> [2, groups, C], float32."""
+    """Pack [2, blocks, size] as float32 [2, groups, C]."""
     joined = bias.reshape(2, tiling.groups, tiling.span).float()
     return F.pad(joined, (0, tiling.channels - tiling.span)).contiguous()
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """A normal image with a small mean, and weights that keep the variance."""
+    """Normal values with a small mean, and weights that keep the variance."""
     generator = torch.Generator().manual_seed(seed)
     channels, blocks = shape["channels"], shape["blocks"]
     size = channels // blocks
@@ -234,7 +237,7 @@ def outputs(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Mapping[str, Tensor]:
-    """The reference's result; with a scale and a shift also what a block adds: its own residual."""
+    """The result of the reference; with a scale and a shift, x is added as an AFF block does."""
     if scale is None or shift is None:
         return {"y": reference.aff_filter(x, w1, b1, w2, b2)}
     normed = x * scale[..., None, None] + shift[..., None, None]
@@ -242,19 +245,19 @@ def outputs(
 
 
 def baseline(**arguments: Tensor) -> Mapping[str, Tensor]:
-    """What the network runs without kernels: the filter in float32, whatever its input."""
+    """The network's form without kernels: the filter in float32, whatever the type of x."""
     y = outputs(**{name: value.float() for name, value in arguments.items()})["y"]
     return {"y": y.to(arguments["x"].dtype)}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """x read twice, y written, the spectrum written and read twice; the products that the launches run."""
+    """Bytes: x is read twice, y is written, the spectrum is written and read twice. Flops: all products."""
     batch, channels, height, width = (shape[k] for k in ("batch", "channels", "height", "width"))
     tiling = column_tiling(channels, shape["blocks"], height)
     values, spectrum = height * width, height * (width + 2)
     rows = 2 * 2 * height * width * (width // 2)
     inner = (tiling.p1 if tiling.n1 > 1 else 0) + tiling.p2 + tiling.channels
-    per_value = 2 * 8 * inner  # there and back, or two layers; a complex product is 8 operations
+    per_value = 2 * 8 * inner  # forward and back, or two layers; a complex product is 8 operations
     columns = (width // 2 + 1) * tiling.groups * tiling.channels * tiling.p1 * tiling.p2 * per_value
     moved = batch * channels * (3 * values + 4 * spectrum) * SIZES[dtype]
     return Cost(bytes=moved, flops=batch * (channels * rows + columns))

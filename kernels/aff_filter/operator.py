@@ -14,9 +14,10 @@ from moesr.kernels.dispatch import has_plan, image_dims, run_kernels, wide
 
 @torch.library.custom_op("moesr::aff_filter", mutates_args=())
 def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The filter of [B, C, H, W] plus x, as `reference.aff_filter`; contiguous, in the type of x.
+    """Return what `reference.aff_filter` does for [B, C, H, W], contiguous and in the type of x.
 
-    Where no tiling fits a height, and off the GPU, the reference runs, half precision in float32.
+    Outside a GPU, and for heights without a tiling, the reference runs; it computes half precision in
+    float32.
     """
     shape = {**image_dims(x), "blocks": w1.shape[1]}
     if not has_plan(OP, shape, x):

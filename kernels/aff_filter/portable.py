@@ -1,8 +1,7 @@
-"""The adaptive frequency filter without an FFT operator: real matrix products that every backend has.
+"""The adaptive frequency filter by real matrix products, which every backend has, without an FFT operator.
 
-The transforms are written once, over a small set of tensor operations, so that the same lines run in PyTorch
-(tests) and write an ONNX graph (export). The README beside this file has the maths, the layouts and the
-costs.
+The transforms are written over a small set of tensor operations (`TensorOps`), so that the same code runs in
+PyTorch (tests) and writes an ONNX graph (export). The README explains the maths, the layouts and the costs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Weights = tuple[Matrix, Matrix, Matrix, Matrix]
 
 
 class TensorOps(Protocol):
-    """What the filter needs from a tensor library. A leading 0 in `reshape` keeps the batch."""
+    """The tensor operations that the filter uses. A leading 0 in `reshape` keeps the batch."""
 
     def shape(self, x: Any) -> tuple[int, ...]: ...  # noqa: D102
     def reshape(self, x: Any, *shape: int) -> Any: ...  # noqa: D102
@@ -40,7 +39,7 @@ class TensorOps(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DftPlan:
-    """Float32 matrices of the two-dimensional real DFT of one size, ortho scaling inside."""
+    """Float32 matrices of the two-dimensional real DFT of one size, with ortho scaling included."""
 
     height: int
     width: int
@@ -49,28 +48,32 @@ class DftPlan:
     rows_even_inverse: Matrix  # [2, even frequencies, W/2]
     rows_odd_inverse: Matrix  # [2, odd frequencies, W/2]
     stage_1: Matrix  # [2 N1, 2 N1], over n1 at fixed n2: rows (k1, part), columns (part, n1)
-    stage_2: Matrix  # [N1, 2 N2, 2 N2], over n2, twiddle factors inside: rows (part, k2), columns (part, n2)
+    stage_2: Matrix  # [N1, 2 N2, 2 N2], over n2, with twiddle factors: rows (part, k2), columns (part, n2)
 
     @property
     def factors(self) -> tuple[int, int]:
-        """(N1, N2), N1 * N2 = height."""
+        """(N1, N2) with N1 * N2 = height."""
         return self.stage_2.shape[0], self.stage_2.shape[1] // 2
 
     @property
     def frequencies(self) -> tuple[int, int]:
-        """How many even and odd row frequencies there are; together W/2 + 1."""
+        """The numbers of even and odd row frequencies; together W/2 + 1."""
         return self.rows_even.shape[2], self.rows_odd.shape[2]
 
 
 def make_plan(height: int, width: int, first_factor: int | None = None) -> DftPlan:
-    """Plan a size. `first_factor` N1 (1: one dense product) defaults to the divisor below the root."""
+    """Make the matrices for a size.
+
+    `first_factor` is N1 (1: one dense product); by default it is the largest divisor up to the square root of
+    the height.
+    """
     if width % 2:
         raise ValueError(f"the width must be even, got {width}")
     n1 = first_factor or max(d for d in range(1, math.isqrt(height) + 1) if height % d == 0)
     n2 = height // n1
     u, n = np.arange(width // 2 + 1), np.arange(width // 2)
     rows = _roots(np.outer(n, u), width)  # [W/2, W/2+1]
-    weight = np.where((u == 0) | (2 * u == width), 1.0, 2.0)  # a column stands for its mirror image too
+    weight = np.where((u == 0) | (2 * u == width), 1.0, 2.0)  # a column also represents its mirror image
     k1, k2 = np.arange(n1), np.arange(n2)
     stage_1 = _real_form(_roots(np.outer(k1, k1), n1))  # [(part, k1), (part, n1)]
     frequency = k1[:, None, None] + n1 * k2[:, None]  # [N1, N2 (k2), 1]
@@ -89,7 +92,7 @@ def make_plan(height: int, width: int, first_factor: int | None = None) -> DftPl
 
 
 def _roots(exponents: Matrix, n: int) -> Matrix:
-    """`exp(-2 pi i exponents / n) / sqrt(n)` in double precision; the exponents are reduced as integers."""
+    """`exp(-2 pi i exponents / n) / sqrt(n)` in float64; the exponents are reduced modulo n as integers."""
     return np.exp(-2j * np.pi * (exponents % n) / n) / math.sqrt(n)
 
 
@@ -100,7 +103,10 @@ def _real_form(matrix: Matrix) -> Matrix:
 
 
 def rfft2(plan: DftPlan, x: Any, ops: TensorOps) -> Any:
-    """[B, C, H, W] -> [B, C, N1 (k1), 2 (part), N2 (k2), U]; row k1 + N1 k2, columns: even ones first."""
+    """Transform [B, C, H, W] to [B, C, N1 (k1), 2 (part), N2 (k2), U].
+
+    Row frequencies are k1 + N1 k2; of the U column frequencies the even ones come first.
+    """
     c, (n1, n2), u = ops.shape(x)[1], plan.factors, sum(plan.frequencies)
     low, high = ops.split(
         ops.reshape(x, 0, c, 1, plan.height, plan.width), 4, plan.width // 2, plan.width // 2
@@ -113,7 +119,7 @@ def rfft2(plan: DftPlan, x: Any, ops: TensorOps) -> Any:
 
 
 def irfft2(plan: DftPlan, spectrum: Any, ops: TensorOps) -> Any:
-    """The inverse of `rfft2`; every stage is orthogonal, so its inverse is its transpose."""
+    """Invert `rfft2`. Every stage is orthogonal, so its inverse is its transpose."""
     c, (n1, n2), u = ops.shape(spectrum)[1], plan.factors, sum(plan.frequencies)
     h = ops.reshape(spectrum, 0, c, n1, 2 * n2, u)
     h = ops.matmul(plan.stage_2.swapaxes(1, 2), h)
@@ -125,14 +131,12 @@ def irfft2(plan: DftPlan, spectrum: Any, ops: TensorOps) -> Any:
 
 
 def aff_filter(plan: DftPlan, x: Any, weights: Weights, ops: TensorOps) -> Any:
-    """What `reference.aff_filter` computes, for the plan's size; `weights` (w1, b1, w2, b2) as there."""
+    """Compute `reference.aff_filter` for the plan's size; `weights` are its (w1, b1, w2, b2)."""
     w1, b1, w2, b2 = weights
     c, blocks, (n1, n2), u = ops.shape(x)[1], w1.shape[1], plan.factors, sum(plan.frequencies)
     size = c // blocks
     spectrum = ops.reshape(rfft2(plan, x, ops), 0, blocks, size, n1, 2, n2 * u)
-    spectrum = ops.transpose(
-        spectrum, 0, 1, 4, 2, 3, 5
-    )  # both parts of a channel beside the block's channels
+    spectrum = ops.transpose(spectrum, 0, 1, 4, 2, 3, 5)  # [B, blocks, part, channels of the block, ...]
     h = ops.reshape(spectrum, 0, 2 * c, plan.height, u)
     h = ops.leaky_relu(ops.pointwise(h, *_layer(w1, b1), blocks), SLOPE)
     h = ops.soft_shrink(ops.pointwise(h, *_layer(w2, b2), blocks), SHRINK)
@@ -145,6 +149,6 @@ def aff_filter(plan: DftPlan, x: Any, weights: Weights, ops: TensorOps) -> Any:
 
 
 def _layer(weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
-    """A complex block-diagonal layer as weight [blocks * 2 out, 2 in] and bias over (part, channel)."""
+    """A complex block-diagonal layer as real weight [blocks * 2 out, 2 in] and bias over (part, channel)."""
     matrix = (weight[0] + 1j * weight[1]).swapaxes(1, 2)  # [blocks, out, in]
     return _real_form(matrix).reshape(-1, 2 * weight.shape[2]), bias.swapaxes(0, 1).reshape(-1)

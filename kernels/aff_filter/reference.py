@@ -1,4 +1,4 @@
-"""The adaptive frequency filter in its plainest form, with `torch.fft`: other forms are compared with it."""
+"""The adaptive frequency filter with `torch.fft`: the form that all others are compared with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SHRINK = 0.01  # soft-shrink threshold of the mask
 
 
 def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """`irfft2(mask(rfft2(x)) * rfft2(x)) + x` with ortho scaling, in the precision of `x`.
+    """Return `irfft2(mask(rfft2(x)) * rfft2(x)) + x` with ortho scaling, in the precision of `x`.
 
-    `x` [B, C, H, W]; the weights of both complex block-diagonal layers [2, blocks, C/blocks, C/blocks] as
-    (real, imaginary) x (in, out), their biases [2, blocks, C/blocks]. W must be even.
+    `x` is [B, C, H, W] with an even W. The weights of the two complex block-diagonal layers are
+    [2 (part), blocks, C/blocks (in), C/blocks (out)], their biases [2 (part), blocks, C/blocks].
     """
     spectrum = torch.fft.rfft2(x, norm="ortho")
     blocks = spectrum.unflatten(1, (w1.shape[1], -1))  # [B, blocks, C/blocks, H, W/2+1]
@@ -28,10 +28,11 @@ def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
 def aff_filter_backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `aff_filter` in the order of its arguments, from the gradient of its result.
+    """Return the gradients of `aff_filter`'s arguments, in their order, from the gradient of its result.
 
-    A complex gradient holds those of the real and the imaginary part. Frequencies between DC and Nyquist
-    stand for two each in `irfft2`, so the adjoints of both transforms are the transforms with that weight.
+    A complex gradient holds the gradients of the real and the imaginary part. In `irfft2` each frequency
+    between DC and Nyquist stands for two, so the adjoint of either transform is the other one with that
+    weight.
     """
     size, weight = x.shape[-2:], _mirrored(x)
     spectrum = torch.fft.rfft2(x, norm="ortho")
@@ -50,14 +51,14 @@ def aff_filter_backward(
 
 
 def _mirrored(x: Tensor) -> Tensor:
-    """[W/2 + 1]: how many frequencies of the whole spectrum each of the half stands for."""
+    """[W/2 + 1]: how many frequencies of the whole spectrum each frequency of the half one stands for."""
     weight = torch.full((x.shape[-1] // 2 + 1,), 2.0, dtype=x.dtype, device=x.device)
     weight[0] = weight[-1] = 1.0
     return weight
 
 
 def _layer_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_layer` for its input, weight and bias."""
+    """Gradients of the input, the weight and the bias of `_layer`."""
     matrix = torch.complex(weight[0], weight[1])
     inner = torch.einsum("bkohw,kio->bkihw", grad, matrix.conj())
     outer = torch.einsum("bkihw,bkohw->kio", x.conj(), grad)
@@ -66,7 +67,7 @@ def _layer_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 def _parts(x: Tensor, y: Tensor) -> Tensor:
-    """Real part times real part, imaginary times imaginary."""
+    """Multiply real part by real part and imaginary part by imaginary part."""
     return torch.complex(x.real * y.real, x.imag * y.imag)
 
 
@@ -76,5 +77,5 @@ def _layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _split(function: Callable[..., Tensor], x: Tensor, *arguments: float) -> Tensor:
-    """Apply a real function to real and imaginary parts."""
+    """Apply a real function to the real and the imaginary part."""
     return torch.complex(function(x.real, *arguments), function(x.imag, *arguments))

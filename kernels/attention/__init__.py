@@ -1,1 +1,1 @@
-"""Attention without the matrix of scores, for heads up to 512 wide."""
+"""Attention that never stores the matrix of scores, for heads up to 512 channels wide."""

@@ -1,4 +1,4 @@
-"""Softmax attention in one pass over the keys, the head taken in chunks. The README has maths and tiling."""
+"""Softmax attention in one pass over the keys; wide heads are taken in chunks of channels (see README)."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load(pointers, mask, EVEN: tl.constexpr):
-    """Zeros where masked; no mask at all where every block is full."""
+    """Load a block, with zeros outside the mask; with EVEN every block is full and no mask is used."""
     return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
 
 
@@ -29,11 +29,11 @@ def attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`out = softmax(scale q k^T) v`. Grid: (blocks of queries, heads, WIDTH / VALUES).
+    """Compute `out = softmax(scale q k^T) v`. Grid: (blocks of queries, heads, WIDTH / VALUES).
 
-    A head is [WIDTH, tokens] with `TOKENS_LAST`, else [tokens, WIDTH]. `PACKED`: q, k and v are one tensor
-    [heads, 3, ...], given three times. A program makes `VALUES` columns of `BLOCK_M` rows of the output.
-    `EVEN`: the blocks divide `tokens`.
+    A head is [WIDTH, tokens] with `TOKENS_LAST`, otherwise [tokens, WIDTH]. With `PACKED`, q, k and v are one
+    tensor [heads, 3, ...], which is passed three times. A program computes `VALUES` channels of `BLOCK_M`
+    rows of the output. `EVEN` says that the blocks divide `tokens`.
     """
     if EVEN:
         tokens = tokens // 16 * 16  # tells the compiler that rows are aligned

@@ -1,4 +1,4 @@
-"""The registry's row for attention: tilings, cases and cost."""
+"""The registry's entry for attention: tilings, test cases and cost."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch,
 
 
 class Tiling(NamedTuple):
-    """Blocks of one program; see the README for what bounds them."""
+    """The block sizes of one program; the README says what bounds them."""
 
     block_m: int  # queries
-    block_n: int  # keys of a step
-    chunk: int  # channels of one product
-    values: int  # channels of the output
+    block_n: int  # keys per step
+    chunk: int  # channels per matrix product
+    values: int  # output channels
     num_warps: int
     num_stages: int
 
 
-def tiling(width: int, dtype: str, arch: int, tokens_last: bool) -> Tiling:
-    """The blocks for a head width, which must be a power of two from 16 to 512."""
+def tiling(width: int, dtype: str, arch: int) -> Tiling:
+    """Choose the blocks for a head width; ValueError unless it is a power of two from 16 to 512."""
     if width & (width - 1) or not 16 <= width <= 512:
         raise ValueError(f"the head's width must be a power of two from 16 to 512, got {width}; pad it")
     if width <= 64:
@@ -34,17 +34,17 @@ def tiling(width: int, dtype: str, arch: int, tokens_last: bool) -> Tiling:
         return Tiling(16, 16, 64, width, 4, 1)
     if arch == 100:  # tensor memory holds 512 columns: the scores' and 256 of the output's
         return Tiling(128, 32, 128, min(width, 256), 8, 2)
-    if arch == 90:
-        return Tiling(64, 32, min(width, 256 if tokens_last else 128), width, 8, 2)
+    if arch == 90:  # 128 queries, so that each of the two warp groups multiplies 64 rows of its own
+        return Tiling(128, 32, min(width, 256), min(width, 256), 8, 2)
     if arch == 80:
         return Tiling(64, 32, 128, width, 8, 2)
     return Tiling(32, 32, 64, width, 4, 2)  # 99 KiB of shared memory
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch. Tokens and heads are scalars; whether blocks divide the tokens is compiled in."""
+    """Plan one launch. Tokens and heads are scalars; `EVEN` (blocks divide the tokens) is compiled in."""
     width, last, packed = shape["width"], bool(shape.get("tokens_last", 0)), bool(shape.get("packed", 0))
-    t = tiling(width, dtype, arch, last)
+    t = tiling(width, dtype, arch)
     constants = {
         "WIDTH": width,
         "VALUES": t.values,
@@ -81,7 +81,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Queries large enough that some rows attend to few keys."""
+    """Random heads; the queries are scaled up so that some rows attend to few keys."""
     generator = torch.Generator().manual_seed(seed)
     last = bool(shape.get("tokens_last", 0))
     dims = (shape["width"], shape["tokens"]) if last else (shape["tokens"], shape["width"])
@@ -97,18 +97,18 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Both forms of the input; a plan takes the one that it names."""
+    """Both forms of the input; a plan uses the one that its buffers name."""
     q, k, v = given["q"], given["k"], given["v"]
     return {"q": q, "k": k, "v": v, "qkv": torch.stack([q, k, v], 1)}
 
 
 def outputs(**arguments: Any) -> Mapping[str, Tensor]:
-    """The reference's result by the name of its buffer."""
+    """The result of the reference by buffer name."""
     return {"out": reference.attention(**arguments)}
 
 
 def baseline(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool) -> Tensor:
-    """What PyTorch has for it."""
+    """PyTorch's own attention."""
     if tokens_last:
         q, k, v = q.mT, k.mT, v.mT
     out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
@@ -116,7 +116,7 @@ def baseline(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool) -
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Two products of tokens x tokens x width a head."""
+    """Two products of tokens x tokens x width per head."""
     values = shape["heads"] * shape["tokens"] * shape["width"]
     return Cost(bytes=4 * values * SIZES[dtype], flops=4 * values * shape["tokens"])
 
@@ -125,7 +125,7 @@ def _shape(heads: int, tokens: int, width: int, **extra: int) -> dict[str, int]:
     return {"heads": heads, "tokens": tokens, "width": width, **extra}
 
 
-# float32 multiplies as three tf32 products on a GPU; the interpreter multiplies in float32.
+# On a GPU a float32 product is three tf32 products; the interpreter multiplies in float32.
 TOLERANCES = {"fp32": 5e-6, "fp16": 5e-4, "bf16": 4e-3}
 CHECKED = {
     "unet": _shape(5, 256, 32, tokens_last=1, packed=1),

@@ -1,6 +1,6 @@
-"""`moesr::attention` and `moesr::attention_packed` for PyTorch: compiled graphs keep them whole.
+"""`moesr::attention`, which has gradients, and `moesr::attention_packed` for PyTorch.
 
-The first has gradients.
+`torch.compile` keeps both as single operators.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from moesr.kernels.dispatch import has_plan, run_buffers
 
 @torch.library.custom_op("moesr::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool = False) -> Tensor:
-    """`softmax(scale q k^T) v` of heads [heads, tokens, width], or [heads, width, tokens] with `tokens_last`.
+    """Return `softmax(scale q k^T) v` of heads [heads, tokens, width].
 
-    Where the width is no power of two from 16 to 512, and off the GPU, PyTorch's own attention runs. Other
-    shapes and mixed types are a ValueError.
+    With `tokens_last` heads are [heads, width, tokens]. PyTorch's own attention runs outside a GPU and for
+    widths that are not a power of two from 16 to 512. ValueError is raised for other shapes and mixed types.
     """
     if q.ndim != 3 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
@@ -46,7 +46,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Scores are made again, whole: training attends over a few hundred tokens."""
+    """Recompute the whole matrix of scores, which is small: training attends over a few hundred tokens."""
     q, k, v = ctx.saved_tensors
     if ctx.tokens_last:
         q, k, v, grad = q.mT, k.mT, v.mT, grad.mT
@@ -62,7 +62,7 @@ attention.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("moesr::attention_packed", mutates_args=())
 def attention_packed(qkv: Tensor, scale: float) -> Tensor:
-    """`attention` of [heads, 3 (q, k, v), width, tokens] -> [heads, width, tokens]; without a gradient."""
+    """Return `attention` of [heads, 3 (q, k, v), width, tokens] as [heads, width, tokens]; no gradient."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [heads, 3, width, tokens], got {tuple(qkv.shape)}")
     shape = {**_shape(qkv, True), "packed": 1}

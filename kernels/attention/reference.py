@@ -1,4 +1,4 @@
-"""Attention with the whole matrix of scores."""
+"""Attention that stores the whole matrix of scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tokens_last: bool = False) -> Tensor:
-    """`softmax(scale q k^T) v` of heads [heads, tokens, width], `tokens_last`: [heads, width, tokens]."""
+    """Return `softmax(scale q k^T) v`; heads [heads, tokens, width], swapped if `tokens_last`."""
     if tokens_last:
         return attention(q.mT, k.mT, v.mT, scale).mT.contiguous()
     return torch.softmax(scale * (q @ k.mT), dim=-1) @ v

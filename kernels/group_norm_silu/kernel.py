@@ -1,7 +1,7 @@
 """GroupNorm + SiLU in two launches: partial statistics, then normalise, scale and activate.
 
-A partial is (mean, sum of squared deviations) of one group over one part of the pixels, so parts combine
-without cancellation. Statistics and arithmetic are float32 whatever the type of x.
+A partial is (mean, sum of squared deviations) of one group over one part of the pixels, so that parts can be
+combined without cancellation. Statistics and arithmetic are float32 for every type of x.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def statistics_nchw(x, partial, SIZE: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (B * groups, parts): PART of a group's SIZE contiguous values. partial [B * groups, parts, 2]."""
+    """Compute partials [B * groups, parts, 2] over PART of SIZE values. Grid (B * groups, parts)."""
     group, part = tl.program_id(0), tl.program_id(1)
     start = part * PART
     base = x + group.to(tl.int64) * SIZE
@@ -36,7 +36,7 @@ def apply_nchw(
     x, weight, bias, partial, y, eps, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * C, cdiv(pixels, BLOCK))."""
+    """Normalise BLOCK pixels of one channel. Grid (B * C, cdiv(pixels, BLOCK))."""
     plane = tl.program_id(0)
     channel = plane % CHANNELS
     size: tl.constexpr = CHANNELS // GROUPS * PIXELS
@@ -64,7 +64,7 @@ def statistics_nhwc(
     x, partial, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, PIXELS: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, parts, GROUPS / SPAN): PART pixels of SPAN groups. partial [B, parts, groups, 2]."""
+    """Compute partials [B, parts, groups, 2] over PART pixels. Grid (B, parts, GROUPS / SPAN)."""
     batch, part, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * SPAN
     start = part * PART
     slot = tl.arange(0, SPAN * WIDTH_PAD)
@@ -97,7 +97,7 @@ def apply_nhwc(
     PIXELS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
     SILU: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, cdiv(pixels, RUN), GROUPS / SPAN): RUN pixels, BLOCK at a time."""
+    """Normalise RUN pixels of SPAN groups, BLOCK at a time. Grid (B, cdiv(pixels, RUN), GROUPS / SPAN)."""
     batch, first = tl.program_id(0), tl.program_id(2) * SPAN
     groups = first + tl.arange(0, SPAN)
     index = tl.arange(0, PARTS_PAD)

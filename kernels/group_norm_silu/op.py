@@ -1,4 +1,4 @@
-"""The registry's row for GroupNorm + SiLU: plan, cases and cost."""
+"""The registry's entry for GroupNorm + SiLU: plan, test cases and cost."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from moesr.kernels.plan import (
     next_power_of_2,
 )
 
-PARTS = 64  # of a group's values (NCHW); the second launch reads a group's partials in every block
-PARTS_NHWC = 256  # of an image's pixels
+PARTS = 64  # parts per group (NCHW) at most; every block of the second launch reads a group's partials
+PARTS_NHWC = 256  # parts per image (NHWC) at most
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """Two launches; the same tiling on every architecture, as nothing here needs shared memory."""
+    """Plan two launches. The tiling is the same on every architecture, since nothing needs shared memory."""
     del arch
     pixels, channels, groups = shape["height"] * shape["width"], shape["channels"], shape["groups"]
     if channels % groups:
@@ -87,7 +87,7 @@ def _nchw(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunc
 
 def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunch, ...]]:
     groups, pad = shape["groups"], next_power_of_2(width)
-    span = groups & -groups  # the largest power of two that divides them
+    span = groups & -groups  # the largest power of two that divides the number of groups
     while span * pad > 512 and span > 1:
         span //= 2
     block = max(1, 4096 // (span * pad))
@@ -121,7 +121,7 @@ def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunc
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Values around a mean of 3, ten times their spread in the first group."""
+    """Values with a mean of 3, which is ten times their standard deviation in the first group."""
     generator = torch.Generator().manual_seed(seed)
     size = (shape["batch"], shape["channels"], shape["height"], shape["width"])
     x = torch.randn(size, generator=generator) + 3
@@ -139,12 +139,12 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(**arguments: Any) -> Mapping[str, Tensor]:
-    """The reference's result by the name of its buffer."""
+    """The result of the reference by buffer name."""
     return {"y": reference.group_norm_silu(**arguments)}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """x is read twice, as no cache holds it between the passes, and y written once."""
+    """x is read twice, because no cache holds it between the launches, and y is written once."""
     values = shape["batch"] * shape["channels"] * shape["height"] * shape["width"]
     return Cost(bytes=3 * values * SIZES[dtype], flops=0)
 

@@ -1,4 +1,4 @@
-"""`moesr::group_norm_silu` for PyTorch: compiled graphs keep it whole, and gradients flow."""
+"""`moesr::group_norm_silu` for PyTorch, with gradients; `torch.compile` keeps it as one operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesr.kernels.group_norm_silu.op import OP
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool = True, eps: float = reference.EPS
 ) -> Tensor:
-    """`silu(group_norm(x))` of [B, C, H, W], in the type and memory layout of x."""
+    """Return `silu(group_norm(x))` of [B, C, H, W] in the type and memory layout of x."""
     last = channels_last(x)
     shape = {**image_dims(x), "groups": groups, "channels_last": int(last), "silu": int(silu)}
     if not has_plan(OP, shape, x):

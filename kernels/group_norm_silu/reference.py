@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU as PyTorch writes them."""
+"""GroupNorm and SiLU by PyTorch's own functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EPS = 1e-6  # of the autoencoder's norms; those of the UNet have 1e-5
+EPS = 1e-6  # of the autoencoder's norms; the UNet's norms have 1e-5
 
 
 def group_norm_silu(
@@ -18,7 +18,7 @@ def group_norm_silu(
     channels_last: bool = False,
     silu: bool = True,
 ) -> Tensor:
-    """`silu(group_norm(x))` of [B, C, H, W], or of [B, H, W, C] with `channels_last`."""
+    """Return `silu(group_norm(x))` of [B, C, H, W], or of [B, H, W, C] with `channels_last`."""
     if channels_last:
         x = x.permute(0, 3, 1, 2)
     y = F.group_norm(x, groups, weight, bias, eps)
@@ -29,7 +29,7 @@ def group_norm_silu(
 def group_norm_silu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS, silu: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `group_norm_silu` over [B, C, H, W] for x, weight and bias."""
+    """Return the gradients of x, weight and bias of `group_norm_silu` over [B, C, H, W]."""
     shape = (x.shape[0], groups, -1)
     variance, mean = torch.var_mean(x.reshape(shape), dim=2, correction=0, keepdim=True)
     inverse = torch.rsqrt(variance + eps)

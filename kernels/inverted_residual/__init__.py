@@ -1,1 +1,1 @@
-"""Expand, depthwise 3x3 and reduce, BatchNorm folded, in one launch."""
+"""The inverted residual (expand, depthwise 3x3, reduce, with BatchNorm folded in) in one launch."""

@@ -1,9 +1,10 @@
-"""Expand, depthwise 3x3 and reduce in one launch: wide values exist for a tile and CHUNK channels at a time.
+"""Expand, depthwise 3x3 and reduce in one launch.
 
-A tile is a grid of GH x GW pixels with a halo of one around its (GH - 2) x (GW - 2) outputs, so that all
-products run over the same power of two. The chunk goes through a piece of scratch that belongs to the program
-alone and is written again and again, so it stays in the cache: nine shifted reads of it are the depthwise
-convolution.
+The wide tensor exists only for one tile and CHUNK channels at a time. A tile is a grid of GH x GW pixels with
+a halo of one pixel around its (GH - 2) x (GW - 2) outputs, so that all products run over the same power of
+two. Each program writes the chunk to scratch memory of its own and reads it back at nine shifts as the
+depthwise convolution. The program overwrites the same scratch memory again and again, so it stays in the
+cache.
 """
 
 import triton
@@ -19,7 +20,7 @@ def _leaky(x):
 
 @triton.jit
 def _pixels(source, real, c, CIN: tl.constexpr, X_CHANNEL: tl.constexpr):
-    """Channels `c` of the grid; zeros outside the image."""
+    """Load channels `c` of the grid, with zeros outside the image."""
     return tl.load(source + c[None, :] * X_CHANNEL, mask=real[:, None] & (c < CIN)[None, :], other=0.0)
 
 
@@ -31,8 +32,10 @@ def inverted_residual(
     PRECISION: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
     CO: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs): each takes every programs-th tile. `expand` [INNER, CIN], `depthwise` [9, INNER],
-    `reduce` [COUT, INNER], scratch [programs, GH * GW, CHUNK].
+    """Compute all tiles with a fixed number of programs, each of which takes every programs-th tile.
+
+    `expand` is [INNER, CIN], `depthwise` [9, INNER], `reduce` [COUT, INNER] and `scratch`
+    [programs, GH * GW, CHUNK].
     """
     program = tl.program_id(0)
     kind: tl.constexpr = x.dtype.element_ty
@@ -56,7 +59,7 @@ def inverted_residual(
             h = tl.zeros([GH * GW, CHUNK], tl.float32)
             for first in range(0, CIN, BLOCK_C):
                 c = first + tl.arange(0, BLOCK_C)
-                pixels = first_pixels  # all channels, where they stay on the chip
+                pixels = first_pixels  # all channels, if they stay on the chip
                 if BLOCK_C < CIN:
                     pixels = _pixels(source, real, c, CIN, X_CHANNEL)
                 weight = tl.load(
@@ -66,7 +69,7 @@ def inverted_residual(
                 )
                 h = tl.dot(pixels, weight, h, input_precision=PRECISION)
             h = _leaky(h + tl.load(expand_bias + k, mask=k < INNER, other=0.0)[None, :])
-            tl.debug_barrier()  # the last chunk has been read
+            tl.debug_barrier()  # all threads have read the previous chunk
             tl.store(mine + p[:, None] * CHUNK, tl.where(real[:, None], h, 0.0).to(kind))  # zero padding
             tl.debug_barrier()
             even = tl.zeros([GH * GW, CHUNK], tl.float32)
@@ -79,7 +82,7 @@ def inverted_residual(
                     even += near.to(tl.float32) * weight[None, :]
                 else:
                     odd += near.to(tl.float32) * weight[None, :]
-            # Across a reduction the compiler cannot turn each tap alone into the layout of the product.
+            # The reduction keeps the compiler from converting each tap to the product's layout on its own.
             h = tl.sum(tl.join(even, odd), 2)
             h = _leaky(h + tl.load(depthwise_bias + k, mask=k < INNER, other=0.0)[None, :]).to(kind)
             weight = tl.load(

@@ -1,4 +1,4 @@
-"""The registry's row for the inverted residual: tiling, cases and cost."""
+"""The registry's entry for the inverted residual: tiling, test cases and cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOT = 16  # the smallest inner size of a matrix product on tensor cores
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch over tiles; `channels_last` 1 reads and writes [B, H, W, C]."""
+    """Plan one launch over all tiles; with `channels_last` 1 it reads and writes [B, H, W, C]."""
     cin, cout, height, width = (shape[k] for k in ("channels", "out", "height", "width"))
     inner, nhwc = 4 * cin, shape.get("channels_last", 0)
     (gh, gw), chunk, block_c, warps = _tiling(cin, cout, dtype, arch)
@@ -71,28 +71,28 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def _tiling(cin: int, cout: int, dtype: str, arch: int) -> tuple[tuple[int, int], int, int, int]:
-    """The pixel grid, the wide channels and the input channels at a time, and warps.
+    """Return the pixel grid, the wide channels and the input channels at a time, and the warps.
 
-    The registers hold the grid's outputs in float32: these are the largest tiles that do not spill.
+    The registers hold the outputs of the grid in float32. These are the largest tiles that do not spill.
     """
     asynchronous = arch in (90, 100)  # their matrix products read shared memory, not registers
     if SIZES[dtype] == 4:
         return ((8, 16), 16, 16, 8) if arch == 100 and cout <= 128 else ((8, 8), 16, 32, 8)
-    block_c = 256 if cin <= 256 else 128  # up to 256 channels a tile of x stays on the chip
+    block_c = 256 if cin <= 256 else 128  # a tile of x of up to 256 channels stays on the chip
     if asynchronous and not cin == cout > 128:
         return (8, 16), 32 if cout <= 128 else 16, block_c, 8
     return (8, 16) if cout <= 128 else (8, 8), 16, block_c, 8
 
 
 def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Taps first, so that the channels of a tap are contiguous; biases in float32."""
+    """Arrange the depthwise weights by tap, so that a tap's channels are contiguous; biases are float32."""
     packed = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     packed["depthwise"] = inputs["depthwise"].flatten(1).T.contiguous()
     return {name: v.float() if name.endswith("_bias") else v for name, v in packed.items()}
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Normal values; each layer keeps the variance."""
+    """Normal values, and weights that keep the variance in each layer."""
     generator = torch.Generator().manual_seed(seed)
     cin, cout, inner = shape["channels"], shape["out"], 4 * shape["channels"]
 
@@ -114,14 +114,14 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(x: Tensor, channels_last: bool = False, **weights: Tensor) -> Mapping[str, Tensor]:
-    """The reference's result by the name of its buffer."""
+    """The result of the reference by buffer name."""
     if not channels_last:
         return {"y": reference.inverted_residual(x, **weights)}
     return {"y": reference.inverted_residual(x.permute(0, 3, 1, 2), **weights).permute(0, 2, 3, 1)}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """x read and y written once; both products."""
+    """x is read and y is written once; the two matrix products."""
     pixels = shape["batch"] * shape["height"] * shape["width"]
     cin, cout = shape["channels"], shape["out"]
     return Cost(bytes=pixels * (cin + cout) * SIZES[dtype], flops=2.0 * pixels * 4 * cin * (cin + cout))

@@ -1,4 +1,4 @@
-"""`moesr::inverted_residual` for PyTorch. BatchNorm is folded in: it is for inference, without a gradient."""
+"""`moesr::inverted_residual` for PyTorch, for inference: BatchNorm is folded in, and there is no gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inverted_residual(
     reduce: Tensor,
     reduce_bias: Tensor,
 ) -> Tensor:
-    """`reference.inverted_residual` of [B, C, H, W], in x's type and memory layout."""
+    """Return `reference.inverted_residual` of [B, C, H, W] in the type and memory layout of x."""
     last = channels_last(x)
     shape = {**image_dims(x), "out": reduce.shape[0], "channels_last": int(last)}
     weights = (expand, expand_bias, depthwise, depthwise_bias, reduce, reduce_bias)

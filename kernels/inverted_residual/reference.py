@@ -1,4 +1,4 @@
-"""The inverted residual of the refinement network, BatchNorm folded into its convolutions."""
+"""The inverted residual of the refinement network, with BatchNorm folded into its convolutions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def inverted_residual(
     reduce: Tensor,
     reduce_bias: Tensor,
 ) -> Tensor:
-    """Expand, depthwise 3x3, reduce of [B, C, H, W]; plus x where the channels stay the same.
+    """Expand, convolve depthwise 3x3 and reduce [B, C, H, W]; x is added if the channels stay the same.
 
-    `expand` [inner, C], `depthwise` [inner, 3, 3], `reduce` [out, inner], biases [inner], [inner], [out].
+    `expand` is [inner, C], `depthwise` [inner, 3, 3] and `reduce` [out, inner]; the biases are [inner],
+    [inner] and [out].
     """
     h = F.leaky_relu(F.conv2d(x, expand[..., None, None], expand_bias), SLOPE)
     h = F.conv2d(h, depthwise[:, None], depthwise_bias, padding=1, groups=h.shape[1])
@@ -29,7 +30,7 @@ def inverted_residual(
 
 
 def fold(weight: Tensor, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A convolution's weight with the BatchNorm after it (evaluating) folded in, and the remaining bias."""
+    """Fold an evaluating BatchNorm into the convolution before it; returns the weight and the bias."""
     assert norm.running_mean is not None and norm.running_var is not None
     gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return weight * gain.view(-1, *[1] * (weight.dim() - 1)), norm.bias - norm.running_mean * gain

@@ -1,1 +1,1 @@
-"""The nearest code of a codebook, without the matrix of distances."""
+"""Finds the nearest code of a codebook without storing the matrix of distances."""

@@ -1,7 +1,7 @@
-"""The nearest code of every latent, the codebook streamed past the latents' distances so far.
+"""Finds the nearest code of every latent; a program holds some latents and walks over the codebook.
 
-Compile without fused multiply-add (`fp_fusion=False`): distances are then the reference's to the last bit,
-and so are the ties, which the lower index wins.
+Compiled without fused multiply-add (`fp_fusion=False`), the distances equal the reference's to the last bit.
+Of equal distances the lower index wins.
 """
 
 import triton
@@ -22,11 +22,11 @@ def vq_nearest(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid: (blocks of pixels, batch). `z` [B, WIDTH, pixels], `planes` float32 [WIDTH + 1, CODES].
+    """Write int32 `indices` [B, pixels] and `values` [B, OUT_WIDTH, pixels]. Grid: (blocks of pixels, batch).
 
-    `planes` are the codes times -2, a plane for each component, then |code|^2; `BLOCK_N` divides CODES (fill
-    up with infinite norms). Writes `values` [B, OUT_WIDTH, pixels], rows of `table` [codes, OUT_WIDTH], and
-    int32 `indices` [B, pixels].
+    `z` is [B, WIDTH, pixels]. `planes`, float32 [WIDTH + 1, CODES], holds the codes times -2 (one row per
+    component) and |code|^2; CODES is a multiple of `BLOCK_N`, filled up with infinite norms. The values are
+    rows of `table` [codes, OUT_WIDTH].
     """
     batch = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -37,7 +37,7 @@ def vq_nearest(
         latent = latent + (component.to(tl.float32)[:, None],)  # noqa: RUF005
     code = tl.arange(0, BLOCK_N)[None, :]
     nearest = tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
-    block = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # where each lane found its nearest
+    block = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # the start of the block with each lane's nearest code
     for start in range(0, CODES, BLOCK_N):
         distance = tl.broadcast_to(tl.load(planes + WIDTH * CODES + start + code), [BLOCK_M, BLOCK_N])
         for i in tl.static_range(WIDTH):

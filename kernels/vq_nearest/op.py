@@ -1,4 +1,4 @@
-"""The registry's row for the nearest code: plan, cases and cost."""
+"""The registry's entry for the nearest code: plan, test cases and cost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moesr.kernels.launch import DTYPES
 from moesr.kernels.plan import SIZES, Cost, Op, PlanBuffer, Shape, TritonLaunch, TritonPlan, cases, cdiv
 from moesr.kernels.vq_nearest import reference
 
-BLOCK_M, BLOCK_N = 16, 128  # latents and codes; wider blocks cost the registers that hide latency
+BLOCK_M, BLOCK_N = 16, 128  # latents and codes; larger blocks need registers that hide latency here
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch; the same tiling on every architecture, as all of it stays in registers."""
+    """Plan one launch. The tiling is the same on every architecture, since all of it stays in registers."""
     del arch
     width, out_width, codes = shape["width"], shape["out_width"], shape["codes"]
     padded = cdiv(codes, BLOCK_N) * BLOCK_N
@@ -51,7 +51,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Every third code stands twice, and some latents are codes: exact ties."""
+    """Every third code occurs twice and some latents equal a code, which gives exact ties."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randn(shape["codes"], shape["width"], generator=generator)
     codes[2::3] = codes[::3][: len(codes[2::3])]
@@ -63,7 +63,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def planes(codes: Tensor) -> Tensor:
-    """Codes [codes, D] as the kernel reads them: [D + 1, codes filled up to full blocks]."""
+    """Return codes [codes, D] as the kernel reads them: [D + 1, codes filled up to full blocks]."""
     codes = codes.float()
     rows = torch.cat([-2.0 * codes.t(), reference.squared_norm(codes)[None]])
     filled = torch.zeros(len(rows), cdiv(len(codes), BLOCK_N) * BLOCK_N, device=codes.device)
@@ -73,18 +73,18 @@ def planes(codes: Tensor) -> Tensor:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Latents without their rows and columns, and the codes as planes."""
+    """Flatten the latents' pixels, and arrange the codes as planes."""
     return {"z": given["z"].flatten(2), "planes": planes(given["codes"]), "table": given["table"]}
 
 
 def outputs(z: Tensor, codes: Tensor, table: Tensor) -> Mapping[str, Tensor]:
-    """The reference's results by the names of their buffers, in float32 as the kernel computes them."""
+    """The results of the reference by buffer name, in float32 as the kernel computes them."""
     values, indices = reference.vq_nearest(z.float(), codes.float(), table.float())
     return {"values": values.flatten(2), "indices": indices}
 
 
 def baseline(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """As the network writes it: a matrix product, then the smallest of each row."""
+    """The network's own form: a matrix product, then the smallest value of each row."""
     b, d, h, w = z.shape
     flat = z.permute(0, 2, 3, 1).reshape(-1, d)
     index = torch.argmin((codes * codes).sum(1) - 2 * flat @ codes.t(), dim=1)
@@ -92,7 +92,7 @@ def baseline(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """Bytes of the latents, the codes once, and the results; the arithmetic is not the tensor cores'."""
+    """Bytes of the latents, the codes and the results, once each; tensor cores do not take part."""
     pixels = shape["batch"] * shape["height"] * shape["width_px"]
     read = pixels * shape["width"] * SIZES[dtype] + 4 * shape["codes"] * (shape["width"] + 1)
     return Cost(bytes=read + pixels * (shape["out_width"] * SIZES[dtype] + 4), flops=0)
@@ -105,7 +105,7 @@ def _shape(codes: int, batch: int, height: int, width_px: int, width: int, out_w
     }  # fmt: skip
 
 
-# The kernel follows the reference's order of operations: the indices are the same, every one.
+# The kernel follows the reference's order of operations, so all indices are equal.
 TOLERANCES = {"fp32": 0.0}
 CHECKED = {
     "odd": _shape(77, 2, 7, 5, 3, 3),

@@ -12,9 +12,10 @@ from moesr.kernels.vq_nearest.op import OP, planes
 
 @torch.library.custom_op("moesr::vq_nearest", mutates_args=())
 def vq_nearest(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of `table` [codes, E] for the nearest of `codes` [codes, D] to each latent, and its index.
+    """Return the rows of `table` [codes, E] for the nearest of `codes` [codes, D], and their indices.
 
-    `z` [B, D, h, w] -> [B, E, h, w] in the type of `z`, and int32 [B, h*w]. The first of equal codes wins.
+    For `z` [B, D, h, w] they are [B, E, h, w] in the type of `z`, and int32 [B, h*w]. Of equally near codes
+    the first one is chosen.
     """
     if z.ndim != 4 or codes.ndim != 2 or z.shape[1] != codes.shape[1] or len(table) != len(codes):
         got = f"z {tuple(z.shape)}, codes {tuple(codes.shape)}, table {tuple(table.shape)}"

@@ -1,19 +1,20 @@
-"""The nearest code by the whole matrix of distances, a slice of it at a time."""
+"""Finds the nearest code by the matrix of distances, some rows at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-ROWS = 1024  # of the matrix, to bound memory
+ROWS = 1024  # rows of the matrix at a time, which bounds the memory
 
 
 def vq_nearest(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the nearest codes to each latent: its row of `table` [B, E, h, w], its index [B, h*w].
+    """Return the table rows [B, E, h, w] and the indices [B, h*w] of the codes nearest to each latent.
 
-    `z` [B, D, h, w], `codes` [codes, D], `table` [codes, E]: the codes themselves, or what a layer makes of
-    them. Distances lack |z|^2, which does not depend on the code, and are summed in a fixed order, so that a
-    kernel can match them to the last bit: ((|e|^2 + z_0 e_0') + z_1 e_1') + ..., e' = -2 e.
+    `z` is [B, D, h, w], `codes` [codes, D], and `table` [codes, E] holds the codes or a layer's output for
+    each of them. Of equally near codes the first one is chosen. Distances leave out |z|^2, which does not
+    depend on the code, and are summed in a fixed order, so that a kernel can match them to the last bit:
+    ((|e|^2 + z_0 e_0') + z_1 e_1') + ... with e' = -2 e.
     """
     b, d, h, w = z.shape
     flat = z.permute(0, 2, 3, 1).reshape(-1, d).to(codes.dtype)
@@ -29,7 +30,7 @@ def vq_nearest(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]
 
 
 def squared_norm(codes: Tensor) -> Tensor:
-    """|e|^2 of each code, summed in order: [codes]."""
+    """Return |e|^2 of each code, summed in order of the components: [codes]."""
     norm = torch.zeros_like(codes[:, 0])
     for column in codes.unbind(1):
         norm = norm + column * column

@@ -44,6 +44,8 @@ class KernelTarget:
     spill_bytes: int = 0  # per thread, the larger of stores and loads
     tensor_core: int = 0  # tensor-core instructions
     local_in_loops: int = 0  # loads and stores of local memory inside loops
+    barriers: int = 0  # barriers of the block
+    instructions: int = 0  # all instructions
 
 
 @dataclass(frozen=True)
