@@ -1,1 +1,1 @@
-"""ONNX graphs of the networks."""
+"""Writes the networks as ONNX graphs."""

@@ -1,9 +1,9 @@
-"""A small writer of ONNX graphs: nodes in order, shared constants, inferred shapes and types.
+"""Writes ONNX graphs node by node, with shared constants and inferred shapes and types.
 
-The deployed graphs are written operator by operator rather than traced, because their speed and their
-precision are decisions about operators: which ones a backend fuses, where a large tensor is cut so that it
-stays in cache, where half precision ends. A value carries its own precision and constants follow it, so a
-cast is all it takes to change.
+The deployed graphs are not traced. Their speed and precision depend on decisions about single operators:
+which ones a backend fuses, where a large tensor is cut so that it stays in cache, where half precision ends.
+Each value carries its own precision and constants follow it, so a cast changes the precision of everything
+after it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.engine.graph_spec import BATCH, Boundary, Calibration, TensorSpec
 from moesr.runtime.errors import EngineError
 
-OPSET = 20  # Gelu; taken by ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 and later
-IR_VERSION = 9  # the one of opset 20
-BF16_OPSET, BF16_IR_VERSION = 22, 10  # the first with bfloat16 in convolutions
+OPSET = 20  # has Gelu; ONNX Runtime 1.17, OpenVINO 2024.1 and TensorRT 10 are the first to read it
+IR_VERSION = 9  # belongs to opset 20
+BF16_OPSET, BF16_IR_VERSION = 22, 10  # the first with bfloat16 convolutions
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-"""Types of a graph's values by `Lowering.values`."""
+"""The type of a graph's values, by `Lowering.values`."""
 
 NUMPY_TYPES: dict[int, Any] = {number: helper.tensor_dtype_to_np_dtype(number) for number in FLOATS.values()}
 
 KERNEL_DOMAIN = "moesr"
-"""Of the nodes that no backend knows: the graph is cut at them."""
+"""The domain of the nodes that our kernels compute; the graph is cut at them, since no backend knows them."""
 
 STORED_FROM = 1024
-"""Elements from which a constant is worth storing in half precision."""
+"""The smallest number of elements for which a constant is stored in half precision."""
 
 STORED_ERROR = 2.0**-11
-"""Largest relative L2 error that this may make to a matrix or kernel; others are stored in float32."""
+"""The largest relative L2 error of a matrix or kernel stored in half precision; others stay float32."""
 
 Shape = tuple[int | str, ...]
 Weight = np.ndarray | Tensor
@@ -48,14 +48,14 @@ Weight = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph. The first dimension is usually the batch, `"B"`, or holds it: `"64*B"`."""
+    """A tensor of the graph. Its first dimension is usually the batch `"B"` or a multiple of it, `"64*B"`."""
 
     name: str
     shape: Shape
     dtype: int  # onnx.TensorProto.DataType
 
     def size(self, axis: int) -> int:
-        """Length of a fixed axis."""
+        """Return the length of an axis; TypeError if the axis depends on the batch."""
         length = self.shape[axis]
         if not isinstance(length, int):
             raise TypeError(f"{self.name} {self.shape}: axis {axis} is not fixed")
@@ -64,22 +64,22 @@ class Value:
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A finished graph, what it takes and gives, and its multiply-accumulates for one image (batch 1)."""
+    """A finished graph, its inputs and outputs, and its multiply-accumulates for one image (batch 1)."""
 
     model: onnx.ModelProto
     boundary: Boundary
     macs: int
     values: Mapping[str, Value] = field(default_factory=dict)
-    calls: Mapping[str, KernelCall] = field(default_factory=dict)  # by node; where there are any: see cutting
+    calls: Mapping[str, KernelCall] = field(default_factory=dict)  # by node name, see `partition`
     calibration: Calibration | None = None  # of an int8 graph
 
     def to_bytes(self) -> bytes:
-        """The content of its file; the same graph gives the same bytes."""
+        """Serialise the graph; equal graphs give equal bytes."""
         return self.model.SerializeToString(deterministic=True)
 
 
 class GraphBuilder:
-    """One graph under construction, arranged as `lowering` says; `compute` casts to its precision."""
+    """A graph under construction. `lowering` decides how layers become operators."""
 
     def __init__(self, name: str, lowering: Lowering = CPU) -> None:
         self.name, self.lowering = name, lowering
@@ -88,18 +88,18 @@ class GraphBuilder:
         self._inputs: list[TensorSpec] = []
         self._outputs: list[TensorSpec] = []
         self._tensors: dict[str, onnx.TensorProto] = {}  # by digest
-        self._loaded: dict[str, Value] = {}  # weights stored in half precision, cast to float32
-        self._integers: dict[str, onnx.TensorProto] = {}  # by name; shape inference looks at their values
+        self._loaded: dict[str, Value] = {}  # weights stored in half precision, after the cast to float32
+        self._integers: dict[str, onnx.TensorProto] = {}  # by name; shape inference reads their values
         self._scope: list[str] = []
         self._macs = 0
         self._values: dict[str, Value] = {}
         self._calls: dict[str, KernelCall] = {}
-        self._folded: set[str] = set()  # values made of constants alone, which a session computes once
+        self._folded: set[str] = set()  # values made from constants only, which a session computes once
         self._opsets = [helper.make_opsetid("", self._opset)]
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix the names of nodes made inside: profiles and error messages then say where they belong."""
+        """Prefix the names of the nodes added inside, so that profiles and messages name their module."""
         self._scope.append(name)
         yield
         self._scope.pop()
@@ -111,7 +111,7 @@ class GraphBuilder:
         return self._values[name]
 
     def output(self, name: str, value: Value) -> None:
-        """Declare `value`, as float32, to be a graph output; all but its batch must be fixed."""
+        """Declare `value`, cast to float32, as a graph output; only its batch may be open."""
         if not all(isinstance(size, int) or (i, size) == (0, BATCH) for i, size in enumerate(value.shape)):
             raise ValueError(f"{self.name}: output {name} has shape {value.shape}, which is not fixed")
         source = self.cast(value, TensorProto.FLOAT).name
@@ -120,15 +120,16 @@ class GraphBuilder:
         self._outputs.append(TensorSpec(name, "float32", value.shape))
 
     def op(self, op_type: str, *inputs: Value | Weight | None, **attributes: Any) -> Value:
-        """Add a node with one output."""
+        """Add a node with one output and return it; see `ops`."""
         return self.ops(op_type, 1, *inputs, **attributes)[0]
 
     def ops(
         self, op_type: str, outputs: int, *inputs: Value | Weight | None, **attributes: Any
     ) -> list[Value]:
-        """Add a node with several outputs. Float constants take the precision of the first float value.
+        """Add a node with several outputs and return them.
 
-        None leaves an optional input out; TensorRT wants those at the end not even named.
+        Floating-point constants get the precision of the first floating-point value among the inputs. None
+        leaves an optional input out; at the end of the list it is dropped, as TensorRT requires.
         """
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
@@ -159,7 +160,7 @@ class GraphBuilder:
         suffix: str = "",
         **call: Any,
     ) -> Value:
-        """Add a node that one of our kernels computes; its output is as `like`. See `KernelCall`."""
+        """Add a node for one of our kernels; its output has the shape and type of `like`."""
         name = "/".join([*self._scope, f"{op}_{len(self._nodes)}"])
         made = Value(f"{len(self._nodes)}:0{suffix}", like.shape, like.dtype)
         sources = {buffer: value.name for buffer, value in inputs.items()}
@@ -171,7 +172,7 @@ class GraphBuilder:
         return made
 
     def named(self, value: Value, suffix: str) -> Value:
-        """The same value under a name that ends so."""
+        """Return the same value under a name that ends in `suffix`."""
         made = replace(value, name=f"{value.name}{suffix}")
         if made.name not in self._values:
             node = helper.make_node("Identity", [value.name], [made.name], name=f"name {made.name}")
@@ -180,31 +181,31 @@ class GraphBuilder:
         return made
 
     def cast(self, value: Value, dtype: int) -> Value:
-        """Change the precision, where it differs."""
+        """Cast to a data type, unless the value has it already."""
         return value if value.dtype == dtype else self.op("Cast", value, to=dtype)
 
     def compute(self, value: Value) -> Value:
-        """Cast to the precision the graph computes in."""
+        """Cast to the precision that the graph computes in."""
         return self.cast(value, FLOATS[self.lowering.values])
 
     def float32(self, value: Value) -> Value:
-        """Cast to float32, for what half precision cannot hold."""
+        """Cast to float32, for values that half precision cannot hold."""
         return self.cast(value, TensorProto.FLOAT)
 
     def reshape(self, value: Value, *shape: int) -> Value:
-        """Reshape. A leading 0 keeps the batch, a leading -1 merges dimensions with it or takes them out."""
+        """Reshape. A leading 0 keeps the batch; a leading -1 merges other dimensions into it or splits them."""
         reshaped = self.op("Reshape", value, np.array(shape, np.int64))
         if shape[0] != -1:
             return reshaped
-        images = _elements(value.shape) // _elements(shape[1:])  # leading entries for each image of the batch
+        images = _elements(value.shape) // _elements(shape[1:])  # leading entries per image of the batch
         return replace(reshaped, shape=(BATCH if images == 1 else f"{images}*{BATCH}", *shape[1:]))
 
     def constant(self, weight: Weight) -> Value:
-        """A constant that storage does not round, also for nodes that have constants alone."""
+        """Add a float32 constant that is never rounded for storage."""
         return self._stored(self._array(weight, TensorProto.FLOAT), 0.0)
 
     def split(self, value: Value, axis: int, sizes: Sequence[int]) -> list[Value]:
-        """Cut along an axis into pieces of these sizes."""
+        """Split along an axis into pieces of these sizes."""
         if len(sizes) == 1:
             return [value]
         return self.ops("Split", len(sizes), value, np.array(sizes, np.int64), axis=axis)
@@ -216,11 +217,11 @@ class GraphBuilder:
         return self.op("Slice", value, *(np.array([i], np.int64) for i in (start, stop, axis)))
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
-        """Join along an axis."""
+        """Concatenate along an axis."""
         return values[0] if len(values) == 1 else self.op("Concat", *values, axis=axis)
 
     def finish(self) -> BuiltGraph:
-        """Return the finished graph."""
+        """Return the finished graph; the builder must not be used afterwards."""
         graph = helper.make_graph(
             self._nodes,
             self.name,
@@ -230,7 +231,7 @@ class GraphBuilder:
         model = helper.make_model(
             graph, opset_imports=self._opsets, ir_version=self._ir, producer_name="moesr"
         )
-        for digest in list(self._tensors):  # one at a time: weights may be half of the memory there is
+        for digest in list(self._tensors):  # moved one at a time, as weights may fill half of the memory
             model.graph.initializer.append(self._tensors.pop(digest))
         boundary = Boundary(tuple(self._inputs), tuple(self._outputs))
         return BuiltGraph(model, boundary, self._macs, self._values, self._calls)
@@ -250,12 +251,12 @@ class GraphBuilder:
         return [_value(name, inferred[name]) for name in node.output]
 
     def _weight(self, weight: Weight, like: int) -> Value:
-        """A constant in the precision `like`; a matrix or kernel may be rounded for storage, a vector not."""
+        """A constant in the precision `like`; matrices and kernels may be rounded for storage."""
         array = self._array(weight, like)
         return self._stored(array, STORED_ERROR if sum(size > 1 for size in array.shape) > 1 else 0.0)
 
     def _stored(self, array: np.ndarray, largest_error: float) -> Value:
-        """A constant, in half precision and cast back where that is asked for, pays and rounds little."""
+        """A constant; if storage in half precision is wanted and rounds little enough, with a cast back."""
         if array.dtype != np.float32 or self.lowering.store != "fp16" or array.size < STORED_FROM:
             return self._constant(array)
         with np.errstate(over="ignore"):
@@ -269,7 +270,7 @@ class GraphBuilder:
         return self._loaded[stored.name]
 
     def _array(self, weight: Weight, like: int) -> np.ndarray:
-        """A constant as a contiguous array; floating-point ones in the precision `like`, and finite there."""
+        """A constant as a contiguous array; a floating-point one must be finite in the precision `like`."""
         array = weight.detach().numpy() if isinstance(weight, Tensor) else np.asarray(weight)
         if array.dtype.kind == "f":
             with np.errstate(over="ignore"):
@@ -282,7 +283,7 @@ class GraphBuilder:
         return np.asarray(array, order="C")
 
     def _constant(self, array: np.ndarray) -> Value:
-        """Store a constant, once however often it is used."""
+        """Store a constant; equal constants are stored once."""
         digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
         if digest not in self._tensors:
             tensor = numpy_helper.from_array(array, f"constant_{len(self._tensors)}")
@@ -295,7 +296,7 @@ class GraphBuilder:
 
 
 def onnx_versions(lowering: Lowering) -> tuple[int, int]:
-    """Opset and IR version of the files of a lowering."""
+    """Return the opset and the IR version of a lowering's files."""
     return (BF16_OPSET, BF16_IR_VERSION) if lowering.values == "bf16" else (OPSET, IR_VERSION)
 
 
@@ -313,7 +314,7 @@ def _shape(inferred: onnx.TypeProto) -> Shape:
 
 
 def macs_of(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
-    """Multiply-accumulates of a node for one image: each element of the output sums so many products."""
+    """Return a node's multiply-accumulates for one image: products per output element, times elements."""
     if op_type not in ("Conv", "MatMul", "Gemm"):
         return 0
     terms = _elements(inputs[1][1:]) if op_type == "Conv" else _elements(inputs[0][-1:])
@@ -321,5 +322,5 @@ def macs_of(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
 
 
 def _elements(shape: Shape) -> int:
-    """Elements of a tensor at batch 1, where a dimension is a number, "B" or "n*B"."""
+    """The number of elements at batch 1; a dimension is a number, "B" or "n*B"."""
     return math.prod(d if isinstance(d, int) else int(d.removesuffix(BATCH).rstrip("*") or 1) for d in shape)

@@ -1,4 +1,4 @@
-"""The graph of the decoder: quantiser, used levels of the LR encoder, decoder, fusion, refinement network."""
+"""The decoder's graph: quantiser, fused levels of the LR encoder, decoder, fusion, refinement network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlo
 def decoder_graph(
     network: Autoencoder, latent_px: int, lowering: Lowering = CPU, latent_scale: float = 1.0
 ) -> BuiltGraph:
-    """Inputs `z` [B, D, h, w], `lr` [B, 3, f*h, f*w], `fidelity` [B]; output `image` [B, 3, f*h, f*w].
+    """Write the decoder of an autoencoder.
 
-    h = w = `latent_px`, f the factor of the autoencoder, whose latent is `z` divided by `latent_scale` (KL
-    autoencoders only). A decoder that is not conditioned on the LR image has `z` alone.
+    Its inputs are `z` [B, D, h, w], `lr` [B, 3, f*h, f*w] and `fidelity` [B], its output is `image` [B, 3,
+    f*h, f*w]. Here h = w = `latent_px`, and f is the factor of the autoencoder. The autoencoder's latent is
+    `z` divided by `latent_scale` (KL autoencoders only). A decoder that is not conditioned on the LR image
+    takes `z` alone.
     """
     g = GraphBuilder("decoder", lowering)
     config, decoder = network.config, network.decoder
@@ -53,17 +55,18 @@ def decoder_graph(
 
 
 def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
-    """The inputs of a conditioned decoder: the LR image, and its weight, to compute with, as [B, 1, 1, 1]."""
+    """The inputs of a conditioned decoder: the LR image, and its weight as [B, 1, 1, 1]."""
     lr = g.input("lr", (BATCH, 3, image_px, image_px))
     fidelity = g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3]))
     return lr, g.compute(fidelity)
 
 
 def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: float) -> Value:
-    """Nearest codes, already through `post_quant_conv`, in float32: half precision would pick other codes.
+    """Replace each latent by its nearest code, with `post_quant_conv` already applied to the codes.
 
-    A few rows of the latent at a time, as the distances of all positions to all codes are many. A KL
-    autoencoder has no codes, only the convolution.
+    This is computed in float32, since half precision would pick other codes, and for a few rows of the latent
+    at a time, since the matrix of all distances is large. A KL autoencoder has no codes, only the
+    convolution.
     """
     post = network.post_quant_conv
     if not network.config.codebook_size:
@@ -86,7 +89,7 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: flo
 
 
 def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder) -> dict[int, Value]:
-    """The features to fuse, by level; nothing of the encoder past the last of them is needed to decode."""
+    """The features to fuse, by level. The encoder is written only up to the last fused level."""
     encoder, levels, found = network.encoder, network.config.fusion_levels, {}
     with g.scope("encoder"):
         h = conv_module(g, lr, encoder.conv_in)
@@ -101,7 +104,7 @@ def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder) -> dict[int, 
 
 
 def level(g: GraphBuilder, x: Value, blocks: nn.Module) -> Value:
-    """The residual blocks of one resolution, without the resampling after them."""
+    """Write the residual blocks of one resolution, without the resampling after them."""
     assert isinstance(blocks, Level)
     for block in blocks.block:
         x = resnet_block(g, x, block)
@@ -109,7 +112,7 @@ def level(g: GraphBuilder, x: Value, blocks: nn.Module) -> Value:
 
 
 def resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
-    """A residual block of the autoencoder."""
+    """Write a residual block of the autoencoder."""
     assert isinstance(block, ResnetBlock)
     h = conv_module(g, normalised(g, x, block.norm1, activate=True), block.conv1)
     h = conv_module(g, normalised(g, h, block.norm2, activate=True), block.conv2)
@@ -118,7 +121,7 @@ def resnet_block(g: GraphBuilder, x: Value, block: nn.Module) -> Value:
 
 
 def middle(g: GraphBuilder, x: Value, blocks: Middle) -> Value:
-    """Residual block, attention, residual block."""
+    """Write the middle of an encoder or decoder: residual block, attention, residual block."""
     x = resnet_block(g, x, blocks.block_1)
     with g.scope("attention"):
         x = _attention(g, x, blocks.attn_1)
@@ -128,9 +131,9 @@ def middle(g: GraphBuilder, x: Value, blocks: Middle) -> Value:
 def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
     """Single-head attention over all positions.
 
-    The scale of the scores is folded into q. The bias of k moves all scores of a row alike, which softmax
-    does not see, and the rows of weights sum to one, so `proj_out` can be applied to v beforehand: one
-    convolution less.
+    The scale of the scores is folded into q. The bias of k is left out: it shifts all scores of a row by the
+    same amount, which does not change the softmax. `proj_out` is applied to v in advance, which saves one
+    convolution; this is exact because each row of weights sums to one.
     """
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     h, scale = group_norm(g, x, block.norm), channels**-0.5
@@ -175,7 +178,7 @@ def _dense_block(g: GraphBuilder, x: Value, block: DenseBlock) -> Value:
         weight, bias = layer.weight * scale, _bias(layer) * scale
         if h is not x:
             h = g.op("LeakyRelu", h, alpha=SLOPE)
-        if tiled:  # every feature is transformed once, though up to five convolutions read it
+        if tiled:  # every feature is transformed once and read by up to five convolutions
             features.append(winograd.transform_input(g, h, 3, (1, 1, 1, 1)))
             grown = [g.concat(strip, 2) for strip in zip(*features[1:], strict=True)]
             h = winograd.multiply(g, [features[0], grown] if grown else features, weight, bias, width)

@@ -1,4 +1,4 @@
-"""The graph of one sampling expert: the denoising UNet with its space experts merged; UNets in general."""
+"""The graph of a sampling expert, a denoising UNet with merged space experts, and the parts of any UNet."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from moesr.training.networks.stablesr import SPADE, SPADEResBlock
 from moesr.training.networks.transformer import TextTransformer
 from moesr.training.networks.unet import AttentionBlock, Downsample, HalfUNet, ResBlock, UNet, Upsample
 
-MAX_PERIOD = 10_000.0  # of the sinusoidal embedding
+MAX_PERIOD = 10_000.0  # of the sinusoidal timestep embedding
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the layers of a UNet see besides its features: the graph's side of `Conditions`."""
+    """The inputs of a UNet's layers besides the features, like `Conditions` in the network."""
 
-    offsets: Mapping[nn.Module, Value]  # what each residual block adds to its features, [B, C, 1, 1]
-    structure: Mapping[int, Value] = field(default_factory=dict)  # of the LR image, by width
-    text: Tensor | None = None  # the encoded prompts, [prompts, tokens, C]
-    prompt: Value | None = None  # which of them each tile is made by, int64 [B]; None: there is one
+    offsets: Mapping[nn.Module, Value]  # by residual block: the offset added to its features, [B, C, 1, 1]
+    structure: Mapping[int, Value] = field(default_factory=dict)  # features of the LR image, by width
+    text: Tensor | None = None  # encoded prompts, [prompts, tokens, C]
+    prompt: Value | None = None  # index of each tile's prompt, int64 [B]; None: there is one prompt
 
 
 def expert_graph(
     network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int = 0
 ) -> BuiltGraph:
-    """Inputs `z_t`, `cond` [B, 3, h, w] and `t` [B], output `eps` [B, 3, h, w], with h = w = `latent_px`.
+    """Write an expert with inputs `z_t`, `cond` [B, 3, h, w] and `t` [B] and output `eps` [B, 3, h, w].
 
-    With `blocks`, a second output `deep`: the features that as many output blocks, the last, start from.
+    h = w = `latent_px`. With `blocks` there is a second output, `deep`: the input features of the last
+    `blocks` output blocks.
     """
     g = GraphBuilder("expert", lowering)
     x, t = _expert_inputs(g, network, latent_px)
@@ -62,7 +63,7 @@ def expert_graph(
 def shallow_graph(
     network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int
 ) -> BuiltGraph:
-    """The last `blocks` output blocks and what they need, from the output `deep` of the expert's graph."""
+    """Write a shallow graph: the last `blocks` output blocks, which start from the expert's output `deep`."""
     g = GraphBuilder("shallow", lowering)
     x, t = _expert_inputs(g, network, latent_px)
     deep = g.input(DEEP, (BATCH, *_deep_size(network, latent_px, blocks)))
@@ -74,12 +75,12 @@ def shallow_graph(
 
 
 def shallow_parts(network: UNet, blocks: int) -> list[nn.Module]:
-    """The modules of a network that its shallow graph computes, but for the embedding of time."""
+    """Return the modules that a shallow graph computes, except for the timestep embedding."""
     return [*network.input_blocks[:blocks], *network.output_blocks[-blocks:], network.out]
 
 
 def _deep_size(network: DenoisingUNet, latent_px: int, blocks: int) -> tuple[int, int, int]:
-    """Channels and sides of the features that the last `blocks` output blocks start from."""
+    """Channels, height and width of the input features of the last `blocks` output blocks."""
     block = next(m for m in network.output_blocks[-blocks].children() if isinstance(m, ResBlock))
     skip = network.skip_channels[blocks - 1]
     halvings = sum(isinstance(m, Downsample) for b in network.input_blocks[:blocks] for m in b.children())
@@ -88,7 +89,7 @@ def _deep_size(network: DenoisingUNet, latent_px: int, blocks: int) -> tuple[int
 
 
 def _expert_inputs(g: GraphBuilder, network: DenoisingUNet, latent_px: int) -> tuple[Value, Value]:
-    """What the UNet takes, in the precision to compute in, and the timesteps."""
+    """The UNet's input, in the precision of the graph, and the timesteps."""
     config = network.config
     z_t = g.input("z_t", (BATCH, config.out_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
@@ -97,7 +98,7 @@ def _expert_inputs(g: GraphBuilder, network: DenoisingUNet, latent_px: int) -> t
 
 
 def unet(g: GraphBuilder, x: Value, network: UNet, given: Conditioning) -> Value:
-    """[B, in_channels, h, w] in the precision to compute in -> the prediction."""
+    """Write a whole UNet: [B, in_channels, h, w], in the precision of the graph, to the prediction."""
     deep, skips = _deep(g, x, network, given, 0)
     return _rest(g, deep, skips, network, given, 0)
 
@@ -105,7 +106,7 @@ def unet(g: GraphBuilder, x: Value, network: UNet, given: Conditioning) -> Value
 def _deep(
     g: GraphBuilder, x: Value, network: UNet, given: Conditioning, blocks: int
 ) -> tuple[Value, list[Value]]:
-    """The features that the last `blocks` output blocks start from, and those that they see beside."""
+    """The input features of the last `blocks` output blocks, and the skip features that they read."""
     h, skips = _descend(g, x, network, given, len(network.input_blocks))
     with g.scope("middle_block"):
         h = stage(g, h, network.middle_block, given)
@@ -115,7 +116,7 @@ def _deep(
 def _descend(
     g: GraphBuilder, h: Value, network: UNet, given: Conditioning, count: int
 ) -> tuple[Value, list[Value]]:
-    """The features after the first `count` input blocks, and after each of them."""
+    """The features after the first `count` input blocks, and the list of features after each of them."""
     skips = []
     for i, block in enumerate(network.input_blocks[:count]):
         with g.scope(f"input_blocks.{i}"):
@@ -127,7 +128,7 @@ def _descend(
 def _ascend(
     g: GraphBuilder, h: Value, skips: list[Value], network: UNet, given: Conditioning, numbers: range
 ) -> Value:
-    """The features after output blocks, which take the latest of `skips` away."""
+    """The features after the output blocks `numbers`; each block removes the last entry of `skips`."""
     for i in numbers:
         with g.scope(f"output_blocks.{i}"):
             h = stage(g, g.concat([h, skips.pop()], 1), network.output_blocks[i], given)
@@ -137,7 +138,7 @@ def _ascend(
 def _rest(
     g: GraphBuilder, deep: Value, skips: list[Value], network: UNet, given: Conditioning, blocks: int
 ) -> Value:
-    """From the features that the last `blocks` output blocks start from to the prediction."""
+    """The last `blocks` output blocks and the output layer, from their input features to the prediction."""
     count = len(network.output_blocks)
     h = _ascend(g, deep, skips, network, given, range(count - blocks, count))
     with g.scope("out"):
@@ -148,9 +149,9 @@ def _rest(
 def time_offsets(
     g: GraphBuilder, network: HalfUNet, t: Value, parts: Sequence[nn.Module] = ()
 ) -> dict[nn.Module, Value]:
-    """Embed the timesteps and project them for the residual blocks, all or those of some `parts`.
+    """Embed the timesteps and return the offset of each residual block, of the whole network or of `parts`.
 
-    Angles are in float32, as t reaches 999.
+    The angles are float32, because t reaches 999.
     """
     half = network.config.width // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, dtype=torch.float32))
@@ -162,7 +163,7 @@ def time_offsets(
     blocks = [module for module in modules if isinstance(module, ResBlock)]
     layers, convolutions = [block.emb_layers[1] for block in blocks], [block.in_layers[2] for block in blocks]
     weight = torch.cat([_weight(layer) for layer in layers])
-    # the bias of the convolution that the offset is added to comes along
+    # the offset includes the bias of the convolution that it is added to
     bias = torch.cat([_bias(a) + _bias(b) for a, b in zip(layers, convolutions, strict=True)])
     rows = g.op("Unsqueeze", g.op("Gemm", emb, weight, bias, transB=1), torch.tensor([2, 3]))
     pieces = g.split(rows, 1, [len(_bias(layer)) for layer in layers])
@@ -184,7 +185,7 @@ def _bias(layer: nn.Module) -> Tensor:
 
 
 def stage(g: GraphBuilder, x: Value, block: nn.Module, given: Conditioning) -> Value:
-    """One entry of the UNet's block lists."""
+    """Write one entry of the UNet's block lists."""
     for layer in block.children():
         if isinstance(layer, ResBlock):
             x = res_block(g, x, layer, given)
@@ -203,11 +204,11 @@ def stage(g: GraphBuilder, x: Value, block: nn.Module, given: Conditioning) -> V
 
 
 def res_block(g: GraphBuilder, x: Value, block: ResBlock, given: Conditioning) -> Value:
-    """A residual block; one of StableSR's is modulated by the structure features of its width."""
+    """Write a residual block; StableSR's are modulated by the structure features of the same width."""
     norm_in, _, conv_in = block.in_layers
     norm_out, _, _, conv_out = block.out_layers
     h = conv(g, normalised(g, x, norm_in, activate=True), _weight(conv_in), None)
-    h = g.op("Add", h, given.offsets[block])  # the bias of conv_in included
+    h = g.op("Add", h, given.offsets[block])  # includes the bias of conv_in
     h = conv_module(g, normalised(g, h, norm_out, activate=True), conv_out)
     if isinstance(block, SPADEResBlock):
         h = _spade(g, h, block.spade, given.structure[h.size(-1)])
@@ -216,7 +217,7 @@ def res_block(g: GraphBuilder, x: Value, block: ResBlock, given: Conditioning) -
 
 
 def _spade(g: GraphBuilder, h: Value, layer: SPADE, structure: Value) -> Value:
-    """`GroupNorm(h) * (1 + gamma) + beta`; both maps come from one convolution."""
+    """`GroupNorm(h) * (1 + gamma) + beta`, with both maps from one convolution."""
     maps = g.op("Relu", conv_module(g, structure, layer.mlp_shared[0]))
     gamma, beta = layer.mlp_gamma, layer.mlp_beta
     weight, bias = torch.cat([gamma.weight, beta.weight]), torch.cat([1 + _bias(gamma), _bias(beta)])

@@ -1,40 +1,38 @@
-"""One use of one of our kernels in a graph."""
+"""The use of one of our kernels at one place in a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesr.kernels.registry import OPS
 
-if TYPE_CHECKING:
-    pass
 
 KERNEL_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
 class KernelCall:
-    """One use of an operator of `moesr.kernels.registry`, by names of its plan's buffers.
+    """One use of an operator of `moesr.kernels.registry`.
 
-    `weights` are as the reference takes them; scalars are numbers, or "B" for the number of tiles.
+    `inputs`, `output` and `weights` go by the buffer names of the operator's plan.
     """
 
     op: str
     dtype: str
-    shape: Mapping[str, int]  # all of the plan's but the batch
-    inputs: Mapping[str, str]  # buffer to value
-    output: tuple[str, str]  # buffer and value
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    scalars: Mapping[str, int | float | str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)  # what else the reference takes
+    shape: Mapping[str, int]  # the plan's shape without the batch
+    inputs: Mapping[str, str]  # buffer -> value of the graph
+    output: tuple[str, str]  # buffer, value of the graph
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # as the reference takes them
+    scalars: Mapping[str, int | float | str] = field(default_factory=dict)  # "B" is the number of tiles
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the reference
 
     def packed(self) -> dict[str, Tensor]:
-        """The weights as the kernels read them, by buffer."""
+        """Return the weights by buffer, in the form that the kernels read."""
         if not self.weights:
             return {}
         size = tuple(self.shape[name] for name in ("channels", "height", "width"))
@@ -43,6 +41,6 @@ class KernelCall:
         return {name: made[name].contiguous() for name in self.weights}
 
     def reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the operator makes of its inputs, in float32."""
+        """Compute the operator in float32 by its reference."""
         given = {name: value.float() for name, value in {**inputs, **self.weights}.items()}
         return OPS[self.op].reference(**given, **self.options)[self.output[0]]

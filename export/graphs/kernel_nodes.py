@@ -1,7 +1,8 @@
-"""Operators of the decoder that are left to our kernels: nodes by which its graph is cut into parts.
+"""Writes the decoder's operators that our kernels compute as nodes at which the graph is cut into parts.
 
-Values at the cuts lie in memory as their neighbours want them: an inverted residual stands between
-convolutions and takes channels last, as they do; a filter or an attention goes over planes. Names say which.
+The memory layout of a value at a cut suits its neighbors, and a suffix of its name tells the layout. An
+inverted residual stands between convolutions and is channels-last like them; the filter and attention read
+planes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from moesr.export.graphs.builder import GraphBuilder, Value
 from moesr.export.graphs.kernel_call import KERNEL_TYPES
 
-ARCHITECTURE = 90  # whether a plan exists does not depend on it
+ARCHITECTURE = 90  # any would do: whether an operator has a plan does not depend on the architecture
 FLOPS_PER_BYTE = 184.0
 """Arithmetic that takes an H200 as long as a byte of memory: 790 TFLOP/s and 4.3 TB/s, as measured."""
 
 
 def possible(op: str, shape: Mapping[str, int], dtype: str) -> bool:
-    """Whether the kernels of an operator take a shape."""
+    """Return True if the operator has a plan for this shape."""
     try:
         OPS[op].plan({"batch": 1, "heads": 1, **shape}, dtype, ARCHITECTURE)
     except ValueError:
@@ -47,7 +48,7 @@ def aff_filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value | None:
 
 
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value) -> Value | None:
-    """Attention over [B, channels, tokens] with `q` already scaled; None where the graph must have it."""
+    """Write attention over [B, channels, tokens], `q` being scaled, as a kernel; None if there is no plan."""
     shape = {"tokens": q.size(2), "width": q.size(1), "tokens_last": 1, "packed": 0}
     if not (g.lowering.kernels and possible("attention", shape, g.lowering.precision)):
         return None

@@ -1,4 +1,4 @@
-"""Layers that the expert and the decoder graph share, from trained modules to ONNX nodes."""
+"""Layers that the graphs share: trained modules written as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moesr.export.lowering import cut
 
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) of an upsampled pixel in its 2x2 block
 MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-"""Three taps on doubled samples as two on samples: phase 0 sees (i-1, i, i), phase 1 sees (i, i, i+1)."""
+"""Merges three taps over doubled samples into two: phase 0 reads (i-1, i, i), phase 1 reads (i, i, i+1)."""
 
-EXACT_SUM = 1 << 12  # elements that a sum in one go may have
+EXACT_SUM = 1 << 12  # the largest number of elements whose mean ONNX Runtime computes accurately enough
 
 
 def conv(
@@ -30,7 +30,7 @@ def conv(
     stride: int = 1,
     groups: int = 1,
 ) -> Value:
-    """2-D convolution; `pads` (top, left, bottom, right) default to those that keep an odd kernel's size."""
+    """Write a 2-D convolution; `pads` (top, left, bottom, right) keep the size by default."""
     kernel = [int(k) for k in weight.shape[2:]]
     pads = [k // 2 for k in kernel] * 2 if pads is None else list(pads)
     height, width = (x.size(axis) + pads[axis - 2] + pads[axis] - kernel[axis - 2] + 1 for axis in (2, 3))
@@ -44,24 +44,24 @@ def conv(
 def conv_module(
     g: GraphBuilder, x: Value | LazyValue, module: nn.Module, pads: Sequence[int] | None = None
 ) -> Value:
-    """A trained `Conv2d`, or `Conv1d` of kernel 1 over flattened positions; symmetric padding by default."""
+    """Write a trained `Conv2d`, or a `Conv1d` of kernel 1 over flattened positions."""
     assert isinstance(module, (nn.Conv2d, nn.Conv1d))
     weight = module.weight if module.weight.dim() == 4 else module.weight[..., None]
     return conv(g, x, weight, module.bias, pads, module.stride[0])
 
 
 def silu(g: GraphBuilder, x: Value) -> Value:
-    """`x * sigmoid(x)`."""
+    """Write `x * sigmoid(x)`."""
     return g.op("Mul", x, g.op("Sigmoid", x))
 
 
 def group_norm(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> Value:
-    """GroupNorm of [B, C, H, W] with statistics in float32, then SiLU if asked, in the precision of `x`."""
+    """Write GroupNorm of [B, C, H, W] and optionally SiLU; statistics are float32, the result is as `x`."""
     return normalised(g, x, norm, activate).whole()
 
 
 def normalised(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = False) -> LazyValue:
-    """`group_norm` for what reads it in strips: its scale, its shift and SiLU wait for them."""
+    """Write `group_norm` as a lazy value: scale, shift and SiLU are written for each strip that is read."""
     if isinstance(norm, nn.Identity):
         return LazyValue(g, x, lambda part: silu(g, part) if activate else part)
     assert isinstance(norm, nn.GroupNorm)
@@ -83,10 +83,11 @@ def normalised(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
 
 
 def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -> Value:
-    """The shift [B, C, 1, 1] of a GroupNorm, less the mean that is left in `flat` [B, groups, elements].
+    """The shift [B, C, 1, 1] of a GroupNorm, corrected by the mean left in `flat` [B, groups, elements].
 
-    ONNX Runtime's normalisation adds up a whole group in one go and loses digits of its mean; means of rows,
-    then of these, do not. On the decoder at 512 px the error of the image falls from 5e-5 to 1e-5.
+    ONNX Runtime's normalisation sums a whole group in one go and loses digits of its mean. The mean over rows
+    and then over these means does not. For the decoder at 512 px this reduces the error of the image from
+    5e-5 to 1e-5.
     """
     groups = norm.num_groups
     rows = g.op("ReduceMean", g.reshape(flat, 0, groups, flat.size(2) // row, row), np.array([3]), keepdims=0)
@@ -96,10 +97,10 @@ def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -
 
 
 def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
-    """Double the sides by nearest neighbour and convolve 3x3, at 4/9 of the multiplications.
+    """Write an upsampling by 2 (nearest neighbor) and a 3x3 convolution, with 4/9 of the multiplications.
 
-    Each of the four output phases sees only 2x2 different inputs, so the taps that meet the same input are
-    added beforehand; padding with zeros before or after the upsampling is the same thing.
+    Each of the four output phases reads only 2x2 different inputs, so the taps that meet the same input are
+    summed in advance. Zero padding before the upsampling equals zero padding after it.
     """
     assert isinstance(module, nn.Conv2d)
     phases = [
@@ -112,7 +113,7 @@ def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
 def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor | Value]:
     """The 2x2 kernel of each phase, [out, in, 2, 2].
 
-    Where they are summed in the graph, which a session does once, the file holds 9 taps and not 16.
+    If the taps are summed in the graph, which a session does once, the file holds 9 taps instead of 16.
     """
     out, channels = weight.shape[:2]
     merge = np.stack([np.kron(MERGE[a], MERGE[b]) for a, b in PHASES]).reshape(4 * len(PHASES), 9)
@@ -128,11 +129,11 @@ def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor
 
 
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value) -> Value:
-    """Attention over [B, channels, tokens] or [B, heads, channels, tokens] with `q` already scaled.
+    """Write attention over [B, channels, tokens] or [B, heads, channels, tokens] with scaled `q`.
 
-    Keys and values may be of other tokens, and the same for the whole batch. A row of scores needs all keys
-    but no other row, so a few queries at a time are exact, and the score matrix never exists whole. Softmax
-    is in float32.
+    Keys and values may belong to other tokens, and may be the same for the whole batch. Queries are taken a
+    few at a time, so that the matrix of scores never exists as a whole; this is exact, because a row of
+    scores does not depend on other rows. Softmax is float32.
     """
     tokens, out = q.size(-1), []
     heads = q.size(1) if len(q.shape) == 4 else 1

@@ -1,8 +1,8 @@
-"""The refinement network in the decoder graph: AFF blocks whose large inner tensors never exist whole.
+"""The refinement network of the decoder: AFF blocks whose large inner tensors are computed in strips.
 
-The inverted residual widens the features by four at full image size, and the filter holds a complex spectrum:
-both can be cut (by rows, by channel blocks) into strips that stay in a CPU's cache and free their memory for
-the next one.
+The inverted residual has four times as many channels inside, at full image size, and the filter holds a
+complex spectrum. For a CPU the first is cut by rows and the second by channel blocks. The strips stay in the
+cache, and each reuses the memory of the one before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ make_plan = functools.cache(portable.make_plan)
 
 
 def refine(g: GraphBuilder, x: Value, network: RefinementUNet) -> Value:
-    """[B, C, H, W] -> [B, C, H, W]."""
+    """Write the refinement network, [B, C, H, W] -> [B, C, H, W]."""
 
     def block(name: str, value: Value) -> Value:
         with g.scope(name):
@@ -68,7 +68,7 @@ def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
 
 
 def _inverted_residual(g: GraphBuilder, x: Value, normed: LazyValue, block: AFFBlock) -> Value:
-    """`mlp(normed) + up_dim(x)`: our kernel, or strips of rows with a halo of one for the depthwise one."""
+    """`mlp(normed) + up_dim(x)`, by our kernel or in strips of rows with a halo of one row."""
     mlp, height, width = block.mlp, x.size(2), x.size(3)
     layers = _folded(mlp)
     if g.lowering.kernels:
@@ -82,7 +82,7 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: LazyValue, block: AFFB
     strips = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        # zeros go around the activation, not around its input
+        # the zero padding surrounds the activation, not its input
         top, bottom = int(start == 0), int(stop == height)
         read = normed.rows(start - 1 + top, stop + 1 - bottom)
         h = g.op("LeakyRelu", conv(g, read, w_expand, b_expand), alpha=SLOPE)
@@ -95,7 +95,7 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: LazyValue, block: AFFB
 
 
 def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of the three convolutions with their BatchNorms folded in."""
+    """Weights and biases of the three convolutions, with their BatchNorms folded in."""
     pairs = []
     for layer in mlp.block:
         assert isinstance(layer, ConvNorm)
@@ -127,7 +127,7 @@ def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
 
 
 def onnx_ops(g: GraphBuilder) -> portable.TensorOps:
-    """The operations of the portable filter as nodes of a graph."""
+    """Return the operations of the portable filter as nodes of a graph."""
     return _OnnxOps(g)
 
 

@@ -1,6 +1,6 @@
-"""StableSR's graphs: the encoder, and the denoising UNet with its structure encoder and its prompts inside.
+"""StableSR's graphs: the encoder, and the denoising UNet including the structure encoder and the prompts.
 
-The decoder is that of every model (`decoder.py`). Latents at the boundary are scaled, as the UNet sees them.
+The decoder is written by `decoder.py`. Latents at the graphs' inputs and outputs are scaled as for the UNet.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from moesr.training.networks.unet import Downsample, ResBlock
 
 
 class StableSRExpert(nn.Module):
-    """The denoising UNet with its structure encoder and prompts: what the graph of an expert computes."""
+    """The network that the expert's graph computes: denoising UNet, structure encoder and prompts."""
 
     def __init__(
         self, unet: StableSRUNet, structure: StructureEncoder, text: Tensor, prediction: Prediction
     ) -> None:
-        """`text` [prompts, tokens, text_channels] are the encoded prompts, one or two."""
+        """`text` [prompts, tokens, text_channels] holds one or two encoded prompts."""
         super().__init__()
         self.unet, self.structure, self.text, self.prediction = unet, structure, text, prediction
 
     def forward(self, z_t: Tensor, cond: Tensor, t: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Latents `z_t` and LR latents `cond` [B, C, h, w], `t` [B] -> the prediction [B, C, h, w].
+        """Predict [B, C, h, w] from latents `z_t` and LR latents `cond` [B, C, h, w] and `t` [B].
 
-        `prompt` [B] is the number of each tile's prompt, as a float.
+        `prompt` [B] holds the index of each tile's prompt, as floats.
         """
         text = self.text if prompt is None else self.text[prompt.long()]
         return self.unet(z_t, t, self.structure(cond, t), text)
 
 
 class LatentEncoder(nn.Module):
-    """The encoder that makes the LR latent: what its graph computes."""
+    """The network that the encoder's graph computes: the LR image to its latent."""
 
     def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
         super().__init__()
@@ -49,34 +49,33 @@ class LatentEncoder(nn.Module):
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """All of it: the decoder is no part of this network."""
+        """The whole autoencoder, whose decoder is not registered as a part of this network."""
         return self._whole[0]
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Image [B, 3, f*h, f*w] in [-1, 1], noise [B, C, h, w] -> scaled latent [B, C, h, w]."""
+        """Encode an image [B, 3, f*h, f*w] in [-1, 1] with noise [B, C, h, w] to a latent like the noise."""
         return self.latent_scale * self.autoencoder.sample(image, noise)
 
 
 class LatentDecoder(nn.Module):
-    """The decoder of scaled latents: what its graph computes."""
+    """The network that the decoder's graph computes: scaled latents to images."""
 
     def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
         super().__init__()
         self.autoencoder, self.latent_scale = autoencoder, latent_scale
 
     def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
-        """Scaled latent [B, C, h, w] -> image.
+        """Decode a scaled latent [B, C, h, w] to an image.
 
-        Where the decoder has feature wrapping the condition is the LR image [B, 3, f*h, f*w] and its weight
-        [B, 1, 1, 1].
+        With feature wrapping, the condition is the LR image [B, 3, f*h, f*w] and its weight [B, 1, 1, 1].
         """
         return self.autoencoder.decode(z / self.latent_scale, *condition)
 
 
 def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
-    """Inputs `z_t`, `cond` [B, C, h, w], `t` [B] and, of two prompts, `prompt` [B]; h = w = `latent_px`.
+    """Write the expert with inputs `z_t`, `cond` [B, C, h, w], `t` [B] and, for two prompts, `prompt` [B].
 
-    The output is called what it predicts.
+    h = w = `latent_px`. The output is named after what it predicts, "eps" or "v".
     """
     g, config = GraphBuilder("expert", lowering), network.unet.config
     z_t = g.input("z_t", (BATCH, config.in_channels, latent_px, latent_px))
@@ -95,7 +94,7 @@ def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Low
 
 
 def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -> dict[int, Value]:
-    """Features of the LR latent for the timesteps `t`, by width."""
+    """The features of the LR latent at the timesteps `t`, by width."""
     with g.scope("time_embed"):
         given = Conditioning(time_offsets(g, network, t))
     h, levels = x, []
@@ -115,7 +114,7 @@ def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -
 
 
 def encoder_graph(network: LatentEncoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
-    """Inputs `image` [B, 3, f*h, f*w] and `noise` [B, C, h, w], output `latent` [B, C, h, w], scaled."""
+    """Write the encoder: `image` [B, 3, f*h, f*w], `noise` [B, C, h, w] to a scaled `latent` [B, C, h, w]."""
     g, autoencoder = GraphBuilder("encoder", lowering), network.autoencoder
     config, encoder = autoencoder.config, autoencoder.encoder
     image_px, channels = latent_px * config.factor, config.embed_dim

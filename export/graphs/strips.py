@@ -1,4 +1,4 @@
-"""Elementwise operations that wait until a strip of their result is read."""
+"""Delays the last elementwise operations of a tensor until a strip of it is read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from moesr.export.graphs.builder import GraphBuilder, Shape, Value
 
 @dataclass(frozen=True)
 class LazyValue:
-    """A tensor of a graph whose last elementwise operations are still to come: on strips, or on all of it.
+    """A tensor whose last elementwise operations are not written yet.
 
-    Done on a strip that is about to be read they work in a CPU's cache, and the tensor never exists whole.
+    Written for one strip of rows right before it is read, they work in a CPU's cache, and the finished tensor
+    never exists as a whole.
     """
 
     g: GraphBuilder
@@ -21,22 +22,22 @@ class LazyValue:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the whole."""
+        """The shape of the whole tensor."""
         return self.value.shape
 
     def size(self, axis: int) -> int:
-        """Length of a fixed axis."""
+        """Return the length of a fixed axis."""
         return self.value.size(axis)
 
     def rows(self, start: int, stop: int) -> Value:
-        """Rows [start, stop)."""
+        """Finish and return rows [start, stop)."""
         return self.finish(self.g.slice(self.value, 2, start, stop))
 
     def whole(self) -> Value:
-        """All of it."""
+        """Finish and return the whole tensor."""
         return self.finish(self.value)
 
 
 def pending(g: GraphBuilder, x: Value | LazyValue) -> LazyValue:
-    """A finished value like one that is not."""
+    """Wrap a finished value, so that it can be used like a lazy one."""
     return x if isinstance(x, LazyValue) else LazyValue(g, x, lambda part: part)

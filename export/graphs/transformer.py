@@ -1,4 +1,4 @@
-"""The transformer of Stable Diffusion 2 in a graph; the text's keys and values are constants."""
+"""The transformer of Stable Diffusion 2 as a graph; the keys and values of the text are constants."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from moesr.training.networks.transformer import CrossAttention, FeedForward, Tex
 def text_transformer(
     g: GraphBuilder, x: Value, layer: TextTransformer, text: Tensor, prompt: Value | None = None
 ) -> Value:
-    """`x + transformer(x)` over the H*W tokens of [B, C, H, W].
+    """Write `x + transformer(x)` over the H*W tokens of [B, C, H, W].
 
-    `text` is [prompts, tokens, C'], `prompt` int64 [B] the number of each tile's, None where there is one.
+    `text` is [prompts, tokens, C'], and `prompt`, int64 [B], holds the index of each tile's prompt (None:
+    there is one prompt).
     """
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     tokens = g.reshape(group_norm(g, x, layer.norm), 0, channels, height * width)
@@ -30,20 +31,20 @@ def text_transformer(
 
 
 def linear(g: GraphBuilder, x: Value, layer: nn.Module) -> Value:
-    """A trained `Linear` over the last axis."""
+    """Write a trained `Linear` over the last axis."""
     assert isinstance(layer, nn.Linear)
     h = g.op("MatMul", x, layer.weight.t())
     return h if layer.bias is None else g.op("Add", h, layer.bias)
 
 
 def layer_norm(g: GraphBuilder, x: Value, norm: nn.LayerNorm) -> Value:
-    """LayerNorm over the last axis, in float32, in the precision of `x`."""
+    """Write LayerNorm over the last axis; it computes in float32 and returns the precision of `x`."""
     h = g.op("LayerNormalization", g.float32(x), norm.weight, norm.bias, epsilon=norm.eps)
     return g.cast(h, x.dtype)
 
 
 def _self_attention(g: GraphBuilder, x: Value, layer: CrossAttention) -> Value:
-    """Queries, keys and values come from one product; the scores' scale is folded into the queries."""
+    """Self-attention with one product for q, k and v; the scale of the scores is folded into the queries."""
     scale = (x.size(-1) // layer.heads) ** -0.5
     weight = torch.cat([layer.to_q.weight * scale, layer.to_k.weight, layer.to_v.weight])
     parts = g.split(g.op("MatMul", x, weight.t()), 2, [x.size(-1)] * 3)
@@ -54,7 +55,7 @@ def _self_attention(g: GraphBuilder, x: Value, layer: CrossAttention) -> Value:
 def _text_attention(
     g: GraphBuilder, x: Value, layer: CrossAttention, text: Tensor, prompt: Value | None
 ) -> Value:
-    """Attention to tokens that are the same in every run; of several texts each tile picks its own."""
+    """Attention to the text, whose keys and values are constants; each tile selects those of its prompt."""
     channels = x.size(-1)
     head = channels // layer.heads
     q = _heads(g, g.op("MatMul", x, (layer.to_q.weight * head**-0.5).t()), layer.heads)
@@ -67,19 +68,19 @@ def _text_attention(
 
 
 def _heads(g: GraphBuilder, x: Value, heads: int) -> Value:
-    """[B, L, C] -> [B, heads, C / heads, L]."""
+    """Split heads: [B, L, C] -> [B, heads, C / heads, L]."""
     tokens, channels = x.size(1), x.size(2)
     return g.op("Transpose", g.reshape(x, 0, tokens, heads, channels // heads), perm=(0, 2, 3, 1))
 
 
 def _joined(g: GraphBuilder, h: Value, layer: CrossAttention) -> Value:
-    """[B, heads, C / heads, L] -> [B, L, C], through the output layer."""
+    """Join heads, [B, heads, C / heads, L] -> [B, L, C], and apply the output layer."""
     rows = g.reshape(h, 0, h.size(1) * h.size(2), h.size(3))
     return linear(g, g.op("Transpose", rows, perm=(0, 2, 1)), layer.to_out[0])
 
 
 def _feed_forward(g: GraphBuilder, x: Value, layer: FeedForward) -> Value:
-    """Gated: `value * GELU(gate)`, then back to the width of `x`."""
+    """Gated feed-forward: `value * GELU(gate)`, then back to the width of `x`."""
     gated, _, out = layer.net
     h = linear(g, x, gated.get_submodule("proj"))
     value, gate = g.split(h, 2, [h.size(-1) // 2] * 2)

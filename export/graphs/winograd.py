@@ -1,14 +1,15 @@
-"""Winograd's minimal filtering (Lavin and Gray 2015) as graph operators: CPU libraries convolve directly.
+"""Winograd's minimal filtering (Lavin and Gray, 2015) by graph operators, since CPU libraries lack it.
 
-A tile of m x m outputs of an r x r convolution needs (m + r - 1)^2 products a channel pair in place of
-m^2 r^2: for m = 4 and r = 3, 36 in place of 144. Tiles of all channels make (m + r - 1)^2 matrix products,
-which run at the speed of a CPU's matrix product; the transforms around them are small convolutions and
+A tile of m x m outputs of an r x r convolution takes (m + r - 1)^2 products per channel pair instead of m^2
+r^2: for m = 4 and r = 3, 36 instead of 144. The tiles of all channels form (m + r - 1)^2 matrix products,
+which run at the speed of a CPU's matrix product. The transforms around them are small convolutions and
 products with constants:
 
     V = B^T d B   input tiles      U = G w G^T   kernels      y = A^T (sum over channels of U V) A
 
-The kernels' transform stands in the graph, so a file holds the plain weights; a session folds it into
-constants once. Float32 only: the transforms lose about two bits, which half precision does not have to spare.
+The transform of the kernels is part of the graph, so the file holds the plain weights and a session folds the
+transform into constants once. This is for float32 only: the transforms lose about two bits, too many for half
+precision.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from moesr.export.graphs.strips import LazyValue, pending
 TILE = 4  # m
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # the first m + r - 2 of them, and infinity
 
-# Nanoseconds on one core of an AVX2 machine, measured: per multiply-accumulate, and per element to transform
+# Nanoseconds measured on one core of an AVX2 machine: per multiply-accumulate, and per transformed element
 DIRECT_NS, PRODUCT_NS, INPUT_NS, OUTPUT_NS = 0.022, 0.026, 5.1, 3.5
 
 
 @cache
 def matrices(kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(A^T, G, B^T) of one dimension for TILE outputs, interpolating at POINTS and infinity (Toom-Cook)."""
+    """Return (A^T, G, B^T) of one dimension for TILE outputs: Toom-Cook at POINTS and infinity."""
     size = TILE + kernel - 1
     points = np.array(POINTS[: size - 1])
     a_t = np.vander(points, TILE, increasing=True).T
@@ -47,7 +48,7 @@ def matrices(kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def pays(channels_in: int, channels_out: int, kernel: int, height: int, width: int) -> bool:
-    """Whether a convolution with outputs of this size is clearly faster this way (fitted to timings)."""
+    """Return True if Winograd is clearly faster for outputs of this size, by a model fitted to timings."""
     if kernel not in (2, 3) or height % TILE or width % TILE or height * width < 64 * TILE**2:
         return False
     size = TILE + kernel - 1
@@ -58,12 +59,15 @@ def pays(channels_in: int, channels_out: int, kernel: int, height: int, width: i
 
 
 def chosen(g: GraphBuilder, shape: Sequence[int], height: int, width: int) -> bool:
-    """Whether the lowering has a convolution of a square kernel [out, in, r, r] computed this way."""
+    """Return True if the lowering uses Winograd for a convolution with the kernel shape [out, in, r, r]."""
     return g.lowering.winograd and pays(shape[1], shape[0], shape[2], height, width)
 
 
 def transform_input(g: GraphBuilder, x: Value | LazyValue, kernel: int, pads: Sequence[int]) -> list[Value]:
-    """Tiles V of `x` padded by (top, left, bottom, right): strips of rows, [B, (m+r-1)^2, C, tiles] each."""
+    """Write the tiles V of `x` padded by (top, left, bottom, right).
+
+    They come in strips of rows, each [B, (m + r - 1)^2, C, tiles].
+    """
     x = pending(g, x)
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     top, left, bottom, right = pads
@@ -74,7 +78,7 @@ def transform_input(g: GraphBuilder, x: Value | LazyValue, kernel: int, pads: Se
     rows, strips = max(1, g.lowering.strip_tiles // columns) * TILE, []
     for start in range(0, out_height, rows):
         stop = min(start + rows, out_height)
-        # rows of x, halo included; outside of it there are zeros
+        # rows of x including the halo; outside x there are zeros
         first, last = start - top, stop - top + kernel - 1
         part = x.rows(max(first, 0), min(last, height))
         planes = g.reshape(part, -1, 1, part.size(2), width)
@@ -95,10 +99,11 @@ def transform_input(g: GraphBuilder, x: Value | LazyValue, kernel: int, pads: Se
 def multiply(
     g: GraphBuilder, parts: Sequence[Sequence[Value]], weight: Tensor, bias: Tensor | None, width: int
 ) -> Value:
-    """Convolve with `weight` [out, in, r, r] to [B, out, H, `width`].
+    """Write the convolution of transformed inputs with `weight` [out, in, r, r], to [B, out, H, `width`].
 
-    `parts` are transformed inputs whose channels stand one after another in `weight`: several, where some of
-    them serve other convolutions too; their products are added, as joining them would copy the large ones.
+    `parts` are transformed inputs whose channels follow one another in `weight`. There may be several, since
+    other convolutions may read some of them too. Their products are added, because concatenating the inputs
+    would copy large tensors.
     """
     out, size = weight.shape[0], TILE + weight.shape[2] - 1
     kernels = [_transform_kernel(g, w) for w in weight.split([part[0].size(2) for part in parts], dim=1)]
@@ -115,7 +120,7 @@ def multiply(
 
 
 def _transform_kernel(g: GraphBuilder, weight: Tensor) -> Value:
-    """[out, in, r, r] -> U [(m+r-1)^2, out, in], in the graph."""
+    """Transform a kernel [out, in, r, r] to U [(m + r - 1)^2, out, in] in the graph."""
     out, channels, kernel, _ = weight.shape
     _, kernel_g, _ = matrices(kernel)
     taps = weight.permute(2, 3, 0, 1).reshape(kernel**2, out * channels)
