@@ -193,7 +193,7 @@ class GraphBuilder:
         return self.cast(value, TensorProto.FLOAT)
 
     def reshape(self, value: Value, *shape: int) -> Value:
-        """Reshape. A leading 0 keeps the batch; a leading -1 merges other dimensions into it or splits them."""
+        """Reshape. A leading 0 keeps the batch; a leading -1 merges dimensions into it or splits them off."""
         reshaped = self.op("Reshape", value, np.array(shape, np.int64))
         if shape[0] != -1:
             return reshaped

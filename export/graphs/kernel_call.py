@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moesr.kernels.registry import OPS
 
-
 KERNEL_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
