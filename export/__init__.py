@@ -1,1 +1,1 @@
-"""From a checkpoint directory to an engine directory: graphs, precision, parity proof, packaging."""
+"""Exports a checkpoint directory as an engine directory: graphs, precision, parity proof, packaging."""

@@ -1,9 +1,9 @@
-"""A graph's twin that rounds as a backend does which computes in bfloat16, to prove such graphs anywhere.
+"""Float32 twins of graphs that are computed in bfloat16, so that such graphs can be proved on any machine.
 
-A backend may take a float32 graph and compute it so. From the first product on every result is rounded to 8
-bits, and so is what products read; sums inside of a product are float32. What lies before, such as the angles
-of the timesteps, stays float32, as in OpenVINO. Or the graph itself is of bfloat16, a type that ONNX Runtime
-reads and hardly computes with.
+There are two cases. In the first, a backend such as OpenVINO takes a float32 graph and computes it in
+bfloat16: from the first matrix product on, every result and every input of a product is rounded to 8 bits,
+while sums inside a product are float32. Earlier values, such as the angles of the timesteps, stay float32. In
+the second, the graph itself is bfloat16, a type for which ONNX Runtime has hardly any kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
-INTEGERS = ("ArgMin",)  # operators that give something else than floats
+INTEGERS = ("ArgMin",)  # operators whose result is not floating point
 MOVES = ("Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def as_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The twin of a float32 graph; constants that only other constants are made of are left alone."""
+    """Return the twin of a float32 graph. Values computed from constants alone are not rounded."""
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     nodes = list(twin.graph.node)
@@ -58,7 +58,7 @@ def _cast(source: str, target: str, to: int) -> NodeProto:
 
 
 def _round(source: str, target: str) -> list[NodeProto]:
-    """Nodes that make of a float32 value the nearest that bfloat16 holds."""
+    """Nodes that round a float32 value to the nearest bfloat16 value."""
     half = f"{target}_bf16"
     return [_cast(source, half, TensorProto.BFLOAT16), _cast(half, target, TensorProto.FLOAT)]
 
@@ -71,7 +71,7 @@ def _rename_outputs(model: onnx.ModelProto, rounded: dict[str, str]) -> None:
 
 
 def without_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The twin of a graph of bfloat16: its values are float32, rounded where they are made."""
+    """Return the twin of a bfloat16 graph: its values are float32 and are rounded after each node."""
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     graph, nodes = twin.graph, list(twin.graph.node)

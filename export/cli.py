@@ -333,10 +333,10 @@ def _add_tensorrt(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--residuals",
-        choices=["reckoned", "plans", "kernels"],
-        default="reckoned",
+        choices=["plans", "kernels", "estimated"],
+        default="plans",
         help="what computes the inverted residuals of the refinement network: TensorRT plans, our kernel, or "
-        "for each of them the faster one by estimate (default: reckoned)",
+        "for each of them the faster one by estimate (default: plans)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a graph's weights go: into its ONNX file, or beside it where they are too many for one."""
+"""Writes a graph's weights into its ONNX file, or into files beside it if they are too large for one file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from moesr.export.graphs.builder import BuiltGraph
 from moesr.runtime.engine.graph_spec import File
 
 INSIDE_BYTES = 1 << 30
-"""Weights that an ONNX file holds at most; Protocol Buffers end at twice that."""
+"""The most bytes of weights inside an ONNX file; Protocol Buffers allow twice that."""
 
 FILE_BYTES = 2_000_000_000
-"""Of a file of weights, unless a single tensor is larger."""
+"""The size of a file of weights at most, unless a single tensor is larger."""
 
 SMALL_BYTES = 1 << 10
-"""Tensors that stay in the ONNX file in any case: shape inference reads such."""
+"""Smaller tensors always stay in the ONNX file, because shape inference reads some of them."""
 
 ALIGNMENT = 1 << 12  # so that a file can be mapped into memory
 
 
 def write_graph(directory: Path, name: str, built: BuiltGraph) -> tuple[File, tuple[File, ...]]:
-    """Write `name`.onnx and, where its weights are many, `name`.weights_0 and on; moves them out of `built`.
+    """Write `name`.onnx and, for large weights, `name`.weights_0, `name`.weights_1, ...; empties `built`.
 
-    The same graph gives the same bytes. The ONNX file holds the hashes of the others, so that its own hash,
-    by which compiled plans are known, is one of the weights too.
+    Equal graphs give equal bytes. The ONNX file holds the hashes of the weight files. Its own hash, which
+    identifies compiled plans, therefore covers the weights too.
     """
     tensors = [t for t in built.model.graph.initializer if len(t.raw_data) >= SMALL_BYTES]
     data: list[File] = []
@@ -43,7 +43,7 @@ def write_graph(directory: Path, name: str, built: BuiltGraph) -> tuple[File, tu
 
 
 def _write_weights(path: Path, tensors: list[TensorProto]) -> File:
-    """Move as many of the first tensors as a file may hold into it."""
+    """Move the first tensors into a new file, as many as it may hold."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as stream:
         while tensors and (size == 0 or size + len(tensors[0].raw_data) <= FILE_BYTES):
@@ -57,7 +57,7 @@ def _write_weights(path: Path, tensors: list[TensorProto]) -> File:
 
 
 def refer(tensor: TensorProto, file: str, offset: int, length: int) -> None:
-    """Replace a tensor's values by their place."""
+    """Replace a tensor's values by a reference to a file, an offset and a length."""
     tensor.ClearField("raw_data")
     del tensor.external_data[:]
     tensor.data_location = TensorProto.EXTERNAL

@@ -1,7 +1,8 @@
-"""How networks become operators: what a target runs fastest and a precision allows, in one object.
+"""How networks become operators: the choices that depend on the target and the precision, in one object.
 
-The graphs say the same whatever is chosen here, but for rounding. A CPU gains from fewer multiplications
-(Winograd) and from tensors that stay in its cache (strips); the compilers of a GPU want the plain operators.
+Apart from rounding, the graphs compute the same whatever is chosen here. A CPU gains from fewer
+multiplications (Winograd) and from tensors that stay in its cache (strips); compilers for GPUs want the plain
+operators.
 """
 
 from __future__ import annotations
@@ -11,34 +12,34 @@ from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Target = Literal["cpu", "gpu"]
-Residuals = Literal["reckoned", "plans", "kernels"]
+Residuals = Literal["plans", "kernels", "estimated"]
 
 INT8_ERROR = 1e-2
-"""What int8 may cost a graph unless told otherwise."""
+"""The relative L2 error that int8 may cause in a graph's result by default."""
 
 SHALLOW_BLOCKS = 1
-"""Output blocks of a shallow graph unless told otherwise: with one such a step takes the least time."""
+"""The default number of output blocks of a shallow graph; with one block a shallow step is fastest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowering:
-    """The choices. Byte limits are for one image; None cuts nothing."""
+    """The choices. Byte limits are for one image; None means that nothing is cut into strips."""
 
-    precision: Precision = "fp32"  # of features and weights; what half cannot hold is float32 in any case
-    store: Precision = "fp32"  # of large weights inside the file; cast on opening where that is less
-    winograd: bool  # where its cost model says so
-    strip_tiles: int  # Winograd tiles of a strip: few enough for a cache, enough for a matrix product
+    precision: Precision = "fp32"  # of features and weights, except where half precision is too narrow
+    store: Precision = "fp32"  # of large weights in the file; a narrower type is cast on opening
+    winograd: bool  # use Winograd convolutions where its cost model says so
+    strip_tiles: int  # Winograd tiles per strip: few enough for a cache, enough for a matrix product
     strip_bytes: int | None  # largest inner tensor of a strip of rows or channel blocks
-    score_bytes: int | None  # largest score matrix of an attention or of the quantiser
-    sum_kernels: bool  # sum the kernels of an upsampling in the graph: fewer bytes, folded on opening
-    centre_norms: bool  # take out what the backend's normalisation leaves of a mean
-    kernels: bool = False  # leave what our kernels do faster to them: the graph is then cut there
-    residuals: Residuals = "reckoned"  # what inverted residuals are where `kernels`: see kernel_calls
-    int8_error: float = INT8_ERROR  # relative L2, of the result, that all int8 layers may make as estimated
+    score_bytes: int | None  # largest matrix of scores of an attention, or of distances of the quantiser
+    sum_kernels: bool  # sum the kernels of an upsampling in the graph: a smaller file, folded on opening
+    centre_norms: bool  # remove the mean that the backend's normalisation leaves
+    kernels: bool = False  # cut the graph at the operators that our kernels compute
+    residuals: Residuals = "plans"  # with `kernels`: what computes inverted residuals, see `kernel_nodes`
+    int8_error: float = INT8_ERROR  # estimated relative L2 error of the result that int8 layers may cause
 
     @property
     def values(self) -> Precision:
-        """The type of the file's values: half where weights are stored as they are computed with."""
+        """The type of the file's values: half precision if weights are stored in it and computed with it."""
         return self.precision if self.precision == self.store in ("fp16", "bf16") else "fp32"
 
 
@@ -62,13 +63,15 @@ TARGETS: dict[Target, Lowering] = {"cpu": CPU, "gpu": GPU}
 
 
 def lowering(target: Target, precision: Precision = "fp32", store: Precision = "fp32") -> Lowering:
-    """The choices for a target in a precision; less than float32 is stored as such, whatever `store` says.
+    """Return the choices for a target in a precision.
 
-    It has no bits to spare for Winograd's transforms or for kernels summed after rounding, and its own
-    rounding hides what a normalisation leaves of a mean. int8 is a matter of single layers: see `quantise`.
-    On a CPU bf16 is one of the backend that runs a float32 graph: the file says so to those that can, and
-    stores its weights in fp16, which takes no more room and keeps three bits more for those that cannot. A
-    GPU's plans are typed as their file is, which then is bfloat16 throughout.
+    Precisions below float32 are stored as such, whatever `store` says. They have no bits to spare for
+    Winograd's transforms or for kernels that are summed after rounding, and their rounding hides the mean
+    that a normalisation leaves. int8 is decided layer by layer (see `quantisation`).
+
+    On a CPU, bf16 is a matter of the backend, which runs a float32 graph. Its weights are stored in fp16,
+    which is as small as bf16 and keeps three more bits for backends that compute in float32. A GPU's plans
+    take their types from the file, which is then bfloat16 throughout.
     """
     if precision == "fp32":
         return replace(TARGETS[target], store=store)
@@ -78,9 +81,9 @@ def lowering(target: Target, precision: Precision = "fp32", store: Precision = "
 
 
 def cut(total: int, unit_bytes: int, limit: int | None) -> int:
-    """How many of `total` units of `unit_bytes` make a strip: all, or as many as stay under `limit` bytes.
+    """Return how many of `total` units of `unit_bytes` form a strip of at most `limit` bytes (None: all).
 
-    Strips are even, and hold one unit at least.
+    The strips are about equal and hold at least one unit.
     """
     if limit is None:
         return total

@@ -28,7 +28,7 @@ class ExportOptions:
     tile_px: int | None = None
     prompts: PromptOptions = field(default_factory=PromptOptions)
     kernels: bool = False
-    residuals: Residuals = "reckoned"
+    residuals: Residuals = "plans"
     int8_error: float = INT8_ERROR
     reuse: int | None = None
 

@@ -1,4 +1,4 @@
-"""The proof that a graph computes what its network does: ONNX Runtime against float32 PyTorch."""
+"""Proves that a graph computes the same as its network: ONNX Runtime against float32 PyTorch."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ THRESHOLDS = {
 }
 """Bounds on the relative L2 error, by the precision of a graph and of its stored weights.
 
-Measured from width 32 to full size: float32 1e-6 to 1e-5 (the decoder at 512 px, whose norms over large
-groups amplify any rounding), half precision about 1e-3, and nearly all of it from rounding the weights. bf16
-5e-3, and 4e-2 in decoders with a codebook, where a neighbour of the nearest code may be taken for it.
+Errors measured from width 32 to full size: float32 has 1e-6 to 1e-5 (the largest in the decoder at 512 px,
+whose norms over large groups amplify rounding). Half precision has about 1e-3, nearly all of it from rounding
+the weights. bf16 has 5e-3, and 4e-2 in decoders with a codebook, where another code may become the nearest.
 """
 
 UNSEEN = 3.0
-"""Bound of int8 in units of the error that it aims at: an image it has not seen may make twice as much."""
+"""The bound for int8, in units of the intended error; other images than those seen may have twice that."""
 
 SLACK = 4.0
-"""How much further than a graph's result its inner features may be off, in units of the threshold.
+"""The bound for a graph's inner features, in units of the bound for its result.
 
-int8 layers are chosen by the result's error alone. In a network of random weights features are off by 4e-2
-where the result is off by 1.5e-2.
+int8 layers are chosen by the error of the result alone. In a network with random weights the features had an
+error of 4e-2 and the result one of 1.5e-2.
 """
 
 SEED = 0
-EXPERT_BATCH = 2  # shows, too, that the graph's batch is free and its images do not mix
+EXPERT_BATCH = 2  # more than one, to show that the batch is free and that its images do not mix
 
 Inputs = dict[str, np.ndarray]
 
@@ -55,7 +55,7 @@ class ParityError(EngineError):
 
 
 def expert_inputs(network: DenoisingUNet, latent_px: int, t_range: tuple[int, int]) -> Inputs:
-    """Seeded inputs of an expert: noise, a condition in [-1, 1], the first and last timestep it serves."""
+    """Return seeded inputs of an expert: noise, a condition in [-1, 1], its first and its last timestep."""
     rng, config = np.random.Generator(np.random.PCG64(SEED)), network.config
     size = (latent_px, latent_px)
     z_t = rng.standard_normal((EXPERT_BATCH, config.out_channels, *size), np.float32)
@@ -66,7 +66,7 @@ def expert_inputs(network: DenoisingUNet, latent_px: int, t_range: tuple[int, in
 
 
 def stablesr_inputs(config: StableSRConfig, latent_px: int, prompts: int) -> Inputs:
-    """Seeded inputs of StableSR's expert: noise, a latent, the first and last timestep, one tile a prompt."""
+    """Return seeded inputs of StableSR's expert: noise, a latent, first and last timestep, prompt indices."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     shape = (EXPERT_BATCH, config.unet.in_channels, latent_px, latent_px)
     z_t, cond = (rng.standard_normal(shape, np.float32) for _ in range(2))
@@ -75,19 +75,20 @@ def stablesr_inputs(config: StableSRConfig, latent_px: int, prompts: int) -> Inp
 
 
 def encoder_inputs(config: AutoencoderConfig, latent_px: int) -> Inputs:
-    """Seeded inputs of an encoder: an image in [-1, 1], and noise."""
+    """Return seeded inputs of an encoder: an image in [-1, 1], and noise."""
     rng, side = np.random.Generator(np.random.PCG64(SEED)), latent_px * config.factor
     image = rng.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
     return {"image": image, "noise": rng.standard_normal((1, config.embed_dim, *[latent_px] * 2), np.float32)}
 
 
 def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:
-    """Seeded inputs of the decoder: a latent close to codes and, where it has them, an LR image, fidelity 1.
+    """Return seeded inputs of a decoder: a latent near codes and, if it is conditioned, an LR image, fidelity
+    1.
 
-    The quantiser jumps. A latent half-way between two codes may go either way after the smallest rounding,
-    and the image then differs by something that says nothing about the graph. So every position lies well
-    inside the cell of its code: at a quarter of the distance to the nearest other code, in a random
-    direction. No rounding can flip it, and a code that differs is a true error and shows in full.
+    The quantiser is discontinuous: a latent half-way between two codes may go either way after the smallest
+    rounding, and the resulting difference of the image would say nothing about the graph. Therefore each
+    position lies well inside the cell of its code, at a quarter of the distance to the nearest other code and
+    in a random direction. Rounding cannot change its code, so a code that differs is a true error.
     """
     rng, config = np.random.Generator(np.random.PCG64(SEED)), network.config
     shape = (1, config.embed_dim, latent_px, latent_px)
@@ -104,12 +105,12 @@ def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:
 
 
 def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Points [N, D] at a quarter of the distance from chosen codes to their nearest neighbours."""
+    """Points [N, D] at a quarter of the distance from chosen codes to their nearest neighbors."""
     unique, inverse = torch.unique(chosen, return_inverse=True)
     distance = torch.cdist(codes[unique].double(), codes.double())
-    distance[distance == 0] = torch.inf  # itself, and codes that training left identical
+    distance[distance == 0] = torch.inf  # the code itself, and codes that training left identical
     radius = distance.min(dim=1).values[inverse].numpy() / 4
-    radius = np.where(np.isfinite(radius), radius, 0.0)  # a codebook of one code
+    radius = np.where(np.isfinite(radius), radius, 0.0)  # a codebook with a single code
     direction = rng.standard_normal((len(chosen), codes.shape[1]))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     return (codes[chosen].numpy() + radius[:, None] * direction).astype(np.float32)
@@ -117,13 +118,13 @@ def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray
 
 @torch.inference_mode()
 def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
-    """What the float32 network makes of a graph's inputs, its GroupNorms computed in double precision.
+    """Run the float32 network on a graph's inputs, with GroupNorm computed in float64.
 
-    PyTorch's float32 GroupNorm on a CPU loses digits where a group is large: a decoder of 32 channels at
-    512 px is off by 1e-3 for it alone, by 1e-6 without. That error is not the graph's, so it is kept out.
+    PyTorch's float32 GroupNorm loses digits on a CPU when groups are large. In a decoder of 32 channels at
+    512 px it alone causes an error of 1e-3, where float64 leaves 1e-6. That error is not the graph's.
     """
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    if "fidelity" in tensors:  # one a tile
+    if "fidelity" in tensors:  # one value per tile
         tensors["fidelity"] = tensors["fidelity"][:, None, None, None]
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     handles = [norm.register_forward_hook(_double_norm) for norm in norms]
@@ -137,14 +138,14 @@ def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
 
 
 def _double_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A forward hook: the output of a GroupNorm from double-precision arithmetic."""
+    """A forward hook that replaces the output of a GroupNorm by that of float64 arithmetic."""
     assert isinstance(norm, nn.GroupNorm)
     weight, bias = norm.weight.double(), norm.bias.double()
     return F.group_norm(inputs[0].double(), norm.num_groups, weight, bias, norm.eps).to(output.dtype)
 
 
 def outputs(model: Path | bytes, inputs: Inputs, backend: str = "onnxruntime") -> list[np.ndarray]:
-    """What a backend, one of BACKENDS, makes of a graph: all its outputs in order, on the CPU."""
+    """Run a graph on the CPU with one of BACKENDS and return all its outputs in order."""
     return BACKENDS[backend](model, inputs)
 
 
@@ -166,14 +167,14 @@ def prove(
     backend: str = "onnxruntime",
     further: Sequence[np.ndarray] = (),
 ) -> Parity:
-    """Measure a graph file, run by a backend, against `want`: what its network makes of `inputs`.
+    """Run a graph file and compare it with `want`, its network's result for `inputs`.
 
-    `further` is what its other outputs should be, within a wider bound: the first is made of them.
-    Of a bf16 graph it is the twin that rounds everything to bf16, in float32. Raises ParityError above the
-    lowering's threshold.
+    `further` are the network's results for the other outputs, which have a wider bound. A bf16 graph is
+    replaced by its float32 twin that rounds to bf16. ParityError is raised if an error exceeds the lowering's
+    threshold.
     """
     if lowering.precision == "bf16":
-        twin = path.with_name(f"twin_of_{path.name}")  # it takes its weights from the same files
+        twin = path.with_name(f"twin_of_{path.name}")  # in the same directory, to share its weight files
         rounded = without_bf16 if lowering.values == "bf16" else as_bf16
         twin.write_bytes(rounded(onnx.load(path, load_external_data=False)).SerializeToString())
         try:
@@ -188,14 +189,14 @@ def prove(
 
 
 def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering, slack: float = 1.0) -> Parity:
-    """The error of what a graph gave; ParityError above `slack` times the lowering's threshold."""
+    """Return the error of a graph's result; ParityError if it exceeds `slack` times the threshold."""
     limit = slack * threshold(lowering)
     if got.shape != want.shape:
         raise ParityError(
             f"{path.name}: output shape {got.shape}, the network's is {want.shape}; please report this"
         )
     if not np.isfinite(want).all():
-        raise ParityError(f"{path.name}: the network itself gives values that are not finite; train it again")
+        raise ParityError(f"{path.name}: the network's own result is not finite; train it again")
     error = relative_l2(got, want)
     if not error <= limit:  # NaN fails too
         raise ParityError(
@@ -206,7 +207,7 @@ def judge(path: Path, got: np.ndarray, want: np.ndarray, lowering: Lowering, sla
 
 
 def threshold(lowering: Lowering) -> float:
-    """The largest relative L2 error that is accepted."""
+    """Return the largest accepted relative L2 error of a lowering."""
     if lowering.precision == "int8":
         return UNSEEN * lowering.int8_error
     return THRESHOLDS[lowering.precision, lowering.store]

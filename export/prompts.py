@@ -1,4 +1,4 @@
-"""The prompts that an engine's experts know: texts become token ids here, so that the runtime needs none."""
+"""The prompts of an engine. Texts become token ids during export, so that the runtime needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PUBLISHED = {
     "(masterpiece:2), (best quality:2), (realistic:2), (very clear:2)": POSITIVE_PROMPT,
     "3d, cartoon, anime, sketches, (worst quality:2), (low quality:2)": NEGATIVE_PROMPT,
 }
-"""Texts whose tokens are known without a vocabulary."""
+"""Published texts, whose tokens are known without a vocabulary."""
 
 GUIDANCE = 7.0
-"""Strength of guidance in the published scripts."""
+"""The strength of guidance in the published scripts."""
 
 Ids = tuple[int, ...]  # of tokens, from start to end
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a user says of prompts: texts, and the default strength of guidance."""
+    """A user's choice of prompts and of the default strength of guidance; None is the model's own."""
 
     prompt: str | None = None
     negative_prompt: str | None = None
@@ -32,28 +32,28 @@ class PromptOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance is wanted."""
+        """True if guidance is wanted."""
         return self.negative_prompt is not None or self.guidance not in (None, 1.0)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was said."""
+        """True if the user chose nothing."""
         return self == PromptOptions()
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """One prompt, or with guidance that to follow and the negative one, and the default strength."""
+    """One prompt, or with guidance a prompt and a negative prompt, and the default strength."""
 
-    texts: tuple[str, ...]  # for the reader
+    texts: tuple[str, ...]  # for readers of the manifest
     ids: tuple[Ids, ...]
     guidance: float
 
 
 def choose(config: TextConfig, wish: PromptOptions) -> Prompts:
-    """The prompts of an engine; those that are not told are the model's.
+    """Return the prompts of an engine, with the model's own for those that the user did not choose.
 
-    Raises UsageError for a text that is too long, or whose tokens nothing here knows.
+    UsageError is raised if a text is too long, or if no tokenizer is installed for it.
     """
     usual = config.guided_prompt if wish.guided else config.prompt
     ids = [usual if wish.prompt is None else tokens(wish.prompt, config)]
@@ -65,7 +65,7 @@ def choose(config: TextConfig, wish: PromptOptions) -> Prompts:
 
 
 def tokens(text: str, config: TextConfig) -> Ids:
-    """Token ids of a text: CLIP's byte-pair encoding of its lower case; weights in brackets mean nothing."""
+    """Return the token ids of a text: CLIP's byte-pair encoding; "(x:2)" has no special meaning."""
     if text in PUBLISHED:
         return PUBLISHED[text]
     found = prompt_ids(" ".join(map(str, _library(text).encode(text))))
@@ -83,7 +83,7 @@ def tokens(text: str, config: TextConfig) -> Ids:
 
 
 def text_of(ids: Ids) -> str:
-    """The text of token ids, as far as it is known here."""
+    """Return the text of token ids, or the ids as text if no tokenizer is installed."""
     known = {tokens: text for text, tokens in PUBLISHED.items()}
     if ids in known:
         return known[ids]
@@ -94,7 +94,7 @@ def text_of(ids: Ids) -> str:
 
 
 def _library(text: str) -> Any:
-    """CLIP's tokenizer, which has its vocabulary with it; UsageError where it is not installed."""
+    """CLIP's tokenizer with its vocabulary; UsageError if it is not installed."""
     try:
         return importlib.import_module("instant_clip_tokenizer").Tokenizer()
     except ImportError as error:

@@ -1,8 +1,9 @@
-"""Experts that leave deep features behind, and shallow graphs that take them, over one file of weights.
+"""Feature reuse: experts that also return deep features, and shallow graphs that start from them.
 
-Between neighbouring steps the deep levels of a UNet change little (DeepCache: Ma et al., CVPR 2024). The full
-graph gives, beside its prediction, the features that its last output blocks start from; the shallow graph has
-these blocks alone. Both are proved like any graph. Then their weights move to a file that they share.
+The deep levels of a UNet change little between neighboring steps (DeepCache: Ma et al., CVPR 2024). The full
+graph returns, besides its prediction, the input features of its last output blocks; the shallow graph
+consists of these blocks alone. Both are proved like any graph. Afterwards their weights are moved to a file
+that they share.
 """
 
 from __future__ import annotations
@@ -29,42 +30,42 @@ from moesr.training.networks.unet import Conditions
 
 
 class ShallowExpert(nn.Module):
-    """What a shallow graph computes."""
+    """The network that a shallow graph computes."""
 
     def __init__(self, unet: DenoisingUNet, blocks: int) -> None:
         super().__init__()
         self.unet, self.blocks = unet, blocks
 
     def forward(self, z_t: Tensor, cond: Tensor, t: Tensor, deep: Tensor) -> Tensor:
-        """The expert's inputs, and features `deep` of the same or an earlier step -> eps."""
+        """Predict eps from the expert's inputs and the features `deep` of this or an earlier step."""
         x, given = torch.cat((z_t, cond), dim=1), Conditions(self.unet.embed(t))
         return self.unet.run_shallow(x, given, self.blocks, deep)
 
     @property
     def params(self) -> int:
-        """Parameters of the parts that it runs."""
+        """The number of parameters of the modules that it runs."""
         parts = [self.unet.time_embed, *shallow_parts(self.unet, self.blocks)]
         return sum(p.numel() for part in parts for p in part.parameters())
 
 
 class DeepFeatures(nn.Module):
-    """What the second output of a full graph is."""
+    """The network that computes the second output of a full graph."""
 
     def __init__(self, unet: DenoisingUNet, blocks: int) -> None:
         super().__init__()
         self.unet, self.blocks = unet, blocks
 
     def forward(self, z_t: Tensor, cond: Tensor, t: Tensor) -> Tensor:
-        """The expert's inputs -> features."""
+        """Compute the deep features from the expert's inputs."""
         x, given = torch.cat((z_t, cond), dim=1), Conditions(self.unet.embed(t))
         return self.unet.deep(x, given, self.blocks)
 
 
 def check_blocks(model: ModelConfig, asked: int) -> None:
-    """UsageError, naming the range, where a model's UNet has no shallow graph of so many output blocks."""
+    """Raise UsageError, naming the range, if a model has no shallow graph of this many output blocks."""
     config = model.unet
     if config is None or isinstance(model, StableSRConfig):
-        raise UsageError(f"--reuse: shallow graphs are not made of {model.name}; export it without")
+        raise UsageError(f"--reuse: {model.name} has no shallow graphs; export it without --reuse")
     most = len(config.channel_mult) * (config.res_blocks + 1) - 1
     if not 1 <= asked <= most:
         raise UsageError(
@@ -76,10 +77,10 @@ def check_blocks(model: ModelConfig, asked: int) -> None:
 def shared(
     directory: Path, graphs: Mapping[str, Graph], full: str, shallow: str, params: int
 ) -> dict[str, Graph]:
-    """Move the weights of two graphs, by arrangement, to files that they share; returns their new entries.
+    """Move the weights of two graphs to shared files, one per arrangement; returns their new entries.
 
-    `full` and `shallow` are roles, `params` the shallow one's own. Arrangements that only one of them has
-    keep their weights.
+    `full` and `shallow` are roles, and `params` is the number of parameters of the shallow graph.
+    Arrangements that only one of the two has keep their weights.
     """
     pair = graphs[full], replace(graphs[shallow], params=params)
     targets = sorted(pair[0].variants.keys() & pair[1].variants.keys())
@@ -95,8 +96,8 @@ def shared(
 
 
 def _merge_weights(directory: Path, name: str, *arrangements: Arrangement) -> list[Arrangement]:
-    """Move the weights of graph files to one file, equal ones once."""
-    models = [onnx.load(directory / a.file) for a in arrangements]  # weights from elsewhere included
+    """Move the weights of graph files to one file, which holds equal weights once."""
+    models = [onnx.load(directory / a.file) for a in arrangements]  # with external weights
     apart = {file.file for a in arrangements for file in a.data}
     data, places = bytearray(), dict[bytes, tuple[int, int]]()
     path = directory / f"{name}.weights"
@@ -112,7 +113,7 @@ def _merge_weights(directory: Path, name: str, *arrangements: Arrangement) -> li
     path.write_bytes(data)
     listed, entries = File(path.name, hashlib.sha256(data).hexdigest()), []
     for arrangement, model in zip(arrangements, models, strict=True):
-        # what is compiled from a graph is known by the hash of its file, which so is one of the weights too
+        # a compiled plan is identified by the hash of its graph's file, which must cover the weights
         del model.metadata_props[:]
         model.metadata_props.add(key=listed.file, value=listed.sha256)
         content = model.SerializeToString(deterministic=True)
@@ -124,9 +125,9 @@ def _merge_weights(directory: Path, name: str, *arrangements: Arrangement) -> li
 
 
 def recorded(unet: DenoisingUNet, inputs: Sequence[parity.Inputs], blocks: int) -> list[parity.Inputs]:
-    """What a shallow graph is calibrated on: an expert's recorded steps, with the features of the one before.
+    """Return inputs to calibrate a shallow graph: an expert's steps with the features of the step before.
 
-    The first step of an image, which has the highest t, has its own.
+    The first step of an image, which has the highest t, gets its own features.
     """
     found, before = [], None
     for given in inputs:
@@ -138,5 +139,5 @@ def recorded(unet: DenoisingUNet, inputs: Sequence[parity.Inputs], blocks: int) 
 
 
 def shallow_inputs(unet: DenoisingUNet, inputs: parity.Inputs, blocks: int) -> parity.Inputs:
-    """An expert's inputs with the features that it makes of them."""
+    """Return an expert's inputs together with the deep features that it computes from them."""
     return inputs | {DEEP: parity.network_output(DeepFeatures(unet, blocks), inputs)}

@@ -1,4 +1,4 @@
-"""StableSR's checkpoint as an engine: its graphs, one network in memory at a time, and how to drive them."""
+"""Exports StableSR: its graphs, with one network in memory at a time, and its entries of the manifest."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from moesr.training.config import StableSRConfig
 
 EXPERT = "expert_0"
 OVERLAP = 32
-"""Latent pixels that tiles share in the published scripts: half of a tile, or a third of one of 768v."""
+"""Latent pixels that tiles share in the published scripts: half of a tile, or a third with the 768v model."""
 
 Build = Callable[[Lowering], BuiltGraph]
 Write = Callable[[str, nn.Module, Build, parity.Inputs], Graph]
-"""Writes the graph that is built of a network under a role, and proves it on some inputs."""
+"""Writes the graph that is built from a network under a role, and proves it on inputs."""
 
 
 def write_graphs(
     checkpoint: StableSRCheckpoint, tile_px: int, prompts: Prompts, write: Write
 ) -> dict[str, Graph]:
-    """Write all graphs for tiles of that side; returns them by role."""
+    """Write all graphs for tiles of `tile_px` output pixels and return them by role."""
     config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
     text = encoded(checkpoint, prompts)
     graphs = {EXPERT: _write_expert(checkpoint, latent_px, text, write)}
@@ -55,7 +55,7 @@ def write_graphs(
 
 
 def encoded(checkpoint: StableSRCheckpoint, prompts: Prompts) -> Tensor:
-    """The encoded prompts, [prompts, tokens, width]."""
+    """Return the encoded prompts, [prompts, tokens, width]."""
     tower = checkpoint.text()
     return torch.cat([tower.encode(ids) for ids in prompts.ids])
 
@@ -68,7 +68,7 @@ def _write_expert(checkpoint: StableSRCheckpoint, latent_px: int, text: Tensor, 
 
 
 def entries(config: StableSRConfig, tile_px: int, prompts: Prompts) -> dict[str, Any]:
-    """What the manifest says of this family besides what it says of every model."""
+    """Return the manifest's entries that only this family has."""
     overlap = min(OVERLAP, tile_px // config.decoder.factor // 2)
     return {
         "latent_scale": config.latent_scale,

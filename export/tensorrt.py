@@ -1,4 +1,4 @@
-"""What TensorRT needs, built ahead of time into an engine directory: plans, and our kernels' cubins."""
+"""Builds TensorRT plans and compiles our kernels ahead of time, into an engine directory."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from moesr.runtime.system.files import reason
 BF16_FROM = 80  # compute capability
 
 OnStage = Callable[[str, float], None]
-"""Called with what is built and the share of it that is done."""
+"""Called with the name of the plan that is being built and the fraction of it that is done."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A plan that was written: its directory and size."""
+    """A plan in an engine directory and its size."""
 
     directory: Path
     nbytes: int
 
 
 def capabilities(library: Library, given: Sequence[int]) -> list[int]:
-    """Those to build for: the given ones where the library can, or else that of the GPU which is here."""
+    """Return the compute capabilities to build for: the given ones, or that of this machine's GPU.
+
+    UsageError or EngineError is raised if the library cannot build for them.
+    """
     if library.ahead_of_time and given:
         for capability in given:
             capability_of(library, capability)
@@ -53,11 +56,11 @@ def capabilities(library: Library, given: Sequence[int]) -> list[int]:
 
 
 def check_precision(precision: str, capabilities: Sequence[int]) -> None:
-    """UsageError where one of the GPUs cannot compute in it."""
+    """Raise UsageError if one of the GPUs does not support the precision."""
     if precision == "bf16" and (old := [c for c in capabilities if c < BF16_FROM]):
         raise UsageError(
-            f"--bf16 takes a GPU of compute capability {as_text(BF16_FROM)} or later, not {as_text(old[0])}; "
-            "export with --fp16 for that one"
+            f"--bf16 needs a GPU of compute capability {as_text(BF16_FROM)} or later, not {as_text(old[0])}; "
+            "export with --fp16 for that GPU"
         )
 
 
@@ -69,7 +72,7 @@ def build_plans(
     max_batch: int = MAX_BATCH,
     on_stage: OnStage = lambda stage, share: None,
 ) -> list[Built]:
-    """Build the plans of an engine into its directory; those that are there and fit are kept."""
+    """Build the plans of an engine into its directory; matching plans that exist are kept."""
     library, built = load(), []
     folder = directory / plan_store.PLANS_FOLDER
     for capability in capabilities(library, given):
@@ -92,7 +95,7 @@ def build_plans(
 
 
 def kernel_steps(directory: Path, manifest: Manifest) -> list[KernelStep]:
-    """The uses of kernels by an engine's graphs."""
+    """Return all uses of our kernels in an engine's graphs."""
     found = []
     for graph in manifest.graphs.values():
         arrangement = graph.arrangement("parts")
@@ -103,7 +106,7 @@ def kernel_steps(directory: Path, manifest: Manifest) -> list[KernelStep]:
 
 
 def build_kernels(directory: Path, manifest: Manifest, given: Sequence[int]) -> Path:
-    """Compile what an engine needs, the loop's kernels too, into its directory, without a GPU."""
+    """Compile the kernels of an engine's graphs and of the sampling loop into its directory."""
     from moesr.kernels.build import build
     from moesr.kernels.plan import Case
     from moesr.kernels.registry import LOOP, OPS

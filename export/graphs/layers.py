@@ -82,6 +82,21 @@ def normalised(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
     return LazyValue(g, g.reshape(flat, 0, channels, *spatial), finish)
 
 
+def norm_scale_shift(g: GraphBuilder, x: Value, norm: nn.Module) -> tuple[Value, Value]:
+    """Write the float32 scale and shift [B, C] by which a GroupNorm maps each plane of [B, C, H, W]."""
+    assert isinstance(norm, nn.GroupNorm)
+    groups, channels = norm.num_groups, norm.num_channels
+    flat = g.reshape(g.float32(x), 0, groups, channels // groups * x.size(2) * x.size(3))
+    mean = g.op("ReduceMean", flat, np.array([2]), keepdims=1)  # [B, groups, 1]
+    centred = g.op("Sub", flat, mean)
+    variance = g.op("ReduceMean", g.op("Mul", centred, centred), np.array([2]), keepdims=1)
+    deviation = g.op("Sqrt", g.op("Add", variance, np.array(norm.eps, np.float32)))
+    weight, bias = (p.reshape(groups, channels // groups) for p in (norm.weight, norm.bias))
+    scale = g.op("Div", g.constant(weight), deviation)  # [B, groups, channels per group]
+    shift = g.op("Sub", g.constant(bias), g.op("Mul", mean, scale))
+    return g.reshape(scale, 0, channels), g.reshape(shift, 0, channels)
+
+
 def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -> Value:
     """The shift [B, C, 1, 1] of a GroupNorm, corrected by the mean left in `flat` [B, groups, elements].
 

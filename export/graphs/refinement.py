@@ -61,6 +61,10 @@ def refine(g: GraphBuilder, x: Value, network: RefinementUNet) -> Value:
 def _block(g: GraphBuilder, x: Value, block: AFFBlock) -> Value:
     h = _inverted_residual(g, x, normalised(g, x, block.norm1), block)
     with g.scope("filter"):
+        if isinstance(block.filter, AFFFilter):
+            filtered = kernel_nodes.normed_filter(g, h, block.norm2, block.filter)
+            if filtered is not None:
+                return filtered
         normed = group_norm(g, h, block.norm2)
         return g.op(
             "Add", h, _filter(g, normed, block.filter) if isinstance(block.filter, AFFFilter) else normed
@@ -109,9 +113,7 @@ def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
 
 
 def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
-    """The adaptive frequency filter: our kernels, or else in float32, in strips of whole channel blocks."""
-    if (filtered := kernel_nodes.aff_filter(g, x, module)) is not None:
-        return filtered
+    """The adaptive frequency filter by real matrix products, in float32 and in strips of channel blocks."""
     w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
     blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)

@@ -1,4 +1,4 @@
-"""A graph with kernel calls in it, cut into parts: graphs for a compiler, and kernels between them."""
+"""Cuts a graph at its kernel calls into parts: graphs for a compiler, and the kernels between them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Part = onnx.ModelProto | KernelCall
 
 
 def cut(built: BuiltGraph) -> list[Part]:
-    """The parts in order. What a part takes was made by an earlier one, or is an input of the whole.
+    """Return the parts in order; each reads inputs of the whole graph or results of earlier parts.
 
-    Everything runs as early as it can, so there are as few parts as possible. Nodes of constants alone go
-    into every part that needs them. Values that only compilers see lie channels last, as convolutions want.
+    Every node runs as early as possible, which gives the fewest parts. Nodes that depend on constants alone
+    are copied into every part that needs them. Values between two compiled parts are channels-last, as
+    convolutions prefer.
     """
     stages, constant = _stages(built)
     names = _channels_last(built, stages)
@@ -51,12 +52,12 @@ def cut(built: BuiltGraph) -> list[Part]:
 def _stages(
     built: BuiltGraph,
 ) -> tuple[dict[int, list[onnx.NodeProto]], dict[str, onnx.NodeProto | None]]:
-    """Nodes by stage, kernels having the odd ones, and the makers of values that are constants alone."""
+    """Nodes by stage (kernels have odd stages), and the nodes that make constant values, by value."""
     graph = onnx.GraphProto()
     graph.CopyFrom(built.model.graph)
     constant: dict[str, onnx.NodeProto | None] = dict.fromkeys(t.name for t in graph.initializer)
     stages: dict[int, list[onnx.NodeProto]] = defaultdict(list)
-    made = {value.name: 0 for value in graph.input}  # stage of each value: kernels have the odd ones
+    made = {value.name: 0 for value in graph.input}  # the stage that makes each value
     for node in graph.node:
         given = [name for name in node.input if name and name not in constant]
         if not given:
@@ -70,7 +71,7 @@ def _stages(
 
 
 def _channels_last(built: BuiltGraph, stages: Mapping[int, list[onnx.NodeProto]]) -> dict[str, str]:
-    """New names, by the old ones, of images in half precision that go from one compiled part to another."""
+    """New names, by old names, of half-precision images that pass from one compiled part to another."""
     made = {name: stage for stage, nodes in stages.items() for node in nodes for name in node.output}
     seen = {name for stage, nodes in stages.items() if stage % 2 for n in nodes for name in n.input}
     crossing = {
@@ -94,7 +95,7 @@ def _part(
     others: Iterable[onnx.NodeProto],
     constant: Mapping[str, onnx.NodeProto | None],
 ) -> onnx.ModelProto:
-    """The graph of some nodes, with those of the constants that they need."""
+    """The graph of some nodes, including the constant nodes that they need."""
     inside, wanted = (
         {name for node in nodes for name in node.output},
         {o.name for o in built.model.graph.output},
@@ -119,7 +120,7 @@ def _part(
 def _constants(
     nodes: Iterable[onnx.NodeProto], constant: Mapping[str, onnx.NodeProto | None]
 ) -> list[onnx.NodeProto]:
-    """Nodes of constants alone that others need, each after those that it needs itself."""
+    """The constant nodes that some nodes need, in an order of execution."""
     found: dict[str, onnx.NodeProto] = {}
 
     def visit(node: onnx.NodeProto) -> None:
@@ -141,9 +142,9 @@ def _declared(value: Value) -> onnx.ValueInfoProto:
 
 
 def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-    """What the parts make of the whole's inputs: graphs on ONNX Runtime, kernels by their references.
+    """Run the parts on the whole graph's inputs: graphs in ONNX Runtime, kernels by their references.
 
-    Between parts, values of bfloat16 are kept as float32: NumPy and ONNX Runtime's kernels have no such type.
+    Between parts bfloat16 values are kept as float32, since NumPy has no such type.
     """
     values = dict(inputs)
     for part in parts:

@@ -1,4 +1,4 @@
-"""The files of a graph in parts: graphs, the kernels' weights, and `ROLE.parts.json` that lists them all."""
+"""Writes a graph in parts: graphs, the kernels' weights, and `ROLE.parts.json`, which lists them all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TYPES: dict[int, str] = {
 
 
 def write_parts(directory: Path, role: str, built: BuiltGraph, parts: Sequence[Part]) -> tuple[File, ...]:
-    """Write all files of a cut graph; the first that is returned is the list of parts."""
+    """Write all files of a partitioned graph; the first one returned is the list of parts."""
     constants, files, steps = bytearray(), [], []
     for part in parts:
         if isinstance(part, KernelCall):
@@ -61,7 +61,7 @@ def write_parts(directory: Path, role: str, built: BuiltGraph, parts: Sequence[P
 
 
 def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
-    """A kernel's step; its weights are appended to the constants."""
+    """A kernel's step. Its weights are appended to `constants`."""
     placed = {}
     for name, weight in call.packed().items():
         constants.extend(bytes(-len(constants) % ALIGNMENT))
@@ -75,7 +75,7 @@ def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
 
 
 def _values(built: BuiltGraph, parts: Sequence[Part], steps: Sequence[PartStep]) -> dict[str, Stored]:
-    """Values between steps: as the graphs declare them, which may have given them other names."""
+    """The values between steps, as the parts' graphs declare them; their names may differ from `built`."""
     declared = {
         value.name: Stored(_TYPES[value.type.tensor_type.elem_type], _dims(value))
         for part in parts

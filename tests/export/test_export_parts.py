@@ -41,25 +41,35 @@ def test_parts_equal_the_whole(network, precision):
     assert relative_l2(got, run(whole, inputs)) < LIMITS[precision]
 
 
-@pytest.mark.parametrize("residuals", ["plans", "kernels", "reckoned"])
+@pytest.mark.parametrize("residuals", ["plans", "kernels", "estimated"])
 def test_what_inverted_residuals_are_is_chosen(network, residuals):
     parts = parts_of(network, "fp16", residuals=residuals)
     calls = [part for part in parts if isinstance(part, KernelCall) and part.op == "inverted_residual"]
     blocks = [name for name, m in network.named_modules() if type(m).__name__ == "InvertedResidual"]
-    assert len(calls) == (0 if residuals == "plans" else len(blocks)) and blocks
+    assert blocks and (residuals == "estimated" or len(calls) == (0 if residuals == "plans" else len(blocks)))
     inputs = decoder_inputs(network, [0.3, 1.0], TILE)
     whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
     assert relative_l2(partition.run(parts, inputs, "image"), run(whole, inputs)) < LIMITS["fp16"]
 
 
-def test_an_inverted_residual_is_a_kernel_where_that_moves_less():
-    """Wide images move more; many channels multiply more at the edges of tiles."""
-    sizes = [(128, 128, 512), (256, 128, 512), (256, 256, 128), (512, 256, 256)]
+def test_by_estimate_the_published_inverted_residuals_are_faster_in_plans():
+    """The kernel is bound by the rate at which a multiprocessor issues instructions."""
+    sizes = [(128, 128, 512), (128, 256, 256), (256, 256, 128), (512, 256, 256), (256, 128, 512)]
     names = "channels", "out", "height"
     shapes = [dict(zip(names, size, strict=True)) | {"width": size[2]} for size in sizes]
-    shares = [fused_time_ratio(shape, "fp16") for shape in shapes]
-    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] < 1
-    assert fused_time_ratio({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > 1
+    ratios = [fused_time_ratio(shape, "fp16") for shape in shapes]
+    assert min(ratios) > 1
+    # wider layers multiply more for every byte that the kernel saves
+    assert fused_time_ratio({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > max(ratios)
+
+
+def test_inverted_residuals_are_plans_by_default(network):
+    choices = dataclasses.replace(lowering("gpu", "fp16"), kernels=True)
+    assert "inverted_residual" not in decoder_graph(network, TILE // 4, choices).calls
+    assert {call.op for call in decoder_graph(network, TILE // 4, choices).calls.values()} == {
+        "aff_filter",
+        "attention",
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -91,6 +101,8 @@ def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
     filters = [name for name, m in network.named_modules() if type(m).__name__ == "AFFFilter"]
     assert [call.op for call in calls].count("aff_filter") == len(filters) > 0
     assert all(call.dtype == precision for call in calls)
+    norms = [(call.shape["norm"], sorted(call.inputs)) for call in calls if call.op == "aff_filter"]
+    assert norms == [(1, ["scale", "shift", "x"])] * len(filters), "kernels take the norm and the residual"
     for part in parts:
         if isinstance(part, onnx.ModelProto):
             onnx.checker.check_model(part)
