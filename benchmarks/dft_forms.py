@@ -1,7 +1,7 @@
 """Time forms of the AFF filter's transforms in ONNX Runtime: dense and factored products, the DFT operator.
 
-One row a size: milliseconds of a forward and an inverse two-dimensional transform of CHANNELS images on the
-CPU, median of five, after each form has given the images back.
+Each row is one size. A cell holds the milliseconds of a forward and an inverse two-dimensional transform of
+CHANNELS images on the CPU, the median of five runs. Each form must first reproduce the images.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moesr.kernels.aff_filter import portable
 from moesr.runtime.engine.graph_spec import BATCH
 from moesr.runtime.system.relative_error import relative_l2
 
-LIMIT = 1e-4  # relative L2 error of a round trip; the operator has 1e-5 where a side is no power of two
+LIMIT = 1e-4  # relative L2 error of a round trip; the operator has 1e-5 if a side is not a power of two
 FORMS = ("dense", "factored", "operator")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check and time every form at every size; 1 where a form is wrong."""
+    """Check and time every form at every size; the exit code is 1 if a form is wrong."""
     args = parser().parse_args(argv)
     print(machine_line(), file=sys.stderr)
     print("| size | channels | " + " | ".join(f"{form} (ms)" for form in FORMS) + " |")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def round_trip(form: str, channels: int, side: int) -> BuiltGraph:
-    """A graph that transforms and transforms back: [B, C, side, side] -> same."""
+    """Build a graph that transforms [B, C, side, side] and transforms it back."""
     g = GraphBuilder(form)
     shape = (BATCH, channels, side, side)
     x = g.input("x", shape)
@@ -63,7 +63,7 @@ def round_trip(form: str, channels: int, side: int) -> BuiltGraph:
 
 
 def _operators(g: GraphBuilder, x: Value, side: int) -> Value:
-    """The same with ONNX's DFT, which takes the two parts on a last axis of its own."""
+    """The same by ONNX's DFT, which expects real and imaginary part on a last axis."""
     channels, row, column = x.size(1), np.array(3), np.array(2)
     h = g.op("DFT", g.reshape(x, 0, channels, side, side, 1), None, row, onesided=1)
     h = g.op("DFT", g.op("DFT", h, None, column), None, column, inverse=1)
@@ -72,14 +72,14 @@ def _operators(g: GraphBuilder, x: Value, side: int) -> Value:
 
 
 def open_graph(graph: BuiltGraph, threads: int) -> ort.InferenceSession:
-    """Load a graph on the CPU."""
+    """Open a session on the CPU."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return ort.InferenceSession(graph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def milliseconds(session: ort.InferenceSession, x: np.ndarray) -> float:
-    """Median of five runs."""
+    """Return the median of five runs."""
     found = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -93,9 +93,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--sizes", type=int, nargs="+", default=[128, 256, 512], help="sides (default: 128 256 512)"
-    )
-    p.add_argument("--channels", type=int, default=16, help="images at once, a channel block (default: 16)")
-    p.add_argument("--threads", type=int, default=0, help="threads (default: all cores)")
+    ) p.add_argument("--channels", type=int, default=16, help="images per transform, as in a block of channels
+    (default: 16)") p.add_argument("--threads", type=int, default=0, help="threads (default: all cores)")
     return p
 
 

@@ -1,8 +1,9 @@
-"""Compare ways to calibrate int8: the experts' own timesteps with all of them, and what a range holds.
+"""Compare calibrations of int8: an expert's own timesteps against all timesteps, and percentiles of a range.
 
-Ranges are measured on photographs that come with Python packages; errors, relative L2 to float32, on others
-(--hr): of one run of every expert at its own timesteps, and of the sampled image. Every layer is int8 that
-could be, none is left in float32 as sensitive, unless a column says so. Prints Markdown.
+Ranges are measured on photographs that come with Python packages, and errors (relative L2 to float32) on
+other photographs (--hr): for one run of every expert at its own timesteps, and for the sampled image. Unless
+a column says otherwise, every layer that can be int8 is int8, including sensitive ones. The output is
+Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PERCENTILES = (99.9, 99.99, 99.999, 100.0)
 
 @dataclass(frozen=True)
 class Study:
-    """A model, what its graphs saw of the photographs to calibrate on, and of those to measure on."""
+    """A model, and the recorded inputs of its graphs for the photographs of calibration and measurement."""
 
     checkpoint: Checkpoint
     latent_px: int
@@ -51,23 +52,23 @@ class Study:
 
     @property
     def experts(self) -> list[str]:
-        """Their roles."""
+        """The roles of the experts."""
         return [f"expert_{k}" for k in range(len(self.checkpoint.config.expert_ranges))]
 
     def graph(self, role: str, side: int | None = None, choices: Lowering = INT8) -> BuiltGraph:
-        """The graph of a role, for latents of the tile's side or another."""
+        """Build the graph of a role, for latents of the tile's side or another side."""
         with torch.inference_mode():
             if role in self.experts:
                 return expert_graph(self.checkpoint.expert(int(role[7:])), side or self.latent_px, choices)
             return decoder_graph(self.checkpoint.decoder(), side or self.latent_px, choices)
 
     def pooled(self, role: str) -> list[Inputs]:
-        """As many inputs as the expert has of its own, of all timesteps."""
+        """Return as many inputs as the expert's own, taken from all timesteps."""
         everything = [given for each in self.experts for given in self.seen.inputs[each]]
         return calibration.spread(everything, len(self.seen.inputs[role]))
 
     def error(self, built: BuiltGraph, role: str, like: BuiltGraph) -> float:
-        """Relative L2 of a graph's results to another's, on the photographs held out."""
+        """Return the relative L2 error of a graph against another on the held-out photographs."""
         got, want = (
             np.stack([outputs(graph.to_bytes(), given)[0] for given in self.held_out.inputs[role]])
             for graph in (built, like)
@@ -77,13 +78,13 @@ class Study:
 
 @dataclass(frozen=True)
 class Networks:
-    """Graphs in place of a checkpoint's experts, for the sampler to run on."""
+    """Graphs that replace a checkpoint's experts in the sampler."""
 
     config: ModelConfig
     graphs: Sequence[BuiltGraph]
 
     def expert(self, k: int) -> Callable[..., torch.Tensor]:
-        """Runs graph k."""
+        """Return a function that runs graph k."""
         session = int8.open_model(self.graphs[k].model)
 
         def run(*given: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ class Networks:
 
 
 def timesteps(study: Study) -> tuple[str, dict[str, list[BuiltGraph]]]:
-    """A table of ranges of the experts' own timesteps against all, and the int8 graphs of either kind."""
+    """Return a table that compares own timesteps with all timesteps, and the int8 graphs of both kinds."""
     lines = [
         "| expert | width of ranges, own : all | error, own | all | int8 within the budget, own | all |",
         "| --- " * 6 + "|",
@@ -119,17 +120,17 @@ def timesteps(study: Study) -> tuple[str, dict[str, list[BuiltGraph]]]:
 
 
 def flat(ranges: Ranges) -> list[tuple[float, float]]:
-    """Inputs and outputs in one list."""
+    """Return the ranges of inputs and outputs in one list."""
     return [held for pair in ranges for held in pair]
 
 
 def width(held: tuple[float, float]) -> float:
-    """Of a range."""
+    """Return the width of a range."""
     return held[1] - held[0]
 
 
 def within_budget(study: Study, role: str, ranges: Ranges) -> float:
-    """The share of multiply-accumulates that may be int8 at the export's budget."""
+    """Return the fraction of multiply-accumulates that may be int8 within the export's error budget."""
     side = min(study.latent_px, int8.SMALL_PX)
     small, whole = study.graph(role, side), study.graph(role)
     given = calibration.spread(study.seen.inputs[role], int8.TRIALS)
@@ -141,7 +142,7 @@ def within_budget(study: Study, role: str, ranges: Ranges) -> float:
 
 
 def methods(study: Study) -> str:
-    """A table of what a range holds."""
+    """Return a table of errors by the percentile at which ranges end."""
     roles = [*study.experts, "decoder"]
     lines = [f"| percentile | {' | '.join(roles)} |", "| --- " * (1 + len(roles)) + "|"]
     for percentile in PERCENTILES:
@@ -158,7 +159,7 @@ def methods(study: Study) -> str:
 def sampled(
     study: Study, graphs: dict[str, list[BuiltGraph]], images: Sequence[np.ndarray], tile: int
 ) -> str:
-    """A table of sampled images, decoded in float32: PSNR to the originals and to the float32 result."""
+    """Return a table of sampled images, decoded in float32: PSNR to the originals and to float32's result."""
     decoder, exact = study.graph("decoder"), None
     lines = ["| experts | PSNR (dB) | to float32 (dB) |", "| --- | --- | --- |"]
     kinds = {"float32": [study.graph(role) for role in study.experts]} | graphs
@@ -177,19 +178,19 @@ def sampled(
 
 
 def to_pixels(image: np.ndarray) -> np.ndarray:
-    """[1, 3, H, W] in [-1, 1] to uint8 [H, W, 3]."""
+    """Convert [1, 3, H, W] in [-1, 1] to uint8 [H, W, 3]."""
     return np.rint((np.clip(image[0], -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
 
 
 def cut(sr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A result and the middle of the original that it is of."""
+    """Return a result and the corresponding middle of its original, in one size."""
     height, width = (min(a, b) for a, b in zip(sr.shape[:2], hr.shape[:2], strict=True))
     top, left = (hr.shape[0] - height) // 2, (hr.shape[1] - width) // 2
     return sr[:height, :width], hr[top : top + height, left : left + width]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables of every model."""
+    """Print the tables of all models."""
     args = parser().parse_args(argv)
     print(f"# int8 by its calibration\n\n{origin_line()}")
     for name in args.models:
@@ -202,18 +203,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n## {checkpoint.config.name}, tile {args.tile} px, {seen.steps} steps\n")
         print(f"Ranges of an expert's own timesteps, {seen.images} photographs, and of all:\n\n{table}\n")
         print(f"Images sampled by int8 experts:\n\n{sampled(study, graphs, images, args.tile)}\n")
-        print(f"What a range holds, own timesteps:\n\n{methods(study)}", flush=True)
+        print(f"Percentile at which a range ends, own timesteps:\n\n{methods(study)}", flush=True)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", default=["demo-x4", "demo-x8"], help="(default: both demo models)")
-    p.add_argument("--hr", default="demo", metavar="DIR", help="to measure on (default: demo, for three)")
-    p.add_argument("--photographs", type=int, default=8, metavar="N", help="to calibrate on (default: 8)")
-    p.add_argument("--tile", type=int, default=192, metavar="PX", help="(default: 192)")
-    return p
+    """Build the parser of the command line.""" p = argparse.ArgumentParser(description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter) p.add_argument("--models", nargs="+",
+    default=["demo-x4", "demo-x8"], help="checkpoints (default: both demo models)") p.add_argument("--hr",
+    default="demo", metavar="DIR", help="photographs to measure on (default: demo)")
+    p.add_argument("--photographs", type=int, default=8, metavar="N", help="photographs to calibrate on
+    (default: 8)") p.add_argument("--tile", type=int, default=192, metavar="PX", help="side of a tile
+    (default: 192)") return p
 
 
 if __name__ == "__main__":

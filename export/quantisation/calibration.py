@@ -1,7 +1,7 @@
-"""What the graphs of an engine see while its sampler works on photographs, to measure int8's ranges on.
+"""Records the inputs of every graph while the sampler runs on photographs, to calibrate int8 on them.
 
-A sampling expert only ever sees latents of its own timesteps, which the experts before it made. So the
-sampler itself runs, in PyTorch, on small versions of the photographs, and every graph's inputs are kept.
+A sampling expert only ever reads latents of its own timesteps, which earlier experts have made. Therefore the
+sampler itself runs, in PyTorch, on reduced photographs, and the inputs of every graph are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moesr.training.data import demo_photos
 from moesr.training.data.photographs import image_files, read_rgb
 
 IMAGES = 8
-"""Photographs that are taken from a folder that holds more: seven to calibrate on, and one for the proof."""
+"""The default number of photographs: seven to calibrate on, and one for the proof."""
 
 Inputs = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -35,9 +35,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Recording:
-    """Inputs by role, image by image: of each one decoding, and an expert's steps in their order.
+    """The recorded inputs by role, ordered by image and then by step (one decoding per image).
 
-    The last image is set apart: graphs are proved on it.
+    The last image is held out; graphs are proved on it.
     """
 
     inputs: dict[str, list[Inputs]]
@@ -45,11 +45,11 @@ class Recording:
     steps: int
 
     def calibrating(self, role: str) -> list[Inputs]:
-        """The inputs that ranges are measured on."""
+        """Return the inputs of a role that ranges are measured on."""
         return self.inputs[role][: -self._each(role)]
 
     def proving(self, role: str) -> Inputs:
-        """A batch of the first and the last input of a graph for the image that is set apart."""
+        """Return a batch of a role's first and last input for the held-out image."""
         own = self.inputs[role][-self._each(role) :]
         chosen = own if len(own) == 1 else [own[0], own[-1]]
         return {name: np.concatenate([given[name] for given in chosen]) for name in own[0]}
@@ -59,22 +59,23 @@ class Recording:
 
 
 def photographs(folder: Path, count: int = IMAGES) -> list[np.ndarray]:
-    """Up to `count` photographs of a folder, uint8 RGB [H, W, 3], spread over its names.
+    """Read up to `count` photographs of a folder, evenly spaced by name, as uint8 RGB [H, W, 3].
 
-    Raises UsageError where there are fewer than two and InputError naming one that cannot be read.
+    UsageError is raised if there are fewer than two, and InputError if one cannot be read.
     """
     if not folder.is_dir():
-        raise UsageError(f"--calibrate {folder}: no such folder; name one that holds photographs")
+        raise UsageError(f"--calibrate {folder}: no such folder; name a folder of photographs")
     paths = image_files(folder)
     if len(paths) < 2:
         raise UsageError(
-            f"--calibrate {folder}: {len(paths)} photographs there, expected 2 or more (8 are enough)"
+            f"--calibrate {folder}: {len(paths)} photographs there, expected 2 or more (8 are enough); name "
+            "another folder"
         )
     return [read_rgb(path) for path in spread(paths, count)]
 
 
 def demo_photographs(count: int = IMAGES) -> list[np.ndarray]:
-    """Photographs that come with Python packages; UsageError where these are not installed."""
+    """Return photographs that come with Python packages; UsageError if these are not installed."""
     try:
         return spread(list(demo_photos.photographs("train").values()), count)
     except ImportError as error:
@@ -85,7 +86,7 @@ def demo_photographs(count: int = IMAGES) -> list[np.ndarray]:
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """Up to `count` items at equal distances."""
+    """Return up to `count` items, evenly spaced."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
@@ -99,10 +100,10 @@ def record(
     steps: int | None = None,
     on_role: Callable[[str], None] = lambda role: None,
 ) -> Recording:
-    """Run the sampler on the middle of each photograph, reduced by the model's scale, with its own noise.
+    """Run the sampler on the middle of each photograph, reduced by the model's scale.
 
-    `steps` default to the model's, and become more where an expert would serve none. `on_role` hears which
-    expert is at work.
+    Each photograph has its own noise. `steps` defaults to the model's, and is increased until every expert
+    serves a step. `on_role` is called with the role of each expert when it begins.
     """
     config = checkpoint.config
     table = step_list(config, steps or config.steps)
@@ -129,7 +130,7 @@ def record(
 
 
 def step_list(config: ModelConfig, steps: int) -> StepTable:
-    """The sampler's steps, doubled until every expert serves one."""
+    """Return the sampler's steps; their number is doubled until every expert serves one."""
     table = samplers.SAMPLERS[config.sampler].table(config.schedule, steps, config.expert_ranges)
     if len(set(table.expert)) < len(config.expert_ranges):
         return step_list(config, min(2 * steps, config.schedule.timesteps))
@@ -137,9 +138,9 @@ def step_list(config: ModelConfig, steps: int) -> StepTable:
 
 
 def conditions(image: np.ndarray, scale: int, tile_px: int, latent_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the LR version of a photograph is to the graphs: on the latent grid, and at output size.
+    """Return the reduced photograph as the graphs take it, on the latent grid and at the size of the output.
 
-    float32 [1, 3, side, side] in [-1, 1].
+    Both are float32 [1, 3, side, side] in [-1, 1].
     """
     small = reduced(image, scale, tile_px)
     small, _ = reflect_pad(small, tile_px // scale, tile_px // scale, axes=(0, 1))
@@ -147,7 +148,7 @@ def conditions(image: np.ndarray, scale: int, tile_px: int, latent_px: int) -> t
 
 
 def reduced(image: np.ndarray, scale: int, tile_px: int) -> np.ndarray:
-    """The LR version of the middle of a photograph, as much of it as a tile holds."""
+    """Cut the middle of a photograph, as large as a tile, and reduce it by the scale."""
     sides = [min(side, tile_px) // scale * scale for side in image.shape[:2]]
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[:2], sides, strict=True))
     middle = np.ascontiguousarray(image[top : top + sides[0], left : left + sides[1]])
@@ -155,7 +156,7 @@ def reduced(image: np.ndarray, scale: int, tile_px: int) -> np.ndarray:
 
 
 def runs_of_experts(table: StepTable) -> Iterator[tuple[int, int, int]]:
-    """(expert, first step, step after its last) in the order of sampling."""
+    """Yield (expert, first step, step after the last) in the order of sampling."""
     edges = [0, *(np.flatnonzero(np.diff(table.expert)) + 1), len(table)]
     for first, last in pairwise(edges):
         yield int(table.expert[first]), int(first), int(last)

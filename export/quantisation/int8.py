@@ -1,12 +1,12 @@
-"""int8 graphs: convolutions and products with weights between rounded tensors, and the rest in float32.
+"""int8 graphs: convolutions and products by weights in 8-bit integers, everything else in float32.
 
-A layer's input and output become 8-bit integers by ranges that were observed on recorded inputs, its weights
-by the largest of every output channel: QuantizeLinear and DequantizeLinear around the node, which backends
-fuse. Only what the layer itself reads is rounded: a residual that goes past it stays float32.
+Inputs and outputs of a layer are rounded by ranges observed on recorded inputs, and weights by the largest
+value of each output channel. QuantizeLinear and DequantizeLinear stand around the node, and backends fuse
+them. Only a layer's own inputs are rounded; a residual that bypasses the layer stays float32.
 
-How much a layer adds to the error of the result is measured, one layer at a time. These errors add up like
-independent noise, as the root of the sum of squares, so the layers to leave in float32 are those that save
-most error for the fewest multiply-accumulates, until what is left is within `Lowering.int8_error`.
+The error that each layer alone causes in the result is measured. The errors of several layers add up like
+independent noise, as the root of the sum of squares. Layers with the most squared error per
+multiply-accumulate are left in float32, until the error of the rest is within `Lowering.int8_error`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from moesr.runtime.engine.graph_spec import Calibration
 from moesr.runtime.system.relative_error import relative_l2
 
 PERCENTILE = 99.999
-"""Of a tensor's values that its range holds on either side; what is beyond is clipped."""
+"""The percentile of a tensor's values at which its range ends on either side; values beyond are clipped."""
 
 METHOD = f"percentile {PERCENTILE:g}"
 
 SMALL_PX, SMALL_DECODER_PX = 32, 16
-"""Sides, in latent pixels, of the graphs that layers are tried one by one in: a fraction of a tile's work."""
+"""Sides, in latent pixels, of the small graphs in which layers are tried one by one."""
 
-TRIALS = 16  # runs of such a graph for each layer, at most
+TRIALS = 16  # the most runs of a small graph per layer
 
-SAMPLES = 4096  # values kept of every tensor and run
+SAMPLES = 4096  # values kept per tensor and run
 Make = Callable[[int, Lowering], BuiltGraph]
-"""A graph for latents of a side in pixels."""
+"""Makes a graph for latents of a given side."""
 
 
 def int8_graph(make: Make, role: str, latent_px: int, recording: Recording, lowering: Lowering) -> BuiltGraph:
-    """The graph that `make` makes, in int8 where its recorded inputs show that it loses little by that."""
+    """Make a graph with those layers in int8 that cost little accuracy on the recorded inputs."""
     built, inputs = make(latent_px, lowering), recording.calibrating(role)
     layers = layers_of(built)
     ranges = observe(built, layers, inputs)
     kept = set[int]()
-    if lowering.int8_error < 1:  # all of the result
+    if lowering.int8_error < 1:  # an error of 1 is the whole result
         side = min(latent_px, SMALL_DECODER_PX if role == DECODER else SMALL_PX)
         small = make(side, lowering)
         trials = [middle(given, side, latent_px) for given in spread(inputs, TRIALS)]
@@ -63,7 +63,7 @@ def int8_graph(make: Make, role: str, latent_px: int, recording: Recording, lowe
 
 
 def middle(inputs: Inputs, side: int, latent_px: int) -> Inputs:
-    """The inputs of a graph for smaller latents, of `side` pixels in place of `latent_px`."""
+    """Cut a graph's inputs to the middle, for latents of `side` pixels instead of `latent_px`."""
 
     def cut(array: np.ndarray) -> np.ndarray:
         start = (latent_px - side) // 2 * array.shape[2] // latent_px
@@ -76,17 +76,17 @@ def middle(inputs: Inputs, side: int, latent_px: int) -> Inputs:
 def observe(
     built: BuiltGraph, layers: Sequence[Layer], inputs: Sequence[Inputs], percentile: float = PERCENTILE
 ) -> Ranges:
-    """The ranges of every layer's input and output over runs of the float32 graph.
+    """Return the ranges of every layer's input and output over runs of the float32 graph.
 
-    A few thousand values of every tensor and run are looked at, so that nothing large is kept.
+    Only SAMPLES values per tensor and run are kept, so that memory stays small.
     """
     model = onnx.ModelProto()
     model.CopyFrom(built.model)
     tensors = {
         tensor for layer in layers for node in layer.nodes for tensor in (node.input[0], node.output[0])
     }
-    # The library begins with what the last node wants. So the nodes that look at tensors stand in reverse:
-    # each tensor is looked at before those after it are made, and not kept until the end.
+    # ONNX Runtime orders nodes from the last one backwards. With the sampling nodes in reverse order, each
+    # tensor is sampled before later ones are computed, and its memory is freed.
     places = {output: i for i, node in enumerate(model.graph.node) for output in node.output}
     names = sorted(tensors, key=lambda name: (-places.get(name, -1), name))
     for i, name in enumerate(names):
@@ -113,9 +113,9 @@ def observe(
 def sensitivities(
     built: BuiltGraph, layers: Sequence[Layer], ranges: Ranges, inputs: Sequence[Inputs]
 ) -> list[float]:
-    """Relative L2 error of the result where one layer alone is int8, for each of `layers`.
+    """Return, for each layer, the relative L2 error of the result if this layer alone is int8.
 
-    One session does it all: in its graph every layer is there both ways, and an input chooses.
+    One session serves all layers: its graph holds every layer in both forms, and an input selects one.
     """
     session = open_model(switched(built, layers, ranges))
     count = len(layers)
@@ -130,7 +130,7 @@ def sensitivities(
 
 
 def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[int]:
-    """Indices of the layers to leave in float32, so that the error of the others is within a budget."""
+    """Return the indices of the layers to leave in float32 for an error of the others within a budget."""
     squares, kept = np.square(errors), set[int]()
     for i in sorted(range(len(macs)), key=lambda i: -squares[i] / macs[i]):
         if sum(square for j, square in enumerate(squares) if j not in kept) <= budget**2:
@@ -140,7 +140,7 @@ def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[
 
 
 def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[NodeProto]:
-    """Nodes that take about SAMPLES values of a tensor, at a stride that visits all columns and rows."""
+    """Nodes that take about SAMPLES values of a tensor, with a stride that visits all rows and columns."""
     sizes = [size for size in shape if isinstance(size, int)]
     stride = max(1, math.prod(sizes) // SAMPLES)
     while math.gcd(stride, math.prod(sizes)) > 1:
@@ -162,5 +162,5 @@ def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[Node
 
 
 def open_model(model: onnx.ModelProto) -> ort.InferenceSession:
-    """A session of a graph that is no file."""
+    """Open a session on a graph in memory."""
     return ort.InferenceSession(model.SerializeToString(), session_options(), ["CPUExecutionProvider"])

@@ -1,7 +1,7 @@
-"""Layers of a graph in int8: QuantizeLinear and DequantizeLinear around a node, which backends fuse.
+"""Writes layers of a graph in int8: QuantizeLinear and DequantizeLinear around a node, which backends fuse.
 
-Inputs and results are unsigned integers of 8 bits with one scale and zero point, weights signed ones with a
-scale for every output channel, biases signed ones of 32 bits.
+Inputs and results are unsigned 8-bit integers with one scale and zero point. Weights are signed 8-bit
+integers with a scale per output channel, and biases are signed 32-bit integers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from moesr.export.graphs.builder import BuiltGraph, macs_of
 
 FLOAT32_SCOPES = frozenset({"time_embed", "quantize", "filter"})
-"""Parts of a graph that never are candidates: too small to gain, a choice of codes, a wide spectrum."""
+"""Parts of a graph that always stay float32: they are too small to gain, select codes, or hold a spectrum."""
 
-SWITCHES = "int8"  # input of the graph in which layers are switched one by one
+SWITCHES = "int8"  # name of the input that switches layers one by one
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight and the nodes that multiply by it: several, where a tensor is cut into strips."""
+    """A weight and the nodes that multiply by it; there are several if a tensor is cut into strips."""
 
-    name: str  # of the first node
+    name: str  # name of the first node
     nodes: tuple[NodeProto, ...]
     weight: np.ndarray
     bias: np.ndarray | None
@@ -34,17 +34,20 @@ class Layer:
 
     @property
     def axis(self) -> int:
-        """Of the weight's output channels."""
+        """The weight's axis of output channels."""
         return 0 if self.nodes[0].op_type == "Conv" else self.weight.ndim - 1
 
 
 Range = tuple[float, float]
 Ranges = Sequence[tuple[Range, Range]]
-"""Of each layer's input and output."""
+"""The ranges of each layer's input and output."""
 
 
 def layers_of(built: BuiltGraph) -> list[Layer]:
-    """What could be int8: convolutions and products by a constant, in order; the same at any tile size."""
+    """Return the layers that could be int8, in order: convolutions and products by a constant.
+
+    They are the same for every tile size.
+    """
     constants = {tensor.name: tensor for tensor in built.model.graph.initializer}
 
     def cost(node: NodeProto) -> int:
@@ -71,7 +74,7 @@ def layers_of(built: BuiltGraph) -> list[Layer]:
 def quantised(
     built: BuiltGraph, layers: Sequence[Layer], ranges: Ranges, kept: Container[int] = ()
 ) -> BuiltGraph:
-    """The graph with `layers` in int8, but for those at the indices `kept`."""
+    """Return the graph with `layers` in int8, except for those at the indices `kept`."""
     model = onnx.ModelProto()
     model.CopyFrom(built.model)
     chosen = {n.name: i for i, layer in enumerate(layers) for n in layer.nodes if i not in kept}
@@ -91,7 +94,10 @@ def quantised(
 
 
 def switched(built: BuiltGraph, layers: Sequence[Layer], ranges: Ranges) -> onnx.ModelProto:
-    """The graph with an input [layers]: `y + switch * (y in int8 - y)` in place of a layer's result y."""
+    """Return the graph with an input [layers] of switches.
+
+    A layer's result y becomes `y + switch * (y in int8 - y)`.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(built.model)
     chosen = {node.name: i for i, layer in enumerate(layers) for node in layer.nodes}
@@ -122,7 +128,7 @@ def switched(built: BuiltGraph, layers: Sequence[Layer], ranges: Ranges) -> onnx
 
 
 class _Writer:
-    """Adds int8 copies of nodes to a model; tensors that several of them read alike are rounded once."""
+    """Adds int8 copies of nodes to a model; a tensor that several of them read is rounded once."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._graph = model.graph
@@ -130,9 +136,10 @@ class _Writer:
         self._constants: dict[str, str] = {}
 
     def add(self, node: NodeProto, layer: Layer, given: Range, made: Range, output: str) -> None:
-        """Add `node` in int8, whose result is called `output`.
+        """Add `node` in int8 under the result name `output`.
 
-        A product's result is not rounded: backends multiply integers to float32 as fast.
+        Only the results of convolutions are rounded: for matrix products, backends return float32 equally
+        fast.
         """
         key = (node.input[0], given)
         if key not in self._rounded:
@@ -165,10 +172,10 @@ class _Writer:
         )
 
     def _weights(self, layer: Layer, input_scale: float) -> list[str]:
-        """The layer's constants as float32 tensors made from int8, and from int32 its bias."""
+        """The names of the layer's weight, dequantised from int8, and of its bias, dequantised from int32."""
         others = tuple(axis for axis in range(layer.weight.ndim) if axis != layer.axis)
         scales = np.abs(layer.weight).max(axis=others) / 127.0
-        if layer.bias is not None:  # it must fit into 32 bits
+        if layer.bias is not None:  # the bias must fit into 32 bits
             scales = np.maximum(scales, np.abs(layer.bias) / (input_scale * 2.0**30))
         scales = np.where(scales > 0, scales, 1.0).astype(np.float32)
         shape = [-1 if axis == layer.axis else 1 for axis in range(layer.weight.ndim)]

@@ -57,10 +57,7 @@ def test_by_estimate_the_published_inverted_residuals_are_faster_in_plans():
     sizes = [(128, 128, 512), (128, 256, 256), (256, 256, 128), (512, 256, 256), (256, 128, 512)]
     names = "channels", "out", "height"
     shapes = [dict(zip(names, size, strict=True)) | {"width": size[2]} for size in sizes]
-    ratios = [fused_time_ratio(shape, "fp16") for shape in shapes]
-    assert min(ratios) > 1
-    # wider layers multiply more for every byte that the kernel saves
-    assert fused_time_ratio({"channels": 2048, "out": 2048, "height": 8, "width": 8}, "fp16") > max(ratios)
+    assert all(fused_time_ratio(shape, "fp16") > 1 for shape in shapes)
 
 
 def test_inverted_residuals_are_plans_by_default(network):

@@ -19,6 +19,7 @@ class FakeEngine:
     """A graph with a boundary, computed by a plain function of one tile."""
 
     device_memory_size_v2 = 4096
+    num_optimization_profiles = 2  # any number of tiles, and one tile
 
     def __init__(
         self, driver: SimulatedDriver, boundary: Boundary, function: Callable[[Row], np.ndarray]
@@ -92,12 +93,20 @@ class FakeRuntimeCache:
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.shapes, self.addresses, self.memory = engine, {}, {}, 0
+        self.profile = 0
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert size >= self.engine.device_memory_size_v2
         self.memory = address
 
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert stream == self.engine.driver.stream and index < self.engine.num_optimization_profiles
+        assert not self.shapes, "a profile is chosen before shapes are set"
+        self.profile = index
+        return True
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile == 0 or shape[0] == 1
         self.shapes[name] = shape
         return True
 

@@ -46,7 +46,9 @@ def build_plan(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.progress_monitor = _monitor(trt, on_progress)
-    config.add_optimization_profile(_profile(builder, network, max_batch))
+    config.add_optimization_profile(_profile(builder, network, 1, max_batch))
+    if max_batch > 1:  # a single tile gets kernels of its own
+        config.add_optimization_profile(_profile(builder, network, 1, 1))
     _set_formats(trt, network)
     if library.ahead_of_time:
         config.num_compute_capabilities = 1
@@ -86,13 +88,13 @@ def _strongly_typed(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _profile(builder: Any, network: Any, max_batch: int) -> Any:
-    """Shapes of 1 to `max_batch` tiles, the largest number being what the plan is tuned for."""
+def _profile(builder: Any, network: Any, least: int, most: int) -> Any:
+    """A profile for batch sizes from `least` to `most`, tuned for `most`."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         value = network.get_input(index)
         shape = tuple(value.shape)
-        sizes = [tuple(batch if size < 0 else size for size in shape) for batch in (1, max_batch, max_batch)]
+        sizes = [tuple(batch if size < 0 else size for size in shape) for batch in (least, most, most)]
         profile.set_shape(value.name, *sizes)
     return profile
 

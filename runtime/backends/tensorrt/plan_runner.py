@@ -69,6 +69,10 @@ class PlanRunner:
         context = self._engine.create_execution_context(self._settings())
         if context is None:
             raise self._failure("cannot be prepared")
+        if batch == 1 and self._engine.num_optimization_profiles > 1:
+            assert self._driver is not None
+            if not context.set_optimization_profile_async(1, self._driver.stream):
+                raise self._failure("does not take its profile for one tile")
         if self.work_bytes:
             context.set_device_memory(self._work, self.work_bytes)
         shaped = all(context.set_input_shape(spec.name, spec.shape(batch)) for spec in self._boundary.inputs)

@@ -264,7 +264,8 @@ def test_the_loop_over_plans_gives_what_the_host_gives(tmp_path, keep_all):
     assert rig.driver.log.count("capture") >= 4
     for engine in rig.engines.values():
         batches = [context.shapes[next(iter(context.shapes))][0] for context in engine.contexts]
-        assert len(set(batches)) == len(batches)  # one context a number of tiles
+        assert len(set(batches)) == len(batches)  # one context per number of tiles
+        assert [context.profile for context in engine.contexts] == [int(batch == 1) for batch in batches]
         assert len({context.memory for context in engine.contexts}) == 1  # over one working memory
     rig.worker.close()
 
