@@ -93,8 +93,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--sizes", type=int, nargs="+", default=[128, 256, 512], help="sides (default: 128 256 512)"
-    ) p.add_argument("--channels", type=int, default=16, help="images per transform, as in a block of channels
-    (default: 16)") p.add_argument("--threads", type=int, default=0, help="threads (default: all cores)")
+    )
+    p.add_argument(
+        "--channels",
+        type=int,
+        default=16,
+        help="images per transform, as in a block of channels (default: 16)",
+    )
+    p.add_argument("--threads", type=int, default=0, help="threads (default: all cores)")
     return p
 
 

@@ -208,13 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line.""" p = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) p.add_argument("--models", nargs="+",
-    default=["demo-x4", "demo-x8"], help="checkpoints (default: both demo models)") p.add_argument("--hr",
-    default="demo", metavar="DIR", help="photographs to measure on (default: demo)")
-    p.add_argument("--photographs", type=int, default=8, metavar="N", help="photographs to calibrate on
-    (default: 8)") p.add_argument("--tile", type=int, default=192, metavar="PX", help="side of a tile
-    (default: 192)") return p
+    """Build the parser of the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--models", nargs="+", default=["demo-x4", "demo-x8"], help="checkpoints (default: both demo models)")
+    add("--hr", default="demo", metavar="DIR", help="photographs to measure on (default: demo)")
+    add("--photographs", type=int, default=8, metavar="N", help="photographs to calibrate on (default: 8)")
+    add("--tile", type=int, default=192, metavar="PX", help="side of a tile (default: 192)")
+    return p
 
 
 if __name__ == "__main__":
