@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--channels",
         type=int,
         default=16,
-        help="images per transform, as in a block of channels (default: 16)",
+        help="images per transform, a block of channels (default: 16)",
     )
     p.add_argument("--threads", type=int, default=0, help="threads (default: all cores)")
     return p
