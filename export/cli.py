@@ -133,6 +133,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         residuals=args.residuals,
         int8_error=args.int8_error,
         reuse=args.reuse,
+        polygraphy=args.polygraphy,
     )
 
 
@@ -235,6 +236,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="BLOCKS",
         help="add shallow graphs of the last BLOCKS output blocks, which moesr-run --reuse N runs between "
         f"full steps (default: none; without a number the last {SHALLOW_BLOCKS})",
+    )
+    add(
+        "--polygraphy",
+        action="store_true",
+        help="also write the inputs of every graph and a data loader script to polygraphy/ in the engine "
+        "directory, for debugging with `polygraphy run`",
     )
     add("--force", action="store_true", help="replace an existing engine directory")
     add("--quiet", action="store_true", help="print errors only")

@@ -15,6 +15,7 @@ from moesr.export.graphs.builder import BuiltGraph
 from moesr.export.lowering import Lowering
 from moesr.export.partition import partition
 from moesr.export.partition.writer import write_parts
+from moesr.export.polygraphy_data import write_inputs
 from moesr.runtime.engine.graph_io import DECODER
 from moesr.runtime.engine.graph_spec import Arrangement, Graph
 
@@ -25,10 +26,20 @@ Build = Callable[[Lowering], BuiltGraph]
 class GraphWriter:
     """Writes every graph once for each lowering; the first lowering is that of the engine's own graph."""
 
-    def __init__(self, directory: Path, lowerings: Mapping[str, Lowering], on_stage: OnStage) -> None:
-        """`on_stage` is called with the name of each stage when it begins."""
+    def __init__(
+        self,
+        directory: Path,
+        lowerings: Mapping[str, Lowering],
+        on_stage: OnStage,
+        *,
+        keep_inputs: bool = False,
+    ) -> None:
+        """`on_stage` is called with the name of each stage when it begins.
+
+        With `keep_inputs`, the inputs that prove each graph are written for Polygraphy.
+        """
         self.directory = directory
-        self._lowerings, self._on_stage = dict(lowerings), on_stage
+        self._lowerings, self._on_stage, self._keep_inputs = dict(lowerings), on_stage, keep_inputs
 
     def write(
         self, role: str, network: nn.Module, build: Build, inputs: parity.Inputs, *others: nn.Module
@@ -104,7 +115,13 @@ class GraphWriter:
         parts = partition.cut(built)
         main, *data = write_parts(self.directory, role, built, parts)
         self._on_stage(f"prove {role} in parts")
-        got = partition.run(parts, inputs, built.boundary.outputs[0].name)
+        graphs = [file.file for file in data if file.file.endswith(".onnx")]
+
+        def keep(number: int, given: Mapping[str, np.ndarray]) -> None:
+            if self._keep_inputs and choices.precision != "bf16":  # NumPy has no such type
+                write_inputs(self.directory, graphs[number], given)
+
+        got = partition.run(parts, inputs, built.boundary.outputs[0].name, on_graph=keep)
         proof = parity.judge(self.directory / main.file, got, want, choices)
         return Arrangement(main.file, main.sha256, choices.precision, data=tuple(data), parity=proof)
 
@@ -114,4 +131,6 @@ class GraphWriter:
         self._on_stage(f"prove {arrangement.file.removesuffix('.onnx')}")
         want, *further = wants
         proof = parity.prove(self.directory / arrangement.file, inputs, want, choices, further=further)
+        if self._keep_inputs:
+            write_inputs(self.directory, arrangement.file, inputs)
         return replace(arrangement, parity=proof)

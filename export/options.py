@@ -18,8 +18,8 @@ class ExportOptions:
     "fp16" halves the file of a float32 graph. `kernels` adds, for a GPU, a decoder that is cut at the
     operators which our kernels compute; `residuals` says what computes its inverted residuals (see
     `Lowering`). `tile_px` is the side of a tile in output pixels; None is the model's usual one. `int8_error`
-    is the relative L2 error that int8 may cause in the result of a graph. `reuse` adds shallow graphs of that
-    many output blocks.
+    is the relative L2 error that int8 may cause in the result of a graph. `reuse` adds shallow graphs of
+    that many output blocks. `polygraphy` also writes the inputs of every graph (see `polygraphy_data`).
     """
 
     target: Target | Literal["both"] = "cpu"
@@ -31,6 +31,7 @@ class ExportOptions:
     residuals: Residuals = "plans"
     int8_error: float = INT8_ERROR
     reuse: int | None = None
+    polygraphy: bool = False
 
     def lowerings(self) -> dict[str, Lowering]:
         """Return the lowering of each arrangement; the first is the engine's own, the others are variants.

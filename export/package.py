@@ -22,6 +22,7 @@ from moesr.export.graphs.decoder import decoder_graph
 from moesr.export.graphs.expert import expert_graph, shallow_graph
 from moesr.export.lowering import Lowering
 from moesr.export.options import ExportOptions
+from moesr.export.polygraphy_data import write_script
 from moesr.export.prompts import PromptOptions, Prompts, choose
 from moesr.export.quantisation.calibration import Recording, record
 from moesr.export.quantisation.int8 import Make, int8_graph
@@ -103,7 +104,7 @@ def export_engine(
         recording = _record(checkpoint, photographs, tile_px, on_stage)
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
-            writer = GraphWriter(new, choices, on_stage)
+            writer = GraphWriter(new, choices, on_stage, keep_inputs=options.polygraphy)
             if isinstance(checkpoint, StableSRCheckpoint):
                 assert prompts
                 graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
@@ -113,6 +114,8 @@ def export_engine(
                 more = {}
             manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
             write_manifest(manifest, new)
+            if options.polygraphy:
+                write_script(new)
             on_stage("publish")
     except OSError as error:
         raise OutputError(f"{directory}: cannot write the engine: {files.reason(error)}") from error

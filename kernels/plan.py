@@ -21,6 +21,7 @@ from moesr.runtime.errors import UsageError
 
 __all__ = [
     "ARCHITECTURES",
+    "MULTIPROCESSORS",
     "SHARED_BYTES",
     "SIZES",
     "Case",
@@ -44,6 +45,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block of threads may use, by architecture (CUDA programming guide)."""
+
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 144, 90: 132, 100: 148, 120: 188}
+"""Multiprocessors of a large GPU of each architecture: A100, RTX 3090 Ti, AD102, H200, B200, RTX PRO 6000."""
 
 
 def check_compiler() -> None:

@@ -19,7 +19,7 @@ from make_goldens import GOLDENS, STEMS, sample
 from weights_of_names import weights
 
 from moesr.runtime.backends.selection import BACKENDS
-from moesr.runtime.system.relative_error import relative_l2  # noqa: F401
+from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.networks import Autoencoder
 
 REPO = Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -141,12 +141,18 @@ def _declared(value: Value) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(value.name, value.dtype, value.shape)
 
 
-def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
+def run(
+    parts: Iterable[Part],
+    inputs: Mapping[str, np.ndarray],
+    output: str,
+    on_graph: Callable[[int, Mapping[str, np.ndarray]], None] = lambda number, given: None,
+) -> np.ndarray:
     """Run the parts on the whole graph's inputs: graphs in ONNX Runtime, kernels by their references.
 
-    Between parts bfloat16 values are kept as float32, since NumPy has no such type.
+    Between parts bfloat16 values are kept as float32, since NumPy has no such type. `on_graph` is called with
+    the number and the inputs of each graph before it runs.
     """
-    values = dict(inputs)
+    values, number = dict(inputs), 0
     for part in parts:
         if isinstance(part, KernelCall):
             given = {name: torch.from_numpy(values[value]) for name, value in part.inputs.items()}
@@ -157,6 +163,8 @@ def run(parts: Iterable[Part], inputs: Mapping[str, np.ndarray], output: str) ->
         session = ort.InferenceSession(twin, session_options(), ["CPUExecutionProvider"])
         names = [value.name for value in part.graph.output]
         taken = {value.name: values[value.name] for value in part.graph.input}
+        on_graph(number, taken)
+        number += 1
         made = (np.asarray(value) for value in session.run(names, taken))
         values |= dict(zip(names, made, strict=True))
     return values[output]

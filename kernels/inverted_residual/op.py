@@ -11,6 +11,7 @@ from torch import Tensor
 from moesr.kernels.inverted_residual import reference
 from moesr.kernels.launch import DTYPES
 from moesr.kernels.plan import (
+    MULTIPROCESSORS,
     SIZES,
     Cost,
     Op,
@@ -23,7 +24,7 @@ from moesr.kernels.plan import (
     next_power_of_2,
 )
 
-PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
+PROGRAMS = 2  # per multiprocessor
 DOT = 16  # the smallest inner size of a matrix product on tensor cores
 
 
@@ -64,7 +65,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
         op="inverted_residual",
         dtype=dtype,
         shape=dict(shape),
-        scalars={"batch": shape["batch"], "programs": min(PROGRAMS, tiles)},
+        scalars={"batch": shape["batch"], "programs": min(PROGRAMS * MULTIPROCESSORS[arch], tiles)},
         buffers=buffers,
         launches=(launch,),
     )
