@@ -98,7 +98,7 @@ def test_kernels_are_those_of_the_decoder_and_the_loop(checkpoint, tmp_path, lib
     )
     assert export(checkpoint, tmp_path / "e", "--fp16", "--capability", "8.9", "--quiet") == 0
     loop = {"tile_gather", "tile_blend", "sampler_step"}
-    assert rows.keys() == {"aff_filter", "attention", "inverted_residual", *loop}
+    assert rows.keys() == {"aff_filter", "attention", *loop}
     shapes = {(case.shape["height"], case.dtype) for case in rows["aff_filter"].deployed}
     assert shapes == {(TILE, "fp16"), (TILE // 2, "fp16"), (TILE // 4, "fp16")}
     assert {case.dtype for case in rows["tile_gather"].deployed} == {"fp32"}
@@ -136,10 +136,10 @@ def test_an_interrupt_before_the_engine_is_published_leaves_the_one_that_is_ther
     assert (tmp_path / "e" / "manifest.json").read_bytes() == before
 
 
-def test_inverted_residuals_may_stay_with_the_plans(checkpoint, tmp_path, library, monkeypatch):
-    """As a GPU that was measured may want it."""
+def test_inverted_residuals_may_be_kernels(checkpoint, tmp_path, library, monkeypatch):
+    """Once a GPU has shown that the kernel is faster."""
     monkeypatch.setattr(tensorrt, "build_kernels", lambda directory, manifest, targets: directory)
-    flags = "--fp16", "--capability", "8.9", "--quiet", "--residuals", "plans"
+    flags = "--fp16", "--capability", "8.9", "--quiet", "--residuals", "kernels"
     assert export(checkpoint, tmp_path / "e", *flags) == 0
     steps = tensorrt.kernel_steps(tmp_path / "e", read_manifest(tmp_path / "e"))
-    assert {step.op for step in steps} == {"aff_filter", "attention"}
+    assert {step.op for step in steps} == {"aff_filter", "attention", "inverted_residual"}

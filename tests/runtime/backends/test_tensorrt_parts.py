@@ -91,7 +91,7 @@ def tensor(driver: HalfDriver, address: int, *shape: int, dtype: Any = None) -> 
 
 def rows(driver, constants, grid, x, scale, shift, even, odd, spectrum, *hidden) -> None:
     """The first of three launches: what it leaves for the others lies where the spectrum would."""
-    assert scale == shift == 0 and not constants["NORM"]
+    assert scale and shift and constants["NORM"]
     driver.view(spectrum, 8, np.int64)[0] = x
     driver.view(even, 4)  # is there
 
@@ -109,8 +109,11 @@ def rows_inverse(
     # the blocks of a group on the diagonal of one matrix are one block that is mostly zeros
     weights = [tensor(driver, w, 2, groups, padded, padded)[:, :, :span, :span] for w in (w1, w2)]
     biases = [tensor(driver, b, 2, groups, padded, dtype=np.float32)[:, :, :span] for b in (b1, b2)]
+    norm = {
+        n: tensor(driver, at, *shape[:2], dtype=np.float32) for n, at in (("scale", scale), ("shift", shift))
+    }
     filtered = OPS["aff_filter"].reference(
-        x=tensor(driver, x, *shape), w1=weights[0], b1=biases[0], w2=weights[1], b2=biases[1]
+        x=tensor(driver, x, *shape), w1=weights[0], b1=biases[0], w2=weights[1], b2=biases[1], **norm
     )["y"]
     driver.view(y, filtered.numel(), driver.half)[:] = filtered.numpy().ravel()
 
@@ -158,7 +161,7 @@ def precision(request) -> str:
 def engine(tmp_path_factory, precision) -> Path:
     """An engine directory with a decoder in parts and the kernels for it."""
     directory = tmp_path_factory.mktemp("engine")
-    choices = dataclasses.replace(lowering("gpu", precision), kernels=True)
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True, residuals="kernels")
     built = decoder_graph(random_decoder(), TILE // 4, choices)
     parts = partition.cut(built)
     write_parts(directory, "decoder", built, parts)
@@ -222,7 +225,7 @@ class Rig:
 def test_the_session_gives_what_the_whole_gives(engine, precision, monkeypatch):
     rig, network = Rig(engine, precision, monkeypatch), random_decoder()
     inputs = decoder_inputs(network, [0.3, 1.0], TILE)
-    choices = dataclasses.replace(lowering("gpu", precision), kernels=True)
+    choices = dataclasses.replace(lowering("gpu", precision), kernels=True, residuals="kernels")
     want = partition.run(partition.cut(decoder_graph(network, TILE // 4, choices)), inputs, "image")
     for batch in (2, 1, 2):
         rig.send(inputs)
