@@ -52,9 +52,9 @@ def commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                for command in line.split("#")[0].split("&&"):
-                    if command.strip():
-                        yield str(page.relative_to(REPO)), command.strip()
+                for command in re.split(r"&&|\|", line.split("#")[0]):
+                    if command := re.split("[<>]", command)[0].strip():
+                        yield str(page.relative_to(REPO)), command
 
 
 @pytest.mark.parametrize(("page", "command"), [c for c in commands() if c[1].split()[0] in PARSERS])
