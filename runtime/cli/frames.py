@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from moesr.runtime.errors import InputError, MoesrError, OutputError
-from moesr.runtime.images import reading, writing
-from moesr.runtime.images.provenance import KEY, Provenance, to_software
+from moesr.runtime.images import encoding, metadata, reading, writing
+from moesr.runtime.images.png_chunks import Inserting
+from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.system.files import reason, write_atomically
 
@@ -24,8 +24,6 @@ FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 DEFAULT_MS = 100
 """Duration of a frame whose file gives none."""
-
-_SOFTWARE = 0x0131
 
 
 @dataclass
@@ -86,27 +84,25 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
 
 
 def save(path: Path, sequence: Frames, record: Provenance, quality: int | None = None) -> None:
-    """Write the results of all frames as one file, complete or not at all; OutputError if it cannot be."""
-    pictures = _pictures(sequence.results)
-    name = FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:]}
-    if icc := sequence.results[0].icc:
-        options["icc_profile"] = icc
-    if sequence.durations_ms and name != "TIFF":
-        options |= {"duration": sequence.durations_ms, "loop": sequence.loop}
-    if name == "PNG":
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text(KEY, record.to_json())
-        options["default_image"] = False
-    else:
-        exif = Image.Exif()
-        exif[_SOFTWARE] = to_software(None, record)
-        options |= {"exif": exif, "quality": quality or 95} if name == "WEBP" else {"exif": exif}
+    """Write the results of all frames as one file, complete or not at all, with the first one's metadata.
+
+    Raises OutputError if the file cannot be written.
+    """
+    pictures, name = _pictures(sequence.results), FORMATS[path.suffix.lower()]
+    grey = pictures[0].mode in ("L", "LA", "I;16")
+    carried = metadata.fitted(sequence.results[0].metadata, name, str(path), grey=grey)
+    options, _ = encoding.options(carried, name, record)
+    options |= {"save_all": True, "append_images": pictures[1:]}
     if name == "TIFF":
         options["compression"] = "tiff_adobe_deflate"
+    elif sequence.durations_ms:
+        options |= {"duration": sequence.durations_ms, "loop": sequence.loop}
+    if name == "WEBP":
+        options["quality"] = quality or 95
     try:
         content = io.BytesIO()  # an encoder of pages reads what it wrote
-        pictures[0].save(content, name, **options)
+        target: Any = Inserting(content, carried.color) if name == "PNG" and carried.color else content
+        pictures[0].save(target, name, **options)
         with write_atomically(path) as stream:
             stream.write(content.getbuffer())
     except MemoryError:

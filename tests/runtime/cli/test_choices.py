@@ -284,7 +284,9 @@ def animation(path: Path, frames: int = 3, **options: object) -> Path:
 
 @pytest.mark.parametrize("extension", ["png", "webp"])
 def test_every_frame_of_an_animation(engine, tmp_path, extension, capsys):
-    source = animation(tmp_path / "a.webp", duration=[100, 250, 70], loop=3, lossless=True)
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    source = animation(tmp_path / "a.webp", duration=[100, 250, 70], loop=3, lossless=True, exif=exif)
     given = (source, "--frames", "all", "--format", extension, "-o", tmp_path / f"r.{extension}")
     assert run(engine, *given) == 0
     with (
@@ -293,6 +295,7 @@ def test_every_frame_of_an_animation(engine, tmp_path, extension, capsys):
         Upscaler(engine) as up,
     ):
         assert (result.n_frames, result.size, result.info["loop"]) == (3, (48, 36), 3)
+        assert result.getexif()[0x010F] == "Maker"
         for number in range(3):
             result.seek(number), before.seek(number)
             result.load()
