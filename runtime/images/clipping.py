@@ -15,7 +15,6 @@ import numpy as np
 CELL_PX = 4
 TOLERANCE = 2 * 2.0 / 255.0  # two levels of 8 bits, where the range is [-1, 1]
 _FADE_CELLS = 8  # outside a clipped region, the correction grows to its full size over this distance
-_INNER_CELLS = 1  # inside a clipped region, the input takes over at this depth
 _ROWS_PER_BLOCK = 64 * CELL_PX
 
 
@@ -51,7 +50,7 @@ class Protection:
         """`cells` [h, w] are the clipped ones of an image of `shape` [H, W]."""
         self._cells, (self._height, self._width) = cells, shape
         self._free = _distance(_grown(cells), _FADE_CELLS)
-        self._pinned = _depth(cells, _INNER_CELLS)
+        self._pinned = cells.astype(np.float32)
 
     def clipped(self, rows: slice) -> np.ndarray:
         """Whether each pixel of `rows` is clipped: bool [rows, W]."""
@@ -67,9 +66,9 @@ class Protection:
         """
         correction *= self._interpolated(self._free, rows)
         correction += content[rows]
-        towards = style[rows] - correction
-        towards *= self._interpolated(self._pinned, rows)
-        np.add(correction, towards, out=out[rows])
+        # The input takes over from the edge of a clipped cell to its center, and not at all outside.
+        pinned = np.maximum(2 * self._interpolated(self._pinned, rows) - 1, 0)
+        np.add(correction, (style[rows] - correction) * pinned, out=out[rows])
 
     def _interpolated(self, cells: np.ndarray, rows: slice) -> np.ndarray:
         """Float32 [rows, W] of values at the centers of cells, linear in between."""
@@ -92,15 +91,6 @@ def _distance(cells: np.ndarray, limit: int) -> np.ndarray:
     for _ in range(limit):
         total += ~cells
         cells = _grown(cells)
-    return total / limit
-
-
-def _depth(cells: np.ndarray, limit: int) -> np.ndarray:
-    """0 outside and at the edge of a region, growing to 1 at a depth of `limit` cells; float32."""
-    total = np.zeros(cells.shape, np.float32)
-    for _ in range(limit):
-        cells = _shrunk(cells)
-        total += cells
     return total / limit
 
 

@@ -153,7 +153,7 @@ def _with_profile(
         )
         if alpha:
             converted.putalpha(alpha)
-    return converted or picture, replace(carried, icc=None)
+    return converted or picture, replace(carried, icc=None, color=() if converted else carried.color)
 
 
 def _write(

@@ -274,3 +274,11 @@ def test_what_the_table_promises_is_readable(tmp_path: Path, caplog):
         assert (found.icc, found.xmp, found.iptc) == (profile, filled.xmp, filled.iptc), suffix
         assert provenance.read(path) == RECORD
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_color_tags_do_not_outlive_a_conversion(tmp_path: Path):
+    """Once the pixels are converted from a profile to sRGB, a gamma beside them would be wrong."""
+    gamma = (b"gAMA", struct.pack(">I", 100_000))
+    image = reading.LoadedImage(RGB, Metadata(icc=large_profile(), color=(gamma,)))
+    writing.save(tmp_path / "a.png", image)
+    assert b"gAMA" not in (tmp_path / "a.png").read_bytes()
