@@ -1,7 +1,8 @@
-"""One tree of exceptions for everything a user can cause or cure.
+"""The exceptions for everything that a user can cause or cure.
 
-A message says what was got, what was expected and what to do. Command-line programs print it on one line and
-exit with the `exit_code` of its class: 1 some inputs failed, 2 usage, 3 engine unusable, 4 out of memory.
+A message names the value at fault, the expected one and the remedy. Command-line programs print it on one
+line and exit with the `exit_code` of its class: 1 some inputs failed, 2 usage, 3 engine unusable, 4 out of
+memory.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class InputError(MoesrError):
 
 
 class OutputError(MoesrError):
-    """A result cannot be written where it was asked for; other inputs are unaffected."""
+    """A result cannot be written to its file; other inputs are unaffected."""
 
 
 class UsageError(MoesrError):
-    """An option or argument has no meaning here: nothing was started."""
+    """An option or argument is wrong or cannot be used here; no work was started."""
 
     exit_code = 2
 

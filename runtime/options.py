@@ -1,10 +1,11 @@
-"""Checks of options that mean something without an engine; each returns the value or raises UsageError."""
+"""Checks of options that need no engine; each returns the checked value or raises UsageError."""
 
 from __future__ import annotations
 
 import operator
 import os
 import re
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -15,29 +16,53 @@ MAX_REUSE = 100
 MAX_GUIDANCE = 100.0
 DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
 PRECISIONS = ("graph", "bf16", "auto")
-"""Of the arithmetic: as the graphs say; less where a backend can; whichever was measured the fastest."""
+"""Precisions of the arithmetic: that of the graphs; bfloat16 if the backend can; the faster of the two."""
 
 
 def whole(option: str, value: Any, least: int, most: int) -> int:
-    """`value` as an int, where it is a whole number (NumPy's too, but not a truth value) in the range."""
+    """`value` as an int if it is a whole number in the range; NumPy's integers count, truth values do not."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if not least <= number <= most:
-        raise UsageError(f"{option} is {value!r}, expected a whole number from {least} to {most}")
+        raise UsageError(f"{option} is {shown(value)}, expected a whole number from {least} to {most}")
     return number
+
+
+def real(option: str, value: Any, most: float) -> float:
+    """`value` as a float if it is a number from 0 to `most`; truth values do not count."""
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+    if not 0.0 <= number <= most:  # compared before it is converted, as a float cannot hold every number
+        raise UsageError(f"{option} is {shown(value)}, expected a number from 0 to {most:.0f}")
+    return float(number)
+
+
+def one_of(option: str, value: Any, choices: Collection[str]) -> str:
+    """`value` if it is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise UsageError(f"{option} is {shown(value)}, expected one of {', '.join(choices)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, at most 60 characters long."""
+    try:
+        text = repr(value)
+    except Exception:  # numbers of more than 4300 digits, and objects that cannot be printed
+        text = f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_flag(option: str, value: Any) -> bool:
     """`value` if it is True or False."""
     if not isinstance(value, bool):
-        raise UsageError(f"{option} is {value!r}, expected True or False")
+        raise UsageError(f"{option} is {shown(value)}, expected True or False")
     return value
 
 
 def check_threads(value: Any) -> int | None:
-    """CPU threads, at most four a logical core; None leaves the choice to the backend."""
+    """CPU threads, at most four per logical core; None leaves the choice to the backend."""
     return None if value is None else whole("threads", value, 1, 4 * (os.cpu_count() or 256))
 
 
@@ -48,27 +73,23 @@ def check_seed(value: Any) -> int:
 
 def check_fidelity(value: Any) -> float:
     """Fidelity to the input, 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
-        raise UsageError(f"fidelity is {value!r}, expected a number from 0 to 1")
-    return float(value)
+    return real("fidelity", value, 1.0)
 
 
 def check_reuse(value: Any) -> int:
-    """Steps from one that computes all of an expert to the next, 1 (all do) to 100."""
+    """Interval of the steps that compute all of an expert, 1 (every step) to 100."""
     return whole("reuse", value, 1, MAX_REUSE)
 
 
 def check_guidance(value: Any) -> float:
-    """Strength of classifier-free guidance: 0 is the negative prompt alone, 1 none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= MAX_GUIDANCE:
-        raise UsageError(f"guidance is {value!r}, expected a number from 0 to {MAX_GUIDANCE:.0f}")
-    return float(value)
+    """Strength of classifier-free guidance, 0 (the negative prompt alone) to 100; 1 is no guidance."""
+    return real("guidance", value, MAX_GUIDANCE)
 
 
 def check_device(value: Any) -> str | None:
-    """Name of a device, of which only cuda takes a number; None leaves the choice to the backend."""
+    """Name of a device; only cuda takes a number. None leaves the choice to the backend."""
     if value is None:
         return None
     if not isinstance(value, str) or not re.fullmatch(r"[a-z]+|cuda:\d+", value):
-        raise UsageError(f"device is {value!r}, expected a name such as cpu, cuda or cuda:1")
+        raise UsageError(f"device is {shown(value)}, expected a name such as cpu, cuda or cuda:1")
     return value

@@ -33,19 +33,20 @@ from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.job import PRIORITIES, Flow
 from moesr.runtime.loop.pictures import Picture
-from moesr.runtime.loop.pipeline import Pipeline
+from moesr.runtime.loop.pipeline import Pipeline, Statistics
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.settings import Options, Settings, resolve
 from moesr.runtime.loop.stream import ImageStream, InFlight, Progress
 from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.loop.worker import Worker
+from moesr.runtime.options import one_of
 from moesr.runtime.system import user_cache
 
 log = logging.getLogger("moesr")
 
 AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image, LoadedImage)
 
-__all__ = ["Handle", "JobProgress", "Options", "Progress", "Upscaler"]
+__all__ = ["Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
 
 
 class Upscaler:
@@ -190,6 +191,11 @@ class Upscaler:
         )
         return stream.results(images)
 
+    @property
+    def statistics(self) -> Statistics:
+        """Counts of images and ticks, for monitoring; any thread may ask for them."""
+        return self._pipeline.statistics
+
     def _submit(self, image: Any, *, settings: Settings, flow: Flow) -> InFlight:
         """Take an image; if it cannot be used there is no ticket, and the handle has the error."""
         try:
@@ -210,9 +216,7 @@ class Upscaler:
 
 
 def _flow(priority: str) -> Flow:
-    if priority not in PRIORITIES:
-        raise UsageError(f"priority is {priority!r}, expected one of {', '.join(PRIORITIES)}")
-    return Flow(priority)
+    return Flow(one_of("priority", priority, PRIORITIES))
 
 
 def _open_graph(

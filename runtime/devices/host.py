@@ -1,4 +1,4 @@
-"""The host as a device: NumPy, every call done when it returns."""
+"""The host as a device: NumPy arrays, and every call is complete when it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moesr.runtime.sampling.samplers import Coefficients
 
 @dataclass
 class _State:
-    """What the host keeps with a mean."""
+    """The host's state of a mean."""
 
     normalised_weights: np.ndarray  # [tile, tile]
     scratch: np.ndarray  # [C, tile, tile]
@@ -81,7 +81,7 @@ class HostDevice:
             if not (math.isfinite(float(tile.min())) and math.isfinite(float(tile.max()))):
                 state.finite = False
             rows, columns = _window(mean, slot, tile.shape)
-            # Dividing here needs no second canvas, and w / w is exactly 1 where one tile stands alone.
+            # Dividing here needs no second canvas, and w / w is exactly 1 for pixels that one tile covers.
             np.divide(mean.weights, mean.weight_sum[rows, columns], out=state.normalised_weights)
             np.multiply(tile, state.normalised_weights, out=state.scratch)
             window = mean.data[:, rows, columns]
@@ -95,7 +95,7 @@ class HostDevice:
         self.keep(slots, buffers)
 
     def keep(self, slots: Sequence[Slot], buffers: Mapping[str, np.ndarray]) -> None:
-        """Copy outputs to the canvases that the slots name."""
+        """Copy further outputs to the canvases that the slots name."""
         for i, slot in enumerate(slots):
             for name, canvas in slot.keeps.items():
                 canvas.data[...] = buffers[name][i]
@@ -127,7 +127,7 @@ class HostDevice:
         self._scratch = np.empty(0, np.float32)
 
     def _two_like(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays of that shape to work in, allocated anew only for a larger canvas than any before."""
+        """Two work arrays of that shape; only a canvas larger than any before makes them anew."""
         if self._scratch.size < 2 * array.size:
             self._scratch = np.empty(2 * array.size, np.float32)
         first, second = self._scratch[: array.size], self._scratch[array.size : 2 * array.size]

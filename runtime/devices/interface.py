@@ -1,10 +1,10 @@
-"""Devices: where canvases live, and what surrounds a graph in a tick.
+"""The protocols of devices and sessions: memory for canvases, the operations around a graph, and graphs.
 
-A tick is one run of a graph over a few slots, and what runs is always the same: `gather` fills the graph's
-inputs from the canvases that the slots name, the session runs, `blend` adds its output to the canvases' sums,
-and for an image whose step is complete `advance` moves its latent by one step of the sampler. Only the slots
-differ from tick to tick. Nothing here returns values to the host but `finite` and `download`, so a device
-that works on its own may fall behind the host that feeds it.
+A tick is one run of one graph over a few slots, and its operations are always the same: `gather` fills the
+graph's inputs from the canvases that the slots name, the session runs, `blend` adds its output to the sums of
+the canvases, and if that completes a step of an image, `advance` moves its latent by one step of the sampler.
+Only the slots differ from tick to tick. Only `finite` and `download` return values to the host, so the host
+can be ahead of an asynchronous device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Canvas:
     """An image or latent of any size in a device's memory.
 
     `data` is float32 [C, H, W], or an image's own uint8 or uint16 [H, W, C], which `gather` maps to [-1, 1].
-    `factor` is how many of its pixels stand for one of the latent grid, along one side; 0 is a canvas of one
-    tile, wherever that lies.
+    `factor` is the number of its pixels per latent pixel, along one side. A factor of 0 marks a canvas that
+    belongs to a single tile, at any position.
     """
 
     data: Any
@@ -36,7 +36,7 @@ class Canvas:
 class Mean(Canvas):
     """A canvas made of tiles: their mean, weighted by `weights` [tile, tile] over `weight_sum` [H, W].
 
-    `state` is the device's own: among it a flag that is raised by values that are not finite.
+    `state` is private to the device; it includes a flag that values that are not finite set.
     """
 
     weights: Any
@@ -46,10 +46,10 @@ class Mean(Canvas):
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A row of a tick's table: where one tile's inputs come from, and where its output goes.
+    """A row of a tick's table: the sources of one tile's inputs, and the target of its output.
 
-    `sources` and `scalars` are by the graph's inputs; (y, x) is the tile's origin on the latent grid. `keeps`
-    are canvases of this tile, by those of the graph's further outputs that are copied to them.
+    `sources` and `scalars` are keyed by the graph's inputs; (y, x) is the tile's origin on the latent grid.
+    `keeps` maps further outputs of the graph to the canvases of this tile that they are copied to.
     """
 
     sources: Mapping[str, Canvas]
@@ -61,29 +61,29 @@ class Slot:
 
 
 class Device(Protocol):
-    """Memory of one processor and the operations of a tick. One thread at a time uses it."""
+    """The memory of one processor and the operations of a tick. One thread at a time uses it."""
 
     @property
     def synchronous(self) -> bool:
-        """Whether every call is done when it returns, so that results may be looked at between ticks."""
+        """Whether every call is complete when it returns, so that results can be read between ticks."""
         ...
 
     @property
     def stream(self) -> int | None:
-        """Handle of the stream on which sessions enqueue their runs; None where runs are calls."""
+        """Handle of the stream on which sessions enqueue their runs; None if a run is a plain call."""
         ...
 
     @property
     def free_bytes(self) -> Callable[[], int] | None:
-        """Tells any thread how much of its memory could still be taken; None where that is the host's."""
+        """A function for any thread that returns the free bytes of the device; None if it is the host."""
         ...
 
     def buffer(self, spec: TensorSpec, batch: int) -> Any:
-        """Memory for a graph's input or output, `batch` tiles long, to be bound to a session."""
+        """Allocate a graph's input or output for `batch` tiles, to be bound to a session."""
         ...
 
     def canvas(self, shape: tuple[int, int, int], factor: int = 1) -> Canvas:
-        """An empty latent, float32 [C, H, W]."""
+        """Allocate a latent of zeros, float32 [C, H, W]."""
         ...
 
     def mean(
@@ -93,19 +93,19 @@ class Device(Protocol):
         weights: np.ndarray,
         factor: int = 1,
     ) -> Mean:
-        """A canvas [C, H, W] to be made of tiles at `origins` on the latent grid.
+        """Allocate a canvas [C, H, W] that is to be made of tiles at `origins` on the latent grid.
 
-        `weights` float32 [tile, tile], positive. Raises ValueError where the tiles leave the canvas or do not
-        cover it.
+        `weights` are float32 [tile, tile], positive. Raises ValueError if the tiles leave the canvas or do
+        not cover it.
         """
         ...
 
     def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
-        """The same canvas, for tiles that are weighted by other `weights` over the same sum of weights."""
+        """The same canvas for tiles with other `weights`, over the same sum of weights."""
         ...
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
-        """Copy an image [H, W, C] of uint8 or uint16; the array may be kept, and must not change."""
+        """Copy an image [H, W, C] of uint8 or uint16. The array may be kept, so it must not change."""
         ...
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
@@ -113,23 +113,26 @@ class Device(Protocol):
         ...
 
     def gather(self, slots: Sequence[Slot], buffers: Mapping[str, Any]) -> None:
-        """Fill a graph's inputs, one tile a slot. An input with one value for the run takes the first's."""
+        """Fill a graph's inputs, one tile per slot; an input with one value per run gets the first slot's."""
         ...
 
     def blend(self, slots: Sequence[Slot], output: Any) -> None:
-        """Add a graph's output, one tile a slot, to the slots' targets."""
+        """Add a graph's output, one tile per slot, to the slots' targets."""
         ...
 
     def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, Any]) -> None:
-        """Gather, run the graph, blend its first output, keep others; it is bound to these buffers."""
+        """Gather, run the graph, blend its first output and keep the others.
+
+        The session must be bound to these buffers.
+        """
         ...
 
     def advance(
         self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
     ) -> None:
-        """Move `z` by one step: `c_z * z + c_out * out + c_noise * noise(seed, step)`; clears `out`.
+        """Replace `z` by `c_z * z + c_out * out + c_noise * noise(seed, step)`, and clear `out`.
 
-        With a `history`, `c_history` times it comes along, and it becomes `x_z * z + x_out * out`.
+        With a `history`, `c_history * history` is added, and `history` becomes `x_z * z + x_out * out`.
         """
         ...
 
@@ -146,38 +149,38 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Give all memory back; nothing is used afterwards."""
+        """Release all memory. The device must not be used afterwards."""
         ...
 
 
 class Session(Protocol):
-    """A graph ready to run. It knows nothing of jobs, and one thread at a time uses it."""
+    """A graph that is ready to run. It knows nothing of jobs, and one thread at a time uses it."""
 
     @property
     def boundary(self) -> Boundary:
-        """The inputs and outputs that the graph has."""
+        """The inputs and outputs of the graph."""
         ...
 
     @property
     def capturable(self) -> bool:
-        """Whether `enqueue` does no more than add work to the stream of its buffers' device."""
+        """Whether `enqueue` only adds work to the device's stream, so that it can be captured."""
         ...
 
     def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:
-        """Run between these buffers from now on: one by name for each input and output, `max_batch` long."""
+        """Run between these buffers from now on: one per input and output by name, `max_batch` tiles long."""
         ...
 
     def enqueue(self, batch: int) -> None:
-        """Run on the first `batch` tiles of the inputs; on the host, done when it returns.
+        """Run on the first `batch` tiles of the inputs. On the host the run is complete when it returns.
 
-        Raises MemoryLimitError where the memory ran out, EngineError for any other failure.
+        Raises MemoryLimitError if the memory ran out, and EngineError for any other failure.
         """
         ...
 
     def abort(self) -> None:
-        """Have a run under way in another thread end with EngineError; no further one will succeed."""
+        """Make a run that is under way in another thread, and all later ones, end with EngineError."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         ...

@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,24 @@ FORKED = (
 _LONGEST_NAP_S = 0.5  # other programs may free memory without telling
 
 log = logging.getLogger("moesr")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The work of an Upscaler, for monitoring.
+
+    `waiting` images have no memory yet; `active` ones have. `ticks` and `tiles` (slots filled) count what ran
+    since the engine was opened, of at most `max_batch` tiles per tick. `seconds_left` estimates the time
+    until all images in flight are done. `loaded` are the roles of the graphs in memory.
+    """
+
+    waiting: int
+    active: int
+    ticks: int
+    tiles: int
+    max_batch: int
+    seconds_left: float
+    loaded: tuple[str, ...]
 
 
 class Ticket:
@@ -147,6 +166,15 @@ class Pipeline:
             report()
             if finished:
                 return
+
+    @property
+    def statistics(self) -> Statistics:
+        """The present work; see `Statistics`."""
+        with self._lock:
+            tickets, worker = [*self._waiting, *self._active], self._worker
+            left = sum((ticket.planned - ticket.ran for ticket in tickets), Counter[str]())
+            counts = len(self._waiting), len(self._active), worker.ticks, worker.tiles, worker.max_batch
+            return Statistics(*counts, self._costs.seconds(left), tuple(sorted(worker.loaded)))
 
     def seconds(self, tiles: Counter[str]) -> float:
         """Estimated seconds of a number of tiles by role."""

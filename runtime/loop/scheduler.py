@@ -2,9 +2,9 @@
 
 Jobs belong to flows, and flows share the machine by estimated seconds in deficit round robin (Shreedhar and
 Varghese, 1995): in its turn a flow receives a quantum of credit and leads until its tiles have used that up.
-The quantum is the time that the smallest image in flight takes alone. So equal images finish one after the
-other, as they would without turns, and an image that arrives behind a large one waits for no longer than it
-takes itself. Within a flow the oldest job leads, so that the images of a folder come out in order.
+The quantum is about the time that the smallest image in flight takes alone. So equal images finish one after
+the other, as they would without turns, and an image that arrives behind a large one waits for no longer than
+it takes itself. Within a flow the oldest job leads, so that the images of a folder come out in order.
 
 The leading job's tiles come first in a tick. Tiles of other jobs that need the same graph fill the rest of
 it. Jobs that began a little later would part from the leader at the first border between experts and never
@@ -36,6 +36,9 @@ ALIKE = 2.0
 A larger job fills at most as many slots as the leader has, so that a small image's ticks stay short.
 """
 
+LEEWAY = 1.25
+"""Quantum over the estimate for the smallest image, so that it finishes in one turn though estimates err."""
+
 _LEAST_S = 1e-9  # a tile costs at least this, so that turns end
 
 
@@ -59,6 +62,7 @@ class Scheduler:
         """`reload_s` tells the seconds that loading a graph would cost now; a tick has `max_batch` slots."""
         self._costs, self._reload_s, self._max_batch = costs, reload_s, max_batch
         self._ring: deque[Flow] = deque()  # the first one has its turn
+        self._led = 0.0  # estimated seconds that it has used of this turn
         self._since_load = 0.0  # estimated seconds of ticks since a graph was swapped in
 
     def next_batches(self, jobs: Sequence[Job]) -> list[TileBatch]:
@@ -86,6 +90,7 @@ class Scheduler:
         for job, count in counts.items():
             used = count * per_tile[job.current.role]
             job.flow.credit -= used
+            self._led += used if job.flow is self._ring[0] else 0.0
             self._since_load += used
         return [TileBatch(job, job.current.take(count)) for job, count in counts.items()]
 
@@ -104,19 +109,24 @@ class Scheduler:
         oldest: dict[Flow, Job] = {}
         for job in jobs:
             oldest.setdefault(job.flow, job)
+        if self._ring and self._ring[0] not in oldest:
+            self._led = 0.0
         self._ring = deque(flow for flow in self._ring if flow in oldest)
-        quantum = min(whole[job] for job in oldest.values())
+        quantum = LEEWAY * min(whole[job] for job in oldest.values())
         for flow in oldest:
             most = quantum * flow.weight
             if flow not in self._ring:
                 self._ring.append(flow)
                 flow.credit = most
-            flow.credit = min(max(flow.credit, -most), most)  # none saves up or owes more than a turn
+            # No flow saves up or owes more than a turn, and a turn ends early if quanta have become shorter.
+            used = self._led if flow is self._ring[0] else 0.0
+            flow.credit = max(min(flow.credit, most - used), -most)
         leads = {job.flow: job for job in reversed(may_lead)}
         while not ((flow := self._ring[0]) in leads and flow.credit > 0.0):
             if flow.credit <= 0.0:  # its turn is over, and this is its credit for the next one
                 flow.credit += quantum * flow.weight
             self._ring.rotate(-1)
+            self._led = 0.0
         return leads[flow]
 
     def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:

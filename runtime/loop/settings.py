@@ -1,4 +1,4 @@
-"""The settings of one image, in one place: the options that callers give, their defaults, and every check."""
+"""The settings of one image: the options that callers give, their defaults, and all checks of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from moesr.runtime.options import (
     check_guidance,
     check_reuse,
     check_seed,
+    one_of,
     whole,
 )
 from moesr.runtime.sampling.samplers import SAMPLERS
 
 
 class Options(TypedDict, total=False):
-    """How an image is made; an option that is left out, or None, takes its default.
+    """Options of one image. An option that is left out or None has its default.
 
     `steps` (1 to the schedule's number of timesteps), `sampler` ("ddpm", "ddim" or "dpm++2m"), `fidelity`
     (0, free, to 1, faithful to the LR image) and `guidance` (0 to 100, for engines with a negative prompt)
-    default to the engine's values; `seed` (0 to 2**64 - 1) to 42; `color_fix` ("adain", "wavelet" or "none")
-    to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one step in N, and the
-    other steps reuse those features; the engine must have been exported for that.
+    default to the engine's values. `seed` (0 to 2**64 - 1) defaults to 42 and `color_fix` ("adain", "wavelet"
+    or "none") to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one step in N,
+    and the other steps reuse those features; the engine must have been exported for that.
     `keep_colors_under_alpha` (False by default) keeps the colors of fully transparent pixels, for textures
     that have a mask in alpha.
     """
@@ -74,7 +75,7 @@ _CHECKS = {"seed": check_seed, "fidelity": check_fidelity, "guidance": check_gui
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Check the options that need no engine for it; UsageError names the one that is wrong."""
+    """Check the options that can be checked without an engine; UsageError names the one that is wrong."""
     for name, check in _CHECKS.items():
         if options.get(name) is not None:
             check(options[name])
@@ -88,24 +89,18 @@ def resolve(manifest: Manifest, **options: Unpack[Options]) -> Settings:
     m = manifest
     settings = Settings(
         steps=whole("steps", given.get("steps", m.steps), 1, m.schedule.timesteps),
-        sampler=_one_of("sampler", given.get("sampler", m.sampler), tuple(SAMPLERS)),
+        sampler=one_of("sampler", given.get("sampler", m.sampler), SAMPLERS),
         seed=check_seed(given.get("seed", DEFAULT_SEED)),
         fidelity=check_fidelity(given.get("fidelity", m.fidelity)),
         guidance=check_guidance(given.get("guidance", m.guidance)),
         reuse=check_reuse(given.get("reuse", 1)),
-        color_fix=_one_of("color_fix", given.get("color_fix", DEFAULT_COLOR_FIX), COLOR_FIXES),
+        color_fix=one_of("color_fix", given.get("color_fix", DEFAULT_COLOR_FIX), COLOR_FIXES),
         keep_colors_under_alpha=check_flag(
             "keep_colors_under_alpha", given.get("keep_colors_under_alpha", False)
         ),
     )
     check_settings(m, settings)
     return settings
-
-
-def _one_of(option: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise UsageError(f"{option} is {value!r}, expected one of {', '.join(choices)}")
-    return value
 
 
 def check_settings(manifest: Manifest, settings: Settings) -> None:

@@ -46,7 +46,7 @@ class Worker:
     ) -> None:
         """`release` is called at the end, when sessions and device are closed."""
         self._device, self._residency = device, residency
-        self._costs, self._max_batch, self._release = costs, max_batch, release
+        self._costs, self.max_batch, self._release = costs, max_batch, release
         self._scheduler = Scheduler(costs, residency.reload_s, max_batch)
         self._jobs: list[Job] = []  # the oldest first
         self.renew_locks()
@@ -56,6 +56,11 @@ class Worker:
         self._running: Session | None = None
         self._thread: threading.Thread | None = None
         self.ticks = self.tiles = 0
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """Roles of the graphs in memory or being loaded."""
+        return self._residency.loaded
 
     def renew_locks(self) -> None:
         """Make new locks; in a forked child the old ones may be held by threads that do not exist there."""
@@ -194,8 +199,8 @@ class Worker:
             boundary = session.boundary
             if boundary not in self._buffers:
                 specs = (*boundary.inputs, *boundary.outputs)
-                self._buffers[boundary] = {s.name: self._device.buffer(s, self._max_batch) for s in specs}
-            session.bind(self._buffers[boundary], self._max_batch)
+                self._buffers[boundary] = {s.name: self._device.buffer(s, self.max_batch) for s in specs}
+            session.bind(self._buffers[boundary], self.max_batch)
             self._bound.add(session)
         return session
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,6 +13,19 @@ from moesr.runtime import options
 from moesr.runtime.errors import UsageError
 
 CORES = os.cpu_count() or 256
+CHECKS = {
+    **{f.__name__: f for f in (options.check_threads, options.check_seed, options.check_fidelity)},
+    **{f.__name__: f for f in (options.check_reuse, options.check_guidance, options.check_device)},
+    "one_of": lambda value: options.one_of("sampler", value, ("a", "b")),
+    "check_flag": lambda value: options.check_flag("flag", value),
+}
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
 REFUSED = [
     *((options.check_threads, "threads", value) for value in ("2", 1.5, 0, -1, 4 * CORES + 1, 100_000, True)),
     *((options.check_device, "device", value) for value in (5, "cpu:7", "CPU", "", "cuda:", "cuda:x", True)),
@@ -23,6 +38,30 @@ REFUSED = [
 def test_refused(check, name: str, value: object):
     with pytest.raises(UsageError, match=f"{name} is "):
         check(value)
+
+
+HOSTILE = {
+    "4301 digits": 10**4300,
+    "-4301 digits": -(10**4300),
+    "400 digits": 10**400,
+    "fraction": Fraction(10**400, 3),
+    "infinite": float("inf"),
+    "nan": float("nan"),
+    "complex": 1j,
+    "decimal": Decimal("1e999"),
+    "array": np.zeros(2),
+    "object": Unprintable(),
+    "text": "9" * 10_000,
+    "list": [1],
+}
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_whatever_is_given_ends_in_one_line(check, value: object):
+    with pytest.raises(UsageError, match=r"^\w+ is .*, expected ") as caught:
+        check(value)
+    assert len(str(caught.value)) < 200
 
 
 def test_taken():

@@ -117,6 +117,21 @@ def test_seconds_left_count_the_other_images(up: Upscaler):
     second.result(60)
 
 
+def test_statistics(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+    assert up.statistics.ticks == up.statistics.active == 0 and not up.statistics.loaded
+    up(image(64, 64), steps=2)
+    done = up.statistics
+    assert done.tiles == done.ticks > 50 and done.max_batch == 1 and "decoder" in done.loaded
+    tight(up, monkeypatch, 1.5)
+    first = up.submit(image(64, 64), **LONG)
+    eventually(lambda: at_work(first))
+    second = up.submit(image(64, 64), **LONG)
+    assert (up.statistics.active, up.statistics.waiting) == (1, 1)
+    assert up.statistics.seconds_left > first.progress.seconds_left
+    first.cancel(), second.cancel()
+    eventually(lambda: up.statistics.active == up.statistics.waiting == up.statistics.seconds_left == 0)
+
+
 def test_cancelling_takes_effect_at_the_next_tick(up: Upscaler):
     handle, other = up.submit(image(64, 64, 3), **LONG), up.submit(image(16, 16, 3), steps=3)
     eventually(lambda: at_work(handle))
@@ -308,7 +323,8 @@ def test_a_thread_that_ends_ends_its_jobs(up: Upscaler, monkeypatch: pytest.Monk
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(worker.Worker, "_turn", broken)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    told = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: told.set())
     with pytest.raises(UsageError, match="closed"):
         up.submit(image(16, 16), steps=1).result(60)
 

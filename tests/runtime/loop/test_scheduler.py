@@ -135,7 +135,10 @@ def test_a_small_image_behind_a_large_one_takes_at_most_three_times_as_long(
     small = machine.submit(side)
     machine.run(small)
     assert large not in machine.ended
-    assert machine.ended[small] - arrived <= 3 * alone.run()
+    passed, usual = machine.ended[small] - arrived, alone.run()
+    assert passed <= 3 * usual
+    if max_batch == 1 and arrived > 2 * usual:  # the large one has had its turn
+        assert passed == usual
 
 
 @pytest.mark.parametrize("before", [10, 123, 400])
@@ -205,6 +208,17 @@ def test_equal_jobs_of_other_flows_fill_a_tick_and_larger_ones_do_not_fill_it_up
     machine = Machine(manifest, max_batch=8)
     jobs = [machine.submit(SMALL), machine.submit(LARGE)]
     assert {b.job: b.count for b in machine.scheduler.next_batches(jobs)} == dict.fromkeys(jobs, 1)
+
+
+def test_many_small_images_do_not_starve_a_large_one(manifest: Manifest):
+    machine = Machine(manifest)
+    large = machine.submit(LARGE)
+    small = machine.submit(SMALL)
+    while large not in machine.ended:
+        if small in machine.ended:
+            small = machine.submit(SMALL)
+        machine.tick()
+    assert machine.time < 2.5 * sum(large.planned.values())
 
 
 def test_costs_of_nothing_do_not_stop_the_turns(manifest: Manifest):
