@@ -188,6 +188,10 @@ def _library() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if memory.ran_out_of_memory(error):
+            raise MemoryLimitError(
+                f"no memory to load onnxruntime ({error}); close other programs"
+            ) from error
         raise EngineError(
             f"onnxruntime does not load ({error}); install it with: pip install 'moesr[cpu]' "
             "(or 'moesr[cuda]' for an NVIDIA GPU)"

@@ -183,6 +183,9 @@ def _library() -> Any:
     try:
         import openvino
     except Exception as error:  # a library of another machine's may fail in any way
+        if memory.ran_out_of_memory(error):
+            text = _one_line(error)
+            raise MemoryLimitError(f"no memory to load openvino ({text}); close other programs") from error
         raise EngineError(
             f"openvino does not load ({_one_line(error)}); install it with: pip install 'moesr[openvino]'"
         ) from error

@@ -74,6 +74,8 @@ class Display:
 
     def show(self, position: int, name: str, stage: str, fraction: float) -> None:
         """Show that the input at this position is at this stage of the work."""
+        if self._as_events and self._quiet:
+            return
         if self._as_events:
             now = time.monotonic()
             if now - self._last >= EVENT_S:

@@ -81,11 +81,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("no INPUT, expected image files or directories; --help explains all options")
     if args.suffix is not None and any(character in args.suffix for character in ("/", os.sep, "\0")):
         raise UsageError(f"--suffix is {args.suffix!r}, expected part of a file name, without slashes")
+    from moesr.runtime.cli.stdio import descriptor_of
+
     named = _named_extension(args.output)
     if args.format and named and named != EXTENSIONS[args.format]:
         raise UsageError(f"--format is {args.format}, but -o names a {named} file; leave one of them out")
     if args.quality is not None and not 1 <= args.quality <= 100:
         raise UsageError(f"--quality is {args.quality}, expected a whole number from 1 to 100")
+    if args.compare and args.output and descriptor_of(Path(args.output)) is not None:
+        raise UsageError("--compare writes a page beside the result; name a file or directory with -o")
     extension = named or _extension(args)
     if args.quality is not None and extension not in (".jpg", ".webp"):
         raise UsageError(f"--quality has no meaning for {extension[1:]}; use it with --format jpg or webp")

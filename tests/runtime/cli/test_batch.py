@@ -236,6 +236,19 @@ def test_the_bar_never_goes_back_while_an_image_waits_for_memory(engine, photos,
     assert max(first) <= 0.3  # a quarter of the ticks is a quarter of the work
 
 
+def test_second_passes_do_not_wait_for_each_other(engine, photos, tmp_path, monkeypatch):
+    """Two images in flight need a second pass while memory suffices for one job only."""
+    reserve = Admission.reserve
+
+    def one_at_once(self, *given):
+        self._reservations = [r for r in self._reservations if r.stands]
+        return None if self._reservations else reserve(self, *given)
+
+    monkeypatch.setattr(Admission, "reserve", one_at_once)
+    assert run(engine, photos, "-o", tmp_path / "out", "--scale", "6") == 0
+    assert names(tmp_path / "out") == [f"{number}_x6.png" for number in range(4)]
+
+
 def test_progress_over_images_of_several_sizes():
     progress = Progress(4)
     progress.unread -= 1

@@ -111,6 +111,7 @@ def test_bad_inputs_do_not_stop_the_others(
 
 
 USAGE = {
+    "page to stdout": (["-o", "-", "--compare"], "--compare writes a page beside the result"),
     "suffix": (["--suffix", "a/b"], "--suffix is 'a/b'"),
     "format and name": (["-o", "b.webp", "--format", "jpg"], "--format is jpg, but -o names a .webp file"),
     "quality of png": (["--quality", "80"], "--quality has no meaning for png"),
