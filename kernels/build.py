@@ -212,10 +212,11 @@ def _stored(plan: TritonPlan, buffer: PlanBuffer, directory: Path) -> PlanBuffer
         return buffer
     table = torch.from_numpy(plan.tables[buffer.name]).to(DTYPES[buffer.dtype]).contiguous()
     stored = table.view(torch.uint8).numpy().tobytes()
-    file = directory / "tables" / f"{hashlib.sha256(stored).hexdigest()[:16]}.bin"
+    digest = hashlib.sha256(stored).hexdigest()
+    file = directory / "tables" / f"{digest[:16]}.bin"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(stored)
-    return replace(buffer, file=file.relative_to(directory).as_posix())
+    return replace(buffer, file=file.relative_to(directory).as_posix(), sha256=digest)
 
 
 def substitute(expression: str, constants: Mapping[str, Any]) -> str:

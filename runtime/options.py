@@ -13,6 +13,9 @@ from moesr.runtime.errors import UsageError
 
 MAX_SEED = 2**64 - 1
 MAX_REUSE = 100
+MAX_BATCH = 256
+"""Most tiles in one run that may be asked for."""
+
 MAX_GUIDANCE = 100.0
 DEFAULT_SEED, DEFAULT_COLOR_FIX = 42, "adain"
 PRECISIONS = ("graph", "bf16", "auto")

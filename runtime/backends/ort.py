@@ -54,10 +54,8 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
         provider = ort_cuda.provider(options)
         ort_cuda.prepare(settings)
     session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
-    quiet = ort_cuda.capturing if options.kind == "cuda" else contextlib.nullcontext()
     try:
-        with quiet:
-            session = session or ort.InferenceSession(str(path), settings, providers=[provider])
+        session = session or ort.InferenceSession(str(path), settings, providers=[provider])
     except Exception as error:  # the library has no common base for its errors
         raise _explain(path, error) from error
     if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only

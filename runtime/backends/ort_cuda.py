@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Driver
 from moesr.runtime.engine.graph_spec import Boundary
@@ -19,12 +19,6 @@ from moesr.runtime.system.memory import ran_out_of_memory
 
 PROVIDER = "CUDAExecutionProvider"
 _RECORD = "session.record_ep_graph_assignment_info"
-
-capturing = threading.Lock()
-"""Held while the library captures a CUDA graph, and by whoever opens a session.
-
-It captures in CUDA's global mode, in which memory that any other thread takes meanwhile ends the capture.
-"""
 
 
 def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
@@ -114,7 +108,7 @@ class CudaOnnxSession:
         if batch in self._captured:
             self._run(batch)
             return
-        with capturing:
+        with capture_lock:  # the library captures in the global mode, which other threads could break
             self._run(batch)
         self._captured.add(batch)
 

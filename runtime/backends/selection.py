@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moesr.runtime.backends.base import Offer, SessionOptions
+from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Device, Session
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.errors import EngineError, UsageError
-from moesr.runtime.options import PRECISIONS, check_device, check_threads, whole
+from moesr.runtime.options import MAX_BATCH, PRECISIONS, check_device, check_threads, whole
 from moesr.runtime.system import cpu
 
 BACKENDS = {
@@ -22,9 +24,6 @@ BACKENDS = {
     "openvino": "moesr.runtime.backends.ov",
 }
 """Module of each backend, the preferred one first."""
-
-MAX_BATCH = 256
-"""Most tiles in one run that may be asked for."""
 
 _PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
 _WITH_KERNELS = ("tensorrt",)  # backends that run graphs in parts, with our kernels between them
@@ -77,7 +76,7 @@ class Backend:
         from moesr.runtime.devices.cuda_driver import CudaDriver  # a CPU's start does not wait for these
 
         driver = CudaDriver(self.options.index)
-        kernels = KernelFiles(find_kernels(directory), driver)
+        kernels = KernelFiles.of(find_kernels(directory), driver)
         log.info("on %s with kernels for %s", driver.name, kernels.architecture)
         return CudaDevice(driver, kernels, use_graphs=self.options.cuda_graphs)
 
@@ -85,8 +84,9 @@ class Backend:
         """Open one graph of an engine, to run on a device's stream; EngineError where that cannot be."""
         files = graph.arrangement(self.target).files
         options = replace(self.options, stream=stream, max_batch=self.max_batch, files=files)
-        module = importlib.import_module(BACKENDS[self.name])
-        return module.open_session(directory / files[0].file, graph.boundary, options)
+        module, path = importlib.import_module(BACKENDS[self.name]), directory / files[0].file
+        with capture_lock if options.kind != "cpu" else contextlib.nullcontext():
+            return module.open_session(path, graph.boundary, options)
 
     def release(self) -> None:
         """Give back what the library keeps for further sessions."""

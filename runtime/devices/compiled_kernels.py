@@ -1,12 +1,11 @@
-"""Kernels compiled ahead of time: `kernels.json`, which says how to launch them, and the files beside it.
+"""Loads kernels that were compiled ahead of time: `kernels.json` and the files beside it, on one GPU.
 
-`python -m moesr.kernels.build` writes such a directory; `kernels/README.md` describes it.
+`python -m moesr.kernels.build` writes such a directory; `operator_plan` describes its index.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from moesr.runtime.devices.operator_plan import (
     OperatorPlan,
     PlanBuffer,
     Scalar,
+    digest,
 )
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import json_dataclass, user_cache
@@ -33,7 +33,21 @@ from moesr.runtime.system.files import reason
 KERNELS_NAME, KERNELS_FOLDER = "kernels.json", "kernels"
 _CACHE_FOLDER = "cubins"
 BUILD = "make them with: python -m moesr.kernels.build --arch sm_{0} -o {1}"
-_PTX_FROM = 89  # the PTX is that of this architecture
+
+MAX_FILE_BYTES = 64 << 20
+"""Largest file of a kernel or table that is read; the largest that is built has 2 MB."""
+
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+"""Largest grid of a launch along each axis (CUDA programming guide, technical specifications)."""
+
+EXACT_FROM = 90
+"""From this compute capability on Triton compiles for one architecture only (sm_90a, sm_100a, sm_120a).
+
+Such a file loads on no other architecture, not even on a later minor version; those take the PTX.
+"""
+
+PTX_FROM = 89
+"""The compute capability that the PTX is compiled for; the driver compiles it for any later one."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +67,31 @@ class BoundLaunch:
 
 
 class KernelFiles:
-    """A directory of kernels, on one GPU; a kernel is loaded when it is first bound."""
+    """A directory of kernels on one GPU. A kernel is loaded when it is first bound."""
 
     def __init__(self, directory: Path, driver: Driver) -> None:
-        """EngineError where there is no such directory, it is damaged, or was made for other GPUs."""
+        """EngineError if the directory is absent, damaged, or compiled for other GPUs."""
         self._directory, self._driver = directory, driver
         self._content = read(directory)
-        self._loaded: dict[str, tuple[Any, KernelTarget, list[Any]]] = {}
+        self._loaded: dict[str, tuple[Any, KernelTarget]] = {}
         self._bound: dict[Any, BoundLaunch] = {}
         self._check_architecture()
 
+    @classmethod
+    def of(cls, directory: Path, driver: Driver) -> KernelFiles:
+        """The kernels of a directory, which all users of a driver share: each is loaded once."""
+        key = cls, directory.resolve()
+        if key not in driver.shared:
+            driver.shared[key] = cls(directory, driver)
+        return driver.shared[key]
+
     @property
     def architecture(self) -> str:
-        """The architecture that the kernels used here were compiled for."""
+        """The architecture whose files are used on this GPU, such as "sm_90", or "ptx"."""
         return self._target(next(iter(self._content.kernels.values())))
 
     def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan:
-        """The plan of an operator that has all of `shape`; EngineError where there is none for this GPU."""
+        """The plan of an operator whose shape includes `shape`; EngineError if this GPU has none."""
         for plan in self._content.plans:
             same = all(plan.shape.get(name, 0) == value for name, value in shape.items())
             named = plan.op == op and plan.dtype == dtype and same
@@ -81,7 +103,10 @@ class KernelFiles:
     def bind(
         self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
     ) -> BoundLaunch:
-        """A launch between buffers, given by their addresses; the same one for the same values."""
+        """A launch between buffers, given by their addresses; the same object for the same values.
+
+        EngineError if the kernel cannot be loaded or the grid exceeds MAX_GRID.
+        """
         key = step, tuple(buffers.values()), tuple(scalars.values())
         if key not in self._bound:
             self._bound[key] = self._bind(step, buffers, scalars)
@@ -90,31 +115,38 @@ class KernelFiles:
     def _bind(
         self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
     ) -> BoundLaunch:
-        kernel, target, scratch = self._load(step.kernel)
+        kernel, target = self._load(step.kernel)
         types, given = self._content.kernels[step.kernel].arguments, {**scalars, **buffers}
         visible = [_argument(kind, given[name]) for kind, name in zip(types, step.arguments, strict=True)]
-        hidden = [np.uint64(block.address if block else 0) for block in scratch]
-        grid = [evaluate(size, scalars) for size in step.grid]
-        grid += [1] * (3 - len(grid))
-        arguments = (*visible, *hidden)
-        return BoundLaunch(kernel, step.kernel, tuple(grid), target.threads, target.shared_bytes, arguments)
+        arguments = (*visible, *(np.uint64(0) for _ in target.hidden))
+        grid = self._grid(step, scalars)
+        return BoundLaunch(kernel, step.kernel, grid, target.threads, target.shared_bytes, arguments)
 
-    def table(self, memory: PlanBuffer) -> bytes:
+    def _grid(self, step: KernelLaunch, scalars: Mapping[str, Scalar]) -> tuple[int, ...]:
+        try:
+            sizes = [evaluate(size, scalars) for size in step.grid]
+        except ValueError as error:
+            raise EngineError(f"{self._directory}: grid of {step.kernel}: {error}; {self._cure()}") from error
+        grid = (*sizes, *[1] * (3 - len(sizes)))
+        if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)):
+            raise EngineError(
+                f"{step.kernel} would need a grid of {' x '.join(map(str, grid))} blocks, and a GPU takes "
+                f"1 to {' x '.join(map(str, MAX_GRID))}; lower max_batch, or use an engine with smaller tiles"
+            )
+        return grid
+
+    def table(self, buffer: PlanBuffer) -> bytes:
         """The bytes of a constant buffer."""
-        return self._read(memory.file or "")
+        return self._read(buffer.file or "", buffer.sha256 or "")
 
-    def _load(self, name: str) -> tuple[Any, KernelTarget, list[Any]]:
+    def _load(self, name: str) -> tuple[Any, KernelTarget]:
         if name not in self._loaded:
             found = self._content.kernels[name]
             architecture = self._target(found)
             target = found.targets[architecture]
-            code = self._read(target.file)
-            if hashlib.sha256(code).hexdigest() != target.sha256:
-                raise EngineError(f"{self._directory / target.file}: is not what was built; {self._cure()}")
-            ptx = architecture == "ptx"
-            kernel = self._driver.load(code, target.entry, target.shared_bytes, ptx)
-            scratch = [self._driver.alloc(size) if size else None for size in target.hidden.values()]
-            self._loaded[name] = kernel, target, scratch
+            code = self._read(target.file, target.sha256)
+            kernel = self._driver.load(code, target.entry, target.shared_bytes, architecture == "ptx")
+            self._loaded[name] = kernel, target
         return self._loaded[name]
 
     def _target(self, kernel: CompiledKernel) -> str:
@@ -132,45 +164,61 @@ class KernelFiles:
     def _cure(self) -> str:
         return BUILD.format(self._driver.capability, self._directory)
 
-    def _read(self, file: str) -> bytes:
+    def _read(self, file: str, sha256: str) -> bytes:
+        path = self._directory / file
         try:
-            return (self._directory / file).read_bytes()
-        except OSError as error:
-            raise EngineError(f"{self._directory / file}: {reason(error)}; {self._cure()}") from error
+            data = json_dataclass.read_bytes(path, MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{path}: {reason(error)}; {self._cure()}") from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise EngineError(f"{path}: is not what was built; {self._cure()}")
+        return data
 
 
 def find_kernels(engine: Path | None) -> Path:
-    """The kernels for an engine: its own, those of the installation, or else those of the user's cache."""
-    installed, cache = Path(__file__).parent / KERNELS_FOLDER, user_cache.directory()
+    """The directory of kernels for an engine: its own, else the installation's, else the user's cache.
+
+    If none of them has kernels, the last one is returned, whose absence `read` reports.
+    """
+    installed, cache = Path(__file__).parents[1] / KERNELS_FOLDER, user_cache.directory()
     places = [engine / KERNELS_FOLDER] if engine else []
     places += [installed, *([cache / _CACHE_FOLDER] if cache else [])]
     return next((path for path in places if (path / KERNELS_NAME).is_file()), places[-1])
 
 
 def read(directory: Path) -> KernelIndex:
-    """What a kernels.json holds; EngineError where it is absent, damaged or of another schema."""
+    """The content of a kernels.json; EngineError if it is absent, damaged or of another schema."""
     path = directory / KERNELS_NAME
     cure = BUILD.format("XX", directory)
     try:
-        value = json.loads(path.read_text())
+        value = json_dataclass.read_json(path)
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: no kernels there ({reason(error)}); {cure}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA:
-        raise EngineError(f"{path}: schema {schema!r}, expected {SCHEMA}; {cure}")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise EngineError(f"{path}: schema {schema!r:.20}, expected {SCHEMA}; {cure}")
     try:
-        return json_dataclass.build(KernelIndex, value)
+        index = json_dataclass.build(KernelIndex, value)
     except ValueError as error:
         raise EngineError(f"{path}: {error}; {cure}") from error
+    if value.get("sha256") != digest(value):
+        raise EngineError(f"{path}: is not what was built: its values do not have its sha256; {cure}")
+    return index
 
 
 def choose(targets: Sequence[str], capability: int) -> str | None:
-    """Which of "sm_80", .., "ptx" a GPU runs best: its own, an earlier minor version's, or the PTX."""
+    """The target among "sm_80", .., "ptx" that a GPU runs; None if it can run none of them.
+
+    It is the GPU's own architecture, below EXACT_FROM else the nearest earlier minor version, else the PTX.
+    """
     own = [int(name[3:]) for name in targets if name.startswith("sm_")]
-    fitting = [number for number in own if number // 10 == capability // 10 and number <= capability]
+    if capability >= EXACT_FROM:
+        fitting = [capability] if capability in own else []
+    else:
+        fitting = [number for number in own if number // 10 == capability // 10 and number <= capability]
     if fitting:
         return f"sm_{max(fitting)}"
-    return "ptx" if "ptx" in targets and capability >= _PTX_FROM else None
+    return "ptx" if "ptx" in targets and capability >= PTX_FROM else None
 
 
 def _argument(kind: str, value: Scalar) -> np.generic:

@@ -1,13 +1,14 @@
 """A GPU as a device: canvases and buffers in its memory, our kernels around the graphs, ticks as CUDA graphs.
 
-Everything goes into one stream, so it happens in the order in which the host asks for it, and nothing is
-read back between ticks. What surrounds a graph reaches canvases through tables alone, so the launches are the
-same from tick to tick: gather, graph and blend are captured once as a CUDA graph for each graph of the engine
-and number of slots. Tables go up from pinned memory ahead of the tick that reads them.
+All work is enqueued on one stream, so it is done in the order in which the host asks for it, and nothing is
+read back between ticks. The kernels around a graph reach the canvases through tables only, so that the
+launches are the same from tick to tick: gather, graph and blend are captured once as a CUDA graph for each
+graph of the engine and number of slots. A table is copied from pinned memory ahead of the tick that reads it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
@@ -25,15 +27,21 @@ from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Tabl
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
 from moesr.runtime.engine.graph_spec import TensorSpec
+from moesr.runtime.errors import MoesrError
 from moesr.runtime.sampling import tiles
 from moesr.runtime.sampling.samplers import Coefficients
 
 AHEAD = 64
-"""Ticks and steps that the host may be ahead of the GPU."""
+"""How many ticks and steps the host may be ahead of the GPU."""
+
+MAX_FAILED_CAPTURES = 3
+"""After so many failed captures of the same work it is run without a CUDA graph from then on."""
 
 TABLE_BYTES = 1 << 17  # 256 slots of a graph with ten inputs
 _STEP_BYTES = STEP_COLUMNS * 8 + COEFFICIENTS * 4
-_TABLES_BYTES, _IMAGES_BYTES = 1 << 20, 32 << 20  # pinned, for what is on its way up
+_TABLES_BYTES = 1 << 20  # pinned memory for tables that are being copied
+
+log = logging.getLogger("moesr")
 
 
 class Array:
@@ -44,13 +52,13 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A graph's input or output for `batch` tiles; sessions enqueue on the driver's stream."""
+    """Memory for an input or output of a graph, `batch` tiles long, on the stream of `driver`."""
 
     array: Array
     spec: TensorSpec
@@ -59,8 +67,17 @@ class Buffer:
 
     @property
     def address(self) -> int:
-        """Where it begins."""
+        """The first address."""
         return self.array.address
+
+
+@dataclass
+class _Capture:
+    """The CUDA graph of one kind of tick, once it could be captured."""
+
+    graph: Any = None
+    ran: bool = False  # without a graph, in which libraries prepare themselves
+    failures: int = 0
 
 
 class CudaDevice:
@@ -74,18 +91,18 @@ class CudaDevice:
         return self._driver.stream
 
     def free_bytes(self) -> int:
-        """See `Device.free_bytes`: what is to be freed by the worker's next call counts as free."""
+        """See `Device.free_bytes`: memory that the worker's next call frees counts as free."""
         return self._driver.free_bytes() + sum(block.nbytes for block in self._dead.copy())
 
     def __init__(self, driver: Driver, kernels: KernelFiles, *, use_graphs: bool = True) -> None:
-        """`use_graphs` False is the eager twin: the same launches in the same order, one by one."""
+        """Without `use_graphs` the same launches are enqueued one by one in the same order."""
         self._driver, self._use_graphs = driver, use_graphs
         self._loop = LoopKernels(kernels)
-        self._dead: deque[Block] = deque()  # of arrays that nobody has any more; any thread may append
-        self._graphs: weakref.WeakKeyDictionary[Session, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._dead: deque[Block] = deque()  # blocks without references, which any thread may append
+        self._graphs: weakref.WeakKeyDictionary[Session, dict[Any, _Capture]] = weakref.WeakKeyDictionary()
         self._weights: dict[bytes, Array] = {}
         self._staging = Staging(driver, _TABLES_BYTES, AHEAD)
-        self._large = Staging(driver, _IMAGES_BYTES)
+        self._large = Staging.of(driver)
         self._table_array = self._empty((TABLE_BYTES,), np.uint8)
         self._table = Table(self._table_array.address, TABLE_BYTES)
         self._step = self._empty((_STEP_BYTES,), np.uint8)
@@ -107,7 +124,7 @@ class CudaDevice:
         weights: np.ndarray,
         factor: int = 1,
     ) -> Mean:
-        """See `Device.mean`; `state` is an int32 that `tile_blend` raises."""
+        """See `Device.mean`; `state` is an int32 that `tile_blend` sets for values that are not finite."""
         pixels = [(y * factor, x * factor) for y, x in origins]
         weight_sum = self._copied(tiles.weight_sum(shape[1], shape[2], pixels, weights))
         flag, window = self._filled((1,), np.int32), self._window(weights)
@@ -118,7 +135,7 @@ class CudaDevice:
         return replace(mean, weights=self._window(weights))
 
     def _window(self, weights: np.ndarray) -> Array:
-        """Equal windows share their memory, and so the launches that read it."""
+        """The window in device memory; equal windows share it, and with it their launches."""
         key = weights.tobytes()
         if key not in self._weights:
             self._weights[key] = self._copied(weights)
@@ -129,7 +146,7 @@ class CudaDevice:
         return Canvas(self._copied(image), factor)
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
-        """See `Device.gaussian`: a step that keeps nothing but the noise."""
+        """See `Device.gaussian`: a sampler's step whose only term is the noise."""
         c = Coefficients(*map(np.float32, (0.0, 0.0, 1.0)))
         self._take_step(canvas.data, self._cleared(canvas.data).address, c, seed, step)
 
@@ -148,7 +165,7 @@ class CudaDevice:
         self._enqueue(launches)
 
     def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, Buffer]) -> None:
-        """See `Device.tick`: one table, then one CUDA graph where the session can be part of it."""
+        """See `Device.tick`: one table, then one CUDA graph if the session can be captured."""
         self._collect()
         self._table.clear()
         before = self._gathering(slots, buffers)
@@ -164,7 +181,7 @@ class CudaDevice:
             self._replay(session, (len(slots), *before, *after), enqueue)
         else:
             enqueue()
-        for i, slot in enumerate(slots):  # to other places at every tick, so in no graph
+        for i, slot in enumerate(slots):  # not captured, since the places differ from tick to tick
             for name, canvas in slot.keeps.items():
                 size = canvas.data.nbytes
                 self._driver.copy(canvas.data.address, buffers[name].address + i * size, size)
@@ -203,7 +220,7 @@ class CudaDevice:
         self._driver.close()
 
     def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[BoundLaunch]:
-        """One launch an input that comes from canvases, or more where their pixels differ in type."""
+        """One launch per input that is read from canvases, or several if their pixels differ in type."""
         launches = []
         for name in slots[0].sources:
             buffer, canvases = buffers[name], [slot.sources[name] for slot in slots]
@@ -218,7 +235,7 @@ class CudaDevice:
         return launches
 
     def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[BoundLaunch]:
-        """One launch, or more where slots differ in their windows."""
+        """One launch, or several if the slots differ in their windows."""
         rows, launches, start, size = list(map(_blend_row, slots)), [], 0, output.spec.shape(1)[1:]
         for weights, run in groupby(slot.target.weights.address for slot in slots):
             count = len(list(run))
@@ -229,7 +246,7 @@ class CudaDevice:
         return launches
 
     def _send(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> None:
-        """Send the table and the inputs that are numbers, ahead of the launches that read them."""
+        """Copy the table and the inputs that are numbers, ahead of the launches that read them."""
         parts = [(self._table.address, self._table.content)]
         for name in slots[0].scalars if buffers else ():
             given = slots if buffers[name].spec.per_tile else slots[:1]
@@ -241,26 +258,46 @@ class CudaDevice:
             launch.enqueue(self._driver)
 
     def _replay(self, session: Session, key: Hashable, enqueue: Callable[[], None]) -> None:
-        """Enqueue as a CUDA graph from the second time on: at the first, libraries prepare themselves."""
-        graphs = self._graphs.setdefault(session, {})
-        if key not in graphs:
+        """Enqueue as a CUDA graph from the second time on; libraries prepare themselves at the first.
+
+        Without a graph the work is enqueued launch by launch: while another thread opens a graph, or if the
+        capture failed. A later tick tries again, up to MAX_FAILED_CAPTURES times.
+        """
+        capture = self._graphs.setdefault(session, {}).setdefault(key, _Capture())
+        if capture.graph is None and capture.ran and capture.failures < MAX_FAILED_CAPTURES:
+            self._capture(capture, enqueue)
+        if capture.graph is None:
             enqueue()
-            graphs[key] = None
-            return
-        if graphs[key] is None:
+            capture.ran = True
+        else:
+            self._driver.replay(capture.graph)
+
+    def _capture(self, capture: _Capture, enqueue: Callable[[], None]) -> None:
+        """Try to capture a graph; after a failure nothing of it is enqueued."""
+        if not capture_lock.acquire(blocking=False):
+            return  # another thread opens a graph, which could invalidate the capture
+        try:
             self._driver.begin_capture()
             try:
                 enqueue()
             except BaseException:
                 self._driver.abandon_capture()
                 raise
-            graphs[key] = self._driver.end_capture()
-        self._driver.replay(graphs[key])
+            capture.graph = self._driver.end_capture()
+        except MoesrError as error:
+            capture.failures += 1
+            last = capture.failures == MAX_FAILED_CAPTURES
+            then = "is run without one from now on" if last else "will be tried again"
+            log.log(
+                logging.WARNING if last else logging.INFO, "a CUDA graph was not made, %s: %s", then, error
+            )
+        finally:
+            capture_lock.release()
 
     def _take_step(
         self, z: Array, sums: int, c: Coefficients, seed: int, step: int, history: int = 0
     ) -> None:
-        """`z <- c_z z + c_out sums + c_noise noise(seed, step)`, and `sums <- 0`; `history` is an address."""
+        """`z <- c_z z + c_out sums + c_noise noise(seed, step)` and `sums <- 0`; `history` is an address."""
         self._collect()
         at = self._step.address
         row = step_row(z.address, sums, at + STEP_COLUMNS * 8, math.prod(z.shape), seed, step, history)
@@ -269,13 +306,13 @@ class CudaDevice:
         self._loop.step(at).enqueue(self._driver)
 
     def _cleared(self, like: Array) -> Array:
-        """Zeros of at least that size, which a step clears again; the same memory every time."""
+        """Zeros of at least that size, which a step clears again; the memory is reused."""
         if self._zeros.nbytes < like.nbytes:
             self._zeros = self._filled(like.shape)
         return self._zeros
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Memory of an array, given back some time after the last reference to it is gone."""
+        """An uninitialized array, whose memory is freed some time after its last reference is gone."""
         self._collect()
         array_dtype = np.dtype(dtype)
         block = self._driver.alloc(max(math.prod(shape) * array_dtype.itemsize, 1))
@@ -296,13 +333,13 @@ class CudaDevice:
         return array
 
     def _collect(self) -> None:
-        """Free what nobody has any more: from this thread, in the order of the stream, in no capture."""
+        """Free the blocks without references: on this thread, stream-ordered and outside of captures."""
         while self._dead:
             self._driver.free(self._dead.popleft())
 
 
 def _strides(shape: tuple[int, ...], latent: bool) -> tuple[int, int]:
-    """Elements from plane to plane and from row to row: of [C, H, W], or of an image [H, W, C]."""
+    """Strides of planes and rows in elements: of a latent [C, H, W], or of an image [H, W, C]."""
     return (shape[1] * shape[2], shape[2]) if latent else (1, shape[1] * shape[2])
 
 

@@ -1,4 +1,4 @@
-"""The CUDA driver: the one module that touches `cuda.core`."""
+"""The CUDA driver: the one module that uses `cuda.core`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import memory
 
-INSTALL = "install it with: pip install 'moesr[tensorrt]' (or 'moesr[tensorrt-rtx]')"
-_NO_MEMORY = "OUT_OF_MEMORY"  # in the name of the driver's error
+INSTALL = "install it with: pip install 'moesr[cuda]' (or 'moesr[tensorrt]', 'moesr[tensorrt-rtx]')"
+_NO_MEMORY = "OUT_OF_MEMORY"  # part of the driver's error name
 _NO_GRAPH = "a CUDA graph could not be made; run with --no-cuda-graphs"
-_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that any kernel may take
+_FREE_MEMORY_ADVICE = "close what else uses the GPU, lower max_batch, or use an engine with smaller tiles"
+_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that any kernel may use
 
 
 def library() -> Any:
-    """The `cuda.core` package; EngineError where it is not installed."""
+    """The `cuda.core` package; EngineError if it is not installed."""
     try:
         return importlib.import_module("cuda.core")
     except ImportError as error:
@@ -29,14 +30,14 @@ def library() -> Any:
 
 
 def open_device(index: int) -> Any:
-    """The library's handle of a GPU, made the calling thread's; EngineError saying what is missing."""
+    """The library's handle of a GPU, made current in the calling thread; EngineError says what is missing."""
     core = library()
     try:
         device = core.Device(index)
         device.set_current()
     except Exception as error:  # RuntimeError without a driver, CUDAError or ValueError without a GPU
         raise EngineError(
-            f"no GPU cuda:{index} ({_text(error)}); install NVIDIA's driver and see that nvidia-smi lists "
+            f"no GPU cuda:{index} ({_text(error)}); install NVIDIA's driver and check that nvidia-smi lists "
             "the GPU, or choose --device cpu"
         ) from error
     return device
@@ -44,12 +45,13 @@ def open_device(index: int) -> Any:
 
 def device_capability(device: Any) -> int:
     """The compute capability of an opened GPU as one number: 89 for 8.9, 120 for 12.0."""
-    major, minor = device.compute_capability
-    return 10 * major + minor
+    with _explained("the GPU does not tell its compute capability"):
+        major, minor = device.compute_capability
+    return 10 * int(major) + int(minor)
 
 
 def driver_version() -> str:
-    """The latest CUDA that the driver knows, such as "13.2"; a device has been opened before."""
+    """The latest CUDA release that the driver supports, such as "13.2"; a device must have been opened."""
     driver = importlib.import_module("cuda.bindings.driver")
     status, number = driver.cuDriverGetVersion()
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -58,14 +60,14 @@ def driver_version() -> str:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Bytes that are free on the GPU of the calling thread, and all that it has."""
+    """The free and the total bytes of the GPU that is current in the calling thread."""
     try:
         driver = importlib.import_module("cuda.bindings.driver")
         status, free, total = driver.cuMemGetInfo()
     except (ImportError, RuntimeError) as error:
-        raise EngineError(f"there is no driver to tell what memory is free ({error}); {INSTALL}") from error
+        raise EngineError(f"no driver tells how much memory is free ({error}); {INSTALL}") from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"the driver does not tell what memory is free ({status.name}); see moesr-doctor")
+        raise EngineError(f"the driver tells no free memory ({status.name}); see moesr-doctor")
     return int(free), int(total)
 
 
@@ -80,41 +82,52 @@ class CudaDriver:
     """See `moesr.runtime.devices.driver.Driver`."""
 
     def __init__(self, index: int = 0) -> None:
-        """Open GPU number `index`; EngineError where there is none."""
+        """Open GPU number `index`; EngineError if there is none."""
         self._core, self._device = library(), open_device(index)
-        self._thread = threading.get_ident()
-        self._stream = self._device.create_stream()
-        self._pool = self._core.DeviceMemoryResource(index)
-        self._pinned_pool = self._core.LegacyPinnedMemoryResource()
+        self.shared: dict[Any, Any] = {}
+        self._threads = threading.local()  # thread numbers are reused, so they cannot tell threads apart
+        self._threads.current = True
         self._pinned: list[Any] = []
         self._builder: Any = None
-        self.name, self.stream = str(self._device.name), int(self._stream.handle)
+        self._last_free_bytes: int | None = None
+        with _explained():
+            self._stream = self._device.create_stream()
+            self._pool = self._core.DeviceMemoryResource(index)
+            self._pinned_pool = self._core.LegacyPinnedMemoryResource()
+            self.name, self.stream = str(self._device.name), int(self._stream.handle)
         self.capability = device_capability(self._device)
 
     def _on(self) -> Any:
-        """The stream, the device being the calling thread's."""
-        if threading.get_ident() != self._thread:
-            self._device.set_current()
-            self._thread = threading.get_ident()
+        """The stream, with the device current in the calling thread."""
+        if not getattr(self._threads, "current", False):
+            with _explained():
+                self._device.set_current()
+            self._threads.current = True
         return self._stream
 
     def alloc(self, nbytes: int) -> _Block:
         """See `Driver.alloc`."""
-        try:
-            return _Block(self._pool.allocate(nbytes, stream=self._on()))
-        except Exception as error:
-            if _NO_MEMORY not in _text(error):  # of an earlier launch: errors come late
-                raise EngineError(_failed("the GPU failed", error)) from error
-            raise MemoryLimitError(
-                f"no {memory.readable(nbytes)} free on {self.name} ({_text(error)}); close what else uses "
-                "the GPU, lower max_batch, or use a smaller image or an engine with smaller tiles"
-            ) from error
+        stream = self._on()
+        with _explained("the GPU failed", f"no {memory.readable(nbytes)} free on {self.name}"):
+            return _Block(self._pool.allocate(nbytes, stream=stream))
 
     def free_bytes(self) -> int:
-        """See `Driver.free_bytes`: what the driver has, and what the pool keeps of what was freed."""
+        """See `Driver.free_bytes`: the driver's free memory and the part of the pool that is unused.
+
+        The driver forbids these questions while any thread captures in the global mode, as ONNX Runtime
+        does, and would end that capture; a thread in the relaxed mode may ask. If the driver still refuses,
+        the answer before is returned.
+        """
         self._on()
-        held = self._pool.attributes
-        return memory_bytes()[0] + max(int(held.reserved_mem_current) - int(held.used_mem_current), 0)
+        try:
+            with _relaxed(), _explained():
+                held = self._pool.attributes
+                unused = int(held.reserved_mem_current) - int(held.used_mem_current)
+                self._last_free_bytes = memory_bytes()[0] + max(unused, 0)
+        except EngineError:
+            if self._last_free_bytes is None:
+                raise
+        return self._last_free_bytes
 
     def free(self, block: _Block) -> None:
         """See `Driver.free`."""
@@ -124,33 +137,32 @@ class CudaDriver:
     def pinned(self, nbytes: int) -> np.ndarray:
         """See `Driver.pinned`."""
         self._on()
-        with _explained(f"no {memory.readable(nbytes)} of pinned memory"):
+        with _explained("pinned memory failed", f"no {memory.readable(nbytes)} of pinned memory"):
             buffer = self._pinned_pool.allocate(nbytes)
-        self._pinned.append(buffer)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(buffer.handle)))
+            self._pinned.append(buffer)
+            return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(buffer.handle)))
 
     def clear(self, address: int, nbytes: int) -> None:
         """See `Driver.clear`."""
-        stream = self._on()
         with _explained():
-            self._view(address, nbytes).fill(0, stream=stream)
+            self._view(address, nbytes).fill(0, stream=self._on())
 
     def copy_in(self, address: int, source: np.ndarray) -> None:
         """See `Driver.copy_in`."""
-        stream, host = self._on(), self._view(source.ctypes.data, source.nbytes)
         with _explained():
-            self._view(address, source.nbytes).copy_from(host, stream=stream)
+            host = self._view(source.ctypes.data, source.nbytes)
+            self._view(address, source.nbytes).copy_from(host, stream=self._on())
 
     def copy(self, address: int, source: int, nbytes: int) -> None:
         """See `Driver.copy`."""
-        stream = self._on()
         with _explained():
-            self._view(address, nbytes).copy_from(self._view(source, nbytes), stream=stream)
+            self._view(address, nbytes).copy_from(self._view(source, nbytes), stream=self._on())
 
     def copy_out(self, target: np.ndarray, address: int) -> None:
         """See `Driver.copy_out`."""
-        stream, host = self._on(), self._view(target.ctypes.data, target.nbytes)
+        stream = self._on()
         with _explained():
+            host = self._view(target.ctypes.data, target.nbytes)
             host.copy_from(self._view(address, target.nbytes), stream=stream)
             stream.sync()
 
@@ -181,15 +193,20 @@ class CudaDriver:
         arguments: Sequence[np.generic],
     ) -> None:
         """See `Driver.launch`."""
-        config = self._core.LaunchConfig(grid=tuple(grid), block=threads, shmem_size=shared_bytes)
         with _explained("a kernel could not be launched"):
+            config = self._core.LaunchConfig(grid=tuple(grid), block=threads, shmem_size=shared_bytes)
             self._core.launch(self._builder or self._on(), config, kernel, *arguments)
 
     def begin_capture(self) -> None:
-        """See `Driver.begin_capture`."""
+        """See `Driver.begin_capture`. The relaxed mode lets other threads go on using the driver."""
         with _explained(_NO_GRAPH):
-            self._builder = self._on().create_graph_builder()
-            self._builder.begin_building("relaxed")  # other threads may load graphs meanwhile
+            builder = self._on().create_graph_builder()
+            try:
+                builder.begin_building("relaxed")
+            except Exception:
+                _close(builder)
+                raise
+        self._builder = builder
 
     def end_capture(self) -> Any:
         """See `Driver.end_capture`."""
@@ -204,8 +221,8 @@ class CudaDriver:
     def abandon_capture(self) -> None:
         """See `Driver.abandon_capture`."""
         builder, self._builder = self._builder, None
-        with contextlib.suppress(Exception):  # that the capture is invalid is known by then
-            builder.close()
+        if builder is not None:
+            _close(builder)
 
     def replay(self, graph: Any) -> None:
         """See `Driver.replay`."""
@@ -232,26 +249,46 @@ class CudaDriver:
     def close(self) -> None:
         """See `Driver.close`."""
         self.synchronize()
-        for buffer in self._pinned:
-            buffer.close()
-        self._pinned = []
-        self._stream.close()
+        self.shared.clear()
+        with _explained():
+            while self._pinned:
+                self._pinned.pop().close()
+            self._stream.close()
 
     def _view(self, address: int, nbytes: int) -> Any:
         return self._core.Buffer.from_handle(address, nbytes)
 
 
+def _close(builder: Any) -> None:
+    """End a capture; the errors of one that is invalid are known by then."""
+    with contextlib.suppress(Exception):
+        builder.close()
+
+
 @contextlib.contextmanager
-def _explained(what: str = "the GPU failed") -> Iterator[None]:
-    """Turn the library's errors, which have no base of their own, into EngineError."""
+def _relaxed() -> Iterator[None]:
+    """Put the calling thread into the relaxed capture mode for the time of a `with` block."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    status, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
     try:
         yield
+    finally:
+        if status == driver.CUresult.CUDA_SUCCESS:
+            driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+@contextlib.contextmanager
+def _explained(what: str = "the GPU failed", no_memory: str = "no memory free on the GPU") -> Iterator[None]:
+    """Turn the library's errors, which have no base class of their own, into ours."""
+    try:
+        yield
+    except (EngineError, MemoryLimitError):
+        raise
     except Exception as error:
-        raise EngineError(_failed(what, error)) from error
-
-
-def _failed(what: str, error: Exception) -> str:
-    return f"{what} ({_text(error)}); see moesr-doctor"
+        if _NO_MEMORY in _text(error):
+            raise MemoryLimitError(f"{no_memory} ({_text(error)}); {_FREE_MEMORY_ADVICE}") from error
+        raise EngineError(f"{what} ({_text(error)}); see moesr-doctor") from error
 
 
 def _text(error: Exception) -> str:

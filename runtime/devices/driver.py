@@ -1,7 +1,7 @@
-"""What the runtime needs of the CUDA driver: one GPU, one stream, addresses.
+"""The operations that the runtime needs of the CUDA driver: one GPU, one stream, addresses.
 
-Everything is enqueued on the stream and done in order; only `copy_out`, `wait` and `synchronize` wait for it.
-`devices.cuda_driver` is the real one. Addresses are integers, so that tests can simulate a GPU.
+All work is enqueued on the stream and done in order; only `copy_out`, `wait` and `synchronize` wait for it.
+`devices.cuda_driver` is the real driver. Addresses are integers, so that tests can simulate a GPU.
 """
 
 from __future__ import annotations
@@ -13,59 +13,67 @@ import numpy as np
 
 
 class Block(Protocol):
-    """Memory of the device."""
+    """A block of device memory."""
 
     @property
     def address(self) -> int:
-        """Where it begins; 256 divides it."""
+        """The first address, a multiple of 256."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """How long it is."""
+        """The size in bytes."""
         ...
 
 
 class Driver(Protocol):
-    """One GPU and one stream. One thread at a time uses it."""
+    """One GPU and one stream, used by one thread at a time.
+
+    Every method raises EngineError for an error of the driver and MemoryLimitError if memory ran out.
+    """
 
     @property
     def name(self) -> str:
-        """What the GPU is called."""
+        """The name of the GPU."""
         ...
 
     @property
     def capability(self) -> int:
-        """Compute capability as one number: 89 for 8.9."""
+        """The compute capability as one number: 89 for 8.9."""
         ...
 
     @property
     def stream(self) -> int:
-        """Handle of the stream, for libraries that enqueue work themselves."""
+        """The handle of the stream, for libraries that enqueue work themselves."""
+        ...
+
+    @property
+    def shared(self) -> dict[Any, Any]:
+        """Objects that the users of this driver share, such as loaded kernels; `close` drops them."""
         ...
 
     def alloc(self, nbytes: int) -> Block:
-        """Memory with anything in it, in the order of the stream; MemoryLimitError where there is none."""
+        """Allocate uninitialized memory in the order of the stream."""
         ...
 
     def free_bytes(self) -> int:
-        """How much memory could still be taken; any thread may ask."""
+        """The bytes that could still be allocated. Any thread may ask, during a capture too."""
         ...
 
     def free(self, block: Any) -> None:
-        """Give memory back once all that is enqueued is done."""
+        """Free a block in the order of the stream."""
         ...
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Host memory, uint8, that `copy_in` can read while the host goes on."""
+        """Pinned host memory, uint8 [nbytes], from which `copy_in` copies while the host goes on."""
         ...
 
     def clear(self, address: int, nbytes: int) -> None:
-        """Fill with zeros."""
+        """Fill memory with zeros."""
         ...
 
     def copy_in(self, address: int, source: np.ndarray) -> None:
-        """Copy pinned memory to the device; it must not change before an event recorded later."""
+        """Copy pinned memory to the device; it must not change before an event that is recorded later."""
         ...
 
     def copy(self, address: int, source: int, nbytes: int) -> None:
@@ -77,7 +85,7 @@ class Driver(Protocol):
         ...
 
     def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> Any:
-        """A kernel of a cubin, or of PTX; EngineError where the driver does not take it."""
+        """Load the kernel `entry` of a cubin, or of PTX."""
         ...
 
     def launch(
@@ -92,23 +100,23 @@ class Driver(Protocol):
         ...
 
     def begin_capture(self) -> None:
-        """Write down what is enqueued from now on, in place of doing it."""
+        """Record what is enqueued from now on into a graph, without doing it."""
         ...
 
     def end_capture(self) -> Any:
-        """What was written down, ready to be replayed any number of times."""
+        """End the capture and return the graph, which can be replayed any number of times."""
         ...
 
     def abandon_capture(self) -> None:
-        """End a capture that failed."""
+        """End a capture that failed; nothing that was recorded is done. It raises nothing."""
         ...
 
     def replay(self, graph: Any) -> None:
-        """Enqueue all of a graph."""
+        """Enqueue all work of a graph."""
         ...
 
     def record(self) -> Any:
-        """An event after all that is enqueued."""
+        """An event after everything that is enqueued."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -116,9 +124,9 @@ class Driver(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait for all that is enqueued."""
+        """Wait for everything that is enqueued."""
         ...
 
     def close(self) -> None:
-        """Wait, and give the stream back."""
+        """Wait, then release the stream and the pinned memory."""
         ...

@@ -1,9 +1,9 @@
-"""Tables by which kernels reach canvases: rows of int64, as `kernels/*/kernel.py` read them.
+"""Builds the tables through which kernels reach canvases: rows of int64, as `kernels/*/kernel.py` read them.
 
-tile_gather   address of the canvas, plane and row strides in elements, y, x, t (which is not used here)
+tile_gather   address of the canvas, plane and row strides in elements, y, x, t (not used by the runtime)
 tile_blend    addresses of the sums, of the sum of weights and of the flag; plane and row strides; y, x
-sampler_step  addresses of z, of the sums and of the float32 coefficients; elements; seed; step + 1; address
-              of the history, 0 where there is none
+sampler_step  addresses of z, of the sums and of the float32 coefficients; number of elements; seed; step + 1;
+              address of the history, or 0
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import numpy as np
 
 STEP_COLUMNS, COEFFICIENTS = 7, 6
 
-_ALIGNMENT = 16  # of every buffer of a kernel, bytes
+_ALIGNMENT = 16  # of every buffer of a kernel, in bytes
 
 
 class Table:
-    """Arrays put together on the host, each where a kernel may read it once the whole is on the device."""
+    """Arrays packed on the host, each at the offset at which a kernel reads it on the device."""
 
     def __init__(self, address: int, nbytes: int) -> None:
-        """`address` and size of its memory on the device."""
+        """`address` and `nbytes` are those of the table on the device."""
         self.address = address
         self._block, self._size = np.zeros(nbytes, np.uint8), 0
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Remove all arrays."""
         self._size = 0
 
     def add(self, rows: np.ndarray) -> int:
-        """Append an array; returns its address on the device. ValueError where the table is full."""
+        """Append an array and return its address on the device; ValueError if the table is full."""
         start, stop = self._size, self._size + rows.nbytes
         if stop > len(self._block):
             raise ValueError(f"{stop} bytes for a table of {len(self._block)}")
@@ -38,12 +38,12 @@ class Table:
 
     @property
     def content(self) -> np.ndarray:
-        """All that was added, uint8."""
+        """The packed arrays, uint8."""
         return self._block[: self._size]
 
 
 def step_row(
     z: int, sums: int, coefficients: int, size: int, seed: int, step: int, history: int = 0
 ) -> np.ndarray:
-    """The row of a sampler's step. Step -1 is the initial noise; the noise is keyed by words of 64 bits."""
+    """The row of a sampler's step, uint64 [STEP_COLUMNS]. Step -1 stands for the initial noise."""
     return np.array([z, sums, coefficients, size, seed, (step + 1) % (1 << 64), history], np.uint64)

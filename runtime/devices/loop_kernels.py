@@ -1,4 +1,4 @@
-"""The kernels around a graph, ready to launch: `tile_gather`, `tile_blend` and `sampler_step`."""
+"""Binds the kernels that surround a graph: `tile_gather`, `tile_blend` and `sampler_step`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
 from moesr.runtime.devices.operator_plan import KernelLaunch
 
 PIXEL_BYTES = (4, 2, 1)
-"""Kinds of canvases: float32 latents, uint16 and uint8 images."""
+"""Bytes per value of a canvas: float32 latents, uint16 and uint8 images."""
 
 
 class LoopKernels:
-    """Looked up once, so that kernels that are missing are missed before any work."""
+    """The plans of the loop's kernels, looked up at once, so that a missing one is reported at the start."""
 
     def __init__(self, kernels: KernelFiles) -> None:
-        """EngineError where one of them is not there."""
+        """EngineError if one of the plans is missing."""
         self._kernels = kernels
         self._gather = {n: self._only("tile_gather", pixel_bytes=n) for n in PIXEL_BYTES}
         self._blend, self._step = self._only("tile_blend"), self._only("sampler_step")
@@ -25,19 +25,19 @@ class LoopKernels:
     def gather(
         self, slots: int, tiles: int, t: int, count: int, size: tuple[int, ...], pixel_bytes: int
     ) -> BoundLaunch:
-        """`count` rows at `slots`, into tiles of `size` (C, h, w) at `tiles`; `t` may be written, too."""
+        """A launch over `count` rows at `slots` that fills tiles of `size` (C, h, w) at `tiles`, and `t`."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "t": t}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._gather[pixel_bytes], buffers, scalars)
 
     def blend(self, slots: int, tiles: int, weights: int, count: int, size: tuple[int, ...]) -> BoundLaunch:
-        """`count` rows at `slots`, of tiles of `size` at `tiles`, weighted by the window at `weights`."""
+        """A launch over `count` rows at `slots` that adds tiles of `size`, weighted by a window."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "weights": weights}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._blend, buffers, scalars)
 
     def step(self, jobs: int) -> BoundLaunch:
-        """The sampler's step of one job, whose row is at `jobs`."""
+        """A launch of the sampler's step for the job whose row is at `jobs`."""
         return self._kernels.bind(self._step, {"jobs": jobs}, {"jobs": 1})

@@ -1,4 +1,4 @@
-"""Values on their way to a GPU: pinned memory that the host fills while earlier copies are still waiting."""
+"""Copies host arrays to a GPU through pinned memory that is filled while earlier copies still run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ import numpy as np
 
 from moesr.runtime.devices.driver import Driver
 
+UPLOAD_BYTES = 32 << 20
+"""Size of the ring that a driver's users share for images and weights."""
+
 _ALIGNMENT = 16
-_PIECES = 4  # of a ring that a large array is cut into, so that filling and copying overlap
+_PIECES = 4  # a large array is sent in pieces of a quarter of the ring, so that filling and copying overlap
 
 
 class Staging:
-    """A ring of pinned bytes. A byte is filled again only when the device has read it."""
+    """A ring of pinned bytes. A byte is filled again only once the device has read it."""
 
     def __init__(self, driver: Driver, nbytes: int, ahead: int | None = None) -> None:
-        """`ahead`: sendings by which the host may be ahead of the device before it waits."""
+        """`ahead` bounds the sends that may be outstanding before the host waits for the device."""
         self._driver, self._ring, self._ahead = driver, driver.pinned(nbytes), ahead
-        self._held: deque[tuple[int, Any]] = deque()  # where a sending began, and the event that ends it
-        self._at = 0  # counted on and on; the place in the ring is the rest
+        self._held: deque[tuple[int, Any]] = deque()  # start of each send, and the event that ends it
+        self._at = 0  # bytes sent so far; the place in the ring is the remainder
+
+    @classmethod
+    def of(cls, driver: Driver) -> Staging:
+        """The ring for images and weights, which all users of a driver share."""
+        if cls not in driver.shared:
+            driver.shared[cls] = cls(driver, UPLOAD_BYTES)
+        return driver.shared[cls]
 
     def send(self, parts: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Enqueue a copy of each array to its address; the arrays may change at once."""
+        """Enqueue a copy of each array to its address; the arrays may change as soon as this returns."""
         sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for _, array in parts]
         start = self._take(sum(sizes))
         for (address, array), size in zip(parts, sizes, strict=True):
@@ -35,16 +45,16 @@ class Staging:
         self._held.append((self._at - sum(sizes), self._driver.record()))
 
     def send_large(self, address: int, array: np.ndarray) -> None:
-        """The same for one array of any size."""
+        """Enqueue a copy of one array of any size, in pieces."""
         flat, piece = array.reshape(-1).view(np.uint8), len(self._ring) // _PIECES
         for start in range(0, flat.size, piece):
             self.send([(address + start, flat[start : start + piece])])
 
     def _take(self, nbytes: int) -> int:
-        """A place of the ring, in one piece, that no outstanding copy reads."""
+        """The start of a contiguous part of the ring that no outstanding copy reads."""
         size = len(self._ring)
         if nbytes > size:
-            raise ValueError(f"{nbytes} bytes to send at once, by a ring of {size}")
+            raise ValueError(f"{nbytes} bytes to send at once through a ring of {size}")
         rest = size - self._at % size
         if rest < nbytes:
             self._at += rest

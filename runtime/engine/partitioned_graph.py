@@ -1,69 +1,79 @@
-"""A graph in parts: plans of a compiler and kernels of ours in turn, with the buffers between them.
+"""A graph in parts: subgraphs for a compiler and our own kernels in turn, with the values between them.
 
-`ROLE.parts.json` lists them in order. Values are named; where they lie is decided here, for a number of
-tiles: in one block of memory, where values that are needed at different times share their place.
+`ROLE.parts.json` lists the steps in order (`docs/parts-format.schema.json`). Values have names; `layout`
+places them for a given number of tiles in one block of memory, in which values that are needed at different
+times may overlap.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from moesr.runtime.engine.field_types import MAX_BYTES, Bytes, Dimension, FileName, Index, Sha256, Text
 from moesr.runtime.engine.graph_spec import TensorSpec
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import json_dataclass
 from moesr.runtime.system.files import reason
+from moesr.runtime.system.json_dataclass import Form, Range
 
 SCHEMA = 2
 NHWC = ".nhwc"
-"""How names of values end that lie in memory with their channels last; their dimensions are those of NCHW."""
+"""Suffix of the names of values that lie in memory with channels last; their dims are still NCHW."""
 
 VECTOR = 8
-"""Such values are of half precision, and their channels a multiple of this."""
+"""The channels of such values are a multiple of this; their type is a 16-bit float."""
 
 SUFFIX = ".parts.json"
 ALIGNMENT = 256
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-Scalar = int | float | str
+Scalar = (
+    Annotated[int, Range(-(2**31), 2**31 - 1)]
+    | Annotated[float, Range(-1e38, 1e38)]
+    | Annotated[str, Form("B", "B")]
+)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Type and dimensions of a value, numbers or "B"."""
+    """The element type and the dimensions of a value; a dimension is a number or "B"."""
 
-    dtype: str
-    dims: tuple[int | str, ...]
+    dtype: Annotated[str, Form("|".join(SIZES), f"one of {', '.join(SIZES)}")]
+    dims: tuple[Dimension, ...]
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A kernel's weights: bytes of the file of constants."""
+    """The weights of a kernel: a range of bytes in the file of constants."""
 
-    offset: int
-    nbytes: int
+    offset: Bytes
+    nbytes: Bytes
 
 
 @dataclass(frozen=True)
 class PlanStep:
-    """A graph to compile; the names of its inputs and outputs are those of the values."""
+    """A subgraph to compile. The names of its inputs and outputs are those of the values."""
 
-    file: str
-    sha256: str
+    file: FileName
+    sha256: Sha256
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class KernelStep:
-    """A plan of kernels.json: values and constants by its buffers; scalars are numbers or "B"."""
+    """An operator plan of kernels.json, with the value or constant of each of its buffers by name.
 
-    op: str
-    dtype: str
-    shape: dict[str, int]
+    A scalar is a number, or "B" for the number of tiles.
+    """
+
+    op: Text
+    dtype: Text
+    shape: dict[str, Index]
     inputs: dict[str, str]
     outputs: dict[str, str]
     constants: dict[str, Constant]
@@ -72,21 +82,25 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class PartStep:
-    """Either of the two."""
+    """One step: either a subgraph or a kernel."""
 
     plan: PlanStep | None = None
     kernel: KernelStep | None = None
 
+    def __post_init__(self) -> None:
+        if (self.plan is None) == (self.kernel is None):
+            raise ValueError("a step is either a plan or a kernel")
+
     @property
     def taken(self) -> tuple[str, ...]:
-        """Names of the values that it reads."""
+        """Names of the values that the step reads."""
         if self.plan:
             return self.plan.inputs
         return tuple(self.kernel.inputs.values()) if self.kernel else ()
 
     @property
     def made(self) -> tuple[str, ...]:
-        """Names of the values that it writes."""
+        """Names of the values that the step writes."""
         if self.plan:
             return self.plan.outputs
         return tuple(self.kernel.outputs.values()) if self.kernel else ()
@@ -94,31 +108,31 @@ class PartStep:
 
 @dataclass(frozen=True)
 class Parts:
-    """All of a graph. `inputs` and `outputs` are the whole's; the others lie between steps."""
+    """The whole graph. `inputs` and `outputs` are those of the graph; all other values lie between steps."""
 
     schema: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     values: dict[str, Stored]
-    constants: str | None  # file
+    constants: FileName | None  # the file that holds the weights of kernels
     steps: tuple[PartStep, ...]
 
     @property
     def files(self) -> set[str]:
-        """Names of the files of its graphs and constants."""
+        """Names of the files of its subgraphs and constants."""
         graphs = {step.plan.file for step in self.steps if step.plan}
         return graphs | ({self.constants} if self.constants else set())
 
     def spec(self, name: str) -> TensorSpec:
-        """A value as a graph's input or output."""
+        """A value as the input or output of a graph."""
         return TensorSpec(name, self.values[name].dtype, self.values[name].dims)
 
     def nbytes(self, name: str, batch: int) -> int:
-        """Size of a value for a number of tiles."""
+        """Size of a value in bytes for a number of tiles."""
         return math.prod(self.spec(name).shape(batch)) * SIZES[self.values[name].dtype]
 
     def lives(self) -> dict[str, tuple[int, int]]:
-        """First and last step that need each value between steps."""
+        """The first and the last step that need each value between steps."""
         outside, found = {*self.inputs, *self.outputs}, dict[str, tuple[int, int]]()
         for at, step in enumerate(self.steps):
             for name in (*step.taken, *step.made):
@@ -128,25 +142,41 @@ class Parts:
 
 
 def read_parts(path: Path) -> Parts:
-    """Read a file of parts; EngineError where it is damaged or of another schema."""
+    """Read a file of parts; EngineError if it is damaged or of another schema."""
     try:
-        parts = json_dataclass.build(Parts, json.loads(path.read_text()))
+        values = json_dataclass.read_json(path)
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != SCHEMA or isinstance(schema, bool):
+            raise ValueError(f"schema {schema!r:.20}, expected {SCHEMA}")
+        parts = json_dataclass.build(Parts, values)
+        _check(parts)
     except (OSError, ValueError) as error:
         raise EngineError(f"{path}: {reason(error)}; export the engine again") from error
-    if parts.schema != SCHEMA:
-        raise EngineError(f"{path}: schema {parts.schema}, expected {SCHEMA}; export the engine again")
-    there = {*parts.inputs}
-    for step in parts.steps:
-        if missing := {*step.taken} - there:
-            raise EngineError(f"{path}: nothing makes {', '.join(sorted(missing))}; export the engine again")
-        there |= {*step.made}
     return parts
 
 
-def layout(sizes: Mapping[str, int], lives: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
-    """Where each value begins in one block, and the block's size; what lives at one time never overlaps.
+def _check(parts: Parts) -> None:
+    """ValueError if a step uses a value that is not declared or that no earlier step has made."""
+    there = {*parts.inputs}
+    for step in parts.steps:
+        if missing := {*step.taken} - there:
+            raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
+        there |= {*step.made}
+    if missing := {*parts.outputs} - there:
+        raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
+    if missing := there - parts.values.keys():
+        raise ValueError(f"values lacks {', '.join(sorted(missing))}")
+    if any(step.kernel and step.kernel.constants for step in parts.steps) and parts.constants is None:
+        raise ValueError("kernels have constants, and there is no file of constants")
+    if large := [name for name in parts.values if parts.nbytes(name, 1) > MAX_BYTES]:
+        raise ValueError(f"{', '.join(sorted(large))} cannot be so large")
 
-    `sizes` in bytes; `lives` are first and last step. The largest values come first.
+
+def layout(sizes: Mapping[str, int], lives: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """The offset of each value in one block, and the size of the block.
+
+    `sizes` are in bytes, `lives` the first and the last step that need a value. Values that are needed at the
+    same time never overlap. The largest values are placed first.
     """
     placed: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

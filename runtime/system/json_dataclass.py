@@ -38,10 +38,12 @@ class Range:
 
     low: float
     high: float
+    words: str = ""
 
     def refusal(self, value: float) -> str | None:
         """The words for what was expected if the value is out of range; None if it is in range."""
-        return None if self.low <= value <= self.high else f"a number from {self.low:g} to {self.high:g}"
+        in_range = self.low <= value <= self.high
+        return None if in_range else self.words or f"a number from {self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ typedef void *Handle;
 #define HANDLE(h) (*(h) = malloc(8))
 
 enum { SUCCESS = 0, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500, NOT_READY = 600 };
-enum { ILLEGAL_ADDRESS = 700, CAPTURE_INVALIDATED = 901 };
+enum { ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
+enum { GLOBAL = 0, RELAXED = 2 }; /* of CUstreamCaptureMode */
 enum { CAPTURING = 1, INVALIDATED = 2 }; /* of CUstreamCaptureStatus */
 enum { REFUSED_IN_CAPTURE = 13, CRASHING = 66 }; /* threads of launches that end so */
 enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 }; /* of CUdevice_attribute */
 
 static __thread Handle context;
-static int capturing, broken; /* a capture's status, and the error that all calls return from now on */
+static __thread int thread_mode; /* what the calling thread may do while others capture */
+static int capture_mode, capturing, broken; /* how, a capture's status, the error of all calls from now on */
 
 static int nothing(void) { return SUCCESS; }
 
@@ -69,7 +71,10 @@ int cuStreamDestroy(Handle stream) { return SUCCESS; }
 int cuStreamSynchronize(Handle stream) { return LOG("sync\n"), SUCCESS; }
 int cuStreamGetCtx(Handle stream, Handle *its) { return *its = context, SUCCESS; }
 int cuStreamGetDevice(Handle stream, int *device) { return *device = 0, SUCCESS; }
-int cuStreamBeginCapture(Handle stream, int mode) { return LOG("capture %d\n", mode), capturing = CAPTURING, SUCCESS; }
+int cuStreamBeginCapture(Handle stream, int mode) {
+  if (capturing) return CAPTURE_UNSUPPORTED;
+  return LOG("capture %d\n", mode), capture_mode = mode, capturing = CAPTURING, SUCCESS;
+}
 int cuStreamEndCapture(Handle stream, Handle *graph) {
   int before = capturing;
   LOG("end\n"), capturing = 0, *graph = NULL;
@@ -90,7 +95,15 @@ int cuStreamGetCaptureInfo(Handle s, int *status, uint64_t *id, Handle *graph, v
 int cuStreamGetCaptureInfo_v3(Handle s, int *st, uint64_t *id, Handle *graph, void *d, void *e, size_t *count) {
   return cuStreamGetCaptureInfo_v2(s, st, id, graph, d, count);
 }
-int cuThreadExchangeStreamCaptureMode(int *mode) { return SUCCESS; }
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+  int before = thread_mode;
+  return thread_mode = *mode, *mode = before, SUCCESS;
+}
+/* Calls that end a global capture of any thread, unless their own thread is in the relaxed mode. */
+static int unsafe(void) {
+  if (!capturing || capture_mode != GLOBAL || thread_mode == RELAXED) return SUCCESS;
+  return LOG("unsafe\n"), capturing = INVALIDATED, CAPTURE_UNSUPPORTED;
+}
 
 struct instantiation { uint64_t flags; Handle stream, node; int result; };
 int cuGraphInstantiateWithParams(Handle *made, Handle graph, struct instantiation *how) {
@@ -104,6 +117,7 @@ int cuMemGetMemPool(Handle *pool, void *place, int kind) { return HANDLE(pool), 
 int cuMemGetDefaultMemPool(Handle *pool, void *place, int kind) { return HANDLE(pool), SUCCESS; }
 int cuMemPoolSetAttribute(Handle pool, int attribute, void *value) { return SUCCESS; }
 int cuMemPoolGetAttribute(Handle pool, int attribute, uint64_t *value) {
+  if (unsafe() || broken) return broken ? broken : CAPTURE_UNSUPPORTED;
   return *value = attribute == 5 ? 5000 : attribute == 7 ? 3000 : 0, SUCCESS; /* reserved, used */
 }
 int cuMemGetInfo(size_t *free, size_t *total) { return *free = 1000000, *total = 4000000, SUCCESS; }

@@ -8,6 +8,7 @@ the numbers, or as an error.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from moesr.runtime.devices.operator_plan import (
     PlanBuffer,
 )
 from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.sampling import noise
 from moesr.runtime.system.files import sha256_of
 
@@ -61,14 +63,16 @@ class SimulatedDriver:
         self._done = self._enqueued = 0
         self.peak_pinned = 0
         self.closed = False
+        self.shared: dict[Any, Any] = {}
+        self.loads: list[str] = []  # entries of the kernels that were loaded
+        self.failing_captures: deque[str] = deque()  # of the next captures: "begin", "within" or "end"
+        self._failing: str | None = None
 
     # memory
 
     def alloc(self, nbytes: int) -> SimulatedBlock:
         assert self._captured is None, "memory taken while a graph is captured"
         if self._free_bytes is not None:
-            from moesr.runtime.errors import MemoryLimitError
-
             if nbytes > self._free_bytes:
                 raise MemoryLimitError("no memory")
             self._free_bytes -= nbytes
@@ -115,6 +119,8 @@ class SimulatedDriver:
 
     def _add(self, name: str, call: Callable[[], object]) -> None:
         if self._captured is not None:
+            if self._failing == "within":
+                raise EngineError("the capture is invalid")
             self._captured.append((name, call))
             return
         self.log.append(name)
@@ -136,6 +142,7 @@ class SimulatedDriver:
         self._add(name, call)
 
     def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> tuple[str, dict]:
+        self.loads.append(entry)
         return entry, json.loads(code)
 
     def launch(
@@ -155,10 +162,17 @@ class SimulatedDriver:
 
     def begin_capture(self) -> None:
         assert self._captured is None
+        self._failing = self.failing_captures.popleft() if self.failing_captures else None
+        if self._failing:
+            self.log.append("failed capture")
+        if self._failing == "begin":
+            raise EngineError("no capture can begin")
         self._captured = []
 
     def end_capture(self) -> list[tuple[str, Callable[[], object]]]:
         captured, self._captured = self._captured, None
+        if self._failing == "end":
+            raise EngineError("the capture was invalidated by another thread")
         assert captured
         self.log.append("capture")
         return captured
@@ -192,6 +206,7 @@ class SimulatedDriver:
 
     def close(self) -> None:
         self.synchronize()
+        self.shared.clear()
         self.closed = True
 
     def _play(self, until: int) -> None:
@@ -340,7 +355,7 @@ def _compiled(directory: Path, target: str, name: str, launch: TritonLaunch) -> 
         entry=launch.function,
         threads=128,
         shared_bytes=0,
-        hidden={"global_scratch": 0, "profile_scratch": 64},
+        hidden={"global_scratch": 0, "profile_scratch": 0},
     )
 
 
@@ -350,7 +365,7 @@ def _buffer(directory: Path, plan: TritonPlan, buffer: PlanBuffer) -> PlanBuffer
     file = directory / "tables" / f"{buffer.name}.bin"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes())
-    return replace(buffer, file=file.relative_to(directory).as_posix())
+    return replace(buffer, file=file.relative_to(directory).as_posix(), sha256=sha256_of(file))
 
 
 def simulated_device(directory: Path, *, use_graphs: bool = True) -> tuple[CudaDevice, SimulatedDriver]:

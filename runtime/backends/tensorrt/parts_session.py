@@ -17,8 +17,6 @@ from moesr.runtime.engine.graph_spec import BATCH, Boundary
 from moesr.runtime.engine.partitioned_graph import KernelStep, Parts, layout
 from moesr.runtime.errors import EngineError
 
-_STAGING_BYTES = 1 << 20
-
 
 class PartsSession:
     """See `Session`. All that lies between steps shares one block of memory, taken when it is bound."""
@@ -43,7 +41,7 @@ class PartsSession:
         """See `Session.bind`; EngineError where there is no kernel for a step."""
         self._let_go()
         self._driver = driver = buffers[self._boundary.outputs[0].name].driver
-        kernels = KernelFiles(self._kernel_path, driver)
+        kernels = KernelFiles.of(self._kernel_path, driver)
         plans = {
             at: kernels.plan(step.kernel.op, step.kernel.dtype, step.kernel.shape)
             for at, step in enumerate(self._parts.steps)
@@ -93,7 +91,7 @@ class PartsSession:
                 contents |= {f"{at} {buffer.name}": kernels.table(buffer) for buffer in tables}
         sizes = {name: len(content) for name, content in contents.items()}
         offsets, total = layout(sizes, dict.fromkeys(sizes, (0, 0)))
-        block, staging = self._take(driver, total), Staging(driver, _STAGING_BYTES)
+        block, staging = self._take(driver, total), Staging.of(driver)
         for name, content in contents.items():
             staging.send_large(block.address + offsets[name], np.frombuffer(content, np.uint8))
         return {name: block.address + offset for name, offset in offsets.items()}

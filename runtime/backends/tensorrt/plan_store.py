@@ -1,7 +1,8 @@
-"""Where TensorRT plans lie, what each is for, and which of them fits.
+"""Finds, reads and writes TensorRT plans on disk.
 
-A plan is a directory `KEY` of `tensorrt/` in the engine directory, or of the user's cache. It holds
-`graph.plan` and `plan.json`, which says all that the plan depends on; the key is made of the same.
+A plan is a directory `KEY` of `tensorrt/` in the engine directory or in the user's cache. It holds
+`graph.plan`, and `plan.json` with everything that the plan depends on, which also makes up the key.
+`docs/plan-format.schema.json` describes `plan.json`.
 """
 
 from __future__ import annotations
@@ -13,35 +14,42 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from moesr.runtime.backends.tensorrt.library import Library
+from moesr.runtime.backends.tensorrt.library import FLAVOURS, Library
 from moesr.runtime.backends.tensorrt.plan_builder import as_text
+from moesr.runtime.engine.field_types import FileName, Sha256
 from moesr.runtime.engine.graph_spec import File
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.onnx_external_data import external_files
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError, OutputError
+from moesr.runtime.options import MAX_BATCH
 from moesr.runtime.system import files, json_dataclass
 from moesr.runtime.system.files import sha256_of
+from moesr.runtime.system.json_dataclass import Form, Range, read_bytes, read_json
 
 PLANS_FOLDER, PLAN_NAME, RECORD_NAME = "tensorrt", "graph.plan", "plan.json"
+
+MAX_RECORD_BYTES, MAX_PLAN_BYTES = 1 << 16, 16 << 30
+"""Largest plan.json and graph.plan that are read."""
 
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """All that a plan depends on."""
+    """Everything that a plan depends on."""
 
-    graph_sha256: str
-    flavour: str
-    version: str
-    capability: int  # 89 for 8.9
-    max_batch: int
+    graph_sha256: Sha256
+    flavour: Annotated[str, Form("|".join(FLAVOURS), f"one of {', '.join(FLAVOURS)}")]
+    version: Annotated[str, Form(r"[\w.+\-]{1,64}", "a version")]
+    capability: Annotated[int, Range(10, 999)]  # 89 for 8.9
+    max_batch: Annotated[int, Range(1, MAX_BATCH)]
 
     @property
     def name(self) -> str:
-        """Name of the plan's directory."""
+        """The name of the plan's directory."""
         made_by = f"{self.flavour}-{self.version}"
         return f"{self.graph_sha256[:12]}-{made_by}-sm{self.capability}-b{self.max_batch}"
 
@@ -52,10 +60,10 @@ class PlanKey:
 
 @dataclass(frozen=True)
 class PlanRecord(PlanKey):
-    """What plan.json holds: the key, the ONNX file that it was made of, and the plan's own hash."""
+    """The content of plan.json: the key, the ONNX file, and the hash of the plan."""
 
-    file: str
-    plan_sha256: str
+    file: FileName
+    plan_sha256: Sha256
 
 
 def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int) -> PlanKey:
@@ -64,7 +72,7 @@ def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int)
 
 
 def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
-    """The ONNX files of an engine that TensorRT runs, every graph's or its parts', with their `identity`."""
+    """Yield the ONNX files of an engine that TensorRT runs, parts included, with their `identity`."""
     for graph in manifest.graphs.values():
         arrangement = graph.arrangement("parts")
         if arrangement.file.endswith(SUFFIX):
@@ -75,7 +83,7 @@ def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
 
 
 def identity(path: Path, sha256: str | None = None) -> str:
-    """The hash that plans of an ONNX file go by: its own, or one over those of weights beside it, too."""
+    """The hash that names the plans of an ONNX file; it includes the external weights, if there are any."""
     own = sha256 or sha256_of(path)
     beside = sorted(external_files(path))
     if not beside:
@@ -85,22 +93,22 @@ def identity(path: Path, sha256: str | None = None) -> str:
 
 
 def timings(cache: Path | None, key: PlanKey) -> Path | None:
-    """File of what builds on this kind of GPU measured."""
+    """The file that keeps the timings of earlier builds on this kind of GPU."""
     return cache / f"{key.flavour}-{key.version}-sm{key.capability}.timings" if cache else None
 
 
 def compiled(cache: Path | None, key: PlanKey) -> Path | None:
-    """File of the kernels that the library compiles when a plan first runs."""
+    """The file that keeps the kernels that the library compiles when a plan first runs."""
     return cache / "compiled" / f"{key.name}.bin" if cache else None
 
 
 def plan_folders(engine: Path, cache: Path | None) -> list[Path]:
-    """Folders of plans for an engine, the first to be looked in first."""
+    """The folders that may hold plans of an engine, in the order of the search."""
     return [engine / PLANS_FOLDER, *([cache / PLANS_FOLDER] if cache else [])]
 
 
 def read_plan(key: PlanKey, folders: Sequence[Path]) -> bytes | None:
-    """A plan that fits, None where there is none; one that is damaged is logged with what is wrong."""
+    """The plan for a key, None if there is none; a damaged one is logged with its fault."""
     for folder in folders:
         directory = folder / key.name
         if not directory.is_dir():
@@ -113,17 +121,17 @@ def read_plan(key: PlanKey, folders: Sequence[Path]) -> bytes | None:
 
 
 def _read(directory: Path, key: PlanKey) -> bytes:
-    record = json_dataclass.build(PlanRecord, json.loads((directory / RECORD_NAME).read_text()))
-    data = (directory / PLAN_NAME).read_bytes()
+    record = json_dataclass.build(PlanRecord, read_json(directory / RECORD_NAME, MAX_RECORD_BYTES))
+    data = read_bytes(directory / PLAN_NAME, MAX_PLAN_BYTES)
     if any(getattr(record, field.name) != getattr(key, field.name) for field in dataclasses.fields(key)):
-        raise ValueError(f"{RECORD_NAME} speaks of another plan")
+        raise ValueError(f"{RECORD_NAME} describes another plan")
     if hashlib.sha256(data).hexdigest() != record.plan_sha256:
         raise ValueError(f"{PLAN_NAME} is not what was built")
     return data
 
 
 def misfits(key: PlanKey, folders: Sequence[Path]) -> list[str]:
-    """In words, plans of the same graph that were made for something else."""
+    """Messages about plans of the same graph that were built for another library, GPU or batch."""
     found = []
     for folder in folders:
         for record in list_plans(folder):
@@ -133,18 +141,18 @@ def misfits(key: PlanKey, folders: Sequence[Path]) -> list[str]:
 
 
 def list_plans(folder: Path) -> list[PlanRecord]:
-    """The plans of a folder, those that cannot be read left out."""
+    """The plans of a folder, without those that cannot be read."""
     found = []
     for path in sorted(folder.glob(f"*/{RECORD_NAME}")):
         try:
-            found.append(json_dataclass.build(PlanRecord, json.loads(path.read_text())))
+            found.append(json_dataclass.build(PlanRecord, read_json(path, MAX_RECORD_BYTES)))
         except (OSError, ValueError):
             continue
     return found
 
 
 def write_plan(folder: Path, key: PlanKey, file: str, data: bytes) -> Path:
-    """Write a plan into a folder, in place of one of the same key; OutputError where that cannot be."""
+    """Write a plan into a folder and replace one of the same key; OutputError if that fails."""
     record = PlanRecord(**dataclasses.asdict(key), file=file, plan_sha256=hashlib.sha256(data).hexdigest())
     directory = folder / key.name
     try:
@@ -157,7 +165,7 @@ def write_plan(folder: Path, key: PlanKey, file: str, data: bytes) -> Path:
 
 
 def unusable(directory: Path, complaint: str) -> EngineError:
-    """The error of a plan that the library does not take."""
+    """The error for a plan that the library does not load."""
     return EngineError(
         f"{directory}: the plan does not load ({complaint}); remove that folder and run again, or use "
         "--backend onnxruntime"

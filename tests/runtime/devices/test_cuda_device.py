@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import numpy as np
 import pytest
 from cuda_simulation import SimulatedDriver, simulated_device, write_kernels
 from engines import build_engine
+from recording import FakeSession
 from rigs import CudaRig, Rig, alike, eps_of
 
+from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.backends.selection import Backend
+from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import KernelFiles, choose
-from moesr.runtime.devices.cuda import AHEAD, CudaDevice
+from moesr.runtime.devices.cuda import AHEAD, MAX_FAILED_CAPTURES, CudaDevice
 from moesr.runtime.devices.grid_expressions import evaluate
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Slot
-from moesr.runtime.devices.staging import Staging
+from moesr.runtime.devices.loop_kernels import LoopKernels
+from moesr.runtime.devices.staging import UPLOAD_BYTES, Staging
 from moesr.runtime.engine.graph_spec import BATCH, TensorSpec
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
@@ -204,12 +210,97 @@ def test_memory_of_jobs_is_used_again_and_buffers_are_taken_once(manifest, tmp_p
     assert rig.driver._top <= 2 * held  # at most the cancelled job beside the next
 
 
-def test_a_failing_capture_is_that_ticks_error(manifest, tmp_path):
+@pytest.mark.parametrize("how", ["begin", "within", "end"])
+def test_a_failed_capture_runs_eagerly_and_is_tried_again(manifest, tmp_path, how):
+    want, rig = CudaRig(manifest, tmp_path / "eager", 4, False), CudaRig(manifest, tmp_path / "graphs", 4)
+    rig.driver.failing_captures.extend([how] * 2)
+    images, lr = [], RNG.integers(0, 256, (160, 92, 3), np.uint8)
+    for each in (want, rig):
+        for _ in range(3):
+            job = each.job(40, 23, lr, steps=8)
+            job._condition = np.full((40, 23, 3), 90, np.uint8)
+            each.run(job)
+            images.append(job.image)
+    for image in images:
+        np.testing.assert_array_equal(image, images[0])
+    assert rig.driver.log.count("failed capture") == 2
+    assert rig.driver.log.count("capture") == sum(len({*s.batches}) for s in rig.sessions.values())
+    assert rig.driver.kernels == want.driver.kernels  # a failed capture does nothing twice
+
+
+def test_after_three_failures_no_further_capture_is_tried(manifest, tmp_path, caplog):
+    rig = CudaRig(manifest, tmp_path)
+    rig.driver.failing_captures.extend(["end"] * 100)
+    for _ in range(2):
+        rig.run(rig.job(16, 16, steps=20))
+    decoder = 1  # it runs once per image, so its second run is its only attempt
+    assert rig.driver.log.count("failed capture") == 4 * MAX_FAILED_CAPTURES + decoder
+    assert "capture" not in rig.driver.log and "replay" not in rig.driver.log
+    assert caplog.text.count("is run without one from now on") == 4
+
+
+def test_nothing_is_captured_while_a_graph_is_opened(manifest, tmp_path):
+    rig = CudaRig(manifest, tmp_path)
+    opening, opened = threading.Event(), threading.Event()
+
+    def open_a_graph() -> None:
+        with capture_lock:
+            opening.set()
+            opened.wait(60)
+
+    thread = threading.Thread(target=open_a_graph, daemon=True)
+    thread.start()
+    assert opening.wait(60)
+    rig.run(rig.job(16, 16, steps=20))  # does not wait for the other thread
+    assert "capture" not in rig.driver.log
+    opened.set()
+    thread.join()
+    rig.run(rig.job(16, 16, steps=20))
+    assert rig.driver.log.count("capture") == 5
+
+
+def test_graphs_of_a_gpu_are_opened_under_the_lock(tmp_path, monkeypatch):
+    held = []
+
+    def probe() -> None:
+        held.append(not capture_lock.acquire(blocking=False))
+        if not held[-1]:
+            capture_lock.release()
+
+    def open_session(*_: object) -> None:
+        other = threading.Thread(target=probe)
+        other.start()
+        other.join()
+
+    monkeypatch.setattr("moesr.runtime.backends.ort.open_session", open_session)
+    graph = read_manifest(build_engine(tmp_path)).graphs["decoder"]
+    for device in ("cuda", "cpu"):
+        Backend("onnxruntime", SessionOptions(device), 1).open(tmp_path, graph)
+    assert held == [True, False]
+
+
+def test_an_interrupted_capture_is_abandoned(tmp_path):
+    device, driver = simulated_device(tmp_path)
+
+    def interrupted() -> None:
+        if driver._captured is not None:
+            raise KeyboardInterrupt
+
+    session = FakeSession.__new__(FakeSession)
+    device._replay(session, "key", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        device._replay(session, "key", interrupted)
+    assert driver._captured is None
+    assert capture_lock.acquire(blocking=False)
+    capture_lock.release()
+
+
+def test_an_error_of_the_session_is_that_ticks_error(manifest, tmp_path):
     rig = CudaRig(manifest, tmp_path)
     rig.run(rig.job(16, 16, steps=4))  # every graph ran once
     expert = rig.sessions["expert_3"]
-    works, expert.enqueue = expert.enqueue, lambda batch: (_ for _ in ()).throw(EngineError("no capture"))
-    with pytest.raises(EngineError, match="no capture"):
+    works, expert.enqueue = expert.enqueue, lambda batch: (_ for _ in ()).throw(EngineError("no run"))
+    with pytest.raises(EngineError, match="no run"):
         rig.run(rig.job(16, 16, steps=4))
     expert.enqueue = works
     rig.run(rig.job(16, 16, steps=4))
@@ -254,7 +345,7 @@ def test_damaged_kernels_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("entries", "message"),
-    [({"schema": 7}, "schema 7, expected 2"), ({"kernels": 3}, "kernels is 3, expected an object")],
+    [({"schema": 7}, "schema 7, expected 3"), ({"kernels": 3}, "kernels is 3, expected an object")],
     ids=["schema", "content"],
 )
 def test_other_kernels_json_are_refused(tmp_path, entries, message):
@@ -262,6 +353,31 @@ def test_other_kernels_json_are_refused(tmp_path, entries, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     with pytest.raises(EngineError, match=f"{message}; make them with"):
         KernelFiles(tmp_path, SimulatedDriver())
+
+
+def test_scratch_memory_of_kernels_is_refused(tmp_path):
+    path = write_kernels(tmp_path) / "kernels.json"
+    path.write_text(path.read_text().replace('"profile_scratch": 0', '"profile_scratch": 64', 1))
+    with pytest.raises(EngineError, match="profile_scratch is 64, expected 0, since scratch memory"):
+        KernelFiles(tmp_path, SimulatedDriver())
+
+
+def test_kernels_and_staging_are_shared_by_the_users_of_a_driver(tmp_path):
+    driver = SimulatedDriver()
+    write_kernels(tmp_path)
+    assert KernelFiles.of(tmp_path, driver) is KernelFiles.of(tmp_path / "sm_90" / "..", driver)
+    assert Staging.of(driver) is Staging.of(driver)
+    assert driver.peak_pinned == UPLOAD_BYTES
+    assert KernelFiles.of(tmp_path, driver) is not KernelFiles.of(tmp_path, SimulatedDriver())
+    driver.close()
+    assert not driver.shared
+
+
+@pytest.mark.parametrize(("slots", "channels"), [(65_536, 1), (1, 65_536), (0, 1)])
+def test_grids_beyond_a_gpus_limits_are_refused(tmp_path, slots, channels):
+    loop = LoopKernels(KernelFiles(write_kernels(tmp_path), SimulatedDriver()))
+    with pytest.raises(EngineError, match=f"{channels} x {slots} blocks, .* lower max_batch"):
+        loop.gather(0, 0, 0, slots, (channels, 8, 8), 4)
 
 
 def test_staged_values_arrive_however_small_the_ring(tmp_path):
@@ -281,7 +397,7 @@ def test_staged_values_arrive_however_small_the_ring(tmp_path):
     np.testing.assert_array_equal(got, large)
     for array, block in zip(arrays, blocks, strict=True):
         np.testing.assert_array_equal(driver.view(block.address, array.nbytes), array)
-    with pytest.raises(ValueError, match="272 bytes to send at once, by a ring of 256"):
+    with pytest.raises(ValueError, match="272 bytes to send at once through a ring of 256"):
         staging.send([(whole.address, np.zeros(257, np.uint8))])
 
 
@@ -306,7 +422,9 @@ def test_other_expressions_are_refused(expression):
         (("sm_80", "sm_90", "ptx"), 103, "ptx"),
         (("sm_80", "ptx"), 75, None),
         (("sm_90",), 89, None),
-        (("sm_100", "sm_120"), 121, "sm_120"),
+        (("sm_100", "sm_120"), 121, None),
+        (("sm_100", "sm_120", "ptx"), 121, "ptx"),
+        (("sm_100", "sm_103", "ptx"), 103, "sm_103"),
     ],
 )
 def test_choice_of_an_architecture(targets, capability, want):

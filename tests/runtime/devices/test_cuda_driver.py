@@ -16,7 +16,7 @@ from moesr.runtime.errors import EngineError
 
 SOURCE = Path(__file__).parents[2] / "assets" / "fake_cuda.c"
 PROGRAM = """
-import sys, threading
+import importlib, sys, threading
 import numpy as np
 from moesr.runtime.devices.cuda_driver import CudaDriver
 from moesr.runtime.errors import EngineError, MemoryLimitError
@@ -67,12 +67,19 @@ fails(lambda: driver.launch(kernel, (3, 2, 1), 13, 0, arguments))
 fails(driver.end_capture)
 driver.begin_capture()
 driver.abandon_capture()
-thread = threading.Thread(target=lambda: driver.clear(block.address, 4))
-thread.start()
-thread.join()
+cuda = importlib.import_module("cuda.bindings.driver")
+cuda.cuStreamBeginCapture(driver.stream, cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+for _ in range(3):  # one after the other, so that they have the same number
+    thread = threading.Thread(target=lambda: say(driver.free_bytes(), "free during a capture"))
+    thread.start()
+    thread.join()
+fails(driver.begin_capture)
+say(cuda.cuStreamEndCapture(driver.stream)[0].name)
+driver.launch(kernel, (4, 2, 1), 64, 0, arguments)
 driver.launch(kernel, (1, 1, 1), 66, 0, arguments)
 driver.free(block)
 fails(lambda: driver.alloc(8))
+say(driver.free_bytes(), "free when last asked")
 driver.close()
 """
 WANT = """
@@ -111,12 +118,21 @@ end
 EngineError a CUDA graph could not be made; run with --no-cuda-graphs
 capture 2
 end
+capture 0
 current
-clear 4
+1002000 free during a capture
 current
+1002000 free during a capture
+current
+1002000 free during a capture
+EngineError a CUDA graph could not be made; run with --no-cuda-graphs
+end
+CUDA_SUCCESS
+launch 4 2 1, 64 threads, 0 bytes: 0 -7 2.5
 launch 1 1 1, 66 threads, 0 bytes: 0 -7 2.5
 free
 EngineError the GPU failed
+1002000 free when last asked
 sync
 """
 
@@ -147,5 +163,5 @@ def test_a_gpu_that_is_not_there_is_named():
 
 def test_without_the_library_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(EngineError, match=r"cuda-core does not load .*pip install 'moesr\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r"cuda-core does not load .*pip install 'moesr\[cuda\]'"):
         cuda_driver.library()
