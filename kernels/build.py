@@ -143,6 +143,7 @@ def build(
     index = KernelIndex(
         schema=SCHEMA,
         triton=_triton_version(),
+        toolkit=_toolkit([*architectures, PTX_ARCHITECTURE]),
         alignment=ALIGNMENT,
         architectures=tuple(f"sm_{a}" for a in architectures),
         sources={op.name: source_hash(op.name) for op in rows},
@@ -231,6 +232,14 @@ def substitute(expression: str, constants: Mapping[str, Any]) -> str:
         return str(evaluate(filled, {}))
     except ValueError:  # a scalar is left
         return filled
+
+
+def _toolkit(architectures: Iterable[int]) -> str:
+    """The newest CUDA release among the assemblers that Triton uses for these architectures."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    releases = [str(get_ptxas(arch).version) for arch in architectures]
+    return max(releases, key=lambda release: tuple(map(int, release.split("."))))
 
 
 def _triton_version() -> str:

@@ -31,6 +31,7 @@ class SessionOptions:
     threads: int | None = None  # None: the library's own choice
     precision: str | None = None  # of the arithmetic, where a backend can change it; None: as the graph says
     cache: Path | None = None  # directory for what a backend compiles; None: nothing is kept
+    verify: bool = True  # whether the checksums of what was kept are compared
     files: tuple[File, ...] = ()  # of the graph, beside each other, for what is kept of it
     max_batch: int = 1  # tiles in one run at most
     stream: int | None = None  # of the device, for sessions that enqueue on it

@@ -1,11 +1,12 @@
-"""Graphs as a library has prepared them for this machine, kept so that they open at once.
+"""Keeps graphs on disk as a library has prepared them for this machine, so that they open at once.
 
-An entry is a directory of `FOLDER` in the cache directory. Its name is made of all that its content depends
-on: the graph's files, by place, hash, size and time of change; the library, its version and options; the
-processor. `entry.json` says the same and what files the entry has. Nothing depends on an entry: one that is
-damaged is removed, and what cannot be written is not kept.
+An entry is a directory below `FOLDER` in the cache directory. Its name is made of everything that its content
+depends on: the path, hash, size and modification time of the graph's files; the library, its version and
+options; the processor. `entry.json` repeats these and lists the entry's own files with their checksums. An entry
+that is damaged is removed and made again, and what cannot be written is not kept.
 
-Entries go when the files that they were made of have gone or changed, or when they were not used for long.
+Entries are removed when the files that they were made of have gone or changed, or after `UNUSED_AGE_S`
+without use.
 """
 
 from __future__ import annotations
@@ -14,33 +15,44 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, BinaryIO
 
+from moesr.runtime.engine.field_types import Bytes, FileName
 from moesr.runtime.engine.graph_spec import File
 from moesr.runtime.errors import OutputError
 from moesr.runtime.system import cpu, files, json_dataclass
+from moesr.runtime.system.json_dataclass import Range
 
 FOLDER, RECORD_NAME = "prepared", "entry.json"
 
 ROOM = 8
-"""Free disk space that is asked for before an entry is written, over the size of the graph's own files.
+"""Free disk space that is required before an entry is written, as a multiple of the graph's own files.
 
-Winograd's kernels are four times the size of those that they come from.
+Winograd's kernels are four times as large as the kernels that they are made from.
 """
 
 UNUSED_AGE_S = 30 * 86_400
 """Entries that were not opened for so long are removed."""
 
+MAX_RECORD_BYTES = 1 << 20
+"""Largest entry.json that is read."""
+
 log = logging.getLogger("moesr")
+
+_verified: set[tuple[int, ...]] = set()  # files whose checksum this process has compared
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file by its place, and what tells that it was changed."""
+    """A file by its path, with its size and the time of its last modification."""
 
     path: str
     size: int
@@ -48,8 +60,17 @@ class Stamp:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A file of an entry."""
+
+    name: FileName
+    size: Bytes
+    crc32: Annotated[int, Range(0, 2**32 - 1)]
+
+
+@dataclass(frozen=True)
 class Origin:
-    """All that a prepared graph depends on."""
+    """Everything that a prepared graph depends on."""
 
     files: tuple[Stamp, ...]
     sha256: tuple[str, ...]
@@ -60,49 +81,91 @@ class Origin:
 
     @property
     def key(self) -> str:
-        """Name of the entry's directory."""
+        """The name of the entry's directory."""
         text = json.dumps(dataclasses.asdict(self))
         return f"{self.library}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What entry.json holds: the origin, and the entry's own files."""
+    """The content of entry.json: the origin, and the files of the entry."""
 
     origin: Origin
-    made: tuple[Stamp, ...]
+    made: tuple[Made, ...]
 
 
 def origin(directory: Path, sources: Sequence[File], library: str, version: str, options: str) -> Origin:
-    """The origin of a graph whose files are in `directory`; OSError where one cannot be looked at."""
+    """The origin of a graph whose files are in `directory`; OSError if one of them has no status."""
     stamps = tuple(_stamp((directory / file.file).resolve()) for file in sources)
     hashes = tuple(file.sha256 for file in sources)
     machine = f"{cpu.model()} {cpu.extensions()}"
     return Origin(stamps, hashes, library, version, options, hashlib.sha256(machine.encode()).hexdigest())
 
 
-def find(cache: Path, wanted: Origin) -> Path | None:
-    """The directory of an entry whose files are what was written; None where there is none."""
+def find(cache: Path, wanted: Origin, *, verify: bool = True) -> Path | None:
+    """The directory of the entry for an origin; None if there is none, or it was damaged and is removed.
+
+    Its files must be regular files of the recorded sizes and, with `verify`, of the recorded checksums. A
+    file whose checksum was compared is not read again by this process until it is touched.
+    """
     directory = cache / FOLDER / wanted.key
-    if not directory.is_dir():
+    if directory.is_symlink() or not directory.is_dir():
         return None
     try:
-        entry = json_dataclass.build(Entry, json.loads((directory / RECORD_NAME).read_text(encoding="utf-8")))
-        if entry.origin == wanted and all(
-            _stamp(directory / made.path, made.path) == made for made in entry.made
-        ):
-            (directory / RECORD_NAME).touch()  # when it was used last
-            return directory
-        log.info("%s: not what was written there; made again", directory)
+        entry = _read(directory)
+        _check(directory, entry, wanted, verify)
+        os.utime(directory / RECORD_NAME)  # the time of its last use
+        return directory
     except (OSError, ValueError) as error:
-        log.info("%s: made again: %s", directory, files.reason(error))
+        log.info("%s: removed and made again: %s", directory, files.reason(error))
+    remove(directory)
     return None
 
 
-def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | None:
-    """Have `make` write an entry's files into an empty directory, and keep them; None where that cannot be.
+def _read(directory: Path) -> Entry:
+    """The record of an entry; OSError or ValueError if there is none, or it is damaged."""
+    values = json_dataclass.read_json(directory / RECORD_NAME, MAX_RECORD_BYTES)
+    return json_dataclass.build(Entry, values)
 
-    What `make` raises is raised.
+
+def _check(directory: Path, entry: Entry, wanted: Origin, verify: bool) -> None:
+    """ValueError or OSError if an entry is of another origin, or its files are not what was written."""
+    if entry.origin != wanted:
+        raise ValueError(f"{RECORD_NAME} describes another graph")
+    for made in entry.made:
+        with _opened(directory / made.name) as stream:
+            status = os.fstat(stream.fileno())
+            if status.st_size != made.size:
+                raise ValueError(f"{made.name} has another size than was written")
+            stamp = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, made.crc32
+            if verify and stamp not in _verified:
+                if _checksum(stream) != made.crc32:
+                    raise ValueError(f"{made.name} is not what was written")
+                _verified.add(stamp)
+
+
+def _checksum(stream: BinaryIO) -> int:
+    """The CRC-32 of a file, which finds accidental damage at half the cost of a SHA-256."""
+    found = 0
+    while block := stream.read(1 << 20):
+        found = zlib.crc32(block, found)
+    return found
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file opened for reading, links not followed; ValueError or OSError for anything else."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    stream = os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError(f"{path.name} is not a regular file")
+    return stream
+
+
+def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | None:
+    """Have `make` write the files of an entry into an empty directory; None if it could not be kept.
+
+    An entry that is in the way is replaced, whatever it holds. Exceptions of `make` are passed on.
     """
     folder, needed = cache / FOLDER, ROOM * sum(stamp.size for stamp in made_of.files)
     directory = folder / made_of.key
@@ -111,10 +174,11 @@ def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | 
         remove_stale(folder)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(f"less than {needed / 1e9:.1f} GB free")
+        if not (directory / RECORD_NAME).is_file():
+            remove(directory)
         with files.new_directory(directory, force=True, marker=RECORD_NAME) as new:
             make(new)
-            made = tuple(_stamp(path, path.name) for path in sorted(new.iterdir()))
-            record = dataclasses.asdict(Entry(made_of, made))
+            record = dataclasses.asdict(Entry(made_of, tuple(_made(new))))
             (new / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (OSError, OutputError) as error:
         log.info("%s is not kept: %s", directory, files.reason(error))
@@ -122,29 +186,43 @@ def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | 
     return directory
 
 
+def _made(directory: Path) -> Iterator[Made]:
+    for path in sorted(directory.iterdir()):
+        with _opened(path) as stream:
+            yield Made(path.name, path.stat().st_size, _checksum(stream))
+
+
 def remove(directory: Path) -> None:
-    """Remove an entry, if that can be done."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Remove an entry, or whatever else has its name, if that is possible."""
+    if directory.is_dir() and not directory.is_symlink():
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    try:
+        directory.unlink(missing_ok=True)
+    except OSError as error:
+        log.info("%s is not removed: %s", directory, files.reason(error))
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove entries whose graphs are gone or changed, and those that were not used for `UNUSED_AGE_S`."""
+    """Remove entries whose graphs are gone or changed, that are damaged, or that were not used for long."""
     for directory in folder.iterdir():
-        record = directory / RECORD_NAME
-        if record.is_file() and _stale(record):
+        hidden = directory.name.startswith(".")  # what another process is writing
+        if not hidden and _stale(directory):
             remove(directory)
 
 
-def _stale(record: Path) -> bool:
+def _stale(directory: Path) -> bool:
+    if directory.is_symlink() or not directory.is_dir():
+        return False  # no entry; it is replaced if its name is needed
+    record = directory / RECORD_NAME
     try:
-        if time.time() - record.stat().st_mtime > UNUSED_AGE_S:
+        if time.time() - record.lstat().st_mtime > UNUSED_AGE_S:
             return True
-        entry = json_dataclass.build(Entry, json.loads(record.read_text(encoding="utf-8")))
-        return any(_stamp(Path(old.path)) != old for old in entry.origin.files)
+        return any(_stamp(Path(old.path)) != old for old in _read(directory).origin.files)
     except (OSError, ValueError):
         return True
 
 
-def _stamp(path: Path, name: str | None = None) -> Stamp:
+def _stamp(path: Path) -> Stamp:
     status = path.stat()
-    return Stamp(name or str(path), status.st_size, status.st_mtime_ns)
+    return Stamp(str(path), status.st_size, status.st_mtime_ns)

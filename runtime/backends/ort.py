@@ -87,7 +87,7 @@ def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
     kept = None
     try:
         made_of = graph_cache.origin(path.parent, options.files, "onnxruntime", ort.__version__, _PREPARATION)
-        kept = graph_cache.find(options.cache, made_of)
+        kept = graph_cache.find(options.cache, made_of, verify=options.verify)
         kept = kept or graph_cache.write(options.cache, made_of, partial(_prepare, ort, path))
         return kept and ort.InferenceSession(str(kept / _PREPARED), settings, providers=[_PROVIDERS["cpu"]])
     except Exception as error:  # what is wrong with the graph itself shows where it is opened plainly

@@ -85,7 +85,7 @@ def _open_prepared(path: Path, declared: Boundary, options: SessionOptions) -> A
         made_of = graph_cache.origin(path.parent, options.files, "openvino", version, repr(told))
     except OSError:  # compiling it will tell
         return None
-    if kept := graph_cache.find(options.cache, made_of):
+    if kept := graph_cache.find(options.cache, made_of, verify=options.verify):
         try:
             blob = np.memmap(kept / _COMPILED, np.uint8, "r")
             return _core().import_model(_library().Tensor(blob), "CPU", told)

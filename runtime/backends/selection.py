@@ -129,6 +129,7 @@ def candidates(
     precision: str = "graph",
     cache: Path | None = None,
     cuda_graphs: bool = True,
+    verify: bool = True,
 ) -> list[Backend]:
     """The backends that may be chosen from, the preferred one first; at least one.
 
@@ -152,7 +153,7 @@ def candidates(
             offer = probe(each)
             for options in _ways(each, offer, device, threads, precision, cache):
                 size = max_batch or offer.devices[options.kind]
-                options = replace(options, cuda_graphs=cuda_graphs)
+                options = replace(options, cuda_graphs=cuda_graphs, verify=verify)
                 found.append(Backend(each, options, size, version=offer.version))
         except EngineError as error:
             failures.append(str(error))

@@ -7,7 +7,9 @@ the numbers, or as an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from recording import FakeSession, Function
 from moesr.kernels.build import substitute
 from moesr.kernels.plan import Op, TritonLaunch, TritonPlan
 from moesr.kernels.registry import LOOP
+from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import KernelFiles
 from moesr.runtime.devices.cuda import Buffer, CudaDevice
 from moesr.runtime.devices.operator_plan import (
@@ -362,10 +365,27 @@ def _compiled(directory: Path, target: str, name: str, launch: TritonLaunch) -> 
 def _buffer(directory: Path, plan: TritonPlan, buffer: PlanBuffer) -> PlanBuffer:
     if buffer.role != "table":
         return buffer
-    file = directory / "tables" / f"{buffer.name}.bin"
+    data = np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    file = directory / "tables" / f"{sha256[:16]}.bin"
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(np.ascontiguousarray(plan.tables[buffer.name], np.float32).tobytes())
-    return replace(buffer, file=file.relative_to(directory).as_posix(), sha256=sha256_of(file))
+    file.write_bytes(data)
+    return replace(buffer, file=file.relative_to(directory).as_posix(), sha256=sha256)
+
+
+def lock_is_held() -> bool:
+    """Whether a thread holds the lock between opening and capturing, as another thread sees it."""
+    found: list[bool] = []
+
+    def probe() -> None:
+        found.append(not capture_lock.acquire(blocking=False))
+        if not found[0]:
+            capture_lock.release()
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def simulated_device(directory: Path, *, use_graphs: bool = True) -> tuple[CudaDevice, SimulatedDriver]:

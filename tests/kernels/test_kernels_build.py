@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from moesr.kernels.assembly import TENSOR_CORE, Resources, disassemble, from_log
 from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES
 from moesr.kernels.registry import OPS
 from moesr.kernels.report import write_report
+from moesr.runtime.devices import compiled_kernels
 from moesr.runtime.devices.grid_expressions import evaluate
-from moesr.runtime.devices.operator_plan import KernelIndex
-from moesr.runtime.system import json_dataclass
 
 REPO = Path(build.__file__).parents[1]
 SAMPLE = (86, 90)  # without and with asynchronous matrix products
@@ -39,10 +37,9 @@ def sample(tmp_path_factory):
     directory = tmp_path_factory.mktemp("kernels") / "built"
     ops = [first_case(op) for op in OPS.values()]
     built = build.build(directory, SAMPLE, ops, cache=tmp_path_factory.mktemp("cache"))
-    read = json_dataclass.build(
-        KernelIndex, json.loads((directory / "kernels.json").read_text()), strict=True
-    )
+    read = compiled_kernels.read(directory)
     assert read == built, "kernels.json holds what the build returns"
+    assert read.toolkit, "the assembler's release is recorded"
     return directory, read
 
 

@@ -31,6 +31,7 @@ from moesr.runtime.backends.tensorrt import backend, plan_store
 from moesr.runtime.backends.tensorrt.library import Library
 from moesr.runtime.devices.compiled_kernels import KernelFiles
 from moesr.runtime.devices.cuda import CudaDevice
+from moesr.runtime.devices.operator_plan import digest
 from moesr.runtime.engine import partitioned_graph as parts_module
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.engine.partitioned_graph import layout, read_parts
@@ -171,18 +172,19 @@ def engine(tmp_path_factory, precision) -> Path:
         shapes = {json.dumps(dict(call.shape)): call.shape for call in calls if call.op == name}
         cases = [Case("tiny", {"batch": 1, "heads": 1, **shape}, precision, 0.0) for shape in shapes.values()]
         ops.append(dataclasses.replace(OPS[name], deployed=tuple(cases)))
-    write_kernels(directory / "decoder_kernels", ops=ops, dtype=precision)
     write_kernels(directory / "kernels", ops=LOOP)
-    both = [json.loads((directory / d / "kernels.json").read_text()) for d in ("kernels", "decoder_kernels")]
+    write_kernels(directory / "kernels" / "decoder", ops=ops, dtype=precision)
+    both = [json.loads((directory / d / "kernels.json").read_text()) for d in ("kernels", "kernels/decoder")]
     for kernel in both[1]["kernels"].values():
         for target in kernel["targets"].values():
-            target["file"] = f"../decoder_kernels/{target['file']}"
+            target["file"] = f"decoder/{target['file']}"
     for plan in both[1]["plans"]:
         for buffer in plan["buffers"]:
             if "file" in buffer:
-                buffer["file"] = f"../decoder_kernels/{buffer['file']}"
+                buffer["file"] = f"decoder/{buffer['file']}"
     both[0]["kernels"] |= both[1]["kernels"]
     both[0]["plans"] += both[1]["plans"]
+    both[0]["sha256"] = digest(both[0])
     (directory / "kernels" / "kernels.json").write_text(json.dumps(both[0]))
     return directory
 
@@ -193,7 +195,7 @@ class Rig:
     def __init__(self, engine: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.driver = HalfDriver()
         self.driver.half = HALF[precision]
-        self.device = CudaDevice(self.driver, KernelFiles(engine / "kernels", self.driver))
+        self.device = CudaDevice(self.driver, KernelFiles.of(engine / "kernels", self.driver))
         self.path = engine / "decoder.parts.json"
         self.engines: dict[str, OnnxEngine] = {}
 
@@ -293,3 +295,12 @@ def test_damaged_lists_are_refused(engine, tmp_path, damage, message):
     path.write_text(json.dumps(json.loads((engine / path.name).read_text()) | damage))
     with pytest.raises(EngineError, match=f"({message}).*; export the engine again"):
         read_parts(path)
+
+
+def test_opening_again_neither_pins_more_memory_nor_loads_kernels_again(engine, precision, monkeypatch):
+    rig = Rig(engine, precision, monkeypatch)
+    pinned, loads = rig.driver.peak_pinned, list(rig.driver.loads)
+    assert loads
+    for _ in range(2):
+        rig.session.bind(rig.buffers, BATCH)
+    assert (rig.driver.peak_pinned, rig.driver.loads) == (pinned, loads)

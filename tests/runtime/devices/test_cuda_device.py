@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_simulation import SimulatedDriver, simulated_device, write_kernels
+from cuda_simulation import SimulatedDriver, lock_is_held, simulated_device, write_kernels
 from engines import build_engine
 from recording import FakeSession
 from rigs import CudaRig, Rig, alike, eps_of
@@ -262,17 +262,7 @@ def test_nothing_is_captured_while_a_graph_is_opened(manifest, tmp_path):
 def test_graphs_of_a_gpu_are_opened_under_the_lock(tmp_path, monkeypatch):
     held = []
 
-    def probe() -> None:
-        held.append(not capture_lock.acquire(blocking=False))
-        if not held[-1]:
-            capture_lock.release()
-
-    def open_session(*_: object) -> None:
-        other = threading.Thread(target=probe)
-        other.start()
-        other.join()
-
-    monkeypatch.setattr("moesr.runtime.backends.ort.open_session", open_session)
+    monkeypatch.setattr("moesr.runtime.backends.ort.open_session", lambda *_: held.append(lock_is_held()))
     graph = read_manifest(build_engine(tmp_path)).graphs["decoder"]
     for device in ("cuda", "cpu"):
         Backend("onnxruntime", SessionOptions(device), 1).open(tmp_path, graph)
@@ -291,8 +281,7 @@ def test_an_interrupted_capture_is_abandoned(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         device._replay(session, "key", interrupted)
     assert driver._captured is None
-    assert capture_lock.acquire(blocking=False)
-    capture_lock.release()
+    assert not lock_is_held()
 
 
 def test_an_error_of_the_session_is_that_ticks_error(manifest, tmp_path):

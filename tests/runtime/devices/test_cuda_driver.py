@@ -128,8 +128,8 @@ current
 EngineError a CUDA graph could not be made; run with --no-cuda-graphs
 end
 CUDA_SUCCESS
-launch 4 2 1, 64 threads, 0 bytes: 0 -7 2.5
-launch 1 1 1, 66 threads, 0 bytes: 0 -7 2.5
+launch 4 2 1, 64 threads, 0 bytes: 42 -7 2.5
+launch 1 1 1, 66 threads, 0 bytes: 42 -7 2.5
 free
 EngineError the GPU failed
 1002000 free when last asked
