@@ -80,7 +80,16 @@ class Upscaler:
         are loaded when they are first needed.
         """
         kept = user_cache.directory() if cache is None else Path(cache) if cache else None
-        choose = partial(candidates, backend, device, threads, max_batch, cache=kept, cuda_graphs=cuda_graphs)
+        choose = partial(
+            candidates,
+            backend,
+            device,
+            threads,
+            max_batch,
+            cache=kept,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+        )
         found = choose(precision=precision)
         self.directory = engine_directory(engine)
         self.manifest = read_manifest(self.directory, verify=verify)

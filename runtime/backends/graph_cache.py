@@ -2,8 +2,8 @@
 
 An entry is a directory below `FOLDER` in the cache directory. Its name is made of everything that its content
 depends on: the path, hash, size and modification time of the graph's files; the library, its version and
-options; the processor. `entry.json` repeats these and lists the entry's own files with their checksums. An entry
-that is damaged is removed and made again, and what cannot be written is not kept.
+options; the processor. `entry.json` repeats these and lists the entry's own files with their checksums. A
+damaged entry is removed and made again, and an entry that cannot be written is not kept.
 
 Entries are removed when the files that they were made of have gone or changed, or after `UNUSED_AGE_S`
 without use.

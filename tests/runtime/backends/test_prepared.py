@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +116,80 @@ def _not_json(path: Path) -> None:
     (path.parent / graph_cache.RECORD_NAME).write_text("{")
 
 
-@pytest.mark.parametrize("damage", [_cut, _other_bytes, _gone, _not_json], ids=lambda f: f.__name__[1:])
+def _no_record(path: Path) -> None:
+    (path.parent / graph_cache.RECORD_NAME).unlink()
+
+
+def _nested_record(path: Path) -> None:
+    (path.parent / graph_cache.RECORD_NAME).write_text("[" * 200_000)
+
+
+def _record_with_large_number(path: Path) -> None:
+    record = path.parent / graph_cache.RECORD_NAME
+    record.write_text(re.sub(r'"size": \d+', '"size": 1' + "0" * 400, record.read_text()))
+
+
+def _same_stamp(path: Path) -> None:
+    """Damage as by a failing disk: size and time of modification stay."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _replaced(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def _pipe(path: Path) -> None:
+    _replaced(path, os.mkfifo)
+
+
+def _endless(path: Path) -> None:
+    _replaced(path, lambda p: p.symlink_to("/dev/zero"))
+
+
+def _linked(path: Path) -> None:
+    aside = path.with_name("aside")
+    path.rename(aside)
+    path.symlink_to(aside)
+
+
+def _record_is_a_pipe(path: Path) -> None:
+    _replaced(path.parent / graph_cache.RECORD_NAME, os.mkfifo)
+
+
+def _record_is_endless(path: Path) -> None:
+    _replaced(path.parent / graph_cache.RECORD_NAME, lambda p: p.symlink_to("/dev/zero"))
+
+
+def _entry_is_a_file(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.touch()
+
+
+def _entry_is_a_link(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.symlink_to("/proc")
+
+
+DAMAGE = (
+    *(
+        _cut,
+        _other_bytes,
+        _gone,
+        _not_json,
+        _no_record,
+        _nested_record,
+        _record_with_large_number,
+        _same_stamp,
+    ),
+    *(_pipe, _endless, _linked, _record_is_a_pipe, _record_is_endless, _entry_is_a_file, _entry_is_a_link),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
 def test_a_damaged_entry_is_made_again(
     cache: Path, made: list[str], damage: Callable[[Path], None], name: str
@@ -137,10 +212,9 @@ def test_an_entry_that_does_not_load_is_done_without(engine: Path, cache: Path, 
     (entry,) = entries(cache)
     (entry / "graph.onnx").write_bytes(b"nothing that loads")
     record = json.loads((entry / graph_cache.RECORD_NAME).read_text())
-    status = (entry / "graph.onnx").stat()
-    for stamp in record["made"]:
-        if stamp["path"] == "graph.onnx":
-            stamp |= {"size": status.st_size, "changed_ns": status.st_mtime_ns}
+    for made in record["made"]:
+        if made["name"] == "graph.onnx":
+            made |= {"size": 18, "crc32": zlib.crc32(b"nothing that loads")}
     (entry / graph_cache.RECORD_NAME).write_text(json.dumps(record))
     np.testing.assert_array_equal(step(engine, cache), want)
     assert not entries(cache)
@@ -183,6 +257,31 @@ def test_entries_of_graphs_that_are_gone_or_unused_are_removed(engine: Path, tmp
     shutil.rmtree(other)
     step(engine, cache, "expert_1")
     assert len(entries(cache)) == 2  # the decoder and expert 1 of the first
+
+
+def test_without_verify_checksums_are_not_compared(engine: Path, cache: Path):
+    files = read_manifest(engine, verify=False).graphs["decoder"].files
+    origin = graph_cache.origin(engine, files, "a", "1", "options")
+    directory = graph_cache.write(cache, origin, lambda new: (new / "weights").write_bytes(b"abc"))
+    assert directory
+    _same_stamp(directory / "weights")
+    assert graph_cache.find(cache, origin, verify=False) == directory
+    assert graph_cache.find(cache, origin) is None
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_upscalers_verify_is_that_of_its_sessions(engine: Path, cache: Path, verify: bool):
+    with Upscaler(engine, backend="onnxruntime", cache=cache, verify=verify) as up:
+        assert up.backend.options.verify is verify
+
+
+def test_what_has_no_record_is_removed_by_the_next_write(engine: Path, cache: Path):
+    step(engine, cache)
+    (first,) = entries(cache)
+    (first / graph_cache.RECORD_NAME).unlink()
+    step(engine, cache, "decoder")
+    assert first not in entries(cache) and len(entries(cache)) == 1
 
 
 def test_use_keeps_an_entry(engine: Path, cache: Path):
