@@ -104,7 +104,9 @@ def manifests(draw: DrawFn) -> str:
         old = container[key]
         match draw(st.sampled_from(("replace", "nudge", "nudge", "remove", "copy"))):
             case "nudge" if isinstance(old, (int, float)) and not isinstance(old, bool):
-                container[key] = draw(st.sampled_from((old + 1, old - 1, old * 2, old // 2, -old, old * 1000)))
+                container[key] = draw(
+                    st.sampled_from((old + 1, old - 1, old * 2, old // 2, -old, old * 1000))
+                )
             case "remove":
                 del container[key]
             case "copy":

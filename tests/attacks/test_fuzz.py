@@ -9,7 +9,7 @@ import pytest
 from fuzz_targets import TARGETS, run_example
 from hypothesis import HealthCheck, given, settings
 
-EXAMPLES = {"images": 150, "manifests": 80, "paths": 70}
+EXAMPLES = {"images": 150, "manifests": 80, "paths": 60, "cache": 20}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
