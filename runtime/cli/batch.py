@@ -84,6 +84,8 @@ def run(
     `options` are those of `Upscaler.map`. Raises UsageError if there are no inputs.
     """
     how = how or RunOptions()
+    if how.size and how.size.scale == upscaler.manifest.scale:  # the size that results have anyway
+        how = dataclasses.replace(how, size=None)
     wanted = describe(upscaler.manifest, options)
     wanted = dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()})
     made = plan(

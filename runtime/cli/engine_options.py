@@ -37,6 +37,11 @@ def add_engine_options(p: argparse.ArgumentParser) -> None:
         help="precision of the arithmetic: graph, as the engine's graphs say; bf16, with openvino on CPUs "
         "that have it; auto, the faster of the two (default: %(default)s)",
     )
+    _add_start_options(group)
+
+
+def _add_start_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options about how an engine is opened."""
     group.add_argument(
         "--cache",
         type=path_argument,

@@ -81,7 +81,7 @@ def check_file(path: Path) -> os.stat_result:
     if kind == "directory":
         raise InputError(f"{path}: is a directory, expected an image file")
     if kind != "file":
-        raise InputError(f"{path}: is a {kind}, expected a file; save what comes from it as a file first")
+        raise InputError(f"{path}: is a {kind}, expected a file; read it as - from standard input")
     return status
 
 

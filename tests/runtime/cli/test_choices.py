@@ -84,6 +84,13 @@ def test_smaller_sizes_are_resampled_and_larger_ones_pass_twice(engine, photos):
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "a_x6.png")), imresize(twice, 54, 72))
 
 
+def test_the_scale_of_the_engine_is_no_other_setting(engine, photos, capsys):
+    assert run(engine, photos / "a.png", "--scale", "4") == 0
+    assert run(engine, photos / "a.png") == 0
+    assert "a.png: skipped" in capsys.readouterr().err
+    assert tree(photos).count("a_x4.png") == 1
+
+
 def test_sizes_beyond_two_passes_are_refused(engine, photos, capsys):
     assert run(engine, photos / "a.png", "--scale", "17") == 1
     assert "cannot become 204x153: this engine enlarges at most 16 times" in capsys.readouterr().err
