@@ -238,7 +238,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
         for name, message in {
-            "pipe.png": "is a pipe, expected a file; save what comes from it as a file first",
+            "pipe.png": "is a pipe, expected a file; read it as - from standard input",
             "s": "is a socket",
             "link.png": "a link that leads nowhere",
             "n" * 256: "File name too long; shorten it",
