@@ -1,4 +1,4 @@
-"""Pillow's libtiff made silent: it writes about damaged files to stderr what Pillow raises anyway."""
+"""Silences libtiff, which writes to stderr about damaged files; Pillow raises the same as errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import PIL
 
 @functools.cache
 def silence() -> None:
-    """Take away the handlers that print, for this process. Where libtiff cannot be found, nothing happens."""
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # warnings go nowhere unless asked for
+    """Remove the handlers that print, for this process. If libtiff cannot be found, nothing happens."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # drops warnings unless the user asks for them
     with contextlib.suppress(OSError, AttributeError):
         path = _library()
         if path:

@@ -214,7 +214,7 @@ def _loses_depth(image: Image.Image) -> bool:
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
-    """CMYK or Lab by the embedded profile; without one by the plain formula, or as CIE Lab of D50."""
+    """Convert CMYK or Lab by the embedded profile; without one, by the plain formula or as CIE Lab of D50."""
     lab = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
     if icc:
         try:
@@ -237,7 +237,7 @@ def _by_profile(image: Image.Image, source: Any) -> Image.Image:
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
-    """Uint8 or, for 16-bit grey, uint16 array of any mode but CMYK."""
+    """The pixels of an image of any mode but CMYK and Lab: uint8, or uint16 for 16-bit grey."""
     mode = image.mode
     if mode.startswith("I;16"):
         return _with_transparent_value(np.asarray(image).astype(np.uint16), image.info.get("transparency"))

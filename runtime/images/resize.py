@@ -1,11 +1,11 @@
 """Bicubic resizing as MATLAB's `imresize` does it, the convention of the super-resolution literature.
 
-Keys' cubic kernel with a = -0.5; pixel centres at integers from 1, so output u maps to `u / scale + (1 -
-1/scale) / 2`; edges mirrored with the edge pixel repeated; for a reduction with antialiasing the kernel is
-stretched by 1/scale. The axis of the smaller scale goes first, rows where they are equal. Sums are in
-float64. As in the published pipeline, an integer image is rounded (half to even) and clipped after *each* of
-the two passes. PyTorch's `interpolate` differs in the kernel, a = -0.75, in repeating the edge pixel, and in
-rounding nothing in between.
+The kernel is Keys' cubic with a = -0.5. Pixel centers lie at integers from 1, so output u maps to `u / scale +
+(1 - 1/scale) / 2`. Edges are mirrored, and the edge pixel is repeated. For a reduction with antialiasing the
+kernel is stretched by 1/scale. The axis with the smaller scale is resized first, or the rows if both scales
+are equal. Sums are in float64. As in the published pipeline, an integer image is rounded (half to even) and
+clipped after *each* of the two passes. PyTorch's `interpolate` differs: its kernel has a = -0.75, only the
+edge pixel is repeated, and nothing is rounded between the passes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 Convention = Literal["matlab", "torch"]
 
-_A: dict[str, float] = {"matlab": -0.5, "torch": -0.75}  # of Keys' kernel
+_A: dict[str, float] = {"matlab": -0.5, "torch": -0.75}  # parameter of Keys' kernel
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
-_BLOCK_BYTES = 32 << 20  # size aimed at for one block's float64 intermediate
+_BLOCK_BYTES = 32 << 20  # target size of one block's float64 intermediate
 
 
 @dataclass(frozen=True, eq=False)
 class _Taps:
-    """For each output position its source positions and their weights (summing to 1), [out, taps] both."""
+    """The source positions of each output position and their weights, which sum to 1: both [out, taps]."""
 
     index: np.ndarray
     weight: np.ndarray
@@ -34,7 +34,7 @@ class _Taps:
         return _Taps(self.index[start:stop], self.weight[start:stop])
 
     def window(self) -> tuple[_Taps, slice]:
-        """The same taps, counted from the first source position used, and the slice of the source used."""
+        """The slice of the source that is used, and the taps with positions relative to its start."""
         first, last = int(self.index.min()), int(self.index.max())
         return _Taps(self.index - first, self.weight), slice(first, last + 1)
 
@@ -49,9 +49,9 @@ def imresize(
 ) -> np.ndarray:
     """Resize an image, [H, W] or [H, W, C] of uint8, uint16 or float32, to `height` x `width`; same dtype.
 
-    Integer images are rounded and clipped to the range of their type; float32 is neither. Any source from 1x1
-    on. Works on blocks of rows: memory beyond the output is bounded by the block size and a few source rows.
-    Raises ValueError for another type or number of axes, or an empty size.
+    Integer images are rounded and clipped to the range of their type; float32 images are not. The source has
+    at least 1x1 pixels. The work is done in blocks of rows, so memory beyond the output is bounded by the
+    block size and a few source rows. Raises ValueError for another type or number of axes, or an empty size.
     """
     if image.dtype not in _TYPES or image.ndim not in (2, 3):
         raise ValueError(
@@ -125,7 +125,7 @@ def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
 
 
 def _resample_columns(source: np.ndarray, taps: _Taps) -> np.ndarray:
-    """The same along the second axis, on a transposed copy so that whole lines are gathered."""
+    """`_resample` along the second axis, on a transposed copy so that whole lines are gathered."""
     return _resample(np.ascontiguousarray(source.swapaxes(0, 1)), taps).swapaxes(0, 1)
 
 
