@@ -56,7 +56,7 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
         log.warning("%s: some of its metadata is damaged and left out (%s)", name, brief(error))
     block, turn = None, 1
     try:
-        block, turn, left_out = exif.read(image)  # decodes a PNG and closes its file
+        block, turn, left_out = exif.read(image)
         found.left_out += left_out
     except Exception as error:  # as above
         log.warning("%s: its EXIF block is damaged and left out (%s)", name, brief(error))
@@ -124,6 +124,8 @@ def _read_png(image: Image.Image, stream: BinaryIO | None, found: _Found) -> Non
         found.left_out += [f"a damaged or too large chunk {kind}" for kind in contents.skipped]
         if contents.icc:
             found.values["icc"] = contents.icc
+        if contents.exif:
+            image.info.setdefault("exif", b"Exif\0\0" + contents.exif)
     found.values["color"] = color
     kept = []
     for text in parts:

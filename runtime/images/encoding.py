@@ -33,13 +33,18 @@ def options(m: Metadata, format_name: str, record: Provenance | None) -> tuple[d
         return values, []
     block = exif.marked(m.exif, record) if record else m.exif
     if format_name == "TIFF":
-        tags, lost = _tiff_tags(m, block)
+        tags, lost = tiff_tags_of(m, block)
         return values | ({"tiffinfo": tags} if tags else {}), lost
     values |= {"exif": block} if block else {}
     return values | ({"xmp": m.xmp} if m.xmp else {}), []
 
 
 def _png(m: Metadata, record: Provenance | None) -> dict[str, Any]:
+    return {"pnginfo": png_texts(m, record)} | ({"exif": m.exif} if m.exif else {})
+
+
+def png_texts(m: Metadata, record: Provenance | None) -> PngInfo:
+    """The text chunks of a PNG: the record, texts, XMP and IPTC."""
     chunks = PngInfo()
     if record:
         chunks.add_text(KEY, record.to_json())
@@ -55,23 +60,29 @@ def _png(m: Metadata, record: Provenance | None) -> dict[str, Any]:
         digits = data.hex()
         lines = "\n".join(digits[i : i + 72] for i in range(0, len(digits), 72))
         chunks.add_text("Raw profile type iptc", f"\niptc\n{len(data):8d}\n{lines}\n")
-    return {"pnginfo": chunks} | ({"exif": m.exif} if m.exif else {})
+    return chunks
 
 
 def _jpeg(m: Metadata, record: Provenance | None) -> dict[str, Any]:
+    return {"extra": jpeg_segments(m, record)} | ({"exif": m.exif} if m.exif else {})
+
+
+def jpeg_segments(m: Metadata, record: Provenance | None) -> bytes:
+    """The segments of a JPEG for XMP, IPTC, comments and the record."""
     segments = b""
     if m.xmp:
-        segments += _segment(_APP1, XMP_SEGMENT + m.xmp)
+        segments += segment(_APP1, XMP_SEGMENT + m.xmp)
     if m.iptc:
-        segments += _segment(_APP13, b"Photoshop 3.0\0" + resources(m.iptc))
+        segments += segment(_APP13, b"Photoshop 3.0\0" + resources(m.iptc))
     if record:
-        segments += _segment(_COM, f"{KEY} {record.to_json()}".encode())
+        segments += segment(_COM, f"{KEY} {record.to_json()}".encode())
     for comment in m.comments:  # after the record, since many programs show the last one
-        segments += _segment(_COM, comment)
-    return {"extra": segments} | ({"exif": m.exif} if m.exif else {})
+        segments += segment(_COM, comment)
+    return segments
 
 
-def _segment(marker: int, data: bytes) -> bytes:
+def segment(marker: int, data: bytes) -> bytes:
+    """A segment of a JPEG with its length."""
     return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
 
 
@@ -80,7 +91,8 @@ def resources(records: bytes) -> bytes:
     return b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(records)) + records + bytes(len(records) % 2)
 
 
-def _tiff_tags(m: Metadata, block: bytes | None) -> tuple[ImageFileDirectory_v2, list[str]]:
+def tiff_tags_of(m: Metadata, block: bytes | None) -> tuple[ImageFileDirectory_v2, list[str]]:
+    """The tags of a TIFF beside those of its storage, and names of what it cannot hold."""
     tags, lost = ImageFileDirectory_v2(), []
     if block:
         values, lost = exif.for_tiff(block)

@@ -27,7 +27,7 @@ def read(image: Image.Image) -> tuple[bytes | None, int, list[str]]:
     The block has neither the orientation, nor tags of storage, nor our own record. Any error of Pillow's
     means that the block is damaged.
     """
-    exif = image.getexif()
+    exif = Image.Image.getexif(image)  # that of a PNG would decode the image first
     turn = int(exif.get(_ORIENTATION, 1))
     copy = _copied(exif)
     left_out = _without_foreign_tags(copy, is_tiff=image.format == "TIFF")

@@ -9,13 +9,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from moesr.runtime.images.formats import PNG_SIGNATURE
 
 COLOR_TAGS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
+HEADER_BYTES = len(PNG_SIGNATURE) + 25
+"""Size of the signature and the first chunk, IHDR."""
+
 MAX_DECOMPRESSED_BYTES = 64 << 20
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _KEPT_FOR_PIXELS = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf", b"acTL"))
@@ -38,6 +41,7 @@ class Contents:
     texts: tuple[Text, ...]
     color: tuple[tuple[bytes, bytes], ...]  # type and data of the chunks in `COLOR_TAGS`
     icc: bytes | None
+    exif: bytes | None
     skipped: tuple[str, ...]
 
 
@@ -72,10 +76,10 @@ def contents(stream: BinaryIO) -> Contents:
     before = stream.tell()
     texts: list[Text] = []
     color: dict[bytes, bytes] = {}
-    icc, skipped = None, []
+    icc, exif, skipped = None, None, []
     try:
         for kind, length, place in headers(stream):
-            if kind not in (*_TEXTS, *COLOR_TAGS, b"iCCP"):
+            if kind not in (*_TEXTS, *COLOR_TAGS, b"iCCP", b"eXIf"):
                 continue
             if length > MAX_DECOMPRESSED_BYTES:
                 skipped.append(kind.decode())
@@ -85,6 +89,8 @@ def contents(stream: BinaryIO) -> Contents:
             try:
                 if kind in COLOR_TAGS:
                     color.setdefault(kind, data)
+                elif kind == b"eXIf":
+                    exif = data
                 elif kind == b"iCCP":
                     icc = _inflated(data.partition(b"\0")[2][1:])
                 else:
@@ -94,7 +100,7 @@ def contents(stream: BinaryIO) -> Contents:
             stream.seek(place + length + 4)
     finally:
         stream.seek(before)
-    return Contents(tuple(texts), tuple(color.items()), icc, tuple(skipped))
+    return Contents(tuple(texts), tuple(color.items()), icc, exif, tuple(skipped))
 
 
 def _text(kind: bytes, data: bytes) -> Text:
@@ -131,24 +137,24 @@ def stripped(stream: BinaryIO) -> io.BytesIO:
 
 
 class Inserting:
-    """A stream that gets chunks behind the header of the PNG that is written to it."""
+    """A stream that puts bytes into what is written to it, behind its first `at` bytes.
 
-    HEADER_BYTES = len(PNG_SIGNATURE) + 25
+    `skip` bytes that follow there are dropped.
+    """
 
-    def __init__(self, stream: BinaryIO, chunks: Iterable[tuple[bytes, bytes]]) -> None:
-        self._stream, self._written = stream, 0
-        self._chunks = b"".join(_packed(kind, data) for kind, data in chunks)
+    def __init__(self, stream: BinaryIO, inserted: bytes, at: int = HEADER_BYTES, skip: int = 0) -> None:
+        self._stream, self._inserted, self._at, self._skip = stream, inserted, at, skip
+        self._head: bytearray | None = bytearray()
 
     def write(self, data: bytes) -> int:
-        """Pass `data` on; the chunks follow once the header is complete."""
-        left = self.HEADER_BYTES - self._written
-        self._written += len(data)
-        if 0 < left <= len(data):
-            self._stream.write(data[:left])
-            self._stream.write(self._chunks)
-            self._stream.write(data[left:])
-        else:
+        """Pass `data` on, once the place of the insertion has been reached."""
+        if self._head is None:
             self._stream.write(data)
+            return len(data)
+        self._head += data
+        if len(self._head) >= self._at + self._skip:
+            head, self._head = bytes(self._head), None
+            self._stream.write(head[: self._at] + self._inserted + head[self._at + self._skip :])
         return len(data)
 
     def flush(self) -> None:
@@ -156,5 +162,6 @@ class Inserting:
         self._stream.flush()
 
 
-def _packed(kind: bytes, data: bytes) -> bytes:
+def packed(kind: bytes, data: bytes) -> bytes:
+    """A chunk with its length and checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,11 +1,11 @@
 """Bicubic resizing as MATLAB's `imresize` does it, the convention of the super-resolution literature.
 
-The kernel is Keys' cubic with a = -0.5. Pixel centers lie at integers from 1, so output u maps to `u / scale +
-(1 - 1/scale) / 2`. Edges are mirrored, and the edge pixel is repeated. For a reduction with antialiasing the
-kernel is stretched by 1/scale. The axis with the smaller scale is resized first, or the rows if both scales
-are equal. Sums are in float64. As in the published pipeline, an integer image is rounded (half to even) and
-clipped after *each* of the two passes. PyTorch's `interpolate` differs: its kernel has a = -0.75, only the
-edge pixel is repeated, and nothing is rounded between the passes.
+The kernel is Keys' cubic with a = -0.5. Pixel centers lie at integers from 1, so output u maps to `u /
+scale + (1 - 1/scale) / 2`. Edges are mirrored, and the edge pixel is repeated. For a reduction with
+antialiasing the kernel is stretched by 1/scale. The axis with the smaller scale is resized first, or the
+rows if both scales are equal. Sums are in float64. As in the published pipeline, an integer image is
+rounded (half to even) and clipped after *each* of the two passes. PyTorch's `interpolate` differs: its
+kernel has a = -0.75, only the edge pixel is repeated, and nothing is rounded between the passes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from PIL import Image
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.images import embedded, encoding, icc, metadata
 from moesr.runtime.images.metadata import CAPACITIES, Metadata
-from moesr.runtime.images.png_chunks import Inserting
+from moesr.runtime.images.png_chunks import Inserting, packed
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.system.files import reason, write_atomically
@@ -193,7 +193,7 @@ def _encode(
     with write_atomically(path) as stream:
         target: Any = stream
         if kind.name == "PNG" and carried.color:
-            target = Inserting(stream, carried.color)
+            target = Inserting(stream, b"".join(packed(*chunk) for chunk in carried.color))
         picture.save(target, kind.name, **kind.options, **options)
 
 

@@ -1,0 +1,328 @@
+"""Images in rows: read and written part by part, so that memory does not grow with the image.
+
+`open_rows` reads the rows of a file in order. A result is collected in a `Spool`, a memory-mapped file of the
+output's own type, whose rows a second pass can still change; `save_spool` encodes it. PNG and JPEG are read
+and written by pyvips, TIFF is read by pyvips and written by tifffile (both come with `moesr[large]`). Without
+these packages, and for other formats, Pillow does the same with the whole image in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import tempfile
+import warnings
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+
+from moesr.runtime.errors import InputError, OutputError
+from moesr.runtime.images import embedded, encoding, exif, formats, metadata, png_chunks, reading, writing
+from moesr.runtime.images.metadata import CAPACITIES, Metadata
+from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.system.files import check_file, new_file, reason, write_atomically
+
+log = logging.getLogger("moesr")
+
+NOTED_FROM_BYTES = 256 << 20
+"""Images of at least this size, in memory for lack of the packages, are noted in the log."""
+
+_INSTALL = "pip install moesr[large] reads and writes it in rows"
+_STREAMED = ("PNG", "JPEG", "TIFF")
+_TYPES = {"uchar": np.uint8, "ushort": np.uint16}  # by pyvips' name
+_SPACES = {("uchar", 1): "b-w", ("uchar", 3): "srgb", ("ushort", 1): "grey16", ("ushort", 3): "rgb16"}
+_JPEG_HEAD = b"JFIF\0\1\1"
+_RESOLUTION_TAGS = (282, 283, 296)  # which tifffile writes itself
+_PHYS_BYTES = 21  # the chunk of a resolution, which pyvips always writes
+
+
+class Rows(Protocol):
+    """An image file whose rows are read in order, once."""
+
+    height: int
+    width: int
+    channels: int
+    dtype: np.dtype
+    metadata: Metadata
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` rows, or as many as are left: [rows, W, channels]. InputError if it is damaged."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+class HeldRows:
+    """Rows of an image that is in memory."""
+
+    def __init__(self, image: LoadedImage) -> None:
+        pixels = image.pixels
+        self._pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        self.height, self.width, self.channels = self._pixels.shape
+        self.dtype, self.metadata = pixels.dtype, image.metadata
+        self._next = 0
+
+    def read(self, count: int) -> np.ndarray:
+        """See `Rows.read`."""
+        first, self._next = self._next, min(self._next + count, self.height)
+        return self._pixels[first : self._next]
+
+    def close(self) -> None:
+        """See `Rows.close`."""
+
+
+class VipsRows:
+    """Rows that pyvips decodes while they are read."""
+
+    def __init__(self, path: Path, image: Any, region: Any, carried: Metadata) -> None:
+        self._path, self.metadata = path, carried
+        self._region: Any = region
+        self.height, self.width, self.channels = image.height, image.width, image.bands
+        self.dtype = np.dtype(_TYPES[image.format])
+        self._next = 0
+
+    def read(self, count: int) -> np.ndarray:
+        """See `Rows.read`."""
+        first, self._next = self._next, min(self._next + count, self.height)
+        shape = (self._next - first, self.width, self.channels)
+        if not shape[0]:
+            return np.empty(shape, self.dtype)
+        try:
+            data = self._region.fetch(0, first, self.width, shape[0])
+        except Exception as error:  # pyvips has one class for every error
+            text = f"truncated or damaged ({formats.brief(error)}); get the file again"
+            raise InputError(f"{self._path}: {text}") from error
+        return np.frombuffer(data, self.dtype).reshape(shape)
+
+    def close(self) -> None:
+        """See `Rows.close`."""
+        self._region = None
+
+
+def open_rows(path: Path) -> Rows:
+    """Open an image file for reading in rows. InputError as for `reading.load`.
+
+    Files that need more than decoding (a palette, another color model, an orientation) are read by Pillow.
+    """
+    path = Path(path)
+    check_file(path)
+    vips = _pyvips()
+    if vips is not None:
+        rows = _vips_rows(path, vips)
+        if rows is not None:
+            return rows
+    image = reading.load(path)
+    _note(str(path), image.pixels.nbytes, vips is None)
+    return HeldRows(image)
+
+
+def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
+    """The rows by pyvips; None for a file that is left to Pillow, which also explains errors."""
+    try:
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
+            with Image.open(stream, formats=_STREAMED) as head:
+                plain = head.mode in ("L", "LA", "RGB", "RGBA") or head.mode.startswith("I;16")
+                if not plain or head.info.get("transparency") is not None:
+                    return None
+                if head.format == "TIFF" and head.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+                    return None
+                carried, turn = embedded.read(head, str(path))
+            if turn != 1:
+                return None
+        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+    except Exception:  # `reading.load` says what is wrong
+        return None
+    known = image.format in _TYPES and 1 <= image.bands <= 4 and (image.width, image.height) == head.size
+    return VipsRows(path, image, vips.Region.new(image), carried) if known else None
+
+
+class Spool:
+    """A result on disk while it is made: `pixels` [H, W, C] are mapped from a file that has no other use."""
+
+    def __init__(self, folder: Path, height: int, width: int, channels: int, dtype: Any) -> None:
+        """`folder` should be on the disk of the result. OutputError if the file cannot be made."""
+        try:
+            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".moesr-", suffix=".spool")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written to: {reason(error)}") from error
+        self.path = Path(self._file.name)
+        self.pixels = np.memmap(self.path, dtype, "w+", shape=(height, width, channels))
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the file."""
+        del self.pixels
+        self._file.close()
+
+
+def save_spool(
+    path: Path,
+    spool: Spool,
+    carried: Metadata,
+    record: Provenance | None = None,
+    quality: int | None = None,
+) -> None:
+    """Encode a spool as the suffix of `path` says, with metadata and record, like `writing.save`.
+
+    16 bits are kept in a PNG and a TIFF, with color and alpha too. Raises UsageError for the suffix,
+    OutputError if the file cannot be written.
+    """
+    height, width, channels = spool.pixels.shape
+    kind = writing.check_output(path, width, height)
+    deep = spool.pixels.dtype == np.uint16
+    held = carried.icc is None or len(carried.icc) <= CAPACITIES[kind.name].icc
+    vips, tifffile = _pyvips(), _tifffile()
+    streams = {
+        "PNG": vips,
+        "JPEG": vips if channels in (1, 3) and not deep else None,
+        "TIFF": None if channels == 2 and deep else tifffile,  # Pillow could not read it again
+    }
+    if not held or streams.get(kind.name) is None:
+        pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
+        _note(str(path), spool.pixels.nbytes, kind.name in _STREAMED and vips is None)
+        return writing.save(path, LoadedImage(pixels, carried), record, quality)
+    fitted = metadata.fitted(carried, kind.name, str(path), grey=channels < 3)
+    try:
+        if kind.name == "TIFF":
+            with new_file(path) as scratch:
+                _write_tiff(scratch, str(path), spool, fitted, record, tifffile)
+        else:
+            with write_atomically(path) as stream:
+                encode = _write_png if kind.name == "PNG" else _write_jpeg
+                encode(stream, spool, fitted, record, vips, quality or kind.options.get("quality", 95))
+    except (MemoryError, OutputError):
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise OutputError(f"{path}: cannot be written: {reason(error)}") from error
+    return None
+
+
+def _write_png(
+    stream: BinaryIO, spool: Spool, m: Metadata, record: Provenance | None, vips: Any, quality: int
+) -> None:
+    chunks = list(m.color)
+    if m.icc:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(m.icc)))
+    if m.dpi:
+        per_metre = [round(value / 0.0254) for value in m.dpi]
+        chunks.append((b"pHYs", struct.pack(">IIB", *per_metre, 1)))
+    if m.exif:
+        chunks.append((b"eXIf", m.exif.removeprefix(b"Exif\0\0")))
+    texts = [(chunk[0], chunk[1]) for chunk in encoding.png_texts(m, record).chunks]
+    inserted = b"".join(png_chunks.packed(*chunk) for chunk in (*chunks, *texts))
+    target = png_chunks.Inserting(stream, inserted, skip=_PHYS_BYTES)
+    _as_vips(spool, vips).pngsave_target(_vips_target(target, vips), keep="none", compression=6)
+
+
+def _write_jpeg(
+    stream: BinaryIO, spool: Spool, m: Metadata, record: Provenance | None, vips: Any, quality: int
+) -> None:
+    density = struct.pack(">BHH", 1, *(round(v) for v in m.dpi)) if m.dpi else struct.pack(">BHH", 0, 1, 1)
+    inserted = encoding.segment(0xE0, _JPEG_HEAD + density + b"\0\0")
+    if m.exif:
+        inserted += encoding.segment(0xE1, m.exif)
+    parts = [m.icc[i : i + 65_519] for i in range(0, len(m.icc), 65_519)] if m.icc else []
+    for number, part in enumerate(parts, 1):
+        inserted += encoding.segment(0xE2, b"ICC_PROFILE\0" + bytes((number, len(parts))) + part)
+    inserted += encoding.jpeg_segments(m, record)
+    target = png_chunks.Inserting(stream, inserted, at=2)  # behind the marker that starts the file
+    _as_vips(spool, vips).jpegsave_target(
+        _vips_target(target, vips), keep="none", Q=quality, subsample_mode="off"
+    )
+
+
+def _write_tiff(
+    path: Path, name: str, spool: Spool, m: Metadata, record: Provenance | None, tifffile: Any
+) -> None:
+    block = exif.marked(m.exif, record) if record else m.exif
+    tags, lost = encoding.tiff_tags_of(m, block)
+    if lost:
+        log.warning("%s: TIFF cannot hold %s; PNG can", name, ", ".join(lost))
+    kinds = {tag: tags.tagtype[tag] for tag in tags if tag not in _RESOLUTION_TAGS}
+    extra = [(tag, kind, *_counted(tags[tag], kind), True) for tag, kind in kinds.items()]
+    channels = spool.pixels.shape[2]
+    pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
+    tifffile.imwrite(
+        path,
+        pixels,
+        photometric="rgb" if channels > 2 else "minisblack",
+        planarconfig="contig" if channels > 1 else None,
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        compression="zlib",
+        compressionargs={"level": 1},  # a higher level takes minutes for 100 megapixels of 16 bits
+        rowsperstrip=64,
+        bigtiff=spool.pixels.nbytes > 2**31,
+        metadata=None,
+        software=False,
+        resolution=m.dpi or (1, 1),
+        resolutionunit="inch" if m.dpi else "none",
+        iccprofile=m.icc,
+        extratags=extra,
+    )
+
+
+def _counted(value: Any, kind: int) -> tuple[int, Any]:
+    """Number of values and the values of a tag, as tifffile wants them."""
+    if isinstance(value, (bytes, str)):
+        data = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+        return len(data) + (kind == 2), data + (b"\0" if kind == 2 else b"")
+    values = value if isinstance(value, tuple) else (value,)
+    if kind in (5, 10):  # fractions
+        fractions = [Fraction(float(v)).limit_denominator(10_000) for v in values]
+        return len(values), [part for f in fractions for part in (f.numerator, f.denominator)]
+    return len(values), value
+
+
+def _as_vips(spool: Spool, vips: Any) -> Any:
+    spool.pixels.flush()
+    height, width, channels = spool.pixels.shape
+    kind = "ushort" if spool.pixels.dtype == np.uint16 else "uchar"
+    space = _SPACES[kind, 3 if channels > 2 else 1]
+    return vips.Image.rawload(
+        str(spool.path), width, height, channels, format=kind, interpretation=space, access="sequential"
+    )
+
+
+def _vips_target(stream: Any, vips: Any) -> Any:
+    target = vips.TargetCustom()
+    target.on_write(stream.write)
+    return target
+
+
+def _note(name: str, nbytes: int, for_lack_of_packages: bool) -> None:
+    if for_lack_of_packages and nbytes >= NOTED_FROM_BYTES:
+        log.info("%s: held in memory, %d MB; %s", name, nbytes >> 20, _INSTALL)
+
+
+def _pyvips() -> Any:
+    """The module, or None if it is not installed or finds no libvips."""
+    try:
+        import pyvips
+    except Exception:  # it raises OSError if it finds no library
+        return None
+    logging.getLogger("pyvips").addHandler(logging.NullHandler())  # its warnings are raised as errors too
+    return pyvips
+
+
+def _tifffile() -> Any:
+    """The module, or None if it is not installed."""
+    try:
+        import tifffile
+    except ImportError:
+        return None
+    return tifffile

@@ -1,0 +1,196 @@
+"""Images read and written in rows: the pixels and the metadata are those of the whole-image functions."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.images import provenance, reading, rows
+from moesr.runtime.images.metadata import Metadata, Text
+from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.images.tiff_tags import Tag
+
+RNG = np.random.default_rng(12)
+RECORD = Provenance(4, "synthetic", {"steps": 2}, "a.png", "0" * 64)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(params=["streamed", "held"])
+def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the packages of the extra, and as if they were not installed."""
+    if request.param == "held":
+        monkeypatch.setattr(rows, "_pyvips", lambda: None)
+        monkeypatch.setattr(rows, "_tifffile", lambda: None)
+    else:
+        pytest.importorskip("pyvips")
+        pytest.importorskip("tifffile")
+    return request.param
+
+
+def read_all(path: Path, count: int = 7) -> np.ndarray:
+    source = rows.open_rows(path)
+    parts = []
+    while len(part := source.read(count)):
+        assert part.shape[1:] == (source.width, source.channels) and part.dtype == source.dtype
+        parts.append(part)
+    source.close()
+    assert sum(map(len, parts)) == source.height
+    return np.concatenate(parts)
+
+
+def save(path: Path, pixels: np.ndarray, carried: Metadata | None = None, **options: int) -> None:
+    with rows.Spool(path.parent, *pixels.shape, pixels.dtype) as spool:
+        for start in range(0, len(pixels), 5):
+            spool.pixels[start : start + 5] = pixels[start : start + 5]
+        rows.save_spool(path, spool, carried or Metadata(), RECORD, **options)
+    assert not list(path.parent.glob(".moesr*"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16", "P", "CMYK"])
+def test_rows_are_those_of_the_whole_image(tmp_path: Path, packages: str, suffix: str, mode: str):
+    image = Image.fromarray(RNG.integers(0, 256, (23, 31, 4), np.uint8))
+    image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image
+    image = (
+        Image.fromarray(RNG.integers(0, 65536, (23, 31), np.uint16))
+        if mode == "I;16"
+        else image.convert(mode)
+    )
+    try:
+        image.save(tmp_path / f"a{suffix}")
+    except OSError:
+        pytest.skip(f"{suffix} has no {mode}")
+    want = reading.load(tmp_path / f"a{suffix}").pixels
+    got = read_all(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(got, want[..., None] if want.ndim == 2 else want)
+
+
+def test_what_needs_more_than_decoding_is_left_to_pillow(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RNG.integers(0, 256, (9, 6, 3), np.uint8)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_all(tmp_path / "a.png"), reading.load(tmp_path / "a.png").pixels)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_damaged_files(tmp_path: Path, packages: str, suffix: str):
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(RNG.integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"truncated or damaged|cannot be opened"):
+        read_all(path)
+    with pytest.raises(InputError, match="no such file"):
+        rows.open_rows(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_spool_is_written_without_loss(
+    tmp_path: Path, packages: str, suffix: str, channels: int, dtype: type
+):
+    pixels = RNG.integers(0, np.iinfo(dtype).max, (23, 31, channels), dtype, endpoint=True)
+    save(tmp_path / f"a{suffix}", pixels)
+    assert provenance.read(tmp_path / f"a{suffix}") == RECORD
+    if dtype == np.uint8 or channels == 1:
+        got = reading.load(tmp_path / f"a{suffix}").pixels.reshape(pixels.shape)
+    elif packages == "held" or (channels, suffix) == (2, ".tif"):
+        return  # reduced to 8 bits with a warning
+    elif suffix == ".tif":
+        got = pytest.importorskip("tifffile").imread(tmp_path / "a.tif")
+    else:
+        got = read_deep_png(tmp_path / "a.png")
+    np.testing.assert_array_equal(got.reshape(pixels.shape), pixels)
+
+
+def read_deep_png(path: Path) -> np.ndarray:
+    return pytest.importorskip("pyvips").Image.new_from_file(str(path)).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg(tmp_path: Path, packages: str, channels: int):
+    y, x = np.mgrid[0:40, 0:50]
+    pixels = np.stack([4 * x, 5 * y, 2 * (x + y), np.full_like(x, 255)], -1)[..., :channels].astype(np.uint8)
+    save(tmp_path / "a.jpg", pixels)
+    save(tmp_path / "b.jpg", pixels, quality=20)
+    got = reading.load(tmp_path / "a.jpg").pixels.reshape(40, 50, -1)
+    assert np.abs(got.astype(int) - pixels[..., : got.shape[2]]).mean() < 2
+    assert (tmp_path / "b.jpg").stat().st_size < (tmp_path / "a.jpg").stat().st_size
+
+
+def everything() -> Metadata:
+    block = Image.Exif()
+    block[271], block[315] = "Maker", "Anna"
+    return Metadata(
+        icc=SRGB,
+        exif=block.tobytes(),
+        dpi=(300.0, 150.0),
+        xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>",
+        iptc=b"\x1c\x02\x78\x00\x07caption",
+        texts=(Text("parameters", "a cat"),),
+        tags={33550: Tag(12, (2.5, 2.5, 0.0)), 34735: Tag(3, (1, 1, 0, 0))},
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_metadata_and_record(tmp_path: Path, packages: str, suffix: str):
+    path = tmp_path / f"a{suffix}"
+    save(path, RNG.integers(0, 256, (40, 50, 3), np.uint8), everything())
+    assert provenance.read(path) == RECORD and provenance.is_whole(path)
+    found = reading.load(path).metadata
+    assert (found.icc, found.xmp, found.iptc) == (SRGB, everything().xmp, everything().iptc)
+    assert found.dpi
+    np.testing.assert_allclose(found.dpi, (300, 150), rtol=1e-3)
+    tags = Image.open(path).getexif()
+    assert (tags[271], tags[315]) == ("Maker", "Anna")
+    assert b"a cat" in path.read_bytes()
+    assert (set(found.tags) == {33550, 34735}) == (suffix == ".tif")
+    assert path.read_bytes().count(b"pHYs") <= 1
+    assert rows.open_rows(path).metadata == found
+
+
+def test_color_tags_and_no_invented_resolution(tmp_path: Path, packages: str):
+    gamma = (b"gAMA", struct.pack(">I", 100_000))
+    save(tmp_path / "a.png", RNG.integers(0, 256, (4, 5, 3), np.uint8), Metadata(color=(gamma,)))
+    found = reading.load(tmp_path / "a.png").metadata
+    assert replace(found, exif=None) == Metadata(color=(gamma,))
+
+
+def test_unknown_suffix(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"cannot write \.xyz"):
+        save(tmp_path / "a.xyz", np.zeros((2, 2, 3), np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_memory_does_not_grow_with_the_image(tmp_path: Path, suffix: str):
+    pytest.importorskip("pyvips")
+    pytest.importorskip("tifffile")
+    height, width = 3000, 1000
+    path = tmp_path / f"a{suffix}"
+    tracemalloc.start()
+    with rows.Spool(tmp_path, height, width, 3, np.uint8) as spool:
+        for start in range(0, height, 100):
+            spool.pixels[start : start + 100] = start // 100
+        rows.save_spool(path, spool, Metadata(), RECORD)
+    source = rows.open_rows(path)
+    for start in range(0, height, 100):
+        assert (source.read(100) == start // 100).all()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < height * width * 3 / 3
+
+
+def test_without_the_packages_large_images_are_noted(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(rows, "_pyvips", lambda: None)
+    monkeypatch.setattr(rows, "NOTED_FROM_BYTES", 100)
+    caplog.set_level("INFO", "moesr")
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    rows.open_rows(tmp_path / "a.png")
+    assert "held in memory, 0 MB; pip install moesr[large]" in caplog.text
