@@ -4,11 +4,17 @@ Every original is degraded, super-resolved with each sampler and number of steps
 original, as is plain bicubic. Written to the output directory: quality.md and quality.csv (shaped like the
 paper's Tables 1-5), sheet_*.png (LR, bicubic, SR and HR side by side), spectra_*.png (as Fig. 10) and
 quality_vs_time.png. Sheets and spectra show the first sampler with its first number of steps.
+
+Three columns say what the diffusion does: the power of the spectrum above the LR image's Nyquist frequency
+as a share of the original's (bicubic x4 has about 0.04), PSNR between the results of two seeds (the lower,
+the more is drawn), and the share of that power that is lost with zeros in place of the latent. `--niqe FILE`
+adds NIQE by the pristine model that BasicSR ships as niqe_pris_params.npz.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -24,14 +30,17 @@ import numpy as np
 from benchlib import (
     figures,
     metrics,
+    niqe,
     perceptual,
 )
+from benchlib.blank_latent import blank_latent
 from benchlib.image_pairs import BLIND, DEGRADATIONS, degrade, load_originals
 from benchlib.origin import origin_line
 from benchlib.tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from PIL import Image
 from tqdm import tqdm
 
+from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
@@ -49,44 +58,55 @@ def methods(
     steps: Sequence[int],
     seed: int,
     color_fix: str = "adain",
-    fidelity: float = 1.0,
+    fidelity: float | None = None,
     reuse: Sequence[int] = (1,),
 ) -> dict[str, Upscale]:
-    """What is compared, by its name in the tables: bicubic, then every sampler with every number of steps.
+    """The engine with every sampler and every number of steps, by name in the tables.
 
     Where features are reused, "/ 2" stands for a full step in 2.
     """
-    scale = up.manifest.scale
-
-    def bicubic(lr: np.ndarray) -> np.ndarray:
-        return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
 
     def sampled(sampler: str, count: int, interval: int) -> Upscale:
         options = {"steps": count, "sampler": sampler, "seed": seed, "reuse": interval}
         return lambda lr: up(lr, **options, color_fix=color_fix, fidelity=fidelity)
 
-    chosen = {
+    return {
         f"{s.upper()} {count}" + (f" / {n}" if n > 1 else ""): sampled(s, count, n)
         for s in samplers
         for count in steps
         for n in reuse
     }
-    return {BICUBIC: bicubic, **chosen}
 
 
-def score(
-    name: str, hr: np.ndarray, lr: np.ndarray, upscale: Mapping[str, Upscale], learned: Mapping[str, Any]
-) -> tuple[list[Record], dict[str, np.ndarray]]:
-    """Run every method on one image: the records, and the results by method."""
-    scale = hr.shape[0] // lr.shape[0]
-    records, results = [], {}
-    for method, run in upscale.items():
-        started = time.perf_counter()
-        results[method] = sr = run(lr)
-        seconds = time.perf_counter() - started
-        values = {**metrics.scores(sr, hr, scale), **perceptual.scores(learned, sr, hr), SECONDS: seconds}
-        records.append(Record(name, method, values))
-    return records, results
+@dataclass(frozen=True)
+class Measures:
+    """What is compared, and by what besides `metrics.scores`.
+
+    `again` holds the methods of `upscale` that draw, with another seed; `blank` is the engine with zeros for
+    the latent.
+    """
+
+    upscale: Mapping[str, Upscale]
+    again: Mapping[str, Upscale]
+    blank: Upscale | None
+    learned: Mapping[str, Any]
+    pristine: niqe.Pristine | None
+
+    def score(self, name: str, hr: np.ndarray, lr: np.ndarray) -> tuple[list[Record], dict[str, np.ndarray]]:
+        """Run every method on one image: the records, and the results by method."""
+        scale = hr.shape[0] // lr.shape[0]
+        blank = None if self.blank is None else self.blank(lr)
+        records, results = [], {}
+        for method, run in self.upscale.items():
+            started = time.perf_counter()
+            results[method] = sr = run(lr)
+            values = {SECONDS: time.perf_counter() - started, **metrics.scores(sr, hr, scale)}
+            if method in self.again and blank is not None:
+                values |= metrics.diffusion_scores(sr, self.again[method](lr), blank, scale)
+            if self.pristine:
+                values[metrics.NIQE] = niqe.niqe(sr, self.pristine)
+            records.append(Record(name, method, {**values, **perceptual.scores(self.learned, sr, hr)}))
+        return records, results
 
 
 def draw(stem: str, hr: np.ndarray, lr: np.ndarray, results: Mapping[str, np.ndarray], out: Path) -> None:
@@ -102,7 +122,7 @@ def draw(stem: str, hr: np.ndarray, lr: np.ndarray, results: Mapping[str, np.nda
 def run(
     originals: Mapping[str, np.ndarray],
     degradation: str,
-    upscale: Mapping[str, Upscale],
+    measures: Measures,
     out: Path,
     draws: int = 1,
 ) -> tuple[list[Record], list[Record]]:
@@ -110,14 +130,14 @@ def run(
 
     Returns the records and their means (with FID where it can be had).
     """
-    learned, records = perceptual.load(), []
+    learned, records = measures.learned, []
     with tempfile.TemporaryDirectory() as scratch:
         sets = ImageSets(Path(scratch))
         cases = [(name, i) for name in originals for i in range(draws)]
         for name, i in tqdm(cases, unit="image", disable=None):
             hr, label = originals[name], f"{name} {i + 1}" if i else name
             lr = degrade(hr, degradation, label)
-            scored, results = score(label, hr, lr, upscale, learned)
+            scored, results = measures.score(label, hr, lr)
             records += scored
             if i == 0:
                 draw(Path(name).stem, hr, lr, results, out)
@@ -157,7 +177,8 @@ def plot(averaged: Sequence[Record], path: Path) -> None:
     def marks(column: str) -> list[figures.Point]:
         return [figures.Point(r.method, r.values[SECONDS], r.values[column]) for r in averaged]
 
-    columns = [c for c in HEADINGS if c in averaged[0].values and c != SECONDS]
+    known = [c for c in HEADINGS if all(math.isfinite(r.values.get(c, math.nan)) for r in averaged)]
+    columns = [c for c in known if c != SECONDS]
     figures.quality_against_time(plt, [(HEADINGS[c], marks(c)) for c in columns], path)
 
 
@@ -165,16 +186,19 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     """Markdown above the tables: what was measured, and on what."""
     m, backend = up.manifest, up.backend
     times = f", each degraded {args.draws} times" if args.draws > 1 else ""
+    fidelity = m.fidelity if args.fidelity is None else args.fidelity
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
         f"Originals: {args.hr}{times}. Seed {args.seed}, color fix {args.color_fix}, "
-        f"fidelity {args.fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
+        f"fidelity {fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"
         f"{origin_line()}\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
-        "spectra, HF above the LR image's Nyquist frequency; seconds are of one image, graphs loaded.\n\n"
+        "spectra, HF above the LR image's Nyquist frequency; HF power is that above it as a "
+        "share of the original's; latent's share is what zeros in its place cost of it; seconds are of one "
+        "image, graphs loaded.\n\n"
     )
 
 
@@ -198,7 +222,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reuse", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
     add("--sampler", nargs="+", choices=list(SAMPLERS), default=["ddpm"], help="(default: ddpm)")
     add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
-    add("--fidelity", type=float, default=1.0, metavar="W", help="0 free to 1 faithful (default %(default)s)")
+    add("--fidelity", type=float, metavar="W", help="0 free to 1 faithful (default: the engine's)")
+    add("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz of BasicSR, to measure NIQE")
     add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
     add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
     out = Path("benchmarks/results/quality")
@@ -206,25 +231,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def measures_of(
+    args: argparse.Namespace, up: Upscaler, blank: Upscaler, pristine: niqe.Pristine | None
+) -> Measures:
+    """What the arguments ask for; `blank` is the engine whose latent is zeros, however few steps are made."""
+    scale, kept = up.manifest.scale, (args.color_fix, args.fidelity)
+
+    def bicubic(lr: np.ndarray) -> np.ndarray:
+        return imresize(lr, lr.shape[0] * scale, lr.shape[1] * scale)
+
+    own, other = (
+        methods(up, args.sampler, args.steps, seed, *kept, args.reuse) for seed in (args.seed, args.seed + 1)
+    )
+    fewest = len(up.manifest.experts)
+    (without,) = methods(blank, ["ddim"], [fewest], args.seed, *kept).values()
+    return Measures({BICUBIC: bicubic, **own}, other, without, perceptual.load(), pristine)
+
+
 def benchmark(args: argparse.Namespace) -> str:
     """Run the whole benchmark and write its files; returns the Markdown page."""
     if args.draws < 1 or (args.draws > 1 and args.degrade not in BLIND):
         raise UsageError("--draws: expected 1 or more, and more than 1 of a blind degradation only")
     originals = load_originals(args.hr)
-    with Upscaler(args.engine, threads=args.threads) as up:
+    pristine = None if args.niqe is None else niqe.load(args.niqe)
+    engine = engine_directory(args.engine)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Upscaler(engine, threads=args.threads) as up,
+        Upscaler(blank_latent(engine, Path(scratch)), threads=args.threads) as blank,
+    ):
         if DEGRADATIONS[args.degrade] != up.manifest.scale:
             raise UsageError(
                 f"--degrade {args.degrade} does not fit {up.manifest.name}, which upscales by "
                 f"{up.manifest.scale}; choose a degradation of that scale"
             )
-        upscale = methods(up, args.sampler, args.steps, args.seed, args.color_fix, args.fidelity, args.reuse)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
         # One small image through every expert, so that all graphs are loaded before the clock runs.
         up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
-        records, averaged = run(originals, args.degrade, upscale, args.out, args.draws)
+        measures = measures_of(args, up, blank, pristine)
+        records, averaged = run(originals, args.degrade, measures, args.out, args.draws)
         page = preamble(up, args) + markdown(records, averaged)
     plot(averaged, args.out / "quality_vs_time.png")
     (args.out / "quality.md").write_text(page, encoding="utf-8")

@@ -111,7 +111,8 @@ def export_engine(
                 more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
             else:
                 graphs = _write_graphs(checkpoint, tile_px, writer, recording, options.reuse or 0)
-                more = {}
+                model = checkpoint.config
+                more = {"fidelity": model.fidelity, "prediction": model.prediction}
             manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
             write_manifest(manifest, new)
             if options.polygraphy:
@@ -172,6 +173,7 @@ def _write_graphs(
 ) -> dict[str, Graph]:
     """Write all graphs of a checkpoint and return them by role; `blocks` is that of `expert_graph`."""
     config, latent_px = checkpoint.config, tile_px // checkpoint.config.decoder.factor
+    how: dict[str, Any] = {"blocks": blocks, "prediction": config.prediction}
     graphs: dict[str, Graph] = {}
 
     def write(role: str, network: nn.Module, make: Make, inputs: parity.Inputs, *others: nn.Module) -> None:
@@ -184,12 +186,12 @@ def _write_graphs(
         unet = checkpoint.expert(k)
         inputs = parity.expert_inputs(unet, latent_px, t_range)
         others = [DeepFeatures(unet, blocks)] if blocks else []
-        write(f"expert_{k}", unet, partial(expert_graph, unet, blocks=blocks), inputs, *others)
+        write(f"expert_{k}", unet, partial(expert_graph, unet, **how), inputs, *others)
         if blocks:
             role, network = f"shallow_{k}", ShallowExpert(unet, blocks)
             if recording:
                 recording.inputs[role] = recorded(unet, recording.inputs[f"expert_{k}"], blocks)
-            make = partial(shallow_graph, unet, blocks=blocks)
+            make = partial(shallow_graph, unet, **how)
             write(role, network, make, shallow_inputs(unet, inputs, blocks))
             graphs |= shared(writer.directory, graphs, f"expert_{k}", role, network.params)
     autoencoder = checkpoint.decoder()

@@ -135,8 +135,10 @@ class ModelConfig:
     decoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     schedule: Schedule = field(default_factory=Schedule)
     expert_ranges: ExpertRanges = ((0, 250), (250, 500), (500, 750), (750, 1000))
-    sampler: str = "ddpm"  # one of SAMPLERS that is not multistep
+    sampler: str = "ddpm"  # one of SAMPLERS
     steps: Steps = 50
+    prediction: Prediction = "eps"  # of the experts
+    fidelity: Annotated[float, Range(0, 1)] = 1.0  # default weight of the LR features in the decoder
 
     @property
     def tile_multiple(self) -> int:
@@ -146,9 +148,8 @@ class ModelConfig:
         return latent if self.decoder.refinement == "none" else math.lcm(latent, 8)
 
     def __post_init__(self) -> None:
-        single = [name for name, sampler in SAMPLERS.items() if not sampler.multistep]
-        if self.sampler not in single:
-            raise UsageError(f"sampler is {self.sampler!r}, expected one of {', '.join(single)}")
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
         edges = [0, *(t_to for _, t_to in self.expert_ranges)]
         contiguous = all(r == (a, b) for r, a, b in zip(self.expert_ranges, edges, edges[1:], strict=False))
         if self.unet and not (contiguous and edges[-1] == self.schedule.timesteps):

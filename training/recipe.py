@@ -65,11 +65,14 @@ class AutoencoderStage(StageConfig):
     """The first stage: a plain VQ autoencoder, trained without GAN or LPIPS terms."""
 
     l1_weight: float = 1.0
+    mse_weight: float = 0.0
     frequency_weight: float = 0.0
     color_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
     gradient_weight: float = 0.0  # one minus the gradient magnitude similarity
     commitment: float = 0.25
     refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
+    lloyd_steps: int = 0  # of Lloyd's algorithm after that, so that rare latents have codes of their own
+    latent_noise: float = 0.0  # before the codebook is in use: deviation added, as a share of the latents'
     quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use
 
 
@@ -112,10 +115,14 @@ class DecoderStage(StageConfig):
     accumulate: int = 4
     learning_rate: float = 1e-4
     l1_weight: float = 1.0
+    mse_weight: float = 0.0
     frequency_weight: float = 10.0  # lambda of Eq. 6
     color_weight: float = 0.0  # as for the autoencoder
     gradient_weight: float = 0.0  # as for the autoencoder
-    free_share: float = 0.0  # of the samples, which are decoded with fidelity 0: from latents alone
+    # Of the triples, whose latent is the encoder's of the original. Fidelity w is then drawn so that a sample
+    # with w has the encoder's latent with probability 1 - w, else a sampled one: w says how far to trust it.
+    encoded_share: float = 0.0
+    free_share: float = 0.0  # of the samples, which are decoded with fidelity 0 (encoded_share: with 0 or 1)
     energy_weight: float = 0.0  # of these samples: local energy of detail, wherever it lies
     spectrum_weight: float = 0.0  # of all samples: the shape of the log power spectrum
     wavelet_colors: bool = False  # compare images after the wavelet color correction, but for color_weight
@@ -138,7 +145,7 @@ class DecoderStage(StageConfig):
         super().check(name)
         for entry in ("latents", "latent_steps", "latent_batch"):
             _check(f"{name}.{entry}", getattr(self, entry), 1)
-        for entry in ("init_share", "free_share"):
+        for entry in ("init_share", "free_share", "encoded_share"):
             _check(f"{name}.{entry}", getattr(self, entry), 0.0, 1.0)
 
 

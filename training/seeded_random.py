@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP, DEGRADATION, DIFFUSION, SAMPLING = range(4)
+STEP, DEGRADATION, DIFFUSION, SAMPLING, ENCODED = range(5)
 """Streams of a seed that never share numbers."""
 
 

@@ -20,10 +20,17 @@ COLUMNS = {
     "spectrum": "Spectrum ρ↑",
     "high_spectrum": "HF ρ↑",
     "gms": "GMS↑",
+    "high_power": "HF power",
 }
 """Headings of what `scores` returns; the arrow says which way is better."""
 
+DIFFUSION = {"seeds": "two seeds, dB↓", "latent_share": "latent's share↑"}
+"""Headings of what `diffusion_scores` returns: PSNR between the results of two seeds, and the share of the
+power above the LR image's Nyquist frequency that is lost with zeros in place of the latent."""
+
 SHARPNESS = "sharpness"
+NIQE = "niqe_basicsr"
+EPSILON = 1e-9  # power of a plane that has none
 
 
 def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
@@ -43,7 +50,31 @@ def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
         "spectrum": spectrum_correlation(y_sr, y_hr),
         "high_spectrum": spectrum_correlation(y_sr, y_hr, above=0.5 / scale),
         "gms": gradient_similarity(y_sr, y_hr),
+        "high_power": power_above(y_sr, 0.5 / scale) / max(power_above(y_hr, 0.5 / scale), EPSILON),
     }
+
+
+def diffusion_scores(sr: np.ndarray, again: np.ndarray, blank: np.ndarray, scale: int) -> dict[str, float]:
+    """The measures of DIFFUSION of one result, uint8 [H, W, 3].
+
+    `again` is the result of another seed, `blank` that of a decoder that was given zeros for the latent.
+    """
+    y_sr, y_again, y_blank = (measured_luma(image, scale) for image in (sr, again, blank))
+    kept = power_above(y_blank, 0.5 / scale) / max(power_above(y_sr, 0.5 / scale), EPSILON)
+    return {"seeds": psnr(y_sr, y_again), "latent_share": 1.0 - kept}
+
+
+def power_above(plane: np.ndarray, cycles: float) -> float:
+    """Power of the plane's spectrum at radii of at least `cycles` per pixel, under a Hann window.
+
+    Without the window the step between opposite borders would fill the highest frequencies. The mean is
+    taken off first.
+    """
+    height, width = plane.shape
+    window = np.hanning(height)[:, None] * np.hanning(width)[None]
+    power = np.abs(np.fft.fft2((plane - plane.mean()) * window)) ** 2
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    return float(power[radius >= cycles].sum())
 
 
 def sharpness(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchlib import metrics, perceptual
 
 SECONDS = "seconds"
-HEADINGS = {**metrics.COLUMNS, metrics.SHARPNESS: "sharpness", **perceptual.HEADINGS, SECONDS: "seconds"}
+HEADINGS = {
+    **metrics.COLUMNS,
+    **metrics.DIFFUSION,
+    metrics.NIQE: "NIQE (BasicSR)↓",
+    metrics.SHARPNESS: "sharpness",
+    **perceptual.HEADINGS,
+    SECONDS: "seconds",
+}
 """Every column that a table can have, in order."""
 
-_DECIMALS = {"psnr": 2, "musiq": 2, perceptual.FID: 2, SECONDS: 2}  # 4 for the others
-_MEAN = "mean"
+_DECIMALS: dict[str, int] = dict.fromkeys(
+    ("psnr", "musiq", "seeds", "high_power", "latent_share", metrics.NIQE, perceptual.FID, SECONDS), 2
+)  # 4 for the others
+_MEAN, _MEDIAN = "mean", "median"
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,18 @@ def means(records: Sequence[Record]) -> list[Record]:
     return averaged
 
 
+def medians(records: Sequence[Record]) -> list[Record]:
+    """Median of every column over the images where it is known, a record for each method."""
+    rated = []
+    for method in dict.fromkeys(r.method for r in records):
+        own = [r.values for r in records if r.method == method]
+        columns = {c: [v[c] for v in own if not math.isnan(v[c])] for c in own[0]}
+        rated.append(
+            Record(_MEDIAN, method, {c: statistics.median(v) if v else math.nan for c, v in columns.items()})
+        )
+    return rated
+
+
 def markdown(records: Sequence[Record], averaged: Sequence[Record]) -> str:
     """A table of the means, then one with every image."""
     images = len({r.image for r in records})
@@ -43,6 +65,7 @@ def markdown(records: Sequence[Record], averaged: Sequence[Record]) -> str:
         [
             f"Mean of {images} image{'s' if images > 1 else ''}\n",
             _table(averaged, with_image=False),
+            *(["\nMedian\n", _table(medians(records), with_image=False)] if images > 2 else []),
             "\nEach image\n",
             _table(records, with_image=True),
             "",

@@ -23,6 +23,7 @@ from moesr.export.graphs.transformer import text_transformer
 from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.engine.graph_io import DEEP
 from moesr.runtime.engine.graph_spec import BATCH
+from moesr.runtime.sampling.samplers import Prediction
 from moesr.training.networks import DenoisingUNet, SpaceMoE
 from moesr.training.networks.stablesr import SPADE, SPADEResBlock
 from moesr.training.networks.transformer import TextTransformer
@@ -42,9 +43,14 @@ class Conditioning:
 
 
 def expert_graph(
-    network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int = 0
+    network: DenoisingUNet,
+    latent_px: int,
+    lowering: Lowering = CPU,
+    *,
+    blocks: int = 0,
+    prediction: Prediction = "eps",
 ) -> BuiltGraph:
-    """Write an expert with inputs `z_t`, `cond` [B, 3, h, w] and `t` [B] and output `eps` [B, 3, h, w].
+    """Write an expert with inputs `z_t`, `cond` [B, 3, h, w] and `t` [B] and output `prediction`, as `z_t`.
 
     h = w = `latent_px`. With `blocks` there is a second output, `deep`: the input features of the last
     `blocks` output blocks.
@@ -54,14 +60,19 @@ def expert_graph(
     with g.scope("time_embed"):
         given = Conditioning(time_offsets(g, network, t))
     deep, skips = _deep(g, x, network, given, blocks)
-    g.output("eps", _rest(g, deep, skips, network, given, blocks))
+    g.output(prediction, _rest(g, deep, skips, network, given, blocks))
     if blocks:
         g.output(DEEP, deep)
     return g.finish()
 
 
 def shallow_graph(
-    network: DenoisingUNet, latent_px: int, lowering: Lowering = CPU, *, blocks: int
+    network: DenoisingUNet,
+    latent_px: int,
+    lowering: Lowering = CPU,
+    *,
+    blocks: int,
+    prediction: Prediction = "eps",
 ) -> BuiltGraph:
     """Write a shallow graph: the last `blocks` output blocks, which start from the expert's output `deep`."""
     g = GraphBuilder("shallow", lowering)
@@ -70,7 +81,7 @@ def shallow_graph(
     with g.scope("time_embed"):
         given = Conditioning(time_offsets(g, network, t, shallow_parts(network, blocks)))
     _, skips = _descend(g, x, network, given, blocks)
-    g.output("eps", _rest(g, g.compute(deep), skips, network, given, blocks))
+    g.output(prediction, _rest(g, g.compute(deep), skips, network, given, blocks))
     return g.finish()
 
 

@@ -111,6 +111,7 @@ def record(
     pairs = [conditions(image, config.scale, tile_px, latent_px) for image in images]
     shape = (config.decoder.embed_dim, latent_px, latent_px)
     latents = [noise.gaussian(i, noise.INITIAL_NOISE, shape) for i in range(len(images))]
+    history = [np.zeros(shape, np.float32) for _ in latents]
     inputs: dict[str, list[Inputs]] = {}
     for k, first, last in runs_of_experts(table):
         network, role = checkpoint.expert(k), f"expert_{k}"
@@ -121,7 +122,9 @@ def record(
                 given = {"z_t": latents[i][None].copy(), "cond": cond, "t": t}
                 inputs.setdefault(role, []).append(given)
                 out = network(*(torch.from_numpy(value) for value in given.values())).numpy()[0]
-                _advance(latents[i], out, table, step, seed=i)
+                c = samplers.coefficients(table, step, config.prediction)
+                added, out = noise.gaussian(i, step, shape), np.ascontiguousarray(out)
+                samplers.advance(latents[i], out, added, c, np.empty_like(out), history[i])
     inputs[DECODER] = [{"z": z[None]} for z in latents]
     if config.decoder.fusion_levels:
         for given, (_, lr) in zip(inputs[DECODER], pairs, strict=True):
@@ -160,12 +163,6 @@ def runs_of_experts(table: StepTable) -> Iterator[tuple[int, int, int]]:
     edges = [0, *(np.flatnonzero(np.diff(table.expert)) + 1), len(table)]
     for first, last in pairwise(edges):
         yield int(table.expert[first]), int(first), int(last)
-
-
-def _advance(z: np.ndarray, out: np.ndarray, table: StepTable, step: int, seed: int) -> None:
-    c = samplers.coefficients(table, step)
-    added = noise.gaussian(seed, step, z.shape)
-    samplers.advance(z, np.ascontiguousarray(out), added, c, np.empty_like(z))
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ def test_equal_images_score_best(photo):
     got = metrics.scores(photo, photo, SCALE)
     assert got.keys() == metrics.COLUMNS.keys()
     assert got.pop("psnr") == np.inf
-    assert list(got.values()) == pytest.approx([1.0] * 4)
+    assert list(got.values()) == pytest.approx([1.0] * 5)
 
 
 @pytest.mark.parametrize("name", list(metrics.COLUMNS))
@@ -138,3 +138,30 @@ def test_images_that_cannot_be_compared(sr_shape, photo):
     sr = np.zeros(sr_shape, np.uint8)
     with pytest.raises(ValueError, match="equal sizes of at least 19 pixels"):
         metrics.scores(sr, photo if sr_shape[0] == 128 else sr, SCALE)
+
+
+def test_power_above_counts_what_the_lr_image_lacks():
+    """Of two waves on either side of the LR image's Nyquist frequency only the faster one is counted."""
+    x = np.arange(128)
+    slow, fast = (np.cos(2 * np.pi * cycles * x)[None] * np.ones((96, 1)) for cycles in (0.0625, 0.25))
+    power = metrics.power_above(slow + fast, 0.125)
+    assert power == pytest.approx(metrics.power_above(fast, 0.125), rel=1e-3)
+    assert metrics.power_above(slow + 0.5 * fast, 0.125) == pytest.approx(power / 4, rel=1e-3)
+    assert metrics.power_above(100.0 + slow, 0.125) < 1e-4 * power
+
+
+def test_power_above_does_not_see_the_border():
+    """A ramp is smooth, though its ends differ."""
+    ramp = np.linspace(0.0, 200.0, 128)[None] * np.ones((96, 1))
+    noise = np.random.default_rng(0).normal(size=ramp.shape)
+    assert metrics.power_above(ramp, 0.125) < 0.01 * metrics.power_above(noise, 0.125)
+
+
+def test_diffusion_scores(photo):
+    """Without a latent nothing, half or all of the detail is left; equal results agree to infinity."""
+    soft = blurred(photo.astype(float), 3.0).round().astype(np.uint8)
+    same = metrics.diffusion_scores(photo, photo, photo, SCALE)
+    assert same == {"seeds": np.inf, "latent_share": 0.0}
+    got = metrics.diffusion_scores(photo, soft, soft, SCALE)
+    assert got["latent_share"] > 0.9
+    assert got["seeds"] == pytest.approx(metrics.scores(photo, soft, SCALE)["psnr"])

@@ -106,6 +106,11 @@ def test_files_of_a_run(engine, originals, tmp_path, capsys):
     psnr = [float(rows[image, "DDPM 4"]["psnr"]) for image in ("eye.png", "fur.png", "mean")]
     assert psnr[2] == pytest.approx((psnr[0] + psnr[1]) / 2)
 
+    # the synthetic decoder adds the latent to the image: seeds differ, and zeros cost detail
+    drawn = rows["eye.png", "DDPM 4"]
+    assert 0.0 < float(drawn["seeds"]) < 60.0 and float(drawn["latent_share"]) != 0.0
+    assert rows["eye.png", "Bicubic"]["seeds"] == ""
+
     page = (out / "quality.md").read_text(encoding="utf-8")
     assert page.strip() == capsys.readouterr().out.strip()
     assert "| DDIM 2 |" in page and "PSNR↑" in page and "Mean of 2 images" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -213,6 +214,23 @@ def test_plain_ldm(tmp_path):
     inputs = decoder_inputs(network, [1.0, 1.0], side=32)
     got = run(tmp_path / "engine" / "decoder.onnx", inputs)
     assert relative_l2(got, parity.network_output(network, inputs)) < LIMITS["fp32"]
+
+
+def test_defaults_are_the_models(tmp_path):
+    """The prediction, the sampler and the fidelity of a model stand in the manifest and are used."""
+    given = {"prediction": "v", "sampler": "dpm++2m", "steps": 3, "fidelity": 0.25}
+    model = dataclasses.replace(TINY, **given)
+    checkpoint, engine = write_checkpoint(tmp_path / "tiny", model), tmp_path / "engine"
+    assert cli.main([str(checkpoint), "-o", str(engine), "--tile", "32", "--reuse", "--quiet"]) == 0
+    manifest = read_manifest(engine)
+    assert {name: getattr(manifest, name) for name in given} == given
+    for role in ("expert_0", "shallow_0"):
+        assert manifest.graphs[role].outputs[0].name == "v"
+    lr = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    with Upscaler(engine, threads=1) as up:
+        stated = up(lr, sampler="dpm++2m", steps=3, fidelity=0.25)
+        np.testing.assert_array_equal(up(lr), stated)
+        assert (up(lr, fidelity=1.0) != stated).any() and up(lr, reuse=2).shape == stated.shape
 
 
 def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):

@@ -81,10 +81,12 @@ def sample(
     z = draws.normal(*shape).to(cond.device)
     if noised is not None:
         z = add_noise(cond, z, torch.full((len(z),), noised.timesteps - 1), noised)
+    x0 = torch.zeros_like(z)
     for step, (t, k) in enumerate(zip(table.t.tolist(), table.expert.tolist(), strict=True)):
         c = coefficients(table, step, prediction)
         out = experts[k](z, cond, torch.full((len(z),), t, device=z.device))
-        z = float(c.c_z) * z + float(c.c_out) * out
+        x0, before = float(c.x_z) * z + float(c.x_out) * out, x0
+        z = float(c.c_z) * z + float(c.c_out) * out + float(c.c_history) * before
         if c.c_noise:
             z += float(c.c_noise) * draws.normal(*shape).to(z.device)
     return z

@@ -28,6 +28,9 @@ def pixel_loss(
     """
     figures["l1"] = F.l1_loss(pred, target)
     total = stage.l1_weight * figures["l1"]
+    if stage.mse_weight:
+        figures["mse"] = F.mse_loss(pred, target)
+        total = total + stage.mse_weight * figures["mse"]
     if stage.color_weight:
         figures["color"] = color_loss(pred if decoded is None else decoded, target)
         total = total + stage.color_weight * figures["color"]

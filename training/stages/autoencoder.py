@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesr.training.config import ModelConfig
-from moesr.training.data.crops import Crops, to_float
+from moesr.training.data.crops import Crops, resize_batch, to_float
 from moesr.training.loop import distributed
 from moesr.training.loop.fit import Run, fit
 from moesr.training.loop.validation import psnr
@@ -21,6 +21,7 @@ from moesr.training.losses.losses import frequency_loss, pixel_loss
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import AutoencoderStage, Recipe
 from moesr.training.stages.common import BEST_CHECKPOINT, CHECKPOINT, cpu_state, first_stage_sizes, publish
+from moesr.training.stages.start import keep_scale
 
 SCALE_CROPS = 256  # crops whose latents set the scale of the latent space
 
@@ -30,8 +31,8 @@ class AutoencoderObjective:
 
     critic = None
 
-    def __init__(self, network: Autoencoder, stage: AutoencoderStage) -> None:
-        self.network, self.stage = network, stage
+    def __init__(self, network: Autoencoder, stage: AutoencoderStage, scale: int) -> None:
+        self.network, self.stage, self.scale = network, stage, scale
         self._latents: Tensor | None = None
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -51,7 +52,11 @@ class AutoencoderObjective:
             codes = net.quantize(z.detach())
             codebook = F.mse_loss(codes, z.detach()) + stage.commitment * F.mse_loss(z, codes.detach())
             z = z + (codes - z).detach()
+        elif stage.latent_noise and net.training:
+            z = z + stage.latent_noise * z.detach().std() * torch.randn_like(z)
         decoded = net.decoder(net.post_quant_conv(z), {}, 1.0)
+        if net.config.lr_residual:
+            decoded = decoded + enlarged_lr(image, self.scale)
         figures = {"code": codebook}
         total = codebook + pixel_loss(decoded, image, stage, figures)
         return total + frequency_loss(decoded, image, stage, figures), figures, decoded
@@ -72,6 +77,13 @@ class AutoencoderObjective:
         image = to_float(batch[1])
         total, _, decoded = self._losses(image, self.network.encode(image), quantised=True)
         return {"loss": total, "psnr": psnr(decoded, image)}, torch.cat((decoded, image), dim=-1)
+
+
+def enlarged_lr(image: Tensor, scale: int) -> Tensor:
+    """What bicubic interpolation leaves of images [B, 3, P, P] in [-1, 1] that are reduced by `scale`."""
+    pixels = ((image + 1.0) * 127.5).round().byte()
+    side = image.shape[-1]
+    return to_float(resize_batch(resize_batch(pixels, side // scale, side // scale), side, side))
 
 
 @torch.no_grad()
@@ -97,17 +109,25 @@ def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def refit_codebook(network: Autoencoder, latents: Tensor, seed: int) -> None:
+def refit_codebook(network: Autoencoder, latents: Tensor, seed: int, lloyd_steps: int = 0) -> None:
     """Replace the codes by as many vectors drawn from `latents` [N, D, h, w]; codes nothing uses are gone.
 
     A codebook that began from few crops has most of its codes where these had theirs. The decoder sees other
-    codes than before, but nearer ones.
+    codes than before, but nearer ones. Steps of Lloyd's algorithm then move codes to the means of what they
+    stand for, and with that to where latents are rare, as those of strong edges.
     """
-    vectors = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     codes = network.quantize.embedding.weight
+    latents = latents.to(codes.device)
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(len(vectors), generator=generator)[: len(codes)]
-    codes[: len(picks)] = vectors[picks].to(codes.device)
+    codes[: len(picks)] = vectors[picks.to(codes.device)]
+    for _ in range(lloyd_steps):
+        nearest = torch.cat([network.quantize.indices(part) for part in latents.split(8)])
+        sums = torch.zeros_like(codes).index_add_(0, nearest, vectors)
+        counts = torch.bincount(nearest, minlength=len(codes))
+        used = counts > 0
+        codes[used] = sums[used] / counts[used, None]
 
 
 def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16) -> Tensor:
@@ -124,7 +144,10 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
 def prepare(recipe: Recipe) -> AutoencoderObjective:
     """The objective of this stage with fresh weights."""
     torch.manual_seed(recipe.seed)
-    return AutoencoderObjective(Autoencoder(first_stage_sizes(recipe)), recipe.autoencoder)
+    network = Autoencoder(first_stage_sizes(recipe))
+    if not network.config.norm_groups:
+        keep_scale(network)
+    return AutoencoderObjective(network, recipe.autoencoder, recipe.model.scale)
 
 
 def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) -> None:
@@ -140,6 +163,6 @@ def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) 
             crops = min(SCALE_CROPS, max(1, stage.steps * stage.batch))
             latents = encode_crops(network, data, crops)
             if stage.refit_codebook and config.codebook_size:
-                refit_codebook(network, latents, recipe.seed)
+                refit_codebook(network, latents, recipe.seed, stage.lloyd_steps)
             normalise_latents(network, latents)
             publish(run.directory / place, model, [], cpu_state(network))

@@ -22,8 +22,12 @@ CHECKPOINT, BEST_CHECKPOINT = "checkpoint", "checkpoint-best"
 
 
 def plain(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The same sizes without LR fusion and refinement, which are trained later."""
-    later = ("fusion_count", "fusion_blocks", "fusion_growth", "filter_blocks", "lr_residual")
+    """The same sizes without LR fusion and refinement, which are trained later.
+
+    A decoder without LR fusion that adds to the LR image is a first stage of that kind, and stays one.
+    """
+    later = ["fusion_count", "fusion_blocks", "fusion_growth", "filter_blocks"]
+    later += [] if config.fusion_level is None else ["lr_residual"]
     unused = {f.name: f.default for f in dataclasses.fields(config) if f.name in later}
     return dataclasses.replace(config, fusion_level=None, refinement="none", **unused)
 

@@ -36,6 +36,7 @@ from moesr.training.stages.structure import check_stage_1
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
 CODES = ("quantize.", "post_quant_conv.")
+CRITICISED = 0.75  # fidelity in a mixed set below which results are shown to the discriminator
 START_CROPS = 6  # of the batch that the last layer's start is fitted to
 
 States = Iterable[dict[str, Tensor]]
@@ -53,12 +54,15 @@ class DecoderObjective:
             parameter.requires_grad = is_trained(name, stage, network.config.fusion_levels)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of (number, HR, LR, latent); the discriminator's own is added and reaches only that."""
+        """Loss of (number, HR, LR, latent, and in a mixed set whether that is the encoder's).
+
+        The discriminator's own is added and reaches only that.
+        """
         adversarial = self.critic is not None and step >= self.stage.adversarial_from
         last = self.network.decoder.conv_out.weight
         frozen = not last.requires_grad
         last.requires_grad_(not frozen or adversarial)  # the adaptive weight needs the gradient there
-        fidelity = (torch.rand(len(batch[0]), 1, 1, 1) >= self.stage.free_share).to(batch[1].device).float()
+        fidelity = self._fidelity(batch)
         decoded, sr, target, _ = self._decode(batch, fidelity)
         reconstruction, figures = self._reconstruction(decoded, sr, target)
         total = reconstruction + frequency_loss(sr, target, self.stage, figures)
@@ -69,15 +73,27 @@ class DecoderObjective:
             figures["spectrum"] = spectrum_distance(sr, target)
             total = total + self.stage.spectrum_weight * figures["spectrum"]
         if adversarial:
-            total = total + self._adversarial(sr, target, reconstruction, last, figures)
+            seen = fidelity.flatten() < CRITICISED if self.stage.encoded_share else slice(None)
+            if len(sr[seen]):
+                total = total + self._adversarial(sr[seen], target[seen], reconstruction, last, figures)
             last.requires_grad_(not frozen)
         return total, figures
+
+    def _fidelity(self, batch: Sequence[Tensor]) -> Tensor:
+        """Fidelities drawn for a batch, [B, 1, 1, 1] on its device: 0 or 1, or any in a mixed set."""
+        drawn = torch.rand(2, len(batch[0]), 1, 1, 1).to(batch[1].device)
+        if not self.stage.encoded_share:
+            return (drawn[0] >= self.stage.free_share).float()
+        encoded = batch[4].reshape(drawn[1].shape)
+        # densities 2 (1 - w) of the encoder's latents and 2 w of sampled ones
+        distrust = torch.where(encoded, 1.0 - drawn[1].sqrt(), drawn[1].sqrt())
+        return torch.where(drawn[0] < self.stage.free_share, (~encoded).float(), distrust)
 
     def _decode(
         self, batch: Sequence[Tensor], fidelity: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decoded image, the same as it is compared, HR and the enlarged LR, [B, 3, P, P] in [-1, 1]."""
-        _, hr, lr, z = batch
+        _, hr, lr, z = batch[:4]
         lr_up = to_float(resize_batch(lr, *hr.shape[-2:])).contiguous(memory_format=torch.channels_last)
         decoded = self.network.decode(z, lr_up, fidelity, quantised=True).float()
         sr = wavelet_colors(decoded, lr_up) if self.stage.wavelet_colors else decoded
@@ -115,8 +131,12 @@ class DecoderObjective:
             last.grad = None
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss without its adversarial term, PSNR in dB, and side by side LR enlarged, SR and HR."""
-        decoded, sr, target, lr_up = self._decode(batch)
+        """The loss without its adversarial term, PSNR in dB, and side by side LR enlarged, SR and HR.
+
+        With fidelity 1, in a mixed set 0 where the latent is the encoder's.
+        """
+        fidelity = (~batch[4]).float()[:, None, None, None] if len(batch) > 4 else 1.0
+        decoded, sr, target, lr_up = self._decode(batch, fidelity)
         reconstruction, figures = self._reconstruction(decoded, sr, target)
         total = reconstruction + frequency_loss(sr, target, self.stage, figures)
         return {"loss": total, "psnr": psnr(sr, target), **figures}, torch.cat((lr_up, sr, target), dim=-1)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from moesr.runtime.errors import InputError, UsageError
 from moesr.training.checkpoint import Checkpoint, expert_count
 from moesr.training.config import UNetConfig
-from moesr.training.data.crops import Crops, condition, to_float
+from moesr.training.data.crops import Crops, condition, resize_batch, to_float
 from moesr.training.loop import distributed
 from moesr.training.loop.fit import Fitted, Run, Samples, finished, fit
 from moesr.training.loop.trainer import read_state, write_state
@@ -39,7 +39,7 @@ POOL_BATCH = 16  # crops encoded together
 
 
 class ExpertObjective:
-    """Predict eps for timesteps of one range."""
+    """Predict what the recipe's model predicts, for timesteps of one range."""
 
     critic = None
 
@@ -57,7 +57,8 @@ class ExpertObjective:
     def _denoising_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
         draws = Draws(self.recipe.seed, DIFFUSION, numbers.tolist())
         schedule, offset = self.recipe.model.schedule, self.recipe.experts.offset_noise
-        return denoising_loss(self.network, z, cond, self.t_range, schedule, draws, offset)
+        prediction = self.recipe.model.prediction
+        return denoising_loss(self.network, z, cond, self.t_range, schedule, draws, offset, prediction)
 
     @torch.no_grad()
     def encode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,13 +76,15 @@ class ExpertObjective:
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The loss, and decoded beside the crop: what one step from the middle of the range makes of it."""
-        (z, cond), schedule = self.encode(batch), self.recipe.model.schedule
+        hr, lr = batch[1], batch[2] if len(batch) > 2 else degradation(self.recipe)(batch[1], batch[0])
+        (z, cond), schedule = self.encode((batch[0], hr, lr)), self.recipe.model.schedule
         loss = self._denoising_loss(z, cond, batch[0])
         t = torch.full((len(z),), sum(self.t_range) // 2, device=z.device)
         eps = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist()).normal(*z.shape[1:]).to(z.device)
         z_t = add_noise(z, eps, t, schedule)
-        x0 = predict_x0(z_t, self.network(z_t, cond, t), t, schedule)
-        hr, sr = to_float(batch[1]), self.first_stage.decode(x0)
+        x0 = predict_x0(z_t, self.network(z_t, cond, t), t, schedule, self.recipe.model.prediction)
+        enlarged = to_float(resize_batch(lr, *hr.shape[-2:])) if self.first_stage.config.lr_residual else None
+        hr, sr = to_float(hr), self.first_stage.decode(x0, enlarged)
         return {"loss": loss, "psnr": psnr(sr, hr)}, torch.cat((sr, hr), dim=-1)
 
 

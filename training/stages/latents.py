@@ -38,7 +38,7 @@ from moesr.training.loop.interrupts import stop_requests
 from moesr.training.losses.diffusion import sample
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
-from moesr.training.seeded_random import SAMPLING, Draws
+from moesr.training.seeded_random import ENCODED, SAMPLING, Draws, seed_of
 from moesr.training.stages.common import degradation
 from moesr.training.stages.structure import Denoiser, denoiser_of, scaled_latent
 
@@ -48,10 +48,13 @@ SHARD = 64  # triples a file
 OPEN_SHARDS = 64  # files a loader process keeps mapped
 
 Sampler = Callable[[Tensor, Draws], Tensor]  # LR uint8 [B, 3, p, p] -> latents [B, D, h, w]
+Encoder = Callable[[Tensor], Tensor]  # HR uint8 [B, 3, P, P] -> latents [B, D, h, w]
 
 
 def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict[str, Any]:
     """What `count` triples of this recipe are made from: JSON values that must agree to go on with a set."""
+    share = recipe.decoder.encoded_share
+    mixed = {"encoded_share": share} if share else {}
     return {
         "schema": 2,
         "triples": count,
@@ -66,6 +69,7 @@ def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict
         "steps": recipe.decoder.latent_steps,
         "seed": recipe.seed,
         "photographs": len(data.paths),
+        **mixed,
     }
 
 
@@ -93,6 +97,7 @@ def _make_shards(
 ) -> None:
     """Make the shards of these numbers, each of so many triples."""
     batch, sampler = recipe.decoder.latent_batch, _sampler(recipe, start, run.device)
+    encode = encoder(start, run.device) if recipe.decoder.encoded_share else None
     hidden = run.quiet or distributed.rank() > 0
     with (
         stop_requests() as stopping,
@@ -101,7 +106,7 @@ def _make_shards(
         for number in bar:
             indices = range(number * SHARD, number * SHARD + sizes[number])
             parts = [
-                _triples(indices[at : at + batch], sampler, recipe, data, run.device)
+                _triples(indices[at : at + batch], sampler, encode, recipe, data, run.device)
                 for at in range(0, len(indices), batch)
             ]
             columns = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
@@ -110,9 +115,18 @@ def _make_shards(
                 stopping.stop()
 
 
-def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler:
-    """How stage 1 makes latents."""
+def encoder(start: Checkpoint, device: torch.device) -> Encoder:
+    """How the first stage makes latents of originals."""
+    first_stage = start.decoder().to(device)
+    quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
+    return lambda hr: quantise(first_stage.encode(to_float(hr)))
+
+
+def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler | None:
+    """How stage 1 makes latents; None before there are experts."""
     model = recipe.model
+    if model.unet is None and recipe.decoder.encoded_share:
+        return None
     try:
         steps = recipe.decoder.latent_steps
         table = SAMPLERS[model.sampler].table(model.schedule, steps, model.expert_ranges)
@@ -126,7 +140,8 @@ def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler
     quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
 
     def latents(lr: Tensor, draws: Draws) -> Tensor:
-        return quantise(sample(experts, condition(lr, model.scale, model.decoder.factor), table, draws))
+        cond = condition(lr, model.scale, model.decoder.factor)
+        return quantise(sample(experts, cond, table, draws, model.prediction))
 
     return latents
 
@@ -146,14 +161,39 @@ def _stablesr_latents(
     return sample([denoiser], latent, table, draws, model.prediction, noised) / model.latent_scale
 
 
+def is_encoded(seed: int, share: float, number: int) -> bool:
+    """Whether triple `number` is of the `share` whose latent is the encoder's."""
+    return seed_of(seed, ENCODED, number) < share * 2**32
+
+
 def _triples(
-    indices: Sequence[int], sampler: Sampler, recipe: Recipe, data: Crops, device: torch.device
+    indices: Sequence[int],
+    sampler: Sampler | None,
+    encode: Encoder | None,
+    recipe: Recipe,
+    data: Crops,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LR, latents and HR of these samples, on the CPU."""
+    """LR, latents and HR of these samples, on the CPU.
+
+    Before there are experts, the encoder's latent of another crop stands for a sampled one.
+    """
     hr = data.crops(indices[0], len(indices)).to(device)
-    lr = degradation(recipe)(hr, torch.tensor(indices))
+    lr, share = degradation(recipe)(hr, torch.tensor(indices)), recipe.decoder.encoded_share
+    encoded = torch.tensor([is_encoded(recipe.seed, share, i) for i in indices])
     with torch.inference_mode():
-        latents = sampler(lr, Draws(recipe.seed, SAMPLING, indices))
+        if sampler is None:
+            assert encode is not None
+            made = encode(hr)
+            latents = torch.where(encoded[:, None, None, None].to(device), made, made.roll(1, 0))
+        elif encode is None or not encoded.any():
+            latents = sampler(lr, Draws(recipe.seed, SAMPLING, indices))
+        else:
+            latents = encode(hr)
+            others = [i for i, known in zip(indices, encoded.tolist(), strict=True) if not known]
+            if others:
+                rest = ~encoded.to(device)
+                latents[rest] = sampler(lr[rest], Draws(recipe.seed, SAMPLING, others))
     return lr.cpu(), latents.cpu(), hr.cpu()
 
 
@@ -162,7 +202,9 @@ class Triples(Dataset[tuple[Tensor, ...]]):
 
     def __init__(self, directory: Path, seed: int | None) -> None:
         self.directory, self.seed = directory, seed
-        self.count = int(read_description(directory)["triples"])
+        made = read_description(directory)
+        self.count = int(made["triples"])
+        self.share, self.made_with = float(made.get("encoded_share", 0.0)), int(made["seed"])
         sizes = shard_sizes(self.count)
         lacking = sum(not _whole(shard_path(directory, i), n) for i, n in enumerate(sizes))
         if lacking:
@@ -171,13 +213,19 @@ class Triples(Dataset[tuple[Tensor, ...]]):
             )
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Return the sample's number, HR uint8 [3, P, P], LR uint8 [3, p, p] and latent [D, h, w]."""
+        """Return the sample's number, HR uint8 [3, P, P], LR uint8 [3, p, p] and latent [D, h, w].
+
+        In a set that holds encoder's latents too, also whether this is one.
+        """
         number = index % self.count
         if self.seed is not None:
             number = int(np.random.default_rng((self.seed, index)).integers(self.count))
         shard, row = _open(shard_path(self.directory, number // SHARD)), number % SHARD
         hr, lr, latent = (shard.get_slice(name)[row] for name in ("hr", "lr", "latent"))
-        return torch.tensor(index), hr, lr, latent
+        sample = torch.tensor(index), hr, lr, latent
+        if not self.share:
+            return sample
+        return *sample, torch.tensor(is_encoded(self.made_with, self.share, number))
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)

@@ -49,11 +49,10 @@ def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float
 
 
 @torch.no_grad()
-def add_to_lr(network: Autoencoder) -> None:
-    """Start a decoder that adds to the LR image: from nothing, with layers that keep the scale of features.
+def keep_scale(network: Autoencoder) -> None:
+    """Start with layers that keep the scale of features, for networks without normalisation.
 
-    Without normalisation PyTorch's start loses a third of the variance at every layer, and with it the
-    gradient.
+    There PyTorch's start loses a third of the variance at every layer, and with it the gradient.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not OTHERS.fullmatch(name):
@@ -62,6 +61,12 @@ def add_to_lr(network: Autoencoder) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     nn.init.normal_(network.decoder.conv_out.weight, std=FAINT)
+
+
+@torch.no_grad()
+def add_to_lr(network: Autoencoder) -> None:
+    """Start a decoder that adds to the LR image: it adds nothing, by layers that keep the scale."""
+    keep_scale(network)
     nn.init.zeros_(network.decoder.conv_in.weight)  # a latent's features would drown the LR image's
     pass_refinement(network)
 
@@ -102,7 +107,7 @@ def pass_refinement(network: Autoencoder) -> None:
 
 def fit_last_layer(network: Autoencoder, batch: Sequence[Tensor]) -> None:
     """Set the decoder's last layer to the ridge regression of HR on the features that it sees."""
-    _, hr, lr, z = batch
+    _, hr, lr, z = batch[:4]
     last, seen = network.decoder.conv_out, list[Tensor]()
     hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network.train().decode(z, to_float(resize_batch(lr, *hr.shape[-2:])))

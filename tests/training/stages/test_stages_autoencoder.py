@@ -10,12 +10,14 @@ import torch
 
 from moesr.training.checkpoint import load_checkpoint
 from moesr.training.config import AutoencoderConfig
+from moesr.training.data.crops import resize_batch, to_float
 from moesr.training.networks import Autoencoder
 from moesr.training.stages import autoencoder
 from moesr.training.stages.autoencoder import (
     AutoencoderObjective,
     encode_crops,
     normalise_latents,
+    prepare,
     refit_codebook,
 )
 from moesr.training.stages.common import plain
@@ -65,7 +67,7 @@ def test_latents_without_spread_are_only_shifted():
 def test_codebook_starts_from_encoder_outputs():
     torch.manual_seed(0)
     objective = AutoencoderObjective(
-        Autoencoder(CONFIG), tiny.recipe(autoencoder={"quantise_from": 4}).autoencoder
+        Autoencoder(CONFIG), tiny.recipe(autoencoder={"quantise_from": 4}).autoencoder, 4
     )
     codes = objective.network.quantize.embedding.weight
     before = codes.detach().clone()
@@ -87,7 +89,7 @@ def test_codebook_starts_from_encoder_outputs():
 def test_quantiser_passes_gradients_straight_through():
     torch.manual_seed(0)
     stage = tiny.recipe(autoencoder={"quantise_from": 0, "commitment": 0.0}).autoencoder
-    objective = AutoencoderObjective(Autoencoder(CONFIG), stage)
+    objective = AutoencoderObjective(Autoencoder(CONFIG), stage, 4)
     objective.loss([torch.arange(1), torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)], 0)[
         0
     ].backward()
@@ -118,3 +120,56 @@ def test_refitted_codes_are_where_latents_are():
     assert len(codes.unique(dim=0)) == len(codes)
     refit_codebook(network, latents[:1, :, :1, :2], seed=1)  # fewer vectors than codes: the rest stay
     assert len(codes.unique(dim=0)) >= len(codes) - 2
+
+
+@torch.no_grad()
+def test_lloyds_algorithm_gives_means():
+    network = Autoencoder(CONFIG)
+    latents = 5 + torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    vectors = latents.permute(0, 2, 3, 1).reshape(-1, 3)
+    codes, errors = network.quantize.embedding.weight, []
+    for steps in (0, 50):
+        refit_codebook(network, latents, seed=1, lloyd_steps=steps)
+        errors.append(float((network.quantize(latents) - latents).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+    nearest = torch.cdist(vectors, codes).argmin(dim=1)
+    for k in nearest.unique():
+        torch.testing.assert_close(codes[k], vectors[nearest == k].mean(dim=0))
+
+
+def residual_config() -> AutoencoderConfig:
+    return dataclasses.replace(CONFIG, lr_residual=True, norm_groups=0)
+
+
+def test_a_first_stage_that_adds_to_the_lr_image_stays_one():
+    """Where LR fusion is to come, the addition is the decoder's."""
+    config = residual_config()
+    assert plain(config) == config
+    assert not plain(dataclasses.replace(config, fusion_level=1)).lr_residual
+
+
+def test_a_first_stage_adds_to_the_lr_image(tmp_path):
+    recipe = tiny.recipe(
+        model={"decoder": {"lr_residual": True, "norm_groups": 0}},
+        first_stage=dataclasses.asdict(residual_config()),
+        decoder={"trainable": "decoder+lr"},
+    )
+    objective = prepare(recipe)
+    image = tiny.crops(tiny.photographs(tmp_path)).crops(0, 2)
+    last = objective.network.decoder.conv_out
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        _, shown = objective.evaluate((torch.arange(2), image))
+    bicubic = resize_batch(resize_batch(image, 8, 8), 32, 32)
+    torch.testing.assert_close(shown[..., :32], to_float(bicubic))
+
+
+def test_noise_is_added_to_latents_until_there_are_codes(tmp_path):
+    recipe = tiny.recipe(autoencoder={"latent_noise": 0.5, "quantise_from": 2})
+    objective = prepare(recipe)
+    batch = torch.arange(2), tiny.crops(tiny.photographs(tmp_path)).crops(0, 2)
+    objective.network.train()
+    for step, differs in ((0, True), (2, False)):
+        first, again = (float(objective.loss(batch, step)[0].detach()) for _ in range(2))
+        assert (first != again) is differs

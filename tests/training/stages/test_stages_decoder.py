@@ -360,3 +360,41 @@ def test_checkpoint_of_other_experts_is_refused(data, tmp_path):
     start = tiny.stage_1(tmp_path / "other", other)
     with pytest.raises(UsageError, match=r"has experts for \(\(0, 1000\),\), the recipe for"):
         decoder.prepare(RECIPE, start, tiny.run(tmp_path))
+
+
+def test_fidelity_says_how_far_to_trust_a_latent(start, tmp_path):
+    """Of the samples with fidelity w, a share of 1 - w have the encoder's latent; ends are drawn too."""
+    stage = {"encoded_share": 0.5, "free_share": 0.2}
+    objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
+    torch.manual_seed(0)
+    encoded = torch.arange(4000) % 2 == 0
+    given = [torch.arange(4000), *batch(1)[1:], encoded]
+    fidelity = objective._fidelity(given).flatten()
+    assert ((fidelity >= 0) & (fidelity <= 1)).all()
+    assert float((fidelity == 0)[encoded].float().mean()) == pytest.approx(0.2, abs=0.03)
+    assert float((fidelity == 1)[~encoded].float().mean()) == pytest.approx(0.2, abs=0.03)
+    inner = (fidelity > 0) & (fidelity < 1)
+    for low in (0.1, 0.4, 0.7):
+        near = inner & (fidelity >= low) & (fidelity < low + 0.2)
+        assert float(encoded[near].float().mean()) == pytest.approx(0.9 - low, abs=0.08)
+
+
+def test_only_free_results_of_a_mixed_set_are_criticised(start, tmp_path, monkeypatch):
+    stage = {"encoded_share": 0.5, "adversarial_weight": 1.0}
+    objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
+    given = [*batch(4), torch.tensor([True, True, False, False])]
+    fidelity = torch.tensor([0.0, 0.5, 0.9, 1.0]).reshape(4, 1, 1, 1)
+    seen = []
+    monkeypatch.setattr(objective, "_fidelity", lambda _: fidelity)
+    monkeypatch.setattr(objective, "_adversarial", lambda sr, *_: seen.append(len(sr)) or sr.new_zeros(()))
+    objective.loss(given, 0)
+    fidelity.fill_(1.0)
+    objective.loss(given, 0)
+    assert seen == [2]
+
+
+def test_squares_are_part_of_the_loss(start, tmp_path):
+    stage = {"l1_weight": 0.0, "mse_weight": 3.0, "frequency_weight": 0.0}
+    objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
+    total, figures = objective.loss(batch(), 0)
+    torch.testing.assert_close(total, 3.0 * figures["mse"])

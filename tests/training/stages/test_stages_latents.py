@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import tiny_training as tiny
 import torch
 from safetensors import safe_open
 
 from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.sampling.samplers import SAMPLERS, advance, coefficients
+from moesr.runtime.sampling.schedule import Schedule
 from moesr.training.loop import distributed
+from moesr.training.losses.diffusion import sample
+from moesr.training.seeded_random import SAMPLING, Draws
 from moesr.training.stages import latents
 from moesr.training.stages.common import degradation
 
@@ -139,3 +144,57 @@ def test_damaged_description_is_refused(content, start, tmp_path):
         (tmp_path / "set.json").write_text(content)
     with pytest.raises(InputError, match="not a set of latents"):
         latents.open_set(tmp_path, RECIPE, start)
+
+
+def test_a_share_of_the_latents_is_the_encoders(data, start, tmp_path, small_shards):
+    """The others are as in a set without such ones, and every sample says which it has."""
+    mixed = tiny.recipe(decoder={"encoded_share": 0.5})
+    make(data, start, tmp_path / "sampled")
+    make(data, start, tmp_path / "mixed", mixed)
+    encode = latents.encoder(start, tiny.CPU)
+    sampled, both = (latents.Triples(tmp_path / name, None) for name in ("sampled", "mixed"))
+    kinds = []
+    for number in range(5):
+        _, hr, _, z, encoded = both[number]
+        with torch.inference_mode():
+            want = encode(hr[None])[0] if encoded else sampled[number][3]
+        torch.testing.assert_close(z, want, rtol=1e-4, atol=1e-4)
+        kinds.append(bool(encoded))
+    assert set(kinds) == {True, False}
+    with pytest.raises(UsageError, match=r"encoded_share is 0\.5, expected None"):
+        make(data, start, tmp_path / "mixed")
+
+
+def test_before_there_are_experts_other_crops_stand_for_samples(data, tmp_path):
+    recipe = tiny.recipe(model={"unet": None}, decoder={"encoded_share": 0.5})
+    start = tiny.first_stage(tmp_path / "first", recipe)
+    make(data, start, tmp_path / "set", recipe)
+    triples, encode = latents.Triples(tmp_path / "set", None), latents.encoder(start, tiny.CPU)
+    with torch.inference_mode():
+        made = encode(torch.stack([triples[i][1] for i in range(5)]))
+    for number in range(5):
+        _, _, _, z, encoded = triples[number]
+        torch.testing.assert_close(z, made[number if encoded else number - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_latents_are_sampled_as_the_runtime_does(sampler, prediction):
+    """One step after the other by the runtime's `advance`, with a network that is linear in its inputs."""
+    schedule, draws = Schedule(), Draws(0, SAMPLING, [0])
+    table = SAMPLERS[sampler].table(schedule, 6, ((0, 500), (500, 1000)))
+    cond = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+
+    def network(z: torch.Tensor, cond: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 0.5 * z - 0.2 * cond + 1e-4 * t
+
+    got = sample([network, network], cond, table, draws, prediction)
+    again = Draws(0, SAMPLING, [0])
+    z = again.normal(3, 4, 4).numpy()
+    history, scratch = np.zeros_like(z), np.zeros_like(z)
+    for step, t in enumerate(table.t.tolist()):
+        c = coefficients(table, step, prediction)
+        out = network(torch.from_numpy(z.copy()), cond, torch.tensor([t])).numpy()
+        noise = again.normal(3, 4, 4).numpy() if c.c_noise else None
+        advance(z, out, noise, c, scratch, history)
+    np.testing.assert_allclose(got.numpy(), z, rtol=1e-4, atol=1e-4)
