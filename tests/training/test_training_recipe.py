@@ -43,7 +43,8 @@ def test_paper_presets_have_the_parameters_of_table_6():
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_sound(name):
-    assert load_recipe(name).model.unet is not None
+    model = load_recipe(name).model
+    assert (model.unet is None) == name.endswith("-render")  # these have no experts yet
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
