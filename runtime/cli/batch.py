@@ -312,7 +312,8 @@ class Batch:
         """Report an input's error; the exit code of the batch becomes the highest one."""
         self.failed += 1
         text = reason(error) if isinstance(error, OSError) else str(error)
-        text = text or "out of memory; use a smaller image"
+        if isinstance(error, MemoryError):
+            text = f"out of memory{f' ({text})' if text else ''}; use a smaller image"
         if entry.input not in text:
             text = f"{entry.input}: {text}"
         log.error("%s", text)

@@ -152,7 +152,12 @@ class Pipeline:
         if len(self._threads) < min(THREADS, len(self._handles)):
             name = f"{THREAD_PREFIX}images-{len(self._threads)}"
             thread = threading.Thread(target=self._serve, name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no memory for its stack: fewer threads do the same work
+                if not self._threads:
+                    raise
+                return
             self._threads.append(thread)
 
     def wait(self, ticket: Ticket, report: Callable[[], None], enough: Callable[[], bool]) -> None:

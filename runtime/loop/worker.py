@@ -78,10 +78,11 @@ class Worker:
         with self.lock:
             if self._closed:
                 raise UsageError(CLOSED)
-            self._jobs.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}worker", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}worker", daemon=True)
+                thread.start()  # without memory for its stack this is a RuntimeError
+                self._thread = thread
+            self._jobs.append(job)
             self._wanted.notify()
 
     def cancel(self, job: Job) -> None:

@@ -24,6 +24,7 @@ _SHORTAGE = re.compile(
     r"|(?:not enough|insufficient) (?:\w+ )?memory"
     r"|\bbad[_ ]alloc(?:ation)?\b"
     r"|\b(?:can't|cannot|can not|could not|couldn't|unable to|failed to|failure to) alloc(?:ate)?\b"
+    r"|can't start new thread"  # no memory for its stack, or too many threads
     r"|memory allocation"
     r"|alloc(?:ation)?[ _]fail(?:ed|ure)"
     r"|allocation of .{1,60} failed"

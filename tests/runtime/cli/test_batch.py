@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -283,3 +284,30 @@ def test_results_that_cannot_be_written_do_not_end_a_batch(engine, photos, monke
     monkeypatch.setattr(writing, "save", refuse)
     assert run(engine, photos) == 1
     assert capsys.readouterr().err.count("No space left") == 4
+
+
+@pytest.mark.parametrize("refused", ["worker", "images-1"])
+def test_threads_that_cannot_start(engine, photos, refused, monkeypatch, capsys):
+    start = threading.Thread.start
+
+    def limited(self: threading.Thread) -> None:
+        if self.name.endswith(refused):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert run(engine, photos) == (4 if refused == "worker" else 0)
+    err = capsys.readouterr().err
+    assert "internal error" not in err
+    assert ("out of memory" in err) == (refused == "worker")
+
+
+def test_an_array_for_which_there_is_no_memory(engine, photos, monkeypatch, capsys):
+    def fails(path, stream):
+        raise MemoryError("Unable to allocate 2.12 MiB")
+
+    monkeypatch.setattr(reading, "load", fails)
+    assert run(engine, photos) == 4
+    assert (
+        "0.png: out of memory (Unable to allocate 2.12 MiB); use a smaller image" in capsys.readouterr().err
+    )

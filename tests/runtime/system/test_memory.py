@@ -22,6 +22,7 @@ SHORTAGES = [
     RuntimeError("Exception from src/x.cpp:3:\ncan't alloc"),
     RuntimeError("Exceeded max size of memory object allocation: requested 7 bytes"),
     RuntimeError("can't allocate lock"),
+    RuntimeError("can't start new thread"),
     "CUDA failure 2: out of memory ; GPU=0 ; hostname=x",
     "CUDA_ERROR_OUT_OF_MEMORY",
     "CUBLAS_STATUS_ALLOC_FAILED",
