@@ -159,7 +159,12 @@ def _take(
         log.warning("%s: 16-bit %s is read with 8 bits a channel; only 16-bit grey is kept", name, what)
     inverted = inverted or _stores_white_as_zero(image)
     carried, turn = embedded.read(image, name, source)
+    transparent = _transparent_value(image)
+    top = (1 << _bits(image)) - 1 if inverted else 0
     image.load()
+    if transparent != image.info.get("transparency"):
+        image = image.copy()
+        image.info["transparency"] = transparent
     if turn != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("CMYK", "LAB"):
@@ -169,7 +174,7 @@ def _take(
         image = Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
     pixels = _pixels(image, name)
     if inverted:
-        pixels = np.iinfo(pixels.dtype).max - pixels
+        pixels = pixels.dtype.type(top) - pixels
     return LoadedImage(pixels, carried)
 
 
@@ -209,8 +214,28 @@ def _loses_depth(image: Image.Image) -> bool:
     if image.mode not in ("RGB", "RGBA", "LA", "CMYK"):
         return False
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,))) > 8  # type: ignore[attr-defined]  # BitsPerSample
+        return _bits(image) > 8
     return any(";16" in mode for mode in _tile_modes(image))
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of each sample of a TIFF."""
+    return int(max(image.tag_v2.get(258, (8,))))  # type: ignore[attr-defined]
+
+
+def _transparent_value(image: Image.Image) -> Any:
+    """The grey value or color that a PNG declares transparent, in the depth that Pillow gives its pixels.
+
+    The file has it in the depth of its samples, and Pillow leaves it so.
+    """
+    value, modes = image.info.get("transparency"), _tile_modes(image)
+    if image.format != "PNG":
+        return value
+    if isinstance(value, int) and image.mode == "L":
+        return value * next((factor for mode, factor in (("L;2", 85), ("L;4", 17)) if mode in modes), 1)
+    if isinstance(value, tuple) and any(";16" in mode for mode in modes):
+        return tuple(part >> 8 for part in value)
+    return value
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:

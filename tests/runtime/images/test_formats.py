@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import write_png, write_tiff
+from image_files import png_chunk, write_png, write_tiff
 from PIL import Image
 
 from moesr.runtime.errors import InputError
@@ -52,6 +53,42 @@ def test_transparent_value_of_16_bit_grey(tmp_path: Path, suffix: str):
     with Image.open(tmp_path / f"b{suffix}") as result:
         alpha = np.asarray(result.getchannel("A"))
     np.testing.assert_array_equal(alpha, np.where(values == 300, 0, 255))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_value_of_grey_with_few_bits(tmp_path: Path, bits: int):
+    """The transparent value of the file has as many bits as its pixels."""
+    transparent = (1 << bits) // 2
+    values = np.arange(1 << min(bits, 3)).astype(np.uint8) * (1 << max(bits - 3, 0))
+    lines = np.packbits(np.unpackbits(values[:, None], axis=1)[:, 8 - bits :].reshape(-1))
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", transparent))]
+    chunks += [(b"IDAT", zlib.compress(b"\0" + lines.tobytes())), (b"IEND", b"")]
+    data = b"".join(png_chunk(*chunk) for chunk in chunks)
+    (tmp_path / "a.png").write_bytes(formats.PNG_SIGNATURE + data)
+    pixels = reading.load(tmp_path / "a.png").pixels[0]
+    np.testing.assert_array_equal(pixels[:, 0], values * (255 // ((1 << bits) - 1)))
+    np.testing.assert_array_equal(pixels[:, 1], np.where(values == transparent, 0, 255))
+
+
+def test_transparent_value_of_16_bit_color(tmp_path: Path):
+    values = RNG.integers(0, 65536, (4, 5, 3), np.uint16)
+    values[1, 2] = 0x1234, 0x5678, 0x9ABC
+    write_png(tmp_path / "a.png", values, 2, [(b"tRNS", struct.pack(">3H", *values[1, 2]))])
+    alpha = reading.load(tmp_path / "a.png").pixels[..., 3]
+    assert alpha[1, 2] == 0 and (alpha == 255).sum() == alpha.size - 1
+
+
+def test_white_stored_as_zero_in_12_bits(tmp_path: Path):
+    """Two values of 12 bits in three bytes."""
+    path = write_tiff(tmp_path / "a.tif", np.array([[0x12, 0x3F, 0xFF]], np.uint8), 0)
+    data = bytearray(path.read_bytes())
+    for place in range(10, 10 + 9 * 12, 12):
+        tag = struct.unpack("<H", data[place : place + 2])[0]
+        if tag in (256, 258):
+            data[place + 8 : place + 12] = struct.pack("<I", 2 if tag == 256 else 12)
+    path.write_bytes(data)
+    assert reading.load(path).pixels.tolist() == [[0xFFF - 0x123, 0]]
 
 
 HEADS = {
