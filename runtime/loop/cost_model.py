@@ -32,6 +32,14 @@ class Costs:
             self._tiles[role] += tiles
             self._seconds[role] += seconds
 
+    def observe_together(self, tiles: Mapping[str, int], seconds: float) -> None:
+        """Record runs of several graphs that took `seconds` in all, in proportion to the estimates so far."""
+        per_tile = self.per_tile()
+        estimate = sum(count * per_tile[role] for role, count in tiles.items())
+        for role, count in tiles.items():
+            if estimate > 0.0:
+                self.observe(role, count, seconds * count * per_tile[role] / estimate)
+
     def seconds(self, tiles: Mapping[str, int]) -> float:
         """Estimate for a number of tiles by role.
 

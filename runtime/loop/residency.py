@@ -8,6 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from moesr.runtime.devices.interface import Session
 
+THREAD_PREFIX = "moesr-loop-"
+"""Names of the threads that an Upscaler starts begin with it."""
+
 
 class Residency:
     """Sessions by role. One thread at a time asks for them; loading runs in a thread of its own."""
@@ -18,7 +21,7 @@ class Residency:
         self._keep_all = keep_all
         self._loads: dict[str, Future[Session]] = {}  # by role; complete or under way
         self._load_s: dict[str, float] = {}  # duration of the last load, by role
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moesr-load")
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{THREAD_PREFIX}load")
 
     @property
     def loaded(self) -> frozenset[str]:

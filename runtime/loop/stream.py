@@ -8,7 +8,8 @@ from typing import Any
 
 from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageError
 from moesr.runtime.loop.handle import Handle
-from moesr.runtime.loop.pipeline import Pipeline, Ticket
+from moesr.runtime.loop.pipeline import Pipeline
+from moesr.runtime.loop.ticket import Ticket
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done and the work in all, both in estimated seconds, and the stage.

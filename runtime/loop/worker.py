@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError
 from typing import Any
@@ -18,13 +19,10 @@ from moesr.runtime.devices.interface import Device, Session
 from moesr.runtime.errors import UsageError
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.job import Job
-from moesr.runtime.loop.residency import Residency
+from moesr.runtime.loop.residency import THREAD_PREFIX, Residency
 from moesr.runtime.loop.scheduler import Scheduler, TileBatch
 
 CLOSED = "this Upscaler is closed; open another"
-
-THREAD_PREFIX = "moesr-"
-"""Names of the runtime's own threads begin with it."""
 
 log = logging.getLogger("moesr")
 
@@ -56,6 +54,8 @@ class Worker:
         self._running: Session | None = None
         self._thread: threading.Thread | None = None
         self.ticks = self.tiles = 0
+        self._unmeasured: Counter[str] = Counter()  # tiles since an asynchronous device was last waited for
+        self._since = 0.0
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -173,10 +173,14 @@ class Worker:
         slots = [batch.job.current.slot(tile) for batch in batches for tile in batch.tiles]
         buffers = self._buffers[session.boundary]
         start = time.perf_counter()
+        if not self._unmeasured:
+            self._since = start
         self._device.tick(slots, session, buffers)
         self.ticks, self.tiles = self.ticks + 1, self.tiles + len(slots)
         if self._device.synchronous:
             self._costs.observe(role, len(slots), time.perf_counter() - start)
+        else:
+            self._unmeasured[role] += len(slots)
 
     def _accept(self, batch: TileBatch) -> None:
         """Tell a job that its tiles ran, and fetch its result after the last of them."""
@@ -186,7 +190,9 @@ class Worker:
         job.accept(batch.count)
         if job.finished:
             if not self._device.synchronous:
-                job.check_finite()
+                job.check_finite()  # waits, so that the time of all ticks until now is known
+                self._costs.observe_together(self._unmeasured, time.perf_counter() - self._since)
+                self._unmeasured.clear()
             job.finish()
 
     def _session(self, role: str, upcoming: str | None) -> Session:

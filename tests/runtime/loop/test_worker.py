@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,16 @@ def test_nothing_is_read_back_between_ticks(manifest: Manifest, max_batch: int, 
         assert log[at + 2] == f"blend {slots}"
     assert sum(entry == "advance" for entry in log) == 2 * 4
     assert sum(entry.startswith("buffer") for entry in log) == 4 + 4  # one set for all experts, one to decode
+
+
+def test_costs_are_measured_on_a_device_that_is_behind(manifest: Manifest):
+    rig = Rig(manifest, 2, device=RecordingDevice(), expert=lambda row: time.sleep(0.01) or eps_of(row))
+    start = time.perf_counter()
+    rig.run(rig.job(24, 24, steps=4))
+    passed = time.perf_counter() - start
+    ran = {role: sum(session.batches) for role, session in rig.sessions.items()}
+    assert 0.01 * 16 < rig.costs.seconds(ran) <= passed
+    assert not rig.worker._unmeasured
 
 
 def test_a_device_that_is_behind_tells_of_nan_at_the_end(manifest: Manifest):
@@ -343,3 +354,10 @@ def test_costs_start_from_macs_and_follow_what_was_measured(manifest: Manifest):
     assert costs.seconds(work) == pytest.approx(20 * 0.5 + 5.0)
     costs.observe("decoder", 2, 30.0)
     assert costs.seconds({"decoder": 1}) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("macs", [-1, 10**19, 10**400], ids=["negative", "20 digits", "400 digits"])
+def test_impossible_numbers_of_multiply_accumulates_are_an_engines_error(manifest: Manifest, macs: int):
+    harmed = {"decoder": replace(manifest.graphs["decoder"], macs=macs)}
+    with pytest.raises(EngineError, match=r"graph 'decoder': .* \(macs\) outside 0 to 1e18; export"):
+        Costs(manifest.graphs | harmed)

@@ -1,0 +1,50 @@
+"""The state of one image between `submit` and its result."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from moesr.runtime.engine.graph_io import ENCODER
+from moesr.runtime.loop.admission import Reservation
+from moesr.runtime.loop.job import Flow, Job, planned_tiles
+from moesr.runtime.loop.pictures import Source
+from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.tile_layout import TileLayout
+
+
+class Ticket:
+    """One image between `submit` and its result. The pipeline's lock guards it."""
+
+    def __init__(
+        self, source: Source, layout: TileLayout, settings: Settings, flow: Flow, rank: float
+    ) -> None:
+        self.source: Source | None = source
+        self.layout, self.settings, self.flow, self.rank = layout, settings, flow, rank
+        self.planned = planned_tiles(layout, settings)
+        self.ran: Counter[str] = Counter()
+        self.stage = "waiting"
+        self._work_stage = "encoding" if ENCODER in self.planned else "sampling"
+        self.room: Reservation | None = None
+        self.job: Job | None = None
+        self.prepared = False  # the caller's image is not read any more
+        self.cancelled = self.ended = False
+        self.fraction = 0.0  # the largest that was shown
+
+    @property
+    def work_stage(self) -> str:
+        """The present pass, or the first or last one if the image is not in the worker."""
+        return self.job.stage if self.job else self._work_stage
+
+    def let_go(self) -> None:
+        """Drop the image and the job, and give their memory back."""
+        self._work_stage = self.work_stage
+        self.source = self.job = None
+        if self.room:
+            self.room.release()
+
+    @property
+    def shown_stage(self) -> str:
+        """The stage by name, as `JobProgress` has it."""
+        if self.cancelled:
+            return "cancelled"
+        return self.work_stage if self.stage == "running" else self.stage
