@@ -30,6 +30,7 @@ RUNTIME = {
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",
     ),
+    "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
 }
 """What each package of the runtime imports, from the bottom up: every import is of an entry above it."""
 

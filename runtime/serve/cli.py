@@ -1,0 +1,217 @@
+"""Serve engines over HTTP: images and jobs under /v1, a page for people at /, metrics at /metrics.
+
+Jobs that were accepted are kept in the state directory and go on after a restart. SIGTERM stops taking
+requests, finishes what is at work within --grace seconds, and keeps the rest for the next start.
+Exit codes: 0 stopped, 1 the address or the state directory cannot be used, 2 usage, 3 engine unusable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moesr.runtime.system import console
+
+if TYPE_CHECKING:
+    from moesr.runtime.serve.limits import Limits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `moesr-serve`; returns the exit code."""
+    return console.run_program("moesr-serve", parser, run, argv, interrupted="stopped", extra="serve")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `moesr-serve`."""
+    from moesr.runtime.cli.engine_options import add_engine_options
+    from moesr.runtime.serve.limits import MEGA, Limits
+    from moesr.runtime.system import user_cache
+
+    p = argparse.ArgumentParser("moesr-serve", description=__doc__, formatter_class=console.HelpFormatter)
+    add, d = p.add_argument, Limits()
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one (default: %(default)s)")
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file whose text every request must carry as bearer token",
+    )
+    add(
+        "--state",
+        type=Path,
+        default=(user_cache.directory() or Path(tempfile.gettempdir()) / "moesr") / "serve",
+        metavar="DIR",
+        help="directory of jobs and results (default: %(default)s)",
+    )
+    add(
+        "--keep",
+        type=float,
+        default=d.keep_s,
+        metavar="S",
+        help="seconds to keep results (default: %(default)g)",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=d.grace_s,
+        metavar="S",
+        help="seconds to finish on SIGTERM (default: %(default)g)",
+    )
+    add(
+        "--queue",
+        type=int,
+        default=d.queue,
+        metavar="N",
+        help="images that may wait or run (default: %(default)s)",
+    )
+    add(
+        "--max-megapixels",
+        type=float,
+        default=d.input_px / MEGA,
+        metavar="N",
+        help="largest input image (default: %(default)g)",
+    )
+    add(
+        "--max-upload",
+        type=float,
+        default=d.upload_bytes / MEGA,
+        metavar="MB",
+        help="largest request (default: %(default)g)",
+    )
+    add(
+        "--time-limit",
+        type=float,
+        default=d.request_s,
+        metavar="S",
+        help="of /v1/upscale (default: %(default)g)",
+    )
+    add(
+        "--idle",
+        type=float,
+        default=d.idle_s,
+        metavar="S",
+        help="cut off connections silent for so long (default: %(default)g)",
+    )
+    add(
+        "--connections",
+        type=int,
+        default=d.connections,
+        metavar="N",
+        help="open at once (default: %(default)s)",
+    )
+    add(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="of the log on stderr (default: %(default)s)",
+    )
+    add_engine_options(p)
+    for action in p._actions:
+        if action.dest == "engine":
+            action.nargs, action.type, action.metavar = "+", str, "[NAME=]DIR"
+            action.help = "engines to serve, each with a name of its own if NAME= is given (default: demo-x4)"
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal arrives."""
+    import contextlib
+
+    from moesr.runtime.cli.engine_options import engine_options
+    from moesr.runtime.serve.app import make_app
+    from moesr.runtime.serve.server import server_of
+    from moesr.runtime.serve.service import Service
+    from moesr.runtime.serve.store import Store
+    from moesr.runtime.upscaler import Upscaler
+
+    limits, token = limits_of(args), read_token(args.token_file)
+    store = Store(args.state)
+    _set_log_format(args.log_format)
+    with contextlib.ExitStack() as stack:
+        options = engine_options(args)
+        engines = {
+            name: stack.enter_context(Upscaler(directory, **options))
+            for name, directory in named_engines(args.engine or ["demo-x4"]).items()
+        }
+        service = Service(engines, store, limits)
+        server = server_of(make_app(service, token), service, args.host, args.port)
+        server.run()
+    return 0 if server.started else 1
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """The limits that the options ask for; UsageError names one that is out of range."""
+    from moesr.runtime.errors import UsageError
+    from moesr.runtime.serve.limits import MEGA, Limits
+
+    values = {
+        "upload_bytes": int(args.max_upload * MEGA),
+        "input_px": int(args.max_megapixels * MEGA),
+        "queue": args.queue,
+        "request_s": args.time_limit,
+        "idle_s": args.idle,
+        "connections": args.connections,
+        "keep_s": args.keep,
+        "grace_s": args.grace,
+    }
+    for name, value in values.items():
+        if (not value > 0 and name != "grace_s") or not value >= 0:
+            raise UsageError(f"{name} is {value:g}, expected more than 0")
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port is {args.port}, expected 0 to 65535")
+    return Limits(**values)
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token in a file; UsageError if the file cannot be read or holds none."""
+    from moesr.runtime.errors import UsageError
+
+    if path is None:
+        return None
+    try:
+        token = path.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a token ({error})") from error
+    if not token:
+        raise UsageError(f"{path}: is empty; write a token into it, such as one of: openssl rand -hex 32")
+    return token
+
+
+def named_engines(given: Sequence[str]) -> dict[str, Path]:
+    """Engine directories by name: NAME=DIR, or a directory that is called by its own name."""
+    from moesr.runtime.errors import UsageError
+
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not equals or os.sep in name:
+            name, directory = Path(text).name, text
+        if not name or not directory:
+            raise UsageError(f"--engine {text}: expected NAME=DIR or DIR")
+        if name in found:
+            raise UsageError(f"--engine: two engines are called {name!r}; give them names, as NAME=DIR")
+        found[name] = Path(directory)
+    return found
+
+
+def _set_log_format(kind: str) -> None:
+    """Have every handler of the log write lines of this kind."""
+    from moesr.runtime.serve.server import JsonLines, TextLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if kind == "json" else TextLines())
+    root = logging.getLogger("moesr")
+    root.handlers = [handler]
+    logging.getLogger("uvicorn.error").handlers = [handler]
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The outermost layer: bearer tokens, security headers, metrics of requests and one log line per request."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moesr.runtime.serve.problems import MEDIA_TYPE, Problem
+from moesr.runtime.serve.service import Service
+
+OPEN = ("/healthz", "/readyz", "/", "/static/", "/favicon.ico")
+"""Paths that need no token: the page itself holds nothing that is secret."""
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+log = logging.getLogger("moesr.requests")
+
+
+class Guard:
+    """Middleware that wraps the whole application."""
+
+    def __init__(self, app: ASGIApp, service: Service, token: str | None) -> None:
+        self._app, self._service = app, service
+        self._token = token.encode() if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, identifier = time.monotonic(), secrets.token_hex(8)
+        seen: dict[str, Any] = {"status": 0, "bytes": 0}
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers["X-Request-Id"] = identifier
+            elif message["type"] == "http.response.body":
+                seen["bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            if self._admits(scope):
+                await self._app(scope, receive, answer)
+            else:
+                problem = Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+                refusal = JSONResponse(problem.body(), 401, problem.headers, MEDIA_TYPE)
+                await refusal(scope, receive, answer)
+        finally:
+            self._note(scope, seen, time.monotonic() - begin, identifier)
+
+    def _admits(self, scope: Scope) -> bool:
+        """Whether a request needs no token or carries the right one; compared in constant time."""
+        path = scope["path"]
+        if self._token is None or path in OPEN or path.startswith("/static/"):
+            return True
+        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
+        return right and kind.lower() == "bearer"
+
+    def _note(self, scope: Scope, seen: dict[str, Any], seconds: float, identifier: str) -> None:
+        """Count the request and write its line to the log."""
+        route = getattr(scope.get("route"), "path", "other")
+        self._service.metrics.requests.labels(scope["method"], route, str(seen["status"])).inc()
+        client = scope.get("client") or ("", 0)
+        values = {
+            "request": identifier,
+            "client": client[0],
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": seen["status"],
+            "bytes": seen["bytes"],
+            "seconds": round(seconds, 3),
+        }
+        text = "%(client)s %(method)s %(path)s %(status)s, %(bytes)d bytes, %(seconds).3f s"
+        log.info(text, values, extra={"fields": values})

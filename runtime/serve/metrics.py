@@ -1,0 +1,72 @@
+"""Metrics of the service, in the format of Prometheus."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from moesr.runtime.serve.service import Service
+
+BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # seconds
+
+
+class Metrics(Collector):
+    """Counters that the service raises, and figures that are read when they are asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        self.requests = counter("moesr_requests", "Answered requests", "method", "route", "status")
+        self.rejected = counter("moesr_rejected", "Images refused because the queue was full")
+        self.cancelled = counter("moesr_cancelled", "Images cancelled before they were done")
+        self.failed = counter("moesr_failed", "Jobs that ended with a problem")
+        self.seconds = Histogram(
+            "moesr_image_seconds",
+            "Seconds from the decoding of an image to its result",
+            ["engine"],
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """Figures of the present moment."""
+        yield GaugeMetricFamily("moesr_queue", "Images that wait or run", self._service.in_queue)
+        yield GaugeMetricFamily("moesr_resident_bytes", "Memory of the process", resident_bytes())
+        ticks = CounterMetricFamily("moesr_ticks", "Runs of a graph", labels=["engine"])
+        tiles = CounterMetricFamily("moesr_slots", "Slots filled in all ticks", labels=["engine"])
+        for name, upscaler in self._service.engines.items():
+            done = upscaler.counts
+            ticks.add_metric([name], done.ticks)
+            tiles.add_metric([name], done.slots)
+        yield ticks
+        yield tiles
+        left = GaugeMetricFamily("moesr_jobs_by_stage", "Jobs at work by their stage", labels=["stage"])
+        stages = [one.progress.stage for one in self._service.running.values()]
+        for stage in sorted(set(stages)):
+            left.add_metric([stage], stages.count(stage))
+        yield left
+
+    def text(self) -> bytes:
+        """All metrics as a page."""
+        return generate_latest(self.registry)
+
+
+def resident_bytes() -> float:
+    """Memory of this process that lies in RAM; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))

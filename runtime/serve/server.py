@@ -1,0 +1,115 @@
+"""The server process: uvicorn with limits on connections and headers, structured logs, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from moesr.runtime.serve.service import Service
+from moesr.runtime.system.console import printable
+
+HEADER_BYTES = 16_384  # of a request's line and headers
+KEEP_ALIVE_S = 5
+
+
+class GuardedProtocol(H11Protocol):
+    """A connection that is closed if it sends no request in time, or if there are too many."""
+
+    idle_s = 10.0
+    most = 1024
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or close it at once."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+            return
+        self.loop.call_later(self.idle_s, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        """Close the connection if it has not sent a whole request's headers yet."""
+        if self.cycle is None and self.transport and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Stops taking images as soon as a signal arrives."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while the server runs. A stop that was asked for is no failure of the process."""
+        before = {
+            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        self._service.closing = True
+        super().handle_exit(sig, frame)
+
+
+class JsonLines(logging.Formatter):
+    """Log records as one JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        values: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(values)
+
+
+class TextLines(logging.Formatter):
+    """Log records as text, with control characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        text = printable(f"{record.levelname.lower()}: {record.getMessage()}")
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def server_of(app: FastAPI, service: Service, host: str, port: int) -> Server:
+    """The server of an application. It is run by `run`, or by `serve` in a running event loop."""
+    limits = service.limits
+    protocol = type("Protocol", (GuardedProtocol,), {"idle_s": limits.idle_s, "most": limits.connections})
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(int(limits.grace_s), 1),
+    )
+    return Server(config, service)
