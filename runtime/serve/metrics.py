@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from moesr.runtime.serve.service import Service
+from moesr.runtime.upscaler import Upscaler
 
 BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # seconds
 
@@ -20,8 +18,14 @@ BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # seconds
 class Metrics(Collector):
     """Counters that the service raises, and figures that are read when they are asked for."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(
+        self,
+        engines: Mapping[str, Upscaler],
+        in_queue: Callable[[], int],
+        stages: Callable[[], list[str]],
+    ) -> None:
+        """`in_queue` counts the images that wait or run; `stages` has the stage of each job at work."""
+        self._engines, self._in_queue, self._stages = engines, in_queue, stages
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -42,18 +46,18 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Figures of the present moment."""
-        yield GaugeMetricFamily("moesr_queue", "Images that wait or run", self._service.in_queue)
+        yield GaugeMetricFamily("moesr_queue", "Images that wait or run", self._in_queue())
         yield GaugeMetricFamily("moesr_resident_bytes", "Memory of the process", resident_bytes())
         ticks = CounterMetricFamily("moesr_ticks", "Runs of a graph", labels=["engine"])
         tiles = CounterMetricFamily("moesr_slots", "Slots filled in all ticks", labels=["engine"])
-        for name, upscaler in self._service.engines.items():
+        for name, upscaler in self._engines.items():
             done = upscaler.counts
             ticks.add_metric([name], done.ticks)
             tiles.add_metric([name], done.slots)
         yield ticks
         yield tiles
         left = GaugeMetricFamily("moesr_jobs_by_stage", "Jobs at work by their stage", labels=["stage"])
-        stages = [one.progress.stage for one in self._service.running.values()]
+        stages = self._stages()
         for stage in sorted(set(stages)):
             left.add_metric([stage], stages.count(stage))
         yield left

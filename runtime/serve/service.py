@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from moesr.runtime.cli.batch import describe
 from moesr.runtime.images import reading, writing
@@ -47,13 +47,12 @@ class Running:
         return self.handle.progress if self.handle else WAITING
 
 
-@final
 class Service:
     """Takes images and jobs, and works on them."""
 
     def __init__(self, engines: Mapping[str, Upscaler], store: Store, limits: Limits) -> None:
         self.engines, self.store, self.limits = dict(engines), store, limits
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(self.engines, lambda: self.in_queue, self._stages)
         self.closing = False
         self.in_queue = 0  # images that wait or run
         self.running: dict[str, Running] = {}  # jobs by identifier
@@ -207,6 +206,10 @@ class Service:
                 "suffix": SUFFIXES[job.options["format"]],
             }
         return values
+
+    def _stages(self) -> list[str]:
+        """The stage of every job at work."""
+        return [one.progress.stage for one in self.running.values()]
 
     def _position(self, job: Job) -> int:
         """Place among the jobs that have no handle yet: 1 is the next one; 0 if the job has one."""
