@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moesr.runtime.cli.engine_options import engine_options
     from moesr.runtime.serve.app import make_app
-    from moesr.runtime.serve.server import server_of
+    from moesr.runtime.serve.server import listen, server_of
     from moesr.runtime.serve.service import Service
     from moesr.runtime.serve.store import Store
     from moesr.runtime.upscaler import Upscaler
@@ -135,15 +135,16 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.state)
     _set_log_format(args.log_format)
     with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(args.host, args.port))
         options = engine_options(args)
         engines = {
             name: stack.enter_context(Upscaler(directory, **options))
             for name, directory in named_engines(args.engine or ["demo-x4"]).items()
         }
         service = Service(engines, store, limits)
-        server = server_of(make_app(service, token), service, args.host, args.port)
-        server.run()
-    return 0 if server.started else 1
+        server = server_of(make_app(service, token), service)
+        server.run(sockets=[listening])
+    return 0
 
 
 def limits_of(args: argparse.Namespace) -> Limits:

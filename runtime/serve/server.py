@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -16,11 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from moesr.runtime.errors import OutputError
 from moesr.runtime.serve.service import Service
 from moesr.runtime.system.console import printable
 
 HEADER_BYTES = 16_384  # of a request's line and headers
 KEEP_ALIVE_S = 5
+
+log = logging.getLogger("moesr")
 
 
 class GuardedProtocol(H11Protocol):
@@ -62,6 +66,14 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note the signal."""
         self._service.closing = True
@@ -94,14 +106,24 @@ class TextLines(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def server_of(app: FastAPI, service: Service, host: str, port: int) -> Server:
-    """The server of an application. It is run by `run`, or by `serve` in a running event loop."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address; OutputError if that is not possible."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
+        ) from error
+
+
+def server_of(app: FastAPI, service: Service) -> Server:
+    """The server of an application; `run(sockets=[listen(..)])` runs it."""
     limits = service.limits
     protocol = type("Protocol", (GuardedProtocol,), {"idle_s": limits.idle_s, "most": limits.connections})
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=protocol,
         ws="none",
         log_config=None,

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ class Running:
 
     task: asyncio.Task[None]
     handle: Handle[Any] | None = None
+    furthest: float = 0.0
 
     @property
     def progress(self) -> JobProgress:
-        """How far the job is."""
-        return self.handle.progress if self.handle else WAITING
+        """How far the job is. The fraction never falls, though estimates of the whole work may rise."""
+        found = self.handle.progress if self.handle else WAITING
+        self.furthest = max(self.furthest, found.fraction)
+        return replace(found, fraction=self.furthest)
 
 
 class Service:

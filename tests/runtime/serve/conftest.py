@@ -1,0 +1,98 @@
+"""A service over a tiny engine, in this process and as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from engines import build_engine
+from fastapi.testclient import TestClient
+
+from moesr.runtime import Upscaler
+from moesr.runtime.serve.app import make_app
+from moesr.runtime.serve.limits import Limits
+from moesr.runtime.serve.service import Service
+from moesr.runtime.serve.store import Store
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_engine(tmp_path_factory.mktemp("serve") / "engine")
+
+
+@pytest.fixture(scope="session")
+def upscaler(engine: Path) -> Iterator[Upscaler]:
+    with Upscaler(engine, threads=1) as up:
+        yield up
+
+
+@pytest.fixture
+def serve(upscaler: Upscaler, tmp_path: Path) -> Callable:
+    """Make a client of a service with given limits: `with serve(queue=1) as client`."""
+
+    @contextmanager
+    def make(token: str | None = None, **limits: float) -> Iterator[TestClient]:
+        service = Service({"tiny": upscaler}, Store(tmp_path / "state"), Limits(**limits))
+        with TestClient(make_app(service, token), raise_server_exceptions=False) as client:
+            client.service = service  # type: ignore[attr-defined]
+            yield client
+
+    return make
+
+
+class Process:
+    """`moesr-serve` as a process."""
+
+    def __init__(self, engine: Path, state: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "moesr.runtime.serve.cli", "--engine", f"tiny={engine}"]
+        command += ["--port", "0", "--state", str(state), "--threads", "1", *options]
+        self.log = state.parent / "serve.log"
+        self._out = self.log.open("a")
+        begin = self.log.stat().st_size
+        self.process = subprocess.Popen(command, stderr=self._out, stdout=self._out, env=dict(os.environ))
+        limit = time.monotonic() + 120
+        while not (found := re.search(r"listening on (http://[\w.:\[\]]+)", self.text()[begin:])):
+            assert self.process.poll() is None and time.monotonic() < limit, self.text()
+            time.sleep(0.05)
+        self.url = found[1]
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(120)
+        self.client.close()
+        self._out.close()
+        return code
+
+
+@pytest.fixture
+def process(engine: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start servers that share a state directory; what is left of them is killed at the end."""
+    made: list[Process] = []
+
+    def start(*options: str) -> Process:
+        made.append(Process(engine, tmp_path / "state", *options))
+        return made[-1]
+
+    (tmp_path / "state").mkdir()
+    yield start
+    for one in made:
+        if one.process.poll() is None:
+            one.stop(signal.SIGKILL)

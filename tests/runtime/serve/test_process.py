@@ -1,0 +1,126 @@
+"""`moesr-serve` as a process: what survives a kill, an orderly end, and connections that only cost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import pytest
+from pictures import picture, pixels_of
+from PIL import Image
+
+from moesr.runtime.serve import cli
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+
+
+def finished(client, names: list[str]) -> list[dict]:
+    limit = time.monotonic() + 120
+    while True:
+        states = [client.get(f"/v1/jobs/{name}").json() for name in names]
+        if all(state["status"] in ("done", "failed") for state in states):
+            return states
+        assert time.monotonic() < limit, states
+        time.sleep(0.05)
+
+
+def test_accepted_jobs_survive_a_kill_and_finish_once(process, upscaler):
+    first = process()
+    data = [picture(150, 150, seed=k) for k in range(4)]
+    names = [first.client.post("/v1/jobs?steps=60", content=one).json()["id"] for one in data]
+    finished(first.client, names[:1])
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    second = process()
+    assert all(state["status"] == "done" for state in finished(second.client, names))
+    assert f"job {names[0]} goes on" not in second.text(), "what was done is not done again"
+    for one, name in zip(data, names, strict=True):
+        result = second.client.get(f"/v1/jobs/{name}/result").content
+        want = upscaler(Image.fromarray(pixels_of(one)), steps=60)
+        np.testing.assert_array_equal(pixels_of(result), np.asarray(want))
+
+
+def test_sigterm_finishes_what_runs_and_keeps_the_rest(process):
+    first = process("--grace", "60", "--log-format", "json")
+    names = [
+        first.client.post("/v1/jobs?steps=100", content=picture(100, 100, seed=k)).json()["id"]
+        for k in range(12)
+    ]
+    assert first.stop(signal.SIGTERM) == 0
+    lines = [json.loads(line) for line in first.text().splitlines()]
+    assert sum(line.get("status") == 202 for line in lines) == 12
+    second = process()
+    going_on = second.text().count("goes on")
+    assert 0 < going_on < 12, "some were finished, some kept"
+    assert all(state["status"] == "done" for state in finished(second.client, names))
+
+
+def test_a_client_that_goes_away_cancels_its_image(process):
+    server = process()
+    with socket.create_connection(server.address) as connection:
+        data = picture(300, 300)
+        head = f"POST /v1/upscale?steps=1000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        metric(server, "moesr_queue", 1.0)
+    metric(server, "moesr_queue", 0.0)
+    metric(server, "moesr_cancelled_total", 1.0)
+
+
+def metric(server, name: str, value: float) -> None:
+    """Wait until a metric has a value."""
+    limit = time.monotonic() + 60
+    while f"{name} {value}" not in (text := server.client.get("/metrics").text):
+        assert time.monotonic() < limit, text
+        time.sleep(0.05)
+
+
+def test_slow_and_silent_connections_are_cut_off(process):
+    server = process("--idle", "1")
+    silent = [socket.create_connection(server.address) for _ in range(200)]
+    slow = socket.create_connection(server.address)
+    slow.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+    assert server.client.post("/v1/upscale?steps=1", content=picture()).status_code == 200
+    for connection in silent:
+        connection.settimeout(30)
+        assert connection.recv(100) == b""
+        connection.close()
+    begin = time.monotonic()
+    slow.settimeout(30)
+    assert b" 408 " in slow.recv(1000) and time.monotonic() - begin < 30
+    slow.close()
+
+
+def test_huge_headers_and_no_http(process):
+    server = process()
+    for sent in (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"\x16\x03\x01 no http\r\n\r\n"):
+        with socket.create_connection(server.address) as connection:
+            connection.settimeout(30)
+            connection.sendall(sent)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert server.client.get("/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--queue", "0"], 2, "queue is 0"),
+        (["--port", "99999"], 2, "--port is 99999"),
+        (["--engine", "a=demo-x4", "a=demo-x8"], 2, "two engines are called 'a'"),
+        (["--token-file", "/nonexistent"], 2, "cannot be read as a token"),
+        (["--engine", "/nonexistent"], 3, "no such engine directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_options_end_in_one_line(options, code, message, tmp_path, capsys):
+    assert cli.main(["--state", str(tmp_path), *options]) == code
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_an_address_that_is_taken(process, engine, tmp_path, capsys):
+    _, port = process().address
+    assert cli.main(["--state", str(tmp_path / "other"), "--engine", str(engine), "--port", str(port)]) == 1
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
