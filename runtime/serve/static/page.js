@@ -51,7 +51,7 @@ async function loadEngines() {
     return;
   }
   complain("");
-  $("engine").replaceChildren(...engines.map((one) => new Option(`${one.name}, ${one.scale} times as large`, one.name)));
+  $("engine").replaceChildren(...engines.map((one) => new Option(`${one.name} (x${one.scale})`, one.name)));
   $("start").disabled = !file;
   setDefaults();
 }

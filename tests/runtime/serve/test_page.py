@@ -1,0 +1,164 @@
+"""The page in headless Chromium, at desktop and phone size: drop, slider, download, errors, keyboard."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import picture, pixels_of
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+SIZES = {"desktop": (1280, 900), "phone": (390, 800)}
+SHOTS = os.environ.get("MOESR_SCREENSHOTS")  # a directory, to look at every state
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as library:
+        made = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request, browser) -> Iterator[playwright.Page]:
+    width, height = SIZES[request.param]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, has_touch=request.param == "phone", accept_downloads=True
+    )
+    made = context.new_page()
+    made.problems = []
+    made.on("pageerror", lambda error: made.problems.append(str(error)))
+    made.on(
+        "console", lambda m: made.problems.append(m.text) if "Content Security Policy" in m.text else None
+    )
+    made.size = request.param
+    yield made
+    assert not made.problems
+    context.close()
+
+
+def shot(page: playwright.Page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"{page.size}-{name}.png", full_page=True)
+
+
+def until(page: playwright.Page, expression: str) -> None:
+    """Wait until an expression is true; the page's policy forbids playwright's own way of it."""
+    limit = time.monotonic() + 60
+    while not page.evaluate(expression):
+        assert time.monotonic() < limit, expression
+        page.wait_for_timeout(50)
+
+
+def drop(page: playwright.Page, data: bytes, name: str, kind: str) -> None:
+    """Drop a file onto the page."""
+    transfer = page.evaluate_handle(
+        """([text, name, kind]) => {
+            const data = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([data], name, { type: kind }));
+            return transfer;
+        }""",
+        [base64.b64encode(data).decode(), name, kind],
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+
+
+def test_from_a_dropped_picture_to_the_download(page, process, upscaler, tmp_path):
+    server, data = process(), picture(60, 80)
+    page.goto(server.url)
+    page.wait_for_selector("#engine option", state="attached")
+    shot(page, "empty")
+    assert page.is_disabled("#start")
+    drop(page, data, "holiday.png", "image/png")
+    assert "holiday.png" in page.inner_text("#drop-title")
+    page.fill("#steps", "40")
+    shot(page, "chosen")
+    page.click("#start")
+    page.wait_for_selector("#progress:not([hidden])")
+    shot(page, "progress")
+    page.wait_for_selector("#result:not([hidden])", timeout=60_000)
+    until(page, "document.getElementById('after').naturalWidth === 320")
+    shot(page, "result")
+    assert "320 x 240 pixels" in page.inner_text("#facts")
+
+    before = float(page.get_attribute("#handle", "aria-valuenow"))
+    page.locator("#handle").scroll_into_view_if_needed()
+    box = page.locator("#handle").bounding_box()
+    x, y = box["x"] + box["width"] / 2, max(box["y"], 0) + 40
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 80, y, steps=8)
+    page.mouse.up()
+    moved = float(page.get_attribute("#handle", "aria-valuenow"))
+    assert moved < before - 3
+    page.focus("#handle")
+    page.keyboard.press("End")
+    assert page.get_attribute("#handle", "aria-valuenow") == "100"
+    page.keyboard.press("ArrowLeft")
+    assert page.get_attribute("#handle", "aria-valuenow") == "98"
+    page.keyboard.press("+")
+    assert page.inner_text("#zoom-value") == "150 %"
+    page.click("#zoom-out")
+    assert page.inner_text("#zoom-value") == "100 %"
+
+    with page.expect_download() as waiting:
+        page.click("#download")
+    assert waiting.value.suggested_filename == "holiday_x4.png"
+    waiting.value.save_as(tmp_path / "got.png")
+    want = upscaler(Image.fromarray(pixels_of(data)), steps=40)
+    np.testing.assert_array_equal(pixels_of((tmp_path / "got.png").read_bytes()), np.asarray(want))
+    overflow = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    assert not overflow, "the page is wider than the window"
+
+
+def test_errors_are_told_in_words(page, process):
+    server = process()
+    page.goto(server.url)
+    page.wait_for_selector("#engine option", state="attached")
+    drop(page, b"hello", "notes.txt", "text/plain")
+    assert "is not a picture" in page.inner_text("#error")
+    drop(page, b"hello", "broken.png", "image/png")
+    page.click("#start")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "not an image" in page.inner_text("#error")
+    shot(page, "error")
+    server.stop()
+    page.click("#start")
+    until(page, "document.getElementById('error').textContent.includes('does not answer')")
+
+
+def test_by_keyboard_alone_with_a_token_and_cancelling(page, process, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    server = process("--token-file", str(tmp_path / "token"))
+    page.goto(server.url)
+    page.wait_for_selector("#token-row:not([hidden])")
+    shot(page, "token")
+    page.focus("#token")
+    page.keyboard.type("secret")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#engine option", state="attached")
+    assert page.is_hidden("#error")
+    drop(page, picture(300, 300), "large.png", "image/png")
+    page.focus("#steps")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("1000")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#progress:not([hidden])")
+    until(page, "document.getElementById('bar').value > 0")
+    page.focus("#cancel")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#progress", state="hidden")
+    headers = {"Authorization": "Bearer secret"}
+    page.wait_for_timeout(500)
+    assert "moesr_cancelled_total 1.0" in server.client.get("/metrics", headers=headers).text
