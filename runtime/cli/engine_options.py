@@ -9,18 +9,18 @@ from typing import Any
 from moesr.runtime.system import user_cache
 
 
-def add_engine_options(p: argparse.ArgumentParser) -> None:
-    """Add the options that choose the engine and how it runs."""
+def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the options that choose the engine, or `several` engines, and how they run."""
     from moesr.runtime.backends.selection import BACKENDS
     from moesr.runtime.options import PRECISIONS
 
     group = p.add_argument_group("engine and machine")
-    group.add_argument(
-        "--engine",
-        type=path_argument,
-        metavar="DIR",
-        help="engine directory, or a bundled engine: demo-x4 (default) or demo-x8",
-    )
+    kind = "engine directory, or a bundled engine: demo-x4 (default) or demo-x8"
+    if several:
+        names = f"one or more of these, each with a name of its own if NAME= is given: {kind}"
+        group.add_argument("--engine", nargs="+", type=name_argument, metavar="[NAME=]DIR", help=names)
+    else:
+        group.add_argument("--engine", type=path_argument, metavar="DIR", help=kind)
     group.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),

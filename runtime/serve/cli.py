@@ -31,93 +31,37 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `moesr-serve`."""
     from moesr.runtime.cli.engine_options import add_engine_options
     from moesr.runtime.serve.limits import MEGA, Limits
-    from moesr.runtime.system import user_cache
 
     p = argparse.ArgumentParser("moesr-serve", description=__doc__, formatter_class=console.HelpFormatter)
-    add, d = p.add_argument, Limits()
+    add = p.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one (default: %(default)s)")
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="file whose text every request must carry as bearer token",
-    )
-    add(
-        "--state",
-        type=Path,
-        default=(user_cache.directory() or Path(tempfile.gettempdir()) / "moesr") / "serve",
-        metavar="DIR",
-        help="directory of jobs and results (default: %(default)s)",
-    )
-    add(
-        "--keep",
-        type=float,
-        default=d.keep_s,
-        metavar="S",
-        help="seconds to keep results (default: %(default)g)",
-    )
-    add(
-        "--grace",
-        type=float,
-        default=d.grace_s,
-        metavar="S",
-        help="seconds to finish on SIGTERM (default: %(default)g)",
-    )
-    add(
-        "--queue",
-        type=int,
-        default=d.queue,
-        metavar="N",
-        help="images that may wait or run (default: %(default)s)",
-    )
-    add(
-        "--max-megapixels",
-        type=float,
-        default=d.input_px / MEGA,
-        metavar="N",
-        help="largest input image (default: %(default)g)",
-    )
-    add(
-        "--max-upload",
-        type=float,
-        default=d.upload_bytes / MEGA,
-        metavar="MB",
-        help="largest request (default: %(default)g)",
-    )
-    add(
-        "--time-limit",
-        type=float,
-        default=d.request_s,
-        metavar="S",
-        help="of /v1/upscale (default: %(default)g)",
-    )
-    add(
-        "--idle",
-        type=float,
-        default=d.idle_s,
-        metavar="S",
-        help="cut off connections silent for so long (default: %(default)g)",
-    )
-    add(
-        "--connections",
-        type=int,
-        default=d.connections,
-        metavar="N",
-        help="open at once (default: %(default)s)",
-    )
-    add(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="of the log on stderr (default: %(default)s)",
-    )
-    add_engine_options(p)
-    for action in p._actions:
-        if action.dest == "engine":
-            action.nargs, action.type, action.metavar = "+", str, "[NAME=]DIR"
-            action.help = "engines to serve, each with a name of its own if NAME= is given (default: demo-x4)"
+    add("--token-file", type=Path, metavar="FILE", help="file with the bearer token that requests must carry")
+    text = "directory of jobs and results (default: serve/ in the user's cache)"
+    add("--state", type=Path, metavar="DIR", help=text)
+    add("--log-format", choices=("text", "json"), default="text", help="of the log (default: %(default)s)")
+    group = p.add_argument_group("limits")
+    for flag, default, value, text in _limits(Limits(), MEGA):
+        kind = type(default)
+        group.add_argument(
+            flag, type=kind, default=default, metavar=value, help=f"{text} (default: {default:g})"
+        )
+    add_engine_options(p, several=True)
     return p
+
+
+def _limits(limits: Limits, mega: int) -> list[tuple[str, int | float, str, str]]:
+    """Flag, default, metavariable and help of each limit."""
+    return [
+        ("--max-megapixels", limits.input_px / mega, "N", "largest image, in megapixels"),
+        ("--max-upload", limits.upload_bytes / mega, "MB", "largest request"),
+        ("--queue", limits.queue, "N", "images that may wait or run at the same time"),
+        ("--time-limit", limits.request_s, "S", "seconds after which an image of /v1/upscale is cancelled"),
+        ("--keep", limits.keep_s, "S", "seconds to keep the results of jobs"),
+        ("--grace", limits.grace_s, "S", "seconds to finish images on SIGTERM"),
+        ("--idle", limits.idle_s, "S", "seconds of silence after which a connection is cut off"),
+        ("--connections", limits.connections, "N", "connections open at the same time"),
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,10 +73,11 @@ def run(args: argparse.Namespace) -> int:
     from moesr.runtime.serve.server import listen, server_of
     from moesr.runtime.serve.service import Service
     from moesr.runtime.serve.store import Store
+    from moesr.runtime.system import user_cache
     from moesr.runtime.upscaler import Upscaler
 
     limits, token = limits_of(args), read_token(args.token_file)
-    store = Store(args.state)
+    store = Store(args.state or (user_cache.directory() or Path(tempfile.gettempdir(), "moesr")) / "serve")
     _set_log_format(args.log_format)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(args.host, args.port))

@@ -16,6 +16,7 @@ from moesr.runtime.images.reading import MAX_INPUT_PX
 from moesr.runtime.serve.problems import Problem
 
 MEGA = 1_000_000
+KINDS = "PNG, JPEG, WebP, TIFF, GIF, BMP, JPEG 2000 and AVIF"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
         except Image.DecompressionBombError:
             raise Problem(413, _too_many(limits)) from None
         except UnidentifiedImageError:
-            raise Problem(415, formats.unidentified(stream, head)) from None
+            raise Problem(415, f"the file is not an image of a known kind; send one of {KINDS}") from None
         except Exception:  # decoders raise whatever their parsers meet
             raise Problem(422, "the image's header is damaged; send the file again") from None
     if width * height > min(limits.input_px, MAX_INPUT_PX):

@@ -47,7 +47,7 @@ async function loadEngines() {
     engines = await api.engines();
   } catch (error) {
     $("token-row").hidden = error.status !== 401;
-    complain(error.status === 401 ? "This server asks for a token. Enter it below." : error.message);
+    complain(error.status === 401 ? "This server asks for a token. Type it into the field Token." : error.message);
     return;
   }
   complain("");

@@ -131,7 +131,7 @@ def test_errors_are_told_in_words(page, process):
     drop(page, b"hello", "broken.png", "image/png")
     page.click("#start")
     page.wait_for_selector("#error:not([hidden])")
-    assert "not an image" in page.inner_text("#error")
+    assert "not an image of a known kind" in page.inner_text("#error")
     shot(page, "error")
     server.stop()
     page.click("#start")
