@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moesr.kernels.registry import OPS
 from moesr.runtime.devices.operator_plan import KernelIndex, KernelTarget
+from moesr.runtime.system import cpu
+
+ORIGIN = (
+    "Command: `python -m moesr.kernels.build -o DIR --report benchmarks/results/kernels.md`. "
+    "Commit: {commit}. Machine: {machine}, Triton {triton}, no GPU."
+)
 
 HEAD = """# Compiled kernels
 
-Written by `python -m moesr.kernels.build -o DIR --report benchmarks/results/kernels.md`, Triton {triton},
-without a GPU. The cells of an architecture are registers per thread / dynamic shared memory per block in
-KiB / bytes spilled per thread (the larger of stores and loads). "threads" is the size of a block, "mma"
-counts tensor-core instructions, and "local" counts loads and stores of local memory inside loops, summed over
-the architectures. The build also writes PTX of sm_89, which the driver compiles for later architectures.
+{origin}
+
+The cells of an architecture are registers per thread / dynamic shared memory per block in KiB / bytes spilled
+per thread (the larger of stores and loads). "threads" is the size of a block, and "mma" counts tensor-core
+instructions. "barriers" and "instructions" are counts of the whole kernel on {counted}. "local" counts loads
+and stores of local memory inside loops, summed over the architectures. The build also writes PTX of sm_89,
+which the driver compiles for later architectures.
 """
+
+COUNTED = "sm_90"  # the architecture whose barriers and instructions are shown, if it was built
+KEPT = "\n## Changes"  # everything from this heading on is written by hand and kept
 
 
 def write_report(index: KernelIndex, path: Path) -> None:
-    """Write the table of all kernels in an index."""
-    cases = _cases(index)
-    targets = list(index.architectures)
-    lines = [HEAD.format(triton=index.triton)]
+    """Write the table of all kernels in an index, before the hand-written part of an existing page."""
+    cases, targets = _cases(index), list(index.architectures)
+    counted = COUNTED if COUNTED in targets else targets[-1]
+    machine = f"{cpu.model()}, Python {platform.python_version()}"
+    origin = ORIGIN.format(commit=_commit(), machine=machine, triton=index.triton)
+    lines = [HEAD.format(origin=origin, counted=counted)]
+    head = ["launch", "cases", "threads", *targets, "mma", "barriers", "instructions", "local"]
     for op in index.sources or {}:
         lines.append(f"\n## {op}\n\nA test holds spills to {OPS[op].max_spill_bytes} bytes.\n")
-        lines.append(f"| launch | cases | threads | {' | '.join(targets)} | mma | local |")
-        lines.append("| --- " * (5 + len(targets)) + "|")
+        lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
         rows: dict[tuple[str, str], dict[str, KernelTarget]] = defaultdict(dict)
         for name, kernel in index.kernels.items():
             if kernel.op == op:  # architectures with tilings of their own share a row
                 rows[kernel.function, cases[name]].update(kernel.targets)
-        lines += [_row(*row, compiled, targets) for row, compiled in sorted(rows.items())]
+        lines += [_row(*row, compiled, targets, counted) for row, compiled in sorted(rows.items())]
+    before = path.read_text() if path.is_file() else ""
+    kept = before[before.index(KEPT) :] if KEPT in before else ""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n" + kept)
+
+
+def _commit() -> str:
+    """The commit of the code that compiled, with "+" after it if files have changed since."""
+    git, folder = ["git", "-C"], str(Path(__file__).parent)
+    options = {"capture_output": True, "text": True, "check": True}
+    try:
+        head = subprocess.run([*git, folder, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*git, folder, "status", "--porcelain", "."], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
 
 
 def _cases(index: KernelIndex) -> dict[str, str]:
@@ -51,7 +80,9 @@ def _cases(index: KernelIndex) -> dict[str, str]:
     }
 
 
-def _row(function: str, cases: str, compiled: Mapping[str, KernelTarget], targets: Sequence[str]) -> str:
+def _row(
+    function: str, cases: str, compiled: Mapping[str, KernelTarget], targets: Sequence[str], counted: str
+) -> str:
     def cell(target: str) -> str:
         if target not in compiled:
             return "-"
@@ -61,6 +92,7 @@ def _row(function: str, cases: str, compiled: Mapping[str, KernelTarget], target
     mine = [compiled[t] for t in targets if t in compiled]
     threads = "/".join(map(str, sorted({c.threads for c in mine})))
     mma = "/".join(map(str, sorted({c.tensor_core for c in mine})))
+    shown = compiled.get(counted)
+    counts = [str(shown.barriers), str(shown.instructions)] if shown else ["-", "-"]
     local = sum(c.local_in_loops for c in mine)
-    columns = [function, cases, threads, *map(cell, targets), mma, str(local)]
-    return f"| {' | '.join(columns)} |"
+    return f"| {' | '.join([function, cases, threads, *map(cell, targets), mma, *counts, str(local)])} |"

@@ -154,19 +154,18 @@ def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch:
 def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[int, int, int], int, int]:
     """Return (BLOCK_H, BLOCK_R or BLOCK_N, BLOCK_K), warps and stages of both row passes.
 
-    A program keeps two accumulators of BLOCK_H x BLOCK_R. On sm_90 and sm_100, where products read shared
-    memory, registers and shared memory leave room for two programs per multiprocessor in half precision, so
-    that one multiplies while the other loads or stores.
+    A program keeps two accumulators of BLOCK_H x BLOCK_R. In half precision, registers and shared memory
+    leave room for two programs or more per multiprocessor, so that one multiplies while another loads or
+    stores. On sm_90 and sm_100 products read shared memory, which allows wider blocks.
     """
     asynchronous = arch in (90, 100)
     if SIZES[dtype] == 4:
         blocks = (64, 64, 32 if asynchronous else 16)
     else:
-        blocks = (64, 128, 32) if asynchronous else (128, 64, 32)
+        blocks = (64, 128, 32) if asynchronous else (64, 64, 32)
     block_h, block_r, block_k = (_block(b, n) for b, n in zip(blocks, (height, half, half), strict=True))
-    if asynchronous:
-        return (block_h, block_r, block_k), 4, 4 if SIZES[dtype] == 4 else 3
-    return (block_h, block_r, block_k), 8 if block_h * block_r >= 8192 else 4, 2
+    stages = 2 if not asynchronous else 4 if SIZES[dtype] == 4 else 3
+    return (block_h, block_r, block_k), 4, stages
 
 
 def _block(largest: int, n: int) -> int:

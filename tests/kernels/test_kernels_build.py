@@ -160,6 +160,17 @@ def test_report(sample, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| rows |"))
     assert "full512 fp16" in row
     assert row.count(" / ") == 4, "registers, shared memory and spills for each of two architectures"
+    barriers, instructions = (int(cell) for cell in row.split(" | ")[-3:-1])
+    assert 0 < barriers < instructions
+
+
+def test_a_new_report_keeps_what_was_written_by_hand(sample, tmp_path):
+    page = tmp_path / "kernels.md"
+    page.write_text("# Old\n\n## Changes\n\nBefore and after.\n")
+    write_report(sample[1], page)
+    assert (
+        page.read_text().endswith("\n## Changes\n\nBefore and after.\n") and "# Old" not in page.read_text()
+    )
 
 
 def test_a_full_directory_is_left_alone(tmp_path):
