@@ -56,14 +56,15 @@ def write_report(index: KernelIndex, path: Path) -> None:
 
 def _commit() -> str:
     """The commit of the code that compiled, with "+" after it if files have changed since."""
-    git, folder = ["git", "-C"], str(Path(__file__).parent)
-    options = {"capture_output": True, "text": True, "check": True}
     try:
-        head = subprocess.run([*git, folder, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run([*git, folder, "status", "--porcelain", "."], **options).stdout.strip()
+        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+" if changed else "")
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cases(index: KernelIndex) -> dict[str, str]:
