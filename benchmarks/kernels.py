@@ -1,8 +1,8 @@
-"""Check every kernel, then time it on a GPU beside what PyTorch does, eager and compiled.
+"""Check every kernel, then time it on a GPU beside PyTorch's own operators, eager and compiled.
 
-Each row: median and quantiles of a launch replayed from a CUDA graph with a cold L2 cache, and the share of
-this machine's measured copy or matrix rate. Writes results/kernels-GPU.md and .json. Without a GPU only the
-checks run, in Triton's interpreter.
+Each row has the median and quantiles of a launch replayed from a CUDA graph with a cold L2 cache, and the
+fraction of this machine's measured copy or matrix rate. The results go to results/kernels-GPU.md and .json.
+Without a GPU only the checks run, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ COLUMNS = (
 )  # fmt: skip
 
 Times = tuple[float, ...]
-Clock = Callable[[Callable[[], object]], Times]  # microseconds of a call at QUANTILES
+Clock = Callable[[Callable[[], object]], Times]  # times a call: microseconds at QUANTILES
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this GPU reaches: a copy of 1 GiB, and a product of 8192-wide fp16 matrices."""
+    """Rates that this GPU reaches in a copy of 1 GiB and in a product of 8192-wide fp16 matrices."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -55,9 +55,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """One deployed case: its largest error, microseconds, and rates of what it must move and multiply.
+    """One deployed case: its largest error, times, and the rates of its necessary traffic and products.
 
-    A form of PyTorch that does not run has a reason in place of a time; a kernel that is wrong has no times.
+    If a form of PyTorch does not run, the reason is given instead of a time. A wrong kernel has no times.
     """
 
     op: str
@@ -74,13 +74,13 @@ class Row:
 
     @property
     def fastest_of_pytorch(self) -> float:
-        """The better of eager and compiled; infinite where neither runs."""
+        """The shorter time of eager and compiled PyTorch; infinite if neither runs."""
         return min(
             (t for t in (self.eager_us, self.compiled_us) if isinstance(t, float)), default=float("inf")
         )
 
     def markdown(self) -> str:
-        """A line of the table."""
+        """Return the row of the table."""
         if not self.kernel_us:
             cells = [self.op, self.case, f"{self.error:.1e}, at most {self.tolerance:.0e}: not timed"]
             return f"| {' | '.join(cells)} |" + " |" * (len(COLUMNS) - len(cells))
@@ -95,8 +95,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a kernel should reach on an H200."""
+class SpeedGoal:
+    """A speed that a kernel should reach on an H200."""
 
     op: str
     case: str
@@ -104,15 +104,17 @@ class Target:
     met: Callable[[Row], bool]
 
 
-TARGETS = (
-    Target("aff_filter", "full512-fp16", "under 250 us", lambda row: row.kernel_us[0] < 250),
-    Target("attention", "decoder512-fp16", "above 250 TFLOP/s", lambda row: row.flops_per_s > 250e12),
-    Target("group_norm_silu", "decoder512-fp16", "above 70 % of copy speed", lambda row: row.of_copy > 0.7),
+GOALS = (
+    SpeedGoal("aff_filter", "full512-fp16", "under 250 us", lambda row: row.kernel_us[0] < 250),
+    SpeedGoal("attention", "decoder512-fp16", "above 250 TFLOP/s", lambda row: row.flops_per_s > 250e12),
+    SpeedGoal(
+        "group_norm_silu", "decoder512-fp16", "above 70 % of copy speed", lambda row: row.of_copy > 0.7
+    ),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, then time; 1 where a kernel is wrong. 0 without a GPU, after the checks."""
+    """Check, then time if there is a GPU; the exit code is 1 if a kernel is wrong."""
     args = parser().parse_args(argv)
     try:
         check_compiler()
@@ -149,7 +151,7 @@ def time_all(ops: Iterable[Op], device: torch.device, limits: Limits, clock: Clo
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line."""
+    """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--op", nargs="+", choices=sorted(OPS), default=sorted(OPS), help="default: all")
     p.add_argument("--all", action="store_true", help="without a GPU, too, check the largest cases (minutes)")
@@ -158,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(op: Op, cases: Iterable[Case], device: torch.device) -> Iterator[str]:
-    """Run cases; a line for each error above its tolerance."""
+    """Run cases and yield a line for each error above its tolerance."""
     for case in cases:
         for name, error in errors(op, case, device).items():
             if not error <= case.tolerance:
@@ -166,7 +168,7 @@ def check(op: Op, cases: Iterable[Case], device: torch.device) -> Iterator[str]:
 
 
 def measure(op: Op, case: Case, device: torch.device, limits: Limits, clock: Clock) -> Row:
-    """Check one deployed case at its size, then time its three forms."""
+    """Check one deployed case at its size, then time the kernel, eager PyTorch and compiled PyTorch."""
     error = max(errors(op, case, device).values())
     if not error <= case.tolerance:
         return Row(op.name, str(case), error, case.tolerance)
@@ -176,7 +178,7 @@ def measure(op: Op, case: Case, device: torch.device, limits: Limits, clock: Clo
     times = clock(lambda: launch(op, plan, buffers))
     baseline = op.baseline or op.reference
     typed = {name: in_type(value, DTYPES[case.dtype]) for name, value in inputs.items()}
-    torch.compiler.reset()  # what an earlier shape compiled would make this one's sizes symbolic
+    torch.compiler.reset()  # otherwise the sizes become symbolic after an earlier shape
     compiled = torch.compile(baseline, dynamic=False)
     cost = op.cost(case.shape, case.dtype)
     rate, flops = cost.bytes / times[0] * 1e6, cost.flops / times[0] * 1e6
@@ -188,12 +190,12 @@ def measure(op: Op, case: Case, device: torch.device, limits: Limits, clock: Clo
 
 
 def in_type(value: Any, dtype: torch.dtype) -> Any:
-    """Floating point in the case's type, everything else as it is."""
+    """Convert floating-point tensors to the case's type; other values stay."""
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def time_or_reason(function: Callable[[], object], clock: Clock) -> float | str:
-    """The median, or why PyTorch cannot: memory, a type that an operator lacks."""
+    """Return the median, or the reason why PyTorch fails, such as memory or an unsupported type."""
     try:
         return clock(function)[0]
     except Exception as error:  # of any library below; the kernel's own time stands
@@ -201,9 +203,9 @@ def time_or_reason(function: Callable[[], object], clock: Clock) -> float | str:
 
 
 def time_us(function: Callable[[], object]) -> Times:
-    """Microseconds at QUANTILES over RUNS, the L2 cache flushed before each.
+    """Return microseconds at QUANTILES over RUNS, with the L2 cache flushed before each run.
 
-    Of a CUDA graph's replay; of the call itself where it waits for the device, which a graph cannot hold.
+    The call is replayed from a CUDA graph, unless it waits for the device, which a graph cannot capture.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -230,7 +232,7 @@ def time_us(function: Callable[[], object]) -> Times:
 
 
 def waits(function: Callable[[], object]) -> bool:
-    """Whether a call waits for the device, as reading a value back or copying from pageable memory does."""
+    """Return True if a call waits for the device, as reading back a value does."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -243,7 +245,7 @@ def waits(function: Callable[[], object]) -> bool:
 
 
 def measure_limits() -> Limits:
-    """Copy and matrix rates, by the same clock as the kernels."""
+    """Measure the copy and the matrix rate in the same way as the kernels."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = time_us(lambda: target.copy_(source))[0]
@@ -254,7 +256,7 @@ def measure_limits() -> Limits:
 
 
 def heading(limits: Limits) -> str:
-    """What stands above the table."""
+    """Return the text above the table."""
     return "\n".join(
         (
             "# Kernels on a GPU\n",
@@ -268,7 +270,7 @@ def heading(limits: Limits) -> str:
 
 
 def gpu_name() -> str:
-    """The device with Triton's version; the machine's line has PyTorch's."""
+    """Return the device with CUDA's and Triton's version; the machine's line has PyTorch's."""
     import triton
 
     name = torch.cuda.get_device_name() if GPU else "no GPU"
@@ -276,20 +278,20 @@ def gpu_name() -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
-    """The targets of the cases that were timed, and the cases that PyTorch does faster."""
+    """Yield the goals with their outcome, and the cases in which PyTorch is faster."""
     timed: Mapping[tuple[str, str], Row] = {(row.op, row.case): row for row in rows if row.kernel_us}
     yield "\n| target | met |\n| --- | --- |"
-    for target in TARGETS:
-        row = timed.get((target.op, target.case))
-        met = "not measured" if row is None else "yes" if target.met(row) else "no"
-        yield f"| {target.op} {target.case} {target.text} | {met} |"
+    for goal in GOALS:
+        row = timed.get((goal.op, goal.case))
+        met = "not measured" if row is None else "yes" if goal.met(row) else "no"
+        yield f"| {goal.op} {goal.case} {goal.text} | {met} |"
     slower = [f"{row.op} {row.case}" for row in timed.values() if row.kernel_us[0] > row.fastest_of_pytorch]
     met = "not measured" if not timed else "no: " + ", ".join(slower) if slower else "yes"
     yield f"| none slower than PyTorch's own | {met} |"
 
 
 def write(stem: Path, limits: Limits, rows: Sequence[Row]) -> None:
-    """Write the table as Markdown, and all numbers as JSON."""
+    """Write the table as Markdown and all numbers as JSON."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     lines = [heading(limits), *(row.markdown() for row in rows), *verdicts(rows)]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -299,7 +301,7 @@ def write(stem: Path, limits: Limits, rows: Sequence[Row]) -> None:
 
 
 def slug(name: str) -> str:
-    """A GPU's name as part of a file's: "NVIDIA H200" -> "nvidia-h200"."""
+    """Return a GPU's name as part of a file name: "NVIDIA H200" becomes "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,8 +1,8 @@
-"""Build the TensorRT plans of the published model ahead of time, without a GPU: sizes, seconds, traffic.
+"""Build the TensorRT plans of the published model ahead of time, without a GPU: sizes, build times, traffic.
 
-An expert, the whole decoder, and the decoder in parts, in either half precision with seeded weights. For the
-refinement network's inverted residuals the page shows what is reckoned of plans and of our kernel
-(`Lowering.residuals`).
+The plans are those of an expert, the whole decoder, and the decoder in parts, in both half precisions and
+with seeded weights. For the inverted residuals of the refinement network the page also shows the estimates
+for plans and for our kernel (`fused_time_ratio`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "plans.md"
 
 @dataclass(frozen=True)
 class Built:
-    """A plan: bytes of its graph and of itself, and how long it took."""
+    """A built plan: bytes of its graph and of the plan, and the seconds that the build took."""
 
     name: str
     graph_bytes: int
@@ -52,12 +52,12 @@ class Built:
 
 
 def say(plan: Built) -> None:
-    """Tell whoever waits."""
+    """Print one line about a plan to stderr."""
     print(f"{plan.name}: {plan.plan_bytes / 1e6:.1f} MB in {plan.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, print, and write the page: 0 done, otherwise the exit code of the error."""
+    """Build the plans, print the page and write it; returns 0 or the exit code of the error."""
     args = parser().parse_args(argv)
     setup = Setup(args.width, args.channels, args.tile)
     try:
@@ -73,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--width", type=int, default=160, help="width of the UNet (default: 160, as published)")
-    p.add_argument("--channels", type=int, default=128, help="of the decoder (default: 128, as published)")
+    p.add_argument("--channels", type=int, default=128, help="channels of the decoder (default: 128)")
     p.add_argument("--tile", type=int, default=512, metavar="PX", help="side of a tile (default: 512)")
-    p.add_argument("--max-batch", type=int, default=1, help="tiles that plans are for (default: 1)")
-    p.add_argument("--capability", type=int, default=89, help="of the GPU, 89 for 8.9 (default: 89)")
+    p.add_argument("--max-batch", type=int, default=1, help="largest batch of the plans (default: 1)")
+    p.add_argument("--capability", type=int, default=89, help="compute capability, 89 for 8.9 (default: 89)")
     p.add_argument("-o", "--output", type=Path, default=RESULTS, help="default: %(default)s")
     return p
 
@@ -92,7 +92,7 @@ def page(
     scratch: Path,
     on_built: Callable[[Built], object] = say,
 ) -> str:
-    """All of it; `on_built` hears of every plan."""
+    """Build all plans and return the page; `on_built` is called with every plan."""
     networks = seeded_networks(setup)
     rows, calls, listed = list[Built](), list[KernelCall](), None
     for precision in HALF:
@@ -110,7 +110,7 @@ def page(
         "# Plans, built ahead of time without a GPU\n",
         origin_line() + "\n",
         f"{str(library).capitalize()}, compute capability {as_text(capability)}, half "
-        f"precision, tiles of {setup.tile} px, up to {max_batch} a run; UNet width {setup.width}, decoder "
+        f"precision, tiles of {setup.tile} px, up to {max_batch} per run; UNet width {setup.width}, decoder "
         f"channels {setup.channels}.\n",
         *table(rows),
         f"Between the {len(listed.steps)} steps of the decoder in parts ({len(listed.steps) - len(calls)} "
@@ -124,7 +124,7 @@ def page(
 def write(
     expert: DenoisingUNet, decoder: Autoencoder, setup: Setup, choices: Lowering, folder: Path
 ) -> tuple[list[Path], list[KernelCall], Parts]:
-    """Write the graphs of expert, decoder and its parts; with them the kernels between these and the list."""
+    """Write the graphs of the expert, the decoder and its parts; returns paths, kernels and list of parts."""
     side = setup.tile // 4
     paths = [folder / f"{name}, {choices.precision}.onnx" for name in ("expert", "decoder")]
     paths[0].write_bytes(expert_graph(expert, side, choices).to_bytes())
@@ -138,7 +138,7 @@ def write(
 
 
 def build(library: Library, path: Path, capability: int, max_batch: int) -> Built:
-    """Build one plan."""
+    """Build one plan and measure it."""
     start = time.perf_counter()
     plan = build_plan(library, path, capability, max_batch)
     taken = time.perf_counter() - start
@@ -146,14 +146,14 @@ def build(library: Library, path: Path, capability: int, max_batch: int) -> Buil
 
 
 def sum_of(pieces: Sequence[Built], precision: str) -> Built:
-    """The parts of the decoder as one row."""
+    """Sum the parts of the decoder to one row."""
     figures = zip(*((p.graph_bytes, p.plan_bytes, p.seconds) for p in pieces), strict=True)
     graph, plan, seconds = (sum(column) for column in figures)
     return Built(f"decoder in {len(pieces)} parts, {precision}", int(graph), int(plan), seconds)
 
 
 def table(built: Sequence[Built]) -> Iterator[str]:
-    """Sizes and build times."""
+    """Yield the table of sizes and build times."""
     yield "| graph | ONNX (MB) | plan (MB) | build (s) |"
     yield "| --- | --- | --- | --- |"
     for b in built:
@@ -162,10 +162,10 @@ def table(built: Sequence[Built]) -> Iterator[str]:
 
 
 def decisions(calls: Sequence[KernelCall], decoder: Autoencoder, tile: int) -> Iterator[str]:
-    """The refinement network's inverted residuals: what was reckoned, and what they became."""
+    """Yield the table of the inverted residuals: estimates for plans and kernel, and which is used."""
     chosen = {tuple(sorted(call.shape.items())) for call in calls if call.op == "inverted_residual"}
     yield "Inverted residuals of the refinement network, one tile, half precision:\n"
-    yield "| channels, pixels | blocks | plans (MB) | our kernel (MB) | time, kernel over plans | taken |"
+    yield "| channels, pixels | blocks | plans (MB) | our kernel (MB) | time, kernel over plans | used |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for (channels, out, size), count in residuals(decoder, tile).items():
         shape = {"channels": channels, "out": out, "height": size, "width": size, "channels_last": 1}
@@ -178,14 +178,15 @@ def decisions(calls: Sequence[KernelCall], decoder: Autoencoder, tile: int) -> I
         )
     yield ""
     yield (
-        "Bytes are those that each pass reads and writes at least; the time of a pass is that of its bytes "
-        "or of its products, whichever takes longer on an H200 (4.3 TB/s, 790 TFLOP/s). Nothing of it was "
-        "timed on a GPU; `moesr-export --residuals plans` or `kernels` chooses otherwise."
+        "Bytes are the least that each pass reads and writes. The time of a pass is that of its bytes or of "
+        "its products, whichever is longer on an H200 (4.3 TB/s, 790 TFLOP/s); for the kernel, the time to "
+        "issue its instructions is a third bound. No time was measured on a GPU. Plans are the default; "
+        "`moesr-export --residuals kernels` selects the kernel."
     )
 
 
 def residuals(decoder: Autoencoder, tile: int) -> dict[tuple[int, int, int], int]:
-    """How many inverted residuals there are by channels, outputs and side, in the order in which they run."""
+    """Count the inverted residuals by channels, outputs and side, in the order in which they run."""
     found: dict[tuple[int, int, int], int] = {}
 
     def note(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:

@@ -117,11 +117,11 @@ def test_a_kernel_that_is_wrong_is_not_timed(bench, monkeypatch):
 def test_targets(bench, kernel_us, flops, of_copy, met):
     rows = [
         bench.Row(target.op, target.case, 0.0, 1.0, (kernel_us,) * 3, flops_per_s=flops, of_copy=of_copy)
-        for target in bench.TARGETS
+        for target in bench.GOALS
     ]
     lines = list(bench.verdicts(rows))
     assert [line.split(" | ")[1] for line in lines[1:4]] == [f"{met} |"] * 3
-    for target in bench.TARGETS:  # they are cases that are timed
+    for target in bench.GOALS:  # they are cases that are timed
         assert target.case in map(str, OPS[target.op].deployed)
 
 
