@@ -109,7 +109,7 @@ def page(
     lines = [
         "# Plans, built ahead of time without a GPU\n",
         origin_line() + "\n",
-        f"{str(library).capitalize()}, compute capability {as_text(capability)}, half "
+        f"Library: {library}, compute capability {as_text(capability)}, half "
         f"precision, tiles of {setup.tile} px, up to {max_batch} per run; UNet width {setup.width}, decoder "
         f"channels {setup.channels}.\n",
         *table(rows),

@@ -29,7 +29,7 @@ def test_the_page(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert plans.main([*sizes, "-o", str(tmp_path / "plans.md")]) == 0
     text = (tmp_path / "plans.md").read_text()
     assert text == capsys.readouterr().out
-    assert "tensorrt_rtx 9.9, compute capability 8.6, half precision, tiles of 32 px, up to 2 a run" in text
+    assert "tensorrt_rtx 9.9, compute capability 8.6, half precision, tiles of 32 px, up to 2 per run" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[2].startswith("| expert, fp16 | ") and "| 1.5 |" in rows[2]
     parts = int(rows[4].split()[3])
@@ -38,7 +38,7 @@ def test_the_page(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "of them lie channels last" in text
     blocks = [line for line in rows if " -> " in line]
     assert sum(int(line.split("|")[2]) for line in blocks) == 9
-    assert all(line.endswith("| kernel |") for line in blocks)
+    assert all(line.endswith("| plans |") for line in blocks)
 
 
 def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
