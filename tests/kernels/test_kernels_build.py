@@ -123,7 +123,7 @@ def assembly(sample, function: str, target: str) -> list[str]:
     """SASS of the kernels that one function became for an architecture."""
     directory, content = sample
     kernels = [k.targets for k in content.kernels.values() if k.function == function]
-    return [disassemble(directory / targets[target]["file"]) for targets in kernels if target in targets]
+    return [disassemble(directory / targets[target].file) for targets in kernels if target in targets]
 
 
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
