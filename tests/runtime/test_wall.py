@@ -14,6 +14,7 @@ RUNTIME = Path(moesr.runtime.errors.__file__).parent
 MODULES = sorted(
     ".".join(("moesr.runtime", *path.relative_to(RUNTIME).with_suffix("").parts)).removesuffix(".__init__")
     for path in RUNTIME.rglob("*.py")
+    if "-" not in path.name  # hooks of PyInstaller, which are run by their file name
 )
 BLOCKED_IMPORT = """
 import importlib, sys
