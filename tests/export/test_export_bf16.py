@@ -1,4 +1,4 @@
-"""Engines in bf16, proved by twins that round.
+"""Engines in bf16, proved by float32 twins that round.
 
 For CPUs: float32 graphs that a backend may compute in bfloat16. For GPUs: graphs of bfloat16.
 """
@@ -47,7 +47,7 @@ def test_manifest(engine):
 
 
 def test_float32_backends_lose_only_what_storage_rounds(engine):
-    """That is half precision: three bits more than bfloat16, at the same size."""
+    """Weights are stored in half precision, which has three more bits than bfloat16 at the same size."""
     inputs = expert_inputs(2, LATENT)
     got = run(engine / "expert_1.onnx", inputs)
     assert 1e-5 < relative_l2(got, parity.network_output(random_expert(1), inputs)) < 1e-3
@@ -66,7 +66,7 @@ def test_twin_rounds_what_products_read_and_give():
 
 
 def test_twin_leaves_what_comes_before_alone(engine):
-    """Angles of the timesteps would lose whole turns."""
+    """Otherwise the angles of the timesteps would lose whole turns."""
     twin = bfloat16.as_bf16(onnx.load(engine / "expert_0.onnx"))
     angles = next(node for node in twin.graph.node if node.op_type == "Cos")
     sources = {node.output[0]: node.op_type for node in twin.graph.node}
@@ -89,7 +89,7 @@ def test_twin_is_what_openvino_computes(engine):
 
 
 def test_backends_may_compute_in_bfloat16(engine, monkeypatch):
-    """The fastest way counts, of float32 and bfloat16 alike, though nothing but the engine asked for it."""
+    """The fastest of float32 and bfloat16 runs, although only the engine asked for bfloat16."""
     asked = []
 
     def choose(found, *_):
@@ -104,7 +104,7 @@ def test_backends_may_compute_in_bfloat16(engine, monkeypatch):
 
 
 def test_a_wider_bound_of_its_proof_counts(engine, monkeypatch):
-    """What was proved with 5e-2 is not refused for 2e-2."""
+    """A graph that was proved within 5e-2 is not refused for an error of 2e-2."""
     monkeypatch.setitem(BACKENDS, "openvino", "moesr.runtime.backends.ov")
     found = selection.candidates(device="cpu", threads=1)
     results = iter([(1.0, np.ones(4, np.float32)), (0.5, np.full(4, 1.02, np.float32))])
@@ -177,7 +177,7 @@ def test_the_twin_of_other_graphs_is_themselves(engine):
 
 @pytest.mark.parametrize("role", ["expert_0", "decoder"])
 def test_openvino_computes_what_the_twin_does(typed, role):
-    """Another reader of such files, which rounds less: they are what ONNX says they are."""
+    """ONNX's reference evaluator, which rounds less, reads the files too."""
     ov = pytest.importorskip("openvino")
     decoder = random_decoder()
     inputs = expert_inputs(1, LATENT) if role == "expert_0" else decoder_inputs(decoder, [1.0], TILE)

@@ -1,4 +1,4 @@
-"""What the export refuses, and what a failure leaves behind: nothing."""
+"""Inputs that the export refuses; a failure leaves nothing behind."""
 
 from __future__ import annotations
 

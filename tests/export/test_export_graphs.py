@@ -77,7 +77,7 @@ def test_expert(batch, experts, expert):
 
 
 def test_decoder(decoders, decoder):
-    """A tile at the published fidelity, one at another."""
+    """Two tiles of a batch have different fidelities."""
     graph, limit = decoders
     inputs = decoder_inputs(decoder, [1.0, 0.3], SIDE)
     got, want = run(graph, inputs), parity.network_output(decoder, inputs)
@@ -96,7 +96,7 @@ def test_boundary_of_a_decoder(decoders):
 
 
 def _boundary(graph: BuiltGraph) -> dict[str, tuple[int | str, ...]]:
-    """Inputs and outputs, float32 all of them, which the valid file says as the builder does."""
+    """The file is valid, and declares the same float32 inputs and outputs as the builder."""
     onnx.checker.check_model(graph.model, full_check=True)
     wide = TensorProto.BFLOAT16 not in {t.data_type for t in graph.model.graph.initializer}
     assert [o.version for o in graph.model.opset_import if not o.domain] == [OPSET if wide else BF16_OPSET]
@@ -121,7 +121,7 @@ def test_decoder_without_lr_has_one_input():
 @pytest.mark.parametrize("arrangement", LOWERINGS)
 @torch.inference_mode()
 def test_decoder_on_top_of_the_lr_image(arrangement):
-    """As the bundled ones: what is added is the image as it was given, in any precision."""
+    """Like the bundled decoders: the LR image is added as it was given, in every precision."""
     shape = {"norm_groups": 0, "lr_residual": True, "refinement": "none"}
     network = random_decoder(replace(TINY, decoder=replace(TINY.decoder, **shape)))
     choices, limit = LOWERINGS[arrangement]
@@ -132,7 +132,7 @@ def test_decoder_on_top_of_the_lr_image(arrangement):
 
 @pytest.mark.parametrize("kind", ["experts", "decoders"])
 def test_gpu_graphs_are_plain(kind, expert, decoder):
-    """Nothing cut, nothing left to compute from constants; the CPU's graphs, finely cut, have both."""
+    """A GPU's graph has no strips and no computation on constants; a CPU's graph has both."""
     with torch.inference_mode():
         fine, plain = (
             expert_graph(expert, 64, choices) if kind == "experts" else decoder_graph(decoder, 16, choices)
@@ -238,7 +238,7 @@ def test_weights_that_are_half_already_lose_nothing(expert):
 
 @torch.inference_mode()
 def test_weight_beyond_half_precision():
-    """It cannot be computed with in half, and is stored in float32."""
+    """A weight beyond half precision cannot be computed in it, and is stored in float32."""
     network = random_expert(0)
     network.get_parameter("middle_block.0.out_layers.3.weight").data[0, 0, 0, 0] = 1e6
     with pytest.raises(EngineError, match="not finite as float16; export without --fp16"):
@@ -268,7 +268,7 @@ def test_published_decoder(key, fidelity, golden, published_weights):
 
 @torch.inference_mode()
 def test_published_expert(golden, published_weights):
-    """Sixteen space experts, merged on the way into the graph."""
+    """Sixteen space experts are merged as they are written into the graph."""
     network, data = DenoisingUNet(UNetConfig(width=32)).eval(), golden("unet_w32")
     _load(network, published_weights("unet_w32", "dev"))
     x, t = data["x"], data["t"].astype(np.float32)

@@ -128,7 +128,7 @@ def test_ranges_hold_what_was_seen(expert, recording):
 
 
 def test_what_was_looked_at_is_not_kept(tmp_path, monkeypatch):
-    """All the tensors of a full-width decoder together take ten times the memory that a run of it does."""
+    """All tensors of a full-width decoder together take ten times the memory of a run."""
     g = GraphBuilder("chain", INT8)
     h = g.input("x", (BATCH, 8, 64, 64))
     for k in range(12):
@@ -169,7 +169,7 @@ def test_one_layer_at_a_time(expert, recording):
 
 
 def test_errors_add_up_like_noise(expert, recording):
-    """On which the choice of layers rests."""
+    """The choice of layers depends on this."""
     built = expert(LATENT, INT8)
     layers, own = qdq.layers_of(built), recording.calibrating("expert_0")[:3]
     ranges = int8.observe(built, layers, own)
@@ -182,7 +182,7 @@ def test_errors_add_up_like_noise(expert, recording):
 
 
 def test_layers_to_keep():
-    """The one that costs most error a multiply-accumulate first, and no more than the budget needs."""
+    """Layers with the most error per multiply-accumulate come first, and no more than the budget needs."""
     errors, macs = [0.03, 0.04, 0.001, 0.002], [100, 1000, 10, 1000]
     assert int8.to_keep(errors, macs, 0.1) == set()
     assert int8.to_keep(errors, macs, 0.045) == {0}
@@ -282,7 +282,7 @@ def test_unreadable_photograph(checkpoint, tmp_path, capsys):
 
 
 def test_more_may_be_accepted(recording, expert):
-    """Then more layers are int8, and the proof is that much wider."""
+    """With a larger error more layers are int8, and the bound of the proof is wider."""
 
     def calibrated(error: float) -> Calibration:
         choices = dataclasses.replace(INT8, int8_error=error)

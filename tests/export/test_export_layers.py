@@ -56,7 +56,7 @@ def test_group_norm_far_from_zero(side):
 @pytest.mark.parametrize("eps", [1e-6, None], ids=["norm", "identity"])
 @torch.inference_mode()
 def test_norms_are_finished_in_strips(eps, monkeypatch):
-    """Before a tiled convolution scale, shift and SiLU see a strip at a time, never the whole tensor."""
+    """Before a tiled convolution, scale, shift and SiLU are applied strip by strip."""
     monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
     norm = random_network(nn.GroupNorm(2, 8, eps=eps) if eps else nn.Identity(), 1)
     conv = random_network(nn.Conv2d(8, 8, 3, padding=1), 2)
@@ -84,7 +84,7 @@ def test_macs_of_a_plain_convolution():
 @pytest.mark.parametrize("choices", [CPU, GPU], ids=["cpu", "gpu"])
 @torch.inference_mode()
 def test_upsampling_convolves(choices):
-    """Kernels summed in the graph or beforehand: nearest neighbour and a convolution either way."""
+    """Kernels summed in the graph or beforehand: nearest neighbor and a convolution either way."""
     conv = random_network(nn.Conv2d(4, 6, 3, padding=1), 1)
     x = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(2))
     g = GraphBuilder("up", choices)

@@ -1,4 +1,4 @@
-"""The decoder cut at what our kernels compute: the parts and the references are the whole."""
+"""The decoder cut at our kernels: its parts and the kernels' references compute the same as the whole."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
 
 
 def test_parts_follow_their_inputs(network):
-    """What a part takes is there by then, every value has one maker, and no part is split for nothing."""
+    """A part reads only earlier values, every value has one maker, and no part is split without need."""
     parts = parts_of(network, "fp16")
     there = {"z", "lr", "fidelity"}
     for before, part in zip([None, *parts], parts, strict=False):
@@ -130,7 +130,7 @@ def test_without_kernels_nothing_is_cut(network):
 
 
 def test_what_kernels_do_not_take_stays_in_the_graph():
-    """A head that is no power of two wide."""
+    """The head's width is not a power of two."""
     decoder = dataclasses.replace(TINY.decoder, channels=24)
     network = random_decoder(dataclasses.replace(TINY, decoder=decoder))
     assert "attention" not in {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)}

@@ -1,4 +1,4 @@
-"""Prompts at export: which are used by default, and what becomes of texts."""
+"""Prompts at export: the defaults, and the token ids of texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StableSR's graphs compute what its networks do, however arranged, and take what the runtime feeds."""
+"""StableSR's graphs compute the same as its networks in every arrangement, and fit the runtime's inputs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_expert(choices, expert):
 @pytest.mark.parametrize("choices", ["cpu", "gpu-fp16"])
 @torch.inference_mode()
 def test_expert_with_two_prompts(choices, expert):
-    """Every tile has its own."""
+    """Every tile has its own prompt."""
     choice, limit = LOWERINGS[choices]
     both = StableSRExpert(expert.unet, expert.structure, torch.cat([expert.text, -expert.text]), "v").eval()
     graph = stablesr_expert_graph(both, SIDE, choice)
@@ -119,7 +119,7 @@ def test_decoder(choices, autoencoder):
 
 @torch.inference_mode()
 def test_the_text_is_part_of_the_graph(expert):
-    """Its keys and values are, not the layers that make them."""
+    """The graph holds the keys and values of the text, but not the layers that compute them."""
     graph = stablesr_expert_graph(expert, SIDE)
     layers = [m for m in expert.unet.modules() if type(m).__name__ == "CrossAttention"]
     text_layers = [layer for layer in layers if layer.to_k.in_features == NARROW.text.width]

@@ -91,7 +91,7 @@ def test_inverse_gives_the_image_back(height, width):
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_filter_equals_reference(height, width):
-    """The mask breaks the spectrum's symmetry: this pins which half is used and how it is weighted, too."""
+    """The mask breaks the symmetry of the spectrum, so this also checks which half is used and how."""
     x, weights = image(height, width, channels=16), filter_weights(16, 4)
     got = portable.aff_filter(portable.make_plan(height, width), x, weights, TorchOps())
     want = reference.aff_filter(x.double(), *(torch.from_numpy(w).double() for w in weights))

@@ -1,4 +1,4 @@
-"""Weights beside an ONNX file: where they go, that they are the same, and that the manifest lists them."""
+"""Weights beside an ONNX file: their place, their equality, and their entries in the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST = 40_000  # bytes of a file; the largest tensor of the tiny networks has
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory) -> dict[str, Path]:
-    """One with all weights inside, and two with theirs beside."""
+    """One graph with all weights inside, and two with weights in files beside them."""
     folder = tmp_path_factory.mktemp("engines")
     checkpoint = write_checkpoint(folder / "tiny")
     found = {}
@@ -62,7 +62,7 @@ def test_same_graph_same_bytes(engines):
 
 
 def test_other_weights_make_another_file(tmp_path, monkeypatch):
-    """Plans are known by its hash."""
+    """Plans are identified by the hash of this file."""
     monkeypatch.setattr(external_weights, "INSIDE_BYTES", 0)
     found = []
     for k in range(2):

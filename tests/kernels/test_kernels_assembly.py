@@ -1,4 +1,4 @@
-"""What is said of the kernels' speed and exactness, read from their machine code; no GPU is needed."""
+"""Checks tensor cores, local memory and rounding in the kernels' machine code, without a GPU."""
 
 from __future__ import annotations
 

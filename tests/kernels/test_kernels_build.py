@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU: resources, spills, and what kernels.json promises."""
+"""Kernels compiled ahead of time, without a GPU: resources, spills, and the contents of kernels.json."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_portable_text_names_no_special_architecture(sample):
 
 
 def assembly(sample, function: str, target: str) -> list[str]:
-    """SASS of the kernels that one function became for an architecture."""
+    """The SASS of all kernels of one function for an architecture."""
     directory, content = sample
     kernels = [k.targets for k in content.kernels.values() if k.function == function]
     return [disassemble(directory / targets[target].file) for targets in kernels if target in targets]
@@ -129,7 +129,7 @@ def assembly(sample, function: str, target: str) -> list[str]:
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
 @pytest.mark.parametrize("function", ["rows", "rows_inverse"])
 def test_rows_of_the_filter_move_sixteen_bytes(sample, function, target):
-    """No two-byte access: the compiler sees that a frequency's place is a multiple of the height."""
+    """No two-byte access: the compiler sees that a frequency's offset is a multiple of the height."""
     (sass,) = assembly(sample, function, target)
     assert "LDG.E.U16" not in sass and "STG.E.U16" not in sass
     assert re.search(r"\bSTG\.E\.128\b", sass)

@@ -1,4 +1,4 @@
-"""The kernels of the loop do the host's arithmetic: equal to the last bit, whatever shares a batch."""
+"""The kernels of the loop equal the host to the last bit, whichever tiles share a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = [(0, noise.INITIAL_NOISE), (0, 0), (42, 49), (2**63 - 1, 999), (2**63 - 1
 
 
 def advanced(z: np.ndarray, sums: np.ndarray, coefficients: list[float], seed: int, step: int) -> np.ndarray:
-    """The host's step."""
+    """One sampler step on the host."""
     c = samplers.Coefficients(*map(np.float32, coefficients))
     z = z.copy()
     samplers.advance(z, sums, noise.gaussian(seed, step, z.shape), c, np.empty_like(z))
@@ -99,7 +99,7 @@ def test_step_without_noise_ignores_the_seed():
 
 
 class Canvases:
-    """Two canvases being blended, on the host and by the kernel."""
+    """Two canvases that are blended on the host and by the kernel."""
 
     def __init__(self) -> None:
         self.weights = tiles.gaussian_weights(TILE)

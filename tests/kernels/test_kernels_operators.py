@@ -60,7 +60,7 @@ def test_norm_gradients(silu):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_epsilon_of_the_norm(layout):
-    """One that shows beside the variance; the kernel takes it at run time."""
+    """An eps that is visible beside the variance; the kernel reads it at run time."""
     x, weight, bias = make("group_norm_silu", **NORM)
     x = x.contiguous(memory_format=layout)
     got = group_norm_silu(x, weight, bias, 3, False, 0.5)
@@ -92,7 +92,7 @@ def test_compiled_without_a_break():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_kernels_and_reference_agree_on_the_result(name, layout, monkeypatch):
-    """Values and strides, where kernels run and where they do not."""
+    """Values and strides agree, whether kernels run or not."""
     operator, shape, extra = OPERATORS[name]
     x, *rest = make(name, **shape)
     arguments = (x.contiguous(memory_format=layout), *rest, *extra)
