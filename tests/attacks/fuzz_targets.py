@@ -142,6 +142,8 @@ def check_manifest(text: str, folder: Path) -> str:
 
 def check_command(arguments: list[str], folder: Path) -> str:
     """Exit codes 0 to 2, never a traceback; no input is changed, and other files only with --force."""
+    folder = folder / "inside"  # so that ".." is a folder of this example, too
+    folder.mkdir()
     prepare(folder)
     before = contents(folder)
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
