@@ -1,1 +1,1 @@
-"""Operators with more than one form: a plain reference beside each, and forms that backends can run."""
+"""Triton kernels of single operators, each beside a plain PyTorch reference."""
