@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.backends import graph_cache, ort_cuda
-from moesr.runtime.backends.base import Offer, SessionOptions, check_boundary
+from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
 from moesr.runtime.backends.ort_cuda import CudaOnnxSession
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import files, memory
 
+TRAITS = Traits(maps_prepared=True)
+
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
-_MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile: more would only need more memory
+_MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile, and more tiles only need more memory
 _TYPES = {"tensor(float)": "float32"}
 _ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 512 << 20}  # 0: it doubles
-_PREPARED = "graph.onnx"  # of an entry of `prepared`
-_PREPARATION = "all optimisations, prepacked weights, 2"  # other than what is told by the library's version
+_PREPARED = "graph.onnx"  # the file in an entry of the graph cache
+_PREPARATION = "all optimisations, prepacked weights, 2"  # a part of the cache key
 # A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
 _SMALLEST_MODEL = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
@@ -38,46 +40,54 @@ _arena_made = False
 
 
 def probe() -> Offer:
-    """Version and devices; EngineError where the library is not installed or does not load."""
+    """The version and devices; EngineError if the library is not installed or does not load."""
     ort = _library()
     available = ort.get_available_providers()
-    return Offer(ort.__version__, {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available})
+    devices = {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available}
+    return Offer(ort.__version__, devices, traits=TRAITS)
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OnnxSession | CudaOnnxSession:
-    """Open an ONNX file; EngineError where it cannot be loaded or is not what was declared."""
+    """Open an ONNX file; EngineError if it cannot be loaded or is not what was declared."""
     ort = _library()
     settings = session_options(options.threads)
     _share_arena(ort, settings)
     provider: Any = _PROVIDERS[options.kind]
     if options.kind == "cuda":
+        ort_cuda.load_libraries(ort)
         provider = ort_cuda.provider(options)
         ort_cuda.prepare(settings)
     session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
     try:
-        session = session or ort.InferenceSession(str(path), settings, providers=[provider])
+        session = session or _session(ort, path, settings, provider)
     except Exception as error:  # the library has no common base for its errors
+        if options.kind == "cuda" and ort_cuda.is_partly_elsewhere(error):
+            raise ort_cuda.partly_elsewhere(path, "it cannot be captured as a CUDA graph") from error
         raise _explain(path, error) from error
     if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only
         raise EngineError(
-            f"onnxruntime offers {options.kind} but cannot use it (driver, CUDA or cuDNN missing or "
-            "of another version); repair these, or choose --device cpu"
+            f"onnxruntime offers {options.kind} but cannot use it (driver, CUDA or cuDNN missing or of "
+            "another version); install all with: pip install 'moesr[cuda]', or choose --device cpu"
         )
     found = Boundary(_specs(session.get_inputs()), _specs(session.get_outputs()))
     check_boundary(path, found, declared)
     memory.return_freed()
-    names = {spec.name for spec in found.inputs}  # the runtime may offer more than it takes
-    boundary = Boundary(tuple(spec for spec in declared.inputs if spec.name in names), declared.outputs)
+    boundary = declared.only({spec.name for spec in found.inputs})
     if options.kind == "cuda":
         ort_cuda.check_assignment(session, path)
         return ort_cuda.CudaOnnxSession(ort, session, path, boundary, ("cuda", options.index))
     return OnnxSession(ort, session, path, boundary)
 
 
-def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
-    """A session of the graph as it was prepared before, or now for the next time; None where none is kept.
+def _session(ort: Any, path: Path, settings: Any, provider: Any) -> Any:
+    """Open a graph on one provider; an error is raised at once, without the library's retry on stdout."""
+    return ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
 
-    Such a graph needs no work: its constants are folded and laid out, and mapped from a file, not read.
+
+def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
+    """A session of the prepared graph from the cache, which is filled now if need be; None without a cache.
+
+    A prepared graph opens at once: its constants are folded and laid out, and mapped from a file.
     """
     if not (options.cache and options.files):
         return None
@@ -89,8 +99,8 @@ def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
         made_of = graph_cache.origin(path.parent, options.files, "onnxruntime", ort.__version__, _PREPARATION)
         kept = graph_cache.find(options.cache, made_of, verify=options.verify)
         kept = kept or graph_cache.write(options.cache, made_of, partial(_prepare, ort, path))
-        return kept and ort.InferenceSession(str(kept / _PREPARED), settings, providers=[_PROVIDERS["cpu"]])
-    except Exception as error:  # what is wrong with the graph itself shows where it is opened plainly
+        return kept and _session(ort, kept / _PREPARED, settings, _PROVIDERS["cpu"])
+    except Exception as error:  # a fault of the graph itself shows when it is opened without the cache
         log.info("%s: not opened as prepared: %s", path, files.reason(error))
     if kept:
         graph_cache.remove(kept)
@@ -98,7 +108,7 @@ def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
 
 
 def _prepare(ort: Any, path: Path, directory: Path) -> None:
-    """Write a graph with everything done to it that a session does when it opens it."""
+    """Write a graph after all the optimizations that a session applies when it opens the graph."""
     settings = session_options(1)
     _share_arena(ort, settings)
     settings.optimized_model_filepath = str(directory / _PREPARED)
@@ -108,12 +118,12 @@ def _prepare(ort: Any, path: Path, directory: Path) -> None:
         ("save_external_prepacked_constant_initializers", "1"),
     ):
         settings.add_session_config_entry(f"session.{name}", value)
-    ort.InferenceSession(str(path), settings, providers=[_PROVIDERS["cpu"]])
+    _session(ort, path, settings, _PROVIDERS["cpu"])
     memory.return_freed()
 
 
 def session_options(threads: int | None = None) -> Any:
-    """Options under which graphs are run; `threads` None leaves their number to the library."""
+    """The options of all sessions; with `threads` None the library chooses their number."""
     options = _library().SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # fatal ones; errors come as exceptions
@@ -129,7 +139,7 @@ def session_options(threads: int | None = None) -> Any:
 
 
 def release() -> None:
-    """Give the system the working memory that no open session needs."""
+    """Return working memory that no open session needs to the system."""
     if not _arena_made:
         return
     with contextlib.suppress(Exception):  # nothing depends on it
@@ -138,7 +148,7 @@ def release() -> None:
 
 
 class OnnxSession:
-    """A loaded graph with one binding a batch size, all over the same buffers."""
+    """A loaded graph with one binding per batch size, all over the same buffers."""
 
     capturable = False
 
@@ -153,7 +163,7 @@ class OnnxSession:
         return self._boundary
 
     def bind(self, buffers: Mapping[str, np.ndarray], max_batch: int) -> None:
-        """See `Session.bind`; the buffers are host arrays, which a run reads and writes themselves."""
+        """See `Session.bind`; the buffers are host arrays, which a run reads and writes in place."""
         value_of = self._ort.OrtValue.ortvalue_from_numpy
         self._bindings = []
         for batch in range(1, max_batch + 1):
@@ -198,7 +208,7 @@ def _library() -> Any:
 
 
 def _share_arena(ort: Any, options: Any) -> None:
-    """Let all sessions draw on one CPU arena: graphs run in turn, so their peaks need not add up.
+    """Let all sessions use one CPU arena: graphs run in turn, so their peaks need not add up.
 
     It grows by large regions, each twice the one before. What is not touched takes no memory, and in few
     large regions tensors of different sizes follow one another, which regions as large as each request do not
@@ -218,7 +228,7 @@ def _share_arena(ort: Any, options: Any) -> None:
 
 
 def _shrink_arena(ort: Any) -> None:
-    """Run the smallest graph, and have the arena give back at its end what is not in use."""
+    """Run the smallest graph, at whose end the arena returns unused memory."""
     run = ort.RunOptions()
     run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     settings = session_options(1)
@@ -228,7 +238,7 @@ def _shrink_arena(ort: Any) -> None:
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:
-    """The library's description of inputs or outputs; a dimension left open is a name, or "?"."""
+    """The library's inputs or outputs as ours; an open dimension is a name, or "?"."""
     return tuple(
         TensorSpec(v.name, _TYPES.get(v.type) or str(v.type), tuple("?" if d is None else d for d in v.shape))
         for v in values

@@ -1,7 +1,10 @@
-"""ONNX Runtime on an NVIDIA GPU: every node there or none, between buffers of the device, on its stream."""
+"""ONNX Runtime on an NVIDIA GPU: all nodes run there, between buffers of the device and on its stream."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +23,11 @@ from moesr.runtime.system.memory import ran_out_of_memory
 PROVIDER = "CUDAExecutionProvider"
 _RECORD = "session.record_ep_graph_assignment_info"
 
+log = logging.getLogger("moesr")
+
 
 def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
-    """The provider and its settings: our stream, the library's own CUDA graph, convolutions in NHWC."""
+    """The provider with its settings: our stream, the library's own CUDA graphs, convolutions in NHWC."""
     settings = {
         "device_id": str(options.index),
         "arena_extend_strategy": "kSameAsRequested",
@@ -37,12 +42,12 @@ def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
 
 
 def prepare(settings: Any) -> None:
-    """Have a session note where its nodes are put, for `check_assignment`."""
+    """Have a session record the provider of each node, for `check_assignment`."""
     settings.add_session_config_entry(_RECORD, "1")
 
 
 def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None:
-    """EngineError where a node is not on the provider: it would copy to the CPU and back at every run."""
+    """EngineError if a node is not on the provider: it would copy to the CPU and back at every run."""
     tell = getattr(session, "get_provider_graph_assignment_info", None)
     if tell is None:
         raise EngineError(
@@ -57,21 +62,50 @@ def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None
     )
     if elsewhere:
         kinds = ", ".join(f"{count} {what}" for what, count in elsewhere.most_common(5))
-        raise EngineError(
-            f"{path}: onnxruntime would run part of it elsewhere ({kinds}); export the engine with "
-            "--target gpu or both, use --backend tensorrt, or choose --device cpu"
-        )
+        raise partly_elsewhere(path, kinds)
+
+
+def is_partly_elsewhere(error: Exception) -> bool:
+    """True if the library refused a graph because some nodes are not on the GPU, which CUDA graphs need."""
+    text = str(error).lower()
+    return ("graph capture" in text and "partitioned" in text) or ("cuda graph" in text and "node" in text)
+
+
+def partly_elsewhere(path: Path, what: str) -> EngineError:
+    """The error for a graph with nodes that are not on the GPU."""
+    return EngineError(
+        f"{path}: onnxruntime would run part of it elsewhere ({what}); export the engine with "
+        "--target gpu or both, use --backend tensorrt, or choose --device cpu"
+    )
+
+
+def load_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from their Python packages, where the provider alone would not find them.
+
+    Libraries that are not there are left to the system; the provider reports those that it lacks.
+    """
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # the function prints what it does not find
+        try:
+            preload()
+        except Exception as error:  # the function has no errors of its own
+            log.info("CUDA's libraries are not loaded beforehand: %s", error)
+    for line in said.getvalue().splitlines():
+        log.info("onnxruntime: %s", line)
 
 
 class CudaOnnxSession:
-    """See `Session`. The library captures CUDA graphs itself, so a run is not part of the device's."""
+    """See `Session`. The library captures CUDA graphs itself, so the device does not."""
 
     capturable = False
 
     def __init__(
         self, ort: Any, session: Any, path: Path, boundary: Boundary, device: tuple[str, int]
     ) -> None:
-        """`device` is kind and number, as the library names them."""
+        """`device` is the kind and the number of the device, as the library names them."""
         self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
         self._device = device
         self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles

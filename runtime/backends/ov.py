@@ -1,8 +1,8 @@
-"""OpenVINO: the other backend for CPUs, with convolutions of its own and, where the CPU has it, bfloat16.
+"""OpenVINO: a backend for CPUs with convolutions of its own, and with bfloat16 if the CPU has it.
 
 A graph is compiled for one tile, and a run goes from tile to tile, so that a result does not depend on the
-batch at all. Compiled for a free batch it takes up to twice as long; compiled for four tiles it saves a tenth
-or two, at four times the working memory.
+batch. Compiled for a free batch it takes up to twice as long; compiled for four tiles it saves a tenth or two
+and needs four times the working memory.
 """
 
 from __future__ import annotations
@@ -17,52 +17,54 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.backends import graph_cache
-from moesr.runtime.backends.base import Offer, SessionOptions, check_boundary
+from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
 from moesr.runtime.engine import onnx_external_data
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import memory
 
+TRAITS = Traits(plain_graphs=True, memory_per_session=True)
+
 _TYPES = {"f32": "float32"}
 _HINTS = {
     None: "f32",
     "bf16": "bf16",
-}  # by `Options.precision`; left to the library it is bf16 where there is
-_COMPILED = "graph.blob"  # of an entry of `prepared`
+}  # by precision; the library itself would choose bf16 if the CPU has it
+_COMPILED = "graph.blob"  # the file in an entry of the graph cache
 
 log = logging.getLogger("moesr")
 
 
 def probe() -> Offer:
-    """Version and devices; EngineError where the library is not installed or does not load."""
+    """The version and devices; EngineError if the library is not installed or does not load."""
     ov = _library()
     try:
         core = _core()
         found = {"cpu": 1} if "CPU" in core.available_devices else {}
         half = bool(found) and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except Exception as error:  # the library has no base of its own for its errors
+        if memory.ran_out_of_memory(error):
+            raise _no_memory("openvino", error) from error
         raise EngineError(
             f"openvino cannot use this machine ({_one_line(error)}); choose --backend onnxruntime"
         ) from error
     if not found:
         raise EngineError("openvino has no CPU device here; install it again with: pip install openvino")
-    return Offer(ov.__version__.partition("-")[0], found, ("bf16",) if half else ())
+    return Offer(ov.__version__.partition("-")[0], found, ("bf16",) if half else (), TRAITS)
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OpenVinoSession:
-    """Compile an ONNX file; EngineError where it cannot be, or is not what was declared."""
+    """Compile an ONNX file; EngineError if it cannot be compiled or is not what was declared."""
     try:
         compiled = _open_prepared(path, declared, options) or _compile(path, declared, options)
         found = Boundary(_specs(compiled.inputs, declared), _specs(compiled.outputs, declared))
-    except EngineError:
+    except (EngineError, MemoryLimitError):
         raise
     except Exception as error:  # the library has no base of its own for its errors
         raise _explain(path, error) from error
     check_boundary(path, found, _one_tile(declared))
-    names = {spec.name for spec in found.inputs}
-    boundary = Boundary(tuple(i for i in declared.inputs if i.name in names), declared.outputs)
     memory.return_freed()
-    return OpenVinoSession(compiled, path, boundary)
+    return OpenVinoSession(compiled, path, declared.only({spec.name for spec in found.inputs}))
 
 
 def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
@@ -77,13 +79,13 @@ def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
 
 
 def _open_prepared(path: Path, declared: Boundary, options: SessionOptions) -> Any:
-    """The graph as it was compiled before, or now for the next time; None where none is kept."""
+    """The compiled graph from the cache, which is filled now if need be; None without a cache."""
     if not (options.cache and options.files):
         return None
     told, version = properties(options), _library().__version__
     try:
         made_of = graph_cache.origin(path.parent, options.files, "openvino", version, repr(told))
-    except OSError:  # compiling it will tell
+    except OSError:  # compiling the graph reports why
         return None
     if kept := graph_cache.find(options.cache, made_of, verify=options.verify):
         try:
@@ -103,7 +105,7 @@ def _open_prepared(path: Path, declared: Boundary, options: SessionOptions) -> A
 
 
 def _one_tile(declared: Boundary) -> Boundary:
-    """What a graph takes and gives once it is compiled."""
+    """The inputs and outputs of the compiled graph."""
     inputs, outputs = (
         tuple(replace(spec, dims=spec.shape(1)) for spec in specs)
         for specs in (declared.inputs, declared.outputs)
@@ -112,12 +114,12 @@ def _one_tile(declared: Boundary) -> Boundary:
 
 
 def release() -> None:
-    """Give the system the memory that no open session needs."""
+    """Return memory that no open session needs to the system."""
     memory.return_freed()
 
 
 class OpenVinoSession:
-    """A compiled graph and its one request, which runs tiles in turn, in the memory of the buffers."""
+    """A compiled graph and its one request, which runs the tiles in turn in the memory of the buffers."""
 
     capturable = False
 
@@ -125,8 +127,8 @@ class OpenVinoSession:
         self._boundary, self._path = boundary, path
         self._compiled: Any = compiled
         self._request: Any = compiled.create_infer_request()
-        self._tiles: list[list[tuple[str, Any]]] = []  # by tile: its tensors by name
-        self._set: int | None = None  # the tile whose tensors the request has
+        self._tiles: list[list[tuple[str, Any]]] = []  # per tile, its tensors by name
+        self._set: int | None = None  # the tile whose tensors are set in the request
         self._aborted = False
 
     @property
@@ -154,7 +156,7 @@ class OpenVinoSession:
                 if not self._aborted:
                     raise _explain(self._path, error) from error
             if self._aborted:
-                raise EngineError(f"{self._path}: the run was ended from outside; open the engine again")
+                raise EngineError(f"{self._path}: the run was aborted; open the engine again")
 
     def _run(self, tile: int) -> None:
         if self._set != tile:
@@ -162,7 +164,7 @@ class OpenVinoSession:
                 self._request.set_tensor(name, tensor)
             self._set = tile
         self._request.start_async()
-        if self._aborted:  # asked for only once the run can be cancelled, so that none slips through
+        if self._aborted:  # checked once the run can be cancelled, so that no abort is missed
             self._request.cancel()
         self._request.wait()
 
@@ -194,12 +196,12 @@ def _library() -> Any:
 
 @functools.cache
 def _core() -> Any:
-    """The library's entry, one for the process."""
+    """The library's core object, one per process."""
     return _library().Core()
 
 
 def properties(options: SessionOptions) -> dict[str, Any]:
-    """How to compile. Threads are not pinned: those of two processes would be pinned to the same cores."""
+    """The options of a compilation. Threads are not pinned, since two processes would pin the same cores."""
     values: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
@@ -211,7 +213,7 @@ def properties(options: SessionOptions) -> dict[str, Any]:
 
 
 def _specs(ports: Any, declared: Boundary) -> tuple[TensorSpec, ...]:
-    """The library's description of inputs or outputs, by their declared names where they have several."""
+    """The library's inputs or outputs as ours; one with several names gets its declared name."""
     known = {spec.name for spec in (*declared.inputs, *declared.outputs)}
     specs = []
     for port in ports:
@@ -229,18 +231,22 @@ def _specs(ports: Any, declared: Boundary) -> tuple[TensorSpec, ...]:
 def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
     text = _one_line(error)
     if memory.ran_out_of_memory(error, path):
-        return MemoryLimitError(
-            f"{path.name}: out of memory ({text:.200}); close other programs, "
-            "or use an engine with smaller tiles"
-        )
+        return _no_memory(path.name, error)
     return EngineError(
         f"{path}: openvino cannot run it ({text:.300}); choose --backend onnxruntime, "
         "or export the engine again with moesr-export"
     )
 
 
+def _no_memory(what: str, error: Exception) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"{what}: out of memory ({_one_line(error):.200}); close other programs, or use an engine with "
+        "smaller tiles"
+    )
+
+
 def _one_line(error: Exception) -> str:
-    """What the library says, without the places in its source that it begins with."""
+    """The library's message without the source locations at its beginning."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return " ".join(told or lines) or type(error).__name__

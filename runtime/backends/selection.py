@@ -1,4 +1,4 @@
-"""Which backends can run an engine here, and on what: said aloud, never replaced by another."""
+"""Finds the backends that can run an engine on this machine; an explicit choice is never replaced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moesr.runtime.backends.base import Offer, SessionOptions
+from moesr.runtime.backends.base import Offer, SessionOptions, Traits
 from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Device, Session
@@ -25,49 +25,46 @@ BACKENDS = {
 }
 """Module of each backend, the preferred one first."""
 
-_PLAIN = ("openvino",)  # backends with fast convolutions of their own: they want graphs to have plain ones
-_WITH_KERNELS = ("tensorrt",)  # backends that run graphs in parts, with our kernels between them
-_APART = ("openvino",)  # backends whose sessions hold working memory each
-_MAPPED = ("onnxruntime",)  # backends whose prepared graphs are used where they lie in a file
-
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend that loads, and how to use it."""
+    """A backend whose library loads, with the options of its sessions."""
 
     name: str
     options: SessionOptions
     max_batch: int  # tiles in one run
     version: str = field(default="", kw_only=True)
+    traits: Traits = field(default=Traits(), kw_only=True)
 
     @property
     def label(self) -> str:
-        """Its name, with the precision where that is not the graph's."""
+        """Its name, with the precision if that is not the graph's."""
         return f"{self.name} {self.options.precision}" if self.options.precision else self.name
 
     @property
     def target(self) -> str:
-        """What graphs should be arranged for: see `Graph.arrangement`."""
+        """The target of the graphs' arrangement: see `Graph.arrangement`."""
         if self.options.kind != "cpu":
-            return "parts" if self.name in _WITH_KERNELS else "gpu"
-        return "plain" if self.name in _PLAIN else "cpu"
+            return "parts" if self.traits.runs_parts else "gpu"
+        return "plain" if self.traits.plain_graphs else "cpu"
 
     @property
     def shares_memory(self) -> bool:
-        """Whether its sessions, which run in turn, share their working memory."""
-        return self.name not in _APART
+        """True if its sessions, which run in turn, share their working memory."""
+        return not self.traits.memory_per_session
 
     @property
     def opens_at_once(self) -> bool:
-        """Whether its graphs, once prepared, are mapped from a file."""
-        return self.name in _MAPPED and self.options.kind == "cpu" and self.options.cache is not None
+        """True if its graphs, once prepared, are mapped from a file."""
+        mapped = self.traits.maps_prepared and self.options.kind == "cpu"
+        return mapped and self.options.cache is not None
 
     def device(self, directory: Path | None = None) -> Device:
-        """The device whose buffers its sessions run between, for an engine directory, which may hold kernels.
+        """The device whose buffers its sessions use; `directory` is the engine's, which may hold kernels.
 
-        EngineError where a GPU, its driver or the kernels for it are missing.
+        EngineError if a GPU, its driver or the kernels for it are missing.
         """
         if self.options.kind == "cpu":
             return HostDevice()
@@ -81,7 +78,7 @@ class Backend:
         return CudaDevice(driver, kernels, use_graphs=self.options.cuda_graphs)
 
     def open(self, directory: Path, graph: Graph, stream: int | None = None) -> Session:
-        """Open one graph of an engine, to run on a device's stream; EngineError where that cannot be."""
+        """Open one graph of an engine to run on a device's stream; EngineError if it cannot be opened."""
         files = graph.arrangement(self.target).files
         options = replace(self.options, stream=stream, max_batch=self.max_batch, files=files)
         module, path = importlib.import_module(BACKENDS[self.name]), directory / files[0].file
@@ -89,7 +86,7 @@ class Backend:
             return module.open_session(path, graph.boundary, options)
 
     def release(self) -> None:
-        """Give back what the library keeps for further sessions."""
+        """Free the memory that the library keeps for further sessions."""
         importlib.import_module(BACKENDS[self.name]).release()
 
     def announce(self, why: str) -> None:
@@ -97,7 +94,7 @@ class Backend:
         log.info("backend %s %s on %s (%s)", self.label, self.version, self.options.device, why)
 
     def warn(self, precision: str) -> None:
-        """Log where it may compute graphs of this precision wrongly."""
+        """Log a warning if it may compute graphs of this precision wrongly."""
         here = self.name == "onnxruntime" and self.options.kind == "cpu" and cpu.int8_may_saturate()
         if precision == "int8" and here:
             log.warning(
@@ -107,14 +104,14 @@ class Backend:
 
 
 def probe(name: str) -> Offer:
-    """What a backend offers here; EngineError saying what to install where its library does not load."""
+    """The offer of a backend; EngineError says what to install if its library does not load."""
     return importlib.import_module(BACKENDS[name]).probe()
 
 
 def select_backend(
     name: str = "auto", device: str | None = None, threads: int | None = None, max_batch: int | None = None
 ) -> Backend:
-    """The preferred one of `candidates`, logged; where no engine is at hand to compare them on."""
+    """The preferred one of `candidates`, for callers without an engine to measure them on."""
     backend = candidates(name, device, threads, max_batch)[0]
     backend.announce("the first that loads" if name == "auto" else "asked for")
     return backend
@@ -131,13 +128,13 @@ def candidates(
     cuda_graphs: bool = True,
     verify: bool = True,
 ) -> list[Backend]:
-    """The backends that may be chosen from, the preferred one first; at least one.
+    """The backends to choose from, the preferred one first; at least one.
 
-    "auto" stands for all of `BACKENDS` that load; without `device` each uses its fastest, and only those on
-    the device of the first are kept. `precision` "auto" stands for all that a backend offers. `cache`: a
-    directory for what they compile. `cuda_graphs` False has a GPU do the same launch by launch. A name,
-    device or precision given explicitly is used or refused (UsageError, EngineError), never replaced by
-    another.
+    "auto" stands for all of `BACKENDS` that load. Without `device` each uses its fastest device, and only the
+    backends on the device of the first are kept. `precision` "auto" stands for all that a backend offers.
+    `cache` is the directory for what they compile; with `verify` its checksums are compared. Without
+    `cuda_graphs` a GPU runs launch by launch. An explicit name, device or precision is used or refused
+    (UsageError, EngineError), never replaced.
     """
     if name != "auto" and name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
@@ -154,7 +151,7 @@ def candidates(
             for options in _ways(each, offer, device, threads, precision, cache):
                 size = max_batch or offer.devices[options.kind]
                 options = replace(options, cuda_graphs=cuda_graphs, verify=verify)
-                found.append(Backend(each, options, size, version=offer.version))
+                found.append(Backend(each, options, size, version=offer.version, traits=offer.traits))
         except EngineError as error:
             failures.append(str(error))
     if not found:
@@ -165,7 +162,7 @@ def candidates(
 def _ways(
     name: str, offer: Offer, device: str | None, threads: int | None, precision: str, cache: Path | None
 ) -> Iterator[SessionOptions]:
-    """How a backend may be used; EngineError where it has not what was asked for."""
+    """The options with which a backend may be used; EngineError if it lacks what was asked for."""
     options = SessionOptions(device or next(iter(offer.devices)), threads, cache=cache)
     if options.kind not in offer.devices:
         names = ", ".join(offer.devices)

@@ -26,14 +26,14 @@ def findings(
 
     Problems are findings too and not raised, since the engine may run on a CPU.
     """
-    capability = None
+    capability = driver = None
     try:
         device = open_device(index)
-        capability = device_capability(device)
+        capability, driver = device_capability(device), driver_version()
         free, total = map(memory.readable, memory_bytes())
         yield (
             "gpu",
-            f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver_version()}, "
+            f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver}, "
             f"{free} of {total} free",
         )
     except EngineError as error:
@@ -47,7 +47,7 @@ def findings(
             yield flavour, f"unusable: {error}"
     if capability is not None:
         yield "onnxruntime cuda", _onnxruntime()
-    yield "kernels", kernels(find_kernels(engine), capability)
+    yield "kernels", kernels(find_kernels(engine), capability, driver)
     folders = plan_store.plan_folders(engine, cache)
     yield from plans_of(folders, libraries[0] if libraries else None, capability)
     if libraries and capability is not None:
@@ -64,8 +64,8 @@ def _onnxruntime() -> str:
     return f"{offer.version} is for CPUs; for the GPU uninstall it and: pip install 'moesr[cuda]'"
 
 
-def kernels(directory: Path, capability: int | None) -> str:
-    """The number of kernels, their targets, and whether a GPU can run them."""
+def kernels(directory: Path, capability: int | None, driver: str | None = None) -> str:
+    """The number of kernels, their targets, and whether a GPU and its driver can run them."""
     try:
         content = read(directory)
     except EngineError as error:
@@ -75,8 +75,22 @@ def kernels(directory: Path, capability: int | None) -> str:
     if capability is None:
         return text
     if all(choose(tuple(kernel.targets), capability) for kernel in content.kernels.values()):
-        return f"{text}: fit"
+        return f"{text}: fit{_toolkit_note(content.toolkit, driver)}"
     return f"{text}: NOT for this GPU; {BUILD.format(capability, directory)}"
+
+
+def _toolkit_note(toolkit: str, driver: str | None) -> str:
+    """A warning if the kernels were assembled by a later CUDA release than the driver supports."""
+    if not toolkit or not driver or _release(toolkit) <= _release(driver):
+        return ""
+    return (
+        f", but assembled by CUDA {toolkit}, later than the driver's {driver}, which may refuse them; "
+        "update the driver"
+    )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
 
 
 def plans_of(folders: Sequence[Path], library: Library | None, capability: int | None) -> Iterator[Finding]:

@@ -131,7 +131,6 @@ def test_the_runtime_over_a_library(heard: Heard, monkeypatch: pytest.MonkeyPatc
     """On ONNX Runtime's CPU in the library's place; TensorRT would take the decoder in parts."""
     monkeypatch.setitem(backends.BACKENDS, backend, simulated_backend.__name__)
     monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(backends, "_WITH_KERNELS", ())
     compiled = []
 
     def build(setup: Setup, directory: Path, manifest: Any, **given: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moesr.runtime.backends.base import Offer, SessionOptions, check_boundary
+from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
 from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.backends.tensorrt.library import Library, load
 from moesr.runtime.backends.tensorrt.parts_session import PartsSession
@@ -31,7 +31,9 @@ from moesr.runtime.system import user_cache
 from moesr.runtime.system.memory import ran_out_of_memory
 
 MAX_BATCH = 4
-"""Tiles that a GPU best runs at once."""
+"""The best number of tiles per run on a GPU."""
+
+TRAITS = Traits(runs_parts=True)
 
 log = logging.getLogger("moesr")
 
@@ -41,7 +43,7 @@ def probe() -> Offer:
     library, device = load(), open_device(0)
     if library.ahead_of_time:
         capability_of(library, device_capability(device))
-    return Offer(str(library), {"cuda": MAX_BATCH})
+    return Offer(str(library), {"cuda": MAX_BATCH}, traits=TRAITS)
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> TensorRTSession | PartsSession:
@@ -166,10 +168,7 @@ class TensorRTSession:
         compiled: Path | None = None,
     ) -> None:
         """`declared` may hold more inputs than the engine has; `compiled` is for `PlanRunner`."""
-        found = {spec.name for spec in boundary_of(library, engine).inputs}
-        self._boundary = Boundary(
-            tuple(spec for spec in declared.inputs if spec.name in found), declared.outputs
-        )
+        self._boundary = declared.only({spec.name for spec in boundary_of(library, engine).inputs})
         self._runner, self._path = PlanRunner(library, engine, path, compiled), path
         self._driver: Driver | None = None
         self._work: Block | None = None

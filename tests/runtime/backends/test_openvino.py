@@ -18,7 +18,7 @@ from onnx import helper
 from PIL import Image
 
 from moesr.runtime import EngineError, Upscaler, UsageError
-from moesr.runtime.backends import ov
+from moesr.runtime.backends import ort, ov
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import BACKENDS, Backend, candidates
 from moesr.runtime.cli.run import main
@@ -48,7 +48,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def backend(name: str = "openvino", max_batch: int = 1, **options: object) -> Backend:
-    return Backend(name, SessionOptions(**options), max_batch)  # type: ignore[arg-type]
+    traits = {"openvino": ov.TRAITS, "onnxruntime": ort.TRAITS}[name]
+    return Backend(name, SessionOptions(**options), max_batch, traits=traits)  # type: ignore[arg-type]
 
 
 def step(directory: Path, way: Backend, tiles: int = 1, role: str = "expert_0") -> np.ndarray:

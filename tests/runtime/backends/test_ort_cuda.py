@@ -11,6 +11,7 @@ import pytest
 from cuda_simulation import SimulatedDriver, lock_is_held
 from engines import build_engine
 
+from moesr.runtime.backends import ort as backend
 from moesr.runtime.backends import ort_cuda, selection
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.ort import session_options
@@ -124,3 +125,49 @@ def test_failing_runs_say_what_was_lacking(graph, text, kind):
     with pytest.raises(kind, match=text):
         session.enqueue(1)
     assert not lock_is_held()
+
+
+def test_the_library_says_that_nodes_are_elsewhere_as_we_do(graph, monkeypatch):
+    """With CUDA graphs on, the library itself refuses such a graph."""
+    path, boundary = graph
+    refusal = (
+        "This session cannot use the graph capture feature as requested by the user as all compute graph "
+        "nodes have not been partitioned to the CUDAExecutionProvider"
+    )
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(refusal)
+
+    monkeypatch.setattr(backend, "_session", refuse)
+    with pytest.raises(EngineError, match=r"part of it elsewhere .*--target gpu"):
+        backend.open_session(path, boundary, SessionOptions("cuda"))
+
+
+def test_libraries_are_loaded_before_a_session_on_a_gpu(graph, monkeypatch, capsys, caplog):
+    events = []
+
+    def preload() -> None:
+        print("Failed to load libcudnn.so.9")
+        events.append("preload")
+
+    def session(*_: object, **__: object) -> None:
+        events.append("session")
+        raise RuntimeError("no GPU")
+
+    caplog.set_level("INFO", "moesr")
+    monkeypatch.setattr(ort, "preload_dlls", preload)
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    backend._share_arena(ort, backend.session_options())
+    events.clear()
+    with pytest.raises(EngineError, match="no GPU"):
+        backend.open_session(*graph, SessionOptions("cuda"))
+    assert events == ["preload", "session"]
+    assert capsys.readouterr().out == "" and "Failed to load libcudnn" in caplog.text
+
+
+def test_an_error_of_the_library_is_not_printed(graph, capsys):
+    path, boundary = graph
+    path.write_bytes(path.read_bytes().replace(b"Reshape", b"Resh\x8ape"))
+    with pytest.raises(EngineError, match="onnxruntime cannot run it"):
+        backend.open_session(path, boundary, SessionOptions())
+    assert capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from fake_tensorrt import fake_library
 from moesr.runtime.backends.base import Offer
 from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.cli import doctor, doctor_gpu
+from moesr.runtime.devices import compiled_kernels
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import user_cache
@@ -112,3 +114,14 @@ def test_an_onnxruntime_for_cpus_is_said_to_be_one(engine, monkeypatch):
     for devices, want in wants:
         monkeypatch.setattr(doctor_gpu, "probe", lambda name, devices=devices: Offer("1.31", devices))
         assert re.match(want, dict(findings(engine))["onnxruntime cuda"])
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "warned"),
+    [("13.4", "13.2", True), ("12.8", "12.10", False), ("12.8", "13.0", False), ("", "12.0", False)],
+)
+def test_kernels_of_a_later_toolkit_than_the_driver_are_named(tmp_path, toolkit, driver, warned):
+    index = compiled_kernels.read(write_kernels(tmp_path, ["sm_90"]))
+    (tmp_path / "kernels.json").write_text(dataclasses.replace(index, toolkit=toolkit).to_json())
+    said = doctor_gpu.kernels(tmp_path, 90, driver)
+    assert ": fit" in said and ("update the driver" in said) is warned

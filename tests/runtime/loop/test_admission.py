@@ -12,6 +12,7 @@ from engines import build_engine
 from recording import FakeSession
 
 from moesr.runtime import Upscaler
+from moesr.runtime.backends import ort, ov
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import Backend
 from moesr.runtime.engine.manifest_file import read_manifest
@@ -143,7 +144,8 @@ def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
 
 def test_graphs_open_at_once_where_they_are_kept_prepared(tmp_path):
     def opens_at_once(name: str, **options: object) -> bool:
-        return Backend(name, SessionOptions(**options), 1).opens_at_once  # type: ignore[arg-type]
+        traits = {"openvino": ov.TRAITS, "onnxruntime": ort.TRAITS}[name]
+        return Backend(name, SessionOptions(**options), 1, traits=traits).opens_at_once  # type: ignore[arg-type]
 
     assert opens_at_once("onnxruntime", cache=tmp_path)
     assert not opens_at_once("onnxruntime")
