@@ -1,9 +1,10 @@
 """The checkpoint directory: what training and import write and the export reads.
 
-`config.json` (the model's configuration and a schema number), `expert_{k}.safetensors` (one denoising UNet
-each, its space experts merged, expert 0 for the lowest noise) and `decoder.safetensors` (the autoencoder); of
-StableSR also `structure.safetensors` and `text.safetensors` (the structure and the text encoder), of Stable
-Diffusion the latter. A directory is whole or absent.
+Its files are `config.json` (the model's configuration and a schema number), one `expert_{k}.safetensors` per
+sampling expert (a denoising UNet with merged space experts; expert 0 serves the lowest noise) and
+`decoder.safetensors` (the autoencoder). A checkpoint of StableSR also holds `structure.safetensors` and
+`text.safetensors` (the structure and the text encoder), one of Stable Diffusion only the text encoder. A
+directory is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Checkpoint:
         return self._load(Autoencoder, "decoder")
 
     def _load(self, kind: type[Kind], part: str, file: str | None = None) -> Kind:
-        """The network `part`, which must be of this kind."""
+        """Load the network called `part`; CheckpointError if it is not of the class `kind`."""
         got, sizes = networks(self.config)[part]
         if got is not kind:
             raise CheckpointError(
@@ -86,7 +87,7 @@ class Checkpoint:
         return _load_network(kind, sizes, self.directory / (file or f"{part}.safetensors"))
 
     def sha256(self) -> str:
-        """Hash of the names and contents of all its files, hexadecimal; foreign files do not count."""
+        """Hexadecimal hash of the names and contents of the checkpoint's files; other files do not count."""
         total = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
@@ -95,7 +96,7 @@ class Checkpoint:
 
 
 class StableDiffusionCheckpoint(Checkpoint):
-    """An opened checkpoint directory of Stable Diffusion. Networks are read anew, so keep one at a time."""
+    """An opened checkpoint directory of Stable Diffusion. Every call reads its network from disk again."""
 
     def unet(self) -> StableSRUNet:
         """Return the denoising UNet in evaluation mode, float32, on the CPU."""
@@ -107,7 +108,7 @@ class StableDiffusionCheckpoint(Checkpoint):
 
 
 class StableSRCheckpoint(StableDiffusionCheckpoint):
-    """An opened checkpoint directory of StableSR, likewise."""
+    """An opened checkpoint directory of StableSR. Every call reads its network from disk again."""
 
     config: StableSRConfig
 
@@ -129,7 +130,7 @@ def expert_name(k: int) -> str:
 
 
 def expert_count(config: ModelConfig) -> int:
-    """Sampling experts of a model: 0 for a decoder on its own."""
+    """The number of sampling experts of a model; 0 if the model is only a decoder."""
     return 0 if config.unet is None else len(config.expert_ranges)
 
 
@@ -169,12 +170,13 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint directory and return it opened.
 
-    `experts` holds one state dict an expert, lowest noise first; they are taken one at a time, so a generator
-    keeps only one in memory; `others` likewise, by name ("structure" and "text" of StableSR). Space experts
-    are merged on the way out. `dtype` (float32 or float16) is that of
-    the stored floating-point tensors; they load as float32. An existing directory is refused unless `force`,
-    which replaces a checkpoint and nothing else. Raises OutputError where nothing can be written and
-    CheckpointError where the weights do not fit the configuration; both leave the place as it was.
+    `experts` yields one state dict per expert, lowest noise first. They are consumed one at a time, so a
+    generator keeps only one in memory. `others` yields further networks by name ("structure" and "text" of
+    StableSR) in the same way. Space experts are merged before they are written. `dtype` (float32 or float16)
+    is the type of the stored floating-point tensors; they load as float32. An existing directory is refused
+    unless `force` is set, which replaces a checkpoint and nothing else. Raises OutputError if the directory
+    cannot be written and CheckpointError if the weights do not fit the configuration; after either error the
+    directory is unchanged.
     """
     directory = Path(directory)
     if config.unet is not None:
@@ -201,12 +203,14 @@ def _write_files(
     for written, state in enumerate(experts, 1):
         if written > count:
             raise CheckpointError(
-                f"got more than {count} experts, expected one a range {config.expert_ranges}"
+                f"got more than {count} experts, expected one per range {config.expert_ranges}"
             )
         name = expert_name(written - 1)
         _write_state(new / name, merge_space_experts(state), expected["expert"], dtype)
     if written < count:
-        raise CheckpointError(f"got {written} experts, expected {count}: one a range {config.expert_ranges}")
+        raise CheckpointError(
+            f"got {written} experts, expected {count}: one per range {config.expert_ranges}"
+        )
     names = {part for part in expected if part != "expert"}
     for part, state in others:
         if part not in names:
@@ -270,7 +274,7 @@ def _load_network(kind: type[Kind], sizes: Any, path: Path) -> Kind:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {CURE}") from error
     check_shapes(str(path), state_shapes(state), state_shapes(network.state_dict()))
     check_finite(str(path), state, CURE)
-    for key, tensor in state.items():  # one at a time: the halves are freed as they are replaced
+    for key, tensor in state.items():  # one at a time, so that each float16 tensor is freed once converted
         state[key] = tensor.float() if tensor.is_floating_point() else tensor
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
@@ -289,7 +293,7 @@ def _write_state(
     stored: dict[str, Tensor] = {}
     for key, tensor in state.items():
         kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        # clone: tensors that share memory, and views of larger ones, are not storable
+        # Cloned because safetensors refuses tensors that share memory or are views of larger tensors.
         stored[key] = kept.clone(memory_format=torch.contiguous_format)
     check_finite(f"weights for {path.name} as {dtype}", stored, "store them in float32 or train again")
     save_file(stored, path, metadata={"format": "pt"})
@@ -297,5 +301,5 @@ def _write_state(
 
 
 def check_writable_as_checkpoint(directory: Path, force: bool) -> None:
-    """Raise OutputError where `directory` exists and may not be replaced by a checkpoint."""
+    """Raise OutputError if `directory` exists and may not be replaced by a checkpoint."""
     check_replaceable(directory, force=force, marker=CONFIG_NAME, only=OURS)

@@ -1,4 +1,4 @@
-"""Train MoE-SR or StableSR from photographs, all stages in one go or one after the other:
+"""Train MoE-SR or StableSR from photographs, all stages with one command or one stage at a time:
 
   moesr-train all         --config demo-x4 --data photos -o model
 
@@ -10,18 +10,19 @@
   moesr-train structure   --config stablesr-stage1 --data photos -o stage1 --from sd
   moesr-train decoder     --config stablesr-stage2 --data photos -o stage2 --from stage1/checkpoint
 
-The last two are StableSR's, on the Stable Diffusion that moesr-import --stable-diffusion wrote to sd; on the
-eight GPUs of its paper their batches are the paper's, and their steps about its files' epochs.
+The last two commands train StableSR on the Stable Diffusion that moesr-import --stable-diffusion wrote to sd.
+On eight GPUs, as in the paper, their total batch sizes are the paper's, and their numbers of steps correspond
+roughly to the epochs in its published settings.
 
-A published autoencoder, read by moesr-import, takes the place of the first; `all` takes it with --from. The
-decoder makes its latents itself where it is given photographs (--data) in place of --latents. Every stage
-continues where it stopped when the same command is run again, and writes a checkpoint directory that
-moesr-export and the next stage read. On several GPUs:
+A published autoencoder that moesr-import has read can replace the autoencoder stage: pass it with --from,
+also to `all`. If the decoder stage is given photographs (--data) in place of --latents, it makes the latents
+first. Every stage resumes where it stopped when the same command is run again, and writes a checkpoint
+directory that moesr-export and the next stage read. To train on several GPUs:
 
   torchrun --nproc-per-node 8 -m moesr.training.cli experts --config x4 ...
 
 Exit codes: 0 done, 1 bad data or checkpoint, 2 usage, 3 the loss is not finite, 4 out of memory,
-130 interrupted, 143 ended by SIGTERM (what is done is saved).
+130 interrupted, 143 ended by SIGTERM (the finished steps are saved).
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say."""
+    """Run the command that the parsed arguments describe; returns the exit code."""
     from moesr.training import train_command
 
     return train_command.start(args)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Command line of moesr-train."""
+    """Build the parser of the command line."""
     result = argparse.ArgumentParser(prog="moesr-train", description=__doc__, formatter_class=HelpFormatter)
     add = result.add_argument
     add("stage", choices=("all", "autoencoder", "experts", "structure", "latents", "decoder"))
@@ -70,13 +71,13 @@ def parser() -> argparse.ArgumentParser:
         help="change an entry of the recipe, as in experts.steps=1000; may be repeated",
     )
     add("--data", type=Path, metavar="DIR", help="photographs, at any depth; damaged ones are skipped")
-    add("--val", type=Path, metavar="DIR", help="photographs to validate on; keeps checkpoint-best too")
-    add("--latents", type=Path, metavar="DIR", help="decoder: the set that moesr-train latents made")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory of this stage")
-    add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the stage before")
-    add("--expert", type=int, metavar="K", help="experts: train only this one (0 has the lowest noise)")
-    add("--init", type=Path, metavar="DIR", help="experts, structure, decoder: start from its weights")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU, else cpu)")
+    add("--val", type=Path, metavar="DIR", help="photographs to validate on; also keeps checkpoint-best")
+    add("--latents", type=Path, metavar="DIR", help="decoder: latents that moesr-train latents made")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write this stage to")
+    add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the previous stage")
+    add("--expert", type=int, metavar="K", help="experts: train only expert K (0 has the lowest noise)")
+    add("--init", type=Path, metavar="DIR", help="experts, structure, decoder: checkpoint with start weights")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")
     add("--tensorboard", action="store_true", help="also write scalars and images for TensorBoard")

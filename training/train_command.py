@@ -1,4 +1,4 @@
-"""What `moesr-train` does once its arguments are read: the stages in order, or a measurement of one."""
+"""The command `moesr-train` after its arguments are parsed: run the stages in order, or measure one."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ BEFORE_STABLESR = {
     "latents": "structure",
     "decoder": "structure",
 }
-# options of some stages only
+# Options that only some stages accept.
 OWN = {"expert": ("experts",), "init": ("experts", "structure", "decoder"), "latents": ("decoder",)}
 
 
 def start(args: argparse.Namespace) -> int:
-    """Check what can be checked at once, join the other processes, and run the stage."""
+    """Check the arguments, join the other processes, and run the stage."""
     recipe = load_recipe(args.config, args.changes)
     for option, stages in OWN.items():
         if getattr(args, option) is not None and args.stage not in stages:
@@ -65,7 +65,7 @@ def start(args: argparse.Namespace) -> int:
     keep_freed()
     with distributed.processes(pick_device(args.device)) as device:
         if distributed.rank() > 0:
-            log.setLevel(logging.ERROR)  # the process 0 reports for all
+            log.setLevel(logging.ERROR)  # process 0 logs for all
         folders = [None if path is None else scan(path) for path in (args.data, args.val)]
         inputs = Inputs(args, recipe, device, *folders)
         (dry_run if args.dry_run else train)(inputs)
@@ -73,7 +73,7 @@ def start(args: argparse.Namespace) -> int:
 
 
 def pick_device(name: str | None) -> str:
-    """The name, if torch can use this device here, else UsageError; without one, a GPU where there is one."""
+    """Return `name`, or without a name "cuda" if there is a GPU, else "cpu"; UsageError if it is unusable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=torch.device(name))
@@ -86,13 +86,13 @@ def pick_device(name: str | None) -> str:
 
 
 def stage_config(stage: str, recipe: Recipe) -> StageConfig:
-    """The part of the recipe for this stage."""
+    """Return the part of the recipe for this stage."""
     return recipe.decoder if stage == "latents" else getattr(recipe, stage)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all stages of one command share."""
+    """The inputs that all stages of one command share."""
 
     args: argparse.Namespace
     recipe: Recipe
@@ -101,14 +101,14 @@ class Inputs:
     val: PhotoFolder | None
 
     def crops(self, folder: PhotoFolder | None, stage: str, augmentation: Augmentation) -> Crops | None:
-        """Crops for `stage` of the photographs in `folder`, if there is one."""
+        """Return the crops for `stage` from `folder`; None without a folder."""
         if folder is None:
             return None
         patch_px = stage_config(stage, self.recipe).patch_px
         return Crops(folder.at_least(patch_px), patch_px, self.recipe.seed, augmentation=augmentation)
 
     def run(self, directory: Path) -> Run:
-        """A run in `directory`."""
+        """Return the settings of a run in `directory`."""
         args = self.args
         return Run(directory, self.recipe.seed, self.device, args.workers, args.quiet, args.tensorboard)
 
@@ -128,7 +128,7 @@ def train(inputs: Inputs) -> None:
 
 
 def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | None) -> None:
-    """Run one stage in `directory`, from the checkpoint of the stage before."""
+    """Run one stage in `directory`, starting from `before`, the checkpoint of the previous stage."""
     args, recipe, run = inputs.args, inputs.recipe, inputs.run(directory)
     data = inputs.crops(inputs.data, stage, recipe.augmentation)
     held_out = inputs.crops(inputs.val, stage, Augmentation())
@@ -149,7 +149,7 @@ def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | 
 
 
 def dry_run(inputs: Inputs) -> None:
-    """Measure three steps of the stage and print what was found."""
+    """Measure three steps of the stage and print the result."""
     args, recipe = inputs.args, inputs.recipe
     if args.stage in ("latents", "all"):
         raise UsageError(
@@ -172,7 +172,7 @@ def dry_run(inputs: Inputs) -> None:
 def measurable(
     stage: str, recipe: Recipe, data: Crops, run: Run, before: Checkpoint | None
 ) -> tuple[Objective, Samples]:
-    """The stage's objective and samples like its own, without files."""
+    """Return the stage's objective and samples of the same shapes as in training, without writing files."""
     if stage == "autoencoder":
         return autoencoder.prepare(recipe), data
     assert before is not None

@@ -1,4 +1,4 @@
-"""State dicts: what a configuration expects of one, strict checks against it, the merge of space experts."""
+"""State dicts: the shapes that a configuration expects, strict checks, and the merge of space experts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class CheckpointError(MoesrError):
 
 
 def merge_space_experts(state: StateDict) -> dict[str, Tensor]:
-    """Replace the FFNs of every Space MoE layer by one, `moe_blocks.0`: their mean (paper section 3.2).
+    """Replace the FFNs of every Space MoE layer by their mean, `moe_blocks.0` (paper section 3.2).
 
-    The mean is accumulated in float64 and returned in the dtype of the experts. Any number of experts; a
-    state dict that is merged already, or has none, comes back as it is. Raises CheckpointError where an
-    expert lacks a tensor.
+    The mean is accumulated in float64 and returned in the dtype of the experts. The number of experts is
+    arbitrary; a state dict that is merged already, or that has no experts, is returned unchanged. Raises
+    CheckpointError if an expert lacks a tensor.
     """
     merged: dict[str, Tensor] = {}
     groups: dict[str, dict[int, Tensor]] = {}
@@ -58,8 +58,10 @@ def merge_space_experts(state: StateDict) -> dict[str, Tensor]:
 
 
 def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
-    """Class and sizes of what a model consists of: an "expert" (if any), the "decoder" and, of StableSR, the
-    "structure" encoder and the "text" encoder.
+    """The class and the sizes of each network of a model, by name.
+
+    The names are "expert" (absent if the model is only a decoder), "decoder", and for StableSR "structure"
+    and "text", the two encoders.
     """
     parts: dict[str, tuple[type[nn.Module], Any]] = {}
     if isinstance(config, (StableSRConfig, StableDiffusionConfig)):
@@ -73,19 +75,19 @@ def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
 
 
 def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Keys and shapes of each of the networks that a configuration describes, named as in `networks`."""
+    """Keys and shapes of the state dict of each network of a configuration, named as in `networks`."""
     try:
         built = {name: meta_network(kind, sizes) for name, (kind, sizes) in networks(config).items()}
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
         raise CheckpointError(
-            f"{where}: these sizes make no network ({error}); correct the configuration, or for moesr-import "
-            "--norm-groups and --head-channels"
+            f"{where}: these sizes make no network ({error}); correct the configuration, or the options "
+            "--norm-groups and --head-channels of moesr-import"
         ) from error
     return {name: state_shapes(network.state_dict()) for name, network in built.items()}
 
 
 def meta_network(kind: Callable[[Any], Network], sizes: Any) -> Network:
-    """Build a network without memory for its weights: it has names, shapes and counts only."""
+    """Build a network on the meta device: its weights have names and shapes but no memory."""
     with torch.device("meta"):
         return kind(sizes)
 
@@ -122,11 +124,11 @@ def check_finite(where: str, state: StateDict, cure: str) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether the least and the largest element are; both are NaN where one element is."""
+    """Return True if all elements are finite: their minimum and maximum are NaN if any element is NaN."""
     return all(math.isfinite(bound) for bound in map(float, torch.aminmax(tensor)))
 
 
 def brief(error: Exception) -> str:
-    """What an error says of a damaged pickle in a few words, without PyTorch's advice to run it."""
+    """The first sentence of an error's message, which leaves out PyTorch's advice to unpickle unsafely."""
     text = str(error).strip() or type(error).__name__
     return re.split(r"\. |\.?\n", text, maxsplit=1)[0]

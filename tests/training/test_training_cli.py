@@ -193,7 +193,7 @@ def test_dry_run_measures_and_writes_nothing(stage, chain, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "M parameters" in lines[0] and "M trained" in lines[0]
     samples = {"autoencoder": 2, "experts": 4, "decoder": 2}[stage]
-    assert lines[1].startswith(f"{samples} samples a step, ") and lines[1].endswith("steps a second")
+    assert lines[1].startswith(f"{samples} samples per step, ") and lines[1].endswith("steps per second")
     assert "MiB of memory at the peak" in lines[2] and "3 steps take about" in lines[3]
 
 

@@ -1,4 +1,4 @@
-"""Photographs to training crops: a sample is a function of (seed, index), so runs resume exactly."""
+"""Training crops of photographs. A sample is a function of (seed, index), so runs resume exactly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from moesr.training.data.photographs import decoded
 from moesr.training.recipe import Augmentation
 from moesr.training.seeded_random import DEGRADATION, Draws
 
-TRIES = 100  # photographs drawn in search of a readable one
+TRIES = 100  # number of photographs drawn before giving up on finding a readable one
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """How LR images are made: MATLAB's bicubic, or a blind degradation drawn for every sample.
+    """Makes LR images by MATLAB's bicubic resize or by a blind degradation drawn for every sample.
 
-    The `kind` "blind" is Real-ESRGAN's, "mild" StableSR's. Of the blind ones, `bicubic_share` (0 to 1) are
-    bicubic all the same.
+    `kind` is "bicubic", "blind" (Real-ESRGAN's degradation) or "mild" (StableSR's). With the last two, the
+    fraction `bicubic_share` (0 to 1) of the samples is degraded by bicubic resize only.
     """
 
     kind: str
@@ -35,10 +35,10 @@ class Degradation:
     bicubic_share: float = 0.0
 
     def __call__(self, hr: Tensor, indices: Tensor) -> Tensor:
-        """HR crops uint8 [B, 3, P, P] and their numbers -> LR uint8 [B, 3, P/scale, P/scale], same device."""
+        """HR uint8 [B, 3, P, P], sample numbers [B] -> LR uint8 [B, 3, P/scale, P/scale], same device."""
         if self.kind == "bicubic":
             return self._bicubic(hr)
-        # batches of one: what is drawn for a batch is then drawn for a sample, whatever batch it is in
+        # One image at a time: every random choice then belongs to the sample, not to the batch it is in.
         generators = Draws(self.seed, DEGRADATION, indices.tolist()).generators
         return torch.cat([self._blind(hr[i : i + 1], g) for i, g in enumerate(generators)])
 
@@ -55,7 +55,7 @@ class Degradation:
 
 
 class Crops(Dataset[tuple[Tensor, ...]]):
-    """HR crops with their numbers; with a `degradation` LR images too, made where the crops are loaded."""
+    """HR crops with their sample numbers and, if a `degradation` is given, their LR images."""
 
     def __init__(
         self,
@@ -70,18 +70,18 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         self.augmentation = augmentation or Augmentation()
 
     def with_lr(self, degradation: Degradation) -> Crops:
-        """The same crops with LR images."""
+        """Return the same crops with LR images."""
         return Crops(self.paths, self.patch_px, self.seed, degradation, augmentation=self.augmentation)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Sample `index` (from 0, without end): its number, HR uint8 [3, P, P], LR where it is made here."""
+        """Return the number, HR uint8 [3, P, P] and, with a degradation, LR of sample `index` (any >= 0)."""
         number, hr = torch.tensor(index), self.crop(index)
         if self.degradation is None:
             return number, hr
         return number, hr, self.degradation(hr[None], number[None])[0]
 
     def crop(self, index: int) -> Tensor:
-        """Pixels of sample `index`: drawn photograph, size, place, flip, transposition, colors, contrast."""
+        """Return HR uint8 [3, P, P] of sample `index`: a random crop of a random photograph, augmented."""
         draw, augmentation = np.random.default_rng((self.seed, index)), self.augmentation
         image = self._photograph(draw)
         cut = self.patch_px
@@ -105,7 +105,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def crops(self, first: int, count: int) -> Tensor:
-        """Pixels of samples `first` .. `first + count - 1`, uint8 [count, 3, P, P]."""
+        """Return HR of samples `first` .. `first + count - 1`, uint8 [count, 3, P, P]."""
         return torch.stack([self.crop(i) for i in range(first, first + count)])
 
     def _photograph(self, draw: np.random.Generator) -> np.ndarray:
@@ -117,18 +117,18 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 
 
 def detail(pixels: np.ndarray) -> float:
-    """Mean difference of green between neighbours in uint8 pixels [H, W, 3]."""
+    """Mean absolute difference of green between neighboring pixels of a uint8 image [H, W, 3]."""
     green = pixels[..., 1].astype(np.int16)
     return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green, axis=1)).mean())
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1]."""
+    """Convert uint8 pixels to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
 
 
 def resize_batch(pixels: Tensor, height: int, width: int) -> Tensor:
-    """`imresize` of square uint8 [B, 3, S, S] on their device -> uint8 [B, 3, height, width]."""
+    """Resize square uint8 images [B, 3, S, S] as `imresize` does, on their device: [B, 3, height, width]."""
     rows = _matrix(pixels.shape[-2], height).to(pixels.device)
     columns = _matrix(pixels.shape[-1], width).to(pixels.device)
     x = (rows @ pixels.double()).round().clamp(0.0, 255.0)
@@ -137,11 +137,11 @@ def resize_batch(pixels: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _matrix(size: int, out_size: int) -> Tensor:
-    """What `imresize` does along an axis, float64 [out_size, size]."""
+    """The matrix that `imresize` applies along one axis, float64 [out_size, size]."""
     return torch.from_numpy(imresize(np.eye(size, dtype=np.float32), out_size, size)).double()
 
 
 def condition(lr: Tensor, scale: int, factor: int) -> Tensor:
-    """LR uint8 [B, 3, l, l] -> the condition on the latent grid, float32 in [-1, 1]."""
+    """Resize LR uint8 [B, 3, l, l] to the latent grid: the condition of the UNet, float32 in [-1, 1]."""
     side = lr.shape[-1] * scale // factor
     return to_float(lr if side == lr.shape[-1] else resize_batch(lr, side, side))

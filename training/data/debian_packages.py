@@ -1,7 +1,7 @@
-"""Files out of Debian packages: fetched by apt where it is there, read without installing or unpacking.
+"""Read files from Debian packages without installing them; packages are downloaded with apt if it exists.
 
-A package is an `ar` archive whose member `data.tar.*` holds the files. Where there is no dpkg-deb the archive
-is read here, if tarfile knows its compression.
+A package is an `ar` archive whose member `data.tar.*` holds the files. If dpkg-deb is not installed, this
+module reads the archive itself, provided that tarfile supports its compression.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from moesr.runtime.errors import InputError, UsageError
 
 MAGIC = b"!<arch>\n"
-HEADER_BYTES = 60  # of an ar member: name, time, owner, group, mode and size, as text
+HEADER_BYTES = 60  # header of an ar member: name, time, owner, group, mode and size, as text
 SIZE = slice(48, 58)
 END = b"`\n"
 PAGES = "https://packages.debian.org"
 
 
 def download(packages: Iterable[str], folder: Path) -> None:
-    """Download packages to `folder` by apt-get, refreshing its lists once where they lack one.
+    """Download packages to `folder` with apt-get; its package lists are updated once if the first try fails.
 
-    Raises UsageError where there is no apt-get or it fails, saying what to do.
+    Raises UsageError, with instructions, if apt-get is not installed or fails.
     """
     names = sorted(packages)
     if shutil.which("apt-get") is None:
@@ -50,7 +50,7 @@ def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def find(package: str, folder: Path) -> Path:
-    """The newest file of `package` in `folder`; UsageError where there is none."""
+    """Return the newest file of `package` in `folder`; UsageError if there is none."""
     found = sorted(folder.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UsageError(f"{folder}: no {package}_*.deb there; download it from {PAGES}/{package}")
@@ -58,9 +58,9 @@ def find(package: str, folder: Path) -> Path:
 
 
 def read_files(deb: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Path and bytes of those files of a package that are `wanted`, by their paths without a leading slash.
+    """Yield path and bytes of the files of a package whose paths (without a leading slash) are in `wanted`.
 
-    What a package does not hold is left out. Raises InputError where it cannot be read.
+    Files that the package does not hold are left out. Raises InputError if the package cannot be read.
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(_data(deb))) as archive:
@@ -73,7 +73,7 @@ def read_files(deb: Path, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _data(deb: Path) -> bytes:
-    """The archive of a package's files, compressed or not."""
+    """Return the tar archive of a package's files, possibly compressed."""
     if shutil.which("dpkg-deb") is None:
         return ar_member(deb.read_bytes(), b"data.tar")
     result = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=False)
@@ -83,7 +83,7 @@ def _data(deb: Path) -> bytes:
 
 
 def ar_member(archive: bytes, prefix: bytes) -> bytes:
-    """The first member of an ar archive whose name starts with `prefix`; ValueError where there is none."""
+    """Return the first member of an ar archive whose name starts with `prefix`; ValueError if none does."""
     if not archive.startswith(MAGIC):
         raise ValueError("not an ar archive")
     at = len(MAGIC)
@@ -96,5 +96,5 @@ def ar_member(archive: bytes, prefix: bytes) -> bytes:
             raise ValueError("an ar archive that is cut off")
         if header.startswith(prefix):
             return archive[at : at + size]
-        at += size + size % 2  # members start at even places
+        at += size + size % 2  # members start at even offsets
     raise ValueError(f"no {prefix.decode()} in it")

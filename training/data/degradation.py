@@ -1,9 +1,9 @@
-"""LR images made from originals: MATLAB's bicubic, and the blind degradation of Real-ESRGAN.
+"""Degradations that make LR images: MATLAB's bicubic resize and Real-ESRGAN's blind degradation.
 
-The blind one (Wang et al. 2021, section 3) runs blur, resize, noise and JPEG twice, the last JPEG before or
-after a resize to the LR size and a sinc filter. Images are float [B, 3, H, W] in [0, 1]. Blur kernels, noise
-levels and JPEG qualities are drawn for each image, the resize and the kind of noise for each batch, as
-published; batches of one therefore give every image its own.
+The blind degradation (Wang et al. 2021, section 3) applies blur, resize, noise and JPEG twice; the second
+JPEG comes before or after a resize to the LR size and a sinc filter. Images are float [B, 3, H, W] in [0, 1].
+As published, blur kernels, noise levels and JPEG qualities are drawn per image, but the resize and the kind
+of noise per batch. With a batch size of one every choice is per image.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class ClassicalDegradation:
-    """One round of blur, resize, noise and JPEG: probabilities, and ranges that are drawn from uniformly."""
+    """Parameters of one round of blur, resize, noise and JPEG: probabilities and ranges of uniform draws."""
 
     blur: float = 1.0
-    sinc: float = 0.1  # else one of the six kernels
-    # isotropic and anisotropic Gaussian, generalised Gaussian, plateau
+    sinc: float = 0.1  # probability of a sinc kernel; otherwise one of the six kernels below
+    # Probabilities of the Gaussian, generalised Gaussian and plateau kernels, each isotropic and anisotropic.
     kernels: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
     sigma_px: Range = (0.2, 3.0)
     generalised_beta: Range = (0.5, 4.0)
     plateau_beta: Range = (1.0, 2.0)
     resize: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
     resize_range: Range = (0.15, 1.5)
-    gaussian_noise: float = 0.5  # else Poisson
-    noise_sigma: Range = (1.0, 30.0)  # of 255
+    gaussian_noise: float = 0.5  # probability of Gaussian noise; otherwise Poisson noise
+    noise_sigma: Range = (1.0, 30.0)  # in 8-bit levels
     poisson_scale: Range = (0.05, 3.0)
     grey_noise: float = 0.4
     jpeg_quality: tuple[int, int] = (30, 95)
@@ -61,7 +61,7 @@ def _second() -> ClassicalDegradation:
 
 @dataclass(frozen=True)
 class BlindDegradation:
-    """The whole degradation; the defaults are Real-ESRGAN's published ones for x4."""
+    """Parameters of the whole blind degradation; the defaults are Real-ESRGAN's published values for x4."""
 
     scale: int = 4
     first: ClassicalDegradation = field(default_factory=ClassicalDegradation)
@@ -70,9 +70,9 @@ class BlindDegradation:
 
     @classmethod
     def mild(cls, scale: int = 4) -> BlindDegradation:
-        """StableSR's published one (Wang et al. 2023): less blur, half the noise, JPEG from quality 60 on.
+        """StableSR's published degradation (Wang et al. 2023): less blur, half the noise, JPEG quality >= 60.
 
-        The kernels of its second blur, at most 11 pixels wide as published, may here be wider.
+        Its second blur has kernels of at most 11 pixels as published; here they may be wider.
         """
         first = ClassicalDegradation(
             sigma_px=(0.2, 1.5),
@@ -99,46 +99,46 @@ class BlindDegradation:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers from one generator, on its device."""
+    """Draws random numbers from one generator, on the generator's device."""
 
     generator: torch.Generator
 
     def uniform(self, low: float, high: float, count: int = 1) -> Tensor:
-        """`count` numbers in [low, high)."""
+        """Draw `count` numbers uniformly from [low, high)."""
         unit = torch.rand(count, generator=self.generator, device=self.generator.device, dtype=torch.float64)
         return low + (high - low) * unit
 
     def number(self, low: float, high: float) -> float:
-        """One number in [low, high)."""
+        """Draw one number uniformly from [low, high)."""
         return float(self.uniform(low, high))
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.number(0.0, 1.0) < probability
 
     def choice(self, weights: Sequence[float], count: int = 1) -> Tensor:
-        """`count` positions in `weights`, each as likely as its weight."""
+        """Draw `count` indices of `weights`; each index has a probability proportional to its weight."""
         weight = torch.tensor(weights, dtype=torch.float64, device=self.generator.device)
         return torch.multinomial(weight, count, replacement=True, generator=self.generator)
 
     def beta(self, limits: Range, count: int) -> Tensor:
-        """`count` shape parameters: half of them below 1, half above (as published)."""
+        """Draw `count` shape parameters; each is below or above 1 with equal probability (as published)."""
         low, high = limits
         below = self.uniform(0.0, 1.0, count) < 0.5
         return torch.where(below, self.uniform(low, 1.0, count), self.uniform(1.0, high, count))
 
     def sides(self, count: int) -> Tensor:
-        """`count` sides of kernels: odd, from 7 to 21 pixels."""
+        """Draw `count` odd kernel sides from 7 to 21 pixels."""
         return 7 + 2 * self.choice((1.0,) * 8, count)
 
     def qualities(self, limits: tuple[int, int], count: int) -> list[int]:
-        """`count` JPEG qualities, both limits included."""
+        """Draw `count` JPEG qualities; both limits are included."""
         low, high = limits
         return [int(q) for q in self.uniform(low, high + 1, count)]
 
 
 def bicubic(hr: Tensor, scale: int) -> Tensor:
-    """MATLAB's `imresize` by 1/scale on the image in 8 bits: [B, 3, H, W] -> [B, 3, H/scale, W/scale]."""
+    """Apply MATLAB's `imresize` by 1/scale to 8-bit pixels: [B, 3, H, W] -> [B, 3, H/scale, W/scale]."""
     _check(hr, scale)
     height, width = hr.shape[2] // scale, hr.shape[3] // scale
     resized = [imresize(image, height, width) for image in _to_bytes(hr)]
@@ -146,10 +146,11 @@ def bicubic(hr: Tensor, scale: int) -> Tensor:
 
 
 def degrade_blind(hr: Tensor, config: BlindDegradation, generator: torch.Generator) -> Tensor:
-    """Degrade [B, 3, H, W] to [B, 3, H/scale, W/scale], on the device of `hr`, in steps of 1/255.
+    """Degrade [B, 3, H, W] to [B, 3, H/scale, W/scale], on the device of `hr`, rounded to multiples of 1/255.
 
-    Every draw comes from `generator`, which may live on another device: one on the CPU gives the same draws
-    wherever the images are. H and W must be multiples of the scale, else ValueError.
+    All random numbers come from `generator`, which may be on another device than the images: a generator on
+    the CPU gives the same numbers for every device. Raises ValueError unless H and W are multiples of the
+    scale.
     """
     _check(hr, config.scale)
     draw, batch, height, width = Draw(generator), len(hr), hr.shape[2], hr.shape[3]
@@ -167,7 +168,7 @@ def degrade_blind(hr: Tensor, config: BlindDegradation, generator: torch.Generat
 
 
 def _distort(x: Tensor, model: ClassicalDegradation, base: tuple[int, int], draw: Draw) -> Tensor:
-    """Blur, resize relative to the size `base`, and noise."""
+    """Blur an image, resize it by a factor relative to the size `base`, and add noise."""
     if draw.chance(model.blur):
         x = filter2d(x, blur_kernels(model, len(x), draw))
     low, high = model.resize_range
@@ -181,13 +182,13 @@ def _distort(x: Tensor, model: ClassicalDegradation, base: tuple[int, int], draw
 
 
 def _resize(x: Tensor, size: tuple[int, int], draw: Draw) -> Tensor:
-    """Resize to (height, width) in a random mode; without antialiasing, as published."""
+    """Resize to (height, width) with a random interpolation, without antialiasing (as published)."""
     mode = _MODES[int(draw.choice((1.0, 1.0, 1.0)))]
     return F.interpolate(x, size, mode=mode)
 
 
 def blur_kernels(model: ClassicalDegradation, count: int, draw: Draw) -> Tensor:
-    """Random kernels [count, 21, 21] of one round, float64, each summing to 1 (sections 3.1, 3.3)."""
+    """Draw kernels [count, 21, 21] of one round, float64, each summing to 1 (sections 3.1, 3.3)."""
     kind = draw.choice(model.kernels, count)
     sigma_x, sigma_y = draw.uniform(*model.sigma_px, count), draw.uniform(*model.sigma_px, count)
     angle = draw.uniform(-math.pi, math.pi, count)
@@ -198,7 +199,7 @@ def blur_kernels(model: ClassicalDegradation, count: int, draw: Draw) -> Tensor:
     beta = torch.where(kind < 2, 1.0, beta)
     sigma_y, angle = torch.where(isotropic, sigma_x, sigma_y), torch.where(isotropic, 0.0, angle)
     sides = draw.sides(count)
-    lowest = torch.where(sides < 13, math.pi / 3, math.pi / 5)  # a small kernel cannot cut as low
+    lowest = torch.where(sides < 13, math.pi / 3, math.pi / 5)  # the lowest cutoff of a small kernel
     cutoff = lowest + (math.pi - lowest) * draw.uniform(0.0, 1.0, count)
     is_sinc = draw.uniform(0.0, 1.0, count) < model.sinc
     bells = bell_kernels(sides, sigma_x, sigma_y, angle, beta, plateau)
@@ -206,7 +207,7 @@ def blur_kernels(model: ClassicalDegradation, count: int, draw: Draw) -> Tensor:
 
 
 def final_kernels(count: int, probability: float, draw: Draw) -> Tensor:
-    """The last filter [count, 21, 21]: a sinc with this probability, else the identity."""
+    """Draw kernels [count, 21, 21] of the last filter: a sinc with this probability, else the identity."""
     kernels = sinc_kernels(draw.sides(count), draw.uniform(math.pi / 3, math.pi, count))
     identity = torch.zeros_like(kernels)
     identity[:, REACH, REACH] = 1.0
@@ -215,17 +216,20 @@ def final_kernels(count: int, probability: float, draw: Draw) -> Tensor:
 
 
 def gaussian_noise(x: Tensor, sigma: Tensor, grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Add normal noise of `sigma` [B] of 255, equal in all channels where `grey` [B]; clipped to [0, 1]."""
+    """Add normal noise of deviation `sigma` [B] in 8-bit levels and clip to [0, 1].
+
+    The noise of an image is equal in all channels if its entry of `grey` [B] is set.
+    """
     noise = torch.randn(x.shape, generator=generator, device=generator.device)
     noise = torch.where(_each(grey), noise[:, :1], noise) * _each(sigma / 255.0)
     return (x + noise.to(x)).clamp(0.0, 1.0)
 
 
 def poisson_noise(x: Tensor, scale: Tensor, grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Add `scale` [B] times shot noise, that of the grey image where `grey` [B]; clipped to [0, 1].
+    """Add `scale` [B] times shot noise, that of the gray image if `grey` [B] is set; clip to [0, 1].
 
-    The counts for white are, as published, the number of values that occur in the image in 8 bits, rounded up
-    to a power of two.
+    As published, a white pixel has an expected count of the number of distinct 8-bit values in the image,
+    rounded up to a power of two.
     """
     clean = (x.clamp(0.0, 1.0) * 255.0).round().to(generator.device) / 255.0
     luma = (clean * clean.new_tensor(_GREY)[:, None, None]).sum(dim=1, keepdim=True)
@@ -255,7 +259,7 @@ def jpeg(x: Tensor, qualities: Sequence[int]) -> Tensor:
 
 
 def _to_bytes(x: Tensor) -> np.ndarray:
-    """Float [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded and clipped."""
+    """Convert float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], rounded and clipped."""
     return (x.clamp(0.0, 1.0) * 255.0).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

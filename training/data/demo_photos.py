@@ -1,12 +1,12 @@
-"""Write photographs to train small models on, and those kept out to measure them, to a folder:
+"""Write photographs for training small models, and held-out photographs for validation, to a folder:
 
   python -m moesr.training.data.demo_photos photos
 
-Some come with scikit-image, scikit-learn and Matplotlib, most from the Debian packages that
-`presets/demo_photos.toml` names with their authors and licences. apt-get fetches these; on other systems
-download them and name their folder with --packages. `photos/train` and `photos/validation` never share a
-scene. Photographs to train on are also written smaller, as Real-ESRGAN's were: detail of every size from few
-scenes, and from large ones sharper than a camera's own pixels.
+Some photographs come with scikit-image, scikit-learn and Matplotlib; most come from the Debian packages that
+`presets/demo_photos.toml` lists with their authors and licenses. apt-get downloads these packages; on other
+systems download them by hand and pass their folder with --packages. `photos/train` and `photos/validation`
+never share a scene. Training photographs are also written at smaller sizes, as for Real-ESRGAN: this gives
+detail of every size from few scenes, and downsampled photographs are sharper than a camera's own pixels.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ OTHERS = (
 VALIDATION = ("chelsea", "coffee", "rocket")
 SMALLER = (0.75, 0.5)
 CREDITS = "demo_photos.toml"
-HALVINGS = 2  # a photograph of a package is written at a half and a quarter too ...
-SHORTEST_PX = 400  # ... as far as that leaves this many pixels along its short side
+HALVINGS = 2  # a photograph of a package is also written at a half and a quarter of its sides ...
+SHORTEST_PX = 400  # ... unless its short side would have fewer pixels than this
 
 
 @dataclass(frozen=True)
 class Credit:
-    """A photograph in a Debian package, and whom it is from."""
+    """A photograph in a Debian package, with its author and license."""
 
     name: str
     package: str
@@ -63,7 +63,7 @@ class Credit:
 
 
 def catalogue() -> list[Credit]:
-    """The photographs of Debian packages, as the file beside the recipes lists them."""
+    """Return the photographs of Debian packages that the file beside the recipes lists."""
     text = (resources.files("moesr.training") / "presets" / CREDITS).read_text("utf-8")
     tables = tomllib.loads(text)
     kept_out = tables.pop("validation")
@@ -82,7 +82,7 @@ def catalogue() -> list[Credit]:
 
 
 def photographs(split: str) -> dict[str, np.ndarray]:
-    """The photographs of Python packages in `split` ("train" or "validation"), uint8 [H, W, 3] by name."""
+    """Return photographs of Python packages, uint8 [H, W, 3] by name; `split` is "train" or "validation"."""
     if split == "validation":
         return {name: photograph(name) for name in VALIDATION}
     images = {Path(name).stem: photograph(name) for name in (*SCENES, *OTHERS)}
@@ -95,7 +95,7 @@ def photographs(split: str) -> dict[str, np.ndarray]:
 
 
 def photograph(name: str) -> np.ndarray:
-    """One photograph, uint8 [H, W, 3]."""
+    """Load one photograph of a Python package, uint8 [H, W, 3]."""
     from matplotlib import cbook
     from skimage import data
     from sklearn.datasets import load_sample_image
@@ -110,7 +110,7 @@ def photograph(name: str) -> np.ndarray:
 
 
 def packaged(packages: Path) -> Iterator[tuple[Credit, bytes]]:
-    """The photographs in the Debian packages in a folder, as files; what a package lacks is reported."""
+    """Yield the photographs of the Debian packages in a folder as file contents; missing ones are logged."""
     listed = catalogue()
     for package in sorted({credit.package for credit in listed}):
         wanted = {credit.path: credit for credit in listed if credit.package == package}
@@ -122,9 +122,9 @@ def packaged(packages: Path) -> Iterator[tuple[Credit, bytes]]:
 
 
 def write_sizes(credit: Credit, content: bytes, folder: Path) -> list[Path]:
-    """Write one photograph as it is, and as PNG at a half and a quarter of its sides; returns the files.
+    """Write a photograph unchanged, and as PNG at a half and a quarter of its sides; returns the files.
 
-    To validate on only the smallest is written: a whole one takes minutes to measure.
+    Of a validation photograph only the smallest size is written, since a full one takes minutes to measure.
     """
     image = Image.open(io.BytesIO(content)).convert("RGB")
     sizes = [1 / 2**i for i in range(HALVINGS + 1) if i == 0 or min(image.size) >= SHORTEST_PX * 2**i]
@@ -142,9 +142,9 @@ def write_sizes(credit: Credit, content: bytes, folder: Path) -> list[Path]:
 
 
 def write(folder: Path, packages: Path | None) -> int:
-    """Write all photographs; `packages` holds the Debian packages, None has apt-get fetch them."""
+    """Write all photographs; `packages` is the folder of the Debian packages, None downloads them."""
     for module in ("matplotlib", "skimage", "sklearn"):
-        importlib.import_module(module)  # what is missing is missed before any work
+        importlib.import_module(module)  # a missing package is reported before any work is done
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -161,12 +161,12 @@ def write(folder: Path, packages: Path | None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the module."""
+    """Build the parser of the command line."""
     p = argparse.ArgumentParser(
         "moesr.training.data.demo_photos", description=__doc__, formatter_class=console.HelpFormatter
     )
     p.add_argument("folder", type=Path)
-    p.add_argument("--packages", type=Path, metavar="DIR", help="the Debian packages, downloaded already")
+    p.add_argument("--packages", type=Path, metavar="DIR", help="folder of Debian packages downloaded before")
     return p
 
 

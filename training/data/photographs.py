@@ -1,4 +1,4 @@
-"""Folders of photographs: what is in them, and a bounded amount of it decoded."""
+"""Folders of photographs: a scan of their sizes, and a bounded cache of decoded images."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from moesr.runtime.images.reading import READ_SUFFIXES, load
 
 log = logging.getLogger("moesr")
 
-CACHE_BYTES = 2**30  # decoded photographs in memory, of all the loader's processes on a machine together
+CACHE_BYTES = 2**30  # memory for decoded photographs, shared by all loader processes on the machine
 
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """A folder that was scanned: the (width, height) of every image below it, by path, sorted."""
+    """A scanned folder: the (width, height) of every image below it, sorted by path."""
 
     folder: Path
     sizes: Mapping[Path, tuple[int, int]]
 
     def at_least(self, minimum_px: int) -> list[Path]:
-        """Images with both sides of at least `minimum_px`; smaller ones are reported.
+        """Return the images with both sides of at least `minimum_px`; smaller ones are logged and skipped.
 
-        Raises InputError where none is left.
+        Raises InputError if none is left.
         """
         found = []
         for path, (width, height) in self.sizes.items():
@@ -41,7 +41,7 @@ class PhotoFolder:
             log.warning("%s: skipped, %dx%d is smaller than a crop of %d px", path, width, height, minimum_px)
         if not found:
             raise InputError(
-                f"{self.folder}: no readable image of at least {minimum_px} px a side; add photographs"
+                f"{self.folder}: no readable image with sides of at least {minimum_px} px; add photographs"
             )
         return found
 
@@ -49,8 +49,8 @@ class PhotoFolder:
 def scan(folder: Path) -> PhotoFolder:
     """Find the images under `folder`, at any depth.
 
-    Only headers are read, so that a million files are no obstacle. Files that are no images by their suffix
-    are passed over; empty and unreadable ones are reported. Raises InputError where it is no directory.
+    Only headers are read, so a folder may hold a million files. Files without an image suffix are ignored;
+    empty and unreadable images are logged and skipped. Raises InputError if `folder` is not a directory.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a directory; expected a folder of photographs")
@@ -66,7 +66,7 @@ def scan(folder: Path) -> PhotoFolder:
 
 
 def load_rgb(path: Path) -> np.ndarray | None:
-    """`read_rgb`; None with a warning if the image cannot be read."""
+    """Decode an image with `read_rgb`; None, after a warning, if it cannot be read."""
     try:
         return read_rgb(path)
     except InputError as error:
@@ -75,7 +75,7 @@ def load_rgb(path: Path) -> np.ndarray | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Paths of the images directly in a folder, sorted by name."""
+    """Return the paths of the images directly in a folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in READ_SUFFIXES)
 
 
@@ -85,19 +85,19 @@ def read_rgb(path: Path) -> np.ndarray:
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
-        pixels = np.ascontiguousarray(pixels[..., :-1])  # without alpha, also in memory
+        pixels = np.ascontiguousarray(pixels[..., :-1])  # a copy, which frees the alpha channel
     return np.broadcast_to(pixels.reshape(*pixels.shape[:2], -1), (*pixels.shape[:2], 3))
 
 
 class PhotoCache:
-    """The photographs decoded last: as many as fit into this process's share, and at least one."""
+    """A cache of the photographs decoded last: at most `share_bytes()`, or a single larger one."""
 
     def __init__(self) -> None:
         self._images: OrderedDict[Path, np.ndarray | None] = OrderedDict()
         self.held_bytes = 0
 
     def load(self, path: Path) -> np.ndarray | None:
-        """What `load_rgb` returns, or returned before."""
+        """Return `load_rgb(path)`, from the cache if it is there."""
         if path in self._images:
             self._images.move_to_end(path)
             return self._images[path]
@@ -108,13 +108,13 @@ class PhotoCache:
         return image
 
     def clear(self) -> None:
-        """Forget all photographs."""
+        """Empty the cache."""
         self._images.clear()
         self.held_bytes = 0
 
 
 def share_bytes() -> int:
-    """What this process may cache: all loader processes on the machine, of all GPUs, have as much."""
+    """The cache size of this process: CACHE_BYTES divided evenly over all loader processes on the machine."""
     worker = get_worker_info()
     loaders = 1 if worker is None else worker.num_workers
     return CACHE_BYTES // (loaders * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

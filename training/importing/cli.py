@@ -1,9 +1,9 @@
 """Import published weights as a checkpoint directory that moesr-export reads.
 
-Sizes are inferred from the weights. Experts are given with the lowest noise first; the exponential moving
-average is used where a file has one. With --decoder and without --experts the result is a decoder on its own.
-StableSR is given by --stablesr and --cfw, Stable Diffusion 2, which StableSR is trained on, by
---stable-diffusion.
+The sizes of the networks are inferred from the weights. Give the experts in order, lowest noise first. If a
+file holds exponential moving averages (EMA) of the weights, these are used. With --decoder and without
+--experts, the checkpoint holds only a decoder. --stablesr and --cfw import StableSR; --stable-diffusion
+imports Stable Diffusion 2, which StableSR is trained on.
 Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
 """
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say."""
+    """Run the import that the parsed arguments describe; returns the exit code."""
     from moesr.training.importing import command
 
     return command.run(args)
@@ -33,6 +33,18 @@ def run(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     p = argparse.ArgumentParser("moesr-import", description=__doc__, formatter_class=_HelpFormatter)
+    _add_weight_files(p)
+    _add_model(p)
+    add = p.add_argument
+    add("--fp16", action="store_true", help="store the weights in half precision")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
+    add("--debug", action="store_true", help="show where an internal error was raised")
+    add("--force", action="store_true", help="replace an existing checkpoint directory")
+    return p
+
+
+def _add_weight_files(p: argparse.ArgumentParser) -> None:
+    """Add the options that name the published weight files."""
     add = p.add_argument
     add(
         "--experts",
@@ -40,13 +52,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="FILE",
-        help="weights of each sampling expert, lowest noise first; one file: a plain latent diffusion model",
+        help="one weight file per sampling expert, lowest noise first; one file for plain latent diffusion",
     )
     add(
         "--decoder",
         type=Path,
         metavar="FILE",
-        help="weights of the autoencoder, or a whole latent diffusion model",
+        help="weights of the autoencoder, or of a whole latent diffusion model",
     )
     add("--stablesr", type=Path, metavar="FILE", help="weights of StableSR: 512, Turbo, 768v or faces")
     add(
@@ -60,35 +72,35 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="weights of Stable Diffusion 2: one file, diffusers' directory, or its three files",
+        help="weights of Stable Diffusion 2: one file, a diffusers directory, or its three files",
     )
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    """Add the options for the output and for properties of the model that its weights do not show."""
+    add = p.add_argument
     add(
         "--prediction",
         choices=("eps", "v"),
-        help="what StableSR or Stable Diffusion predicts (default: known from the name of the file)",
+        help="prediction of StableSR or Stable Diffusion (default: inferred from the file name)",
     )
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
     add("--scale", type=int, choices=(4, 8), default=4, help="upscaling factor the model was trained for")
-    add("--name", metavar="NAME", help="name of the model (default: made from its kind and scale)")
+    add("--name", metavar="NAME", help="name of the model (default: from its kind and scale)")
     add(
         "--head-channels",
         type=_positive,
         metavar="N",
-        help="channels of an attention head, which the weights do not tell (default: "
-        f"{UNetConfig.head_channels}, of StableSR {StableSRUNetConfig.head_channels})",
+        help="channels per attention head, which cannot be inferred from the weights (default: "
+        f"{UNetConfig.head_channels}, for StableSR {StableSRUNetConfig.head_channels})",
     )
     add(
         "--norm-groups",
         type=_positive,
         default=UNetConfig.norm_groups,
         metavar="N",
-        help="groups of every GroupNorm, which the weights do not tell",
+        help="groups of every GroupNorm, which cannot be inferred from the weights",
     )
-    add("--fp16", action="store_true", help="store the weights in half precision")
-    add("--quiet", action="store_true", help="print nothing but warnings and errors")
-    add("--debug", action="store_true", help="show where an internal error was raised")
-    add("--force", action="store_true", help="replace an existing checkpoint directory")
-    return p
 
 
 def _positive(text: str) -> int:
@@ -99,7 +111,7 @@ def _positive(text: str) -> int:
 
 
 class _HelpFormatter(HelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except where there is none to show."""
+    """Shows the defaults of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required or action.default in (None, [], False):

@@ -1,4 +1,4 @@
-"""What `moesr-import` does once its arguments are read: the import, and a summary of what was found."""
+"""The command `moesr-import` after its arguments are parsed: the import and its printed summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesr.training.weights import meta_network, networks
 
 
 def run(args: argparse.Namespace) -> int:
-    """Import the files that the arguments name and print what was found."""
+    """Import the files that the arguments name and print a summary."""
     _check_files_named(args)
     files = 2 if args.stablesr else len(args.stable_diffusion or [*args.experts, args.decoder])
     dtype = torch.float16 if args.fp16 else torch.float32
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_files_named(args: argparse.Namespace) -> None:
-    """Raise UsageError unless the files are those of one family."""
+    """Raise UsageError unless the files belong to one family of models and are complete."""
     others = [f"--{o}" for o in ("experts", "decoder") if getattr(args, o)]
     if args.stable_diffusion:
         others += [f"--{o}" for o in ("stablesr", "cfw") if getattr(args, o)]
@@ -69,7 +69,7 @@ def _check_files_named(args: argparse.Namespace) -> None:
 
 
 def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[str]:
-    """Lines that say what was found in which file, and where it went."""
+    """Lines that name the networks of StableSR, their source files and the written directory."""
     config = checkpoint.config
     assert isinstance(config, StableSRConfig)
     params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
@@ -85,7 +85,7 @@ def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[
 
 
 def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> list[str]:
-    """Lines that say what was found, and where it went."""
+    """Lines that name the networks of Stable Diffusion, their source files and the written directory."""
     config = checkpoint.config
     assert isinstance(config, StableDiffusionConfig)
     params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
@@ -99,7 +99,7 @@ def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> lis
 
 
 def summary(imported: Imported, source: Published) -> list[str]:
-    """Lines that say what was found in which file, and where it went."""
+    """Lines that name the experts and the decoder, their source files and the written directory."""
     config = imported.checkpoint.config
     lines = []
     if imported.unet is not None and config.unet is not None:

@@ -1,9 +1,9 @@
-"""Stable Diffusion's weights from the names of the library diffusers to those of the published checkpoints.
+"""Rename weights of Stable Diffusion from the diffusers layout to the layout of the published checkpoints.
 
-There the UNet and the autoencoder are told by level and block, `down_blocks.1.resnets.0.conv1.weight`, where
-the published layout numbers the UNet's blocks through, `input_blocks.4.0.in_layers.2.weight`; the text tower
-is that of the library transformers, whose queries, keys and values are apart. Keys that these rules do not
-know keep their names, so that a check against the network names them.
+The library diffusers names layers by level and block, as in `down_blocks.1.resnets.0.conv1.weight`. The
+published layout numbers the UNet's blocks consecutively, as in `input_blocks.4.0.in_layers.2.weight`. The
+text tower in the diffusers layout is that of the library transformers, with separate queries, keys and
+values. Keys that match no rule keep their names, so that a later check against the network reports them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ATTENTION = {
     **dict.fromkeys(("to_v", "value"), "v"),
     **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
 }
-"""Of the autoencoder's middle block: today's names and those before 2023."""
+"""Attention layers of the autoencoder's middle block: current diffusers names and names before 2023."""
 
 TEXT = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -60,7 +60,7 @@ POSITIONS = "embeddings.position_ids"  # a buffer that older files hold: 0, 1, 2
 
 
 def part_of(state: StateDict) -> Part | None:
-    """Which network of diffusers' a state dict is; None for anything else."""
+    """Return which diffusers network a state dict belongs to; None if it is none of them."""
     if "time_embedding.linear_1.weight" in state:
         return "unet"
     if "encoder.mid_block.resnets.0.conv1.weight" in state:
@@ -69,14 +69,14 @@ def part_of(state: StateDict) -> Part | None:
 
 
 def unet_state(state: StateDict) -> dict[str, Tensor]:
-    """Weights of a UNet under the published names."""
+    """Rename the weights of a UNet."""
     blocks = 1 + max(
         (int(m[1]) for m in (re.match(r"down_blocks\.0\.resnets\.(\d+)\.", k) for k in state) if m), default=0
     )
     attended = {m[1] for m in (re.match(r"up_blocks\.(\d+)\.attentions\.", k) for k in state) if m}
 
     def place(match: re.Match[str]) -> str:
-        """Of the layers of a block that goes down or up."""
+        """Published name of a layer in a down or up block."""
         way, level, kind, number, rest = match.groups()
         stage = "input_blocks" if way == "down" else "output_blocks"
         first = int(level) * (blocks + 1) + (way == "down")
@@ -106,7 +106,7 @@ def _resnet(rest: str) -> str:
 
 
 def vae_state(state: StateDict) -> dict[str, Tensor]:
-    """Weights of a KL autoencoder under the published names; the middle's linear layers become 1x1 convs."""
+    """Rename the weights of a KL autoencoder; linear layers of the middle block become 1x1 convolutions."""
     ups = (re.match(r"decoder\.up_blocks\.(\d+)\.", key) for key in state)
     levels = 1 + max((int(m[1]) for m in ups if m), default=0)
 
@@ -140,10 +140,10 @@ def _shortcut(rest: str) -> str:
 
 
 def text_state(state: StateDict) -> dict[str, Tensor]:
-    """Weights of a text tower under the published names.
+    """Rename the weights of a text tower.
 
-    The published tower has one layer more, a projection and a scale, which are not used and not stored here:
-    they become zeros.
+    The published tower has one more layer, a projection and a scale. They are not used and the diffusers
+    layout does not store them, so they become zeros.
     """
     bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     bare.pop(POSITIONS, None)
@@ -166,7 +166,7 @@ def text_state(state: StateDict) -> dict[str, Tensor]:
 
 
 def _unused(state: StateDict) -> dict[str, Tensor]:
-    """Zeros for what the published tower has and does not use."""
+    """Zeros for the unused tensors of the published tower."""
     first = "transformer.resblocks.0."
     layers = {m[1] for m in (re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state) if m}
     last = f"transformer.resblocks.{len(layers)}."
@@ -183,7 +183,7 @@ def _unused(state: StateDict) -> dict[str, Tensor]:
 
 
 def _renamed(state: StateDict, rules: Mapping[str, Callable[[re.Match[str]], str]]) -> dict[str, Tensor]:
-    """`state` with every key renamed by the first rule whose expression it matches as a whole."""
+    """Rename every key of `state` by the first rule whose regular expression matches the whole key."""
     result = {}
     for key, tensor in state.items():
         matches = ((rule, re.fullmatch(pattern, key)) for pattern, rule in rules.items())
@@ -192,5 +192,5 @@ def _renamed(state: StateDict, rules: Mapping[str, Callable[[re.Match[str]], str
 
 
 def _any(names: Mapping[str, str]) -> str:
-    """An expression for any of these names and, after a dot, the rest."""
+    """A regular expression that matches any of these names followed by a dot and the rest of the key."""
     return rf"({'|'.join(map(re.escape, names))})\.(.+)"

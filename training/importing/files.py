@@ -18,7 +18,7 @@ from moesr.training.weights import CheckpointError, StateDict, brief
 UNET_PREFIX = "model.diffusion_model."
 AUTOENCODER_PREFIX = "first_stage_model."
 CURE = "download the file again, or check that it is the right one for this option"
-# torch.save writes zip files since PyTorch 1.6; older ones are bare pickles and cannot be memory-mapped
+# torch.save writes zip files since PyTorch 1.6; older files are bare pickles and cannot be memory-mapped.
 ZIP_MAGIC = b"PK\x03\x04"
 SCHEDULE_BUFFER = re.compile(
     r"(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
@@ -27,9 +27,9 @@ SCHEDULE_BUFFER = re.compile(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a published file, below its `state_dict` level if it has one.
+    """Read the tensors of a published file; the level `state_dict` is skipped if there is one.
 
-    No code of a pickle is run. Raises CheckpointError that names the file.
+    No code from the pickle is run. Raises CheckpointError, naming the file, if it holds anything else.
     """
     try:
         with path.open("rb") as file:
@@ -61,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path, mmap: bool) -> Any:
-    """Unpickle the tensors of a file; objects that are no tensors become placeholders and run no code."""
+    """Unpickle the tensors of a file; all other objects become placeholders and run no code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap, pickle_module=inert_pickle)
     except Exception as error:  # a damaged pickle can raise anything
@@ -69,12 +69,12 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
 
 
 def float32(state: StateDict) -> dict[str, Tensor]:
-    """The same weights, floating-point ones as float32."""
+    """Convert the floating-point weights to float32."""
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
 
 
 def named(path: Path, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; a CheckpointError it raises is raised again with the name of the file."""
+    """Call `function`; if it raises CheckpointError, the file's name is added to the message."""
     try:
         return function(*args)
     except CheckpointError as error:

@@ -23,7 +23,7 @@ from torch._utils import (
 
 
 def _plain_tensor(build: Any, _kind: Any, arguments: tuple[Any, ...], _state: Any) -> torch.Tensor:
-    """The tensor of an instance of a subclass of Tensor, without the subclass and its attributes."""
+    """Build a plain tensor from a pickled Tensor subclass; the subclass and its attributes are dropped."""
     return build(*arguments)
 
 
@@ -43,7 +43,7 @@ _BUILT = {
     **{("torch._utils", function.__name__): function for function in _FUNCTIONS},
     **{("torch", str(kind).split(".")[1]): kind for kind in (torch.float32, torch.float16, torch.bfloat16)},
 }
-"""What is built as it is: the parts of tensors and state dicts. Storages are `torch.load`'s own affair."""
+"""Classes and functions that are not replaced: parts of tensors and state dicts. Storages need no entry."""
 
 
 class Placeholder:
@@ -75,10 +75,10 @@ class Placeholder:
 
 
 class Unpickler(pickle.Unpickler):
-    """Finds the parts of tensors, and `Placeholder` for every other name."""
+    """An unpickler that resolves the parts of tensors, and every other name to `Placeholder`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The object that a pickle names."""
+        """Return the object that a pickle names if it is allowed, else `Placeholder`."""
         return _BUILT.get((module, name), Placeholder)
 
 

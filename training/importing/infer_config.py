@@ -1,4 +1,4 @@
-"""Sizes of a published network from the names and shapes of its tensors."""
+"""Infer the sizes of a published network from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ TEXT_KEYS = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 def infer_unet_config(
     state: StateDict, head_channels: int = UNetConfig.head_channels, norm_groups: int = UNetConfig.norm_groups
 ) -> UNetConfig:
-    """Sizes of a denoising UNet from its state dict (bare keys).
+    """Infer the sizes of a denoising UNet from its state dict (keys without prefix).
 
-    Heads and normalisation groups leave no trace in a shape and are given. Raises CheckpointError naming a
-    missing tensor; keys that do not belong are left for a check against the network of these sizes.
+    The number of heads and of normalization groups does not appear in any shape, so both are arguments.
+    Raises CheckpointError naming a missing tensor. Unknown keys are not an error here; the later check
+    against the network of these sizes reports them.
     """
     half = _half_unet(state)
     _check_heads(half.attended, head_channels)
@@ -47,7 +48,7 @@ def infer_diffusion_unet_config(
     head_channels: int = StableSRUNetConfig.head_channels,
     norm_groups: int = StableSRUNetConfig.norm_groups,
 ) -> StableSRUNetConfig:
-    """Sizes of Stable Diffusion's denoising UNet, as `infer_unet_config`."""
+    """Infer the sizes of Stable Diffusion's denoising UNet; see `infer_unet_config`."""
     return StableSRUNetConfig(
         **vars(infer_unet_config(state, head_channels, norm_groups)),
         text_channels=_shape(state, TEXT_KEYS)[1],
@@ -60,7 +61,7 @@ def infer_stablesr_unet_config(
     head_channels: int = StableSRUNetConfig.head_channels,
     norm_groups: int = StableSRUNetConfig.norm_groups,
 ) -> StableSRUNetConfig:
-    """Sizes of StableSR's denoising UNet, as `infer_unet_config`."""
+    """Infer the sizes of StableSR's denoising UNet; see `infer_unet_config`."""
     plain = infer_diffusion_unet_config(state, head_channels, norm_groups)
     structure = _shape(state, "middle_block.0.spade.mlp_shared.0.weight")[1]
     return dataclasses.replace(plain, structure_channels=structure)
@@ -71,7 +72,7 @@ def infer_structure_config(
     head_channels: int = StableSRUNetConfig.head_channels,
     norm_groups: int = StructureConfig.norm_groups,
 ) -> StructureConfig:
-    """Sizes of a structure encoder from its state dict; `head_channels` is that of its narrowest level."""
+    """Infer the sizes of a structure encoder; `head_channels` is the number at its narrowest level."""
     half = _half_unet(state)
     _check_heads([half.width], head_channels)
     return StructureConfig(
@@ -87,7 +88,7 @@ def infer_structure_config(
 
 
 def infer_text_config(state: StateDict, head_channels: int = StableSRUNetConfig.head_channels) -> TextConfig:
-    """Sizes of a text encoder from its state dict."""
+    """Infer the sizes of a text encoder from its state dict."""
     vocabulary, width = _shape(state, "model.token_embedding.weight")
     _check_heads([width], head_channels)
     return TextConfig(
@@ -101,14 +102,14 @@ def infer_text_config(state: StateDict, head_channels: int = StableSRUNetConfig.
 
 @dataclass(frozen=True)
 class _HalfUNet:
-    """What the levels going down and the middle block show."""
+    """Sizes found in the down levels and the middle block of a UNet."""
 
     in_channels: int
     width: int
     channel_mult: tuple[int, ...]
     res_blocks: int
     attention_factors: tuple[int, ...]
-    attended: list[int]  # channels that attention works on
+    attended: list[int]  # numbers of channels at which there is attention
 
 
 def _half_unet(state: StateDict) -> _HalfUNet:
@@ -139,7 +140,7 @@ def _half_unet(state: StateDict) -> _HalfUNet:
 
 
 def _check_heads(attended: list[int], head_channels: int) -> None:
-    """Raise CheckpointError where channels cannot be split into heads."""
+    """Raise CheckpointError if some attention's channels cannot be split into heads of `head_channels`."""
     over = [channels for channels in attended if channels % head_channels]
     if over:
         raise CheckpointError(
@@ -150,9 +151,10 @@ def _check_heads(attended: list[int], head_channels: int) -> None:
 def infer_autoencoder_config(
     state: StateDict, norm_groups: int = AutoencoderConfig.norm_groups
 ) -> AutoencoderConfig:
-    """Sizes of an autoencoder from its state dict (bare keys); the number of normalisation groups is given.
+    """Infer the sizes of an autoencoder from its state dict (keys without prefix) and `norm_groups`.
 
-    Without a codebook it is a KL autoencoder. Raises CheckpointError naming a missing tensor.
+    A state dict without a codebook is that of a KL autoencoder. Raises CheckpointError naming a missing
+    tensor.
     """
     channels = _shape(state, "encoder.conv_in.weight")[0]
     mult = tuple(
@@ -185,7 +187,7 @@ def infer_autoencoder_config(
 
 
 def _fusion(state: StateDict) -> tuple[list[int], int, int]:
-    """Levels, RRDBs and growth of the fusion layers; no levels where there are no such layers."""
+    """Levels with a fusion layer (possibly none), and the RRDBs and growth of these layers."""
     matches = [re.match(r"decoder\.fusion_layer_(\d+)\.", key) for key in state]
     levels = sorted({int(match[1]) for match in matches if match})
     blocks, growth = AutoencoderConfig.fusion_blocks, AutoencoderConfig.fusion_growth
@@ -197,7 +199,7 @@ def _fusion(state: StateDict) -> tuple[list[int], int, int]:
 
 
 def _shape(state: StateDict, key: str) -> tuple[int, ...]:
-    """Shape of a weight tensor; CheckpointError where it is missing or has fewer than two dimensions."""
+    """Shape of a weight tensor; CheckpointError if it is missing or has fewer than two dimensions."""
     if key not in state:
         raise CheckpointError(f"missing {key}")
     shape = tuple(state[key].shape)

@@ -1,8 +1,9 @@
-"""Read published weight files and write them as a checkpoint directory.
+"""Read published weight files of MoE-SR and write them as a checkpoint directory.
 
-Published files are pickled (or safetensors) state dicts, with or without a `state_dict` level. UNet weights
-lie under `model.diffusion_model.` or bare; their exponential moving averages (EMA), preferred, under
-`model_ema.` with the dots of the name removed. Every size is inferred from the shapes of the tensors.
+Published files are pickled (or safetensors) state dicts, with or without a `state_dict` level. Keys of UNet
+weights start with `model.diffusion_model.` or have no prefix. Their exponential moving averages (EMA), which
+are preferred, start with `model_ema.` and have the dots of the name removed. All sizes are inferred from the
+shapes of the tensors.
 """
 
 from __future__ import annotations
@@ -43,23 +44,23 @@ EMA_PREFIX = "model_ema."
 
 @dataclass(frozen=True)
 class Published:
-    """Published files, and what their tensors do not tell. Without experts: a decoder on its own."""
+    """Published files and the properties that their tensors do not show. No experts means only a decoder."""
 
     decoder: Path
     experts: tuple[Path, ...] = ()  # lowest noise first
     scale: int = 4
-    name: str | None = None  # None: made from kind and scale
+    name: str | None = None  # None: a name from the kind and the scale
     head_channels: int = UNetConfig.head_channels
     norm_groups: int = UNetConfig.norm_groups
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote, and what it found: `unet` still counts the space experts that were merged."""
+    """Result of an import. `unet` has the number of space experts before they were merged."""
 
     checkpoint: Checkpoint
     unet: UNetConfig | None
-    ema: tuple[bool, ...]  # for each expert: EMA weights were used, else the raw ones
+    ema: tuple[bool, ...]  # per expert: True if its EMA weights were used, False if the raw weights
 
 
 def import_published(
@@ -72,10 +73,10 @@ def import_published(
 ) -> Imported:
     """Write the checkpoint `directory` from published files.
 
-    The schedule's timesteps are split evenly over the experts. One expert is in memory at a time; `dtype` is
-    that of the stored weights, and `on_file` is called with each file that is done. Raises CheckpointError
-    naming the file that cannot be used, and OutputError where nothing can be written; the place is then as it
-    was.
+    The schedule's timesteps are split evenly over the experts. Only one expert is in memory at a time.
+    `dtype` is the type of the stored weights; `on_file` is called with each finished file. Raises
+    CheckpointError naming a file that cannot be used, and OutputError if the directory cannot be written;
+    after either error the directory is unchanged.
     """
     check_writable_as_checkpoint(directory, force)
     for path in (*source.experts, source.decoder):
@@ -101,7 +102,7 @@ def import_published(
 
 
 def _unet_config(source: Published, decoder: AutoencoderConfig) -> UNetConfig | None:
-    """Sizes of the first expert, if there is one; CheckpointError where the decoder is of another model."""
+    """Sizes of the first expert, if any; CheckpointError if the decoder belongs to another model."""
     if not source.experts:
         return None
     unet = _raw_unet(source.experts[0], source)[1]
@@ -125,13 +126,13 @@ def _model_config(source: Published, unet: UNetConfig | None, decoder: Autoencod
 
 
 def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]:
-    """Split 0..timesteps evenly: expert k serves [k T / N, (k + 1) T / N)."""
+    """Split the timesteps evenly: expert k of N serves [k T / N, (k + 1) T / N)."""
     edges = [k * timesteps // experts for k in range(experts + 1)] if experts else []
     return tuple(itertools.pairwise(edges))
 
 
 def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, bool]:
-    """Weights of one UNet, space experts merged; its configuration as found; whether they are EMA."""
+    """Read one UNet: weights with merged space experts, sizes before the merge, True if they are EMA."""
     raw, config, ema = _raw_unet(path, source)
     weights = ema_weights(path, raw, ema) if ema else raw
     check_finite(str(path), weights, CURE)
@@ -139,7 +140,7 @@ def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
 
 
 def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
-    """A UNet's tensors as stored, its configuration, and what stands under the prefix of EMA copies."""
+    """Read a UNet's raw tensors, its sizes, and the tensors under the EMA prefix."""
     state = read_state_dict(path)
     prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
     ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
@@ -154,10 +155,10 @@ def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
 
 
 def read_autoencoder(path: Path, norm_groups: int) -> tuple[dict[str, Tensor], AutoencoderConfig]:
-    """Weights of the autoencoder (of a whole LDM those under `first_stage_model.`) and its configuration."""
+    """Read an autoencoder, in a file of a whole LDM under `first_stage_model.`, and infer its sizes."""
     state = read_state_dict(path)
     whole = any(key.startswith(AUTOENCODER_PREFIX) for key in state)
-    # `loss.`: perceptual network and discriminator, which training checkpoints of the autoencoder carry
+    # Training checkpoints of the autoencoder also hold a perceptual network and a discriminator (`loss.`).
     ignored = (UNET_PREFIX, EMA_PREFIX) if whole else ("loss.",)
     found = {
         key.removeprefix(AUTOENCODER_PREFIX): tensor
@@ -172,7 +173,7 @@ def read_autoencoder(path: Path, norm_groups: int) -> tuple[dict[str, Tensor], A
 
 
 def ema_weights(path: Path, raw: StateDict, ema: StateDict) -> dict[str, Tensor]:
-    """Take every weight of `raw` from its EMA copy, whose name is that of the weight without dots."""
+    """Return the EMA copy of every weight in `raw`; its key is the weight's name without dots."""
     lead = "diffusion_model" if any(key.startswith("diffusion_model") for key in ema) else ""
     names = {key: lead + key.replace(".", "") for key in raw}
     expected = {names[key]: tuple(tensor.shape) for key, tensor in raw.items()}

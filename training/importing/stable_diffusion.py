@@ -1,9 +1,9 @@
-"""Read Stable Diffusion 2's published weight files, on which StableSR is trained, as a checkpoint directory.
+"""Read published weight files of Stable Diffusion 2, the base of StableSR, and write a checkpoint directory.
 
-Either one file holds all networks, under `model.diffusion_model.`, `first_stage_model.` and
-`cond_stage_model.` (the published layout), or there is one a network, under the names of the library
-diffusers, in a directory with `unet`, `vae` and `text_encoder` or given one by one. Averaged weights are used
-where a file has them.
+In the published layout one file holds all networks, with the prefixes `model.diffusion_model.`,
+`first_stage_model.` and `cond_stage_model.`. In the diffusers layout there is one file per network, in a
+directory with `unet`, `vae` and `text_encoder` or named individually. If a file holds EMA weights, these are
+used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from moesr.training.weights import (
 )
 
 PREFIXES = {"expert": UNET_PREFIX, "decoder": AUTOENCODER_PREFIX, "text": "cond_stage_model."}
-FIRST_VERSION = "cond_stage_model.transformer."  # text encoder of Stable Diffusion 1
+FIRST_VERSION = "cond_stage_model.transformer."  # prefix of the text encoder of Stable Diffusion 1
 FOLDERS = ("unet", "vae", "text_encoder")
 FILES = tuple(
     f"{stem}{variant}.{suffix}"
@@ -57,7 +57,7 @@ FILES = tuple(
         ("pytorch_model", "bin"),
     )
 )
-"""What diffusers calls a network's file, the best first."""
+"""File names that diffusers gives a network's weights, the preferred one first."""
 
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]] = {
     "unet": ("expert", unet_state),
@@ -66,25 +66,25 @@ PARTS: dict[str, tuple[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]
 }
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 NAMES: tuple[tuple[str, Prediction], ...] = ((r".*768", "v"), (r".*(512|turbo)", "eps"))
-"""What the published networks predict, by the names of their files."""
+"""Regular expressions for names of published files, and what the network in such a file predicts."""
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class PublishedDiffusion:
-    """Published files of Stable Diffusion 2, and what their tensors do not tell."""
+    """Published files of Stable Diffusion 2 and the properties that their tensors do not show."""
 
-    files: tuple[Path, ...]  # one of all networks, one a network, or a directory of diffusers'
+    files: tuple[Path, ...]  # one file for all networks, one per network, or a diffusers directory
     name: str | None = None
-    prediction: Prediction | None = None  # None: known from a name, or from diffusers' configuration
+    prediction: Prediction | None = None  # None: inferred from the file name or the diffusers configuration
     head_channels: int = StableSRUNetConfig.head_channels
     norm_groups: int = StableSRUNetConfig.norm_groups
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A network's weights under the published names, and where they are from."""
+    """A network's weights under the published names, and their origin for messages."""
 
     where: str
     state: State
@@ -100,9 +100,9 @@ def import_diffusion(
 ) -> Checkpoint:
     """Write the checkpoint `directory` from published files.
 
-    `dtype` is that of the stored weights; `on_file` is called with each file that is read. Raises
-    CheckpointError naming the file that cannot be used, UsageError where nothing tells what the network
-    predicts, and OutputError where nothing can be written; the place is then as it was.
+    `dtype` is the type of the stored weights; `on_file` is called with each file that was read. Raises
+    CheckpointError naming a file that cannot be used, UsageError if it is unknown what the network predicts,
+    and OutputError if the directory cannot be written; after any error the directory is unchanged.
     """
     check_writable_as_checkpoint(directory, force)
     paths = weight_files(source.files)
@@ -130,7 +130,7 @@ def import_diffusion(
 
 
 def weight_files(given: tuple[Path, ...]) -> list[Path]:
-    """The files to read; CheckpointError where one is missing."""
+    """Return the files to read; CheckpointError if one is missing."""
     if len(given) == 1 and given[0].is_dir():
         return [_file_in(given[0] / folder) for folder in FOLDERS]
     for path in given:
@@ -143,14 +143,14 @@ def _file_in(folder: Path) -> Path:
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"{folder}: no weights there, expected one of {', '.join(FILES[:4])}; give diffusers' directory "
+            f"{folder}: no weights there, expected one of {', '.join(FILES[:4])}; give a diffusers directory "
             f"with {', '.join(FOLDERS)}"
         )
     return found
 
 
 def _prediction(given: tuple[Path, ...]) -> Prediction:
-    """What the network predicts, by the name of its file or by diffusers' configuration of the sampler."""
+    """Infer what the network predicts from its file name or the scheduler configuration of diffusers."""
     scheduler = given[0] / "scheduler" / "scheduler_config.json"
     if given[0].is_dir() and scheduler.is_file():
         try:
@@ -168,7 +168,7 @@ def _prediction(given: tuple[Path, ...]) -> Prediction:
 
 
 def _read(path: Path) -> dict[str, _Found]:
-    """The networks of one file."""
+    """Read all networks in one file, by part."""
     state = read_state_dict(path)
     part = part_of(state)
     if part is not None:

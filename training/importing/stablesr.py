@@ -1,10 +1,9 @@
 """Read StableSR's published weight files and write them as a checkpoint directory.
 
-One file holds the denoising UNet under `model.diffusion_model.`, the structure encoder under
-`structcond_stage_model.`, the text encoder under `cond_stage_model.` and a plain autoencoder; another the
-same autoencoder with controllable feature wrapping (CFW), which is the one that is used. There are no
-averaged weights. Sizes are inferred from the shapes of the tensors, what a network predicts from the name of
-the file.
+One file holds the denoising UNet (prefix `model.diffusion_model.`), the structure encoder
+(`structcond_stage_model.`), the text encoder (`cond_stage_model.`) and a plain autoencoder. A second file
+holds the same autoencoder with controllable feature wrapping (CFW); this one is used. There are no EMA
+weights. Sizes are inferred from the shapes of the tensors, and the kind of prediction from the file name.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from moesr.training.weights import CheckpointError, check_finite, check_shapes, 
 
 PREFIXES = {"expert": UNET_PREFIX, "structure": "structcond_stage_model.", "text": "cond_stage_model."}
 
-States = dict[str, dict[str, Tensor]]  # by network, under the names of `PREFIXES`
+States = dict[str, dict[str, Tensor]]  # state dicts by network; the keys are those of `PREFIXES`
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A published model: what its file is called, what it predicts, its steps and tiles."""
+    """A published model: its file name, prediction, sampling steps and tile size."""
 
     name: str
-    file: str  # regular expression that the start of the name matches
+    file: str  # regular expression for the start of the file name
     prediction: Prediction
     steps: int = StableSRConfig.steps
     tile: int = StableSRConfig.tile
@@ -65,13 +64,13 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class PublishedStableSR:
-    """Published files of StableSR, and what their tensors do not tell."""
+    """Published files of StableSR and the properties that their tensors do not show."""
 
     model: Path
     cfw: Path
     scale: int = 4
-    name: str | None = None  # None: made from the variant and the scale
-    prediction: Prediction | None = None  # None: known from the name of the file
+    name: str | None = None  # None: a name from the variant and the scale
+    prediction: Prediction | None = None  # None: inferred from the file name
     head_channels: int = StableSRUNetConfig.head_channels
     norm_groups: int = StructureConfig.norm_groups
 
@@ -86,9 +85,9 @@ def import_stablesr(
 ) -> Checkpoint:
     """Write the checkpoint `directory` from published files.
 
-    `dtype` is that of the stored weights; `on_file` is called with each file that is done. Raises
-    CheckpointError naming the file that cannot be used, UsageError where its name does not tell what it
-    predicts, and OutputError where nothing can be written; the place is then as it was.
+    `dtype` is the type of the stored weights; `on_file` is called with each finished file. Raises
+    CheckpointError naming a file that cannot be used, UsageError if it is unknown what the network predicts,
+    and OutputError if the directory cannot be written; after any error the directory is unchanged.
     """
     check_writable_as_checkpoint(directory, force)
     for path in (source.model, source.cfw):
@@ -117,7 +116,7 @@ def import_stablesr(
 
 
 def _variant(source: PublishedStableSR) -> Variant:
-    """The published model that a file is, or one that predicts what the source says."""
+    """Find the published model by its file name; `source.prediction`, if set, replaces its prediction."""
     known = next((v for v in VARIANTS if re.match(v.file, source.model.name)), None)
     if source.prediction is not None:
         return dataclasses.replace(known or VARIANTS[-1], prediction=source.prediction)
@@ -130,7 +129,7 @@ def _variant(source: PublishedStableSR) -> Variant:
 
 
 def _read_cfw(source: PublishedStableSR) -> tuple[dict[str, Tensor], AutoencoderConfig]:
-    """Weights and sizes of the autoencoder; CheckpointError where it has no feature wrapping."""
+    """Read weights and sizes of the autoencoder; CheckpointError if it has no feature wrapping."""
     state, config = read_autoencoder(source.cfw, source.norm_groups)
     if not config.fusion_levels or config.codebook_size:
         raise CheckpointError(
@@ -140,7 +139,7 @@ def _read_cfw(source: PublishedStableSR) -> tuple[dict[str, Tensor], Autoencoder
 
 
 def _read_model(source: PublishedStableSR) -> States:
-    """Tensors of each network without their prefixes; CheckpointError names those that belong to none."""
+    """Read each network's tensors without prefix; CheckpointError names tensors that belong to no network."""
     states: States = {part: {} for part in PREFIXES}
     unknown = {}
     for key, tensor in read_state_dict(source.model).items():

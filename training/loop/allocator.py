@@ -1,18 +1,18 @@
-"""The C library's memory, as training wants it."""
+"""Settings of the C library's memory allocator for training."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt
 
 
 def keep_freed() -> None:
-    """Have the C library keep freed memory for itself, where it is glibc.
+    """Make glibc keep freed memory in the process; other C libraries are left as they are.
 
-    Training frees and takes the same large blocks at every step; mapping them anew costs a page fault each
-    4 KiB.
+    Training frees and allocates the same large blocks at every step; mapping them again would cost a page
+    fault per 4 KiB.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)

@@ -1,8 +1,8 @@
-"""Data parallel training: what the processes that `torchrun` starts must agree on.
+"""Data-parallel training: communication between the processes that `torchrun` starts.
 
-N processes with a batch of b do what one process with a batch of N b does: the samples of a step are shared
-out by rank, gradients are averaged, and batch norms normalise with the statistics of all processes. Without
-`torchrun` every function here does nothing.
+N processes with batch size b compute the same step as one process with batch size N b: the samples of a step
+are divided by rank, gradients are averaged, and batch norms use the statistics of all processes. Without
+`torchrun` there is one process, and no function here communicates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moesr.runtime.errors import UsageError
 
 @contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun started and yield this one's device: NCCL on CUDA, else gloo."""
+    """Join the processes that torchrun started (NCCL on CUDA, else gloo) and yield this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield torch.device(device)
         return
@@ -43,17 +43,17 @@ def processes(device: str) -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """Number of this process; the process 0 writes the files."""
+    """The number of this process, from 0. Process 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait() -> None:
-    """Return once every process has come here."""
+    """Return once every process has called this function."""
     if size() > 1:
         dist.barrier()
 
@@ -82,7 +82,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def mean_figures(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over the processes of scalars by name, in one exchange."""
+    """Average named scalars over the processes, with one all-reduce."""
     if not figures:
         return {}
     values = mean(torch.stack([f.detach().float() for f in figures.values()]))
@@ -90,7 +90,7 @@ def mean_figures(figures: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in some process."""
+    """Return True in all processes if `flag` is set in at least one."""
     return flag if size() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
 
 
@@ -104,14 +104,14 @@ def gather(values: Tensor) -> Tensor:
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all processes' batches; torch's own has no form for CPUs."""
+    """BatchNorm with the statistics of all processes' batches; torch's SyncBatchNorm does not run on CPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         if not self.training:
             return super().forward(input)
         x = input.float()
-        count = size() * x.numel() // x.shape[1]  # values of a channel in all processes
+        count = size() * x.numel() // x.shape[1]  # values per channel in all processes
         mean = differentiable_all_reduce(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = differentiable_all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
@@ -121,7 +121,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics, the variance without bias, as torch does."""
+        """Update the running statistics as torch does, with the unbiased variance."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         momentum = 0.1 if self.momentum is None else self.momentum

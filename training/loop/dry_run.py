@@ -1,4 +1,4 @@
-"""What a run will take: parameters, memory and speed, measured over three steps; nothing is written."""
+"""Measure the parameters, memory and speed of a run over three training steps, without writing files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Measured:
     parameters: int
     trained: int
     samples_a_step: int
-    memory_bytes: int  # peak: of the process on the CPU, allocated on a GPU
+    memory_bytes: int  # peak: resident size of the process on a CPU, allocated memory on a GPU
     steps_a_second: float
     steps: int
 
@@ -32,14 +32,14 @@ class Measured:
         hours = self.steps / self.steps_a_second / 3600
         return (
             f"{self.parameters / 1e6:.2f} M parameters, {self.trained / 1e6:.2f} M trained\n"
-            f"{self.samples_a_step} samples a step, {self.steps_a_second:.3g} steps a second\n"
+            f"{self.samples_a_step} samples per step, {self.steps_a_second:.3g} steps per second\n"
             f"{self.memory_bytes / 2**20:.0f} MiB of memory at the peak\n"
             f"{self.steps} steps take about {hours:.1f} hours"
         )
 
 
 def measure(objective: Objective, stage: StageConfig, data: Samples, run: Run) -> Measured:
-    """Make three steps of the stage."""
+    """Run three steps of the stage and measure them."""
     trainer, cuda = Trainer(objective, stage, run.device, run.seed), run.device.type == "cuda"
     source, started = batches(data, stage, 0, run), 0.0
     for step in range(STEPS):

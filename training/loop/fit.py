@@ -1,7 +1,7 @@
 """The training loop that all stages share: batches, validation, interruption, resume.
 
-Every draw of a step comes from the step's number and the recipe's seed, not from the history, so a resumed
-run continues exactly as the uninterrupted one would.
+All random numbers of a step depend only on the step's number and the recipe's seed, not on the steps before,
+so a resumed run continues exactly as the uninterrupted run would.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Samples = Dataset[tuple[Tensor, ...]]  # any index from 0 on
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how one stage runs."""
+    """Settings of one stage's run: its directory, seed, device and output."""
 
     directory: Path
     seed: int
@@ -46,14 +46,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Averaged (EMA) state dicts, on the CPU: the last, and that of the least validation loss."""
+    """EMA state dicts on the CPU: after the last step, and at the lowest validation loss."""
 
     last: dict[str, Tensor]
     best: dict[str, Tensor] | None
 
 
 class MicroBatches(Sampler[list[int]]):
-    """Numbers of the samples of this process: all processes' batches together are consecutive numbers."""
+    """Yields the sample numbers of this process's batches; all processes together cover every number once."""
 
     def __init__(self, stage: StageConfig, first_step: int) -> None:
         self.stage, self.first_step = stage, first_step
@@ -66,18 +66,18 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def batches(data: Samples, stage: StageConfig, first_step: int, run: Run) -> Iterator[Sequence[Tensor]]:
-    """Batches of this process from the first one of `first_step` to the last step's."""
+    """Yield this process's batches from `first_step` to the last step."""
     loader = DataLoader(
         data,
         batch_sampler=MicroBatches(stage, first_step),
         num_workers=run.workers,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else it draws from the step's numbers when it starts
+        generator=torch.Generator(),  # so that the loader does not use torch's global one
     )
     try:
         yield from loader
-    except InputError as error:  # one raised in a loader's process carries that one's traceback
+    except InputError as error:  # the message of an error from a loader process contains its traceback
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
 
@@ -91,8 +91,8 @@ def fit(
 ) -> Fitted:
     """Train `objective.network` for `stage.steps` steps, validating on `held_out` every `val_every` steps.
 
-    Continues from `run.directory/last.pt` where there is one. Ctrl-C or SIGTERM finishes the step, saves and
-    raises KeyboardInterrupt.
+    Continues from `run.directory/last.pt` if it exists. On Ctrl-C or SIGTERM the current step is finished,
+    the state is saved, and `Stopped`, a KeyboardInterrupt, is raised.
     """
     trainer = Trainer(objective, stage, run.device, run.seed)
     last, best = run.directory / STATE_NAME, run.directory / BEST_NAME
@@ -132,7 +132,7 @@ def _train(
 
 
 def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -> None:
-    """Measure the averaged weights and keep them where they are the best so far."""
+    """Validate the averaged weights and save them if they are the best so far."""
     figures, picture = validate(trainer, held_out)
     journal.write(trainer.step - 1, {f"val_{k}": v for k, v in figures.items()}, picture)
     if figures["loss"] < trainer.best_loss:
@@ -142,14 +142,14 @@ def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -
 
 
 def finished(directory: Path, steps: int, *, best: bool) -> Fitted | None:
-    """What the run in `directory` has left, read when it is used; None where it has not made all its steps.
+    """Open the weights of the run in `directory`; None unless it has made all its steps.
 
-    The best weights are looked for where `best` is set.
+    Tensors are read from the file when they are used. The best weights are included if `best` is set.
     """
     path = directory / STATE_NAME
     if not path.exists():
         return None
-    state = read_state(path, "step", "ema", mmap=True)  # of gigabytes, the optimiser's share is not touched
+    state = read_state(path, "step", "ema", mmap=True)  # the optimizer's gigabytes are not read
     if int(state["step"]) < steps:
         return None
     return Fitted(state["ema"], _best(directory / BEST_NAME) if best else None)

@@ -1,4 +1,4 @@
-"""Stopping on request: the step at hand is finished and saved first."""
+"""Handling of Ctrl-C and SIGTERM: the current step is finished and saved before the program ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StopRequest(threading.Event):
     number: int = signal.SIGINT
 
     def stop(self) -> NoReturn:
-        """End the program as that signal does, now that all is saved."""
+        """End the program as the signal would have; call this once the state is saved."""
         raise Stopped(self.number)
 
 
@@ -45,6 +45,6 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Let the main process alone answer Ctrl-C, which a terminal sends to the loader's processes too."""
+    """Ignore Ctrl-C in a loader process: terminals send it to all processes, but the main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a line of JSON a step, TensorBoard events where asked for."""
+"""The log of a run's figures: one line of JSON per step and, if requested, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVENTS_NAME = "tensorboard"
 
 
 class Journal:
-    """Figures by step in `losses.jsonl`, less those of steps that a resumed run repeats; process 0 only."""
+    """Writes figures by step to `losses.jsonl`, in process 0 only; a resumed run replaces repeated steps."""
 
     def __init__(self, directory: Path, first_step: int, *, tensorboard: bool = False) -> None:
         self._file, self._events = None, None
@@ -32,7 +32,7 @@ class Journal:
             self._events = summary_writer()(log_dir=str(directory / EVENTS_NAME), purge_step=first_step)
 
     def write(self, step: int, figures: Mapping[str, float], picture: Tensor | None = None) -> None:
-        """Add the figures of `step`, and a picture uint8 [3, H, W] for TensorBoard."""
+        """Add the figures of `step` and, for TensorBoard, a picture uint8 [3, H, W]."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **figures}) + "\n")
         if self._events is not None:
@@ -53,19 +53,19 @@ class Journal:
 
 
 def summary_writer() -> Any:
-    """The class that writes TensorBoard events; UsageError where TensorBoard is not installed."""
+    """Return the class that writes TensorBoard events; UsageError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(
-            f"--tensorboard: not installed ({error}); pip install 'moesr[train]', or leave the option out "
+            f"--tensorboard: TensorBoard is not installed ({error}); pip install 'moesr[train]', or omit it "
             f"(figures are in {LOG_NAME} anyway)"
         ) from error
     return SummaryWriter
 
 
 def _forget(path: Path, first_step: int) -> None:
-    """Drop the lines of `first_step` and later, and one that was cut off."""
+    """Remove the lines of `first_step` and later steps, and an incomplete last line."""
     if not path.exists():
         return
     kept = []

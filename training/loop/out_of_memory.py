@@ -1,4 +1,4 @@
-"""What to do when a stage runs out of memory, as a command line that works."""
+"""Advice after a stage ran out of memory: options that make it need less."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesr.training.recipe import Recipe
 
 @contextmanager
 def memory_relief(stage: str, recipe: Recipe) -> Iterator[None]:
-    """Turn a failed allocation of `stage` into MemoryLimitError that says which entries to change."""
+    """Turn a failed allocation of `stage` into a MemoryLimitError that names the recipe entries to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -26,9 +26,9 @@ def memory_relief(stage: str, recipe: Recipe) -> Iterator[None]:
 
 
 def lighter(stage: str, recipe: Recipe) -> list[str]:
-    """Changes of the recipe, as --set takes them, with which `stage` needs less memory; may be none.
+    """Return changes of the recipe, as --set takes them, that reduce the memory of `stage`; possibly none.
 
-    As many samples a step as before, in smaller batches; where a batch is one sample, bf16.
+    The batch size is reduced at an equal number of samples per step; if it is 1 already, bf16 is suggested.
     """
     changes = []
     if stage != "latents":
@@ -45,5 +45,5 @@ def lighter(stage: str, recipe: Recipe) -> list[str]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is NumPy's, a GPU's or the CPU allocator's, which has no class of its own."""
+    """Return True for out-of-memory errors of NumPy, a GPU or torch's CPU allocator (a RuntimeError)."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

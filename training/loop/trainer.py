@@ -1,4 +1,4 @@
-"""One network in training: its optimiser, its average, one step, and the state that a resumed run needs."""
+"""The trainer of one network: optimizer, weight average (EMA), training step, and saved state."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from moesr.training.weights import brief
 
 log = logging.getLogger("moesr")
 
-# Entries that a resumed run may change: its length, and what does not reach a step.
+# Entries that a resumed run may change without a warning: its length, and entries that affect no step.
 FREE_TO_CHANGE = ("steps", "save_every", "val_every", "val_samples", "init_share", "stored", "latent_batch")
 
 
 class Objective(Protocol):
-    """What a stage trains and by which loss."""
+    """The network that a stage trains, and its loss."""
 
     @property
     def network(self) -> nn.Module:
-        """Trained and averaged; frozen parts have requires_grad False."""
+        """The network that is trained and averaged; frozen parts have requires_grad False."""
         ...
 
     @property
     def critic(self) -> nn.Module | None:
-        """Trained beside the network by the same loss, not averaged; a discriminator."""
+        """The discriminator, if any: trained together with the network by the same loss, not averaged."""
         ...
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one batch, as the stage's data set makes it, and figures to show."""
+        """Return the loss of one batch of the stage's data set, and the figures to log."""
         ...
 
     def after_step(self, step: int) -> None:
-        """Change weights after the optimiser's step (expert weight sharing, codebook)."""
+        """Modify weights after the optimizer's step (expert weight sharing, codebook)."""
         ...
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return figures, "loss" among them (lower is better), and images [B, 3, H, W'] side by side."""
+        """Return figures, including "loss" (lower is better), and images [B, 3, H, W'] to show."""
         ...
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
-    """Learning rate of `step`: linear warm-up, then constant or half a cosine to zero."""
+    """Return the learning rate of `step`: linear warm-up, then constant or a half cosine to zero."""
     warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps)) if stage.decay == "cosine" else 1.0
     return stage.learning_rate * warm * cosine
@@ -78,12 +78,12 @@ class Trainer:
         self.step, self.best_loss = 0, math.inf
 
     def advance(self, batches: Iterator[Sequence[Tensor]]) -> dict[str, float]:
-        """Make one optimiser step over `stage.accumulate` batches; returns the mean figures.
+        """Make one optimizer step over `stage.accumulate` batches; returns the mean figures.
 
-        Raises NonFiniteError where the loss or a gradient is not finite, before it reaches the weights.
+        Raises NonFiniteError, before the weights change, if the loss or a gradient is not finite.
         """
         stage = self.stage
-        torch.manual_seed(seed_of(self.seed, STEP, self.step))  # what networks draw, alike in all processes
+        torch.manual_seed(seed_of(self.seed, STEP, self.step))  # networks draw the same in all processes
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(stage, self.step)
         totals: dict[str, Tensor] = {}
@@ -105,9 +105,9 @@ class Trainer:
         return means
 
     def _average_gradients(self) -> dict[str, float]:
-        """Average gradients over the processes and clip them; returns each network's norm before that.
+        """Average gradients over the processes and clip them; returns each network's norm before clipping.
 
-        The norms are those of the averages, so all processes have the same ones.
+        The norms are computed after averaging, so they are the same in all processes.
         """
         norms = []
         for group in self.groups:
@@ -115,7 +115,7 @@ class Trainer:
             norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
             if self.stage.clip_norm:
                 nn.utils.clip_grads_with_norm_(group, self.stage.clip_norm, norm)
-            norms.append(norm.to(self.device))  # on the CPU where there is no gradient yet
+            norms.append(norm.to(self.device))  # the norm of no gradients is a CPU tensor
         names = ("network", "discriminator")
         return dict(zip(names, torch.stack(norms).tolist(), strict=False))
 
@@ -136,7 +136,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averaged weights into the network, in evaluation mode, for the time of a `with` block."""
+        """Within a `with` block, give the network its averaged weights and put it into evaluation mode."""
         trained = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.network.load_state_dict(self.ema)
         self.network.eval()
@@ -147,11 +147,11 @@ class Trainer:
             self.network.train()
 
     def ema_on_cpu(self) -> dict[str, Tensor]:
-        """The averaged weights, on the CPU."""
+        """Return the averaged weights on the CPU."""
         return {k: v.cpu() for k, v in self.ema.items()}
 
     def save(self, path: Path) -> None:
-        """Write the whole state; the process 0 does, the others wait."""
+        """Write the whole state. Process 0 writes; the others wait."""
         state = {
             "step": self.step,
             "best_loss": self.best_loss,
@@ -163,7 +163,7 @@ class Trainer:
         write_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Continue from a saved state; InputError where it is damaged or of another network."""
+        """Restore a saved state; InputError if it is damaged or belongs to another network."""
         state = read_state(path, device=self.device)
         try:
             for module, weights in zip(self.modules, state["modules"], strict=True):
@@ -188,12 +188,12 @@ class Trainer:
 
 
 def write_state(path: Path, state: object) -> None:
-    """Write `state` to `path`, whole or not at all; the process 0 does, the others wait."""
+    """Write `state` to `path` atomically. Process 0 writes; the others wait."""
     if distributed.rank() == 0:
         try:
             with new_file(path) as scratch:
                 torch.save(state, scratch)
-        except (OSError, RuntimeError) as error:  # torch.save raises either where a disk is full
+        except (OSError, RuntimeError) as error:  # torch.save raises either if the disk is full
             raise OutputError(f"{path}: cannot be written: {reason(error)}; then run again") from error
     distributed.wait()
 
@@ -201,14 +201,14 @@ def write_state(path: Path, state: object) -> None:
 def read_state(
     path: Path, *holds: str, device: torch.device | str = "cpu", mmap: bool = False
 ) -> dict[str, Any]:
-    """Read what `write_state` wrote; InputError where it is damaged or lacks an entry of `holds`.
+    """Read a file of `write_state`; InputError if it is damaged or lacks one of the entries `holds`.
 
-    With `mmap` tensors are read from the file when they are used.
+    With `mmap` set, tensors are read from the file when they are used.
     """
     cure = "delete it and run the same command again, which begins this part anew, or use another -o"
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as error:  # unpickling raises whatever it meets
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise InputError(f"{path}: the saved state is damaged ({brief(error)}); {cure}") from error
     if not isinstance(state, dict) or not all(key in state for key in holds):
         raise InputError(f"{path}: holds no training state; {cure}")

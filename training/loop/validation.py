@@ -1,4 +1,4 @@
-"""Validation: the averaged weights on samples kept out of training, always the same ones."""
+"""Validation of the averaged weights on a fixed set of held-out samples."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch.utils.data import Dataset, default_collate
 from moesr.training.loop import distributed
 from moesr.training.loop.trainer import Trainer
 
-PICTURES = 4  # samples shown
+PICTURES = 4  # samples in the picture
 
 
 @torch.no_grad()
 def validate(trainer: Trainer, data: Dataset[tuple[Tensor, ...]]) -> tuple[dict[str, float], Tensor]:
-    """Mean figures over samples 0 .. val_samples-1, shared out among processes, and a picture of the first.
+    """Return mean figures over samples 0 .. val_samples-1, and a picture of the first samples.
 
-    Every sample is a batch of its own, so the figures do not depend on the batch. The picture is uint8 [3,
-    H, W], one sample a row.
+    The samples are divided among the processes. The batch size is 1, so the figures do not depend on the
+    recipe's batch size. The picture is uint8 [3, H, W] with one row per sample.
     """
     totals: dict[str, Tensor] = {}
     rows: list[Tensor] = []
     count = trainer.stage.val_samples
     with trainer.averaged():
-        # process 0 takes the first ones, which are shown
+        # Process 0 takes the first samples, which are in the picture.
         share = -(-count // distributed.size())
         mine = range(distributed.rank() * share, min(count, (distributed.rank() + 1) * share))
-        for index in mine or [0]:  # a process without samples measures one for the names of the figures
+        for index in mine or [0]:  # a process without samples still needs the figures' names
             batch = [part.to(trainer.device) for part in default_collate([data[index]])]
             figures, images = trainer.objective.evaluate(batch)
             for key, value in figures.items():
@@ -39,6 +39,6 @@ def validate(trainer: Trainer, data: Dataset[tuple[Tensor, ...]]) -> tuple[dict[
 
 
 def psnr(sr: Tensor, hr: Tensor) -> Tensor:
-    """PSNR in dB of images in [-1, 1] over all channels, of their joint mean squared error."""
+    """Return the PSNR in dB of images in [-1, 1], from the mean squared error over the whole batch."""
     error = (sr.clamp(-1, 1) - hr).square().mean() / 4
     return -10.0 * torch.log10(error.clamp_min(1e-10))

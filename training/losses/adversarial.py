@@ -12,14 +12,14 @@ LARGEST_WEIGHT = 1e4
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Loss of the discriminator from its scores of real and made images."""
+    """Hinge loss of the discriminator from its scores of real and generated images."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Weight that makes the adversarial gradient at `last_layer` as large as the reconstruction's (Eq. 7).
+    """Return the weight that makes the adversarial gradient at `last_layer` as large as the other (Eq. 7).
 
-    The ratio of the gradients' norms, over all processes, at most 10,000; a constant to the gradient.
+    It is the ratio of the two gradients' norms over all processes, limited to 10,000 and detached.
     """
     norms = []
     for loss in (reconstruction, adversarial):

@@ -18,10 +18,10 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def load_lpips(weights: str, device: torch.device) -> Distance:
-    """LPIPS distance of two images [B, 3, H, W] in [-1, 1], a scalar mean; nothing is downloaded.
+    """Load the LPIPS distance: two images [B, 3, H, W] in [-1, 1] -> a scalar mean. Nothing is downloaded.
 
     `weights` is torchvision's state dict of VGG16 (`vgg16-397923af.pth`); the linear layers come with the
-    package. Raises UsageError where the package or the file is absent or of another network.
+    package. Raises UsageError if the package or the file is missing, or if the file holds another network.
     """
     try:
         lpips = importlib.import_module("lpips")
@@ -39,11 +39,11 @@ def load_lpips(weights: str, device: torch.device) -> Distance:
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # random VGG16: nothing is downloaded
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
-        # lpips numbers VGG16's layers as torchvision does, in five slices
+        # lpips uses torchvision's numbers for the layers of VGG16, grouped in five slices.
         features = {k.removeprefix("features."): v for k, v in given.items() if k.startswith("features.")}
         own = network.net.state_dict()
         network.net.load_state_dict({key: features[key.partition(".")[2]] for key in own})
-    except Exception as error:  # unpickling raises whatever it meets
+    except Exception as error:  # unpickling a damaged file can raise anything
         raise UsageError(f"{path}: not torchvision's VGG16 weights ({brief(error)}); {WITHOUT}") from error
     network = network.requires_grad_(False).eval().to(device)
 

@@ -1,4 +1,4 @@
-"""Networks of the models; parameter names are those of the published checkpoints."""
+"""The networks of the models, with the parameter names of the published checkpoints."""
 
 from moesr.training.networks.autoencoder import Autoencoder
 from moesr.training.networks.space_moe import SpaceMoE, share_expert_weights

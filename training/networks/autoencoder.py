@@ -19,7 +19,7 @@ from moesr.training.networks.refinement import RefinementUNet
 if TYPE_CHECKING:
     from moesr.training.config import AutoencoderConfig
 
-LOG_VARIANCE = (-30.0, 20.0)  # bounds of the posterior's
+LOG_VARIANCE = (-30.0, 20.0)  # bounds of the posterior's log-variance
 
 
 class AttnBlock(nn.Module):
@@ -37,7 +37,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the sides; pads right and bottom only, as the published network does."""
+    """Halve the sides by a strided convolution, padded right and bottom only as in the published network."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides by nearest neighbour, then convolve."""
+    """Double the sides by nearest-neighbor interpolation, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Level(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the residual blocks, not the resampling."""
+        """Run the residual blocks without the resampling layer."""
         for block in self.block:
             x = block(x)
         return x
@@ -159,13 +159,13 @@ class Decoder(nn.Module):
 
     @property
     def fusions(self) -> dict[int, FusionLayer]:
-        """The layers that fuse LR features, by level; none where the decoder is not LR-conditioned."""
+        """The layers that fuse LR features, by level; empty if the decoder is not LR-conditioned."""
         return {i: getattr(self, f"fusion_layer_{i}") for i in self.fusion_levels}
 
     def forward(self, z: Tensor, lr_features: Mapping[int, Tensor], fidelity: Tensor | float) -> Tensor:
         """Latent [B, z, h, w] -> image [B, 3, f*h, f*w].
 
-        `lr_features`, by level, are fused where there are any; `fidelity` scales them.
+        `lr_features` holds the features to fuse, by level; `fidelity` scales them.
         """
         h = self.mid(self.conv_in(z))
         for i in reversed(range(len(self.up))):
@@ -188,16 +188,15 @@ class VectorQuantiser(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0, 1.0)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Latents [B, D, h, w] -> the index of the nearest code, [B*h*w], rows first."""
+        """Latents [B, D, h, w] -> the index of the nearest code, [B*h*w], in row-major order."""
         return operators.nearest_code(z, self.embedding.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, D, h, w] -> the nearest codes, same shape."""
         b, d, h, w = z.shape
         codes = self.embedding(self.indices(z)).reshape(b, h, w, d).permute(0, 3, 1, 2)
-        # Evaluation keeps the channels-last strides that the published decoder runs on: torch's GroupNorm
-        # sums in the order of memory, which at 512 px moves the image by 4e-5. Training takes the faster
-        # layout.
+        # Evaluation keeps the channels-last strides of the published decoder: torch's GroupNorm sums in
+        # memory order, and another order changes the image by 4e-5 at 512 px. Training uses the faster layout.
         return codes.contiguous() if self.training else codes
 
 
@@ -221,7 +220,7 @@ class Autoencoder(nn.Module):
         return self.quant_conv(self.encoder(image))[:, : self.config.embed_dim]
 
     def sample(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [-1, 1], noise [B, D, H/f, W/f] -> a latent of the posterior (KL)."""
+        """Image [B, 3, H, W] in [-1, 1], noise [B, D, H/f, W/f] -> a sample of the posterior (KL)."""
         mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE)) * noise
 
@@ -240,9 +239,9 @@ class Autoencoder(nn.Module):
     ) -> Tensor:
         """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
 
-        `lr` [B, 3, f*h, f*w] is the LR image resized to the output size, needed by an LR-conditioned decoder;
-        `fidelity` in [0, 1] is StableSR's fidelity-realism control, 1 in the published model. Latents that
-        are `quantised` are codes already.
+        `lr` [B, 3, f*h, f*w] is the LR image resized to the output size, required by an LR-conditioned
+        decoder. `fidelity` in [0, 1] is StableSR's trade-off between fidelity and realism; the published
+        model uses 1. With `quantised` set, the latents are codes already and are not quantized again.
         """
         if self.config.codebook_size and not quantised:
             z = self.quantize(z)

@@ -1,4 +1,4 @@
-"""The patch discriminator of VQGAN (Esser et al. 2021, after Isola et al. 2017): a score for every patch."""
+"""The patch discriminator of VQGAN (Esser et al. 2021, after Isola et al. 2017): one score per patch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ SLOPE = 0.2
 
 
 class PatchDiscriminator(nn.Module):
-    """Strided 4x4 convolutions with BatchNorm; `layers` 3 sees patches of 70 px.
+    """Strided 4x4 convolutions with BatchNorm; with 3 `layers` the receptive field is 70 px.
 
-    Weights start normal with deviation 0.02, the scales of BatchNorm around 1.
+    Weights are initialized normally with deviation 0.02, the scales of BatchNorm with mean 1.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from moesr.training.networks import operators
 
-RESIDUAL_SCALE = 0.2  # of dense blocks and of the RRDB around them
+RESIDUAL_SCALE = 0.2  # factor of the residual in dense blocks and in RRDBs
 SLOPE = 0.2
 
 
 def group_norm(channels: int, groups: int) -> nn.Module:
-    """GroupNorm with the epsilon of the published autoencoder; the identity where `groups` is 0."""
+    """Return a GroupNorm with the epsilon of the published autoencoder, or the identity if `groups` is 0."""
     return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
@@ -44,13 +44,13 @@ class ResnetBlock(nn.Module):
 
 
 class FusionResBlock(ResnetBlock):
-    """The same block under the published names of the fusion layer."""
+    """A `ResnetBlock` with the parameter names of the published fusion layer."""
 
     shortcut_name = "conv_out"
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each seeing all features before it."""
+    """Five convolutions; the input of each is the block's input and the outputs of all before it."""
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()

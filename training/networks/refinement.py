@@ -1,7 +1,8 @@
 """The refinement network: a small UNet of AFF blocks after the decoder's last level (paper section 3.3).
 
-AFF is the adaptive frequency filter of Huang et al. (2023): a filter made from the spectrum itself, then
-applied to it. Its maths stands once, with the kernels, whose other forms are compared with it.
+AFF is the adaptive frequency filter of Huang et al. (2023): the mask that filters a spectrum is computed from
+this spectrum. Its reference implementation is in `moesr.kernels`, next to the kernels that are tested against
+it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch.nn import functional as F
 
 from moesr.training.networks import operators
 
-SLOPE = 0.1  # of every LeakyReLU outside the filter
+SLOPE = 0.1  # negative slope of every LeakyReLU outside the filter
 
 
 class AFFFilter(nn.Module):
-    """Adaptive frequency filter: two complex block-diagonal layers make a mask for the spectrum."""
+    """Adaptive frequency filter: two complex block-diagonal layers compute a mask for the spectrum."""
 
     def __init__(self, channels: int, blocks: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand by four, depthwise 3x3, reduce; residual where the channels allow it."""
+    """Expand by four, depthwise 3x3, reduce; residual if the numbers of channels are equal."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -70,11 +71,11 @@ class InvertedResidual(nn.Module):
 
 
 class AFFBlock(nn.Module):
-    """Token mixing by the inverted residual, then by the frequency filter, each residual."""
+    """An inverted residual followed by the frequency filter; both mix tokens."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, filter_blocks: int | None) -> None:
         super().__init__()
-        groups = groups or 1  # a filter made from the spectrum that it filters needs a bounded one
+        groups = groups or 1  # the filter needs a normalized input even if `groups` is 0
         self.norm1 = nn.GroupNorm(groups, in_channels)
         self.mlp = InvertedResidual(in_channels, out_channels)
         self.up_dim = nn.Conv2d(in_channels, out_channels, 1)
@@ -85,7 +86,7 @@ class AFFBlock(nn.Module):
         """[B, in, H, W] -> [B, out, H, W]."""
         h = self.mlp(operators.group_norm(x, self.norm1)) + self.up_dim(x)
         filtered = self.filter(operators.group_norm(h, self.norm2))
-        return filtered + h  # in this order: the sum takes the filter's memory layout
+        return filtered + h  # in this order, so that the sum has the filter's memory layout
 
 
 class RefinementUNet(nn.Module):

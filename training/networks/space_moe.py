@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class SpaceMoE(nn.Module):
     """`x + FFN(LayerNorm(x))` over the H*W tokens, with `experts` FFNs.
 
-    Training splits the tokens at random into one group an expert (Eq. 4). Evaluation uses one FFN whose
-    weights are the mean of the experts', which is what a merged network (`experts=1`) holds.
+    Training splits the tokens at random into one group per expert (Eq. 4). Evaluation uses one FFN whose
+    weights are the mean over the experts; a merged network (`experts=1`) stores only this mean.
     """
 
     def __init__(self, channels: int, experts: int) -> None:
@@ -54,8 +54,9 @@ class SpaceMoE(nn.Module):
 def share_expert_weights(network: nn.Module, gamma: float) -> None:
     """Move every space expert towards the mean of the others, in place (Eq. 5).
 
-    `W_i <- gamma W_i + (1 - gamma) mean_{j != i} W_j`, all right-hand sides taken before the update; `gamma`
-    in [0, 1]. In place, so that the optimiser keeps its state. The mean over all experts does not change.
+    `W_i <- gamma W_i + (1 - gamma) mean_{j != i} W_j`, with all right-hand sides evaluated before the update
+    and `gamma` in [0, 1]. The optimizer keeps its state, since parameters change in place. The mean over all
+    experts does not change.
     """
     for module in network.modules():
         if not isinstance(module, SpaceMoE) or len(module.moe_blocks) < 2:

@@ -1,7 +1,7 @@
 """StableSR's denoising network and its time-aware structure encoder (Wang et al., IJCV 2024, section 3.1).
 
-The UNet is Stable Diffusion 2.1's. Structure features of the LR latent, made anew at every timestep, modulate
-what each of its residual blocks adds (SPADE, Park et al., CVPR 2019).
+The UNet is that of Stable Diffusion 2.1. Structure features of the LR latent, computed at every timestep,
+modulate the residual of each of its residual blocks (SPADE, Park et al., CVPR 2019).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class SPADE(nn.Module):
 
     def __init__(self, channels: int, structure_channels: int, groups: int) -> None:
         super().__init__()
-        self.param_free_norm = nn.GroupNorm(groups, channels)  # has parameters, whatever its published name
+        self.param_free_norm = nn.GroupNorm(groups, channels)  # the published name; it does have parameters
         self.mlp_shared = nn.Sequential(
             nn.Conv2d(structure_channels, SPADE_CHANNELS, 3, padding=1), nn.ReLU()
         )
@@ -36,7 +36,7 @@ class SPADE(nn.Module):
 
 
 class SPADEResBlock(ResBlock):
-    """A residual block that modulates its output by the structure features of the same width."""
+    """A residual block whose residual is modulated by the structure features of the same width."""
 
     def __init__(
         self, in_channels: int, out_channels: int, emb_channels: int, groups: int, structure_channels: int
@@ -45,13 +45,13 @@ class SPADEResBlock(ResBlock):
         self.spade = SPADE(out_channels, structure_channels, groups)
 
     def residual(self, x: Tensor, given: Conditions) -> Tensor:
-        """What the block adds to its input."""
+        """Return the modulated residual, [B, out, H, W]."""
         h = super().residual(x, given)
         return self.spade(h, given.structure[h.shape[-1]])
 
 
 class StructureEncoder(HalfUNet[StructureConfig]):
-    """Half a UNet over the LR latent: features of every resolution, for one timestep."""
+    """The down half of a UNet: from the LR latent and a timestep to features of every resolution."""
 
     def __init__(self, config: StructureConfig) -> None:
         super().__init__(config)
@@ -84,7 +84,7 @@ class StableSRUNet(UNet[StableSRUNetConfig]):
     """Predict eps or v from z_t, the timestep, the structure of the LR image and a text."""
 
     def res_block(self, in_channels: int, out_channels: int) -> ResBlock:
-        """A residual block with SPADE, where there are structure features."""
+        """Return a residual block with SPADE, or a plain one without structure features."""
         config = self.config
         if not config.structure_channels:
             return super().res_block(in_channels, out_channels)
@@ -92,15 +92,15 @@ class StableSRUNet(UNet[StableSRUNetConfig]):
         return SPADEResBlock(in_channels, out_channels, *sizes)
 
     def attention(self, channels: int) -> list[nn.Module]:
-        """A transformer that attends to the text too."""
+        """Return a transformer with self-attention and attention to the text."""
         config = self.config
         return [TextTransformer(channels, config.text_channels, config.head_channels, config.norm_groups)]
 
     def forward(self, z_t: Tensor, t: Tensor, structure: dict[int, Tensor], text: Tensor) -> Tensor:
         """Return the prediction [B, 4, h, w] for latents `z_t` of that shape and `t` [B].
 
-        `structure` is what the structure encoder makes of the LR latent at the same `t` (empty for a network
-        without SPADE), `text` [B or 1, tokens, text_channels] the encoded prompt. h and w must be multiples
-        of `config.factor`.
+        `structure` is the output of the structure encoder for the LR latent at the same `t` (empty for a
+        network without SPADE). `text` [B or 1, tokens, text_channels] is the encoded prompt. h and w must be
+        multiples of `config.factor`.
         """
         return self.run(z_t, Conditions(self.embed(t), structure, text))

@@ -1,4 +1,4 @@
-"""The text tower of OpenCLIP's ViT-H/14 as in Stable Diffusion 2: all tokens, of the last layer but one.
+"""The text tower of OpenCLIP's ViT-H/14 as in Stable Diffusion 2: all tokens of the penultimate layer.
 
 Module and parameter names are those of the published checkpoints.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention; a token sees itself and those before it."""
+    """Multi-head self-attention in which a token attends to itself and the tokens before it."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class TextBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks; the last one belongs to the published weights and is not run."""
+    """The transformer blocks; the last one is in the published weights but is not run."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Embeddings, blocks and final norm; the projection to CLIP's space is there and not used."""
+    """Embeddings, blocks and final norm, and CLIP's projection, which is stored but not used."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Tower(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Prompts, as token ids, to what the UNet's transformers attend to."""
+    """Encodes prompts, given as token ids, for the attention of the UNet's transformers."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -105,11 +105,11 @@ class TextEncoder(nn.Module):
         self.model = Tower(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [B, tokens], ended and padded -> [B, tokens, width]."""
+        """Token ids int64 [B, tokens], with start and end token and padding -> [B, tokens, width]."""
         return self.model(ids)
 
     def encode(self, prompt: Sequence[int]) -> Tensor:
-        """A prompt's token ids, from start to end -> [1, tokens, width]; the rest is padded with 0."""
+        """Encode one prompt, token ids from start to end token, padded here with 0 -> [1, tokens, width]."""
         ids = torch.zeros(1, self.config.tokens, dtype=torch.int64)
         ids[0, : len(prompt)] = torch.tensor(prompt)
         return self(ids)

@@ -1,4 +1,4 @@
-"""The transformer of Stable Diffusion 2: attention over the features and to a text, gated feed-forward.
+"""The transformer of Stable Diffusion 2: self-attention, cross-attention to a text, gated feed-forward layer.
 
 Module and parameter names are those of the published checkpoints.
 """
@@ -13,7 +13,7 @@ from moesr.training.networks.unet import ConditionedLayer, Conditions
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to others."""
+    """Multi-head attention of tokens to tokens of another source."""
 
     def __init__(self, channels: int, source_channels: int, head_channels: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """`value * GELU(gate)`, both linear in the input (Shazeer, 2020)."""
+    """`value * GELU(gate)`; `value` and `gate` are linear functions of the input (Shazeer, 2020)."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = 4 * channels
-        # the published layout has a dropout of rate 0 between them
+        # The published layout has a dropout of rate 0 in the middle.
         self.net = nn.Sequential(GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class TextTransformer(ConditionedLayer):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]; needs a text."""
-        assert given.text is not None, "a network with text was given none"
+        """[B, C, H, W] -> [B, C, H, W]; `given` must have a text."""
+        assert given.text is not None, "a network with text needs one"
         text = given.text.expand(len(x), -1, -1)
         h = self.proj_in(operators.group_norm(x, self.norm).flatten(2).transpose(1, 2))
         for block in self.transformer_blocks:

@@ -1,6 +1,6 @@
-"""UNets of the latent diffusion family, and the one of a sampling expert, with Space MoE (paper section 3.2).
+"""UNets of the latent diffusion family, including a sampling expert's with Space MoE (paper section 3.2).
 
-Module and parameter names are those of the published checkpoints: these load by key, without renames.
+Module and parameter names are those of the published checkpoints, which therefore load without renaming.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the layers of a UNet see besides its features."""
+    """Inputs of the layers of a UNet besides the features."""
 
-    emb: Tensor  # of the timesteps, [B, 4 * width]
-    structure: Mapping[int, Tensor] = field(default_factory=dict)  # of the LR image, by width: [B, C, h, w]
+    emb: Tensor  # timestep embedding, [B, 4 * width]
+    structure: Mapping[int, Tensor] = field(default_factory=dict)  # LR features [B, C, h, w] by their width w
     text: Tensor | None = None  # [B or 1, tokens, C]
 
 
@@ -59,18 +59,18 @@ class ResBlock(ConditionedLayer):
         self.out_layers = NormSiLU(
             nn.GroupNorm(groups, out_channels),
             nn.SiLU(),
-            nn.Identity(),  # dropout in the published layout, rate 0
+            nn.Identity(),  # in place of a dropout of rate 0 in the published layout
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:
-        """Return the block's output for features `x`, whose embedding has `emb_channels`."""
+        """Return the block's output [B, out, H, W] for features `x` [B, in, H, W]."""
         return self.skip_connection(x) + self.residual(x, given)
 
     def residual(self, x: Tensor, given: Conditions) -> Tensor:
-        """What the block adds to its input."""
+        """Return what the block adds to its (projected) input, [B, out, H, W]."""
         return self.out_layers(self.in_layers(x) + self.emb_layers(given.emb)[:, :, None, None])
 
 
@@ -106,7 +106,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides by nearest neighbour, then convolve."""
+    """Double the sides by nearest-neighbor interpolation, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Upsample(nn.Module):
 
 
 class TimestepSequential(nn.Sequential):
-    """A sequence whose conditioned layers also take the timestep embedding and what comes with it."""
+    """A sequence of layers; those that are a `ConditionedLayer` also take the `Conditions`."""
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:  # type: ignore[override]
         """Run the layers in order."""
@@ -128,7 +128,7 @@ class TimestepSequential(nn.Sequential):
 
 
 class HalfUNet(nn.Module, Generic[HalfSizes]):
-    """The half of a UNet that goes down, with the middle block."""
+    """The down levels of a UNet and its middle block."""
 
     def __init__(self, config: HalfSizes) -> None:
         super().__init__()
@@ -154,11 +154,11 @@ class HalfUNet(nn.Module, Generic[HalfSizes]):
         )
 
     def res_block(self, in_channels: int, out_channels: int) -> ResBlock:
-        """A residual block of this family."""
+        """Return a residual block of this family of networks."""
         return ResBlock(in_channels, out_channels, 4 * self.config.width, self.config.norm_groups)
 
     def attention(self, channels: int) -> list[nn.Module]:
-        """The layers that attend to all positions."""
+        """Return the layers that attend to all positions."""
         raise NotImplementedError
 
     def embed(self, t: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class HalfUNet(nn.Module, Generic[HalfSizes]):
 
 
 class UNet(HalfUNet[Sizes]):
-    """A whole UNet: the levels going up see the features of those going down."""
+    """A whole UNet: the up levels also take the features of the down levels."""
 
     def __init__(self, config: Sizes) -> None:
         super().__init__(config)
@@ -192,19 +192,19 @@ class UNet(HalfUNet[Sizes]):
         return self.out(self._ascend(self.middle_block(h, given), skips, given, self.output_blocks))
 
     def deep(self, x: Tensor, given: Conditions, blocks: int) -> Tensor:
-        """The features that the last `blocks` output blocks of `run` start from."""
+        """Run all but the last `blocks` output blocks; returns the features that these blocks start from."""
         h, skips = self._descend(x, given, self.input_blocks)
         return self._ascend(self.middle_block(h, given), skips, given, self.output_blocks[:-blocks])
 
     def run_shallow(self, x: Tensor, given: Conditions, blocks: int, deep: Tensor) -> Tensor:
-        """`run` by the last `blocks` output blocks, and the input blocks that they see, from `deep` on."""
+        """`run` from the result of `deep`: only the last `blocks` output blocks and their input blocks."""
         _, skips = self._descend(x, given, self.input_blocks[:blocks])
         return self.out(self._ascend(deep, skips, given, self.output_blocks[-blocks:]))
 
     def _descend(
         self, h: Tensor, given: Conditions, blocks: Iterable[nn.Module]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The features after input blocks, and after each of them."""
+        """Run input blocks; returns the features after the last block, and those after each block."""
         skips = []
         for block in blocks:
             h = block(h, given)
@@ -214,7 +214,7 @@ class UNet(HalfUNet[Sizes]):
     def _ascend(
         self, h: Tensor, skips: list[Tensor], given: Conditions, blocks: Iterable[nn.Module]
     ) -> Tensor:
-        """The features after output blocks, which take the latest of `skips` away."""
+        """Run output blocks, each of which removes and uses the last entry of `skips`."""
         for block in blocks:
             h = block(torch.cat((h, skips.pop()), dim=1), given)
         return h
@@ -224,7 +224,7 @@ class DenoisingUNet(UNet["UNetConfig"]):
     """Predict eps from z_t, the condition and the timestep (paper Eq. 2)."""
 
     def attention(self, channels: int) -> list[nn.Module]:
-        """Attention with the Space MoE layer after it."""
+        """Return an attention block followed by a Space MoE layer, if the model has one."""
         config = self.config
         block: list[nn.Module] = [AttentionBlock(channels, config.head_channels, config.norm_groups)]
         if config.space_experts:
