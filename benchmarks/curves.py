@@ -23,7 +23,7 @@ WINDOW = 100  # steps that are averaged: single batches differ by more than trai
 
 
 def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key` in a journal, in the order of its lines; two empty arrays without any."""
+    """Steps and values of `key` in a metrics log, in the order of its lines; two empty arrays without any."""
     lines = map(json.loads, path.read_text("utf-8").splitlines())
     pairs = [(line["step"] + 1, line[key]) for line in lines if key in line]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())

@@ -36,7 +36,7 @@ from moesr.training.checkpoint import Checkpoint, expert_count, load_checkpoint
 from moesr.training.data.crops import to_float
 from moesr.training.losses.diffusion import add_noise, predict_x0, sample
 from moesr.training.networks import Autoencoder
-from moesr.training.seeded_random import SAMPLING, Draws
+from moesr.training.seeded_random import SAMPLING, SampleRng
 
 Link = tuple[str, list[float], list[float]]  # what was decoded, PSNR and power of each image
 PER_EXPERT = 3  # timesteps of each expert's range that are measured
@@ -92,7 +92,7 @@ class Chain:
         table = SAMPLERS[config.sampler].table(config.schedule, config.steps, config.expert_ranges)
         experts = [self.model.expert(k) for k in range(expert_count(config))]
         return [
-            sample(experts, cond, table, Draws(seed, SAMPLING, [i]), config.prediction)
+            sample(experts, cond, table, SampleRng(seed, SAMPLING, [i]), config.prediction)
             for i, cond in enumerate(conditions)
         ]
 
@@ -140,7 +140,7 @@ def expert_errors(chain: Chain, images: Sequence[Pair], seed: int) -> list[list[
     def error(k: int, at: int) -> float:
         network, t, errors = chain.model.expert(k), torch.tensor([at]), []
         for i, (z, cond) in enumerate(zip(latents, conditions, strict=True)):
-            eps = Draws(seed, SAMPLING, [i]).normal(*z.shape[1:])
+            eps = SampleRng(seed, SAMPLING, [i]).normal(*z.shape[1:])
             z_t = add_noise(z, eps, t, config.schedule)
             x0 = predict_x0(z_t, network(z_t, cond, t), t, config.schedule, config.prediction)
             errors.append(float((x0 - z).square().mean()))

@@ -28,7 +28,7 @@ class Length:
     high: int
 
     def refusal(self, value: tuple[Any, ...]) -> str | None:
-        """The words for what was expected if there are too few or too many entries; None if there are not."""
+        """Describe the allowed lengths if `value` has too few or too many entries; None if it does not."""
         fits = self.low <= len(value) <= self.high
         return None if fits else f"a list of {self.low} to {self.high} entries"
 
@@ -37,7 +37,7 @@ class Length:
 # damaged file from describing a network that cannot be built.
 Channels = Annotated[int, Range(1, 1 << 16)]
 Blocks = Annotated[int, Range(1, 64)]
-Heads = Annotated[int, Range(1, 1 << 12)]  # also groups and blocks of channels
+Heads = Annotated[int, Range(1, 1 << 12)]  # also for groups and blocks of channels
 OptionalGroups = Annotated[int, Range(0, 1 << 12)]
 Experts = Annotated[int, Range(0, 1 << 8)]
 Level = Annotated[int, Range(0, 9)]
@@ -51,11 +51,11 @@ Timestep = Annotated[int, Range(0, 1 << 16)]
 ExpertRanges = Annotated[tuple[tuple[Timestep, Timestep], ...], Length(0, 64)]
 Tokens = Annotated[tuple[Annotated[int, Range(0, 1 << 24)], ...], Length(2, 1 << 12)]
 
-START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
+START_TOKEN, END_TOKEN = 49406, 49407  # in CLIP's vocabulary
 
 
 def prompt_ids(words: str) -> tuple[int, ...]:
-    """Token ids of a prompt, given those of its words, with the start and the end."""
+    """Return a prompt's token ids: the start token, the ids in the text `words`, and the end token."""
     return (START_TOKEN, *map(int, words.split()), END_TOKEN)
 
 
@@ -80,15 +80,15 @@ class UNetConfig:
     out_channels: Channels = 3  # eps
     width: Channels = 160
     channel_mult: Multipliers = (1, 2, 2, 4)
-    res_blocks: Blocks = 2  # residual blocks a level
-    attention_factors: Factors = (8,)  # attention where the latent is downsampled by these
+    res_blocks: Blocks = 2  # residual blocks per level
+    attention_factors: Factors = (8,)  # there is attention at the levels downsampled by these factors
     head_channels: Channels = 32
     norm_groups: Heads = 32
     space_experts: Experts = 16  # FFN experts after each attention block; 1 = merged, 0 = no Space MoE
 
     @property
     def factor(self) -> int:
-        """Latent sides must be multiples of this many pixels."""
+        """Sides of the latent must be multiples of this number of latent pixels."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -101,27 +101,27 @@ class AutoencoderConfig:
     res_blocks: Blocks = 2
     z_channels: Channels = 3
     embed_dim: Channels = 3
-    codebook_size: Annotated[int, Range(0, 1 << 24)] = 8192  # 0: a KL autoencoder without a quantiser
+    codebook_size: Annotated[int, Range(0, 1 << 24)] = 8192  # 0: a KL autoencoder without a quantizer
     norm_groups: Annotated[int, Range(0, 1 << 12)] = (
-        32  # 0: no normalisation outside the refinement, so that levels are kept
+        32  # 0: no normalization outside the refinement network, so that absolute levels are kept
     )
-    fusion_level: Level | None = 1  # decoder level that is fused with LR features; None: not LR-conditioned
-    fusion_count: Blocks = 1  # fused levels: this one and those of lower resolution after it
+    fusion_level: Level | None = 1  # first decoder level fused with LR features; None: not LR-conditioned
+    fusion_count: Blocks = 1  # number of fused levels: `fusion_level` and the next lower resolutions
     fusion_blocks: Blocks = 2  # RRDBs in the fusion layer
     fusion_growth: Channels = 32
     refinement: Literal["aff", "unet", "none"] = "aff"  # "unet": the ablation without the frequency filter
     filter_blocks: Heads = 8  # blocks of the AFF filter's block-diagonal layers
-    lr_residual: bool = False  # the decoder makes what the LR image lacks, and the two are added
+    lr_residual: bool = False  # the decoder predicts a residual that is added to the enlarged LR image
 
     @property
     def fusion_levels(self) -> tuple[int, ...]:
-        """Decoder levels that are fused with LR features, the highest resolution first."""
+        """Decoder levels that are fused with LR features, highest resolution first."""
         level = self.fusion_level
         return () if level is None else tuple(range(level, level + self.fusion_count))
 
     @property
     def factor(self) -> int:
-        """Pixels of the image a latent pixel stands for, along one side."""
+        """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -137,14 +137,14 @@ class ModelConfig:
     expert_ranges: ExpertRanges = ((0, 250), (250, 500), (500, 750), (750, 1000))
     sampler: str = "ddpm"  # one of SAMPLERS
     steps: Steps = 50
-    prediction: Prediction = "eps"  # of the experts
+    prediction: Prediction = "eps"  # the experts' output
     fidelity: Annotated[float, Range(0, 1)] = 1.0  # default weight of the LR features in the decoder
 
     @property
     def tile_multiple(self) -> int:
-        """Output pixels that a tile's or a patch's side must be a multiple of."""
+        """Sides of tiles and of training patches must be multiples of this number of output pixels."""
         latent = self.decoder.factor * (self.unet.factor if self.unet else 1)
-        # the refinement network halves the image twice, and its real DFT needs an even width
+        # The refinement network halves the image twice, and its real DFT needs an even width after that.
         return latent if self.decoder.refinement == "none" else math.lcm(latent, 8)
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StableSRUNetConfig(UNetConfig):
-    """StableSR's denoising UNet: that of Stable Diffusion 2.1, modulated by structure features."""
+    """StableSR's denoising UNet: the UNet of Stable Diffusion 2.1, modulated by structure features."""
 
     in_channels: Channels = 4
     out_channels: Channels = 4
@@ -175,7 +175,7 @@ class StableSRUNetConfig(UNetConfig):
     head_channels: Channels = 64
     space_experts: Experts = 0
     text_channels: Channels = 1024
-    structure_channels: Annotated[int, Range(0, 1 << 16)] = 256  # 0: not modulated, Stable Diffusion's own
+    structure_channels: Annotated[int, Range(0, 1 << 16)] = 256  # 0: not modulated, as in Stable Diffusion
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class StructureConfig:
     """StableSR's time-aware encoder of the LR latent."""
 
     in_channels: Channels = 4
-    out_channels: Channels = 256  # of the features of every resolution
+    out_channels: Channels = 256  # channels of the features of every resolution
     width: Channels = 256
     channel_mult: Multipliers = (1, 1, 2, 2)
     res_blocks: Blocks = 2
@@ -194,18 +194,18 @@ class StructureConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower of OpenCLIP's ViT-H/14, and the prompts a model is used with, as token ids.
+    """The text tower of OpenCLIP's ViT-H/14, and the prompts that a model is used with.
 
-    Ids run from the start token to the end token; the network pads them with 0.
+    Prompts are token ids, including the start and the end token; the network pads them with 0.
     """
 
     width: Channels = 1024
-    layers: Blocks = 24  # as stored; the last one is not run
+    layers: Blocks = 24  # stored layers; the last one is not run
     heads: Heads = 16
     vocabulary: Annotated[int, Range(1, 1 << 24)] = 49408
     tokens: Annotated[int, Range(2, 1 << 12)] = 77
     prompt: Tokens = EMPTY_PROMPT
-    guided_prompt: Tokens = POSITIVE_PROMPT  # with guidance, together with the next
+    guided_prompt: Tokens = POSITIVE_PROMPT  # used with guidance, together with `negative_prompt`
     negative_prompt: Tokens = NEGATIVE_PROMPT
 
 
@@ -221,14 +221,14 @@ CFW_AUTOENCODER = AutoencoderConfig(
 """Stable Diffusion's KL autoencoder with StableSR's controllable feature wrapping at two levels."""
 
 KL_AUTOENCODER = dataclasses.replace(CFW_AUTOENCODER, fusion_level=None, fusion_count=1)
-"""The same without that."""
+"""Stable Diffusion's KL autoencoder without feature wrapping."""
 
 STABLE_DIFFUSION = Schedule(beta_start=0.00085, beta_end=0.012, spacing="linspace")
 
 
 @dataclass(frozen=True)
 class StableDiffusionConfig(ModelConfig):
-    """Stable Diffusion 2, what StableSR is trained on top of: makes images of a text, not of LR images."""
+    """Stable Diffusion 2, the text-to-image model that StableSR is trained on top of."""
 
     family: Literal["stable-diffusion"] = "stable-diffusion"
     name: str = "stable-diffusion"
@@ -247,7 +247,7 @@ class StableDiffusionConfig(ModelConfig):
         given = self.text.width, self.decoder.embed_dim
         if wanted != given:
             raise UsageError(
-                f"{self.name}: channels of the text and of the latent are {given}, the UNet expects "
+                f"{self.name}: the channels of text and latent are {given}, the UNet expects "
                 f"{wanted}; correct the configuration"
             )
 
@@ -266,8 +266,8 @@ class StableSRConfig(ModelConfig):
     structure: StructureConfig = field(default_factory=StructureConfig)
     text: TextConfig = field(default_factory=TextConfig)
     prediction: Prediction = "eps"
-    init: Literal["noise", "latent"] = "latent"  # sampling starts from noise, or from the noised LR latent
-    tile: Tile = 512  # side of the images that it was trained on, output pixels
+    init: Literal["noise", "latent"] = "latent"  # sampling starts from noise or from the noised LR latent
+    tile: Tile = 512  # side of the training images, output pixels
     latent_scale: LatentScale = 0.18215  # latents of the UNet are the autoencoder's times this
     fidelity: Annotated[float, Range(0, 1)] = 0.5  # default weight of the LR features in the decoder
 

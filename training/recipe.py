@@ -1,8 +1,8 @@
-"""Training recipes: a model's sizes and how its stages are trained, as frozen dataclasses read from JSON.
+"""Training recipes: a model's sizes and the settings of its stages, as frozen dataclasses read from JSON.
 
-A recipe is a file or the name of a preset beside this module. It may name another one as its `base` and hold
-only what differs. Defaults are the paper's (Tables 7 and 8), except that the terms of stage 2 that need
-other networks (LPIPS, adversarial) are off.
+A recipe is a JSON file or the name of a preset in this package. It may name another recipe as its `base` and
+contain only the differences. The defaults are the paper's (Tables 7 and 8), except that the loss terms of
+stage 2 that need further networks (LPIPS, adversarial) are off.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What every stage has in common."""
+    """Settings that every stage has."""
 
     steps: int = 100_000
-    batch: int = 9  # samples in memory at once, in each process
-    accumulate: int = 1  # batches a step
+    batch: int = 9  # batch size in each process
+    accumulate: int = 1  # batches per optimizer step
     patch_px: int = 512  # side of the HR crop
     learning_rate: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's beta_1 and beta_2
     decay: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     ema_decay: float = 0.9999
@@ -62,18 +62,18 @@ def _check(key: str, value: float, low: float, high: float = math.inf, below: fl
 
 @dataclass(frozen=True)
 class AutoencoderStage(StageConfig):
-    """The first stage: a plain VQ autoencoder, trained without GAN or LPIPS terms."""
+    """The first stage: a plain VQ autoencoder, trained without adversarial and LPIPS losses."""
 
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     frequency_weight: float = 0.0
-    color_weight: float = 0.0  # L1 between means over 8x8 pixels, where a narrow network loses hues
+    color_weight: float = 0.0  # L1 between means over 8x8 pixels, for narrow networks, which lose hues
     gradient_weight: float = 0.0  # one minus the gradient magnitude similarity
     commitment: float = 0.25
-    refit_codebook: bool = False  # at the end, draw the codes anew from encoder outputs
-    lloyd_steps: int = 0  # of Lloyd's algorithm after that, so that rare latents have codes of their own
-    latent_noise: float = 0.0  # before the codebook is in use: deviation added, as a share of the latents'
-    quantise_from: int = 0  # step at which the codebook is set from encoder outputs and comes into use
+    refit_codebook: bool = False  # at the end, replace the codes by encoder outputs drawn at random
+    lloyd_steps: int = 0  # steps of Lloyd's algorithm after refitting, to give rare latents their own codes
+    latent_noise: float = 0.0  # noise before `quantise_from`, as a fraction of the latents' deviation
+    quantise_from: int = 0  # step at which the codebook is set from encoder outputs; not used before
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class ExpertStage(StageConfig):
     """Stage 1 of the paper: the sampling experts."""
 
     accumulate: int = 2
-    base_steps: int = 0  # steps of one network on all timesteps, from which every expert then starts
+    base_steps: int = 0  # steps of one network on all timesteps, whose weights all experts start from
     sharing: Literal["none", "constant", "ramp"] = "constant"  # expert weight sharing (Eq. 5)
-    gamma: float = 0.999  # constant sharing
-    ramp_to: float = 0.3  # ramp: 1 - gamma rises linearly from 0 to this ...
-    ramp_steps: int = 10_000  # ... over this many steps
-    offset_noise: float = 0.0  # deviation of a constant in each channel's noise, so that means are learnt
-    latent_pool: int = 0  # crops encoded once and drawn from again; 0: every crop is new
+    gamma: float = 0.999  # momentum with "constant" sharing
+    ramp_to: float = 0.3  # with "ramp" sharing, 1 - gamma rises linearly from 0 to this value ...
+    ramp_steps: int = 10_000  # ... during this number of steps
+    offset_noise: float = 0.0  # deviation of a constant added to each channel's noise, to learn means
+    latent_pool: int = 0  # number of crops that are encoded once and reused; 0: every crop is new
 
     def check(self, name: str) -> None:
         """Raise UsageError where an entry of this stage, called `name`, is out of range."""
@@ -98,7 +98,7 @@ class ExpertStage(StageConfig):
             _check(f"{name}.{entry}", getattr(self, entry), low)
 
     def gamma_at(self, step: int) -> float | None:
-        """Momentum of Eq. 5 after `step` finished steps, or None without sharing."""
+        """Return gamma, the momentum of Eq. 5, after `step` finished steps; None without sharing."""
         if self.sharing == "none":
             return None
         if self.sharing == "constant":
@@ -119,26 +119,27 @@ class DecoderStage(StageConfig):
     frequency_weight: float = 10.0  # lambda of Eq. 6
     color_weight: float = 0.0  # as for the autoencoder
     gradient_weight: float = 0.0  # as for the autoencoder
-    # Of the triples, whose latent is the encoder's of the original. Fidelity w is then drawn so that a sample
-    # with w has the encoder's latent with probability 1 - w, else a sampled one: w says how far to trust it.
+    # Fraction of the triples with the encoder's latent of the original in place of a sampled latent. The
+    # fidelity w is then drawn so that a sample with w has the encoder's latent with probability 1 - w: a low
+    # w tells the decoder to trust the latent.
     encoded_share: float = 0.0
-    free_share: float = 0.0  # of the samples, which are decoded with fidelity 0 (encoded_share: with 0 or 1)
-    energy_weight: float = 0.0  # of these samples: local energy of detail, wherever it lies
-    spectrum_weight: float = 0.0  # of all samples: the shape of the log power spectrum
-    wavelet_colors: bool = False  # compare images after the wavelet color correction, but for color_weight
+    free_share: float = 0.0  # fraction of samples with fidelity 0 (if encoded_share > 0, with 0 or 1)
+    energy_weight: float = 0.0  # local energy of detail, only for the samples of `free_share`
+    spectrum_weight: float = 0.0  # shape of the log power spectrum, for all samples
+    wavelet_colors: bool = False  # compute all losses but the color loss after wavelet color correction
     lpips_weight: float = 0.0
-    lpips_weights: str = ""  # file of torchvision's VGG16, for LPIPS
+    lpips_weights: str = ""  # file with torchvision's VGG16 weights, for LPIPS
     adversarial_weight: float = 0.0
-    adversarial_scaling: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: times VQGAN's own weight
-    adversarial_from: int = 0  # step at which the decoder begins to see the discriminator
-    # "decoder+lr" also trains the encoder's levels, from a start that passes LR colors: for narrow networks,
-    # whose encoder keeps no hues. The encoder then serves LR images only, no longer the first stage.
+    adversarial_scaling: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: multiplied by VQGAN's weight
+    adversarial_from: int = 0  # first step with the adversarial loss
+    # "decoder+lr" also trains the encoder's levels, initialized to pass LR colors on. It is for narrow
+    # networks, whose encoder loses hues. The encoder then only serves LR images, not the first stage.
     trainable: Literal["fusion+refinement", "decoder", "decoder+lr"] = "fusion+refinement"
-    init_share: float = 0.0  # of the weights of --init in those that are published: network interpolation
-    stored: Literal["fp32", "fp16"] = "fp32"  # weights of the published model, experts included
-    latents: int = 100_000  # (LR, latent, HR) triples made by stage 1
-    latent_steps: int = 200  # sampler steps for them
-    latent_batch: int = 16  # latents sampled together
+    init_share: float = 0.0  # network interpolation: share of the --init weights in the final checkpoint
+    stored: Literal["fp32", "fp16"] = "fp32"  # type of all weights in the final checkpoint
+    latents: int = 100_000  # number of (LR, latent, HR) triples made by stage 1
+    latent_steps: int = 200  # sampling steps per latent
+    latent_batch: int = 16  # batch size of the sampling
 
     def check(self, name: str) -> None:
         """Raise UsageError where an entry of this stage, called `name`, is out of range."""
@@ -151,15 +152,15 @@ class DecoderStage(StageConfig):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How crops differ from what photographs show, beyond flips and transposition; all off by default.
+    """Augmentations of crops besides flips and transposition; all are off by default.
 
-    Few photographs are learnt by heart without it: their textures, not what textures have in common.
+    Without them a network memorizes the textures of a small set of photographs and generalizes badly.
     """
 
-    shuffle_channels: bool = False  # an order of red, green and blue for every crop: every hue
-    smallest_size: float = 1.0  # photographs are made smaller by a factor between this and 1
-    least_contrast: float = 1.0  # differences from a crop's mean color are multiplied by this to 1
-    candidates: int = 1  # places drawn in a photograph, of which the one with most detail is taken
+    shuffle_channels: bool = False  # permute red, green and blue at random, which varies hues
+    smallest_size: float = 1.0  # resize photographs by a random factor between this and 1
+    least_contrast: float = 1.0  # scale the contrast around the mean color by a factor between this and 1
+    candidates: int = 1  # number of random places in a photograph; the one with the most detail is used
 
     def __post_init__(self) -> None:
         _check("augmentation.smallest_size", self.smallest_size, 0.1, 1.0)
@@ -172,10 +173,11 @@ class Recipe:
     """A model and how to train it."""
 
     model: ModelConfig | StableSRConfig = field(default_factory=ModelConfig)
-    # Of the latents, where stage 2 trains another network to decode them, with trainable "decoder+lr".
+    # Sizes of the autoencoder that makes the latents, if stage 2 trains another network as their decoder
+    # (decoder.trainable "decoder+lr").
     first_stage: AutoencoderConfig | None = None
     degradation: Literal["bicubic", "blind", "mild"] = "bicubic"
-    bicubic_share: float = 0.0  # of the samples of a blind recipe, which are degraded by bicubic alone
+    bicubic_share: float = 0.0  # fraction of a blind recipe's samples that are only resized by bicubic
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
@@ -201,7 +203,7 @@ class Recipe:
                 raise UsageError(f"{name}.patch_px is {patch}, expected a multiple of {px} for this model")
 
     def _check_first_stage(self, first: AutoencoderConfig) -> None:
-        """Raise UsageError unless the decoder takes the latents of `first` and is trained whole."""
+        """Raise UsageError unless the decoder fits the latents of `first` and all its weights are trained."""
         mine = self.model.decoder
         for entry in ("factor", "z_channels", "embed_dim", "codebook_size"):
             if (got := getattr(mine, entry)) != (want := getattr(first, entry)):
@@ -222,7 +224,7 @@ def presets() -> list[str]:
 def load_recipe(name_or_path: str, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a JSON file or a preset's name, and apply `changes`, each "dotted.key=JSON value".
 
-    A value that is not JSON is taken as text. Raises UsageError naming what is wrong with it.
+    A value that is not valid JSON is used as a string. Raises UsageError naming the entry at fault.
     """
     values = _read(name_or_path, ())
     for change in changes:
@@ -243,7 +245,7 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `changes`; where both hold an object, these are merged too."""
+    """Return `base` updated with `changes`; entries that are objects in both are merged recursively."""
     result = dict(base)
     for key, value in changes.items():
         before = result.get(key)
@@ -255,7 +257,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(name_or_path: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """The JSON values of a recipe, merged over those of its base."""
+    """Read the JSON values of a recipe, merged over those of its base."""
     path = Path(name_or_path)
     if name_or_path in above:
         raise UsageError(f"{name_or_path}: is its own base ({' -> '.join(above)}); correct its entry base")

@@ -1,8 +1,9 @@
 """Random numbers that depend on the recipe's seed and a sample's number, and on nothing else.
 
-A sample's draws are its own, so they are the same whatever the batch, the process or the device it falls to,
-and a resumed run draws what the uninterrupted one would have. What a network draws for a whole batch (the
-token groups of Space MoE) comes from torch's global generators, seeded alike in every process at each step.
+Every sample has its own generator, so its random numbers do not depend on its batch, process or device, and a
+resumed run draws the same numbers as an uninterrupted one. Random numbers that a network draws for a whole
+batch (the token groups of Space MoE) come from torch's global generators, which get the same seed in every
+process at each step.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 
 STEP, DEGRADATION, DIFFUSION, SAMPLING, ENCODED = range(5)
-"""Streams of a seed that never share numbers."""
+"""Independent streams of random numbers for one seed, by purpose."""
 
 
 def seed_of(*key: int) -> int:
-    """A 32-bit seed from non-negative numbers; torch's generator on the CPU uses no more bits."""
+    """Hash non-negative integers to a 32-bit seed; torch's CPU generator does not use more bits."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-class Draws:
-    """Random numbers on the CPU for the samples of a batch, one generator a sample."""
+class SampleRng:
+    """Seeded random numbers on the CPU for the samples of a batch, from one generator per sample."""
 
     def __init__(self, seed: int, stream: int, indices: Iterable[int]) -> None:
         self.generators = [
@@ -31,9 +32,9 @@ class Draws:
         ]
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, float32 [B, *shape]."""
+        """Draw standard normal numbers, float32 [B, *shape]."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
     def integers(self, low: int, high: int) -> Tensor:
-        """One integer of [low, high) a sample, int64 [B]."""
+        """Draw one integer of [low, high) per sample, int64 [B]."""
         return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self.generators])

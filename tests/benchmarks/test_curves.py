@@ -1,4 +1,4 @@
-"""The plot of a training run: what it reads from a journal, and its file."""
+"""The plot of a training run: what it reads from a metrics log, and its file."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesr.runtime.images.color import wavelet
 from moesr.training.losses.losses import (
-    COLOUR_PX,
+    COLOR_PX,
     color_loss,
     focal_frequency_loss,
     gradient_loss,
@@ -104,9 +104,9 @@ def test_other_shapes_are_refused(shapes):
 
 
 def test_color_loss_sees_areas_and_no_detail():
-    pred, target = images(2, 3, 4 * COLOUR_PX, 2 * COLOUR_PX)
+    pred, target = images(2, 3, 4 * COLOR_PX, 2 * COLOR_PX)
     shuffled = pred.roll(3, dims=-1)  # not what an area holds, but where
-    areas = pred.unflatten(-1, (-1, COLOUR_PX)).roll(3, dims=-1).flatten(-2)
+    areas = pred.unflatten(-1, (-1, COLOR_PX)).roll(3, dims=-1).flatten(-2)
     assert float(color_loss(areas, pred)) < 1e-12 < float(color_loss(shuffled, pred))
     assert float(color_loss(pred + 0.25, pred)) == pytest.approx(0.25)
     assert torch.autograd.gradcheck(lambda x: color_loss(x, target), pred.requires_grad_())

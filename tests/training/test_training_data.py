@@ -16,7 +16,7 @@ from moesr.runtime.images.resize import imresize
 from moesr.training.data import photographs
 from moesr.training.data.crops import Crops, Degradation, condition, resize_batch
 from moesr.training.recipe import Augmentation
-from moesr.training.seeded_random import Draws, seed_of
+from moesr.training.seeded_random import SampleRng, seed_of
 
 
 @pytest.fixture(autouse=True)
@@ -243,13 +243,13 @@ def test_condition_is_lr_on_the_latent_grid(scale, lr_side):
 
 
 def test_draws_are_those_of_each_sample():
-    together = Draws(5, 2, [10, 11])
-    apart = [Draws(5, 2, [n]) for n in (10, 11)]
+    together = SampleRng(5, 2, [10, 11])
+    apart = [SampleRng(5, 2, [n]) for n in (10, 11)]
     for shape in ((4,), (2, 3)):
         assert torch.equal(together.normal(*shape), torch.cat([d.normal(*shape) for d in apart]))
     assert torch.equal(together.integers(0, 1000), torch.cat([d.integers(0, 1000) for d in apart]))
-    assert not torch.equal(Draws(5, 2, [10]).normal(8), Draws(5, 3, [10]).normal(8))
-    assert not torch.equal(Draws(5, 2, [10]).normal(8), Draws(6, 2, [10]).normal(8))
+    assert not torch.equal(SampleRng(5, 2, [10]).normal(8), SampleRng(5, 3, [10]).normal(8))
+    assert not torch.equal(SampleRng(5, 2, [10]).normal(8), SampleRng(6, 2, [10]).normal(8))
 
 
 def test_seeds_fit_the_bits_that_torch_uses():

@@ -16,7 +16,7 @@ from moesr.runtime.images.resize import imresize
 from moesr.training.data.degradation import BlindDegradation, degrade_blind
 from moesr.training.data.photographs import decoded
 from moesr.training.recipe import Augmentation
-from moesr.training.seeded_random import DEGRADATION, Draws
+from moesr.training.seeded_random import DEGRADATION, SampleRng
 
 TRIES = 100  # number of photographs drawn before giving up on finding a readable one
 
@@ -39,7 +39,7 @@ class Degradation:
         if self.kind == "bicubic":
             return self._bicubic(hr)
         # One image at a time: every random choice then belongs to the sample, not to the batch it is in.
-        generators = Draws(self.seed, DEGRADATION, indices.tolist()).generators
+        generators = SampleRng(self.seed, DEGRADATION, indices.tolist()).generators
         return torch.cat([self._blind(hr[i : i + 1], g) for i, g in enumerate(generators)])
 
     def _bicubic(self, hr: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from moesr.runtime.errors import InputError
 from moesr.runtime.system import console
 from moesr.training.loop import distributed
 from moesr.training.loop.interrupts import ignore_interrupts, stop_requests
-from moesr.training.loop.metrics_log import Journal
+from moesr.training.loop.metrics_log import MetricsLog
 from moesr.training.loop.trainer import Objective, Trainer, read_state, write_state
 from moesr.training.loop.validation import validate
 from moesr.training.recipe import StageConfig
@@ -102,13 +102,13 @@ def fit(
         trainer.load(last)
     distributed.wait()
     if trainer.step < stage.steps:
-        with Journal(run.directory, trainer.step, tensorboard=run.tensorboard) as journal:
-            _train(trainer, data, run, label, held_out, journal)
+        with MetricsLog(run.directory, trainer.step, tensorboard=run.tensorboard) as metrics:
+            _train(trainer, data, run, label, held_out, metrics)
     return Fitted(trainer.ema_on_cpu(), _best(best) if held_out is not None else None)
 
 
 def _train(
-    trainer: Trainer, data: Samples, run: Run, label: str, held_out: Samples | None, journal: Journal
+    trainer: Trainer, data: Samples, run: Run, label: str, held_out: Samples | None, metrics: MetricsLog
 ) -> None:
     stage, last = trainer.stage, run.directory / STATE_NAME
     source = batches(data, stage, trainer.step, run)
@@ -117,12 +117,12 @@ def _train(
     with bar, stop_requests() as stopping:
         while trainer.step < stage.steps:
             figures = trainer.advance(source)
-            journal.write(trainer.step - 1, figures)
+            metrics.write(trainer.step - 1, figures)
             bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()}, refresh=False)
             bar.update()
             done = trainer.step == stage.steps
             if held_out is not None and (done or trainer.step % stage.val_every == 0):
-                _validate(trainer, held_out, run, journal)
+                _validate(trainer, held_out, run, metrics)
             stop = distributed.any_process(stopping.is_set(), run.device)
             if done or stop or trainer.step % stage.save_every == 0:
                 trainer.save(last)
@@ -131,10 +131,10 @@ def _train(
                 stopping.stop()
 
 
-def _validate(trainer: Trainer, held_out: Samples, run: Run, journal: Journal) -> None:
+def _validate(trainer: Trainer, held_out: Samples, run: Run, metrics: MetricsLog) -> None:
     """Validate the averaged weights and save them if they are the best so far."""
     figures, picture = validate(trainer, held_out)
-    journal.write(trainer.step - 1, {f"val_{k}": v for k, v in figures.items()}, picture)
+    metrics.write(trainer.step - 1, {f"val_{k}": v for k, v in figures.items()}, picture)
     if figures["loss"] < trainer.best_loss:
         trainer.best_loss = figures["loss"]
         state = {"step": trainer.step, "loss": trainer.best_loss, "ema": trainer.ema}

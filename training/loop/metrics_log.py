@@ -18,7 +18,7 @@ LOG_NAME = "losses.jsonl"
 EVENTS_NAME = "tensorboard"
 
 
-class Journal:
+class MetricsLog:
     """Writes figures by step to `losses.jsonl`, in process 0 only; a resumed run replaces repeated steps."""
 
     def __init__(self, directory: Path, first_step: int, *, tensorboard: bool = False) -> None:

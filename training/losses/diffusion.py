@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from moesr.runtime.sampling.samplers import Prediction, coefficients
 from moesr.runtime.sampling.schedule import Schedule, StepTable
-from moesr.training.seeded_random import Draws
+from moesr.training.seeded_random import SampleRng
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, cond, t) -> prediction
 
 
 def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """z_t of clean latents `z` [B, C, h, w], noise `eps` of the same shape and timesteps `t` [B] (Eq. 1)."""
+    """Return z_t for clean latents `z` and noise `eps`, both [B, C, h, w], and timesteps `t` [B] (Eq. 1)."""
     signal, noise = scales(t, schedule, z)
     return signal * z + noise * eps
 
@@ -24,7 +24,7 @@ def add_noise(z: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
 def predict_x0(
     z_t: Tensor, out: Tensor, t: Tensor, schedule: Schedule, prediction: Prediction = "eps"
 ) -> Tensor:
-    """The clean latents that `z_t` and the prediction `out` [B, C, h, w] imply at timesteps `t` [B]."""
+    """Return the clean latents that `z_t` and the prediction `out` imply; both [B, C, h, w], `t` [B]."""
     signal, noise = scales(t, schedule, z_t)
     if prediction == "v":
         return signal * z_t - noise * out
@@ -32,7 +32,7 @@ def predict_x0(
 
 
 def scales(t: Tensor, schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps `t` [B], [B, 1, 1, 1] each, typed as `like`."""
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) of `t` [B], each [B, 1, 1, 1] and typed as `like`."""
     alpha_bar = torch.from_numpy(schedule.alpha_bar.copy())[t.cpu()][:, None, None, None]
     return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
@@ -43,18 +43,19 @@ def denoising_loss(
     cond: Tensor,
     t_range: tuple[int, int],
     schedule: Schedule,
-    draws: Draws,
+    rng: SampleRng,
     offset: float = 0.0,
     prediction: Prediction = "eps",
 ) -> Tensor:
-    """Mean squared error of the prediction, with t drawn uniformly from [t_from, t_to) (Eq. 2).
+    """Return the mean squared error of the prediction, with t drawn uniformly from [t_from, t_to) (Eq. 2).
 
-    `offset` is the deviation of a constant that is added to the noise of each channel. White noise hides the
-    mean of a latent so little that the network copies it from z_t, which holds none when sampling begins.
+    `offset` is the standard deviation of a constant that is added to the noise of each channel. White noise
+    changes a latent's mean so little that the network learns to copy the mean from z_t; but when sampling
+    starts from pure noise, z_t does not contain it.
     """
-    t, eps = draws.integers(*t_range), draws.normal(*z.shape[1:]).to(z.device)
+    t, eps = rng.integers(*t_range), rng.normal(*z.shape[1:]).to(z.device)
     if offset:
-        eps = eps + offset * draws.normal(z.shape[1], 1, 1).to(z.device)
+        eps = eps + offset * rng.normal(z.shape[1], 1, 1).to(z.device)
     z_t = add_noise(z, eps, t, schedule)
     target = eps
     if prediction != "eps":
@@ -68,17 +69,17 @@ def sample(
     experts: Sequence[Denoiser],
     cond: Tensor,
     table: StepTable,
-    draws: Draws,
+    rng: SampleRng,
     prediction: Prediction = "eps",
     noised: Schedule | None = None,
 ) -> Tensor:
-    """Draw latents [B, C, h, w] for conditions `cond` of that shape.
+    """Sample latents [B, C, h, w] for conditions `cond` of that shape.
 
-    Sampling starts from noise, or with the schedule `noised` from the condition at its last timestep. The
-    runtime's sampler does the same over tiles; training needs only batches.
+    Sampling starts from noise, or, with the schedule `noised`, from the condition noised to its last
+    timestep. The runtime's sampler does the same over tiles; training needs only batches.
     """
     shape = cond.shape[1:]
-    z = draws.normal(*shape).to(cond.device)
+    z = rng.normal(*shape).to(cond.device)
     if noised is not None:
         z = add_noise(cond, z, torch.full((len(z),), noised.timesteps - 1), noised)
     x0 = torch.zeros_like(z)
@@ -88,5 +89,5 @@ def sample(
         x0, before = float(c.x_z) * z + float(c.x_out) * out, x0
         z = float(c.c_z) * z + float(c.c_out) * out + float(c.c_history) * before
         if c.c_noise:
-            z += float(c.c_noise) * draws.normal(*shape).to(z.device)
+            z += float(c.c_noise) * rng.normal(*shape).to(z.device)
     return z

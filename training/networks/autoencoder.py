@@ -195,8 +195,9 @@ class VectorQuantiser(nn.Module):
         """Latents [B, D, h, w] -> the nearest codes, same shape."""
         b, d, h, w = z.shape
         codes = self.embedding(self.indices(z)).reshape(b, h, w, d).permute(0, 3, 1, 2)
-        # Evaluation keeps the channels-last strides of the published decoder: torch's GroupNorm sums in
-        # memory order, and another order changes the image by 4e-5 at 512 px. Training uses the faster layout.
+        # Evaluation keeps the channels-last strides of the published decoder, because torch's GroupNorm sums
+        # in memory order and another order changes the image by 4e-5 at 512 px. Training uses the faster
+        # layout.
         return codes.contiguous() if self.training else codes
 
 

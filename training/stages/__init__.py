@@ -1,1 +1,1 @@
-"""One module a training stage; each turns a recipe and photographs into a checkpoint directory."""
+"""The training stages, one module each: from a recipe and photographs to a checkpoint directory."""

@@ -36,7 +36,7 @@ class AutoencoderObjective:
         self._latents: Tensor | None = None
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1, codebook and commitment losses, and those of frequency and color where they have a weight."""
+        """Return the sum of the pixel, codebook, commitment and frequency losses, and the figures to log."""
         image = to_float(batch[1])
         z = self.network.encode(image)
         self._latents = z.detach()
@@ -62,7 +62,7 @@ class AutoencoderObjective:
         return total + frequency_loss(decoded, image, stage, figures), figures, decoded
 
     def after_step(self, step: int) -> None:
-        """Set the codebook from encoder outputs when the quantiser comes into use."""
+        """Set the codebook from encoder outputs before the first step with quantization."""
         net = self.network
         if step + 1 == self.stage.quantise_from and net.config.codebook_size and self._latents is not None:
             latents = distributed.gather(self._latents.float())
@@ -73,14 +73,14 @@ class AutoencoderObjective:
             codes.data.copy_(vectors[picks] + 0.01 * vectors.std() * jitter)
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss through the quantiser, PSNR in dB, and the crops beside their reconstructions."""
+        """Return the loss with quantization, the PSNR in dB, and the crops beside their reconstructions."""
         image = to_float(batch[1])
         total, _, decoded = self._losses(image, self.network.encode(image), quantised=True)
         return {"loss": total, "psnr": psnr(decoded, image)}, torch.cat((decoded, image), dim=-1)
 
 
 def enlarged_lr(image: Tensor, scale: int) -> Tensor:
-    """What bicubic interpolation leaves of images [B, 3, P, P] in [-1, 1] that are reduced by `scale`."""
+    """Reduce images [B, 3, P, P] in [-1, 1] by `scale` and enlarge them, both bicubic and in 8 bits."""
     pixels = ((image + 1.0) * 127.5).round().byte()
     side = image.shape[-1]
     return to_float(resize_batch(resize_batch(pixels, side // scale, side // scale), side, side))
@@ -90,8 +90,8 @@ def enlarged_lr(image: Tensor, scale: int) -> Tensor:
 def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
     """Shift and scale the latent space so that `latents` [N, D, h, w] have zero mean and unit variance.
 
-    Exact: nearest codes and decoded images do not change, since one scale serves all channels and the layers
-    on both sides absorb it. Latents without spread are only shifted.
+    Nearest codes and decoded images do not change: all channels have the same scale, and the adjacent layers
+    absorb it. Latents with zero variance are only shifted.
     """
     latents = latents.to(network.quant_conv.weight.device)
     mean = latents.mean(dim=(0, 2, 3))
@@ -112,9 +112,9 @@ def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
 def refit_codebook(network: Autoencoder, latents: Tensor, seed: int, lloyd_steps: int = 0) -> None:
     """Replace the codes by as many vectors drawn from `latents` [N, D, h, w]; codes nothing uses are gone.
 
-    A codebook that began from few crops has most of its codes where these had theirs. The decoder sees other
-    codes than before, but nearer ones. Steps of Lloyd's algorithm then move codes to the means of what they
-    stand for, and with that to where latents are rare, as those of strong edges.
+    A codebook that was set from few crops covers only the latents of these crops. The decoder gets other
+    codes than before, but they are closer to the latents. Steps of Lloyd's algorithm then move each code to
+    the mean of its nearest latents, which also covers rare latents such as those of strong edges.
     """
     codes = network.quantize.embedding.weight
     latents = latents.to(codes.device)
@@ -131,7 +131,7 @@ def refit_codebook(network: Autoencoder, latents: Tensor, seed: int, lloyd_steps
 
 
 def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16) -> Tensor:
-    """Latents of crops 0..count-1, before quantisation: [count, D, h, w] on the CPU."""
+    """Encode crops 0..count-1 without quantization: latents [count, D, h, w] on the CPU."""
     device = next(network.parameters()).device
     with torch.inference_mode():
         chunks = [
@@ -142,7 +142,7 @@ def encode_crops(network: Autoencoder, data: Crops, count: int, batch: int = 16)
 
 
 def prepare(recipe: Recipe) -> AutoencoderObjective:
-    """The objective of this stage with fresh weights."""
+    """Build the objective of this stage with newly initialized weights."""
     torch.manual_seed(recipe.seed)
     network = Autoencoder(first_stage_sizes(recipe))
     if not network.config.norm_groups:

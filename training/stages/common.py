@@ -1,4 +1,4 @@
-"""What the stages share: plain first stages, LR images, checkpoints written by one process."""
+"""Functions that the stages share: first stages, LR images, and writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CHECKPOINT, BEST_CHECKPOINT = "checkpoint", "checkpoint-best"
 
 
 def plain(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The same sizes without LR fusion and refinement, which are trained later.
+    """Return the sizes without LR fusion and refinement, which stage 2 adds.
 
-    A decoder without LR fusion that adds to the LR image is a first stage of that kind, and stays one.
+    `lr_residual` is kept if there is no LR fusion: it then belongs to the first stage itself.
     """
     later = ["fusion_count", "fusion_blocks", "fusion_growth", "filter_blocks"]
     later += [] if config.fusion_level is None else ["lr_residual"]
@@ -33,12 +33,12 @@ def plain(config: AutoencoderConfig) -> AutoencoderConfig:
 
 
 def first_stage_sizes(recipe: Recipe) -> AutoencoderConfig:
-    """Sizes of the autoencoder that makes the latents."""
+    """Return the sizes of the autoencoder that makes the latents."""
     return plain(recipe.first_stage or recipe.model.decoder)
 
 
 def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
-    """The frozen autoencoder of a checkpoint; UsageError where it is not the recipe's."""
+    """Load the autoencoder of a checkpoint and freeze it; UsageError if its sizes are not the recipe's."""
     sizes = first_stage_sizes(recipe)
     if plain(start.config.decoder) != sizes:
         raise UsageError(
@@ -52,19 +52,19 @@ def first_stage_of(recipe: Recipe, start: Checkpoint, run: Run) -> Autoencoder:
 
 
 def degradation(recipe: Recipe) -> Degradation:
-    """How this recipe makes LR images."""
+    """Return the degradation with which this recipe makes LR images."""
     return Degradation(recipe.degradation, recipe.model.scale, recipe.seed, recipe.bicubic_share)
 
 
 def with_lr(data: Crops, recipe: Recipe, device_type: str) -> Crops:
-    """The crops with their LR images, unless these are better made on the device: blind ones, on a GPU."""
+    """Make the crops yield LR images, except for blind degradation on a GPU, where the stage makes them."""
     if recipe.degradation != "bicubic" and device_type != "cpu":
         return data
     return data.with_lr(degradation(recipe))
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:
-    """State dict on the CPU."""
+    """Return the state dict of a network on the CPU."""
     return {k: v.detach().cpu() for k, v in network.state_dict().items()}
 
 
@@ -76,7 +76,7 @@ def publish(
     dtype: torch.dtype = torch.float32,
     others: Iterable[tuple[str, dict[str, Tensor]]] = (),
 ) -> None:
-    """Write a checkpoint directory, in place of one from an earlier run; the process 0 does."""
+    """Write a checkpoint directory, replacing one from an earlier run. Only process 0 writes."""
     if distributed.rank() == 0:
         save_checkpoint(directory, config, experts, decoder, others=others, force=True, dtype=dtype)
     distributed.wait()

@@ -36,14 +36,14 @@ from moesr.training.stages.structure import check_stage_1
 LATENTS_NAME, VAL_LATENTS_NAME = "latents", "val_latents"
 NEW_PARTS = ("decoder.fusion_layer_", "decoder.unet_1.")
 CODES = ("quantize.", "post_quant_conv.")
-CRITICISED = 0.75  # fidelity in a mixed set below which results are shown to the discriminator
-START_CROPS = 6  # of the batch that the last layer's start is fitted to
+CRITICISED = 0.75  # in a mixed set, the discriminator gets only results with a fidelity below this
+START_CROPS = 6  # number of crops that the last layer's initial weights are fitted to
 
 States = Iterable[dict[str, Tensor]]
 
 
 class DecoderObjective:
-    """Reconstruct HR from stage 1's latents and the LR image, by VQGAN's and the frequency loss (Eq. 6)."""
+    """Reconstruct HR from stage 1's latents and the LR image, with VQGAN's losses and Eq. 6."""
 
     def __init__(self, network: Autoencoder, stage: DecoderStage, device: torch.device) -> None:
         self.network, self.stage = network, stage
@@ -54,9 +54,10 @@ class DecoderObjective:
             parameter.requires_grad = is_trained(name, stage, network.config.fusion_levels)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of (number, HR, LR, latent, and in a mixed set whether that is the encoder's).
+        """Return the loss of a batch (number, HR, LR, latent) and the figures to log.
 
-        The discriminator's own is added and reaches only that.
+        In a mixed set a batch also has a flag per sample that is set if the latent is the encoder's. The
+        discriminator's own loss is included; its gradient reaches only the discriminator.
         """
         adversarial = self.critic is not None and step >= self.stage.adversarial_from
         last = self.network.decoder.conv_out.weight
@@ -80,19 +81,22 @@ class DecoderObjective:
         return total, figures
 
     def _fidelity(self, batch: Sequence[Tensor]) -> Tensor:
-        """Fidelities drawn for a batch, [B, 1, 1, 1] on its device: 0 or 1, or any in a mixed set."""
+        """Draw a fidelity per sample, [B, 1, 1, 1]: 0 or 1, or in a mixed set any value between them."""
         drawn = torch.rand(2, len(batch[0]), 1, 1, 1).to(batch[1].device)
         if not self.stage.encoded_share:
             return (drawn[0] >= self.stage.free_share).float()
         encoded = batch[4].reshape(drawn[1].shape)
-        # densities 2 (1 - w) of the encoder's latents and 2 w of sampled ones
+        # The density of w is 2 (1 - w) for the encoder's latents and 2 w for sampled latents.
         distrust = torch.where(encoded, 1.0 - drawn[1].sqrt(), drawn[1].sqrt())
         return torch.where(drawn[0] < self.stage.free_share, (~encoded).float(), distrust)
 
     def _decode(
         self, batch: Sequence[Tensor], fidelity: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decoded image, the same as it is compared, HR and the enlarged LR, [B, 3, P, P] in [-1, 1]."""
+        """Return the decoded image, the same after color correction, HR and the enlarged LR.
+
+        All are [B, 3, P, P] in [-1, 1].
+        """
         _, hr, lr, z = batch[:4]
         lr_up = to_float(resize_batch(lr, *hr.shape[-2:])).contiguous(memory_format=torch.channels_last)
         decoded = self.network.decode(z, lr_up, fidelity, quantised=True).float()
@@ -112,7 +116,7 @@ class DecoderObjective:
     def _adversarial(
         self, sr: Tensor, target: Tensor, reconstruction: Tensor, last: Tensor, figures: dict[str, Tensor]
     ) -> Tensor:
-        """The decoder's adversarial loss with its weight, plus the discriminator's own loss."""
+        """Return the decoder's weighted adversarial loss plus the discriminator's own loss."""
         critic = self.critic
         assert critic is not None
         critic.requires_grad_(False)
@@ -125,15 +129,15 @@ class DecoderObjective:
         return self.stage.adversarial_weight * weight * against + own
 
     def after_step(self, step: int) -> None:
-        """Drop what the adaptive weight left at a frozen layer."""
+        """Delete the gradient that the adaptive weight left at a frozen layer."""
         last = self.network.decoder.conv_out.weight
         if not last.requires_grad:
             last.grad = None
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss without its adversarial term, PSNR in dB, and side by side LR enlarged, SR and HR.
+        """Return the loss without adversarial term, the PSNR in dB, and images: enlarged LR, SR and HR.
 
-        With fidelity 1, in a mixed set 0 where the latent is the encoder's.
+        The fidelity is 1, or in a mixed set 0 for the encoder's latents.
         """
         fidelity = (~batch[4]).float()[:, None, None, None] if len(batch) > 4 else 1.0
         decoded, sr, target, lr_up = self._decode(batch, fidelity)
@@ -143,7 +147,7 @@ class DecoderObjective:
 
 
 def is_trained(name: str, stage: DecoderStage, levels: tuple[int, ...]) -> bool:
-    """Whether stage 2 trains the parameter `name`; `levels` are those that are fused with LR features."""
+    """Return True if stage 2 trains the parameter `name`; `levels` are the levels fused with LR features."""
     if name.startswith("decoder."):
         return stage.trainable != "fusion+refinement" or name.startswith(NEW_PARTS)
     if stage.trainable != "decoder+lr" or not levels:
@@ -154,19 +158,19 @@ def is_trained(name: str, stage: DecoderStage, levels: tuple[int, ...]) -> bool:
 
 
 def codes_of(network: Autoencoder) -> dict[str, Tensor]:
-    """What a decoder needs of the first stage to read its latents."""
+    """Return the weights of the first stage that a decoder needs to read its latents."""
     return {k: v for k, v in network.state_dict().items() if k.startswith(CODES)}
 
 
 def start_from(plain: Autoencoder, network: Autoencoder, *, whole: bool = True) -> None:
-    """Copy the first stage's weights; the new parts start close to passing features through.
+    """Copy the first stage's weights and initialize the new parts to pass features through almost unchanged.
 
-    Not `whole`: its codes only, where it is another network.
+    If the first stage is another network, `whole` must be False; then only its codebook is copied.
     """
     given = plain.state_dict() if whole else codes_of(plain)
     network.load_state_dict({**network.state_dict(), **given})
     for fusion in network.decoder.fusions.values():
-        # every path but the shortcuts of its last blocks, which then have only small biases to pass on
+        # Zeroes every path except the shortcuts of the last blocks, which then pass on only small biases.
         for part in ("encode_enc_1.conv2", "encode_enc_1.conv_out", "encode_enc_3.conv2"):
             nn.init.zeros_(fusion.get_parameter(f"{part}.weight"))
             nn.init.zeros_(fusion.get_parameter(f"{part}.bias"))
@@ -178,9 +182,9 @@ def start_from(plain: Autoencoder, network: Autoencoder, *, whole: bool = True) 
 
 
 def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None = None) -> DecoderObjective:
-    """The objective of this stage on top of a checkpoint of stage 1, from the weights of `init` if given.
+    """Build the objective of this stage for a checkpoint of stage 1, with the decoder of `init` if given.
 
-    Raises UsageError where either is another model's.
+    Raises UsageError if one of the checkpoints belongs to another model.
     """
     config, model = start.config, recipe.model
     if expert_count(config) != expert_count(model) or config.expert_ranges != model.expert_ranges:
@@ -203,13 +207,13 @@ def prepare(recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None
 
 
 class StandIns(Dataset[tuple[Tensor, ...]]):
-    """Samples as `latents.Triples` has them, with noise for latents: enough to measure a step."""
+    """Samples like those of `latents.Triples`, but with noise for latents, to measure training steps."""
 
     def __init__(self, data: Crops, channels: int, factor: int) -> None:
         self.data, self.shape = data, (channels, data.patch_px // factor, data.patch_px // factor)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Return the number, HR, LR and a latent."""
+        """Return the number, HR, LR and a random latent."""
         return *self.data[index], torch.randn(self.shape)
 
 
@@ -225,8 +229,8 @@ def train(
 ) -> None:
     """Train the decoder and write `run.directory/checkpoint`, the complete model.
 
-    The latents are the set in `made`, or else are made from `data` in `run.directory/latents`. The weights
-    start from the decoder of `init` where there is one, else from the first stage.
+    The latents are read from the set `made` if it is given, else made from `data` in `run.directory/latents`.
+    The weights start from the decoder of `init` if it is given, else from the first stage.
     """
     objective, stage = prepare(recipe, start, run, init), recipe.decoder
     if made is None:
@@ -238,7 +242,7 @@ def train(
     else:
         triples = latents.open_set(made, recipe, start)
     if stage.trainable == "decoder+lr" and init is None and objective.network.decoder.fusions:
-        torch.manual_seed(recipe.seed)  # making latents may have drawn, unlike in another process
+        torch.manual_seed(recipe.seed)  # making latents may have used other numbers in each process
         if objective.network.config.lr_residual:
             add_to_lr(objective.network)
         else:
@@ -256,10 +260,10 @@ def train(
 
 
 def interpolated(weights: dict[str, Tensor], others: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Weights with `share` of `others` in them: network interpolation (ESRGAN, Wang et al. 2018, 3.4).
+    """Interpolate networks: (1 - share) `weights` + share `others` (ESRGAN, Wang et al. 2018, section 3.4).
 
-    Between a decoder trained without the adversarial loss and the same one trained on with it, it trades
-    detail against artefacts.
+    Between a decoder trained without the adversarial loss and the same decoder fine-tuned with it, the share
+    trades detail against artifacts.
     """
     mixed = {k: v.lerp(others[k], share) for k, v in weights.items() if v.is_floating_point()}
     return {**weights, **mixed}
@@ -274,7 +278,7 @@ def _publish(fitted: Fitted, recipe: Recipe, start: Checkpoint, run: Run) -> Non
 
 
 def _kept(start: Checkpoint) -> tuple[States, Iterable[tuple[str, dict[str, Tensor]]]]:
-    """State dicts of stage 1: those of the experts, and of StableSR's other networks by name."""
+    """Return the state dicts of the experts, and of StableSR's other networks by name."""
     if isinstance(start, StableSRCheckpoint):
         others = (("structure", start.structure), ("text", start.text))
         return (cpu_state(start.unet()) for _ in range(1)), ((n, cpu_state(load())) for n, load in others)

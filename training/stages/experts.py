@@ -22,7 +22,7 @@ from moesr.training.loop.validation import psnr
 from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.networks import Autoencoder, DenoisingUNet, SpaceMoE, share_expert_weights
 from moesr.training.recipe import ExpertStage, Recipe
-from moesr.training.seeded_random import DIFFUSION, Draws
+from moesr.training.seeded_random import DIFFUSION, SampleRng
 from moesr.training.stages.common import (
     BEST_CHECKPOINT,
     CHECKPOINT,
@@ -35,11 +35,11 @@ from moesr.training.stages.common import (
 )
 
 POOL_NAME = "latents.pt"
-POOL_BATCH = 16  # crops encoded together
+POOL_BATCH = 16  # batch size of the encoding
 
 
 class ExpertObjective:
-    """Predict what the recipe's model predicts, for timesteps of one range."""
+    """Train one expert to predict eps, v or x0, as the recipe says, for timesteps of one range."""
 
     critic = None
 
@@ -49,38 +49,41 @@ class ExpertObjective:
         self.network, self.first_stage, self.recipe, self.t_range = network, first_stage, recipe, t_range
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error on eps: of crops (number, HR, LR or not), or of (number, latent, condition)."""
+        """Return the mean squared error of the prediction.
+
+        A batch is (number, HR), (number, HR, LR), or from a pool (number, latent, condition).
+        """
         numbers, *pair = batch
         z, cond = pair if pair[0].is_floating_point() else self.encode(batch)
         return self._denoising_loss(z, cond, numbers), {}
 
     def _denoising_loss(self, z: Tensor, cond: Tensor, numbers: Tensor) -> Tensor:
-        draws = Draws(self.recipe.seed, DIFFUSION, numbers.tolist())
+        rng = SampleRng(self.recipe.seed, DIFFUSION, numbers.tolist())
         schedule, offset = self.recipe.model.schedule, self.recipe.experts.offset_noise
         prediction = self.recipe.model.prediction
-        return denoising_loss(self.network, z, cond, self.t_range, schedule, draws, offset, prediction)
+        return denoising_loss(self.network, z, cond, self.t_range, schedule, rng, offset, prediction)
 
     @torch.no_grad()
     def encode(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Crops (number, HR, LR or not) -> latents and conditions, both [B, 3, P/f, P/f]."""
+        """Encode crops (number, HR) or (number, HR, LR): latents and conditions, both [B, 3, P/f, P/f]."""
         numbers, hr, *made = batch
         lr = made[0] if made else degradation(self.recipe)(hr, numbers)
         cond = condition(lr, self.recipe.model.scale, self.first_stage.config.factor)
         return self.first_stage.encode(to_float(hr)), cond
 
     def after_step(self, step: int) -> None:
-        """Expert weight sharing (Eq. 5)."""
+        """Apply expert weight sharing (Eq. 5)."""
         gamma = self.recipe.experts.gamma_at(step + 1)
         if gamma is not None:
             share_expert_weights(self.network, gamma)
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss, and decoded beside the crop: what one step from the middle of the range makes of it."""
+        """Return the loss, and the crop beside the image predicted from the middle timestep of the range."""
         hr, lr = batch[1], batch[2] if len(batch) > 2 else degradation(self.recipe)(batch[1], batch[0])
         (z, cond), schedule = self.encode((batch[0], hr, lr)), self.recipe.model.schedule
         loss = self._denoising_loss(z, cond, batch[0])
         t = torch.full((len(z),), sum(self.t_range) // 2, device=z.device)
-        eps = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist()).normal(*z.shape[1:]).to(z.device)
+        eps = SampleRng(self.recipe.seed, DIFFUSION, batch[0].tolist()).normal(*z.shape[1:]).to(z.device)
         z_t = add_noise(z, eps, t, schedule)
         x0 = predict_x0(z_t, self.network(z_t, cond, t), t, schedule, self.recipe.model.prediction)
         enlarged = to_float(resize_batch(lr, *hr.shape[-2:])) if self.first_stage.config.lr_residual else None
@@ -89,7 +92,7 @@ class ExpertObjective:
 
 
 class Pool(Dataset[tuple[Tensor, ...]]):
-    """(latent, condition) pairs encoded before; sample `index` is one of them, drawn at random."""
+    """(latent, condition) pairs that were encoded before; sample `index` is a random one of them."""
 
     def __init__(self, z: Tensor, cond: Tensor, seed: int) -> None:
         self.z, self.cond, self.seed = z, cond, seed
@@ -101,9 +104,9 @@ class Pool(Dataset[tuple[Tensor, ...]]):
 
 
 def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> Pool:
-    """Encode `latent_pool` crops once and keep them in `path`, or read them back."""
+    """Encode `latent_pool` crops and write them to `path`; if the file exists already, read it."""
     recipe, count = objective.recipe, objective.recipe.experts.latent_pool
-    # asked of all processes before one of them writes it
+    # All processes check for the file before one of them writes it.
     if distributed.any_process(not path.exists(), run.device):
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []
@@ -119,17 +122,17 @@ def make_pool(objective: ExpertObjective, data: Crops, run: Run, path: Path) -> 
 
 
 def unet_config(recipe: Recipe) -> UNetConfig:
-    """Sizes of an expert; UsageError for a recipe of a decoder on its own."""
+    """Return the sizes of an expert; UsageError if the recipe has only a decoder."""
     if recipe.model.unet is None:
         raise UsageError("the recipe's model.unet is null: it has no experts to train; describe the UNet")
     return recipe.model.unet
 
 
 def initial_weights(config: UNetConfig, start: Checkpoint, k: int) -> dict[str, Tensor]:
-    """Weights for an expert from expert `k` of a checkpoint, or from its only one.
+    """Return initial weights of an expert from expert `k` of a checkpoint, or from its only expert.
 
-    Its merged FFN becomes every space expert. Where it has none (a plain LDM), the new FFNs start as
-    identities.
+    Every space expert starts as a copy of the merged FFN. If the checkpoint has no FFNs (a plain LDM), the
+    new FFNs are initialized as identities.
     """
     network = DenoisingUNet(config)
     given = cpu_state(start.expert(min(k, expert_count(start.config) - 1)))
@@ -148,7 +151,7 @@ def initial_weights(config: UNetConfig, start: Checkpoint, k: int) -> dict[str, 
 
 
 def _with_ffns(given: dict[str, Tensor], name: str, module: SpaceMoE) -> dict[str, Tensor]:
-    """`given` with the FFN of block `name` under the names of all its space experts."""
+    """Return `given` with the FFN of block `name` copied to all its space experts."""
     stage, _, place = name.rpartition(".")
     if f"{name}.moe_norm.weight" not in given:
         given = {_moved(key, stage, int(place)): v for key, v in given.items()}
@@ -162,7 +165,7 @@ def _with_ffns(given: dict[str, Tensor], name: str, module: SpaceMoE) -> dict[st
 
 
 def _moved(key: str, stage: str, place: int) -> str:
-    """The key of a layer of `stage` after another one was inserted at `place`."""
+    """Return a layer's key in `stage` after another layer was inserted at index `place`."""
     position, _, rest = key.removeprefix(f"{stage}.").partition(".")
     if not key.startswith(f"{stage}.") or int(position) < place:
         return key
@@ -175,7 +178,7 @@ def prepare(
     t_range: tuple[int, int] | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> ExpertObjective:
-    """The objective of one expert, with `weights` or fresh ones; all timesteps without a range."""
+    """Build the objective of an expert with `weights` or new ones; `t_range` None means all timesteps."""
     config = unet_config(recipe)
     torch.manual_seed(recipe.seed)
     network = DenoisingUNet(config)
@@ -194,10 +197,11 @@ def train(
     expert: int | None = None,
     init: Checkpoint | None = None,
 ) -> None:
-    """Train the experts, or only number `expert`; once all are there, write `run.directory/checkpoint`.
+    """Train all experts, or only number `expert`; once all are finished, write `run.directory/checkpoint`.
 
-    With `init` they start from its weights, else with `base_steps` from one network trained first on all
-    timesteps, else from fresh ones. The checkpoint holds a plain decoder.
+    The experts start from the weights of `init` if given; else, if the recipe has `base_steps`, from one
+    network that is first trained on all timesteps; else from random weights. The checkpoint holds a plain
+    decoder.
     """
     stage, config, ranges = recipe.experts, unet_config(recipe), recipe.model.expert_ranges
     if expert is not None and not 0 <= expert < len(ranges):
@@ -226,7 +230,7 @@ def train(
 def _publish_if_complete(
     recipe: Recipe, fitted: dict[int, Fitted], first_stage: Autoencoder, run: Run, *, validated: bool
 ) -> None:
-    """Write the checkpoint where the experts that are not in `fitted` were finished by earlier runs."""
+    """Write the checkpoint if all experts that are not in `fitted` were finished by earlier runs."""
     count, steps = expert_count(recipe.model), recipe.experts.steps
     parts = [
         fitted.get(k) or finished(run.directory / f"expert_{k}", steps, best=validated) for k in range(count)

@@ -1,10 +1,11 @@
-"""The training set of stage 2: (LR, latent, HR) triples, the latents sampled by stage 1 from the LR images.
+"""The training set of stage 2: (LR, latent, HR) triples whose latents stage 1 samples from the LR images.
 
-A directory holds `set.json` (what the triples were made from) and shards `shard_00000.safetensors` with
-tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr` uint8 [n, 3, P, P]. Latents are what
-the decoder takes: codes where there are some (finding these would take half of a narrow decoder's training),
-and not scaled for a UNet. A shard is written whole or not at all, so
-making the set again does what is missing; processes started by torchrun share the shards.
+A directory holds `set.json` (the settings that the triples were made with) and shards
+`shard_00000.safetensors` with the tensors `lr` uint8 [n, 3, p, p], `latent` float32 [n, D, h, w] and `hr`
+uint8 [n, 3, P, P]. Latents are in the decoder's scale, not the UNet's. If there is a codebook, they are
+quantized already, since the search for codes would take half the time of training a narrow decoder. A shard
+is written whole or not at all, so the same command continues an incomplete set. Processes started by torchrun
+divide the shards among them.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ from moesr.training.loop.interrupts import stop_requests
 from moesr.training.losses.diffusion import sample
 from moesr.training.networks import Autoencoder
 from moesr.training.recipe import Recipe
-from moesr.training.seeded_random import ENCODED, SAMPLING, Draws, seed_of
+from moesr.training.seeded_random import ENCODED, SAMPLING, SampleRng, seed_of
 from moesr.training.stages.common import degradation
 from moesr.training.stages.structure import Denoiser, denoiser_of, scaled_latent
 
 SET_NAME = "set.json"
 COLUMNS = ("lr", "latent", "hr")
-SHARD = 64  # triples a file
-OPEN_SHARDS = 64  # files a loader process keeps mapped
+SHARD = 64  # triples per file
+OPEN_SHARDS = 64  # files that each loader process keeps memory-mapped
 
-Sampler = Callable[[Tensor, Draws], Tensor]  # LR uint8 [B, 3, p, p] -> latents [B, D, h, w]
+Sampler = Callable[[Tensor, SampleRng], Tensor]  # LR uint8 [B, 3, p, p] -> latents [B, D, h, w]
 Encoder = Callable[[Tensor], Tensor]  # HR uint8 [B, 3, P, P] -> latents [B, D, h, w]
 
 
 def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict[str, Any]:
-    """What `count` triples of this recipe are made from: JSON values that must agree to go on with a set."""
+    """Return the settings that `count` triples are made with; they must match those of an existing set."""
     share = recipe.decoder.encoded_share
     mixed = {"encoded_share": share} if share else {}
     return {
@@ -76,7 +77,7 @@ def describe(recipe: Recipe, start: Checkpoint, data: Crops, count: int) -> dict
 def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, count: int) -> None:
     """Make the missing shards of a set of `count` triples in `directory`.
 
-    Raises UsageError where the directory holds a set of something else. Ctrl-C finishes a shard first.
+    Raises UsageError if the directory holds a set with other settings. Ctrl-C finishes the current shard.
     """
     wanted = describe(recipe, start, data, count)
     if (directory / SET_NAME).exists():
@@ -84,7 +85,7 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
     elif distributed.rank() == 0:
         _write(directory / SET_NAME, (json.dumps(wanted, indent=1) + "\n").encode())
     distributed.wait()
-    # A process's share does not depend on what is on disk, which others are changing already.
+    # Which shards a process makes does not depend on the files, which other processes may be writing now.
     share = list(enumerate(shard_sizes(count)))[distributed.rank() :: distributed.size()]
     missing = {number: n for number, n in share if not _whole(shard_path(directory, number), n)}
     if missing:
@@ -95,7 +96,7 @@ def make(recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Pa
 def _make_shards(
     recipe: Recipe, start: Checkpoint, data: Crops, run: Run, directory: Path, sizes: Mapping[int, int]
 ) -> None:
-    """Make the shards of these numbers, each of so many triples."""
+    """Make shards; `sizes` holds the number of triples by shard number."""
     batch, sampler = recipe.decoder.latent_batch, _sampler(recipe, start, run.device)
     encode = encoder(start, run.device) if recipe.decoder.encoded_share else None
     hidden = run.quiet or distributed.rank() > 0
@@ -116,14 +117,14 @@ def _make_shards(
 
 
 def encoder(start: Checkpoint, device: torch.device) -> Encoder:
-    """How the first stage makes latents of originals."""
+    """Return a function that encodes originals with the first stage, including quantization."""
     first_stage = start.decoder().to(device)
     quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
     return lambda hr: quantise(first_stage.encode(to_float(hr)))
 
 
 def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler | None:
-    """How stage 1 makes latents; None before there are experts."""
+    """Return a function that samples latents with stage 1; None if there are no experts yet."""
     model = recipe.model
     if model.unet is None and recipe.decoder.encoded_share:
         return None
@@ -139,9 +140,9 @@ def _sampler(recipe: Recipe, start: Checkpoint, device: torch.device) -> Sampler
     experts = [start.expert(k).to(device) for k in range(len(model.expert_ranges))]
     quantise = first_stage.quantize if first_stage.config.codebook_size else nn.Identity()
 
-    def latents(lr: Tensor, draws: Draws) -> Tensor:
+    def latents(lr: Tensor, rng: SampleRng) -> Tensor:
         cond = condition(lr, model.scale, model.decoder.factor)
-        return quantise(sample(experts, cond, table, draws, model.prediction))
+        return quantise(sample(experts, cond, table, rng, model.prediction))
 
     return latents
 
@@ -152,17 +153,17 @@ def _stablesr_latents(
     first_stage: Autoencoder,
     table: StepTable,
     lr: Tensor,
-    draws: Draws,
+    rng: SampleRng,
 ) -> Tensor:
-    """LR uint8 [B, 3, p, p] -> latents of the decoder."""
+    """Sample the decoder's latents for LR uint8 [B, 3, p, p] with StableSR."""
     enlarged = to_float(resize_batch(lr, *(model.scale * side for side in lr.shape[-2:])))
-    latent = scaled_latent(first_stage, enlarged, draws, model)
+    latent = scaled_latent(first_stage, enlarged, rng, model)
     noised = model.schedule if model.init == "latent" else None
-    return sample([denoiser], latent, table, draws, model.prediction, noised) / model.latent_scale
+    return sample([denoiser], latent, table, rng, model.prediction, noised) / model.latent_scale
 
 
 def is_encoded(seed: int, share: float, number: int) -> bool:
-    """Whether triple `number` is of the `share` whose latent is the encoder's."""
+    """Return True if triple `number` belongs to the `share` of triples with the encoder's latent."""
     return seed_of(seed, ENCODED, number) < share * 2**32
 
 
@@ -174,9 +175,9 @@ def _triples(
     data: Crops,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LR, latents and HR of these samples, on the CPU.
+    """Return LR, latents and HR of these samples, on the CPU.
 
-    Before there are experts, the encoder's latent of another crop stands for a sampled one.
+    If there are no experts yet, the encoder's latent of another crop takes the place of a sampled latent.
     """
     hr = data.crops(indices[0], len(indices)).to(device)
     lr, share = degradation(recipe)(hr, torch.tensor(indices)), recipe.decoder.encoded_share
@@ -187,18 +188,18 @@ def _triples(
             made = encode(hr)
             latents = torch.where(encoded[:, None, None, None].to(device), made, made.roll(1, 0))
         elif encode is None or not encoded.any():
-            latents = sampler(lr, Draws(recipe.seed, SAMPLING, indices))
+            latents = sampler(lr, SampleRng(recipe.seed, SAMPLING, indices))
         else:
             latents = encode(hr)
             others = [i for i, known in zip(indices, encoded.tolist(), strict=True) if not known]
             if others:
                 rest = ~encoded.to(device)
-                latents[rest] = sampler(lr[rest], Draws(recipe.seed, SAMPLING, others))
+                latents[rest] = sampler(lr[rest], SampleRng(recipe.seed, SAMPLING, others))
     return lr.cpu(), latents.cpu(), hr.cpu()
 
 
 class Triples(Dataset[tuple[Tensor, ...]]):
-    """A finished set; sample `index` is a triple drawn at random, or without a seed number `index`."""
+    """A finished set; sample `index` is a random triple, or if `seed` is None, triple number `index`."""
 
     def __init__(self, directory: Path, seed: int | None) -> None:
         self.directory, self.seed = directory, seed
@@ -215,7 +216,7 @@ class Triples(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """Return the sample's number, HR uint8 [3, P, P], LR uint8 [3, p, p] and latent [D, h, w].
 
-        In a set that holds encoder's latents too, also whether this is one.
+        In a mixed set a fifth value is True if the latent is the encoder's.
         """
         number = index % self.count
         if self.seed is not None:
@@ -234,7 +235,7 @@ def _open(path: Path) -> Any:
 
 
 def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
-    """Open a set made before, with whatever seed; UsageError where it is not of this recipe and stage 1."""
+    """Open an existing set made with any seed; UsageError if it does not match the recipe and stage 1."""
     found = read_description(directory)
     crops = Crops([], recipe.decoder.patch_px, recipe.seed, augmentation=recipe.augmentation)
     wanted = describe(recipe, start, crops, recipe.decoder.latents)
@@ -243,7 +244,7 @@ def open_set(directory: Path, recipe: Recipe, start: Checkpoint) -> Triples:
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """Read `set.json`; InputError where it is missing or damaged."""
+    """Read `set.json`; InputError if it is missing or damaged."""
     path = directory / SET_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -256,12 +257,12 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def shard_sizes(count: int) -> list[int]:
-    """Triples in each shard of a set of `count`."""
+    """Return the number of triples in each shard of a set of `count` triples."""
     return [min(SHARD, count - at) for at in range(0, count, SHARD)]
 
 
 def shard_path(directory: Path, number: int) -> Path:
-    """File of shard `number`."""
+    """Return the file of shard `number`."""
     return directory / f"shard_{number:05d}.safetensors"
 
 
@@ -274,7 +275,7 @@ def _check(directory: Path, wanted: dict[str, Any]) -> None:
 
 
 def _whole(path: Path, rows: int) -> bool:
-    """Whether `path` is a shard of `rows` triples; reads its header only."""
+    """Return True if `path` is a complete shard of `rows` triples; reads its header only."""
     try:
         with safe_open(path, framework="pt") as file:
             return all(file.get_slice(name).get_shape()[0] == rows for name in COLUMNS)

@@ -1,6 +1,6 @@
-"""Where a narrow network starts: as a copy of colors, which it hardly ever finds when it starts at random.
+"""Initial weights of narrow networks: they pass colors through, which random weights hardly ever learn to do.
 
-Not of the papers, whose networks are wide and start from published weights.
+This is not from the papers, whose networks are wide and start from published weights.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from moesr.training.data.crops import resize_batch, to_float
 from moesr.training.networks import Autoencoder
 from moesr.training.networks.fusion import RESIDUAL_SCALE
 
-COLOURS = 3
-KEPT = 0.03  # of the first stage's features, which are an order of magnitude above the LR image's
-OFFSETS = 3.0  # deviation of the constants beside colors
+COLORS = 3
+KEPT = 0.03  # factor of the first stage's features, which are ten times as large as the LR image's
+OFFSETS = 3.0  # standard deviation of the constants in the channels beside the colors
 RIDGE = 1e-4
 
 PASSING = re.compile(r"(.*\.)?(conv_in|downsample\.conv|upsample\.conv|nin_shortcut|encode_enc_1\.conv_out)")
-ENDING = re.compile(r".*(block[._]\d+|encode_enc_\d)\.conv2")  # of residual blocks
-OTHERS = re.compile(r".*(quant_conv|attn_1\.\w+|unet_1\..*)")  # which start as PyTorch has them
-GAINS, HE = {1.0: PASSING, 0.5: ENDING}, 2.0  # over a layer's inputs: the variance of its weights
-FAINT = 1e-3  # deviation of the last layer's weights
+ENDING = re.compile(r".*(block[._]\d+|encode_enc_\d)\.conv2")  # last layers of residual blocks
+OTHERS = re.compile(r".*(quant_conv|attn_1\.\w+|unet_1\..*)")  # layers that keep PyTorch's initialization
+GAINS, HE = {1.0: PASSING, 0.5: ENDING}, 2.0  # gains; the variance of weights is gain / number of inputs
+FAINT = 1e-3  # standard deviation of the last layer's weights
 RESIDUAL = re.compile(r".*(block\.\d+\.conv2|rdb\d\.conv5)$")
 
 
 @torch.no_grad()
 def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float) -> None:
-    """Turn layers into copies of their first channels, and what residual blocks add into nothing.
+    """Make layers copy their first three channels, and make residual blocks add nothing.
 
-    `kept` is what stays of the weights. Constants of deviation `offsets` in the channels beside the colors
-    keep GroupNorm from taking away the mean and the contrast of a crop.
+    The random weights are kept with the factor `kept`. Constants with the standard deviation `offsets` in the
+    other channels prevent GroupNorm from removing the mean and the contrast of a crop.
     """
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             if PASSING.fullmatch(name):
                 layer.weight.mul_(kept).add_(nn.init.dirac_(torch.zeros_like(layer.weight)))
-                nn.init.zeros_(layer.bias[:COLOURS])
-                nn.init.normal_(layer.bias[COLOURS:], std=offsets)
+                nn.init.zeros_(layer.bias[:COLORS])
+                nn.init.normal_(layer.bias[COLORS:], std=offsets)
             elif RESIDUAL.fullmatch(name):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -50,9 +50,9 @@ def pass_on(layers: Sequence[tuple[str, nn.Module]], kept: float, offsets: float
 
 @torch.no_grad()
 def keep_scale(network: Autoencoder) -> None:
-    """Start with layers that keep the scale of features, for networks without normalisation.
+    """Initialize the layers of a network without normalization so that they keep the scale of features.
 
-    There PyTorch's start loses a third of the variance at every layer, and with it the gradient.
+    PyTorch's initialization would lose a third of the variance at every layer, and the gradient with it.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not OTHERS.fullmatch(name):
@@ -65,15 +65,15 @@ def keep_scale(network: Autoencoder) -> None:
 
 @torch.no_grad()
 def add_to_lr(network: Autoencoder) -> None:
-    """Start a decoder that adds to the LR image: it adds nothing, by layers that keep the scale."""
+    """Initialize a decoder that adds to the LR image: it adds nothing, and its layers keep the scale."""
     keep_scale(network)
-    nn.init.zeros_(network.decoder.conv_in.weight)  # a latent's features would drown the LR image's
+    nn.init.zeros_(network.decoder.conv_in.weight)  # else the latent's features would dominate
     pass_refinement(network)
 
 
 @torch.no_grad()
 def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
-    """Let the LR image's colors pass from the encoder to the image, beside the first stage's features.
+    """Make the LR image's colors pass from the encoder to the image, next to the first stage's features.
 
     The last layer is fitted to `batch` (number, HR, LR, latent) by least squares.
     """
@@ -86,8 +86,8 @@ def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
     count = len(weight)
     nn.init.dirac_(weight)
     kept = torch.full((count,), KEPT)
-    kept[:COLOURS] = 0.0
-    weight[:, count:, 0, 0] = torch.diag(kept - 1.0)  # the layer adds to these features: kept are left
+    kept[:COLORS] = 0.0
+    weight[:, count:, 0, 0] = torch.diag(kept - 1.0)  # the layer is residual: a factor `kept` remains
     weight /= (1.0 + RESIDUAL_SCALE) ** len(fusion.encode_enc_2)  # an RRDB that adds nothing still gains
     pass_on(list(decoder.up[:level].named_modules()), 0.0, OFFSETS)
     if level:
@@ -97,7 +97,7 @@ def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
 
 
 def pass_refinement(network: Autoencoder) -> None:
-    """Let the refinement network, where there is one, start by adding nothing to what it sees."""
+    """Make the refinement network, if there is one, add nothing to its input."""
     refinement = getattr(network.decoder, "unet_1", None)
     if refinement is not None:
         for block in (refinement.conv1, refinement.up_conv2):
@@ -106,7 +106,7 @@ def pass_refinement(network: Autoencoder) -> None:
 
 
 def fit_last_layer(network: Autoencoder, batch: Sequence[Tensor]) -> None:
-    """Set the decoder's last layer to the ridge regression of HR on the features that it sees."""
+    """Set the decoder's last layer to the ridge regression of HR on its input features."""
     _, hr, lr, z = batch[:4]
     last, seen = network.decoder.conv_out, list[Tensor]()
     hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -114,7 +114,7 @@ def fit_last_layer(network: Autoencoder, batch: Sequence[Tensor]) -> None:
     hook.remove()
     patches = F.unfold(seen[0], 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     patches = torch.cat((patches, torch.ones_like(patches[:, :1])), dim=1)
-    target = to_float(hr).permute(0, 2, 3, 1).reshape(-1, COLOURS).double()
+    target = to_float(hr).permute(0, 2, 3, 1).reshape(-1, COLORS).double()
     gram = patches.T @ patches
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
     solution = torch.linalg.solve(gram, patches.T @ target).float()

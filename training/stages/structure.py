@@ -1,7 +1,7 @@
 """StableSR's stage 1: a structure encoder and SPADE layers on a frozen Stable Diffusion (section 3.1).
 
-Of the UNet only the SPADE layers are trained, so the trained network is these and the encoder: what is
-averaged, saved and resumed leaves the frozen weights out.
+Of the UNet only the SPADE layers are trained. The trained network consists of these layers and the encoder,
+so averages and saved states do not include the frozen weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
 from moesr.training.networks.stablesr import SPADE
 from moesr.training.recipe import Recipe
-from moesr.training.seeded_random import DIFFUSION, Draws
+from moesr.training.seeded_random import DIFFUSION, SampleRng
 from moesr.training.stages.common import (
     BEST_CHECKPOINT,
     CHECKPOINT,
@@ -37,7 +37,7 @@ from moesr.training.stages.common import (
 
 
 class TrainableParts(nn.Module):
-    """What stage 1 trains: the structure encoder, and the SPADE layers, which `unet` goes on using."""
+    """The network that stage 1 trains: the structure encoder and the SPADE layers, shared with `unet`."""
 
     def __init__(self, unet: StableSRUNet, structure: StructureEncoder) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TrainableParts(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """StableSR with one text: predicts eps or v from z_t, the LR latent and the timestep."""
+    """StableSR with a fixed text: predicts eps or v from z_t, the LR latent and the timestep."""
 
     unet: StableSRUNet
     structure: StructureEncoder
@@ -59,15 +59,15 @@ class Denoiser:
         return self.unet(z_t, t, self.structure(latent, t), self.text)
 
 
-def scaled_latent(first_stage: Autoencoder, image: Tensor, draws: Draws, config: StableSRConfig) -> Tensor:
-    """Image [B, 3, H, W] in [-1, 1] -> a latent of it as the UNet sees it, [B, C, H/f, W/f]."""
+def scaled_latent(first_stage: Autoencoder, image: Tensor, rng: SampleRng, config: StableSRConfig) -> Tensor:
+    """Encode images [B, 3, H, W] in [-1, 1] to latents in the UNet's scale, [B, C, H/f, W/f]."""
     sizes = first_stage.config
-    noise = draws.normal(sizes.embed_dim, *(side // sizes.factor for side in image.shape[-2:]))
+    noise = rng.normal(sizes.embed_dim, *(side // sizes.factor for side in image.shape[-2:]))
     return config.latent_scale * first_stage.sample(image, noise.to(image.device)).float()
 
 
 class StructureObjective:
-    """Predict what the recipe's model predicts, at every timestep, from the structure of the LR image."""
+    """Train StableSR to predict eps or v, as the recipe says, at every timestep."""
 
     critic = None
 
@@ -78,42 +78,42 @@ class StructureObjective:
         self.network = TrainableParts(model.unet, model.structure).requires_grad_(True)
 
     def loss(self, batch: Sequence[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the prediction, of crops (number, HR, LR or not)."""
-        draws = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist())
-        z, latent = self.encode(batch, draws)
-        return self._loss(z, latent, draws), {}
+        """Return the mean squared error of the prediction for crops (number, HR) or (number, HR, LR)."""
+        rng = SampleRng(self.recipe.seed, DIFFUSION, batch[0].tolist())
+        z, latent = self.encode(batch, rng)
+        return self._loss(z, latent, rng), {}
 
-    def _loss(self, z: Tensor, latent: Tensor, draws: Draws) -> Tensor:
+    def _loss(self, z: Tensor, latent: Tensor, rng: SampleRng) -> Tensor:
         schedule = self.config.schedule
         t_range, prediction = (0, schedule.timesteps), self.config.prediction
-        return denoising_loss(self.model, z, latent, t_range, schedule, draws, prediction=prediction)
+        return denoising_loss(self.model, z, latent, t_range, schedule, rng, prediction=prediction)
 
     @torch.no_grad()
-    def encode(self, batch: Sequence[Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
-        """Crops (number, HR, LR or not) -> scaled latents of HR and of the enlarged LR, [B, C, P/f, P/f]."""
+    def encode(self, batch: Sequence[Tensor], rng: SampleRng) -> tuple[Tensor, Tensor]:
+        """Encode crops (number, HR[, LR]): scaled latents of HR and of the enlarged LR, [B, C, P/f, P/f]."""
         numbers, hr, *made = batch
         lr = made[0] if made else degradation(self.recipe)(hr, numbers)
         images = to_float(hr), to_float(resize_batch(lr, *hr.shape[-2:]))
-        z, latent = (scaled_latent(self.first_stage, image, draws, self.config) for image in images)
+        z, latent = (scaled_latent(self.first_stage, image, rng, self.config) for image in images)
         return z, latent
 
     def after_step(self, step: int) -> None:
-        """Nothing to do."""
+        """Do nothing: this stage modifies no weights after a step."""
 
     def evaluate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss, and decoded beside the crop: what one step from the middle of the schedule makes."""
-        draws, config = Draws(self.recipe.seed, DIFFUSION, batch[0].tolist()), self.config
-        z, latent = self.encode(batch, draws)
-        loss = self._loss(z, latent, draws)
+        """Return the loss, and the crop beside the image predicted from the middle timestep."""
+        rng, config = SampleRng(self.recipe.seed, DIFFUSION, batch[0].tolist()), self.config
+        z, latent = self.encode(batch, rng)
+        loss = self._loss(z, latent, rng)
         t = torch.full((len(z),), config.schedule.timesteps // 2, device=z.device)
-        z_t = add_noise(z, draws.normal(*z.shape[1:]).to(z.device), t, config.schedule)
+        z_t = add_noise(z, rng.normal(*z.shape[1:]).to(z.device), t, config.schedule)
         x0 = predict_x0(z_t, self.model(z_t, latent, t), t, config.schedule, config.prediction)
         hr, sr = to_float(batch[1]), self.first_stage.decode(x0.float() / config.latent_scale)
         return {"loss": loss, "psnr": psnr(sr, hr)}, torch.cat((sr, hr), dim=-1)
 
 
 def stablesr(recipe: Recipe) -> StableSRConfig:
-    """The recipe's model; UsageError where it is not StableSR."""
+    """Return the recipe's model; UsageError if it is not StableSR."""
     if not isinstance(recipe.model, StableSRConfig):
         raise UsageError(
             f"{recipe.model.name}: has no structure encoder to train; use a recipe whose model.family is "
@@ -125,10 +125,10 @@ def stablesr(recipe: Recipe) -> StableSRConfig:
 def prepare(
     recipe: Recipe, start: Checkpoint, run: Run, init: Checkpoint | None = None
 ) -> StructureObjective:
-    """The objective of this stage on top of Stable Diffusion, that of a StableSR too.
+    """Build the objective of this stage on top of the Stable Diffusion in `start` (it may be in a StableSR).
 
-    What is trained starts fresh, or from the weights of `init`. Raises UsageError where a checkpoint is
-    another model's.
+    The trained parts start from the weights of `init` if given, else from random weights. Raises UsageError
+    if a checkpoint belongs to another model.
     """
     config = stablesr(recipe)
     check_diffusion(start, config)
@@ -151,12 +151,12 @@ def prepare(
 
 @torch.no_grad()
 def encoded_prompt(start: StableDiffusionCheckpoint, config: StableSRConfig) -> Tensor:
-    """The prompt of a model as its UNet sees it, [1, tokens, text_channels]."""
+    """Encode the prompt of a model for its UNet: [1, tokens, text_channels]."""
     return start.text().encode(config.text.prompt)
 
 
 def denoiser_of(start: Checkpoint, config: StableSRConfig, device: torch.device) -> Denoiser:
-    """The frozen networks of a checkpoint of stage 1; UsageError where it is not the configuration's."""
+    """Load the networks of a checkpoint of stage 1, frozen; UsageError if they do not fit `config`."""
     check_stage_1(start, config)
     assert isinstance(start, StableSRCheckpoint)
     networks = start.unet().to(device), start.structure().to(device)
@@ -164,7 +164,7 @@ def denoiser_of(start: Checkpoint, config: StableSRConfig, device: torch.device)
 
 
 def check_stage_1(start: Checkpoint, config: StableSRConfig) -> None:
-    """Raise UsageError unless a checkpoint holds the networks that `config` samples with."""
+    """Raise UsageError unless a checkpoint holds all networks that sampling with `config` needs."""
     check_diffusion(start, config)
     if not isinstance(start, StableSRCheckpoint) or start.config.structure != config.structure:
         raise UsageError(
@@ -178,7 +178,8 @@ def check_diffusion(start: Checkpoint, config: StableSRConfig) -> None:
     given = start.config
     if not isinstance(given, (StableDiffusionConfig, StableSRConfig)):
         raise UsageError(
-            f"{start.directory}: is no Stable Diffusion; give what moesr-import --stable-diffusion wrote"
+            f"{start.directory}: holds no Stable Diffusion; give the directory that moesr-import "
+            "--stable-diffusion wrote"
         )
     channels = config.unet.structure_channels
     pairs = {
@@ -210,7 +211,7 @@ def train(
     *,
     init: Checkpoint | None = None,
 ) -> None:
-    """Train the structure encoder and SPADE and write `run.directory/checkpoint`, with a plain decoder."""
+    """Train the structure encoder and SPADE; writes `run.directory/checkpoint` with a plain decoder."""
     objective = prepare(recipe, start, run, init)
     samples = with_lr(data, recipe, run.device.type)
     shown = None if held_out is None else with_lr(held_out, recipe, run.device.type)

@@ -16,7 +16,7 @@ from moesr.training.loop.fit import fit
 from moesr.training.loop.trainer import Trainer, read_state
 from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.networks import DenoisingUNet, SpaceMoE, share_expert_weights
-from moesr.training.seeded_random import DIFFUSION, Draws
+from moesr.training.seeded_random import DIFFUSION, SampleRng
 from moesr.training.stages import experts
 from moesr.training.stages.common import first_stage_of
 
@@ -140,7 +140,7 @@ def test_offset_noise_moves_the_means(offset):
         return torch.zeros_like(z_t)
 
     z, schedule = torch.zeros(200, 3, 16, 16), tiny.recipe().model.schedule
-    loss = denoising_loss(network, z, z, (999, 1000), schedule, Draws(0, DIFFUSION, range(200)), offset)
+    loss = denoising_loss(network, z, z, (999, 1000), schedule, SampleRng(0, DIFFUSION, range(200)), offset)
     assert float(loss) == pytest.approx(1 + offset**2, rel=0.1)  # the mean square of eps
     deviation = float(seen[0].mean(dim=(2, 3)).std())
     assert deviation == pytest.approx((offset**2 + 1 / 256) ** 0.5, rel=0.1)
@@ -244,7 +244,7 @@ def test_noise_is_that_of_the_sample(start, photos, tmp_path):
     apart = [objective.loss([torch.tensor([i]), hr[i : i + 1]], 0)[0] for i in range(3)]
     torch.testing.assert_close(whole, torch.stack(apart).mean())
     assert len({x.item() for x in apart}) == 3
-    assert len(Draws(0, 2, range(3)).generators) == 3
+    assert len(SampleRng(0, 2, range(3)).generators) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moesr.runtime.sampling.samplers import SAMPLERS, advance, coefficients
 from moesr.runtime.sampling.schedule import Schedule
 from moesr.training.loop import distributed
 from moesr.training.losses.diffusion import sample
-from moesr.training.seeded_random import SAMPLING, Draws
+from moesr.training.seeded_random import SAMPLING, SampleRng
 from moesr.training.stages import latents
 from moesr.training.stages.common import degradation
 
@@ -181,15 +181,15 @@ def test_before_there_are_experts_other_crops_stand_for_samples(data, tmp_path):
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_latents_are_sampled_as_the_runtime_does(sampler, prediction):
     """One step after the other by the runtime's `advance`, with a network that is linear in its inputs."""
-    schedule, draws = Schedule(), Draws(0, SAMPLING, [0])
+    schedule, rng = Schedule(), SampleRng(0, SAMPLING, [0])
     table = SAMPLERS[sampler].table(schedule, 6, ((0, 500), (500, 1000)))
     cond = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
 
     def network(z: torch.Tensor, cond: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return 0.5 * z - 0.2 * cond + 1e-4 * t
 
-    got = sample([network, network], cond, table, draws, prediction)
-    again = Draws(0, SAMPLING, [0])
+    got = sample([network, network], cond, table, rng, prediction)
+    again = SampleRng(0, SAMPLING, [0])
     z = again.normal(3, 4, 4).numpy()
     history, scratch = np.zeros_like(z), np.zeros_like(z)
     for step, t in enumerate(table.t.tolist()):

@@ -25,7 +25,7 @@ from moesr.training.config import StableSRConfig
 from moesr.training.loop.fit import fit
 from moesr.training.losses.diffusion import add_noise, denoising_loss, predict_x0
 from moesr.training.recipe import load_recipe
-from moesr.training.seeded_random import DIFFUSION, SAMPLING, Draws
+from moesr.training.seeded_random import DIFFUSION, SAMPLING, SampleRng
 from moesr.training.stages import decoder, latents, structure
 from moesr.training.stages.common import with_lr
 from moesr.training.stages.structure import denoiser_of, scaled_latent
@@ -103,7 +103,7 @@ def test_bf16_leaves_latents_and_noise_alone(photos, start, tmp_path):
     objective = structure.prepare(recipe, start, tiny.run(tmp_path))
     batch = [torch.arange(2), tiny.crops(photos).crops(0, 2)]
     with torch.autocast("cpu", torch.bfloat16):
-        z, latent = objective.encode(batch, Draws(0, DIFFUSION, [0, 1]))
+        z, latent = objective.encode(batch, SampleRng(0, DIFFUSION, [0, 1]))
     assert z.dtype == latent.dtype == torch.float32
     train(photos, tmp_path / "run", start, recipe)
     assert np.isfinite(tiny.losses(tmp_path / "run")).all()
@@ -137,10 +137,10 @@ def test_crops_become_the_latents_that_the_unet_sees(photos, start):
     objective = structure.prepare(RECIPE, start, tiny.run(photos))
     hr = tiny.crops(photos).crops(0, 2)
     numbers, lr = torch.arange(2), hr[:, :, ::4, ::4].contiguous()
-    z, latent = objective.encode([numbers, hr, lr], Draws(0, DIFFUSION, [0, 1]))
+    z, latent = objective.encode([numbers, hr, lr], SampleRng(0, DIFFUSION, [0, 1]))
     assert z.shape == latent.shape == (2, 4, 8, 8)
-    draws, first_stage = Draws(0, DIFFUSION, [0, 1]), start.decoder()
-    noise = draws.normal(4, 8, 8)
+    rng, first_stage = SampleRng(0, DIFFUSION, [0, 1]), start.decoder()
+    noise = rng.normal(4, 8, 8)
     want = start.config.latent_scale * first_stage.sample(hr.float() / 127.5 - 1, noise)
     torch.testing.assert_close(z, want)
     assert not torch.equal(z, latent)
@@ -162,8 +162,8 @@ def test_v_is_predicted_from_the_same_noise():
 
     t = torch.tensor([5, 500, 990])
     for prediction in ("eps", "v", "x0"):
-        draws = Draws(0, DIFFUSION, range(3))
-        loss = denoising_loss(oracle(prediction), z, z, (0, 1000), schedule, draws, prediction=prediction)
+        rng = SampleRng(0, DIFFUSION, range(3))
+        loss = denoising_loss(oracle(prediction), z, z, (0, 1000), schedule, rng, prediction=prediction)
         assert float(loss) < 1e-6
         z_t = add_noise(z, torch.randn_like(z), t, schedule)
         x0 = predict_x0(z_t, oracle(prediction)(z_t, z, t), t, schedule, prediction)
@@ -178,13 +178,13 @@ def test_latents_are_those_of_the_sampling_loop(photos, trained, tmp_path):
     data = tiny.crops(photos)
     latents.make(RECIPE, trained, data, tiny.run(tmp_path), tmp_path / "set", 5)
     _, hr, lr, got = latents.Triples(tmp_path / "set", None)[3]
-    draws, model = Draws(0, SAMPLING, [3]), denoiser_of(trained, config, tiny.CPU)
+    rng, model = SampleRng(0, SAMPLING, [3]), denoiser_of(trained, config, tiny.CPU)
     enlarged = structure.to_float(structure.resize_batch(lr[None], *hr.shape[-2:]))
-    latent = scaled_latent(trained.decoder(), enlarged, draws, config)
+    latent = scaled_latent(trained.decoder(), enlarged, rng, config)
     alpha_bar = config.schedule.alpha_bar[-1]
-    z = np.sqrt(alpha_bar) * latent + np.sqrt(1 - alpha_bar) * draws.normal(4, 8, 8)
+    z = np.sqrt(alpha_bar) * latent + np.sqrt(1 - alpha_bar) * rng.normal(4, 8, 8)
     table = step_table(config.schedule, 3, 1.0, config.expert_ranges)
-    noise = [draws.normal(4, 8, 8).numpy() for _ in range(2)]
+    noise = [rng.normal(4, 8, 8).numpy() for _ in range(2)]
 
     def network(z: np.ndarray, cond: np.ndarray, t: int) -> np.ndarray:
         return model(torch.from_numpy(z), torch.from_numpy(cond), torch.tensor([t])).numpy()
@@ -294,7 +294,7 @@ def test_other_models_have_no_structure_encoder(photos, start, tmp_path):
     with pytest.raises(UsageError, match="has no structure encoder to train"):
         train(photos, tmp_path, start, tiny.recipe())
     moe = tiny.first_stage(tmp_path / "vq", tiny.recipe())
-    with pytest.raises(UsageError, match="is no Stable Diffusion; give what moesr-import"):
+    with pytest.raises(UsageError, match="holds no Stable Diffusion; give the directory that moesr-import"):
         train(photos, tmp_path, moe)
 
 
