@@ -230,6 +230,7 @@ class Batch:
                     _check_unchanged(stream, task.source, before)
                     size = self._size_of(image)
                     writing.check_output(task.target, size[1], size[0])
+                    frames.check_memory(task.source, several.count, size)
                     if self._how.pre_clean:
                         self._show(position, task, f"cleaning {task.source.name}")
                         image = reading.with_pixels(image, self._how.pre_clean(image.pixels))

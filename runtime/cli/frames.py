@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -12,15 +13,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moesr.runtime.errors import InputError, MoesrError, OutputError
+from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, OutputError
 from moesr.runtime.images import encoding, metadata, reading, writing
-from moesr.runtime.images.png_chunks import Inserting
+from moesr.runtime.images.png_chunks import Inserting, packed
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.system import memory
 from moesr.runtime.system.files import reason, write_atomically
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 """Formats that hold several frames, by extension: APNG, animated WebP, and pages of TIFF."""
+
+PIXEL_BYTES = 8
+"""Memory for a pixel of a result: up to four channels, as an array and as a picture for the encoder."""
 
 DEFAULT_MS = 100
 """Duration of a frame whose file gives none."""
@@ -41,7 +46,7 @@ def count(stream: BufferedReader) -> int:
     """The number of frames or pages of an image file; 1 if it cannot be read as such."""
     try:
         stream.seek(0)
-        with Image.open(stream, formats=_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(stream, formats=_formats()) as image:
             several = getattr(image, "is_animated", False) and image.format != "MPO"
             return int(getattr(image, "n_frames", 1)) if several else 1
     except Exception:  # decoders raise whatever their parsers meet; `reading.load` will explain it
@@ -59,6 +64,16 @@ def check(target: Path, number: int) -> None:
         )
 
 
+def check_memory(source: Path, number: int, size: tuple[int, int]) -> None:
+    """Raise MemoryLimitError if the results of all frames, of `size` (height, width), cannot be held."""
+    needed, free = number * size[0] * size[1] * PIXEL_BYTES, memory.available_bytes()
+    if number > 1 and free is not None and needed > free:
+        raise MemoryLimitError(
+            f"{source}: {number} frames of {size[1]}x{size[0]} pixels need {memory.readable(needed)} of "
+            f"memory, {memory.readable(free)} are free; ask for a smaller --size, or cut the file into parts"
+        )
+
+
 def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[LoadedImage]:
     """The frames of a file in their order, each complete; their durations go into `sequence`.
 
@@ -69,7 +84,9 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
         return
     stream.seek(0)
     try:
-        with Image.open(stream, formats=_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(stream, formats=_formats()) as image:
+            if image.width * image.height > reading.MAX_INPUT_PX:
+                reading.from_pil(image, name=str(path))  # raises the InputError about its size
             sequence.loop = int(image.info.get("loop", 0))
             for number in range(sequence.count):
                 image.seek(number)
@@ -101,7 +118,9 @@ def save(path: Path, sequence: Frames, record: Provenance, quality: int | None =
         options["quality"] = quality or 95
     try:
         content = io.BytesIO()  # an encoder of pages reads what it wrote
-        target: Any = Inserting(content, carried.color) if name == "PNG" and carried.color else content
+        target: Any = content
+        if name == "PNG" and carried.color:
+            target = Inserting(content, b"".join(packed(*chunk) for chunk in carried.color))
         pictures[0].save(target, name, **options)
         with write_atomically(path) as stream:
             stream.write(content.getbuffer())

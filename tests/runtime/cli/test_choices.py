@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +326,25 @@ def test_every_page_of_a_tiff(engine, tmp_path, capsys):
     assert provenance.read(tmp_path / "a_x4.tif")
     assert run(engine, source, "--frames", "all", "--format", "jpg") == 1
     assert "cannot hold 2 frames" in capsys.readouterr().err
+
+
+def test_color_tags_of_an_animation_are_kept(engine, tmp_path):
+    source = animation(tmp_path / "a.png", duration=100)
+    content = source.read_bytes()
+    chunk = b"gAMA" + (100_000).to_bytes(4, "big")
+    packed = (4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    source.write_bytes(content[:33] + packed + content[33:])
+    assert run(engine, source, "--frames", "all") == 0
+    with Image.open(tmp_path / "a_x4.png") as result:
+        assert result.n_frames == 3 and result.info["gamma"] == 1.0
+
+
+def test_frames_that_memory_cannot_hold(engine, tmp_path, capsys, monkeypatch):
+    source = animation(tmp_path / "a.webp", duration=100)
+    monkeypatch.setattr("moesr.runtime.cli.frames.PIXEL_BYTES", 10**12)
+    assert run(engine, source, "--frames", "all") == 4
+    assert "3 frames of 48x36 pixels need" in capsys.readouterr().err
+    assert run(engine, source) == 0
 
 
 def test_a_damaged_frame_fails_its_file_once(engine, tmp_path, capsys):
