@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moesr.runtime.system import user_cache
-
 
 def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Add the options that choose the engine, or `several` engines, and how they run."""
@@ -69,6 +67,8 @@ def _add_start_options(group: argparse._ArgumentGroup) -> None:
 
 def cache_directory(args: argparse.Namespace) -> Path | None:
     """The directory of cached plans: the one given, else the user's. `--no-cache` concerns CPUs only."""
+    from moesr.runtime.system import user_cache
+
     return args.cache or user_cache.directory()
 
 

@@ -93,7 +93,10 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
                 image.load()
                 if image.format != "TIFF":
                     sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
-                yield reading.from_pil(image.copy(), name=f"{path} (frame {number + 1})")
+                frame = image.copy()
+                if image.format == "PNG":  # the reader of metadata looks for its chunks
+                    frame.format = image.format
+                yield reading.from_pil(frame, name=f"{path} (frame {number + 1})")
     except (MoesrError, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever their parsers meet

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code."""
+    import secrets
+
     from moesr.runtime import options
     from moesr.runtime.cli import batch, info, outputs, stdio
     from moesr.runtime.loop.settings import OPTION_NAMES, check_options
