@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ _COMPILED = "graph.blob"  # the file in an entry of the graph cache
 
 log = logging.getLogger("moesr")
 
+_process: int | None = None  # the first process, of those that fork, that opened a graph
+
 
 def probe() -> Offer:
     """The version and devices; EngineError if the library is not installed or does not load."""
@@ -55,6 +58,7 @@ def probe() -> Offer:
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OpenVinoSession:
     """Compile an ONNX file; EngineError if it cannot be compiled or is not what was declared."""
+    _refuse_forked()
     try:
         compiled = _open_prepared(path, declared, options) or _compile(path, declared, options)
         found = Boundary(_specs(compiled.inputs, declared), _specs(compiled.outputs, declared))
@@ -65,6 +69,17 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Ope
     check_boundary(path, found, _one_tile(declared))
     memory.return_freed()
     return OpenVinoSession(compiled, path, declared.only({spec.name for spec in found.inputs}))
+
+
+def _refuse_forked() -> None:
+    """EngineError in a child of a process that opened graphs: the library would wait for threads for ever."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise EngineError(
+            "openvino was used before this process was forked, and its threads do not exist here; start "
+            "processes by the method 'spawn', or choose --backend onnxruntime"
+        )
 
 
 def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:

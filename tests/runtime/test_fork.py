@@ -135,3 +135,28 @@ def test_fork(tmp_path: Path, threads: int):
     command = [sys.executable, str(script), str(build_engine(tmp_path / "engine")), str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
+
+
+def test_openvino_says_that_it_cannot_be_used_after_a_fork(tmp_path: Path):
+    """It would wait for its threads in a child if the parent has closed a graph."""
+    pytest.importorskip("openvino")
+    engine = build_engine(tmp_path / "engine")
+    text = """
+from moesr.runtime import EngineError
+up = Upscaler(engine, backend="openvino", threads=threads)
+up(image, steps=1)
+up.close()
+def work():
+    try:
+        Upscaler(engine, backend="openvino", threads=threads)(image, steps=1)
+    except EngineError as error:
+        assert "forked" in str(error) and "spawn" in str(error), error
+        os._exit(0)
+    raise AssertionError
+child(work, 0)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(SETUP + text)
+    command = [sys.executable, str(script), str(engine), "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
