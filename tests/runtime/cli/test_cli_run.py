@@ -298,3 +298,10 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     for text in ("default: 42", "default: adain", "the engine's", "default: auto", "Exit codes"):
         assert text in out
+
+
+def test_little_is_imported_before_the_guard():
+    """Ctrl-C during these imports would end in a traceback, because the guard is not there yet."""
+    script = "import sys, moesr.runtime.cli.run; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"hashlib", "secrets", "numpy", "PIL", "tempfile", "tqdm"} & set(result.stdout.split())
