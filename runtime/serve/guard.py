@@ -30,6 +30,9 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
+HEADER_BYTES = 16_384
+"""Largest size of a request's address and headers together."""
+
 log = logging.getLogger("moesr.requests")
 
 
@@ -60,14 +63,23 @@ class Guard:
             await send(message)
 
         try:
-            if self._admits(scope):
+            problem = self._refusal(scope)
+            if problem is None:
                 await self._app(scope, receive, answer)
             else:
-                problem = Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-                refusal = JSONResponse(problem.body(), 401, problem.headers, MEDIA_TYPE)
+                refusal = JSONResponse(problem.body(), problem.status, problem.headers, MEDIA_TYPE)
                 await refusal(scope, receive, answer)
         finally:
             self._note(scope, seen, time.monotonic() - begin, identifier)
+
+    def _refusal(self, scope: Scope) -> Problem | None:
+        """The problem of a request that goes no further; None if it may."""
+        sizes = (len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["raw_path"]) + len(scope["query_string"]) + sum(sizes) > HEADER_BYTES:
+            return Problem(431, f"address and headers are larger than {HEADER_BYTES} bytes")
+        if not self._admits(scope):
+            return Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        return None
 
     def _admits(self, scope: Scope) -> bool:
         """Whether a request needs no token or carries the right one; compared in constant time."""

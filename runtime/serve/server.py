@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moesr.runtime.errors import OutputError
+from moesr.runtime.serve.guard import HEADER_BYTES
 from moesr.runtime.serve.service import Service
 from moesr.runtime.system.console import printable
 
-HEADER_BYTES = 16_384  # of a request's line and headers
 KEEP_ALIVE_S = 5
 
 log = logging.getLogger("moesr")

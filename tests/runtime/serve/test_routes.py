@@ -217,6 +217,12 @@ def test_every_answer_has_a_strict_policy(serve):
             assert headers["x-content-type-options"] == "nosniff"
 
 
+def test_large_headers_and_addresses_are_refused_even_if_they_arrive_at_once(serve):
+    with serve() as client:
+        assert client.get("/healthz", headers={"X": "a" * 20_000}).status_code == 431
+        assert client.get("/healthz?" + "a" * 20_000).status_code == 431
+
+
 def test_openapi_describes_the_options(serve):
     with serve() as client:
         described = client.get("/v1/openapi.json").json()
