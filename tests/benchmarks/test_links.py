@@ -1,0 +1,66 @@
+"""The table of links on a tiny model: what is decoded, and each expert's error beside the LR image alone."""
+
+from __future__ import annotations
+
+import links
+import numpy as np
+import pytest
+import tiny_training as tiny
+from PIL import Image
+from skimage import data
+
+RECIPE = tiny.recipe()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hr")
+    Image.fromarray(data.chelsea()[60:172, 100:230]).save(directory / "eye.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.stage_1(tmp_path_factory.mktemp("model") / "checkpoint", RECIPE).directory
+
+
+def rows(page: str) -> list[list[str]]:
+    """Cells of every row of the page's tables, without the rules."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    return [cells for cells in lines if "---" not in cells[0]]
+
+
+def test_both_tables_with_a_first_stage(model, originals, tmp_path, capsys):
+    out = tmp_path / "links.md"
+    given = ["--model", str(model), "--first-stage", str(model), "--hr", str(originals), "--side", "64"]
+    assert links.main([*given, "-o", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.strip() == capsys.readouterr().out.strip()
+    table = rows(page)
+    names = [cells[0] for cells in table]
+    assert {"bicubic", "encoder's latent, first stage", "zeros, decoder at fidelity 0"} <= set(names)
+    errors = table[names.index("Expert") + 1 :]
+    assert [cells[0] for cells in errors] == ["0"] * 3 + ["1"] * 3
+    assert [int(cells[1]) for cells in errors] == [0, 249, 499, 500, 749, 999]
+    # the last timestep is what the estimate from the LR image alone stands for
+    assert errors[-1][3] == errors[0][4]
+
+
+def test_without_a_first_stage_only_what_can_be_known(model, originals, capsys):
+    assert links.main(["--model", str(model), "--hr", str(originals), "--side", "64"]) == 0
+    page = capsys.readouterr().out
+    assert "not measured" in page
+    assert not any("encoder" in cells[0] or cells[0] == "Expert" for cells in rows(page))
+
+
+def test_middles_fit_the_model(originals):
+    (pair,) = links.pairs(str(originals), 4, 96)
+    assert pair.hr.shape == (96, 96, 3) and pair.lr.shape == (24, 24, 3)
+    whole = data.chelsea()[60:172, 100:230]
+    np.testing.assert_array_equal(pair.hr, whole[8:104, 16:112])  # cut to 112 x 128 first
+
+
+def test_a_decoder_alone_has_no_links(tmp_path, originals, capsys):
+    alone = tiny.first_stage(tmp_path / "first", RECIPE).directory
+    assert links.main(["--model", str(alone), "--hr", str(originals)]) != 0
+    assert "has no experts" in capsys.readouterr().err
