@@ -1,10 +1,10 @@
-"""Train the ablations of the papers small, on top of a trained model, and compare them in one table.
+"""Train small ablations of the papers' methods on top of a trained model, and compare them in one table.
 
-RUN is what `moesr-train all --config demo-x4 --data DIR -o RUN` wrote. The decoders start from its experts
-and latents; the experts start from its first stage, train for as many steps as each other, and are decoded
-by the full decoder of their seed. Every seed is a training of each, with other weights and crops to begin
-with; what a part of the method brings is told against how much it varies between seeds. Run again, it
-continues. The output directory gets ablations.md and each model's training.
+RUN is the output of `moesr-train all --config demo-x4 --data DIR -o RUN`. The decoders are trained on its
+experts and latents. The experts are trained on its first stage, all for the same number of steps, and decoded
+by the full decoder of the same seed. Every model is trained once per seed, with other initial weights and
+crops; the gain of a part of the method is compared with its variation between seeds. The same command
+continues an interrupted run. The output directory gets ablations.md and the training runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moesr.training.recipe import load_recipe
 from moesr.training.stages.common import cpu_state
 
 SCALE = 4
-CLEAR = 2.0  # standard deviations between a gain and none
+CLEAR = 2.0  # standard deviations from 0 at which a gain counts as clear
 DEGRADATIONS = ("x4-bicubic", "x4-blind")
 FULL = "ablation-decoder-aff-ffl"
 DECODERS = {
@@ -57,20 +57,20 @@ GAINS = {
     "sampling MoE": ("all experts", "no sampling MoE"),
     "Space MoE": ("all experts", "no Space MoE"),
 }
-"""Parts of the method, and the models with and without each."""
+"""For each part of the method, the model with it and the model without it."""
 
 Runs = Mapping[int, Sequence[Record]]
-"""Means over the photographs by seed, a record for each method."""
+"""For each seed, one record per method with its means over the photographs."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where the trained model, the photographs and the results are, and how long to train."""
+    """The folders of the trained model, the photographs and the results, and settings of the training."""
 
     run: Path
     data: Path
     out: Path
-    changes: tuple[str, ...]  # of every recipe, as --set takes them
+    changes: tuple[str, ...]  # changes of every recipe, as --set takes them
     threads: int
 
     def decoder(self, preset: str) -> Path:
@@ -99,7 +99,7 @@ class Study:
 
 
 def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, list[Record]]:
-    """Mean scores of bicubic and of every model on photographs kept out of training, by degradation."""
+    """Return mean scores of bicubic and of every model on the held-out photographs, by degradation."""
     hr = image_pairs.load_originals("demo")
     lr = {kind: {n: image_pairs.degrade(hr[n], kind, n) for n in hr} for kind in DEGRADATIONS}
 
@@ -120,13 +120,13 @@ def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, l
 
 
 def train_all(study: Study) -> dict[str, Path]:
-    """Checkpoints of every model of one seed, by name."""
+    """Train every model with one seed; returns their checkpoints by name."""
     models = {name: study.decoder(preset) for name, preset in DECODERS.items()}
     return models | {name: study.experts(preset) for name, preset in EXPERTS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure, write the table; returns the exit code."""
+    """Train, measure and write the table; returns the exit code."""
     args = parser().parse_args(argv)
     changes = (
         f"decoder.steps={args.decoder_steps}",
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def section(kind: str, runs: Runs) -> str:
-    """Tables of one degradation: the methods, and what the parts of the method bring."""
+    """Return the tables of one degradation: scores of the methods, and gains of the parts of the method."""
     head = ["", *metrics.COLUMNS.values()]
     methods = [r.method for r in next(iter(runs.values()))]
     scores = [[name, *(_spread(v) for v in _by_column(runs, name))] for name in methods]
@@ -159,7 +159,7 @@ def section(kind: str, runs: Runs) -> str:
 
 
 def _by_column(runs: Runs, method: str) -> list[np.ndarray]:
-    """Scores of a method in every seed, [seeds] for each measure."""
+    """Return the scores of a method by seed, one array [seeds] per measure."""
     own = [next(r for r in records if r.method == method).values for records in runs.values()]
     return [np.array([values[column] for values in own]) for column in metrics.COLUMNS]
 
@@ -169,20 +169,20 @@ def _pairs(runs: Runs, method: str, without: str) -> Iterable[tuple[np.ndarray, 
 
 
 def _spread(values: np.ndarray, sign: str = "") -> str:
-    """Mean and standard deviation over the seeds."""
+    """Format the mean and the standard deviation over the seeds."""
     deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.3f}{deviation}"
 
 
 def _gain(differences: np.ndarray) -> str:
-    """The same of what two models differ by, bold where seeds vary less than that."""
+    """Format the differences of two models over the seeds, bold if the gain is clear."""
     told = _spread(differences, "+")
     is_clear = len(differences) > 1 and abs(differences.mean()) > CLEAR * differences.std(ddof=1)
     return f"**{told}**" if is_clear else told
 
 
 def heading(args: argparse.Namespace) -> str:
-    """Markdown above the tables: what was trained, and where."""
+    """Return the Markdown text above the tables: settings, origin and how to read them."""
     batch = load_recipe("demo-x4").decoder
     return (
         "# Ablations, small scale\n\n"
@@ -205,10 +205,10 @@ def parser() -> argparse.ArgumentParser:
     add("--decoder-steps", type=int, default=400, help="(default: %(default)s)")
     add("--base-steps", type=int, default=400, help="(default: %(default)s)")
     add("--expert-steps", type=int, default=50, help="(default: %(default)s)")
-    add("--steps", type=int, default=20, help="of sampling (default: %(default)s)")
+    add("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    add("--threads", type=int, default=0, help="of training and sampling; 0: all cores (default)")
-    add("--tile", type=int, default=192, metavar="PX", help="of the engines (default: %(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads; 0: all cores (default)")
+    add("--tile", type=int, default=192, metavar="PX", help="tile of the engines (default: %(default)s)")
     add(
         "-o", "--out", type=Path, default=Path("runs/ablations"), metavar="DIR", help="(default: %(default)s)"
     )

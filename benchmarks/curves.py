@@ -1,4 +1,4 @@
-"""Draw a run's training loss and validation PSNR against its steps, from its losses.jsonl:
+"""Plot the training loss and the validation PSNR of a run over its steps, from its losses.jsonl:
 
 python benchmarks/curves.py runs/demo-x4/decoder -o benchmarks/results/demo-x4/curve.png
 """
@@ -19,11 +19,11 @@ from benchlib import (
 
 from moesr.training.loop.metrics_log import LOG_NAME
 
-WINDOW = 100  # steps that are averaged: single batches differ by more than training moves
+WINDOW = 100  # steps that are averaged, since the loss varies more between batches than during training
 
 
 def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key` in a metrics log, in the order of its lines; two empty arrays without any."""
+    """Read the steps and values of `key` from a metrics log; two empty arrays if there are none."""
     lines = map(json.loads, path.read_text("utf-8").splitlines())
     pairs = [(line["step"] + 1, line[key]) for line in lines if key in line]
     steps, values = zip(*pairs, strict=True) if pairs else ((), ())
@@ -31,14 +31,14 @@ def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of WINDOW values, each at its last step; what is left over at the end is dropped."""
+    """Average over windows of WINDOW values, each placed at its last step; an incomplete one is dropped."""
     count = len(values) // WINDOW
     means = values[: count * WINDOW].reshape(count, WINDOW).mean(axis=1)
     return steps[WINDOW - 1 : count * WINDOW : WINDOW], means
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw; returns the exit code."""
+    """Plot one run; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

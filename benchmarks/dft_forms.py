@@ -63,7 +63,7 @@ def round_trip(form: str, channels: int, side: int) -> BuiltGraph:
 
 
 def _operators(g: GraphBuilder, x: Value, side: int) -> Value:
-    """The same by ONNX's DFT, which expects real and imaginary part on a last axis."""
+    """Add the round trip with ONNX's DFT operator, whose last axis holds real and imaginary parts."""
     channels, row, column = x.size(1), np.array(3), np.array(2)
     h = g.op("DFT", g.reshape(x, 0, channels, side, side, 1), None, row, onesided=1)
     h = g.op("DFT", g.op("DFT", h, None, column), None, column, inverse=1)

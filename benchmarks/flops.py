@@ -1,17 +1,18 @@
 """Count parameters and multiply-accumulates of MoE-SR, latent diffusion and StableSR (the paper's Table 6).
 
-The networks are built without memory and run once under hooks, so every figure is counted from the layers. In
-three conventions, a multiply-accumulate (MAC) being the paper's "FLOP":
+The networks are built without memory and run once with hooks, so every figure is counted from the layers. A
+multiply-accumulate (MAC) is what the paper calls a "FLOP". There are three conventions:
 
   paper      convolutions and linear layers; the attention products, the products and FFTs of the frequency
              filter, the codebook search and the LR encoder of MoE-SR are left out
-  full       all of these; an FFT of N points counts 5 N log2 N real operations, two to a MAC, and the LR
-             encoder counts whole, as the published code runs it (the parts say how much decoding needs)
-  published  StableSR as in the paper's table, by the tool `thop`: the text encoder in every step, without its
-             attention, and four operations an element of the UNet's LayerNorms; parameters without CFW
+  full       all of these are counted; an FFT of N points counts 5 N log2 N real operations, two per MAC, and
+             the whole LR encoder is counted, as the published code runs it (see the parts of the total)
+  published  StableSR as in the paper's table, counted by the tool `thop`: the text encoder in every step,
+             without its attention, and four operations per element of the UNet's LayerNorms; parameters
+             without CFW
 
-Activations, other norms and element-wise products count in none. StableSR encodes its LR image once and its
-text once, which the first two conventions include in the total.
+No convention counts activations, other norms and element-wise products. StableSR encodes its LR image once
+and its text once, which the first two conventions include in the total.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moesr.runtime.errors import MoesrError
 from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 
-TILE_PX, STEPS = 512, 200  # of the paper's table
+TILE_PX, STEPS = 512, 200  # as in the paper's table
 TERA = 1e12
 
 Convention = Literal["paper", "full", "published"]
@@ -45,7 +46,7 @@ Convention = Literal["paper", "full", "published"]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `step_t` and `total_t` in 1e12 MACs, an image of `tile` x `tile` pixels."""
+    """One line of the table, for an image of `tile` x `tile` pixels; `step_t` and `total_t` in 1e12 MACs."""
 
     model: str
     params_m: float
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and MACs of one step, one decode (with the LR encoder it needs) and one whole encoding."""
+    """Parameters, and MACs of one step, one decode (with its part of the LR encoder) and a whole encoding."""
 
     unet_params: int
     decoder_params: int
@@ -67,7 +68,7 @@ class Cost:
     encoder: Counts
 
     def row(self, model: str, experts: int, convention: Convention, tile: int, steps: int) -> Row:
-        """The table's line for a model of `experts` UNets and one autoencoder."""
+        """Return the table's line for a model with `experts` UNets and one autoencoder."""
         kinds = PAPER_KINDS if convention == "paper" else None
         step, image = (
             total(self.step, kinds),
@@ -82,7 +83,7 @@ class Cost:
 
 def measure(unet: UNetConfig, decoder: AutoencoderConfig, tile: int) -> Cost:
     """Build both networks on fake tensors; count one step, one decode and one encoding at `tile` pixels."""
-    # Fake tensors rather than the bare meta device: the frequency filter asks its device about autocast.
+    # Fake tensors, not the meta device, because the frequency filter uses autocast of its device.
     with FakeTensorMode():
         network, first_stage = DenoisingUNet(unet).eval(), Autoencoder(decoder).eval()
         z, image = (
@@ -97,7 +98,7 @@ def measure(unet: UNetConfig, decoder: AutoencoderConfig, tile: int) -> Cost:
 
 @dataclass(frozen=True)
 class StableSRCost:
-    """Parameters by network, and MACs: of one step (UNet and structure encoder), and of what is done once."""
+    """Parameters by network, and MACs of one step (UNet and structure encoder) and of the other networks."""
 
     params: dict[str, int]
     fusion_params: int
@@ -105,10 +106,10 @@ class StableSRCost:
     text: Counts
     encode: Counts
     decode: Counts  # without the LR features, which encoding makes
-    layer_norms: int  # of one step
+    layer_norms: int  # operations of the LayerNorms in one step
 
     def row(self, convention: Convention, tile: int, steps: int) -> Row:
-        """The table's line in one of the conventions."""
+        """Return the table's line in one of the conventions."""
         kinds, params = None if convention == "full" else PAPER_KINDS, sum(self.params.values())
         step, once = total(self.step, kinds), total(self.encode, kinds) + total(self.decode, kinds)
         if convention == "published":
@@ -121,7 +122,7 @@ class StableSRCost:
 
 
 def measure_stablesr(config: StableSRConfig, tile: int) -> StableSRCost:
-    """Build StableSR's networks on fake tensors; count one step and what is done once, at `tile` pixels."""
+    """Build StableSR's networks on fake tensors; count one step and the other networks at `tile` pixels."""
     with FakeTensorMode(), torch.no_grad():
         unet, structure = StableSRUNet(config.unet).eval(), StructureEncoder(config.structure).eval()
         text, first_stage = TextEncoder(config.text).eval(), Autoencoder(config.decoder).eval()
@@ -154,7 +155,7 @@ def _params(network: nn.Module) -> int:
 
 
 def measure_all(tile: int) -> tuple[Cost, Cost, StableSRCost]:
-    """(plain latent diffusion, MoE-SR x4, StableSR) at full width, space experts merged as for inference."""
+    """Measure plain latent diffusion, MoE-SR x4 and StableSR at full width, with merged space experts."""
     config = ModelConfig()
     assert config.unet is not None
     plain = replace(config.decoder, fusion_level=None, refinement="none")
@@ -166,7 +167,7 @@ def measure_all(tile: int) -> tuple[Cost, Cost, StableSRCost]:
 
 
 def rows(ldm: Cost, moe: Cost, stablesr: StableSRCost, tile: int, steps: int) -> list[Row]:
-    """Table 6 in the paper's convention, all models in full, and StableSR as published."""
+    """Return Table 6 in the convention "paper", all models in "full", and StableSR in "published"."""
     experts = len(ModelConfig().expert_ranges)
     counted = [
         row
@@ -181,7 +182,7 @@ def rows(ldm: Cost, moe: Cost, stablesr: StableSRCost, tile: int, steps: int) ->
 
 
 def parts(moe: Cost) -> dict[str, float]:
-    """Where MoE-SR's MACs go, in 1e12: one step, one decode without its LR encoder, and the LR encoder."""
+    """Break down MoE-SR's MACs, in 1e12: one step, one decode without the LR encoder, and the LR encoder."""
     fusion, refinement = "decoder.fusion_layer", "decoder.unet_1"
     own = _without_encoder(moe.decode)
     macs = {
@@ -203,7 +204,7 @@ def parts(moe: Cost) -> dict[str, float]:
 
 
 def engine_row(directory: Path, steps: int) -> Row:
-    """The line of an exported engine, from its manifest: the MACs of its graphs, for one tile."""
+    """Return the line of an exported engine from the MACs in its manifest, for one tile."""
     m = read_manifest(directory, verify=False)
     params = sum(graph.params for graph in m.graphs.values())
     step = m.graphs[m.experts[0].graph].macs
@@ -213,7 +214,7 @@ def engine_row(directory: Path, steps: int) -> Row:
 
 
 def table(table_rows: Sequence[Row]) -> str:
-    """Aligned text, one line a row."""
+    """Format the rows as aligned text."""
     width = max(len("model"), *(len(row.model) for row in table_rows))
     lines = [f"{'model':{width}}  convention  params (M)  step (T)  total (T)  tile (px)  steps"]
     lines += [
@@ -225,7 +226,7 @@ def table(table_rows: Sequence[Row]) -> str:
 
 
 def text(table_rows: Sequence[Row], ldm: Cost, moe: Cost, stablesr: StableSRCost) -> str:
-    """The table, the sums of parameters behind it, and MoE-SR's parts."""
+    """Return the table, the sums of parameters, and the breakdown of MoE-SR."""
     summed = " + ".join(f"{name} {n / 1e6:.2f}" for name, n in stablesr.params.items())
     experts, tile, moe_parts = len(ModelConfig().expert_ranges), table_rows[0].tile, parts(moe)
     width = max(map(len, moe_parts))
@@ -242,7 +243,7 @@ def text(table_rows: Sequence[Row], ldm: Cost, moe: Cost, stablesr: StableSRCost
 
 
 def _tile(text: str) -> int:
-    config = StableSRConfig()  # what it needs will do for the others too
+    config = StableSRConfig()  # its multiple is also valid for the other models
     multiple = config.unet.factor * config.decoder.factor
     if not text.isdecimal() or int(text) < multiple or int(text) % multiple:
         raise argparse.ArgumentTypeError(
@@ -261,12 +262,12 @@ def _steps(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or JSON; returns the exit code."""
+    """Print the table or JSON; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tile", type=_tile, default=TILE_PX, help="output pixels of a side (default %(default)s)"
+        "--tile", type=_tile, default=TILE_PX, help="output pixels per side (default %(default)s)"
     )
     parser.add_argument("--steps", type=_steps, default=STEPS, help="sampling steps (default %(default)s)")
     parser.add_argument("--engine", type=Path, metavar="DIR", help="add the line of an exported engine")

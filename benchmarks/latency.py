@@ -1,14 +1,15 @@
 """Time every way to make an image on this machine, from eager PyTorch up: an optimisation ladder.
 
-Networks of the published shapes with random weights are exported, which proves the graphs against the
-networks before anything is timed. The rungs (`rungs.py`) then take turns, round after round, each in a new
-process, since memory does not hold all: a step and a decode of one tile, then three steps and a decode by
-the clock. An image of N steps is composed of the medians: N steps and a decode, where features are reused
-as many steps of either kind as four experts make; a first image is loading, the first runs and what is left
-of its steps. Peak memory is that of a process of two steps and a decode that begins with opening the
-engine, of which every expert is the same size, or else of the process that was timed. Quality is the error
-of a step and of a decode to eager PyTorch in float32 on the same inputs, and, with --demo, the PSNR of the
-bundled x4 model on the photographs kept out of its training.
+Networks of the published shapes with random weights are exported, and the export compares the graphs with the
+networks before anything is timed. The configurations (rungs, in `ladder/configurations.py`) then alternate in
+rounds, each in a new process, since memory cannot hold all of them. A process runs a step and a decode of one
+tile, and then times three steps and a decode. The time of an image of N steps is the sum of the medians of N
+steps and a decode; with reuse of features, of the full and shallow steps that four experts would run. The
+time of a first image is the sum of loading, the first runs and the remaining steps. For engines, peak memory
+is that of a process that opens the engine and makes an image of two steps (all experts have the same size);
+otherwise it is that of the timed process. Quality is the error of a step and of a decode relative to eager
+PyTorch in float32 on the same inputs, and, with --demo, the PSNR of the bundled x4 model on held-out
+photographs.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
 QUICK = {"width": 32, "channels": 32, "tile": 64}
-"""Sizes of --quick: for tests, not for figures."""
+"""Sizes with --quick, for tests of this program."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the page where asked: 0 done, otherwise the exit code of the error."""
+    """Measure, print the page and optionally write it; returns 0 or the exit code of the error."""
     args = parser().parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: ModelConfig, place: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Export, prove, time and profile; returns JSON values."""
+    """Export, check, time and profile; returns JSON values."""
     print(machine_line(), file=sys.stderr)
     load, chosen = load_average(), _chosen(args.rungs)
     skipped = {rung.name: why for rung in chosen if (why := obstacle(rung))}
@@ -110,13 +111,13 @@ def measure(config: ModelConfig, place: Path, args: argparse.Namespace) -> dict[
 
 
 def _chosen(names: Sequence[str] | None) -> list[Rung]:
-    """Rungs whose name holds one of some words, and always eager PyTorch."""
+    """Return the rungs whose names contain one of `names`, and always eager PyTorch."""
     wanted = [n.lower() for n in names or [""]]
     return [rung for rung in RUNGS if rung is EAGER or any(n in rung.name.lower() for n in wanted)]
 
 
 def save_inputs(path: Path, checkpoint: Checkpoint, tile_px: int) -> Path:
-    """Write seeded inputs of an expert and of the decoder, one tile: those that the proof takes."""
+    """Write the seeded inputs of the parity check for an expert and the decoder, one tile each."""
     latent_px = tile_px // checkpoint.config.decoder.factor
     expert = parity.expert_inputs(checkpoint.expert(0), latent_px, (500, 501))
     given: dict[str, Any] = {name: value[:1] for name, value in expert.items()}
@@ -146,22 +147,20 @@ def parser() -> argparse.ArgumentParser:
     add("--channels", type=int, default=128, help="channels of the decoder (default: 128, as published)")
     add("--tile", type=int, default=512, metavar="PX", help="side of the tile (default: 512)")
     add("--quick", action="store_true", help="small networks and a small tile: a test of this program")
-    add("--threads", type=int, default=usable_cores(), help="threads of all (default: all cores)")
+    add("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
     add("--repeats", type=int, default=3, help="rounds of three steps and a decode (default: 3)")
     add(
         "--rungs",
         nargs="+",
         metavar="WORD",
-        help="only rungs whose name holds one of these, such as int8, and eager PyTorch (default: all)",
+        help="only rungs with one of these words in their name, and eager PyTorch (default: all)",
     )
-    add(
-        "--demo", action="store_true", help="also find the PSNR of the bundled x4 model on every rung of ours"
-    )
+    add("--demo", action="store_true", help="also measure the PSNR of the bundled x4 model on our rungs")
     add(
         "--work",
         type=Path,
         metavar="DIR",
-        help="keep checkpoint, engines and prepared graphs below it, in a folder per size and commit",
+        help="keep checkpoint, engines and cached graphs in it, in a folder per size and commit",
     )
     add("--json", action="store_true", help="print JSON in place of the page")
     add(

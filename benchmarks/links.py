@@ -1,15 +1,15 @@
-"""Find the weakest link of a model: what each part loses on photographs that no training saw.
+"""Find the weakest link of a model: measure the loss of each part on held-out photographs.
 
   python benchmarks/links.py --model runs/demo-x4/decoder/checkpoint \\
       --first-stage runs/demo-x4/autoencoder/checkpoint -o benchmarks/results/demo-x4-links.md
 
-The chain is: the first stage encodes the original, experts draw such a latent from the LR image, and the
-decoder makes an image of it. The first table has PSNR and the power above the LR image's Nyquist frequency
-(1: the original's) for several latents in the place of the sampled one. The second has the error of each
-expert's x0 over its timesteps, as a share of the latents' variance, beside that of an estimate from the LR
-image alone (x0 at the last timestep, when z_t is noise). A model whose decoder was trained whole does not
-hold its first stage; without --first-stage the links that need it are left out. The middle of each image is
-measured.
+The chain is: the first stage encodes the original to a latent, the experts sample such a latent from the LR
+image, and the decoder turns it into an image. The first table has PSNR and the power above the LR image's
+Nyquist frequency (1: the original's) for several latents in place of the sampled one. The second table has
+the error of each expert's x0 by timestep, as a fraction of the latents' variance, and for comparison the
+error of an estimate from the LR image alone (x0 at the last timestep, when z_t is noise). A model whose
+decoder was trained as a whole does not contain its first stage; without --first-stage the links that need it
+are left out. Only the middle of each image is measured.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from moesr.training.losses.diffusion import add_noise, predict_x0, sample
 from moesr.training.networks import Autoencoder
 from moesr.training.seeded_random import SAMPLING, SampleRng
 
-Link = tuple[str, list[float], list[float]]  # what was decoded, PSNR and power of each image
+Link = tuple[str, list[float], list[float]]  # name of the latent, PSNR and power by image
 PER_EXPERT = 3  # timesteps of each expert's range that are measured
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An original, its LR image and that enlarged by bicubic interpolation, uint8 [H, W, 3]."""
+    """An original, its LR image, and the LR image enlarged by bicubic interpolation, uint8 [H, W, 3]."""
 
     hr: np.ndarray
     lr: np.ndarray
@@ -52,7 +52,7 @@ class Pair:
 
 
 def pairs(source: str, scale: int, side: int) -> list[Pair]:
-    """The middles of the originals in `source`, at most `side` pixels a side."""
+    """Load the originals in `source`, cropped to their middle of at most `side` pixels per side."""
     found = []
     for image in load_originals(source).values():
         height, width = (min(side, size // 32 * 32) for size in image.shape[:2])
@@ -75,19 +75,19 @@ def pixels(image: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Chain:
-    """A model's networks, and the first stage where it is known."""
+    """A model's networks, and the first stage if it is given."""
 
     model: Checkpoint
     decoder: Autoencoder
     first: Autoencoder | None
 
     def condition(self, pair: Pair) -> Tensor:
-        """The LR image on the latent grid, [1, 3, h, w]."""
+        """Return the LR image on the latent grid, [1, 3, h, w]."""
         factor = self.model.config.decoder.factor
         return tensor(imresize(pair.lr, *(side // factor for side in pair.hr.shape[:2])))
 
     def sampled(self, conditions: Sequence[Tensor], seed: int) -> list[Tensor]:
-        """A latent for every condition, by the model's sampler and steps."""
+        """Sample a latent for every condition with the model's sampler and steps."""
         config = self.model.config
         table = SAMPLERS[config.sampler].table(config.schedule, config.steps, config.expert_ranges)
         experts = [self.model.expert(k) for k in range(expert_count(config))]
@@ -97,13 +97,13 @@ class Chain:
         ]
 
     def decode(self, network: Autoencoder, z: Tensor, pair: Pair, fidelity: float | None) -> np.ndarray:
-        """Decode a latent: with LR features of weight `fidelity`, or without any where it is None."""
+        """Decode a latent with LR features of weight `fidelity`, or without them if it is None."""
         lr = tensor(pair.enlarged) if fidelity is not None or network.config.lr_residual else None
         return pixels(network.decode(z, lr, 0.0 if fidelity is None else fidelity))
 
 
 def decoded_links(chain: Chain, images: Sequence[Pair], seed: int) -> list[Link]:
-    """PSNR and power above the LR band of every stand-in for the latent."""
+    """Measure PSNR and power above the LR band for every latent in place of the sampled one."""
     links: list[Link] = []
     scale, default = chain.model.config.scale, chain.model.config.fidelity
     drawn = chain.sampled([chain.condition(pair) for pair in images], seed)
@@ -130,7 +130,7 @@ def decoded_links(chain: Chain, images: Sequence[Pair], seed: int) -> list[Link]
 
 
 def expert_errors(chain: Chain, images: Sequence[Pair], seed: int) -> list[list[str]]:
-    """Rows of the second table: expert, timestep, error of x0 and of the estimate from the LR image alone."""
+    """Return the rows of the second table: expert, timestep, error of x0 and of the LR-only estimate."""
     assert chain.first is not None
     config, last = chain.model.config, chain.model.config.schedule.timesteps - 1
     latents = [chain.first.encode(tensor(pair.hr)) for pair in images]
@@ -186,9 +186,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint of the whole model")
     p.add_argument("--first-stage", type=Path, metavar="DIR", help="checkpoint of moesr-train autoencoder")
     p.add_argument("--hr", default="demo", metavar="DIR", help="originals (default: three photographs)")
-    p.add_argument("--side", type=int, default=256, metavar="PX", help="of the middles (default %(default)s)")
-    p.add_argument("--seed", type=int, default=42, help="of the noise (default %(default)s)")
-    p.add_argument("-o", "--out", type=Path, metavar="FILE", help="write the page here too")
+    p.add_argument("--side", type=int, default=256, metavar="PX", help="measured side (default %(default)s)")
+    p.add_argument("--seed", type=int, default=42, help="seed of the noise (default %(default)s)")
+    p.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the page to this file")
     return p.parse_args(argv)
 
 

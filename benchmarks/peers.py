@@ -2,10 +2,10 @@
 
   python benchmarks/peers.py --hr Set14 --niqe niqe_pris_params.npz -o benchmarks/results/peers
 
-Every original is reduced by MATLAB's bicubic. The engine runs at its default settings, and Real-ESRGAN by
-ncnn on as many threads. Methods take turns on every image, so that they share whatever else the machine does.
-Written to the output directory: peers.md and peers.csv, and for the first images peers_*.png: LR, bicubic,
-the engine, Real-ESRGAN and the original side by side.
+Every original is reduced by MATLAB's bicubic. The engine runs with its default settings, and Real-ESRGAN with
+ncnn on the same number of threads. The methods alternate on every image, so that other load on the machine
+affects all of them. The output directory gets peers.md, peers.csv, and for the first images peers_*.png with
+LR, bicubic, the engine, Real-ESRGAN and the original side by side.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import numpy as np
 from benchlib import figures, metrics, niqe
 from benchlib.image_pairs import degrade, load_originals
 from benchlib.machine import machine_line, usable_cores
+from benchlib.program import print_page
 from benchlib.realesrgan import SCALE, RealESRGAN
 from benchlib.tables import SECONDS, Record, csv_text, grid, markdown, means
 from tqdm import tqdm
 
-from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 
@@ -45,7 +46,7 @@ def compare(
     out: Path,
     pictures: int,
 ) -> list[Record]:
-    """Score every method on every image, in turns, and draw the first ones."""
+    """Score every method on every image, alternating the methods, and draw the first images."""
     records = []
     for number, (name, hr) in enumerate(tqdm(originals.items(), unit="image", disable=None)):
         lr = degrade(hr, "x4-bicubic", name)
@@ -66,7 +67,7 @@ def compare(
 
 
 def price(records: Sequence[Record], originals: dict[str, np.ndarray]) -> str:
-    """Seconds per megapixel of results, a row for each method."""
+    """Return a table of the seconds per output megapixel of each method."""
     megapixels = sum(hr.shape[0] * hr.shape[1] for hr in originals.values()) / 1e6
     rows = []
     for method in dict.fromkeys(r.method for r in records if SECONDS in r.values):
@@ -92,7 +93,7 @@ def benchmark(args: argparse.Namespace) -> str:
         peer = RealESRGAN(args.threads)
         methods: dict[str, Upscale] = {BICUBIC: bicubic, m.name: up, PEER: peer}
         for run in methods.values():
-            run(np.zeros((32, 32, 3), np.uint8))  # all graphs are loaded before the clock runs
+            run(np.zeros((32, 32, 3), np.uint8))  # loads all graphs before the timing starts
         records = compare(originals, methods, pristine, args.out, args.pictures)
         settings = f"{m.sampler}, {m.steps} steps, fidelity {m.fidelity:g}, {up.backend.name}"
     averaged = means(records)
@@ -114,24 +115,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--engine", metavar="DIR", help="engine directory (default: the bundled demo engine)")
     add("--hr", default="demo", metavar="DIR", help="originals (default: three photographs)")
-    add("--count", type=int, metavar="N", help="of the originals, the first N (default: all)")
+    add("--count", type=int, metavar="N", help="use only the first N originals (default: all)")
     add("--pictures", type=int, default=4, metavar="N", help="images to draw (default %(default)s)")
     add("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz of BasicSR, to measure NIQE")
-    add("--threads", type=int, default=usable_cores(), metavar="N", help="(default: all cores)")
+    add("--threads", type=int, default=usable_cores(), metavar="N", help="CPU threads (default: all cores)")
     out = Path("benchmarks/results/peers")
-    add("-o", "--out", type=Path, default=out, metavar="DIR", help="for the results (default %(default)s)")
+    add("-o", "--out", type=Path, default=out, metavar="DIR", help="output directory (default %(default)s)")
     return p.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit code."""
-    args = parse(argv)
-    try:
-        print(benchmark(args))
-    except MoesrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return print_page(benchmark, parse(argv))
 
 
 if __name__ == "__main__":

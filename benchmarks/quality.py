@@ -1,14 +1,14 @@
 """Measure an engine's quality on images with known originals, as tables and figures like the paper's.
 
-Every original is degraded, super-resolved with each sampler and number of steps, and compared with the
-original, as is plain bicubic. Written to the output directory: quality.md and quality.csv (shaped like the
+Every original is degraded, super-resolved by bicubic interpolation and with each sampler and number of steps,
+and the results are compared with the original. The output directory gets quality.md and quality.csv (like the
 paper's Tables 1-5), sheet_*.png (LR, bicubic, SR and HR side by side), spectra_*.png (as Fig. 10) and
 quality_vs_time.png. Sheets and spectra show the first sampler with its first number of steps.
 
-Three columns say what the diffusion does: the power of the spectrum above the LR image's Nyquist frequency
-as a share of the original's (bicubic x4 has about 0.04), PSNR between the results of two seeds (the lower,
-the more is drawn), and the share of that power that is lost with zeros in place of the latent. `--niqe FILE`
-adds NIQE by the pristine model that BasicSR ships as niqe_pris_params.npz.
+Three columns show the effect of the diffusion: the power of the spectrum above the LR image's Nyquist
+frequency relative to the original's (bicubic x4 has about 0.04), the PSNR between the results of two seeds
+(lower means more random detail), and the share of that power that is lost with zeros in place of the latent.
+`--niqe FILE` adds NIQE with BasicSR's model of pristine photographs, niqe_pris_params.npz.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from benchlib import (
 from benchlib.blank_latent import blank_latent
 from benchlib.image_pairs import BLIND, DEGRADATIONS, degrade, load_originals
 from benchlib.origin import origin_line
+from benchlib.program import print_page
 from benchlib.tables import HEADINGS, SECONDS, Record, csv_text, markdown, means
 from PIL import Image
 from tqdm import tqdm
 
 from moesr.runtime.engine.locate import engine_directory
-from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.upscaler import Upscaler
 
 BICUBIC, HR = "Bicubic", "HR"
-STEPS = [200, 100, 50, 20]  # of the paper's Table 4
+STEPS = [200, 100, 50, 20]  # as in the paper's Table 4
 Upscale = Callable[[np.ndarray], np.ndarray]  # uint8 LR [h, w, 3] -> uint8 SR [H, W, 3]
 
 
@@ -61,9 +62,9 @@ def methods(
     fidelity: float | None = None,
     reuse: Sequence[int] = (1,),
 ) -> dict[str, Upscale]:
-    """The engine with every sampler and every number of steps, by name in the tables.
+    """Return the engine with every sampler and number of steps, by the name in the tables.
 
-    Where features are reused, "/ 2" stands for a full step in 2.
+    With reuse of features, "/ 2" in a name means that every second step is a full one.
     """
 
     def sampled(sampler: str, count: int, interval: int) -> Upscale:
@@ -80,10 +81,10 @@ def methods(
 
 @dataclass(frozen=True)
 class Measures:
-    """What is compared, and by what besides `metrics.scores`.
+    """The methods to compare, and the models of further measures besides `metrics.scores`.
 
-    `again` holds the methods of `upscale` that draw, with another seed; `blank` is the engine with zeros for
-    the latent.
+    `again` holds the engine's methods with another seed; `blank` is the engine with zeros in place of the
+    latent.
     """
 
     upscale: Mapping[str, Upscale]
@@ -93,7 +94,7 @@ class Measures:
     pristine: niqe.Pristine | None
 
     def score(self, name: str, hr: np.ndarray, lr: np.ndarray) -> tuple[list[Record], dict[str, np.ndarray]]:
-        """Run every method on one image: the records, and the results by method."""
+        """Run every method on one image; returns the records and the results by method."""
         scale = hr.shape[0] // lr.shape[0]
         blank = None if self.blank is None else self.blank(lr)
         records, results = [], {}
@@ -110,7 +111,7 @@ class Measures:
 
 
 def draw(stem: str, hr: np.ndarray, lr: np.ndarray, results: Mapping[str, np.ndarray], out: Path) -> None:
-    """Contact sheet and, with matplotlib, spectra of one image: bicubic and the first other method."""
+    """Draw the contact sheet of one image and, with matplotlib, the spectra: bicubic and the first method."""
     scale = hr.shape[0] // lr.shape[0]
     shown = dict(list(results.items())[:2])
     nearest = lr.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -128,7 +129,7 @@ def run(
 ) -> tuple[list[Record], list[Record]]:
     """Score every image, degraded `draws` times, and draw it once.
 
-    Returns the records and their means (with FID where it can be had).
+    Returns the records and their means (with FID if it is available).
     """
     learned, records = measures.learned, []
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,24 +152,24 @@ def run(
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Every method's images in a directory of its own, as FID wants them."""
+    """One directory of images per method, as FID needs them."""
 
     directory: Path
 
     def add(self, stem: str, images: Mapping[str, np.ndarray]) -> None:
-        """Save one image of every method."""
+        """Save one image per method."""
         for method, image in images.items():
             (self.directory / method).mkdir(exist_ok=True)
             Image.fromarray(image).save(self.directory / method / f"{stem}.png")
 
     def with_fid(self, record: Record, learned: Mapping[str, Any]) -> Record:
-        """The record of a method's means, with its FID against the originals."""
+        """Return the record of a method's means with its FID against the originals added."""
         value = perceptual.fid(learned, self.directory / record.method, self.directory / HR)
         return Record(record.image, record.method, {**record.values, perceptual.FID: value})
 
 
 def plot(averaged: Sequence[Record], path: Path) -> None:
-    """Every measure against time, or a line on stderr where matplotlib is not installed."""
+    """Plot every measure against time; without matplotlib, print a line to stderr."""
     plt = figures.pyplot()
     if plt is None:
         print(figures.MATPLOTLIB_MISSING, file=sys.stderr)
@@ -183,7 +184,7 @@ def plot(averaged: Sequence[Record], path: Path) -> None:
 
 
 def preamble(up: Upscaler, args: argparse.Namespace) -> str:
-    """Markdown above the tables: what was measured, and on what."""
+    """Return the Markdown text above the tables: settings, machine and meaning of the columns."""
     m, backend = up.manifest, up.backend
     times = f", each degraded {args.draws} times" if args.draws > 1 else ""
     fidelity = m.fidelity if args.fidelity is None else args.fidelity
@@ -196,9 +197,9 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
         f"{os.cpu_count()} logical cores.\n"
         f"{origin_line()}\n"
         f"PSNR and SSIM on luma without a border of {m.scale} pixels; ρ is Spearman's correlation of the log "
-        "spectra, HF above the LR image's Nyquist frequency; HF power is that above it as a "
-        "share of the original's; latent's share is what zeros in its place cost of it; seconds are of one "
-        "image, graphs loaded.\n\n"
+        "spectra, HF above the LR image's Nyquist frequency; HF power is the power above it relative to the "
+        "original's; latent's share is the fraction of it that is lost with zeros in place of the latent; "
+        "seconds are per image, with graphs loaded.\n\n"
     )
 
 
@@ -222,19 +223,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reuse", type=int, nargs="+", default=[1], metavar="N", help="(default: 1)")
     add("--sampler", nargs="+", choices=list(SAMPLERS), default=["ddpm"], help="(default: ddpm)")
     add("--color-fix", choices=COLOR_FIXES, default="adain", help="(default: %(default)s)")
-    add("--fidelity", type=float, metavar="W", help="0 free to 1 faithful (default: the engine's)")
+    add("--fidelity", type=float, metavar="W", help="weight of LR features, 0 to 1 (default: engine's)")
     add("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz of BasicSR, to measure NIQE")
-    add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
-    add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
+    add("--seed", type=int, default=42, help="seed of the noise (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of the backend (default: its choice)")
     out = Path("benchmarks/results/quality")
-    add("-o", "--out", type=Path, default=out, metavar="DIR", help="for the results (default %(default)s)")
+    add("-o", "--out", type=Path, default=out, metavar="DIR", help="output directory (default %(default)s)")
     return parser.parse_args(argv)
 
 
 def measures_of(
     args: argparse.Namespace, up: Upscaler, blank: Upscaler, pristine: niqe.Pristine | None
 ) -> Measures:
-    """What the arguments ask for; `blank` is the engine whose latent is zeros, however few steps are made."""
+    """Build the methods and measures of the arguments; `blank` is the engine with zeros for the latent."""
     scale, kept = up.manifest.scale, (args.color_fix, args.fidelity)
 
     def bicubic(lr: np.ndarray) -> np.ndarray:
@@ -249,7 +250,7 @@ def measures_of(
 
 
 def benchmark(args: argparse.Namespace) -> str:
-    """Run the whole benchmark and write its files; returns the Markdown page."""
+    """Run the whole benchmark and write the files; returns the Markdown page."""
     if args.draws < 1 or (args.draws > 1 and args.degrade not in BLIND):
         raise UsageError("--draws: expected 1 or more, and more than 1 of a blind degradation only")
     originals = load_originals(args.hr)
@@ -269,7 +270,7 @@ def benchmark(args: argparse.Namespace) -> str:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
-        # One small image through every expert, so that all graphs are loaded before the clock runs.
+        # One small image through every expert, so that all graphs are loaded before the timing starts.
         up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
         measures = measures_of(args, up, blank, pristine)
         records, averaged = run(originals, args.degrade, measures, args.out, args.draws)
@@ -282,14 +283,7 @@ def benchmark(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    args = parse(argv)
-    try:
-        print(benchmark(args))
-    except MoesrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"written to {args.out}", file=sys.stderr)
-    return 0
+    return print_page(benchmark, parse(argv))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Measure what one setting of an engine does, on your own images (StableSR's Tables 3, 4 and 6).
+"""Measure the effect of single settings of an engine on your own images (StableSR's Tables 3, 4 and 6).
 
   python benchmarks/sweep.py --engine DIR --hr FOLDER --fidelity 0 0.25 0.5 0.75 1
   python benchmarks/sweep.py --engine DIR --lr FOLDER --guidance 1 2.5 5 7.5
 
-Originals (--hr) are degraded and compared with the results; of images that have none (--lr) only the measures
-that need none are taken. Every setting is swept apart, the others at their defaults, or at the one value that
-is given. Without values a setting takes the paper's, and without any setting all are swept that the engine
-has. Written to the output directory:
-SETTING.md and SETTING.csv, a table like the paper's with bicubic on top; SETTING_IMAGE.png, the results side
-by side; and with originals SETTING.png, PSNR against sharpness.
+Originals (--hr) are degraded and then compared with the results. For images without originals (--lr), only
+measures that need no original are computed. Settings are swept one at a time; a setting with a single value
+is held at it, and the others have their defaults. A setting without values is swept over the paper's values;
+without any setting, all settings of the engine are swept. The output directory gets SETTING.md and
+SETTING.csv, a table like the paper's that starts with bicubic; SETTING_IMAGE.png, the results side by side;
+and with originals SETTING.png, PSNR against sharpness.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from benchlib import (
 )
 from benchlib.image_pairs import DEGRADATIONS, degrade, load_images, load_originals
 from benchlib.origin import origin_line
+from benchlib.program import print_page
 from benchlib.tables import SECONDS, Record, csv_text, markdown, means
 from quality import BICUBIC, HR, Upscale
 from tqdm import tqdm
 
 from moesr.runtime.engine.graph_io import DECODER
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.sampling.samplers import SAMPLERS
@@ -45,7 +46,7 @@ from moesr.runtime.upscaler import Upscaler
 
 @dataclass(frozen=True)
 class Sweep:
-    """One setting: what the paper calls it, how its values are written, and the values it is swept over."""
+    """One setting: its title with the paper's table, the format of its values, and the values to sweep."""
 
     title: str
     label: str
@@ -57,12 +58,12 @@ SWEEPS = {
     "color_fix": Sweep("Color correction (Table 3)", "{}", ("none", "adain", "wavelet")),
     "guidance": Sweep("Guidance (Table 6)", "s = {:g}", (1.0, 2.5, 5.0, 7.5)),
 }
-"""By the names of `Upscaler`'s options."""
+"""The settings by the names of `Upscaler`'s options."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An image to super-resolve, uint8 [h, w, 3], and its original where there is one."""
+    """An image to super-resolve, uint8 [h, w, 3], and its original if there is one."""
 
     name: str
     lr: np.ndarray
@@ -70,7 +71,7 @@ class Case:
 
 
 def cases(args: argparse.Namespace, scale: int) -> list[Case]:
-    """The images that the arguments name."""
+    """Load the images that the arguments name."""
     if args.lr:
         return [Case(name, image, None) for name, image in load_images(args.lr).items()]
     if DEGRADATIONS[args.degrade] != scale:
@@ -82,7 +83,7 @@ def cases(args: argparse.Namespace, scale: int) -> list[Case]:
 
 
 def wanted(args: argparse.Namespace, manifest: Manifest) -> dict[str, tuple[float | str, ...]]:
-    """The settings that were named, or all, and their values; UsageError where the engine lacks one."""
+    """Return the requested settings (or all) and their values; UsageError if the engine lacks one."""
     given = {name: tuple(values) for name in SWEEPS if (values := getattr(args, name)) is not None}
     lacking = {}
     if DECODER not in manifest.graphs or "fidelity" not in {s.name for s in manifest.graphs[DECODER].inputs}:
@@ -98,7 +99,7 @@ def wanted(args: argparse.Namespace, manifest: Manifest) -> dict[str, tuple[floa
 def methods(
     up: Upscaler, option: str, values: Sequence[float | str], fixed: Mapping[str, Any]
 ) -> dict[str, Upscale]:
-    """Bicubic, then the engine with each value of a setting, by the label in tables and pictures."""
+    """Return bicubic and the engine with each value of a setting, by their labels in tables and pictures."""
     scale, label = up.manifest.scale, SWEEPS[option].label
 
     def bicubic(lr: np.ndarray) -> np.ndarray:
@@ -114,7 +115,7 @@ def methods(
 def score(
     case: Case, scale: int, upscale: Mapping[str, Upscale], learned: Mapping[str, Any]
 ) -> Iterator[tuple[Record, np.ndarray]]:
-    """The record and the result of every method."""
+    """Yield the record and the result of every method on one image."""
     for method, run in upscale.items():
         started = time.perf_counter()
         sr = run(case.lr)
@@ -134,7 +135,7 @@ def sweep(
     learned: Mapping[str, Any],
     args: argparse.Namespace,
 ) -> str:
-    """Sweep one setting over all images and write its files; returns the Markdown page."""
+    """Sweep one setting over all images and write the files; returns the Markdown page."""
     upscale, scale = methods(up, option, values, fixed), up.manifest.scale
     records: list[Record] = []
     for case in tqdm(images, desc=option, unit="image", disable=None):
@@ -154,12 +155,12 @@ def sweep(
 
 
 def draw(plt: Any, averaged: Sequence[Record], path: Path) -> None:
-    """Plot what a setting trades: PSNR against sharpness, its values joined by a line, bicubic beside it."""
+    """Plot PSNR against sharpness: the values of a setting joined by a line, and bicubic as a point."""
     figure, axis = plt.subplots(figsize=(4.4, 3.3), layout="constrained")
     places = {r.method: (r.values[metrics.SHARPNESS], r.values["psnr"]) for r in averaged}
     axis.plot(*zip(*(at for name, at in places.items() if name != BICUBIC), strict=True), "o-", ms=5)
     axis.plot(*places[BICUBIC], "s", ms=5, color="grey")
-    for i, (name, at) in enumerate(places.items()):  # above and below in turns: neighbours may be close
+    for i, (name, at) in enumerate(places.items()):  # labels alternate above and below
         axis.annotate(name, at, (4, 4 if i % 2 else -12), textcoords="offset points", fontsize=8)
     axis.set(xlabel="sharpness (1: the original's)", ylabel="PSNR, dB")
     axis.margins(0.2)
@@ -170,7 +171,7 @@ def draw(plt: Any, averaged: Sequence[Record], path: Path) -> None:
 
 
 def preamble(up: Upscaler, option: str, fixed: Mapping[str, Any], args: argparse.Namespace) -> str:
-    """Markdown above a table: what was measured, and on what."""
+    """Return the Markdown text above a table: images, settings and origin."""
     m, source = up.manifest, args.lr or f"{args.hr}, {args.degrade}"
     settings = {"steps": m.steps, "sampler": m.sampler} | {k: v for k, v in fixed.items() if v is not None}
     held = ", ".join(f"{name} {value}" for name, value in settings.items())
@@ -183,22 +184,22 @@ def preamble(up: Upscaler, option: str, fixed: Mapping[str, Any], args: argparse
 
 
 def benchmark(args: argparse.Namespace) -> str:
-    """Sweep everything that was asked for; returns the Markdown pages."""
+    """Sweep all requested settings; returns the Markdown pages."""
     with Upscaler(args.engine, threads=args.threads) as up:
         images, settings = cases(args, up.manifest.scale), wanted(args, up.manifest)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{args.out}: cannot be made ({error.strerror}); choose another -o") from error
-        # one small image first, so that all graphs are loaded before the clock runs
+        # One small image through every expert, so that all graphs are loaded before the timing starts.
         up(np.zeros((8, 8, 3), np.uint8), steps=len(up.manifest.experts), seed=args.seed)
         learned = perceptual.load()
-        learned.pop(perceptual.FID, None)  # of a few images it says nothing
+        learned.pop(perceptual.FID, None)  # not meaningful for few images
         fixed = {name: getattr(args, name) for name in ("steps", "sampler", "seed")}
         fixed |= {name: values[0] for name, values in settings.items() if len(values) == 1}
         swept = {name: values for name, values in settings.items() if len(values) > 1}
         if not swept:
-            raise UsageError("every setting has one value: nothing to sweep; give several, or none")
+            raise UsageError("every setting has one value: nothing to sweep; give several values, or none")
         pages = [sweep(up, name, values, fixed, images, learned, args) for name, values in swept.items()]
         return "\n".join(pages)
 
@@ -211,30 +212,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--engine", type=Path, metavar="DIR", help="engine directory (default: the bundled demo engine)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hr", default="demo", metavar="DIR", help="originals (default: three photographs)")
-    source.add_argument("--lr", metavar="DIR", help="images to enlarge, of which there are no originals")
+    source.add_argument("--lr", metavar="DIR", help="images to enlarge, without originals")
     add("--degrade", choices=DEGRADATIONS, default="x4-bicubic", help="how LR is made (default %(default)s)")
-    add("--fidelity", type=float, nargs="*", metavar="W", help="0 free to 1 faithful")
-    add("--color-fix", choices=COLOR_FIXES, nargs="*", help="towards the LR image's colors")
-    add("--guidance", type=float, nargs="*", metavar="S", help="0 the negative prompt alone, 1 none")
-    add("--steps", type=int, metavar="N", help="(default: the engine's)")
-    add("--sampler", choices=SAMPLERS, help="(default: the engine's)")
-    add("--seed", type=int, default=42, help="of the noise (default %(default)s)")
-    add("--threads", type=int, metavar="N", help="of the backend (default: its choice)")
+    add("--fidelity", type=float, nargs="*", metavar="W", help="weights of the LR features, 0 to 1")
+    add("--color-fix", choices=COLOR_FIXES, nargs="*", help="corrections towards the LR image's colors")
+    add("--guidance", type=float, nargs="*", metavar="S", help="guidance scales; 1 means no guidance")
+    add("--steps", type=int, metavar="N", help="sampling steps (default: the engine's)")
+    add("--sampler", choices=SAMPLERS, help="sampler (default: the engine's)")
+    add("--seed", type=int, default=42, help="seed of the noise (default %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of the backend (default: its choice)")
     out = Path("benchmarks/results/sweep")
-    add("-o", "--out", type=Path, default=out, metavar="DIR", help="for the results (default %(default)s)")
+    add("-o", "--out", type=Path, default=out, metavar="DIR", help="output directory (default %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    args = parse(argv)
-    try:
-        print(benchmark(args))
-    except MoesrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"written to {args.out}", file=sys.stderr)
-    return 0
+    return print_page(benchmark, parse(argv))
 
 
 if __name__ == "__main__":

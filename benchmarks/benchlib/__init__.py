@@ -1,1 +1,1 @@
-"""What the benchmark programs share."""
+"""Functions that the benchmark programs share."""

@@ -1,4 +1,4 @@
-"""An engine's twin whose decoder is given zeros in place of the latent, to see what the diffusion adds."""
+"""A copy of an engine whose decoder gets zeros in place of the latent, to measure what the diffusion adds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LATENT = "z"  # the decoder's input
 
 
 def blank_latent(engine: Path, directory: Path) -> Path:
-    """Write the twin of an engine directory into the existing `directory` and return that.
+    """Write such a copy of an engine directory into the existing `directory` and return `directory`.
 
-    Raises UsageError for an engine without a decoder, or with one that is partitioned.
+    Raises UsageError if the engine has no decoder or a partitioned one.
     """
     manifest = read_manifest(engine)
     if DECODER not in manifest.graphs:
@@ -40,7 +40,7 @@ def blank_latent(engine: Path, directory: Path) -> Path:
 
 
 def _blank(path: Path) -> str:
-    """Multiply a decoder's latent by zero, in place; returns the new hash of the file."""
+    """Change the file of a decoder so that it multiplies its latent by zero; returns the file's new hash."""
     import onnx
     from onnx import helper, numpy_helper
 

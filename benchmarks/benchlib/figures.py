@@ -20,7 +20,7 @@ MATPLOTLIB_MISSING = "no spectra and no plot: matplotlib is not installed; pip i
 
 @dataclass(frozen=True)
 class Point:
-    """One method of the plot: its label, mean seconds an image and mean of the measure."""
+    """One method in the plot: its label, mean seconds per image and mean of the measure."""
 
     label: str
     seconds: float
@@ -28,7 +28,7 @@ class Point:
 
 
 def contact_sheet(panels: Mapping[str, np.ndarray], path: Path) -> None:
-    """Save uint8 images [H, W, 3] of one size side by side under their labels; large ones by their centre."""
+    """Save uint8 images [H, W, 3] of one size side by side under their labels; large ones are cropped."""
     crops = {label: _centre(image) for label, image in panels.items()}
     height, width = next(iter(crops.values())).shape[:2]
     sheet = Image.new("RGB", (width * len(crops), height + LABEL_PX), "white")
@@ -45,7 +45,7 @@ def _centre(image: np.ndarray) -> np.ndarray:
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files only; None where matplotlib is not installed."""
+    """Return Matplotlib's pyplot with a backend that draws to files; None if it is not installed."""
     try:
         importlib.import_module("matplotlib").use("Agg")
         return importlib.import_module("matplotlib.pyplot")
@@ -54,9 +54,10 @@ def pyplot() -> Any:
 
 
 def spectra(plt: Any, panels: Mapping[str, np.ndarray], hr: np.ndarray, scale: int, path: Path) -> None:
-    """Save the log spectra of uint8 images beside the original's, with their correlations (paper Fig. 10).
+    """Save the log spectra of uint8 images next to the original's, with their correlations (paper Fig. 10).
 
-    The dashed square is the band of the LR image; "HF" is the correlation outside its inscribed circle.
+    A dashed square marks the frequency band of the LR image; "HF" is the correlation outside its inscribed
+    circle.
     """
     y_hr = measured_luma(hr, scale)
     planes = {"HR": y_hr, **{label: measured_luma(image, scale) for label, image in panels.items()}}
@@ -78,9 +79,9 @@ def spectra(plt: Any, panels: Mapping[str, np.ndarray], hr: np.ndarray, scale: i
 
 
 def quality_against_time(plt: Any, points: Sequence[tuple[str, Sequence[Point]]], path: Path) -> None:
-    """Save a plot for each measure (heading and points): its mean against mean seconds an image, log time.
+    """Save one plot per measure (heading and points): its mean against mean seconds per image, on a log axis.
 
-    Points whose labels differ in the last word only (the number of steps) are joined.
+    Points whose labels differ only in the last word (the number of steps) are joined by a line.
     """
     across = min(3, len(points))
     down = -(-len(points) // across)
@@ -97,7 +98,7 @@ def quality_against_time(plt: Any, points: Sequence[tuple[str, Sequence[Point]]]
             for m in own:
                 text, place = m.label.removeprefix(name).strip(), (0, 5 if i % 2 else -12)
                 axis.annotate(text, (m.seconds, m.value), place, textcoords="offset points", fontsize=8)
-        axis.set(xscale="log", xlabel="seconds an image", title=heading)
+        axis.set(xscale="log", xlabel="seconds per image", title=heading)
         seconds = [m.seconds for m in marks]
         wide = max(seconds) > 100 * min(seconds)
         axis.xaxis.set_major_locator(plt.LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))

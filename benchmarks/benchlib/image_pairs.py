@@ -1,4 +1,4 @@
-"""Pairs of images to measure on: originals, and the LR images made from them."""
+"""Pairs of images for measurements: originals and the LR images made from them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moesr.training.data.demo_photos import photographs
 from moesr.training.data.photographs import image_files, read_rgb
 
 DEGRADATIONS = {"x4-blind": 4, "x4-mild": 4, "x4-bicubic": 4, "x8-bicubic": 8}
-"""Ways to make an LR image, and their scale: blind as Real-ESRGAN's or mild as StableSR's, or by imresize."""
+"""Names of degradations and their scale: blind (Real-ESRGAN's), mild (StableSR's) or bicubic (imresize)."""
 
 BLIND = ("x4-blind", "x4-mild")
 
 MULTIPLE = 8  # sides of an original are cut to a multiple of this
-LEAST_PX = 32  # of a side: a border of 8 pixels and the window of SSIM
+LEAST_PX = 32  # smallest side: two borders of 8 pixels and the window of SSIM
 
 
 def load_originals(source: str) -> dict[str, np.ndarray]:
-    """Originals by file name, uint8 RGB [H, W, 3], cut at the right and bottom to multiples of 8 pixels.
+    """Load originals by file name, uint8 RGB [H, W, 3], cropped to multiples of 8 pixels at right and bottom.
 
-    `source` is a directory, or "demo" for the photographs of scikit-image that were kept out of training.
-    Raises UsageError where there is nothing to read and InputError naming an image that cannot be used.
+    `source` is a directory, or "demo" for the photographs of scikit-image that were held out of training.
+    Raises UsageError if there is nothing to read and InputError naming an image that cannot be used.
     """
     if source == "demo":
         return {name: _crop(image, name) for name, image in photographs("validation").items()}
@@ -35,9 +35,9 @@ def load_originals(source: str) -> dict[str, np.ndarray]:
 
 
 def load_images(source: str) -> dict[str, np.ndarray]:
-    """Images of a directory by file name, uint8 RGB [H, W, 3].
+    """Load the images of a directory by file name, uint8 RGB [H, W, 3].
 
-    Raises UsageError where there is nothing to read and InputError naming an image that cannot be read.
+    Raises UsageError if there is nothing to read and InputError naming an image that cannot be read.
     """
     directory = Path(source)
     if not directory.is_dir():
@@ -53,16 +53,16 @@ def _crop(image: np.ndarray, name: str) -> np.ndarray:
     if min(height, width) < LEAST_PX:
         raise InputError(
             f"{name}: {image.shape[1]}x{image.shape[0]} pixels are too few to measure, "
-            f"expected at least {LEAST_PX} a side; remove it"
+            f"expected sides of at least {LEAST_PX}; remove it"
         )
     return np.ascontiguousarray(image[:height, :width])
 
 
 def degrade(hr: np.ndarray, kind: str, name: str) -> np.ndarray:
-    """LR image of an original, uint8 both; `kind` is one of DEGRADATIONS.
+    """Make the LR image of an original, both uint8; `kind` is one of DEGRADATIONS.
 
-    A blind degradation draws from a generator seeded by `name`, so a file gives the same LR image wherever
-    it lies and whatever else is measured.
+    A blind degradation uses a generator seeded by `name`, so a file always gives the same LR image, whatever
+    its folder and the other images are.
     """
     scale = DEGRADATIONS[kind]
     if kind not in BLIND:

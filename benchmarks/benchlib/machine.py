@@ -1,4 +1,4 @@
-"""The machine a benchmark ran on, in one line and as JSON values."""
+"""A description of the machine that a benchmark runs on, as one line and as JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("moesr", "torch", "onnxruntime", "onnx", "numpy")
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, vector extensions, memory and versions; what cannot be told is left out."""
+    """Return CPU model, usable cores, vector extensions, memory and versions; unknown values are left out."""
     flags = cpu.extensions().split()
     return {
         "cpu": cpu.model(),
@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line() -> str:
-    """The same on one line."""
+    """Return the description of the machine on one line."""
     m = machine()
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     memory = f", {m['memory_gb']:.0f} GB" if m["memory_gb"] else ""
@@ -39,12 +39,12 @@ def machine_line() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return cpu.cores() or 1
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute; None where the system does not tell."""
+    """Return the load average of the last minute; None if the system does not provide it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

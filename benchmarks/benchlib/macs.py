@@ -1,4 +1,4 @@
-"""Multiply-accumulates of networks, counted from their layers as they run."""
+"""Count the multiply-accumulates (MACs) of networks from their layers as they run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, int]]  # modu
 
 
 def count(network: nn.Module, call: Callable[[], object], of: Rule | None = None) -> Counts:
-    """MACs of `call`, which runs `network`, by module name and kind of operation.
+    """Count the MACs of `call`, which runs `network`, by module name and kind of operation.
 
-    `of` says what a module does itself, outside the modules it calls (None: what this module knows).
+    `of` returns the MACs of a module itself, without those of its submodules (None: the rules of this file).
     """
     of = of or _macs
     counts: Counts = Counter()
@@ -46,21 +46,21 @@ def count(network: nn.Module, call: Callable[[], object], of: Rule | None = None
 
 
 def layer_norms(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> dict[str, int]:
-    """What the tool `thop` counts for a LayerNorm: four an element."""
+    """Count LayerNorms as the tool `thop` does: four operations per element."""
     return {"layer norm": 4 * output.numel()} if isinstance(module, nn.LayerNorm) else {}
 
 
 def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> dict[str, int]:
-    """MACs that a module does itself, outside the modules it calls."""
+    """Return the MACs of a module itself, without those of its submodules."""
     x = inputs[0]
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return {"conv": output.numel() * module.weight[0].numel()}
     if isinstance(module, nn.Linear):
         return {"linear": output.numel() * module.in_features}
-    if isinstance(module, SpaceMoE):  # one merged FFN over the tokens, called as functions
+    if isinstance(module, SpaceMoE):  # one merged FFN over the tokens; its layers are not called as modules
         tokens = x.numel() // x.shape[1]
         return {"linear": tokens * sum(w.numel() for w in module.mean_weights() if w.ndim == 2)}
-    if isinstance(module, (AttentionBlock, AttnBlock)):  # q k^T, then times v
+    if isinstance(module, (AttentionBlock, AttnBlock)):  # q k^T, and its product with v
         return {"attention": 2 * x.numel() * math.prod(x.shape[2:])}
     if isinstance(module, CrossAttention):
         return {"attention": 2 * x.numel() * inputs[1].shape[1]}
@@ -74,7 +74,7 @@ def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> dict
         batch, channels, height, width = x.shape
         points, bins = height * width, height * (width // 2 + 1)
         layers = sum(w.numel() for w in (module.w1, module.w2))  # real and imaginary, each used twice
-        transforms = 2 * batch * channels  # there and back
+        transforms = 2 * batch * channels  # forward and inverse
         return {
             "filter": 2 * batch * bins * layers,
             "fft": round(transforms * 5 * points * math.log2(points) / 2),
@@ -83,7 +83,7 @@ def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> dict
 
 
 def total(counts: Counts, kinds: Sequence[str] | None = None, under: str = "") -> int:
-    """Sum the MACs of some kinds (None: all) in modules whose name starts with `under`."""
+    """Sum the MACs of the given kinds (None: all) over modules whose name starts with `under`."""
     return sum(
         n for (name, kind), n in counts.items() if name.startswith(under) and (not kinds or kind in kinds)
     )

@@ -1,4 +1,4 @@
-"""Measures of a super-resolved image against the original, on luma, as the papers of the field take them.
+"""Measures of a super-resolved image against the original, on luma as is usual in the field's papers.
 
 Images are uint8 [H, W, 3]; planes are float64 luma [H, W] in 16..235.
 """
@@ -34,14 +34,14 @@ EPSILON = 1e-9  # power of a plane that has none
 
 
 def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
-    """All measures of COLUMNS for uint8 [H, W, 3] images of one size, without a border of `scale` pixels.
+    """Compute the measures of COLUMNS for uint8 [H, W, 3] images, without a border of `scale` pixels.
 
-    Raises ValueError where the sizes differ or nothing is left to measure.
+    Raises ValueError if the sizes differ or nothing is left to measure.
     """
     if sr.shape != hr.shape or min(hr.shape[:2]) < 2 * scale + 11:  # 11: the window of SSIM
         raise ValueError(
             f"got images of shape {sr.shape} and {hr.shape}; expected equal sizes of at least "
-            f"{2 * scale + 11} pixels a side"
+            f"{2 * scale + 11} pixels per side"
         )
     y_sr, y_hr = (measured_luma(image, scale) for image in (sr, hr))
     return {
@@ -55,9 +55,9 @@ def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
 
 
 def diffusion_scores(sr: np.ndarray, again: np.ndarray, blank: np.ndarray, scale: int) -> dict[str, float]:
-    """The measures of DIFFUSION of one result, uint8 [H, W, 3].
+    """Compute the measures of DIFFUSION for one result, uint8 [H, W, 3].
 
-    `again` is the result of another seed, `blank` that of a decoder that was given zeros for the latent.
+    `again` is the result with another seed, `blank` the result with zeros in place of the latent.
     """
     y_sr, y_again, y_blank = (measured_luma(image, scale) for image in (sr, again, blank))
     kept = power_above(y_blank, 0.5 / scale) / max(power_above(y_sr, 0.5 / scale), EPSILON)
@@ -65,10 +65,10 @@ def diffusion_scores(sr: np.ndarray, again: np.ndarray, blank: np.ndarray, scale
 
 
 def power_above(plane: np.ndarray, cycles: float) -> float:
-    """Power of the plane's spectrum at radii of at least `cycles` per pixel, under a Hann window.
+    """Return the power of the plane's spectrum at radii of at least `cycles` per pixel, with a Hann window.
 
-    Without the window the step between opposite borders would fill the highest frequencies. The mean is
-    taken off first.
+    Without the window, the step between opposite borders would dominate the highest frequencies. The mean is
+    subtracted first.
     """
     height, width = plane.shape
     window = np.hanning(height)[:, None] * np.hanning(width)[None]
@@ -78,9 +78,9 @@ def power_above(plane: np.ndarray, cycles: float) -> float:
 
 
 def sharpness(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
-    """Mean gradient magnitude of luma as a share of the original's: 1 is as sharp, less is softer.
+    """Return the ratio of the mean luma gradient magnitudes of `sr` and `hr`; below 1, `sr` is softer.
 
-    uint8 [H, W, 3] both, without a border of `scale` pixels.
+    Both images are uint8 [H, W, 3] and measured without a border of `scale` pixels.
     """
     planes = (measured_luma(image, scale) for image in (sr, hr))
     a, b = (np.hypot(np.diff(y, axis=0)[:, 1:], np.diff(y, axis=1)[1:]).mean() for y in planes)
@@ -88,7 +88,7 @@ def sharpness(sr: np.ndarray, hr: np.ndarray, scale: int) -> float:
 
 
 def measured_luma(image: np.ndarray, scale: int) -> np.ndarray:
-    """The plane that is measured: luma without a border of `scale` pixels."""
+    """Return the plane that is measured: luma without a border of `scale` pixels."""
     return luma(image)[scale:-scale, scale:-scale]
 
 
@@ -117,15 +117,15 @@ def log_spectrum(plane: np.ndarray) -> np.ndarray:
 
 
 def spectrum_correlation(y_sr: np.ndarray, y_hr: np.ndarray, above: float = 0.0) -> float:
-    """Spearman's correlation of the two log-amplitude spectra (paper Fig. 10), -1 to 1.
+    """Return Spearman's correlation of the two log-amplitude spectra (paper Fig. 10), -1 to 1.
 
-    `above` keeps the bins beyond that radius in cycles a pixel; 0.5 / scale is the Nyquist frequency of the
-    LR grid, so what is left is detail that the LR image does not hold.
+    Only bins at radii of at least `above` cycles per pixel are used. With 0.5 / scale, the Nyquist frequency
+    of the LR grid, these are the frequencies that the LR image does not contain.
     """
     height, width = y_hr.shape
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     kept = radius >= above  # the right half of the plane: a real image's spectrum is symmetric
-    # Spearman's correlation is Pearson's of the ranks, and the logarithm does not change a rank.
+    # Spearman's correlation is Pearson's correlation of the ranks; the logarithm does not change ranks.
     ranks_sr, ranks_hr = (stats.rankdata(np.abs(np.fft.rfft2(plane))[kept]) for plane in (y_sr, y_hr))
     return float(np.corrcoef(ranks_sr, ranks_hr)[0, 1])
 

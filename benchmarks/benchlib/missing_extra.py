@@ -1,4 +1,4 @@
-"""Imported first by programs: what a missing package is installed with is told, in place of a traceback."""
+"""Replace the traceback of a missing package by a message; programs import this module first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python calls with an exception that nobody caught."""
+    """Print how to install a missing package; other uncaught exceptions get Python's traceback."""
     if not isinstance(error, ModuleNotFoundError):
         sys.__excepthook__(kind, error, trace)
         return

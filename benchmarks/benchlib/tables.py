@@ -1,4 +1,4 @@
-"""Tables of scores, as Markdown and CSV: a row for each method, a column for each measure."""
+"""Tables of scores as Markdown and CSV, with one row per method and one column per measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADINGS = {
     **perceptual.HEADINGS,
     SECONDS: "seconds",
 }
-"""Every column that a table can have, in order."""
+"""All columns that a table can have, in order."""
 
 _DECIMALS: dict[str, int] = dict.fromkeys(
     ("psnr", "musiq", "seeds", "high_power", "latent_share", metrics.NIQE, perceptual.FID, SECONDS), 2
@@ -30,7 +30,7 @@ _MEAN, _MEDIAN = "mean", "median"
 
 @dataclass(frozen=True)
 class Record:
-    """What a method scored on an image: values by column name."""
+    """Scores of a method on an image, by column name."""
 
     image: str
     method: str
@@ -38,7 +38,7 @@ class Record:
 
 
 def means(records: Sequence[Record]) -> list[Record]:
-    """Mean of every column over the images, a record for each method in order of appearance."""
+    """Return one record per method, in order of appearance, with the means over the images."""
     averaged = []
     for method in dict.fromkeys(r.method for r in records):
         own = [r.values for r in records if r.method == method]
@@ -47,7 +47,7 @@ def means(records: Sequence[Record]) -> list[Record]:
 
 
 def medians(records: Sequence[Record]) -> list[Record]:
-    """Median of every column over the images where it is known, a record for each method."""
+    """Return one record per method with the medians over the images; NaN values are left out."""
     rated = []
     for method in dict.fromkeys(r.method for r in records):
         own = [r.values for r in records if r.method == method]
@@ -59,7 +59,7 @@ def medians(records: Sequence[Record]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record], averaged: Sequence[Record]) -> str:
-    """A table of the means, then one with every image."""
+    """Return the tables of means and medians and the table of all images."""
     images = len({r.image for r in records})
     return "\n".join(
         [
@@ -84,7 +84,7 @@ def _table(records: Sequence[Record], with_image: bool) -> str:
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> str:
-    """Cells as a table in Markdown, all columns but the first `names` to the right."""
+    """Format cells as a Markdown table; all columns but the first `names` are aligned right."""
     rule = [*["---"] * names, *["---:"] * (len(head) - names)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
@@ -100,7 +100,7 @@ def _number(column: str, value: float | None) -> str:
 
 
 def csv_text(records: Sequence[Record], averaged: Sequence[Record]) -> str:
-    """Every record, then the means (their image is called "mean"), with full precision."""
+    """Return all records and then the means (with "mean" as the image) as CSV with full precision."""
     columns = _columns([*records, *averaged])
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

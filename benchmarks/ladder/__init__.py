@@ -1,1 +1,1 @@
-"""The optimisation ladder of `latency.py`."""
+"""The optimization ladder of `latency.py`: its configurations, processes and report."""

@@ -1,14 +1,13 @@
-"""What the latency benchmark compares: a table of rungs, and of the engines that they need.
+"""The configurations that the latency benchmark compares, called rungs, and the engines that they need.
 
-A rung that this version cannot climb (a precision or option that `moesr-export` lacks, a library that is not
-installed) is listed with the reason and left out.
+A rung that cannot run on this machine, for example because a library is not installed, is listed with the
+reason and left out.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,36 @@ from typing import Any
 from moesr.export.lowering import SHALLOW_BLOCKS
 from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
+from moesr.export.quantisation import calibration
 from moesr.runtime.backends.selection import candidates
 from moesr.runtime.errors import MoesrError
 from moesr.training.checkpoint import Checkpoint
 
-EXPERTS = 4  # of the published models: features are not reused across their borders
+EXPERTS = 4  # number of experts of the published models; features are not reused from one to the next
 
-PHOTOGRAPHS = 2  # that int8 is calibrated and proved on: the weights are random
+PHOTOGRAPHS = 2  # for the calibration and the parity check of int8; few suffice, as the weights are random
 
 ANY_ERROR = 1.0
-"""Of int8: all layers that can be are, since random weights do not tell which of a trained model may not."""
+"""Error budget that makes all supported layers int8, since random weights do not show sensitive layers."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to make an image; `arithmetic` names the limit that it is held against."""
+    """One configuration: a way to make an image. `arithmetic` names the peak rate to compare it with."""
 
     name: str
-    way: str  # "eager", "autocast", "compiled": PyTorch's; "plain": ONNX Runtime's defaults; "engine": ours
-    engine: str = ""  # of ENGINES; PyTorch runs the checkpoint
+    way: str  # PyTorch: "eager", "autocast", "compiled"; ONNX Runtime's defaults: "plain"; ours: "engine"
+    engine: str = ""  # a key of ENGINES; empty for PyTorch, which runs the checkpoint
     backend: str = "onnxruntime"
     precision: str = "graph"
     arithmetic: str = "fp32"
-    reuse: int = 1  # one step in so many computes the deep levels
+    reuse: int = 1  # every `reuse`-th step computes the deep levels
     sampler: str = "ddpm"
-    steps: int = 20  # of the ladder's image
-    target: float | None = None  # times faster than eager PyTorch's image of 20 steps
-
-    @property
-    def full_steps(self) -> int:
-        """How many of `steps` compute every level, where experts share them evenly."""
-        return self.full(self.steps)
+    steps: int = 20  # sampling steps of the image in the ladder
+    target: float | None = None  # wanted speed-up over eager PyTorch's image of 20 steps
 
     def full(self, steps: int) -> int:
-        """The same for another number of steps."""
+        """Return how many of `steps` steps compute all levels, if the experts have equal numbers of steps."""
         ends = [steps * k // EXPERTS for k in range(EXPERTS + 1)]
         return sum(-(-(b - a) // self.reuse) for a, b in itertools.pairwise(ends))
 
@@ -65,7 +60,7 @@ ENGINES = {
 
 
 def _int8_and_bf16(more: str, **options: Any) -> Rung:
-    """What is not int8 in bf16, as OpenVINO does it."""
+    """Return a rung of OpenVINO whose layers that are not int8 run in bf16."""
     base = Rung(f"moesr int8 and bf16, OpenVINO{more}", "engine", "int8", "openvino", "bf16", "int8")
     return replace(base, **options)
 
@@ -93,12 +88,7 @@ EAGER = RUNGS[0]
 
 
 def obstacle(rung: Rung) -> str | None:
-    """Why a rung cannot be climbed here; None where it can."""
-    if rung.sampler != "ddpm":
-        from moesr.runtime.sampling.samplers import SAMPLERS
-
-        if rung.sampler not in SAMPLERS:
-            return f"there is no sampler {rung.sampler}"
+    """Return why a rung cannot run on this machine; None if it can."""
     if rung.way == "compiled" and importlib.util.find_spec("torch._inductor") is None:
         return "this PyTorch cannot compile"
     if rung.way == "engine":
@@ -110,17 +100,11 @@ def obstacle(rung: Rung) -> str | None:
 
 
 def export(name: str, checkpoint: Checkpoint, directory: Path, tile_px: int) -> str | None:
-    """Export one of ENGINES, which proves it; returns why that could not be, None where it was done."""
+    """Export one of ENGINES, including its parity check; returns the reason of a failure, else None."""
     options = replace(ENGINES[name], tile_px=tile_px)
-    photographs = _photographs() if options.precision == "int8" else ()
+    photographs = calibration.demo_photographs(PHOTOGRAPHS) if options.precision == "int8" else ()
     try:
         export_engine(checkpoint, directory, options, photographs=photographs)
     except MoesrError as error:
         return str(error)
     return None
-
-
-def _photographs() -> Sequence[Any]:
-    from moesr.export.quantisation import calibration  # type: ignore[attr-defined]
-
-    return calibration.demo_photographs(PHOTOGRAPHS)

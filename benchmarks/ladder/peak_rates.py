@@ -1,4 +1,4 @@
-"""The arithmetic limit of this CPU, as it is measured: the fastest matrix product of any library at hand."""
+"""Measure the arithmetic peak rates of this CPU: the fastest matrix product of all installed libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KINDS = {
     "fp32": ("MatMul", np.float32, np.float32, np.float32),
     "int8": ("MatMulInteger", np.uint8, np.int8, np.int32),
 }
-"""Operator, and the types that it takes, holds as weights and gives."""
+"""By arithmetic: the ONNX operator and the types of its input, weights and output."""
 
 
 def measure(threads: int, side: int = SIDE) -> dict[str, float]:
-    """Operations a second, two a multiply-accumulate, by arithmetic: "fp32", "bf16", "int8"."""
+    """Return operations per second (two per multiply-accumulate) for "fp32", "bf16" and "int8"."""
     torch.set_num_threads(threads)
     rates = {
         "fp32": max(_of_torch(torch.float32, side), _of_onnx("fp32", threads, side)),
@@ -37,7 +37,7 @@ def _of_torch(dtype: torch.dtype, side: int) -> float:
 
 
 def _of_onnx(name: str, threads: int, side: int) -> float:
-    """Products a second of a constant matrix, as weights are: the library may lay it out beforehand."""
+    """Return products per second with a constant matrix, which the library may pack ahead, like weights."""
     op, taken, held, given = KINDS[name]
     shape, x_values = (side, side), np.ones((side, side), taken)
     x, y = (
@@ -54,7 +54,7 @@ def _of_onnx(name: str, threads: int, side: int) -> float:
 
 
 def _products_a_second(run: Callable[[], object]) -> float:
-    """The best of several runs, as a limit is."""
+    """Return runs per second of the fastest of several runs."""
     run()
     best = 0.0
     for _ in range(RUNS):

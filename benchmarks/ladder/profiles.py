@@ -1,4 +1,4 @@
-"""Where a graph's time goes, as the library that runs it tells: milliseconds by module and by operator."""
+"""Profiles of graphs by the library that runs them: milliseconds by module and by operator."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Inputs = Mapping[str, np.ndarray]
 
 
 def onnxruntime_profile(path: Path, values: Inputs, threads: int) -> Profile:
-    """Of the second run on ONNX Runtime."""
-    import onnx  # here, so that what is measured elsewhere does not hold it
+    """Profile the second run of a graph on ONNX Runtime."""
+    import onnx  # imported here, so that it adds no memory to other measurements
     import onnxruntime as ort
 
     options = session_options(threads)
@@ -46,7 +46,7 @@ def onnxruntime_profile(path: Path, values: Inputs, threads: int) -> Profile:
 
 
 def openvino_profile(path: Path, values: Inputs, options: SessionOptions) -> Profile:
-    """Of the second run on OpenVINO; operators with the type that they compute in."""
+    """Profile the second run of a graph on OpenVINO; operators are named with their compute type."""
     import openvino
 
     core = openvino.Core()
@@ -66,12 +66,12 @@ def openvino_profile(path: Path, values: Inputs, options: SessionOptions) -> Pro
 
 
 def _module(node: str) -> str:
-    """Where a node belongs; those that an optimiser adds, such as layout changes, have no name."""
+    """Return the module that a node belongs to; nodes that an optimizer added have no name."""
     scope = re.split(r"/?[A-Z]", node)[0]
     return "/".join(scope.split("/")[:2]) or "layout changes"
 
 
 def _sorted(modules: Mapping[str, float], operators: Mapping[str, float]) -> Profile:
-    """Both with what takes most first."""
+    """Return both groups sorted by descending time."""
     groups = {"modules": modules, "operators": operators}
     return {name: dict(sorted(g.items(), key=lambda item: -item[1])) for name, g in groups.items()}

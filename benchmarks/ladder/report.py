@@ -1,4 +1,4 @@
-"""The ladder as a page: what each rung takes, how far it is from the limit, and what it costs in quality."""
+"""The ladder as a page: the time of each rung, its distance from the peak rate, and its loss of quality."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEGRADATION = "x4-bicubic"
 
 
 def options(rung: Rung) -> dict[str, Any]:
-    """What an Upscaler's call is told for a rung, beside the number of steps."""
+    """Return the options of an Upscaler's call for a rung, besides the number of steps."""
     told: dict[str, Any] = {"sampler": rung.sampler} if rung.sampler != "ddpm" else {}
     return told | ({"reuse": rung.reuse} if rung.reuse > 1 else {})
 
 
 def quality(directory: Path, rung: Rung, threads: int) -> float:
-    """Mean PSNR of an engine on the photographs kept out of its training, degraded, as a rung samples."""
+    """Return the mean PSNR of an engine on the held-out photographs, sampled as the rung says."""
     from moesr.runtime import Upscaler
 
     found = []
@@ -40,7 +40,7 @@ def quality(directory: Path, rung: Rung, threads: int) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page: machine, settings, the ladder, the details, where time goes."""
+    """Return the page: machine, settings, ladder, details and profiles."""
     s, load = result["settings"], result["load_average"]
     rates = ", ".join(f"{name} {rate / GIGA:.0f}" for name, rate in result["limits"].items())
     lines = [
@@ -74,7 +74,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _ladder(rungs: list[dict[str, Any]]) -> list[str]:
-    """An image's time, memory and quality, rung by rung."""
+    """Return the table with the time, memory and quality of an image, one row per rung."""
     base = _eager(rungs)["image 20"]
     psnr = any("psnr" in r for r in rungs)
     head = ["rung", "steps", "image (s)", "against eager, 20 steps", "peak memory (GB)", "error of a step"]
@@ -88,7 +88,7 @@ def _ladder(rungs: list[dict[str, Any]]) -> list[str]:
 
 
 def _details(result: dict[str, Any]) -> list[str]:
-    """What the images are composed of, and the parts of the limit."""
+    """Return the table with the parts of an image and their fractions of the peak rate."""
     head = ["seconds", "first load", "load", "first image", "step", "shallow step", "decode", "20 steps"]
     head += ["50 steps", "of the limit: step", "decode"]
     lines = [_line(head), _line(["---"] * len(head))]
@@ -104,7 +104,7 @@ def _details(result: dict[str, Any]) -> list[str]:
 
 
 def _targets(result: dict[str, Any]) -> list[str]:
-    """Which rungs are as much faster than eager PyTorch as they should be, and as they could be."""
+    """Compare the speed-ups over eager PyTorch with the targets and with the largest possible ones."""
     base, lines = _eager(result["rungs"])["image 20"], []
     for r in result["rungs"]:
         if r["target"]:
@@ -118,7 +118,7 @@ def _targets(result: dict[str, Any]) -> list[str]:
 
 
 def _least_seconds(r: dict[str, Any], result: dict[str, Any]) -> float:
-    """Of an image of 20 steps whose products all run at the measured rate, and that does nothing else."""
+    """Return the least seconds of an image of 20 steps: only products, all at the peak rate."""
     macs = result["macs"].get(r["engine"]) or result["macs"]["plain"]
     full = Rung(**{field.name: r[field.name] for field in fields(Rung)}).full(20)
     steps = full * macs[EXPERT] + (20 - full) * macs.get(SHALLOW, macs[EXPERT])

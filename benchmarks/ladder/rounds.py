@@ -1,4 +1,4 @@
-"""The processes of a latency benchmark, and the turns that they take."""
+"""The processes of a latency benchmark, and the rounds in which they run one after the other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of two candidates; `ratio` is eager over engine: above 1 the engine is better."""
+    """One quantity, measured for the engine and for eager PyTorch."""
 
     what: str
     unit: str
@@ -41,30 +41,30 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Eager over engine."""
+        """Eager over engine; above 1 the engine is better."""
         return self.eager / self.engine
 
 
 @dataclass
 class Measured:
-    """What was found out about a rung; seconds by what was done, in order."""
+    """Measurements of a rung: the seconds of each kind of run, in order, and further values by name."""
 
     rung: Rung
     seconds: dict[str, list[float]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
 
     def image(self, steps: int) -> float:
-        """Seconds of an image of `steps` steps, composed."""
+        """Return the seconds of an image of `steps` steps, composed from medians."""
         step, decode = self.median("step"), self.median("decode")
         full = self.rung.full(steps)
         return full * step + (steps - full) * self.median("shallow", step) + decode
 
     def median(self, what: str, otherwise: float = 0.0) -> float:
-        """Of what was done in the rounds."""
+        """Return the median seconds of the runs called `what`, or `otherwise` if there are none."""
         return median(self.seconds[what]) if what in self.seconds else otherwise
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, and what follows from it."""
+        """Return the measurements and the values derived from them."""
         firsts = self.values["first step"] + self.values["first decode"]
         rest = self.image(self.rung.steps) - self.median("step") - self.median("decode")
         found = {w: self.median(w) for w in ("step", "shallow", "decode") if w in self.seconds}
@@ -77,16 +77,16 @@ class Measured:
 
 
 class Worker:
-    """A candidate's process."""
+    """The process of a candidate."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.loaded: float = self._answer()["seconds"]
 
     def ask(self, command: str) -> dict[str, float]:
-        """Have it run a command; its answer."""
+        """Send a command to the process and return its answer."""
         assert self._process.stdin
-        with suppress(BrokenPipeError):  # it has ended: there will be no answer
+        with suppress(BrokenPipeError):  # the process has ended; `_answer` reports it
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
         return self._answer()
@@ -113,7 +113,7 @@ def _worker(task: dict[str, Any]) -> Iterator[Worker]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a worker, which finds the packages of the benchmarks in it."""
+    """Return the environment of a worker, with the benchmarks' packages on PYTHONPATH."""
     found = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
 
@@ -123,7 +123,7 @@ def _command(task: dict[str, Any]) -> list[str]:
 
 
 class Bench:
-    """The directory that all of it happens in, and what is done there."""
+    """The work directory of the benchmark and the measurements made in it."""
 
     def __init__(self, place: Path, given: Path, args: argparse.Namespace, bar: tqdm) -> None:
         self._place, self._given, self._args, self._bar = place, given, args, bar
@@ -132,12 +132,12 @@ class Bench:
         self.parity: dict[str, dict[str, float]] = {}
 
     def stage(self, what: str) -> None:
-        """Say what begins."""
+        """Show the current stage in the progress bar."""
         self._bar.set_description(what)
         self._bar.update()
 
     def export_all(self, checkpoint: Checkpoint, chosen: Sequence[Rung]) -> dict[str, str]:
-        """Export the engines of some rungs, and the plain one; returns why a rung has none, by name."""
+        """Export the engines of the rungs and the plain one; returns the reasons of failures by rung."""
         reasons: dict[str, str] = {}
         for name in dict.fromkeys(["plain", *(rung.engine for rung in chosen if rung.engine)]):
             self.stage(f"export and prove {name}")
@@ -153,9 +153,9 @@ class Bench:
         return reasons
 
     def time_all(self, rungs: Sequence[Rung]) -> list[Measured]:
-        """Time the rungs in turns, each in a process that ends with its turn, since memory holds few at once.
+        """Time the rungs in rounds, one process at a time, since memory holds only few of them.
 
-        Those whose process fails are left out. Raises MoesrError where that is eager PyTorch's.
+        Rungs whose process fails are left out. Raises MoesrError if eager PyTorch fails.
         """
         found = {rung.name: Measured(rung) for rung in rungs}
         for repeat in range(self._args.repeats):
@@ -171,9 +171,9 @@ class Bench:
         return list(found.values())
 
     def _turn(self, one: Measured) -> None:
-        """Run everything once, then three steps and a decode against the clock."""
+        """Run everything once, then time three steps and a decode."""
         rung, output = one.rung, self._place / "output.npz"
-        if rung.way == "engine" and "first load" not in one.values:  # prepares its graphs
+        if rung.way == "engine" and "first load" not in one.values:  # optimizes and caches its graphs
             one.values["first load"] = self._ended(rung, "open")["seconds"]
         with _worker(self._task(rung, rung.way)) as worker:
             one.values |= {"load": worker.loaded, "first step": worker.ask("step")["seconds"]}
@@ -190,7 +190,7 @@ class Bench:
         one.values |= dict(zip(("step error", "decode error"), errors, strict=True))
 
     def find_memory(self, one: Measured) -> None:
-        """The peak of a whole run, and how long it takes from the process's start on."""
+        """Measure the peak memory of a whole image, and its time from the start of the process."""
         if one.rung.way != "engine":
             return
         self.stage(f"a whole image: {one.rung.name}")
@@ -199,7 +199,7 @@ class Bench:
         one.values["whole image of 2 steps"] = answer["seconds"]
 
     def find_quality(self, one: Measured) -> None:
-        """The PSNR of the bundled x4 model, exported and run as the rung says."""
+        """Measure the PSNR of the bundled x4 model, exported and run as the rung says."""
         rung = one.rung
         if rung.way != "engine":
             return
@@ -214,7 +214,7 @@ class Bench:
         one.values["psnr"] = report.quality(directory, rung, self._args.threads)
 
     def profiles(self, found: Sequence[Measured]) -> dict[str, Any]:
-        """Where the time of our rungs goes, by their names, of those whose every step is a full one."""
+        """Profile our rungs that do not reuse features; returns the profiles by name."""
         where = {}
         for rung in (one.rung for one in found if one.rung.way == "engine" and one.rung.reuse == 1):
             self.stage(f"profile {rung.name}")
@@ -239,7 +239,7 @@ class Bench:
         }
 
     def _ended(self, rung: Rung, way: str) -> dict[str, Any]:
-        """The answer of a process that does one thing."""
+        """Return the answer of a process that does one task and ends."""
         done = subprocess.run(
             _command(self._task(rung, way)), stdout=subprocess.PIPE, text=True, env=_environment()
         )

@@ -1,9 +1,9 @@
 """One candidate of the latency benchmark in a process of its own, so that its peak memory is its own.
 
-Takes one JSON object as its argument: `way` and what that needs. "profile", "whole" and "open" print their
-result and end. Others load their networks, say how long that took, and then answer commands from stdin:
-"step", "shallow", "decode" and "save FILE", which keeps the results of step and decode; each with a JSON line
-of seconds and peak memory.
+The argument is one JSON object with the fields of `Task`. The ways "profile", "whole" and "open" print their
+result and end. The other ways load their networks, print how long that took, and then answer commands from
+stdin: "step", "shallow", "decode", and "save FILE", which writes the results of step and decode. Each answer
+is a JSON line with seconds and peak memory.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Inputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a rung runs, and where its results then are."""
+    """The functions that a rung runs, and access to their results."""
 
     step: Run
     decode: Run
-    outputs: Callable[[], tuple[np.ndarray, np.ndarray]]  # of the last step and decode
+    outputs: Callable[[], tuple[np.ndarray, np.ndarray]]  # results of the last step and decode
     shallow: Run | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the process is to do; `given` is a file of inputs by name, of expert and decoder."""
+    """The task of the process; `given` is a file with the inputs of expert and decoder by name."""
 
     way: str
     directory: str
@@ -54,11 +54,11 @@ class Task:
     cache: str | None = None
     reuse: int = 1
     steps: int = 2
-    begun: float = 0.0  # when the process was started, as the system's clock has it
-    options: dict[str, Any] = field(default_factory=dict)  # of an Upscaler's call
+    begun: float = 0.0  # start of the process, in seconds of the system's clock
+    options: dict[str, Any] = field(default_factory=dict)  # options of an Upscaler's call
 
     def inputs(self, names: tuple[str, ...]) -> Inputs:
-        """Some of the given inputs, in this order."""
+        """Read the inputs with these names, in this order."""
         with np.load(self.given) as arrays:
             return {name: arrays[name] for name in names}
 
@@ -67,13 +67,13 @@ OF_EXPERT, OF_DECODER = ("z_t", "cond", "t"), ("z", "lr", "fidelity")
 
 
 def select(task: Task) -> Backend:
-    """The backend as a rung wants it."""
+    """Return the backend with the settings of the task."""
     cache = Path(task.cache) if task.cache else None
     return candidates(task.backend, "cpu", task.threads, precision=task.precision, cache=cache)[0]
 
 
 def engine(task: Task) -> Candidate:
-    """Step and decode as the runtime does them; with reuse, the step without the deep levels, too."""
+    """Load the runtime's step and decode; with reuse, also the step without the deep levels."""
     directory = Path(task.directory)
     manifest, backend = read_manifest(directory, verify=False), select(task)
     buffers: dict[str, np.ndarray] = dict(task.inputs((*OF_EXPERT, *OF_DECODER)))
@@ -87,7 +87,7 @@ def engine(task: Task) -> Candidate:
 def _bound(
     backend: Backend, directory: Path, graph: Graph, buffers: dict[str, np.ndarray]
 ) -> tuple[Run, np.ndarray]:
-    """A graph between buffers by name, those that it lacks made; its run and its first output."""
+    """Bind a graph to named buffers and allocate missing ones; returns its run and its first output."""
     session = backend.open(directory, graph)
     for spec in (*session.boundary.inputs, *session.boundary.outputs):
         if spec.name not in buffers:
@@ -100,7 +100,7 @@ def _bound(
 
 
 def plain(task: Task) -> Candidate:
-    """The graphs as ONNX Runtime runs them on its own: default options, no buffers bound."""
+    """Load the graphs in ONNX Runtime with default options and without bound buffers."""
     import onnxruntime as ort
 
     directory, results = Path(task.directory), {}
@@ -120,7 +120,7 @@ def plain(task: Task) -> Candidate:
 
 
 def pytorch(task: Task) -> Candidate:
-    """The networks in PyTorch, from the checkpoint: eager, compiled, or in bf16 and channels last."""
+    """Load the networks of the checkpoint in PyTorch: eager, compiled, or in bf16 and channels last."""
     import torch
 
     from moesr.training.checkpoint import load_checkpoint
@@ -134,7 +134,7 @@ def pytorch(task: Task) -> Candidate:
     def call(role: str, function: Callable[..., Any], names: tuple[str, ...]) -> Run:
         tensors = [torch.from_numpy(value) for value in task.inputs(names).values()]
         tensors = [t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors]
-        if role == DECODER and tensors[-1].dim() == 1:  # fidelity, one a tile
+        if role == DECODER and tensors[-1].dim() == 1:  # fidelity, one per tile
             tensors[-1] = tensors[-1][:, None, None, None]
 
         @torch.inference_mode()
@@ -163,7 +163,7 @@ WAYS: dict[str, Callable[[Task], Candidate]] = {
 
 
 def whole(task: Task) -> dict[str, float]:
-    """A whole image of `steps` steps from one tile: seconds from the process's start on, and peak memory."""
+    """Make a whole image of one tile: returns the seconds since the process's start, and peak memory."""
     from moesr.runtime import Upscaler
 
     side = read_manifest(Path(task.directory), verify=False)
@@ -176,7 +176,7 @@ def whole(task: Task) -> dict[str, float]:
 
 
 def open_all(task: Task) -> dict[str, float]:
-    """Open the graphs one after the other, so that they are prepared: seconds."""
+    """Open all graphs one after the other, which fills the cache; returns the seconds."""
     directory, begin = Path(task.directory), time.perf_counter()
     manifest, backend = read_manifest(directory, verify=False), select(task)
     for graph in manifest.graphs.values():
@@ -185,7 +185,7 @@ def open_all(task: Task) -> dict[str, float]:
 
 
 def profile(task: Task) -> dict[str, profiles.Profile]:
-    """Where one step and one decode spend their time."""
+    """Profile one step and one decode."""
     directory, found = Path(task.directory), {}
     manifest = read_manifest(directory, verify=False)
     for role, names in ((EXPERT, OF_EXPERT), (DECODER, OF_DECODER)):
@@ -198,7 +198,7 @@ def profile(task: Task) -> dict[str, profiles.Profile]:
 
 
 def peak_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Largest memory this process has held; on Linux not ru_maxrss, which begins with that of the parent."""
+    """Return the peak memory of this process. On Linux, ru_maxrss would include the parent's peak."""
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
@@ -214,7 +214,7 @@ def serve(
         name, _, argument = line.strip().partition(" ")
         begin = time.perf_counter()
         if name == "save":
-            assert save, "nothing can be saved"
+            assert save, "this candidate saves no results"
             save(argument)
         else:
             run = commands[name]
@@ -228,7 +228,7 @@ ENDING: dict[str, Callable[[Task], object]] = {"profile": profile, "whole": whol
 
 
 def main(argument: str) -> None:
-    """Do the task: print a result, or load the candidate, say how long that took, and serve."""
+    """Do the task: print its result, or load the candidate, print the load time, and answer commands."""
     task, begin = Task(**json.loads(argument)), time.perf_counter()
     if task.way in ENDING:
         print(json.dumps(ENDING[task.way](task)))
