@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -354,7 +355,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["moe"]).sha256()
     command = [sys.executable, "-c", KILLED, str(directory)]
-    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == -signal.SIGKILL
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=found, check=False)
+    assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2
     assert load_checkpoint(directory).sha256() == digest
     save(directory, FAMILIES["moe"], force=True)

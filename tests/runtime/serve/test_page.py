@@ -74,7 +74,7 @@ def drop(page: playwright.Page, data: bytes, name: str, kind: str) -> None:
     page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
 
 
-def test_from_a_dropped_picture_to_the_download(page, process, upscaler, tmp_path):
+def test_from_a_dropped_picture_to_the_download(page, process, tiny_upscaler, tmp_path):
     server, data = process(), picture(60, 80)
     page.goto(server.url)
     page.wait_for_selector("#engine option", state="attached")
@@ -116,7 +116,7 @@ def test_from_a_dropped_picture_to_the_download(page, process, upscaler, tmp_pat
         page.click("#download")
     assert waiting.value.suggested_filename == "holiday_x4.png"
     waiting.value.save_as(tmp_path / "got.png")
-    want = upscaler(Image.fromarray(pixels_of(data)), steps=40)
+    want = tiny_upscaler(Image.fromarray(pixels_of(data)), steps=40)
     np.testing.assert_array_equal(pixels_of((tmp_path / "got.png").read_bytes()), np.asarray(want))
     overflow = page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert not overflow, "the page is wider than the window"

@@ -28,7 +28,7 @@ def finished(client, names: list[str]) -> list[dict]:
         time.sleep(0.05)
 
 
-def test_accepted_jobs_survive_a_kill_and_finish_once(process, upscaler):
+def test_accepted_jobs_survive_a_kill_and_finish_once(process, tiny_upscaler):
     first = process()
     data = [picture(150, 150, seed=k) for k in range(4)]
     names = [first.client.post("/v1/jobs?steps=60", content=one).json()["id"] for one in data]
@@ -39,7 +39,7 @@ def test_accepted_jobs_survive_a_kill_and_finish_once(process, upscaler):
     assert f"job {names[0]} goes on" not in second.text(), "what was done is not done again"
     for one, name in zip(data, names, strict=True):
         result = second.client.get(f"/v1/jobs/{name}/result").content
-        want = upscaler(Image.fromarray(pixels_of(one)), steps=60)
+        want = tiny_upscaler(Image.fromarray(pixels_of(one)), steps=60)
         np.testing.assert_array_equal(pixels_of(result), np.asarray(want))
 
 
@@ -120,7 +120,9 @@ def test_wrong_options_end_in_one_line(options, code, message, tmp_path, capsys)
     assert message in err and "Traceback" not in err
 
 
-def test_an_address_that_is_taken(process, engine, tmp_path, capsys):
+def test_an_address_that_is_taken(process, tiny_engine, tmp_path, capsys):
     _, port = process().address
-    assert cli.main(["--state", str(tmp_path / "other"), "--engine", str(engine), "--port", str(port)]) == 1
+    assert (
+        cli.main(["--state", str(tmp_path / "other"), "--engine", str(tiny_engine), "--port", str(port)]) == 1
+    )
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err

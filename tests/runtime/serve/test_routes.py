@@ -26,9 +26,9 @@ def wait_for(client, job: dict) -> dict:
     return state
 
 
-def test_a_result_is_the_upscalers(serve, upscaler):
+def test_a_result_is_the_upscalers(serve, tiny_upscaler):
     data = picture()
-    want = upscaler(Image.open(io.BytesIO(data)), steps=3, seed=7, color_fix="none")
+    want = tiny_upscaler(Image.open(io.BytesIO(data)), steps=3, seed=7, color_fix="none")
     with serve() as client:
         raw = client.post("/v1/upscale?steps=3&seed=7&color_fix=none", content=data)
         fields = {"steps": "3", "seed": "7", "color-fix": "none"}
@@ -60,7 +60,7 @@ def test_results_carry_the_record(serve, tmp_path):
     assert record and record.settings["steps"] == 2 and len(record.digest) == 64
 
 
-def test_a_job_from_its_acceptance_to_its_end(serve, upscaler):
+def test_a_job_from_its_acceptance_to_its_end(serve, tiny_upscaler):
     data = picture(40, 30)
     with serve() as client:
         answer = client.post("/v1/jobs?steps=4&seed=1", content=data)
@@ -75,7 +75,7 @@ def test_a_job_from_its_acceptance_to_its_end(serve, upscaler):
         assert client.delete(f"/v1/jobs/{job['id']}").status_code == 204
         for path in ("", "/result", "/events"):
             assert client.get(f"/v1/jobs/{job['id']}{path}").status_code == 404
-    want = upscaler(Image.open(io.BytesIO(data)), steps=4, seed=1)
+    want = tiny_upscaler(Image.open(io.BytesIO(data)), steps=4, seed=1)
     np.testing.assert_array_equal(pixels_of(result.content), np.asarray(want))
 
 

@@ -11,37 +11,45 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 import pytest
-from engines import build_engine
-from fastapi.testclient import TestClient
 
-from moesr.runtime import Upscaler
-from moesr.runtime.serve.app import make_app
-from moesr.runtime.serve.limits import Limits
-from moesr.runtime.serve.service import Service
-from moesr.runtime.serve.store import Store
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
+
+    from moesr.runtime import Upscaler
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from engines import build_engine
+
     return build_engine(tmp_path_factory.mktemp("serve") / "engine")
 
 
 @pytest.fixture(scope="session")
-def upscaler(engine: Path) -> Iterator[Upscaler]:
-    with Upscaler(engine, threads=1) as up:
+def tiny_upscaler(tiny_engine: Path) -> Iterator[Upscaler]:
+    from moesr.runtime import Upscaler
+
+    with Upscaler(tiny_engine, threads=1) as up:
         yield up
 
 
 @pytest.fixture
-def serve(upscaler: Upscaler, tmp_path: Path) -> Callable:
+def serve(tiny_upscaler: Upscaler, tmp_path: Path) -> Callable:
     """Make a client of a service with given limits: `with serve(queue=1) as client`."""
+
+    from fastapi.testclient import TestClient
+
+    from moesr.runtime.serve.app import make_app
+    from moesr.runtime.serve.limits import Limits
+    from moesr.runtime.serve.service import Service
+    from moesr.runtime.serve.store import Store
 
     @contextmanager
     def make(token: str | None = None, **limits: float) -> Iterator[TestClient]:
-        service = Service({"tiny": upscaler}, Store(tmp_path / "state"), Limits(**limits))
+        service = Service({"tiny": tiny_upscaler}, Store(tmp_path / "state"), Limits(**limits))
         with TestClient(make_app(service, token), raise_server_exceptions=False) as client:
             client.service = service  # type: ignore[attr-defined]
             yield client
@@ -64,6 +72,8 @@ class Process:
             assert self.process.poll() is None and time.monotonic() < limit, self.text()
             time.sleep(0.05)
         self.url = found[1]
+        import httpx
+
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def text(self) -> str:
@@ -83,12 +93,12 @@ class Process:
 
 
 @pytest.fixture
-def process(engine: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def process(tiny_engine: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start servers that share a state directory; what is left of them is killed at the end."""
     made: list[Process] = []
 
     def start(*options: str) -> Process:
-        made.append(Process(engine, tmp_path / "state", *options))
+        made.append(Process(tiny_engine, tmp_path / "state", *options))
         return made[-1]
 
     (tmp_path / "state").mkdir()
