@@ -1,10 +1,11 @@
 """Check every kernel and every backend on this machine's GPU, then time them beside PyTorch, in minutes.
 
-Full-width networks with seeded weights: a step, a decode and images of 128 -> 512 px at several numbers of
-steps and images at once, against plain PyTorch in float16 (CUDA graphs) and torch.compile, as shares of the
-copy and matrix rates that are measured first. Every section is a process of its own with its own time; where
-a part of the stack is absent it says which, and the others go on. Runs from a checkout, without a network.
-Writes gpu-NAME.json and gpu-NAME.md. Exit codes: 0 done, or no GPU here; 1 a check did not hold.
+With full-width networks and seeded weights it times a step, a decode and images of 128 -> 512 px, for several
+numbers of steps and batch sizes. The results are compared with plain PyTorch in float16 (CUDA graphs) and
+torch.compile, and given as fractions of the copy and matrix rates, which are measured first. Every section
+runs in a process of its own with a time limit. If a section needs something that is not installed, the page
+says so and the other sections run. It runs from a checkout and needs no internet access. Writes gpu-NAME.json
+and gpu-NAME.md. Exit codes: 0 done, or no GPU here; 1 a check failed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MARK = "@@ "  # before what a section's process says
+MARK = "@@ "  # prefix of the report lines of a section's process
 RESULTS = HERE / "results"
 
 
 def find_package() -> None:
-    """Have `moesr` importable here and in processes that this one starts, installed or not."""
+    """Make `moesr` importable in this process and its children, even if it is not installed."""
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec("moesr.runtime"):
             return
@@ -55,7 +56,7 @@ from gpu_suite.setup import Absent, Report, Setup, add_sizes  # noqa: E402
 
 @dataclass(frozen=True)
 class Section:
-    """A function of a module below this folder, and the seconds that it may take."""
+    """A function of a module in this folder, and its time limit in seconds."""
 
     module: str
     function: str
@@ -78,11 +79,11 @@ SECTIONS = {
     "pytorch with kernels": Section("gpu_suite.networks", "measure_kernels_inside", 50),
     "torch.compile": Section("gpu_suite.networks", "measure_compiled", 150),
 }
-"""In order: what others need comes first, what may take any time last."""
+"""The sections in order: those that others depend on come first, those of unknown duration last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sections, write what they found."""
+    """Run the sections and write their results; returns the exit code."""
     args = parser().parse_args(argv)
     if args.section:
         run_section(args.section, Setup.of(args), say)
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(p)
     p.add_argument("--only", nargs="+", choices=list(SECTIONS)[1:], metavar="SECTION", help="default: all")
@@ -117,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
-    """Run a section in a process of its own, ended when its time or the whole's is over."""
+    """Run a section in a process of its own, which is ended at its time limit or the total limit."""
     allowed = min(SECTIONS[name].seconds, deadline - time.monotonic())
     found = empty()
     if allowed < 1:
@@ -141,19 +142,19 @@ def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
 
 
 def empty() -> dict[str, Any]:
-    """What a section has found before it begins."""
+    """Return the empty results of a section."""
     return {"rows": [], "checks": [], "notes": [], "facts": {}, "absent": "", "failed": "", "seconds": 0.0}
 
 
 def collect(stream: Any, found: dict[str, Any]) -> None:
-    """Read what a section says, until its end."""
+    """Read the report lines of a section's process until it ends."""
     for line in stream:
         if line.startswith(MARK):
             take(found, *json.loads(line.removeprefix(MARK)))
 
 
 def take(found: dict[str, Any], kind: str, value: Any) -> None:
-    """Put one thing said where it belongs."""
+    """Add one report line to the results."""
     if kind in ("absent", "failed"):
         found[kind] = value
     elif kind == "facts":
@@ -163,12 +164,12 @@ def take(found: dict[str, Any], kind: str, value: Any) -> None:
 
 
 def say(kind: str, value: Any) -> None:
-    """Tell the process that started this one."""
+    """Send a report line to the parent process."""
     print(MARK + json.dumps([kind, value]), flush=True)
 
 
 def run_section(name: str, setup: Setup, say: Callable[[str, Any], None]) -> None:
-    """Run a section here; what it lacks and what it fails of is said."""
+    """Run a section in this process; reports missing parts and failures."""
     section = SECTIONS[name]
     try:
         function = getattr(importlib.import_module(section.module), section.function)
@@ -184,7 +185,7 @@ def run_section(name: str, setup: Setup, say: Callable[[str, Any], None]) -> Non
 
 
 def slug(name: str) -> str:
-    """A GPU's name as part of a file's."""
+    """Return a GPU's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""Compare calibrations of int8: an expert's own timesteps against all timesteps, and percentiles of a range.
+"""Compare calibrations of int8: an expert's own timesteps or all timesteps, and percentiles as range limits.
 
 Ranges are measured on photographs that come with Python packages, and errors (relative L2 to float32) on
 other photographs (--hr): for one run of every expert at its own timesteps, and for the sampled image. Unless

@@ -41,7 +41,7 @@ TIMEOUT_S = 600.0
 
 @dataclass
 class Load:
-    """What was seen during one way of serving."""
+    """Measurements of one way of serving."""
 
     name: str
     seconds: float = 0.0

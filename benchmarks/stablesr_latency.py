@@ -1,11 +1,11 @@
 """Time StableSR's step, encoding and decoding: the engine against the same networks in eager PyTorch.
 
-Networks of the published shapes with random weights are exported, which proves the graphs against the
-networks before anything is timed; with --work, checkpoint and engine are kept and found again. A graph at a
-time, the engine and eager PyTorch then take turns on one tile, each in a process of its own. Loading is from
-the engine's files (not hashed anew) and from the checkpoint's, whose weights are in half precision; peak
-memory is that of a process with one graph or network. The text was encoded once, when the engine was made. A
-graph has fewer multiply-accumulates than its network where convolutions are by Winograd.
+Networks of the published shapes with random weights are exported, and the export compares the graphs with the
+networks before anything is timed. With --work, checkpoint and engine are kept and reused. For each graph, the
+engine and eager PyTorch then alternate on one tile, each in a process of its own. The engine loads its files
+without hashing them again; PyTorch loads the checkpoint, whose weights are in half precision. Peak memory is
+that of a process with one graph or network. The text is encoded once, when the engine is made. A graph has
+fewer multiply-accumulates than its network if it uses Winograd convolutions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ STEPS = StableSRConfig.steps
 
 @dataclass(frozen=True)
 class Timed:
-    """One graph: its rows, and the multiply-accumulates of one tile."""
+    """One graph: its rows of the table, and its multiply-accumulates for one tile."""
 
     what: str
     rows: tuple[Row, ...]
@@ -65,7 +65,7 @@ class Timed:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the table where asked: 0 done, otherwise the exit code of the error."""
+    """Measure, print the table and optionally write it; returns 0 or the exit code of the error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["worker"]:
         return work(*arguments[1:])
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(config: StableSRConfig, place: Path, tile_px: int) -> Manifest:
-    """Write the checkpoint and the engine where they are not there yet; returns the engine's manifest."""
+    """Write the checkpoint and the engine unless they exist; returns the engine's manifest."""
     if not (place / "checkpoint" / CONFIG_NAME).is_file():
         save_random(place / "checkpoint", config)
     engine = place / f"engine-{tile_px}"
@@ -140,14 +140,14 @@ def measure(manifest: Manifest, place: Path, args: argparse.Namespace) -> dict[s
 
 
 def image_row(timed: Sequence[Timed]) -> Row:
-    """An image of one tile, as a sum of its parts."""
+    """Return the row of an image of one tile, the sum of its parts."""
     runs = {t.what: STEPS if t.what == "step" else 1 for t in timed}
     seconds = [sum(runs[t.what] * getattr(t.seconds, kind) for t in timed) for kind in KINDS]
     return Row(f"image ({STEPS} steps), as a sum", "s", *seconds)
 
 
 def time_both(what: str, graph: Graph, place: Path, args: argparse.Namespace, bar: tqdm) -> Timed:
-    """One graph and its network in turns: loading, the first run, the median of others, peak memory."""
+    """Measure a graph and its network alternately: loading, first run, median of later runs, peak memory."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     peak: dict[str, float] = {}
     bar.set_description(f"{what}: load")
@@ -182,7 +182,7 @@ def _worker(kind: str, what: str, place: Path, args: argparse.Namespace) -> Iter
 
 
 def work(kind: str, what: str, place: str, threads: str, tile_px: str) -> int:
-    """One candidate: load it, say how long that took, then run it whenever a line comes in."""
+    """Load one candidate, print the load time, then run it for every line read from stdin."""
     role, manifest = ROLES[what], read_manifest(Path(place) / f"engine-{tile_px}", verify=False)
     values = inputs(manifest.graphs[role])
     begin = time.perf_counter()
@@ -198,7 +198,7 @@ def work(kind: str, what: str, place: str, threads: str, tile_px: str) -> int:
 
 
 def inputs(graph: Graph) -> Inputs:
-    """Seeded inputs of a graph for one tile: noise, timestep 500, fidelity 0.5, the first prompt."""
+    """Return seeded inputs of a graph for one tile: noise, timestep 500, fidelity 0.5, the first prompt."""
     rng, fixed = np.random.Generator(np.random.PCG64(0)), {"t": 500.0, "fidelity": 0.5, "prompt": 0.0}
     shapes = {spec.name: [1, *spec.dims[1:]] for spec in graph.inputs}
     return {
@@ -208,7 +208,7 @@ def inputs(graph: Graph) -> Inputs:
 
 
 def engine_run(directory: Path, graph: Graph, values: Inputs, threads: int) -> Run:
-    """A run of a graph as the runtime does it."""
+    """Return a function that runs a graph as the runtime does."""
     backend = select_backend("onnxruntime", "cpu", threads)
     device = backend.device()
     session = backend.open(directory, graph)
@@ -222,7 +222,7 @@ def engine_run(directory: Path, graph: Graph, values: Inputs, threads: int) -> R
 
 
 def eager_run(directory: Path, role: str, values: Inputs, threads: int, prompts: int = 1) -> Run:
-    """A run of the same networks in eager PyTorch."""
+    """Return a function that runs the networks of a role in eager PyTorch."""
     torch.set_num_threads(threads)
     checkpoint = load_checkpoint(directory)
     assert isinstance(checkpoint, StableSRCheckpoint)
@@ -245,7 +245,7 @@ def eager_run(directory: Path, role: str, values: Inputs, threads: int, prompts:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page: machine, settings, table."""
+    """Return the page: machine, settings and table."""
     s, load = result["settings"], result["load_average"]
     lines = [
         "# Latency of StableSR",
@@ -281,9 +281,9 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--work", type=Path, metavar="DIR", help="keep checkpoint and engine (10 GB) below it (default: no)")
     add("--graphs", nargs="+", choices=tuple(ROLES), default=tuple(ROLES), help="(default: all)")
-    add("--prepare", action="store_true", help="make these and measure nothing")
+    add("--prepare", action="store_true", help="only write checkpoint and engine")
     add("--tile", type=int, default=512, metavar="PX", help="side of the tile (default: 512)")
-    add("--threads", type=int, default=usable_cores(), help="threads of both (default: all cores)")
+    add("--threads", type=int, default=usable_cores(), help="CPU threads (default: all cores)")
     add("--repeats", type=int, default=3, help="runs of each graph after the first (default: 3)")
     add("--json", action="store_true", help="print JSON in place of the table")
     add("-o", "--output", type=Path, metavar="FILE", help="also write the table")

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where tests leave the choice there is but one backend, and nothing goes to the user's cache."""
+    """Tests that choose no backend get only one, and no test writes to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOESR_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in BACKENDS.keys() - {BACKEND}:

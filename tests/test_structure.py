@@ -18,7 +18,7 @@ def modules() -> set[str]:
 
 
 def listed() -> Counter[str]:
-    """How often the page lists each module; a pattern such as `*/op.py` stands for all files that match."""
+    """Count how often the page lists each module; a pattern such as `*/op.py` lists all matching files."""
     found: Counter[str] = Counter()
     folder = ""
     for line in PAGE.read_text(encoding="utf-8").splitlines():

@@ -1,1 +1,1 @@
-"""The sections of `gpu.py`."""
+"""The sections of `gpu.py`, and the functions that they share."""

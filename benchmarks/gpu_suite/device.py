@@ -1,4 +1,4 @@
-"""The device's part of benchmarks/gpu.py: our driver, kernels and CUDA graphs, with a graph that copies."""
+"""The device section of benchmarks/gpu.py: driver, loop kernels and CUDA graphs with a graph that copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesr.runtime.system.relative_error import relative_l2
 
 
 class CopySession:
-    """A graph that gives back its first input, on the device's stream or on the host."""
+    """A session that copies its first input to its output, on the device's stream or on the host."""
 
     capturable = True
 
@@ -49,7 +49,7 @@ class CopySession:
 
 
 def measure_device(setup: Setup, report: Report) -> None:
-    """Every operation of the device against the host's, as graphs and one by one, then its own cost."""
+    """Compare all operations of the device with the host's, with and without CUDA graphs, and time a tick."""
     absent_unless_there("cuda.core")
     if not (setup.engine / "kernels" / "kernels.json").is_file():
         raise Absent("the loop's kernels were not compiled")
@@ -66,7 +66,7 @@ def measure_device(setup: Setup, report: Report) -> None:
 
 
 def steps_of_copies(device: Device, side: int, steps: int = 5) -> dict[str, np.ndarray]:
-    """What a device makes of images of every kind and of a few steps, over four overlapping tiles."""
+    """Return a device's results for all kinds of images and a few steps, over four overlapping tiles."""
     rng, origins = np.random.default_rng(3), [(0, 0), (0, side // 2), (side // 2, 0), (side // 2, side // 2)]
     size, found = side + side // 2, {}
     weights = tiles.gaussian_weights(side)
@@ -92,14 +92,16 @@ def steps_of_copies(device: Device, side: int, steps: int = 5) -> dict[str, np.n
             if name == "latent":
                 device.advance(z, mean, c, 11, step)
             elif step < steps - 1:
-                device.advance(device.canvas((3, size, size)), mean, c, 11, step)  # clears the sums
+                device.advance(
+                    device.canvas((3, size, size)), mean, c, 11, step
+                )  # also clears the sums of `mean`
         found[f"mean of {name}"] = device.download(mean).copy()
     found["latent after its steps"] = device.download(z).copy()
     return {name: value for name, value in found.items() if np.linalg.norm(value)}
 
 
 def cost_of_a_tick(device: Device, side: int, report: Report) -> float:
-    """Seconds of gather, copy and blend of one tile."""
+    """Measure the seconds of gathering, copying and blending one tile."""
     session = CopySession(TensorSpec("z_t", "float32", ("B", 3, side, side)))
     buffers = {s.name: device.buffer(s, 1) for s in (*session.boundary.inputs, *session.boundary.outputs)}
     session.bind(buffers, 1)

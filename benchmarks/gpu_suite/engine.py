@@ -1,4 +1,4 @@
-"""The engine directories of benchmarks/gpu.py: one that stands for the networks, and exported ones."""
+"""The engine directories of benchmarks/gpu.py: a stand-in with empty graphs, and exported engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAND_IN = b"\x08\x0a"  # an ONNX file with a version and no graph
 
 
 def build_kernels(setup: Setup, capability: int) -> float:
-    """The loop's kernels, once; seconds that it took."""
+    """Compile the loop's kernels unless they exist; returns the seconds that it took."""
     from moesr.kernels.build import build
     from moesr.kernels.registry import LOOP
 
@@ -33,7 +33,7 @@ def build_kernels(setup: Setup, capability: int) -> float:
 
 
 def write_stand_in(setup: Setup) -> Manifest:
-    """An engine directory whose graphs are empty: what runs in their place is given to the backend."""
+    """Write an engine directory with empty graphs; the PyTorch backend runs networks in their place."""
     setup.engine.mkdir(parents=True, exist_ok=True)
     files = {role: setup.engine / f"{role}.onnx" for role in (*_experts(), "decoder")}
     for path in files.values():
@@ -68,7 +68,7 @@ def _graph(
 
 
 def listed_in_manifest(setup: Setup, directory: Path, graphs: dict[str, Graph]) -> Manifest:
-    """The manifest over these graphs, in an engine's directory."""
+    """Write the manifest of these graphs to an engine's directory."""
     from gpu_suite.networks import EXPERTS
 
     manifest = Manifest(
@@ -84,14 +84,17 @@ def listed_in_manifest(setup: Setup, directory: Path, graphs: dict[str, Graph]) 
         sampler="ddpm",
         steps=setup.steps[0],
         versions={},
-        checkpoint_sha256="",
+        checkpoint_sha256="0" * 64,
     )
     write_manifest(manifest, directory)
     return manifest
 
 
 def write_engine(setup: Setup, directory: Path, *, parts: bool) -> Manifest:
-    """The graphs in half precision, once, all experts one file; `parts`: the decoder cut, with kernels."""
+    """Write an engine in half precision unless it exists; all experts share one file.
+
+    With `parts` set, the decoder is partitioned and its kernels are compiled.
+    """
     from gpu_suite.networks import networks
     from moesr.export.graphs.decoder import decoder_graph
     from moesr.export.graphs.expert import expert_graph
@@ -115,7 +118,7 @@ def write_engine(setup: Setup, directory: Path, *, parts: bool) -> Manifest:
 
 
 def write_parts_of(decoder: Any, side: int, directory: Path) -> dict[str, Arrangement]:
-    """The decoder cut where our kernels compute; nothing where they do not."""
+    """Write the decoder partitioned at our kernels; returns an empty dict if it uses none."""
     from moesr.export.graphs.decoder import decoder_graph
     from moesr.export.lowering import lowering
     from moesr.export.partition import partition
@@ -129,7 +132,7 @@ def write_parts_of(decoder: Any, side: int, directory: Path) -> dict[str, Arrang
 
 
 def kernels_for(setup: Setup, directory: Path, manifest: Manifest, *, compiled: bool) -> None:
-    """An engine's kernels: those of its decoder's parts, or else only the loop's."""
+    """Add an engine's kernels: those of its decoder's parts, or only those of the loop."""
     from moesr.export.tensorrt import build_kernels as build_all
 
     if compiled:

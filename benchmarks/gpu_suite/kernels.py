@@ -1,4 +1,4 @@
-"""The kernels' part of benchmarks/gpu.py: every case against its reference, and how fast those in use are."""
+"""The kernels section of benchmarks/gpu.py: compare all cases with their references and time those in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMED_S = 0.05
 
 
 def measure_kernels(setup: Setup, report: Report) -> None:
-    """Cases in use first, timed once they are right; then the others, while there is time."""
+    """Check and time the cases in use first, then check the others while there is time."""
     device = networks.device_of()
     in_use = [(op, case) for op in OPS.values() for case in op.deployed]
     others = [(op, case) for op in OPS.values() for case in op.cases if case not in op.deployed]
@@ -28,19 +28,19 @@ def measure_kernels(setup: Setup, report: Report) -> None:
 
 
 def right(op: Op, case: Case, device: str, report: Report) -> bool:
-    """Check a case; whether it held."""
+    """Check a case; returns True if it is within its tolerance."""
     import torch
 
     try:
         error = max(errors(op, case, torch.device(device)).values())
-    except Exception as failure:  # whatever compiling or launching raises is this case's
+    except Exception as failure:  # compiling and launching can raise anything; only this case fails
         report.note(f"{op.name} {case}: {type(failure).__name__}: {' '.join(str(failure).split()):.200}")
         error = float("nan")
     return report.check(f"{op.name} {case}", error, case.tolerance)
 
 
 def time_case(op: Op, case: Case, device: str, setup: Setup, report: Report) -> None:
-    """A launch after the other, the data in cache where it fits."""
+    """Time a case by launches in sequence, with data in cache if it fits."""
     import torch
 
     inputs = op.prepare(op.inputs(case.shape, case.dtype, 0))
@@ -53,7 +53,7 @@ def time_case(op: Op, case: Case, device: str, setup: Setup, report: Report) -> 
 
 
 def share_of(op: Op, case: Case, seconds: float, setup: Setup) -> dict[str, Any]:
-    """The share of the limit that this case is nearest to."""
+    """Return the larger of the case's fractions of the copy rate and the matrix rate."""
     cost, limits = op.cost(case.shape, case.dtype), rates(setup)
     if not limits:
         return {}

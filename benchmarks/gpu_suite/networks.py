@@ -1,4 +1,4 @@
-"""PyTorch's side of benchmarks/gpu.py: seeded networks, what they give on the host, and how fast they run."""
+"""The PyTorch sections of benchmarks/gpu.py: seeded networks, their results on the host, and their speed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from moesr.training.networks.refinement import AFFFilter
 
 EXPERTS = ((0, 250), (250, 500), (500, 750), (750, 1000))
 ROLES = ("expert_0", "decoder")
-SMALL = 64  # channels
+SMALL = 64  # widths below this number of channels get a small network
 PRECISION = torch.float16
 
 Call = Callable[..., Tensor]
 
 
 def config_of(setup: Setup) -> ModelConfig:
-    """The published model at these sizes; a small width stands for a small network."""
+    """Return the published model's configuration with the sizes of `setup`; a small width shrinks more."""
     unet = UNetConfig(width=setup.width, space_experts=1)
     decoder = AutoencoderConfig(channels=setup.channels)
     if setup.width < SMALL:
@@ -42,7 +42,7 @@ def config_of(setup: Setup) -> ModelConfig:
 
 @functools.cache
 def networks(setup: Setup) -> tuple[DenoisingUNet, Autoencoder]:
-    """An expert, which stands for all four, and the decoder, with weights that keep the features' size."""
+    """Build one expert, used in place of all four, and the decoder, with weights that keep feature scales."""
     config = config_of(setup)
     assert config.unet
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def networks(setup: Setup) -> tuple[DenoisingUNet, Autoencoder]:
 
 
 def tensors(setup: Setup, device: str, batch: int = 1) -> dict[str, tuple[Tensor, ...]]:
-    """Inputs of both networks by role, float32, every tile alike."""
+    """Return the float32 inputs of both networks by role; all tiles of a batch are equal."""
     given = inputs(setup.tile)
 
     def repeated(array: np.ndarray) -> Tensor:
@@ -69,9 +69,11 @@ def tensors(setup: Setup, device: str, batch: int = 1) -> dict[str, tuple[Tensor
 
 
 def reference(setup: Setup) -> dict[str, np.ndarray]:
-    """What the networks give on the host in float32, by role: computed once, then read."""
+    """Return the networks' results on the host in float32, by role; they are computed once and cached."""
     if not setup.reference.is_file():
-        expert, decoder = networks(setup)  # outside, so that their weights are ordinary tensors
+        expert, decoder = networks(
+            setup
+        )  # outside of inference mode, so that their weights are ordinary tensors
         given = tensors(setup, "cpu")
         with torch.inference_mode():
             found = {"expert_0": expert(*given["expert_0"]), "decoder": decoder.decode(*given["decoder"])}
@@ -83,7 +85,7 @@ def reference(setup: Setup) -> dict[str, np.ndarray]:
 
 @functools.cache
 def macs_of(setup: Setup) -> dict[str, int]:
-    """Multiply-accumulates of a step and a decode of one tile, counted without computing them."""
+    """Count the multiply-accumulates of a step and a decode of one tile on fake tensors."""
     config = config_of(setup)
     assert config.unet
     with FakeTensorMode():
@@ -96,19 +98,19 @@ def macs_of(setup: Setup) -> dict[str, int]:
 
 
 def half(setup: Setup, device: str) -> tuple[DenoisingUNet, Autoencoder]:
-    """The networks on a device, channels last, in half precision but for codebook and frequency filters."""
+    """Return the networks on a device, channels last, in half precision except codebook and AFF filters."""
     torch.backends.cudnn.benchmark = True
     lower = (network.to(device, PRECISION) for network in networks(setup))
     made = tuple(network.to(memory_format=torch.channels_last) for network in lower)  # type: ignore[call-overload]
     for module in made[1].modules():
         if isinstance(module, (nn.Embedding, AFFFilter)):
             module.float()
-    networks.cache_clear()  # they are no longer what it holds
+    networks.cache_clear()  # the cached networks were converted in place
     return made  # type: ignore[return-value]
 
 
 def calls(setup: Setup, device: str) -> dict[str, Call]:
-    """Step and decode in half precision, by role; float32 in and out."""
+    """Return step and decode in half precision with float32 inputs and outputs, by role."""
     expert, decoder = half(setup, device)
 
     def wrap(function: Call) -> Call:
@@ -124,7 +126,7 @@ def calls(setup: Setup, device: str) -> dict[str, Call]:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Networks as plain PyTorch, where their layers would otherwise take our kernels."""
+    """Within a `with` block, run networks without our kernels."""
     known = operators.has_kernels
     operators.has_kernels = lambda x: False
     try:
@@ -134,12 +136,12 @@ def without_kernels() -> Iterator[None]:
 
 
 def sync_of(device: str) -> Callable[[], object]:
-    """Wait for a device."""
+    """Return a function that waits for a device."""
     return torch.cuda.synchronize if device == "cuda" else (lambda: None)
 
 
 def graphed(call: Call, given: tuple[Tensor, ...], device: str) -> Callable[[], Tensor]:
-    """A call on fixed inputs as a CUDA graph; on a CPU the call itself."""
+    """Capture a call on fixed inputs as a CUDA graph; on a CPU, return the call itself."""
     if device != "cuda":
         return lambda: call(*given)
     stream = torch.cuda.Stream()
@@ -159,14 +161,14 @@ def graphed(call: Call, given: tuple[Tensor, ...], device: str) -> Callable[[], 
 
 
 def device_of() -> str:
-    """ "cuda"; Absent where this PyTorch has none."""
+    """Return "cuda"; raises Absent if PyTorch sees no GPU."""
     if not torch.cuda.is_available():
         raise Absent(f"PyTorch {torch.__version__} sees no GPU")
     return "cuda"
 
 
 def measure_limits(setup: Setup, report: Report) -> None:
-    """Copy rate and matrix rate, which the other figures are shares of."""
+    """Measure the copy rate and the matrix rate, which the other figures are compared with."""
     import json
 
     device = device_of()
@@ -183,7 +185,7 @@ def measure_limits(setup: Setup, report: Report) -> None:
 
 
 def check(report: Report, who: str, results: Mapping[str, Tensor], setup: Setup) -> None:
-    """Compare a step and a decode with the host's."""
+    """Compare a step and a decode with the results on the host."""
     from gpu_suite.setup import TOLERANCE
 
     want = reference(setup)
@@ -192,16 +194,16 @@ def check(report: Report, who: str, results: Mapping[str, Tensor], setup: Setup)
 
 
 def image(calls: Mapping[str, Callable[[], Tensor]], z: Tensor, steps: int) -> Tensor:
-    """Sampling and decoding of one batch in place: `calls` read `z`, as their inputs are fixed."""
+    """Sample and decode one batch; `z` changes in place, since the inputs of `calls` are fixed."""
     for _ in range(steps):
         z.mul_(0.98).add_(calls["expert_0"](), alpha=0.02)
     return calls["decoder"]()
 
 
 def measure(setup: Setup, report: Report, who: str, made: Mapping[str, Call], device: str) -> None:
-    """Step, decode and image at every batch, each as a CUDA graph, after a check against the host."""
+    """Check against the host, then time step, decode and image at every batch size as CUDA graphs."""
     sync, work = sync_of(device), macs_of(setup)
-    reference(setup)  # not in the first image's time
+    reference(setup)  # computed now, so that it does not count as time of the first image
     for batch in setup.batches:
         began, given = time.perf_counter(), tensors(setup, device, batch)
         runs = {role: graphed(made[role], given[role], device) for role in ROLES}
@@ -224,20 +226,20 @@ def measure(setup: Setup, report: Report, who: str, made: Mapping[str, Call], de
 
 
 def memory_row(report: Report, who: str, device: str) -> None:
-    """What this process holds of the GPU's memory."""
+    """Report the GPU memory that is in use."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         report.row(who, "memory of the GPU in use", (total - free) / 1e9, "GB")
 
 
 def measure_eager(setup: Setup, report: Report) -> None:
-    """Plain PyTorch in float16: as it is, launched one by one, and as CUDA graphs."""
+    """Measure plain PyTorch in float16, eager and as CUDA graphs."""
     device = device_of()
     plain(setup, report, device)
 
 
 def plain(setup: Setup, report: Report, device: str) -> None:
-    """The same on any device."""
+    """Measure plain PyTorch in float16 on the given device, eager and as CUDA graphs."""
     with without_kernels():
         made = calls(setup, device)
         given = tensors(setup, device)
@@ -248,13 +250,13 @@ def plain(setup: Setup, report: Report, device: str) -> None:
 
 
 def measure_kernels_inside(setup: Setup, report: Report) -> None:
-    """PyTorch in float16 with our kernels in the networks, as CUDA graphs."""
+    """Measure PyTorch in float16 with our kernels in the networks, as CUDA graphs."""
     device = device_of()
     measure(setup, report, "PyTorch fp16 with our kernels", calls(setup, device), device)
 
 
 def measure_compiled(setup: Setup, report: Report, device: str = "") -> None:
-    """`torch.compile` with CUDA graphs of its own, batch by batch while there is time."""
+    """Measure `torch.compile` with its own CUDA graphs at as many batch sizes as time allows."""
     device = device or device_of()
     who, work = "torch.compile fp16", macs_of(setup)
     with without_kernels():

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py found, as a page: machine, targets, every figure, checks, what is absent."""
+"""The page of benchmarks/gpu.py: machine, targets, all figures, checks, and what is missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 Found = dict[str, dict[str, Any]]
 
 FLOOR_FACTOR, LONG_MS, SHORT_MS, BUSY = 3.0, 300.0, 50.0, 0.5
-"""Targets: a step over its floor; an image of 200 steps, of 20; share of the matrix rate, many at once."""
+"""Targets: step time over its floor; ms of an image of 200 and of 20 steps; fraction of the matrix rate."""
 
 
 def markdown(found: Found) -> str:
-    """The page."""
+    """Return the page."""
     facts = found["machine"]["facts"]
     packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items())
     lines = [
@@ -30,13 +30,13 @@ def markdown(found: Found) -> str:
 
 
 def rows_of(found: Found) -> Iterator[dict[str, Any]]:
-    """Every measured value."""
+    """Yield every measured value of all sections."""
     for part in found.values():
         yield from part["rows"]
 
 
 def _targets(found: Found) -> Iterator[str]:
-    """The best of what the runtime did, beside what was aimed at."""
+    """Yield the table of targets and the runtime's best values."""
     ours = [row for row in rows_of(found) if row["who"].startswith("runtime")]
     if not ours:
         return

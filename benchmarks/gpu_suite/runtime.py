@@ -1,4 +1,4 @@
-"""The runtime's part of benchmarks/gpu.py: its loop over every backend that is there."""
+"""The runtime sections of benchmarks/gpu.py: its loop with every installed backend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROLES = {"expert_0": "step", "decoder": "decode"}
 
 
 def prepare(setup: Setup, report: Report) -> None:
-    """Compile the loop's kernels, and write the engine that stands for the networks, weights apart."""
+    """Compile the loop's kernels and write the stand-in engine, whose networks run in PyTorch."""
     absent_unless_there("torch", "triton", "cuda.core")
     capability = cuda_driver.device_capability(cuda_driver.open_device(0))
     report.row("compiler", "kernels of the loop", build_kernels(setup, capability), "s")
@@ -52,7 +52,7 @@ def prepare(setup: Setup, report: Report) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend on an engine directory, and how it is called in the report."""
+    """A backend with an engine directory, and its name in the report."""
 
     name: str
     backend: str
@@ -60,7 +60,7 @@ class Subject:
 
 
 def measure_backend(setup: Setup, report: Report, subject: Subject) -> None:
-    """Check a step and a decode, time them, then images one by one and many at once."""
+    """Check and time a step and a decode, then time images one by one and in batches."""
     backend = candidates(subject.backend, "cuda", max_batch=max(setup.batches), cache=setup.cache)[0]
     manifest = read_manifest(subject.directory)
     used = cuda_driver.memory_bytes()
@@ -92,7 +92,7 @@ def measure_backend(setup: Setup, report: Report, subject: Subject) -> None:
 
 
 class Ticks:
-    """Ticks of one graph over tiles that are all alike."""
+    """Runs ticks of one graph over equal tiles."""
 
     def __init__(self, device: Device, session: Session, manifest: Manifest, role: str, batch: int) -> None:
         given, m = inputs(manifest.tile), manifest
@@ -119,20 +119,20 @@ class Ticks:
         return self._device.mean((3, size, size), [(0, 0)], np.ones((size, size), np.float32), factor)
 
     def run(self, batch: int) -> None:
-        """One tick."""
+        """Run one tick."""
         self._device.tick(self._slots[:batch], self._session, self._buffers)
 
     def wait(self) -> None:
-        """For all of them."""
+        """Wait for all ticks."""
         self._device.finite(self._means[0])
 
     def result(self) -> np.ndarray:
-        """What the first tick made of the first tile."""
+        """Return the result of the first tile in the first tick."""
         return self._device.download(self._means[0]).copy()
 
 
 def measure_images(setup: Setup, report: Report, subject: Subject) -> None:
-    """Images through the whole runtime: the first one, then one by one, then many in flight."""
+    """Time images through the whole runtime: the first, then one by one, then many at once."""
     small = inputs(setup.tile)["cond"]
     most, begun = max(setup.batches), time.perf_counter()
     options: dict[str, Any] = {"backend": subject.backend, "device": "cuda", "cache": setup.cache}
@@ -157,7 +157,7 @@ def _images(up: Upscaler, image: np.ndarray, count: int, steps: int) -> float:
 
 
 def measure_pytorch(setup: Setup, report: Report) -> None:
-    """The runtime's loop around PyTorch's networks: with them in its CUDA graphs, or else one by one."""
+    """Measure the runtime's loop with PyTorch's networks, in its CUDA graphs if possible."""
     absent_unless_there("torch", "cuda.core")
     from gpu_suite import networks, torch_backend
 
@@ -177,7 +177,7 @@ def measure_pytorch(setup: Setup, report: Report) -> None:
 
 
 def measure_library(setup: Setup, report: Report, backend: str, modules: Sequence[str]) -> None:
-    """A backend of the runtime, on graphs exported for it."""
+    """Measure a backend of the runtime with graphs exported for it."""
     absent_unless_there("torch", "onnx", "cuda.core")
     found = [module for module in modules if importlib.util.find_spec(module)]
     if not found:

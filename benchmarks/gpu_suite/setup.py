@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures: sizes, inputs, and the small things that its sections share."""
+"""Sizes and inputs of benchmarks/gpu.py, the report of a section, and functions that sections share."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ T = 500
 """Timestep of the step that is checked and timed."""
 
 TOLERANCE = 3e-2
-"""Relative L2 error that half precision may have of float32, over a whole network."""
+"""Largest relative L2 error of a whole network in half precision against float32."""
 
 CACHE = Path(tempfile.gettempdir()) / "moesr-gpu"
 
 TIMED_S = 0.3
-"""Seconds of runs that a figure is taken from, back to back."""
+"""Seconds of back-to-back runs per measurement."""
 
 
 class Absent(Exception):
-    """A part of the stack that a section needs is not here; the text says which."""
+    """Raised if something that a section needs is not installed; the message names it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured value. `share` is of the limit that `limit` names: 0 to 1."""
+    """One measured value. `share` (0 to 1) is its fraction of the limit called `limit`."""
 
     who: str  # what ran it
     what: str  # "step", "decode", "image of 20 steps", ..
@@ -65,11 +65,11 @@ class Setup:
     steps: tuple[int, ...] = (20, 50, 200)
     batches: tuple[int, ...] = (1, 4, 16)
     cache: Path = Path("gpu-cache")
-    seconds: float = 60.0  # that the section may take
+    seconds: float = 60.0  # time limit of the section
 
     @property
     def engine(self) -> Path:
-        """The engine directory that sections share."""
+        """The stand-in engine directory that sections share."""
         return self.cache / f"engine-{self.width}-{self.channels}-{self.tile}"
 
     def exported(self, backend: str) -> Path:
@@ -78,23 +78,23 @@ class Setup:
 
     @property
     def limits(self) -> Path:
-        """Rates of this GPU, measured."""
+        """The file of this GPU's measured rates."""
         return self.cache / "limits.json"
 
     @property
     def reference(self) -> Path:
-        """What the networks give on the host in float32."""
+        """The file of the networks' float32 results on the host."""
         return self.cache / f"reference-{self.width}-{self.channels}-{self.tile}.npz"
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setup:
-        """From the command line."""
+        """Build the setup from the parsed command line."""
         lists = {name: tuple(getattr(args, name)) for name in ("steps", "batches")}
         return cls(args.width, args.channels, args.tile, **lists, cache=args.cache, seconds=args.seconds)
 
     @property
     def arguments(self) -> list[str]:
-        """The command line of a section's process."""
+        """Return the command-line arguments of a section's process."""
         names = "width", "channels", "tile", "cache", "seconds"
         found = [part for name in names for part in (f"--{name}", str(getattr(self, name)))]
         for name in ("steps", "batches"):
@@ -104,34 +104,34 @@ class Setup:
 
 @dataclass
 class Report:
-    """What a section says while it runs, a line at once, so that nothing is lost when it is ended."""
+    """Reports results of a section line by line, so that none is lost if its process is ended."""
 
     say: Callable[[str, Any], None]
     setup: Setup
     began: float = field(default_factory=time.monotonic)
 
     def row(self, who: str, what: str, value: float, unit: str, batch: int = 1, **more: Any) -> None:
-        """A measured value."""
+        """Report a measured value."""
         self.say("row", Row(who, what, value, unit, batch, **more).__dict__)
 
     def check(self, what: str, error: float, tolerance: float) -> bool:
-        """A comparison; whether it held."""
-        held = bool(error <= tolerance)  # NaN does not hold
+        """Report a comparison; returns True if the error is within the tolerance."""
+        held = bool(error <= tolerance)  # False for NaN
         self.say("check", {"what": what, "error": error, "tolerance": tolerance, "held": held})
         return held
 
     def note(self, text: str) -> None:
-        """Anything else to be known."""
+        """Report a note for the page."""
         self.say("note", text)
 
     @property
     def left(self) -> float:
-        """Seconds until this section is ended."""
+        """Return the seconds until the time limit of this section."""
         return self.setup.seconds - (time.monotonic() - self.began)
 
 
 def rates(setup: Setup) -> dict[str, float]:
-    """Measured limits of this GPU: "bytes_per_s" and "flops_per_s"; empty where none were measured."""
+    """Read this GPU's measured "bytes_per_s" and "flops_per_s"; empty if they were not measured."""
     try:
         return json.loads(setup.limits.read_text())
     except (OSError, ValueError):
@@ -139,13 +139,13 @@ def rates(setup: Setup) -> dict[str, float]:
 
 
 def of_matrix_rate(setup: Setup, macs: float, seconds: float) -> dict[str, Any]:
-    """The share of the matrix rate that so many multiply-accumulates in that time are."""
+    """Return the fraction of the matrix rate that `macs` multiply-accumulates in `seconds` reach."""
     limit = rates(setup).get("flops_per_s")
     return {"share": 2 * macs / seconds / limit, "limit": "matrix rate"} if limit and macs else {}
 
 
 def inputs(tile: int, factor: int = 4) -> dict[str, Array]:
-    """A tile's inputs: `z` float32 [3, h, w] noise, `cond` uint8 [h, w, 3], `lr` uint8 [H, W, 3]."""
+    """Return a tile's inputs: noise `z` float32 [3, h, w], `cond` uint8 [h, w, 3], `lr` uint8 [H, W, 3]."""
     from moesr.runtime.sampling import noise
 
     rng, side = np.random.default_rng(SEED), tile // factor
@@ -155,8 +155,8 @@ def inputs(tile: int, factor: int = 4) -> dict[str, Array]:
 
 
 def seconds_each(run: Callable[[], object], sync: Sync, at_least: float = TIMED_S) -> float:
-    """Seconds of a run among many that follow each other without waiting; the first three do not count."""
-    for _ in range(3):  # the library prepares itself, then a graph is captured, then it is replayed
+    """Return the mean seconds of back-to-back runs without waiting in between, after three warm-up runs."""
+    for _ in range(3):  # first a warm-up, then the capture of a graph, then its first replay
         run()
     sync()
     start = time.perf_counter()
@@ -171,21 +171,25 @@ def seconds_each(run: Callable[[], object], sync: Sync, at_least: float = TIMED_
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """The options that `Setup` is made of."""
+    """Add the options that `Setup.of` reads."""
     add = parser.add_argument
     add("--width", type=int, default=160, help="width of the UNet (default: 160, as published)")
     add("--channels", type=int, default=128, help="channels of the decoder (default: 128, as published)")
-    add("--tile", type=int, default=512, metavar="PX", help="side of the image made (default: 512)")
-    add("--steps", type=int, nargs="+", default=[20, 50, 200], help="of an image (default: 20 50 200)")
-    add("--batches", type=int, nargs="+", default=[1, 4, 16], help="images at once (default: 1 4 16)")
+    add("--tile", type=int, default=512, metavar="PX", help="side of the output image (default: 512)")
+    add("--steps", type=int, nargs="+", default=[20, 50, 200], help="sampling steps (default: 20 50 200)")
+    add("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes (default: 1 4 16)")
     add(
-        "--cache", type=Path, default=CACHE, metavar="DIR", help="for what is prepared (default: %(default)s)"
+        "--cache",
+        type=Path,
+        default=CACHE,
+        metavar="DIR",
+        help="folder for prepared files (default: %(default)s)",
     )
     add("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
 
 
 def absent_unless_there(*modules: str) -> None:
-    """Absent naming the first of some modules that is not installed."""
+    """Raise Absent naming the first of these modules that is not installed."""
     for module in modules:
         with suppress(ModuleNotFoundError):
             if importlib.util.find_spec(module):
@@ -194,7 +198,7 @@ def absent_unless_there(*modules: str) -> None:
 
 
 def describe(setup: Setup, report: Report) -> None:
-    """Name, capability, driver and memory of the GPU, and the packages that are here."""
+    """Report name, capability, driver and memory of the GPU, and the installed packages."""
     from benchlib.machine import machine_line
 
     versions = {}
@@ -206,7 +210,7 @@ def describe(setup: Setup, report: Report) -> None:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Of the driver by cuda.core, or else by PyTorch; Absent where neither sees a GPU."""
+    """Return facts of the GPU from cuda.core, or else from PyTorch; raises Absent if neither sees a GPU."""
     from moesr.runtime.devices import cuda_driver
     from moesr.runtime.errors import EngineError
 

@@ -1,4 +1,4 @@
-"""PyTorch as a backend of the runtime, so that its loop runs on a GPU where no library of its own is there.
+"""PyTorch as a backend of the runtime, to run its loop on a GPU without an inference library.
 
 A session runs a network of `NETWORKS` between buffers of the device, on the device's stream.
 """
@@ -21,11 +21,11 @@ from moesr.runtime.engine.graph_spec import Boundary
 
 NAME = "pytorch"
 NETWORKS: dict[str, Callable[..., Tensor]] = {}
-"""By the first part of a graph's file name; they take a graph's inputs in order, and give float32."""
+"""Networks by the first part of a graph's file name; they take its inputs in order and return float32."""
 
 MAX_BATCH = 16
 ONE_GRAPH = True
-"""Whether a network becomes part of the device's CUDA graphs; otherwise it is launched one by one."""
+"""True: networks are captured in the device's CUDA graphs. False: their kernels are launched individually."""
 
 
 class Session:
@@ -41,7 +41,7 @@ class Session:
         self._buffers = buffers
 
     def enqueue(self, batch: int) -> None:
-        """See `Session.enqueue`; all that is allocated stays in the pool of this stream, for this stream."""
+        """See `Session.enqueue`; memory is allocated from this stream's pool and only used on this stream."""
         output = self._buffers[self.boundary.outputs[0].name]
 
         def run() -> None:
@@ -52,7 +52,7 @@ class Session:
         on_stream(output.driver, run)
 
     def abort(self) -> None:
-        """See `Session.abort`; what is enqueued is done in milliseconds."""
+        """See `Session.abort`; nothing to do, since enqueued work ends within milliseconds."""
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -62,19 +62,19 @@ class Session:
 
 
 def tensor_of(buffer: Buffer, batch: int) -> Tensor:
-    """A buffer's first tiles as a tensor over the same memory."""
+    """Return a buffer's first `batch` tiles as a tensor over the same memory."""
     interface = {
         "shape": buffer.spec.shape(batch),
         "typestr": "<f4",
         "data": (buffer.address, False),
         "version": 3,
-        "stream": 1,  # the caller sees to the order
+        "stream": 1,  # no synchronization: the caller orders the work
     }
     return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device="cuda")
 
 
 def on_stream(driver: Driver, run: Callable[[], None]) -> None:
-    """Have PyTorch enqueue on the driver's stream."""
+    """Call `run` with the driver's stream as PyTorch's current stream."""
     with torch.cuda.stream(torch.cuda.ExternalStream(driver.stream)):
         run()
 
@@ -90,10 +90,10 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Any
 
 
 def release() -> None:
-    """Nothing is kept."""
+    """Do nothing: this backend keeps no resources."""
 
 
 def install(networks: Mapping[str, Callable[..., Tensor]]) -> None:
-    """Make it known to the runtime, with networks for "expert" and "decoder"."""
+    """Register this backend with the runtime, with networks for "expert" and "decoder"."""
     NETWORKS.update(networks)
     selection.BACKENDS[NAME] = __name__

@@ -144,7 +144,7 @@ def command_lines(draw: DrawFn) -> list[str]:
 
 @dataclass(frozen=True)
 class CacheDamage:
-    """What happens to one file of a warm cache."""
+    """The damage to one file of a warm cache."""
 
     file: int
     kind: str | None  # of DAMAGES; None: the mutation

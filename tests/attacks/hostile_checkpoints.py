@@ -33,7 +33,7 @@ def command_pickle(path: Path) -> bytes:
 
 
 def command_archive(path: Path) -> bytes:
-    """The same inside of a file of torch.save."""
+    """The same damage inside of a file of torch.save."""
     stream = io.BytesIO()
     torch.save({"weight": torch.ones(2), "hook": _Command(f"touch {path.parent / MARKER}")}, stream)
     return stream.getvalue()

@@ -34,7 +34,7 @@ FACTS = {"gpu": "NVIDIA Test 1", "capability": "9.0", "cuda": "13.0", "memory_gb
 
 
 class Heard:
-    """What a section said."""
+    """The results that a section reported."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.found = setup, gpu.empty()
@@ -50,7 +50,7 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what the host gives for comparison, and limits."""
+    """A setup with the host's reference results and measured limits."""
     setup = Setup(16, 16, 32, (2,), (1, 2), tmp_path_factory.mktemp("cache"), seconds=600)
     gpu_networks.reference(setup)
     setup.limits.write_text(json.dumps({"bytes_per_s": 1e12, "flops_per_s": 1e14}))
@@ -219,7 +219,7 @@ def test_limits(heard: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_kernels_are_checked_then_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch):
-    """In Triton's interpreter, two operators of which one is wrong and one does not launch."""
+    """Checks in Triton's interpreter report one operator that is wrong and one that does not launch."""
     pytest.importorskip("triton")
     op = OPS["tile_blend"]
     small = [min(op.cases, key=lambda case: op.cost(case.shape, case.dtype).bytes)]

@@ -91,8 +91,6 @@ def test_what_cannot_be_climbed_is_said(monkeypatch):
     assert configurations.obstacle(rung("moesr float32")) is None
     monkeypatch.delitem(BACKENDS, "openvino", raising=False)
     assert "openvino" in (configurations.obstacle(rung("moesr float32, OpenVINO")) or "")
-    other = replace(rung("moesr float32"), engine="plain", sampler="euler")
-    assert configurations.obstacle(other) == "there is no sampler euler"
 
 
 def test_a_process_that_fails_leaves_its_rung_out(monkeypatch, capfd):

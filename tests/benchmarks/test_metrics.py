@@ -141,7 +141,7 @@ def test_images_that_cannot_be_compared(sr_shape, photo):
 
 
 def test_power_above_counts_what_the_lr_image_lacks():
-    """Of two waves on either side of the LR image's Nyquist frequency only the faster one is counted."""
+    """Of two waves, only the one above the LR image's Nyquist frequency is counted."""
     x = np.arange(128)
     slow, fast = (np.cos(2 * np.pi * cycles * x)[None] * np.ones((96, 1)) for cycles in (0.0625, 0.25))
     power = metrics.power_above(slow + fast, 0.125)

@@ -69,7 +69,7 @@ def test_asymmetric_scales():
 
 
 def test_degraded_photographs_are_further_away(model):
-    """With a model made of the photograph's own features, noise and blur move it away."""
+    """Noise and blur increase the distance to a model that was made of the photograph's own features."""
     photo = data.astronaut()
     plane = np.round(niqe.luma(photo)).astype(np.float32)[:480, :480]
     sizes = ((plane, 96), (niqe.halved(plane), 48))

@@ -1,4 +1,4 @@
-"""Where a graph's time goes, by the profilers of both libraries."""
+"""Profiles of a graph's time by the profilers of both libraries."""
 
 from __future__ import annotations
 

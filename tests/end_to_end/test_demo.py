@@ -78,7 +78,7 @@ def test_lr_is_the_photograph_made_smaller(hr):
 
 @pytest.mark.parametrize(("name", "kind"), LEAST)
 def test_beats_bicubic(name, kind):
-    """In the mean over the photographs kept out of training, which vary more than the methods do."""
+    """The mean is over the held-out photographs, which vary more than the methods do."""
     pytest.importorskip("skimage.data")
     better = dict.fromkeys(metrics.COLUMNS, 0.0)
     with Upscaler(name) as up:
@@ -95,7 +95,7 @@ def test_beats_bicubic(name, kind):
 
 
 def test_command_without_engine(tmp_path, hr):
-    """What `make demo` does, in an environment without torch."""
+    """The commands of `make demo` work in an environment without torch."""
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'triton')))"
     code = f"{blocked}; from moesr.runtime.cli.run import main; sys.exit(main())"
     target = tmp_path / "sr.png"
@@ -139,7 +139,7 @@ print((resident() - before) / (working - before))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_closing_gives_memory_back():
-    """That of the arena which all sessions share, too."""
+    """Memory is released, including the arena that all sessions share."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5
 

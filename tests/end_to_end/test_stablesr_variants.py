@@ -32,7 +32,7 @@ def plain(checkpoint, tmp_path_factory) -> Path:
 
 
 def export(checkpoint: Path, directory: Path, *flags: str) -> Manifest:
-    """In tiles of the side that the model was trained on."""
+    """The tiles have the side that the model was trained on."""
     assert cli.main([str(checkpoint), "-o", str(directory), "--quiet", *flags]) == 0
     manifest = read_manifest(directory)
     assert manifest.tile == TINY.tile

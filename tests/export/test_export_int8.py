@@ -282,7 +282,7 @@ def test_unreadable_photograph(checkpoint, tmp_path, capsys):
 
 
 def test_more_may_be_accepted(recording, expert):
-    """With a larger error more layers are int8, and the bound of the proof is wider."""
+    """A larger error budget makes more layers int8 and widens the tolerance of the parity check."""
 
     def calibrated(error: float) -> Calibration:
         choices = dataclasses.replace(INT8, int8_error=error)

@@ -141,7 +141,7 @@ class SimulatedDriver:
         self._add("copy", lambda: np.copyto(self.view(address, nbytes), self.view(source, nbytes)))
 
     def library_call(self, name: str, call: Callable[[], object]) -> None:
-        """What a library such as TensorRT enqueues on the stream."""
+        """Enqueue work on the stream as a library such as TensorRT does."""
         self._add(name, call)
 
     def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> tuple[str, dict]:
@@ -374,7 +374,7 @@ def _buffer(directory: Path, plan: TritonPlan, buffer: PlanBuffer) -> PlanBuffer
 
 
 def lock_is_held() -> bool:
-    """Whether a thread holds the lock between opening and capturing, as another thread sees it."""
+    """Return True if, as seen from another thread, a thread holds the lock between opening and capturing."""
     found: list[bool] = []
 
     def probe() -> None:

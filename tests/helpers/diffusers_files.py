@@ -8,7 +8,7 @@ Shapes = dict[str, list[int]]
 
 
 def unet_shapes(width: int, text: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2) -> Shapes:
-    """Of `UNet2DConditionModel`: all levels but the lowest attend to a text of `text` channels."""
+    """Weights of a `UNet2DConditionModel`; all levels but the lowest attend to a text of `text` channels."""
     emb, levels = 4 * width, [width * m for m in mult]
     out = {**_conv("conv_in", width, 4), **_linear("time_embedding.linear_1", emb, width)}
     out |= _linear("time_embedding.linear_2", emb, emb)
@@ -35,7 +35,7 @@ def unet_shapes(width: int, text: int, mult: tuple[int, ...] = (1, 2, 4, 4), blo
 
 
 def vae_shapes(width: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2) -> Shapes:
-    """Of `AutoencoderKL`."""
+    """Weights of an `AutoencoderKL`."""
     levels = [width * m for m in mult]
     out, channels = _conv("encoder.conv_in", width, 3), width
     for i, c in enumerate(levels):
@@ -56,7 +56,7 @@ def vae_shapes(width: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2
 
 
 def text_shapes(width: int, layers: int, tokens: int = 77, vocabulary: int = 49408) -> Shapes:
-    """Of transformers' `CLIPTextModel`, which stores the layers that are run."""
+    """Weights of transformers' `CLIPTextModel`, which stores only the layers that are run."""
     out = {
         "text_model.embeddings.token_embedding.weight": [vocabulary, width],
         "text_model.embeddings.position_embedding.weight": [tokens, width],

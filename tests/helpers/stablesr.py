@@ -149,7 +149,7 @@ def sample(
     table: StepTable,
     prediction: Prediction,
 ) -> list[np.ndarray]:
-    """What the sampler makes of `z`, after every step; `noise` in the order of execution."""
+    """Sample from `z` and return the latents after every step; `noise` is in the order of execution."""
     z, scratch, trace = z.copy(), np.empty_like(z), []
     for step in range(len(table)):
         out = model(z, latent, int(table.t[step]))

@@ -135,5 +135,5 @@ def losses(directory: Path) -> list[float]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two state dicts are equal, bit for bit."""
+    """Return True if two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,4 +1,4 @@
-"""What the demo recipes need beyond the paper: decoders on top of the LR image, milder LR images, detail."""
+"""Additions of the demo recipes to the paper: decoders that add to the LR image, milder LR images, detail."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_decoder_takes_the_codes_of_another_first_stage(start, tmp_path):
 
 
 def test_weights_to_start_from_do_not_bring_their_codes(start, tmp_path):
-    """Those of a model for another scale, whose latents are other ones."""
+    """Latents of a model for another scale are refused."""
     config = dataclasses.replace(recipe().model, unet=None)
     other = Autoencoder(config.decoder).state_dict()
     init = save_checkpoint(tmp_path / "init", config, [], other)

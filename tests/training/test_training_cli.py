@@ -70,7 +70,7 @@ def test_chain_run_again_changes_nothing(chain, capsys):
 
 
 def test_all_stages_in_one_command(chain, tmp_path, capsys):
-    """The same weights as stage by stage, though the decoder makes its latents; also from a first stage."""
+    """`all` gives the weights of single stages, though the decoder makes its latents; also with --from."""
     whole = arguments(chain, "all", "-o", tmp_path / "whole")
     assert main(whole) == 0
     assert capsys.readouterr().err.count("broken.png: skipped") == 1  # one scan serves all stages

@@ -126,7 +126,7 @@ def test_photograph_larger_than_the_cache_is_held_alone(four_photographs, monkey
 
 
 class Shares(Dataset[int]):
-    """What a loader process may cache."""
+    """The cache size of a loader process."""
 
     def __getitem__(self, index: int) -> int:
         return photographs.share_bytes()

@@ -64,7 +64,7 @@ def test_ablations_change_what_they_say(name):
 
 
 def parts(recipe: Recipe) -> dict[str, Any]:
-    """What the ablations change."""
+    """The ablation presets change only the part that they ablate."""
     assert recipe.model.unet is not None
     return {
         "experts": len(recipe.model.expert_ranges),

@@ -53,12 +53,12 @@ def backend(name: str = "openvino", max_batch: int = 1, **options: object) -> Ba
 
 
 def step(directory: Path, way: Backend, tiles: int = 1, role: str = "expert_0") -> np.ndarray:
-    """What a graph of an engine makes of `tiles` seeded tiles."""
+    """Run a graph of an engine on `tiles` seeded tiles and return its output."""
     return run(way.open(directory, read_manifest(directory).graphs[role]), tiles)
 
 
 def run(session: Session, tiles: int = 1) -> np.ndarray:
-    """What a graph makes of `tiles` seeded tiles, in buffers one tile longer than the batch; closes it."""
+    """Run a session on `tiles` seeded tiles, in buffers one tile longer than the batch, and close it."""
     rng = np.random.default_rng(0)
     inputs, outputs = session.boundary.inputs, session.boundary.outputs
     buffers = {s.name: rng.standard_normal(s.shape(tiles + 1)).astype(np.float32) for s in inputs}

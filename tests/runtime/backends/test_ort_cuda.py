@@ -40,7 +40,7 @@ def test_nodes_elsewhere_are_refused_by_name(graph):
 
 
 def test_runs_go_between_the_addresses_of_buffers(graph):
-    """With the library's CPU in the GPU's place, whose addresses are those of arrays."""
+    """The library's CPU takes the place of the GPU, so device addresses are those of arrays."""
     path, boundary = graph
     session = ort_cuda.CudaOnnxSession(ort, opened(path), path, boundary, ("cpu", 0))
     rng = np.random.default_rng(1)
@@ -128,7 +128,7 @@ def test_failing_runs_say_what_was_lacking(graph, text, kind):
 
 
 def test_the_library_says_that_nodes_are_elsewhere_as_we_do(graph, monkeypatch):
-    """With CUDA graphs on, the library itself refuses such a graph."""
+    """The library itself refuses such a graph if CUDA graphs are on."""
     path, boundary = graph
     refusal = (
         "This session cannot use the graph capture feature as requested by the user as all compute graph "

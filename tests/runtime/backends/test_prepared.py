@@ -46,7 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def step(engine: Path, cache: Path | None, role: str = "expert_0") -> np.ndarray:
-    """What a graph makes of seeded inputs."""
+    """Run a graph on seeded inputs and return its outputs."""
     session = Backend("onnxruntime", SessionOptions(threads=1, cache=cache), 1).open(
         engine, read_manifest(engine, verify=False).graphs[role]
     )

@@ -1,4 +1,4 @@
-"""What users choose for their files: size, subdirectories, format, names, dates, frames, reports."""
+"""Options for input and output files: size, subdirectories, format, names, dates, frames, reports."""
 
 from __future__ import annotations
 

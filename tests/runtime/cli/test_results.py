@@ -1,4 +1,4 @@
-"""What counts as a result, which names results get, and what is never overwritten or done twice."""
+"""Names of results, recognition of finished results, and files that must not be overwritten or redone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images of any size become canvases, and where tiles lie on them: MoE-SR's way and StableSR's."""
+"""The canvases of images of any size and their tiles, for MoE-SR and for StableSR."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_failed_load_reaches_the_job_and_may_be_tried_again(manifest: Manifest):
 
 @pytest.mark.parametrize("keep_all", [True, False])
 def test_a_graph_that_could_not_be_loaded_ahead_is_loaded_when_needed(manifest: Manifest, keep_all: bool):
-    """With little memory the next graph may find room only once the one before it is gone."""
+    """If memory is short, the next graph fits only after the previous one is released."""
     rig = Rig(manifest, keep_all=keep_all)
     working, failed = rig.residency._open, []
 

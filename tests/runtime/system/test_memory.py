@@ -1,4 +1,4 @@
-"""Which errors count as a lack of memory: phrases of allocators, never words in a path."""
+"""Out-of-memory errors are recognized by the phrases of allocators, never by words in a path."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def parts() -> dict[str, State]:
 
 @pytest.fixture(scope="module")
 def whole(parts) -> State:
-    """The same as one published file."""
+    """The networks in one published file."""
     states = {"unet": unet_state(parts["unet"]), "vae": vae_state(parts["vae"])}
     states["text"] = text_state(parts["text"])
     joined = {PREFIXES[name] + key: t for name, state in states.items() for key, t in state.items()}
@@ -58,7 +58,7 @@ def whole(parts) -> State:
 
 @pytest.fixture(scope="module")
 def folder(parts, tmp_path_factory) -> Path:
-    """The same as diffusers' directory."""
+    """The networks in a diffusers directory."""
     root = tmp_path_factory.mktemp("stable-diffusion-2-1")
     for name, place in FOLDERS.items():
         (root / place).mkdir()

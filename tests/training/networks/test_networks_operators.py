@@ -57,7 +57,7 @@ def on_gpu(monkeypatch):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The same, and operators run their kernels in Triton's interpreter."""
+    """Make operators run their kernels, in Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setattr(operators, "has_kernels", lambda x: True)
 

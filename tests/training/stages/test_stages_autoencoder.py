@@ -142,7 +142,7 @@ def residual_config() -> AutoencoderConfig:
 
 
 def test_a_first_stage_that_adds_to_the_lr_image_stays_one():
-    """Where LR fusion is to come, the addition is the decoder's."""
+    """If LR fusion is added later, the LR image is added in stage 2, not in the first stage."""
     config = residual_config()
     assert plain(config) == config
     assert not plain(dataclasses.replace(config, fusion_level=1)).lr_residual

@@ -363,7 +363,7 @@ def test_checkpoint_of_other_experts_is_refused(data, tmp_path):
 
 
 def test_fidelity_says_how_far_to_trust_a_latent(start, tmp_path):
-    """Of the samples with fidelity w, a share of 1 - w have the encoder's latent; ends are drawn too."""
+    """A fraction 1 - w of the samples with fidelity w has the encoder's latent; w of 0 and 1 occur too."""
     stage = {"encoded_share": 0.5, "free_share": 0.2}
     objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
     torch.manual_seed(0)

@@ -132,7 +132,7 @@ def test_clean_latents_are_recovered_from_the_noise():
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_offset_noise_moves_the_means(offset):
-    """Of latents that are zero, z_t is scaled noise: its channels' means have the offset's deviation."""
+    """For zero latents z_t is scaled noise, and the means of its channels have the offset's deviation."""
     seen = []
 
     def network(z_t, cond, t):
@@ -165,7 +165,7 @@ def test_first_stage_is_read_once(photos, start, tmp_path, monkeypatch):
 
 
 def test_finished_experts_are_not_read_whole(photos, start, tmp_path, monkeypatch):
-    """Of an expert trained before, only the averages reach memory: its file is mapped, not read."""
+    """Only the averages of an expert trained before are read into memory: its file is memory-mapped."""
     train(photos, tmp_path, start, expert=1)
     load, opened = torch.load, {}
     monkeypatch.setattr(torch, "load", lambda path, **k: (opened.update({path: k}), load(path, **k))[1])
@@ -235,7 +235,7 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
 
 
 def test_noise_is_that_of_the_sample(start, photos, tmp_path):
-    """What makes N processes equal one: a sample's loss does not depend on its batch."""
+    """A sample's loss does not depend on its batch, so N processes give the results of one."""
     objective = objective_of(RECIPE, start)
     tiny.randomised(objective.network)
     objective.network.eval()
