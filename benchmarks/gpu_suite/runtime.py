@@ -168,7 +168,7 @@ def measure_pytorch(setup: Setup, report: Report) -> None:
         measure_backend(
             setup, report, Subject("runtime over PyTorch, one graph", torch_backend.NAME, setup.engine)
         )
-    except EngineError as error:
+    except (EngineError, RuntimeError) as error:  # PyTorch raises RuntimeError when a capture fails
         report.note(f"networks of PyTorch do not become part of the device's graphs: {error}")
         torch_backend.ONE_GRAPH = False
         measure_backend(

@@ -27,7 +27,6 @@ from gpu_suite.setup import Report, Setup
 from moesr.kernels.registry import OPS
 from moesr.runtime.backends import selection as backends
 from moesr.runtime.devices import cuda_driver
-from moesr.runtime.errors import EngineError
 from moesr.training.networks import operators
 
 FACTS = {"gpu": "NVIDIA Test 1", "capability": "9.0", "cuda": "13.0", "memory_gb": 80.0}
@@ -110,10 +109,10 @@ def test_the_runtime_over_networks_of_pytorch(heard: Heard, monkeypatch: pytest.
     monkeypatch.setattr(gpu_backend, "tensor_of", tensor_of)
     monkeypatch.setattr(gpu_backend, "on_stream", lambda driver, run: driver.library_call("network", run))
     monkeypatch.setattr(gpu_backend, "ONE_GRAPH", True)
-    if not one_graph:  # then they are launched one by one, and it is said
+    if not one_graph:  # the networks are then launched individually, and a note says so
 
         def fails(self: SimulatedDriver) -> None:
-            raise EngineError("a CUDA graph could not be made")
+            raise RuntimeError("a CUDA graph could not be made")
 
         monkeypatch.setattr(SimulatedDriver, "begin_capture", fails)
     gpu_runtime.measure_pytorch(heard.setup, heard.report)
