@@ -211,12 +211,13 @@ def describe(setup: Setup, report: Report) -> None:
 
 def gpu_facts() -> dict[str, Any]:
     """Return facts of the GPU from cuda.core, or else from PyTorch; raises Absent if neither sees a GPU."""
+    from moesr.runtime.backends.tensorrt.plan_builder import as_text
     from moesr.runtime.devices import cuda_driver
     from moesr.runtime.errors import EngineError
 
     try:
         device = cuda_driver.open_device(0)
-        capability = ".".join(map(str, device.compute_capability))
+        capability = as_text(cuda_driver.device_capability(device))
         driver, total = cuda_driver.driver_version(), cuda_driver.memory_bytes()[1]
         return {"gpu": str(device.name), "capability": capability, "cuda": driver, "memory_gb": total / 1e9}
     except EngineError as error:

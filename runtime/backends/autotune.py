@@ -1,7 +1,7 @@
-"""Which of several backends runs an engine fastest on this machine: measured once, and kept.
+"""Measures which of several backends runs an engine fastest on this machine, and caches the result.
 
-What is timed is a step of the engine's first expert, on one tile. A backend has to be clearly faster than the
-preferred one and agree with it, or it is not chosen.
+Each backend is timed on one step of the engine's first expert, with one tile. A backend replaces a preferred
+one only if it is clearly faster and its result agrees with the preferred one's.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from moesr.runtime.system import cpu, json_dataclass, user_cache
 from moesr.runtime.system.relative_error import relative_l2
 
 RUNS, BUDGET_S = 9, 1.0
-"""Runs of a backend after the first, which warms up, and the time that all of them may take.
+"""The number of runs after a first one that warms up, and the seconds that all of them may take together.
 
-The quickest counts: the one least disturbed by other programs. A first run beyond that time is the only one.
+The shortest run counts, since other programs disturbed it least. No further run is started once the time is
+over, so a slow backend is measured by its first run.
 """
 
 MARGIN = 0.9
-"""Part of a backend's time that a later one, less preferred, may take at most to be chosen for it."""
+"""A less preferred backend is chosen if its time is at most this part of the preferred one's."""
 
 AGREEMENT = 1e-2
 """Largest relative L2 difference of a step's result from the preferred backend's.
 
-Float32 differs by 1e-6 to 1e-4, from one order of additions to another; bfloat16 by 4e-3 on the bundled
-engines. Beyond this bound something is computed wrongly, or too coarsely to be chosen unasked. Where an
-engine's graph was proved with a wider bound, as in bf16 and int8, that one holds.
+Float32 results differ by 1e-6 to 1e-4, because the orders of summation differ, and bfloat16 results by 4e-3
+on the bundled engines. A larger difference means that a backend computes wrongly, or too coarsely to be
+chosen by default. If the export proved the graph with a wider bound, as for bf16 and int8, that bound is used.
 """
 
 FOLDER = "fastest"
-"""Of the measurements, below the cache directory."""
+"""The folder of the measurements in the cache directory."""
 
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, by the backends' labels: seconds of a step, or why one is out of the question."""
+    """A measurement: seconds per step, or the reason of exclusion, by the label of each backend."""
 
     engine: str
     machine: str
@@ -63,21 +64,20 @@ class Measured:
         return ", ".join(parts)
 
 
-_measured: dict[str, Measured] = {}  # by file name, where nothing can be kept on disk
+_measured: dict[str, Measured] = {}  # by file name, for when the cache directory cannot be written
 
 
 def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tuple[Backend, Measured | None]:
-    """The fastest of several backends for an engine, and the figures. Logs why.
+    """Return the fastest of several backends for an engine and the measurement, and log the reason.
 
-    A single one is not measured, nor are those of a GPU, of which the preferred one is taken.
-
-    Where none can run the expert the preferred one is returned: using it will tell what is wrong.
+    The first backend and None are returned without a measurement if there is only one backend, or if the
+    backends are on a GPU. They are also returned if no backend can run the expert; using it raises the error.
     """
     if found[0].options.kind != "cpu":
         found[0].announce("preferred on a GPU")
         return found[0], None
     if len(found) == 1:
-        found[0].announce("the only one in question")
+        found[0].announce("the only one available")
         return found[0], None
     measured = _recall(found, manifest)
     if measured is None:
@@ -93,7 +93,7 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
 
 
 def cache_name(found: Sequence[Backend], manifest: Manifest) -> str:
-    """Name of the file of what was measured, below the cache directory; all that could matter is in it."""
+    """The measurement's file name in the cache, made of everything on which the result depends."""
     expert = manifest.graphs[manifest.experts[0].graph]
     facts = {
         "graphs": [file.sha256 for arrangement in expert.arrangements for file in arrangement.files],
@@ -110,7 +110,7 @@ def machine() -> str:
 
 
 def _recall(found: Sequence[Backend], manifest: Manifest) -> Measured | None:
-    """What was measured before, where that can be read and names a backend that is at hand."""
+    """An earlier measurement; None if there is none, or its chosen backend is not among those found."""
     name = cache_name(found, manifest)
     if name in _measured:
         return _measured[name]
@@ -128,7 +128,7 @@ def _keep(found: Sequence[Backend], manifest: Manifest, measured: Measured) -> N
 
 
 def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> Measured | None:
-    """Time a step on each backend, one after the other so that one graph at a time takes memory."""
+    """Time a step on each backend in turn, so that only one graph at a time is in memory."""
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     reference: np.ndarray | None = None
@@ -158,7 +158,7 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
 def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[float, np.ndarray]:
     """Seconds of one step of the first expert on one tile, and its result on seeded inputs.
 
-    Nothing that is prepared for it is kept, as the backend may not be chosen.
+    The session does without the cache of prepared graphs, because the backend may not be chosen.
     """
     backend = replace(backend, options=replace(backend.options, cache=None))
     expert, device = manifest.experts[0], backend.device()

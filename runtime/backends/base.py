@@ -1,4 +1,4 @@
-"""The parts that all backends share: their offer, the options of a session, and checks of a graph.
+"""The parts that backends share: offers, the options of a session, checks of a graph, sessions on a GPU.
 
 A backend is a module of this package. Its `probe` returns what it offers on this machine, and its
 `open_session` opens one graph of an engine. `moesr.runtime.backends.selection` chooses among the backends.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.engine.graph_spec import Boundary, File, TensorSpec
 from moesr.runtime.errors import EngineError
 
 
 @dataclass(frozen=True)
 class Traits:
-    """How the runtime has to treat a backend, whatever the machine."""
+    """Properties of a backend that the runtime has to consider and that are the same on every machine."""
 
     plain_graphs: bool = False  # it has fast convolutions of its own, so it is given plain ones on a CPU
     runs_parts: bool = False  # on a GPU it runs graphs in parts, with our kernels between them
@@ -36,17 +38,17 @@ class Offer:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a session runs its graph."""
+    """The options with which a backend opens a graph."""
 
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
     threads: int | None = None  # None: the library chooses
-    precision: str | None = None  # of the arithmetic; None: that of the graph
-    cache: Path | None = None  # directory for what a backend compiles; None: nothing is kept
-    verify: bool = True  # whether the checksums of what was kept are compared
-    files: tuple[File, ...] = ()  # the files of the graph, for what is kept of it
+    precision: str | None = None  # precision of the arithmetic; None: that of the graph
+    cache: Path | None = None  # directory for compiled or prepared graphs; None: nothing is cached
+    verify: bool = True  # compare the checksums of cached files
+    files: tuple[File, ...] = ()  # the files of the graph, from which the names in the cache are made
     max_batch: int = 1  # most tiles in one run
     stream: int | None = None  # handle of the device's stream
-    cuda_graphs: bool = True  # whether runs may be captured as CUDA graphs
+    cuda_graphs: bool = True  # runs may be captured as CUDA graphs
 
     @property
     def kind(self) -> str:
@@ -59,8 +61,76 @@ class SessionOptions:
         return int(self.device.partition(":")[2] or 0)
 
 
+class GpuSession:
+    """Base of the sessions on a GPU: the life cycle of `Session`, from `bind` over `enqueue` to `close`.
+
+    A subclass implements `_bind`, `_enqueue` and `_release`. Device memory that it allocates with `_take` is
+    freed when the session is bound again or closed, after all enqueued work is done.
+    """
+
+    capturable = True
+
+    def __init__(self, path: Path, boundary: Boundary) -> None:
+        """`path` is the graph's file, which error messages name."""
+        self._path, self._boundary = path, boundary
+        self._driver: Driver | None = None  # set while the session is bound
+        self._blocks: list[Block] = []
+        self._aborted = False
+
+    @property
+    def boundary(self) -> Boundary:
+        """See `Session.boundary`."""
+        return self._boundary
+
+    def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:
+        """See `Session.bind`; runs go to the stream of the buffers' device."""
+        self._unbind()
+        self._driver = driver = buffers[self._boundary.outputs[0].name].driver
+        self._bind(driver, buffers, max_batch)
+
+    def enqueue(self, batch: int) -> None:
+        """See `Session.enqueue`; returns before the run is done."""
+        if self._aborted or self._driver is None:
+            raise EngineError(f"{self._path.name}: its session was aborted or closed; open the engine again")
+        self._enqueue(self._driver, batch)
+
+    def abort(self) -> None:
+        """See `Session.abort`; a run that is already enqueued ends by itself within milliseconds."""
+        self._aborted = True
+
+    def close(self) -> None:
+        """See `Session.close`; waits for all enqueued work. Closing a closed session does nothing."""
+        self._unbind()
+        self._release()
+
+    def _bind(self, driver: Driver, buffers: Mapping[str, Any], max_batch: int) -> None:
+        """Prepare runs of 1 to `max_batch` tiles between these buffers."""
+        raise NotImplementedError
+
+    def _enqueue(self, driver: Driver, batch: int) -> None:
+        """Add a run on `batch` tiles to the driver's stream."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Drop the objects of the library; no work is outstanding, and a second call must do nothing."""
+        raise NotImplementedError
+
+    def _take(self, driver: Driver, nbytes: int) -> Block:
+        """Allocate device memory that the session keeps until it is bound again or closed."""
+        self._blocks.append(driver.alloc(max(nbytes, 1)))
+        return self._blocks[-1]
+
+    def _unbind(self) -> None:
+        """Wait for all enqueued work, then free the memory that the session has taken."""
+        if self._driver:
+            self._driver.synchronize()
+            while self._blocks:
+                self._driver.free(self._blocks.pop())
+        self._driver = None
+
+
 def check_boundary(path: Path, found: Boundary, declared: Boundary) -> None:
-    """EngineError if a file is not what the manifest declares; it may lack inputs other than the first."""
+    """EngineError if a file's boundary is not the declared one; it may lack inputs other than the first."""
     wanted = {spec.name: spec for spec in declared.inputs}
     first = declared.inputs[0].name
     known = all(spec.name in wanted and _agree(spec, wanted[spec.name]) for spec in found.inputs)

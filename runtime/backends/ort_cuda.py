@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: all nodes run there, between buffers of the device and on its stream."""
+"""ONNX Runtime on an NVIDIA GPU: all nodes of a graph run there, between device buffers on one stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moesr.runtime.backends.base import SessionOptions
+from moesr.runtime.backends.base import GpuSession, SessionOptions
 from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Driver
@@ -27,7 +27,7 @@ log = logging.getLogger("moesr")
 
 
 def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
-    """The provider with its settings: our stream, the library's own CUDA graphs, convolutions in NHWC."""
+    """The provider with its settings: our stream, convolutions in NHWC, CUDA graphs by the library."""
     settings = {
         "device_id": str(options.index),
         "arena_extend_strategy": "kSameAsRequested",
@@ -47,11 +47,11 @@ def prepare(settings: Any) -> None:
 
 
 def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None:
-    """EngineError if a node is not on the provider: it would copy to the CPU and back at every run."""
+    """EngineError if a node is on another provider: every run would copy its values to the CPU and back."""
     tell = getattr(session, "get_provider_graph_assignment_info", None)
     if tell is None:
         raise EngineError(
-            f"{path}: this onnxruntime does not tell where it runs a graph's nodes; 1.24 and later do: "
+            f"{path}: this onnxruntime does not report where it runs a graph's nodes; 1.24 and later do: "
             "pip install --upgrade 'moesr[cuda]'"
         )
     elsewhere = Counter(
@@ -80,15 +80,15 @@ def partly_elsewhere(path: Path, what: str) -> EngineError:
 
 
 def load_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from their Python packages, where the provider alone would not find them.
+    """Load CUDA and cuDNN from their Python packages, in which the provider itself does not search.
 
-    Libraries that are not there are left to the system; the provider reports those that it lacks.
+    A library without a package is left to the system; the provider reports the libraries that it lacks.
     """
     preload = getattr(ort, "preload_dlls", None)
     if preload is None:
         return
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # the function prints what it does not find
+    with contextlib.redirect_stdout(said):  # the function prints the names of libraries that it does not find
         try:
             preload()
         except Exception as error:  # the function has no errors of its own
@@ -97,7 +97,7 @@ def load_libraries(ort: Any) -> None:
         log.info("onnxruntime: %s", line)
 
 
-class CudaOnnxSession:
+class CudaOnnxSession(GpuSession):
     """See `Session`. The library captures CUDA graphs itself, so the device does not."""
 
     capturable = False
@@ -106,22 +106,14 @@ class CudaOnnxSession:
         self, ort: Any, session: Any, path: Path, boundary: Boundary, device: tuple[str, int]
     ) -> None:
         """`device` is the kind and the number of the device, as the library names them."""
-        self._ort, self._session, self._path, self._boundary = ort, session, path, boundary
-        self._device = device
+        super().__init__(path, boundary)
+        self._ort, self._device = ort, device
+        self._session: Any = session
         self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles
         self._captured: set[int] = set()  # numbers of tiles
-        self._driver: Driver | None = None
-        self._aborted = False
 
-    @property
-    def boundary(self) -> Boundary:
-        """See `Session.boundary`."""
-        return self._boundary
-
-    def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
-        """See `Session.bind`."""
+    def _bind(self, driver: Driver, buffers: Mapping[str, Buffer], max_batch: int) -> None:
         self._runs, self._captured = [], set()
-        self._driver = buffers[self._boundary.outputs[0].name].driver
         for batch in range(1, max_batch + 1):
             binding, options = self._session.io_binding(), self._ort.RunOptions()
             for specs, bind in (
@@ -135,10 +127,7 @@ class CudaOnnxSession:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self._runs.append((binding, options))
 
-    def enqueue(self, batch: int) -> None:
-        """See `Session.enqueue`; returns before the run is done."""
-        if self._aborted:
-            raise EngineError(f"{self._path.name}: was told to stop")
+    def _enqueue(self, driver: Driver, batch: int) -> None:
         if batch in self._captured:
             self._run(batch)
             return
@@ -160,13 +149,5 @@ class CudaOnnxSession:
                 f"{self._path}: onnxruntime cannot run it ({text:.300}); see moesr-doctor"
             ) from error
 
-    def abort(self) -> None:
-        """See `Session.abort`; what is enqueued is done in milliseconds."""
-        self._aborted = True
-
-    def close(self) -> None:
-        """See `Session.close`; waits for what is enqueued."""
-        if self._driver:
-            self._driver.synchronize()
-        self._runs = []
-        del self._session
+    def _release(self) -> None:
+        self._runs, self._session = [], None

@@ -76,7 +76,7 @@ class _Capture:
     """The CUDA graph of one kind of tick, once it could be captured."""
 
     graph: Any = None
-    ran: bool = False  # without a graph, in which libraries prepare themselves
+    ran: bool = False  # it ran once without a graph, when libraries initialize
     failures: int = 0
 
 

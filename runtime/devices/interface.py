@@ -36,7 +36,7 @@ class Canvas:
 class Mean(Canvas):
     """A canvas made of tiles: their mean, weighted by `weights` [tile, tile] over `weight_sum` [H, W].
 
-    `state` is private to the device; it includes a flag that values that are not finite set.
+    `state` is private to the device; it includes a flag that is set if a value is not finite.
     """
 
     weights: Any
@@ -65,7 +65,7 @@ class Device(Protocol):
 
     @property
     def synchronous(self) -> bool:
-        """Whether every call is complete when it returns, so that results can be read between ticks."""
+        """True if every call is complete when it returns, so that results can be read between ticks."""
         ...
 
     @property
@@ -93,7 +93,7 @@ class Device(Protocol):
         weights: np.ndarray,
         factor: int = 1,
     ) -> Mean:
-        """Allocate a canvas [C, H, W] that is to be made of tiles at `origins` on the latent grid.
+        """Allocate a canvas [C, H, W] for tiles at `origins` on the latent grid.
 
         `weights` are float32 [tile, tile], positive. Raises ValueError if the tiles leave the canvas or do
         not cover it.
@@ -141,7 +141,7 @@ class Device(Protocol):
         ...
 
     def finite(self, mean: Mean) -> bool:
-        """Whether all values blended so far were finite. Waits for the device."""
+        """True if all values that were blended so far are finite. Waits for the device."""
         ...
 
     def download(self, canvas: Canvas) -> np.ndarray:
@@ -163,7 +163,7 @@ class Session(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether `enqueue` only adds work to the device's stream, so that it can be captured."""
+        """True if `enqueue` only adds work to the device's stream, so that it can be captured."""
         ...
 
     def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:

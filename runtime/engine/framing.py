@@ -1,4 +1,4 @@
-"""How a model's sampler lays an image out in tiles."""
+"""The layout of an image in tiles, as the sampler of a model uses it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the ranges of an int8 graph were found.
+    """The calibration that found the ranges of an int8 graph.
 
     `images` went through `steps` sampling steps each, in which this graph ran `runs` times. `int8_fraction`
     is the part of the multiply-accumulates that is int8, 0 to 1. `kept` names the layers that stay float32

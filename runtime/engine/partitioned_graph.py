@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moesr.runtime.engine.field_types import MAX_BYTES, Bytes, Dimension, FileName, Index, Sha256, Text
-from moesr.runtime.engine.graph_spec import TensorSpec
+from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import json_dataclass
 from moesr.runtime.system.files import reason
@@ -123,8 +123,13 @@ class Parts:
         graphs = {step.plan.file for step in self.steps if step.plan}
         return graphs | ({self.constants} if self.constants else set())
 
+    @property
+    def boundary(self) -> Boundary:
+        """The inputs and outputs of the graph."""
+        return Boundary(tuple(map(self.spec, self.inputs)), tuple(map(self.spec, self.outputs)))
+
     def spec(self, name: str) -> TensorSpec:
-        """A value as the input or output of a graph."""
+        """Name, type and dimensions of a value, as of an input or output of a graph."""
         return TensorSpec(name, self.values[name].dtype, self.values[name].dims)
 
     def nbytes(self, name: str, batch: int) -> int:

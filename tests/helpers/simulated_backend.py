@@ -27,8 +27,7 @@ class OnnxSession:
         settings.log_severity_level = 4
         self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         names = {value.name for value in self._session.get_inputs()}
-        inputs = tuple(spec for spec in declared.inputs if spec.name in names)
-        self.boundary, self._path = Boundary(inputs, declared.outputs), path
+        self.boundary, self._path = declared.only(names), path
 
     def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
         self._buffers = buffers

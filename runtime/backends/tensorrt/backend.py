@@ -1,4 +1,7 @@
-"""TensorRT in either flavour: plans of the engine directory or the user's cache, built where missing."""
+"""Opens graphs with TensorRT, in either flavour.
+
+Plans are read from the engine directory or the user's cache; a missing plan is built and cached.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
+from moesr.runtime.backends.base import GpuSession, Offer, SessionOptions, Traits, check_boundary
 from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.backends.tensorrt.library import Library, load
 from moesr.runtime.backends.tensorrt.parts_session import PartsSession
@@ -23,7 +26,7 @@ from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner, boundary_of
 from moesr.runtime.devices.compiled_kernels import find_kernels
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.cuda_driver import device_capability, memory_bytes, open_device
-from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.devices.driver import Driver
 from moesr.runtime.engine.graph_spec import Boundary
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError, MemoryLimitError, OutputError
@@ -39,7 +42,7 @@ log = logging.getLogger("moesr")
 
 
 def probe() -> Offer:
-    """Version and devices; EngineError where the library, the driver or a GPU is missing."""
+    """The library's version and devices; EngineError if the library, the driver or a GPU is missing."""
     library, device = load(), open_device(0)
     if library.ahead_of_time:
         capability_of(library, device_capability(device))
@@ -47,7 +50,7 @@ def probe() -> Offer:
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> TensorRTSession | PartsSession:
-    """Open an ONNX file, or a graph in parts; EngineError where plans are missing and cannot be built."""
+    """Open an ONNX file or a graph in parts; EngineError if a plan is missing and cannot be built."""
     library, options = load(), replace(options, cache=options.cache or user_cache.directory())
     device = open_device(options.index)
     capability = device_capability(device)
@@ -62,17 +65,16 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Ten
 def open_parts(
     library: Library, path: Path, declared: Boundary, capability: int, options: SessionOptions
 ) -> PartsSession:
-    """Open every plan of a graph in parts."""
+    """Open a graph in parts with all its plans; EngineError if it does not have the declared boundary."""
     parts, runners = read_parts(path), {}
+    check_boundary(path, parts.boundary, declared)
     for step in parts.steps:
         if step.plan:
             file = path.parent / step.plan.file
             key = plan_store.key_of(library, step.plan.sha256, capability, options.max_batch)
             engine = open_plan(library, file, key, options.cache)
             runners[file.name] = PlanRunner(library, engine, file, plan_store.compiled(options.cache, key))
-    session = PartsSession(path, parts, runners, find_kernels(path.parent))
-    check_boundary(path, session.boundary, declared)
-    return session
+    return PartsSession(path, declared, parts, runners, find_kernels(path.parent))
 
 
 def release() -> None:
@@ -80,14 +82,14 @@ def release() -> None:
 
 
 def open_plan(library: Library, path: Path, key: plan_store.PlanKey, cache: Path | None) -> Any:
-    """The library's engine of a plan that fits: one that is there, or else a new one, kept in `cache`."""
+    """Deserialize the plan of a graph; if none fits, one is built and written to `cache`."""
     folders = plan_store.plan_folders(path.parent, cache)
     data = plan_store.read_plan(key, folders)
     if data is not None:
         engine = _deserialize(library, data)
         if engine is not None:
             return engine
-        log.warning("%s: its plan does not load (%s); building another", path.name, _complaint(library, path))
+        log.warning("%s: its plan does not load (%s); building anew", path.name, _complaint(library, path))
     for reason in plan_store.misfits(key, folders):
         log.info("%s", reason)
     data = _build(library, path, key, cache)
@@ -140,7 +142,7 @@ def _logged(name: str) -> OnProgress:
 
 
 def _complaint(library: Library, path: Path) -> str:
-    """Why a plan did not load; MemoryLimitError where another one would not either, for want of memory."""
+    """The library's reason why a plan did not load; MemoryLimitError if memory ran out."""
     text = library.complaint()
     if ran_out_of_memory(text):
         raise MemoryLimitError(
@@ -154,10 +156,8 @@ def _deserialize(library: Library, data: bytes) -> Any:
     return library.module.Runtime(library.logger).deserialize_cuda_engine(data)
 
 
-class TensorRTSession:
-    """See `Session`. Runs on the stream of the device that its buffers are of."""
-
-    capturable = True
+class TensorRTSession(GpuSession):
+    """See `Session`. A plan with its working memory."""
 
     def __init__(
         self,
@@ -168,40 +168,17 @@ class TensorRTSession:
         compiled: Path | None = None,
     ) -> None:
         """`declared` may hold more inputs than the engine has; `compiled` is for `PlanRunner`."""
-        self._boundary = declared.only({spec.name for spec in boundary_of(library, engine).inputs})
-        self._runner, self._path = PlanRunner(library, engine, path, compiled), path
-        self._driver: Driver | None = None
-        self._work: Block | None = None
-        self._aborted = False
+        super().__init__(path, declared.only({spec.name for spec in boundary_of(library, engine).inputs}))
+        self._runner = PlanRunner(library, engine, path, compiled)
 
-    @property
-    def boundary(self) -> Boundary:
-        """See `Session.boundary`."""
-        return self._boundary
-
-    def bind(self, buffers: Mapping[str, Buffer], max_batch: int) -> None:
-        """See `Session.bind`; the working memory is taken here, once."""
-        self._driver = buffers[self._boundary.outputs[0].name].driver
-        if self._work is None and self._runner.work_bytes:
-            self._work = self._driver.alloc(self._runner.work_bytes)
+    def _bind(self, driver: Driver, buffers: Mapping[str, Buffer], max_batch: int) -> None:
+        nbytes = self._runner.work_bytes
+        work = self._take(driver, nbytes).address if nbytes else 0
         addresses = {name: buffer.address for name, buffer in buffers.items()}
-        self._runner.bind(self._driver, addresses, self._work.address if self._work else 0)
+        self._runner.bind(driver, addresses, work)
 
-    def enqueue(self, batch: int) -> None:
-        """See `Session.enqueue`; returns before the run is done."""
-        if self._aborted:
-            raise EngineError(f"{self._path.name}: was told to stop")
+    def _enqueue(self, driver: Driver, batch: int) -> None:
         self._runner.enqueue(batch)
 
-    def abort(self) -> None:
-        """See `Session.abort`; what is enqueued is done in milliseconds."""
-        self._aborted = True
-
-    def close(self) -> None:
-        """See `Session.close`; waits for what is enqueued."""
-        if self._driver:
-            self._driver.synchronize()
-            if self._work:
-                self._driver.free(self._work)
+    def _release(self) -> None:
         self._runner.close()
-        self._driver = self._work = None

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiles when a plan first runs on a GPU, kept for the next process."""
+"""Caches the kernels that TensorRT-RTX compiles when a plan first runs on a GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ log = logging.getLogger("moesr")
 
 
 class CompiledKernels:
-    """The file of one plan's kernels. What does not fit the driver, GPU or library is compiled again."""
+    """The cache file of one plan's kernels; a file of another driver, GPU or library version is not used."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path` None: nothing is kept."""
+        """Without a `path` nothing is cached."""
         self._path, self._cache, self._kept = path, None, b""
 
     def attach(self, config: Any) -> None:
-        """Have contexts of a runtime configuration take their kernels from here and leave new ones here."""
+        """Have the contexts of a runtime configuration use this cache and add new kernels to it."""
         if self._path is None:
             return
         if self._cache is None:
@@ -28,12 +28,14 @@ class CompiledKernels:
             with contextlib.suppress(OSError):
                 self._kept = self._path.read_bytes()
             if self._kept and not self._cache.deserialize(self._kept):
-                log.info("%s: is of another driver, GPU or version; kernels are compiled anew", self._path)
+                log.info(
+                    "%s: was made by another driver, GPU or version; kernels are compiled anew", self._path
+                )
                 self._kept = b""
         config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
-        """Write what was compiled since, if anything was."""
+        """Write the file if kernels were compiled since it was read or written."""
         made = self._cache.serialize() if self._cache is not None else None
         data = b"" if made is None else bytes(made)
         if self._path is None or not data or data == self._kept:

@@ -1,4 +1,4 @@
-"""TensorRT plans from ONNX files, strongly typed: the file says what is computed in which precision."""
+"""Builds TensorRT plans from ONNX files. Plans are strongly typed: the file's types set every precision."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moesr.runtime.system.files import reason, write_atomically
 from moesr.runtime.system.memory import ran_out_of_memory
 
 DEFAULT_WORKSPACE_BYTES = 8 << 30
-"""Working memory that a plan may ask for; what it needs is decided by the builder."""
+"""Limit of a plan's working memory; the builder decides how much of it a plan needs."""
 
 OnProgress = Callable[[float], None]
-"""Called with the share of the build that is done, 0 to 1."""
+"""A function that is called with the finished share of the build, 0 to 1."""
 
 
 def build_plan(
@@ -30,10 +30,10 @@ def build_plan(
     timing_cache: Path | None = None,
     on_progress: OnProgress = lambda share: None,
 ) -> bytes:
-    """A plan of an ONNX file for 1 to `max_batch` tiles on a GPU of `capability` (89 for 8.9).
+    """Build the plan of an ONNX file for 1 to `max_batch` tiles on a GPU of `capability` (89 for 8.9).
 
-    `timing_cache`: file of what earlier builds measured, read and written. EngineError where the file or the
-    capability is not for this library; MemoryLimitError where memory ran out.
+    `timing_cache` is a file with the measurements of earlier builds; it is read and written. EngineError if
+    the library does not support the file or the capability; MemoryLimitError if memory ran out.
     """
     trt = library.module
     library.errors.clear()
@@ -47,7 +47,7 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.progress_monitor = _monitor(trt, on_progress)
     config.add_optimization_profile(_profile(builder, network, 1, max_batch))
-    if max_batch > 1:  # a single tile gets kernels of its own
+    if max_batch > 1:  # a second profile, so that a single tile gets kernels that are tuned for it
         config.add_optimization_profile(_profile(builder, network, 1, 1))
     _set_formats(trt, network)
     if library.ahead_of_time:
@@ -65,7 +65,7 @@ def build_plan(
 
 
 def capability_of(library: Library, capability: int) -> Any:
-    """The library's name of a compute capability; EngineError where it builds for others only."""
+    """The library's constant for a compute capability; EngineError if it does not build plans for it."""
     offered = library.module.ComputeCapability
     found = getattr(offered, f"SM{capability}", None)
     if found is None:
@@ -78,12 +78,12 @@ def capability_of(library: Library, capability: int) -> Any:
 
 
 def as_text(capability: int) -> str:
-    """A compute capability as it is written, 8.9 for 89."""
+    """A compute capability in its usual spelling, "8.9" for 89."""
     return f"{capability // 10}.{capability % 10}"
 
 
 def _strongly_typed(trt: Any) -> int:
-    """The flag of networks that keep the file's types, for libraries that know others, too."""
+    """The flag of strongly typed networks; 0 if the library has no other kind."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -100,7 +100,7 @@ def _profile(builder: Any, network: Any, least: int, most: int) -> Any:
 
 
 def _set_formats(trt: Any, network: Any) -> None:
-    """Have values whose names say so lie with their channels last, and all others plane by plane."""
+    """Set inputs and outputs whose names end in `NHWC` to channels last, and all others to planes."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for value in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
         layout = trt.TensorFormat.HWC8 if value.name.endswith(NHWC) else trt.TensorFormat.LINEAR
@@ -108,7 +108,7 @@ def _set_formats(trt: Any, network: Any) -> None:
 
 
 def _monitor(trt: Any, on_progress: OnProgress) -> Any:
-    """The library's tree of phases as one share: a phase fills its part of the step of the one above it."""
+    """A monitor that reduces the library's nested phases, each one step of its parent, to one share."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -147,7 +147,7 @@ def _failure(library: Library, path: Path, capability: int) -> EngineError | Mem
 
 
 def _read_timings(config: Any, path: Path | None) -> None:
-    """Hand the library the timings of earlier builds; those of another version it passes over itself."""
+    """Give the library the timings of earlier builds; it ignores those of another version."""
     known = b""
     if path:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A TensorRT plan between fixed addresses."""
+"""Runs a TensorRT plan between fixed addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 
 
 def boundary_of(library: Library, engine: Any) -> Boundary:
-    """What an engine of the library takes and gives."""
+    """The inputs and outputs of an engine of the library."""
     sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -29,15 +29,17 @@ def boundary_of(library: Library, engine: Any) -> Boundary:
 
 
 class PlanRunner:
-    """An engine of the library between fixed addresses: a context a number of tiles, one working memory.
+    """Runs an engine of the library between fixed addresses, with one execution context per batch size.
 
-    Contexts are not shared between numbers of tiles, since a CUDA graph keeps what a context was set to.
+    All contexts use the same working memory. A context serves only one batch size, because a CUDA graph keeps
+    the shapes and addresses that were set when it was captured.
     """
 
     def __init__(self, library: Library, engine: Any, path: Path, compiled: Path | None = None) -> None:
-        """`compiled`: file for kernels that the library compiles when the plan first runs."""
+        """`compiled` is a cache file for the kernels that the library compiles when the plan first runs."""
         self._compiled = CompiledKernels(compiled)
-        self._library, self._engine, self._path = library, engine, path
+        self._library, self._path = library, path
+        self._engine: Any = engine
         self._boundary = boundary_of(library, engine)
         self._contexts: dict[int, Any] = {}
         self._addresses: Mapping[str, int] = {}
@@ -46,16 +48,16 @@ class PlanRunner:
 
     @property
     def work_bytes(self) -> int:
-        """Working memory that a run needs."""
+        """Size of the working memory that a run needs."""
         return int(self._engine.device_memory_size_v2)
 
     def bind(self, driver: Driver, addresses: Mapping[str, int], work: int) -> None:
-        """Run between these addresses from now on, with the working memory that begins at `work`."""
+        """Use these addresses by tensor name from now on, and the working memory that begins at `work`."""
         self._driver, self._addresses, self._work = driver, addresses, work
         self._contexts = {}
 
     def enqueue(self, batch: int) -> None:
-        """Add a run on the first `batch` tiles to the stream; EngineError where the library refuses."""
+        """Add a run on the first `batch` tiles to the stream; EngineError if the library refuses it."""
         assert self._driver is not None
         first = batch not in self._contexts
         if first:
@@ -82,7 +84,10 @@ class PlanRunner:
         return context
 
     def _settings(self) -> Any:
-        """How contexts take their memory, and where there is a choice of kernels, when they are made."""
+        """The argument with which contexts are created: their memory is ours.
+
+        If the library can specialize kernels for a shape, it does so when a context is created.
+        """
         trt = self._library.module
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -90,7 +95,7 @@ class PlanRunner:
             return strategy
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # a CUDA graph would keep the slower kernels that runs begin with while better ones are compiled
+        # with lazy specialization a CUDA graph would capture the slower generic kernels and keep them
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         self._compiled.attach(config)
         return config
@@ -105,6 +110,5 @@ class PlanRunner:
         return EngineError(f"{self._path.name}: its plan {what} ({text}); see moesr-doctor")
 
     def close(self) -> None:
-        """Let go of everything; nothing enqueued may be outstanding."""
-        self._contexts = {}
-        del self._engine
+        """Drop the contexts and the engine; no enqueued work may be outstanding."""
+        self._contexts, self._engine = {}, None

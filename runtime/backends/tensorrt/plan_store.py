@@ -32,7 +32,7 @@ from moesr.runtime.system.json_dataclass import Form, Range, read_bytes, read_js
 PLANS_FOLDER, PLAN_NAME, RECORD_NAME = "tensorrt", "graph.plan", "plan.json"
 
 MAX_RECORD_BYTES, MAX_PLAN_BYTES = 1 << 16, 16 << 30
-"""Largest plan.json and graph.plan that are read."""
+"""Largest plan.json and graph.plan that are read, in bytes."""
 
 log = logging.getLogger("moesr")
 
@@ -67,7 +67,7 @@ class PlanRecord(PlanKey):
 
 
 def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int) -> PlanKey:
-    """The key of a plan that this library makes."""
+    """The key of the plan that this library builds of a graph."""
     return PlanKey(graph_sha256, library.flavour, library.version, capability, max_batch)
 
 
@@ -108,7 +108,7 @@ def plan_folders(engine: Path, cache: Path | None) -> list[Path]:
 
 
 def read_plan(key: PlanKey, folders: Sequence[Path]) -> bytes | None:
-    """The plan for a key, None if there is none; a damaged one is logged with its fault."""
+    """The plan for a key, None if there is none; a damaged plan is logged and skipped."""
     for folder in folders:
         directory = folder / key.name
         if not directory.is_dir():
@@ -131,17 +131,17 @@ def _read(directory: Path, key: PlanKey) -> bytes:
 
 
 def misfits(key: PlanKey, folders: Sequence[Path]) -> list[str]:
-    """Messages about plans of the same graph that were built for another library, GPU or batch."""
+    """Messages about plans of the same graph that were built for another library, GPU or batch size."""
     found = []
     for folder in folders:
         for record in list_plans(folder):
             if record.graph_sha256 == key.graph_sha256 and record.name != key.name:
-                found.append(f"{folder / record.name}: does not fit: is for {record}; needed is {key}")
+                found.append(f"{folder / record.name}: does not fit: it is for {record}, but {key} is needed")
     return found
 
 
 def list_plans(folder: Path) -> list[PlanRecord]:
-    """The plans of a folder, without those that cannot be read."""
+    """The records of the plans in a folder; unreadable ones are skipped."""
     found = []
     for path in sorted(folder.glob(f"*/{RECORD_NAME}")):
         try:

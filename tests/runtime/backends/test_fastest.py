@@ -1,4 +1,4 @@
-"""The choice among backends: by what was measured, once, and never in place of what was asked for."""
+"""The choice among backends: it follows one cached measurement and never overrides an explicit backend."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
-    """Have steps take the given seconds, and give ones, or another result, or fail; returns who was asked."""
+    """Replace the timing of steps by given seconds, results or errors; returns the labels that were timed."""
 
     def give(figures: Figures) -> list[str]:
         asked: list[str] = []
@@ -181,7 +181,7 @@ def test_named_backend_is_never_replaced(engine: Path, measure: Measure):
 
 @pytest.mark.usefixtures("both")
 def test_doctor_shows_what_was_measured(engine: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
-    """With true figures, whatever they are."""
+    """The doctor prints the figures of a real measurement as they are in the cache."""
     assert doctor.main(["--engine", str(engine)]) == 0
     out = capsys.readouterr().out
     measured = json.loads(next(cache.iterdir()).read_text())

@@ -1,4 +1,4 @@
-"""The OpenVINO backend: results as ONNX Runtime's, buffers, batches, threads, precision, cache, refusals."""
+"""The OpenVINO backend against ONNX Runtime: results, buffers, batches, threads, precision, cache, errors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_batch_changes_nothing(engine: Path):
 
 
 def test_one_value_for_the_whole_run(tmp_path: Path):
-    """Graphs of schema 1 take one fidelity for all tiles."""
+    """A graph of schema 1 has one fidelity for all tiles of a run."""
     graph = read_manifest(build_engine(tmp_path)).graphs["decoder"]
     model = onnx.load(tmp_path / graph.file)
     model.graph.input[2].type.tensor_type.shape.dim[0].dim_value = 1
@@ -145,7 +145,7 @@ def test_precision_that_a_backend_lacks():
 
 
 def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch):
-    """Compiled once; again where what was kept is damaged, which does not show."""
+    """A graph is compiled once, and again without an error if its cached file is damaged."""
     compiled, compile_ = [], ov._compile
     monkeypatch.setattr(ov, "_compile", lambda *a: compiled.append(1) or compile_(*a))
     way = backend(cache=tmp_path / "new")
@@ -202,7 +202,7 @@ def test_directory_that_cannot_be_written_is_done_without(
 
 
 def test_plain_arrangement_is_taken_in_the_same_precision(tmp_path: Path):
-    """A second file whose results tell it apart."""
+    """The variant adds 5 to its results, so they show which of the two files was opened."""
     build_engine(tmp_path)
     onnx.save(expert_graph(16, shift=5.0), tmp_path / "plain.onnx")
     plain = Arrangement("plain.onnx", "", "fp32")
@@ -214,7 +214,7 @@ def test_plain_arrangement_is_taken_in_the_same_precision(tmp_path: Path):
 
 
 def _first_value(directory: Path, way: Backend, graph: Graph) -> float:
-    """A value of a graph's output for inputs of zero."""
+    """The first value of a graph's output if all its inputs are zero."""
     session = way.open(directory, graph)
     specs = (*session.boundary.inputs, *session.boundary.outputs)
     buffers = {s.name: np.zeros(s.shape(1), np.float32) for s in specs}
@@ -271,7 +271,7 @@ def test_abort_ends_the_run_under_way():
     with pytest.raises(EngineError, match="ended from outside"):
         session.enqueue(1)
     session.close()
-    session.abort()  # of one that is closed, nothing
+    session.abort()  # aborting a closed session does nothing
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU, as far as it shows without one: refusals, bindings at addresses, settings."""
+"""ONNX Runtime on a GPU, tested without one: refused graphs, bindings at addresses, provider settings."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_runs_go_between_the_addresses_of_buffers(graph):
         assert np.isnan(arrays["image"][batch:]).all()
     assert not session.capturable
     session.abort()
-    with pytest.raises(EngineError, match="told to stop"):
+    with pytest.raises(EngineError, match="aborted or closed; open the engine again"):
         session.enqueue(1)
     late = []
     driver.library_call("run", lambda: late.append(1))
     session.close()
-    assert late  # was waited for
+    assert late  # `close` waited for the run
 
 
 def test_settings_of_the_provider():
@@ -80,12 +80,12 @@ def test_without_a_gpu_cuda_is_refused_with_what_is_missing():
 
 
 def test_an_onnxruntime_that_does_not_tell_is_refused():
-    with pytest.raises(EngineError, match=r"does not tell where .*1\.24 and later"):
+    with pytest.raises(EngineError, match=r"does not report where .*1\.24 and later"):
         ort_cuda.check_assignment(SimpleNamespace(), Path("expert.onnx"))
 
 
 class StandIn:
-    """A session of the library that only notes whether captures are guarded, or fails."""
+    """A session of the library whose runs fail, or only record whether the capture lock is held."""
 
     def __init__(self, error: str = "") -> None:
         self.error, self.guarded = error, []
@@ -101,13 +101,13 @@ class StandIn:
 
 def bound(graph: tuple[Path, Boundary], library: StandIn) -> ort_cuda.CudaOnnxSession:
     session = ort_cuda.CudaOnnxSession(ort, library, *graph, ("cuda", 0))
-    specs = (*graph[1].inputs, *graph[1].outputs)
-    session.bind({s.name: SimpleNamespace(address=256, driver=None) for s in specs}, 2)
+    specs, driver = (*graph[1].inputs, *graph[1].outputs), SimulatedDriver()
+    session.bind({s.name: SimpleNamespace(address=256, driver=driver) for s in specs}, 2)
     return session
 
 
 def test_nothing_is_opened_while_a_graph_is_captured(graph):
-    """The library captures at the first run with a number of tiles, in CUDA's global mode."""
+    """The library captures the first run of each batch size in CUDA's global mode, which needs the lock."""
     library = StandIn()
     session = bound(graph, library)
     for batch in (1, 1, 2, 1, 2):

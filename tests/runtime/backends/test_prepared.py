@@ -1,4 +1,4 @@
-"""Graphs as ONNX Runtime has prepared them: made once, the same results, again whenever anything differs."""
+"""Graphs prepared by ONNX Runtime: made once with equal results, and made again after any change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the graphs that were prepared."""
+    """A list that collects the file names of graphs as they are prepared."""
     names, prepare = [], ort._prepare
     monkeypatch.setattr(
         ort, "_prepare", lambda lib, path, directory: names.append(path.name) or prepare(lib, path, directory)
@@ -75,7 +75,7 @@ def test_prepared_once_and_the_same(engine: Path, cache: Path, made: list[str]):
 
 
 def test_bundled_engine_with_external_weights_gives_the_same(cache: Path, made: list[str]):
-    """Weights worth a file of their own, convolutions laid out for the processor, folded kernels."""
+    """These graphs are large enough for external weights, packed convolutions and folded kernels."""
     image = np.random.default_rng(1).integers(0, 256, (20, 24, 3), np.uint8)
     results = []
     for keep in (False, cache, cache):
@@ -130,7 +130,7 @@ def _record_with_large_number(path: Path) -> None:
 
 
 def _same_stamp(path: Path) -> None:
-    """Damage as by a failing disk: size and time of modification stay."""
+    """Damage a file as a failing disk does: its size and time of modification stay the same."""
     status, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     path.write_bytes(data)
@@ -207,7 +207,7 @@ def test_a_damaged_entry_is_made_again(
 
 
 def test_an_entry_that_does_not_load_is_done_without(engine: Path, cache: Path, made: list[str]):
-    """Its files are as they were written, but the library does not take them."""
+    """The entry's checksums are right, but the library cannot load its graph."""
     want = step(engine, cache)
     (entry,) = entries(cache)
     (entry / "graph.onnx").write_bytes(b"nothing that loads")

@@ -1,4 +1,4 @@
-"""TensorRT: plans built ahead of time, kept, found again or refused; sessions on a simulated GPU."""
+"""TensorRT: plans are built, cached, found again or refused, and sessions run on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """An engine directory's graph; what is in it does not matter here."""
+    """A graph file of an engine directory, with arbitrary content."""
     path = tmp_path / "engine" / "expert_0.onnx"
     path.parent.mkdir()
     path.write_bytes(b"graph")
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_graph(rtx, tmp_path):
 
 
 def test_a_plan_does_not_load_without_a_gpu_but_says_so(rtx, tmp_path, cache):
-    """Neither a crash nor a silent nothing: the library's own words are in the error."""
+    """On a machine without a GPU the error contains the library's own message."""
     path = tmp_path / "expert.onnx"
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
     key = plan_store.key_of(rtx, "cd" * 32, 89, 2)
@@ -150,7 +150,7 @@ def test_a_stale_plan_is_not_used_and_the_reason_given(graph, cache, caplog, mon
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     with caplog.at_level(logging.INFO, "moesr"):
         assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
-    assert f"does not fit: is for {OTHERS[which]}; needed is {KEY}" in caplog.text
+    assert f"does not fit: it is for {OTHERS[which]}, but {KEY} is needed" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "record", "no record", "no plan", "another's"])
@@ -170,7 +170,7 @@ def test_a_damaged_plan_is_not_used(cache, caplog, damage):
 
 
 def test_weights_beside_a_graph_belong_to_what_its_plan_is_of(tmp_path):
-    """Two graphs that differ in nothing else must not share a plan."""
+    """Graphs that differ only in their external weights must not share a plan."""
     import onnx
     from engines import decoder_graph as tiny
 
@@ -202,7 +202,7 @@ def test_a_plan_that_does_not_load_is_built_anew(graph, cache, monkeypatch, capl
     plan_store.write_plan(graph.parent / "tensorrt", KEY, graph.name, b"of another driver")
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
-    assert "does not load (Serialization assertion failed); building another" in caplog.text
+    assert "does not load (Serialization assertion failed); building anew" in caplog.text
 
 
 def test_a_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_library_that_is_missing_names_its_package(monkeypatch):
 
 
 class TensorRTRig(CudaRig):
-    """A worker over TensorRT sessions of plain functions."""
+    """A worker with TensorRT sessions whose engines compute plain Python functions."""
 
     def __init__(self, manifest: Manifest, tmp_path: Path, max_batch: int, keep_all: bool = True) -> None:
         super().__init__(manifest, tmp_path, max_batch)
@@ -295,7 +295,7 @@ def test_a_run_that_the_library_refuses_is_an_error(tmp_path):
 
 
 def bound(tmp_path: Path, compiled: Path | None, engine: FakeEngine | None = None) -> TensorRTSession:
-    """A decoder's session between buffers of a simulated GPU."""
+    """A decoder's session that is bound to buffers of a simulated GPU."""
     manifest = read_manifest(build_engine(tmp_path / "engine"))
     graph, (device, driver) = manifest.graphs["decoder"], simulated_device(tmp_path / "kernels")
     engine = engine or FakeEngine(driver, graph.boundary, FUNCTIONS["decoder"])
@@ -303,6 +303,33 @@ def bound(tmp_path: Path, compiled: Path | None, engine: FakeEngine | None = Non
     specs = (*graph.boundary.inputs, *graph.boundary.outputs)
     session.bind({spec.name: device.buffer(spec, 2) for spec in specs}, 2)
     return session
+
+
+def test_a_session_frees_its_memory_and_closes_once(tmp_path):
+    graph = read_manifest(build_engine(tmp_path / "engine")).graphs["decoder"]
+    device, driver = simulated_device(tmp_path / "kernels")
+    session = TensorRTSession(
+        fake_library(),
+        FakeEngine(driver, graph.boundary, FUNCTIONS["decoder"]),
+        Path(graph.file),
+        graph.boundary,
+    )
+    with pytest.raises(EngineError, match="open the engine again"):
+        session.enqueue(1)  # it is not bound
+    buffers = {s.name: device.buffer(s, 1) for s in (*graph.boundary.inputs, *graph.boundary.outputs)}
+    driver.synchronize()
+    before = set(driver.blocks)
+    for _ in range(2):  # binding again replaces the working memory
+        session.bind(buffers, 1)
+        session.enqueue(1)
+        driver.synchronize()
+        assert len(set(driver.blocks) - before) == 1
+    for _ in range(2):
+        session.close()
+        driver.synchronize()
+        assert set(driver.blocks) == before
+    with pytest.raises(EngineError, match="open the engine again"):
+        session.enqueue(1)
 
 
 def test_kernels_that_the_library_compiles_are_kept_between_processes(tmp_path, caplog):
@@ -369,7 +396,7 @@ def test_a_build_says_how_far_it_is_and_leaves_memory_to_others(graph, cache, mo
 
 
 def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
-    """So that `auto` goes on to another backend."""
+    """The probe fails for such a GPU, so that `auto` goes on to another backend."""
     library = fake_library()
     library.module.ComputeCapability = SimpleNamespace(SM89="SM89")
     monkeypatch.setattr(backend, "load", lambda: library)
@@ -384,7 +411,7 @@ def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
 
 
 def test_formats_of_values_follow_their_names(rtx, tmp_path, monkeypatch):
-    """Channels last where a name says so; the library takes that for half precision."""
+    """Half-precision values whose names end in ".nhwc" are channels last; the library accepts that."""
     from onnx import TensorProto, helper
 
     from moesr.runtime.backends.tensorrt import plan_builder

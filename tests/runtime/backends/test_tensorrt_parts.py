@@ -1,4 +1,4 @@
-"""A decoder in parts on the simulated GPU: plans by ONNX Runtime, kernels by their references."""
+"""A decoder in parts on the simulated GPU: ONNX Runtime runs the plans, references replace the kernels."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from moesr.runtime.errors import EngineError
 TILE, BATCH = 32, 2
 BFLOAT16 = helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
-LIMITS = {"fp16": 2e-3, "bf16": 2e-2}  # the last bits
+LIMITS = {"fp16": 2e-3, "bf16": 2e-2}  # relative L2; the results differ in their last bits
 HALF = {"fp16": TYPES["float16"], "bf16": BFLOAT16}
 
 
 class OnnxEngine(FakeEngine):
-    """A plan whose computing is ONNX Runtime's, in float32 where the plan is of bfloat16."""
+    """A plan that ONNX Runtime computes; a bfloat16 plan is computed in float32."""
 
     def __init__(self, driver: SimulatedDriver, path: Path) -> None:
         model = onnx.load(path)
@@ -80,7 +80,7 @@ class OnnxEngine(FakeEngine):
 
 
 class HalfDriver(SimulatedDriver):
-    """A GPU whose kernels were compiled for one type of half precision."""
+    """A GPU whose kernels were compiled for one half-precision type."""
 
     half: Any = None
 
@@ -91,10 +91,10 @@ def tensor(driver: HalfDriver, address: int, *shape: int, dtype: Any = None) -> 
 
 
 def rows(driver, constants, grid, x, scale, shift, even, odd, spectrum, *hidden) -> None:
-    """The first of three launches: what it leaves for the others lies where the spectrum would."""
+    """The first of three launches: it stores the arguments of the others in the memory of the spectrum."""
     assert scale and shift and constants["NORM"]
     driver.view(spectrum, 8, np.int64)[0] = x
-    driver.view(even, 4)  # is there
+    driver.view(even, 4)  # fails if it is not device memory
 
 
 def columns(driver, constants, grid, spectrum, w1, b1, w2, b2, dft_1, dft_2, twiddle, *hidden) -> None:
@@ -129,7 +129,7 @@ def attention(driver, constants, grid, q, k, v, out, tokens, scale, *hidden) -> 
 def inverted_residual(
     driver, constants, grid, x, expand, b1, depthwise, b2, reduce, b3, scratch, y, batch, *hidden
 ) -> None:
-    """Channels last, the taps of the depthwise convolution first."""
+    """The data is channels last; the depthwise weights have their taps first."""
     cin, inner, cout, height, width = (constants[n] for n in ("CIN", "INNER", "COUT", "H", "W"))
     assert constants["X_CHANNEL"] == constants["Y_CHANNEL"] == 1
     result = OPS["inverted_residual"].reference(
@@ -142,7 +142,7 @@ def inverted_residual(
         reduce_bias=tensor(driver, b3, cout, dtype=np.float32),
         channels_last=True,
     )["y"]
-    driver.view(scratch, 2)  # is there
+    driver.view(scratch, 2)  # fails if it is not device memory
     driver.view(y, result.numel(), driver.half)[:] = result.numpy().ravel()
 
 
@@ -160,7 +160,7 @@ def precision(request) -> str:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, precision) -> Path:
-    """An engine directory with a decoder in parts and the kernels for it."""
+    """An engine directory with a decoder in parts and its kernels."""
     directory = tmp_path_factory.mktemp("engine")
     choices = dataclasses.replace(lowering("gpu", precision), kernels=True, residuals="kernels")
     built = decoder_graph(random_decoder(), TILE // 4, choices)
@@ -190,7 +190,7 @@ def engine(tmp_path_factory, precision) -> Path:
 
 
 class Rig:
-    """The decoder's session over buffers of a simulated GPU."""
+    """A session of the decoder that is bound to buffers of a simulated GPU."""
 
     def __init__(self, engine: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.driver = HalfDriver()
@@ -236,7 +236,7 @@ def test_the_session_gives_what_the_whole_gives(engine, precision, monkeypatch):
     taken = {context.memory for e in rig.engines.values() for context in e.contexts}
     rig.session.close()
     assert len(taken) >= 1
-    with pytest.raises(EngineError, match="told to stop"):
+    with pytest.raises(EngineError, match="aborted or closed; open the engine again"):
         rig.session.enqueue(1)
 
 

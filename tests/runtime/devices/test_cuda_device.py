@@ -1,4 +1,4 @@
-"""The GPU as a device, over a simulated driver: results, order, what is captured, and how memory is used."""
+"""The GPU as a device over a simulated driver: results, order of work, CUDA graphs and use of memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KERNELS = ("tile_gather", "tile_blend", "sampler_step")
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return read_manifest(build_engine(tmp_path / "engine"))  # 16 latent pixels a tile
+    return read_manifest(build_engine(tmp_path / "engine"))  # tiles of 16 latent pixels
 
 
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["graphs", "eager"])
@@ -58,7 +58,7 @@ def test_the_loop_gives_what_the_host_gives(manifest, tmp_path, max_batch, use_g
 
 
 def test_latent_condition_and_start(tmp_path):
-    """An encoder, its noise, and a start from the noised latent."""
+    """The engine has an encoder with noise, and sampling starts from the noised latent."""
     manifest = read_manifest(build_engine(tmp_path / "engine", encoder=True, init="latent"))
     host, rig = Rig(manifest, 2), CudaRig(manifest, tmp_path, 2)
     wants, jobs = alike(host, steps=3), alike(rig, steps=3)
@@ -99,7 +99,7 @@ def test_a_graph_is_captured_once_for_each_number_of_slots(manifest, tmp_path, m
     eager = sum(name.startswith("run ") for name in log)
     assert eager == log.count("capture")  # the first run of each prepares the library
     calls = sum(len(session.batches) for session in rig.sessions.values())
-    assert calls == 2 * log.count("capture")  # replays do not come by the session
+    assert calls == 2 * log.count("capture")  # replays do not call the session
 
 
 def test_the_eager_twin_launches_the_same_in_the_same_order(manifest, tmp_path):
@@ -196,7 +196,7 @@ def test_values_that_are_not_finite_end_their_job_alone(manifest, tmp_path):
 
 
 def test_memory_of_jobs_is_used_again_and_buffers_are_taken_once(manifest, tmp_path):
-    """A cancelled job's memory goes to the next one while its last tick may still be outstanding."""
+    """A cancelled job's memory is reused by the next job while its last tick may still be outstanding."""
     rig = CudaRig(manifest, tmp_path, 2)
     rig.run(rig.job(40, 23))
     held = rig.driver._top

@@ -1,4 +1,4 @@
-"""The one module that touches cuda.core: its calls as they reach a driver, here one that is no GPU's."""
+"""`cuda_driver` over a fake driver library that logs the calls that reach it."""
 
 from __future__ import annotations
 

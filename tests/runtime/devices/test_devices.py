@@ -1,4 +1,4 @@
-"""The host device: gathering windows, blending tiles into a weighted mean, moving a canvas by a step."""
+"""The host device: gathering windows, blending tiles into a weighted mean, and steps of the sampler."""
 
 from __future__ import annotations
 

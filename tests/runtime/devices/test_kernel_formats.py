@@ -1,4 +1,4 @@
-"""kernels.json, parts.json and plan.json: written files are valid, and what a schema refuses is not read."""
+"""kernels.json, parts.json and plan.json: written files fit their schemas, and other files are refused."""
 
 from __future__ import annotations
 

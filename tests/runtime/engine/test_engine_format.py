@@ -1,4 +1,4 @@
-"""docs/engine-format.schema.json and the runtime agree: what the schema refuses, the runtime refuses too."""
+"""docs/engine-format.schema.json agrees with the runtime, which refuses all that the schema refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine directories: what is written is read back, and every kind of damage is named with its cure."""
+"""Engine directories: a manifest is read as it was written, and errors name the damage and its cure."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_write_refuses_what_read_would(engine: Path):
 
 
 def test_the_first_schema_is_still_read(tmp_path: Path):
-    """Its graphs were listed as experts and decoder, and the fidelity was one value for a run."""
+    """Schema 1 lists its graphs as experts and decoder, and has one fidelity per run."""
     engine = build_engine(tmp_path / "engine", experts=2)
     new = read_manifest(engine)
 
