@@ -37,9 +37,10 @@ MARGIN = 0.9
 AGREEMENT = 1e-2
 """Largest relative L2 difference of a step's result from the preferred backend's.
 
-Float32 results differ by 1e-6 to 1e-4, because the orders of summation differ, and bfloat16 results by 4e-3
-on the bundled engines. A larger difference means that a backend computes wrongly, or too coarsely to be
-chosen by default. If the export proved the graph with a wider bound, as for bf16 and int8, that bound is used.
+Float32 results differ by 1e-6 to 1e-4, because the orders of summation differ, and bfloat16 results by
+4e-3 on the bundled engines. A larger difference means that a backend computes wrongly, or too coarsely to
+be chosen by default. If the export proved the graph with a wider bound, as for bf16 and int8, that bound
+is used.
 """
 
 FOLDER = "fastest"
