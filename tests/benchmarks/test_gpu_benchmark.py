@@ -27,6 +27,7 @@ from gpu_suite.setup import Report, Setup
 from moesr.kernels.registry import OPS
 from moesr.runtime.backends import selection as backends
 from moesr.runtime.devices import cuda_driver
+from moesr.runtime.errors import EngineError
 from moesr.training.networks import operators
 
 FACTS = {"gpu": "NVIDIA Test 1", "capability": "9.0", "cuda": "13.0", "memory_gb": 80.0}
@@ -99,8 +100,12 @@ IMAGES = [("image of 2 steps", 1), ("image of 2 steps", 2)]
 TICKS = [("step", 1), ("step", 2), ("decode", 1), ("decode", 2)]
 
 
-@pytest.mark.parametrize("one_graph", [True, False])
-def test_the_runtime_over_networks_of_pytorch(heard: Heard, monkeypatch: pytest.MonkeyPatch, one_graph: bool):
+@pytest.mark.parametrize(
+    "failure", [None, RuntimeError, EngineError], ids=["none", "PyTorch's", "the driver's"]
+)
+def test_the_runtime_over_networks_of_pytorch(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, failure: type[Exception] | None
+):
     def tensor_of(buffer: Any, batch: int) -> torch.Tensor:
         shape = buffer.spec.shape(batch)
         view = buffer.driver.view(buffer.address, int(np.prod(shape)), np.float32)
@@ -109,15 +114,15 @@ def test_the_runtime_over_networks_of_pytorch(heard: Heard, monkeypatch: pytest.
     monkeypatch.setattr(gpu_backend, "tensor_of", tensor_of)
     monkeypatch.setattr(gpu_backend, "on_stream", lambda driver, run: driver.library_call("network", run))
     monkeypatch.setattr(gpu_backend, "ONE_GRAPH", True)
-    if not one_graph:  # the networks are then launched individually, and a note says so
+    if failure:  # the networks are then launched individually, and a note says so
 
         def fails(self: SimulatedDriver) -> None:
-            raise RuntimeError("a CUDA graph could not be made")
+            raise failure("a CUDA graph could not be made")
 
         monkeypatch.setattr(SimulatedDriver, "begin_capture", fails)
     gpu_runtime.measure_pytorch(heard.setup, heard.report)
-    who = f"runtime over PyTorch, {'one graph' if one_graph else 'launched'}"
-    assert held(heard) and len(heard.found["notes"]) == 1 - one_graph
+    who = f"runtime over PyTorch, {'launched' if failure else 'one graph'}"
+    assert held(heard) and len(heard.found["notes"]) == bool(failure)
     whats = heard.whats(who)
     assert [what for what in whats if what in TICKS] == TICKS
     assert [what for what in whats if what in IMAGES] == IMAGES
