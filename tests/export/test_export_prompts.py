@@ -75,5 +75,5 @@ def test_models_without_a_text_take_none(flag: str, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "tiny")
     value = "7" if flag == "--guidance" else "photo"
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "engine"), "--tile", "32", flag, value]) == 2
-    assert "tiny knows no prompts; leave out --prompt" in capsys.readouterr().err
+    assert "tiny has no text encoder; leave out --prompt" in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()

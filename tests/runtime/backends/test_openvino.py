@@ -240,7 +240,7 @@ def test_what_it_cannot_run_is_refused_with_the_cure(tmp_path: Path, engine: Pat
     cures = {
         "foreign.onnx": "openvino cannot run it .* choose --backend onnxruntime",
         "garbage.onnx": "not an ONNX file .*; export the engine again",
-        "absent.onnx": "openvino cannot run it .* choose --backend onnxruntime",
+        "absent.onnx": "cannot be read",
     }
     for name, cure in cures.items():
         with pytest.raises(EngineError, match=rf"{name}: {cure}"):
@@ -267,8 +267,8 @@ def test_abort_ends_the_run_under_way():
     assert ran.wait(60)
     session.abort()
     thread.join(60)
-    assert len(errors) == 1 and "ended from outside" in errors[0]
-    with pytest.raises(EngineError, match="ended from outside"):
+    assert len(errors) == 1 and "the run was aborted" in errors[0]
+    with pytest.raises(EngineError, match="the run was aborted"):
         session.enqueue(1)
     session.close()
     session.abort()  # aborting a closed session does nothing
