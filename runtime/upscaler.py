@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
@@ -47,13 +47,6 @@ log = logging.getLogger("moesr")
 AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image, LoadedImage)
 
 __all__ = ["Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
-
-
-class Counts(NamedTuple):
-    """Runs of graphs, and the slots that were filled in all of them: tiles of images at one step each."""
-
-    ticks: int
-    slots: int
 
 
 class Upscaler:
@@ -135,11 +128,6 @@ class Upscaler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def counts(self) -> Counts:
-        """What has run since this was opened."""
-        return Counts(self._worker.ticks, self._worker.tiles)
 
     def close(self) -> None:
         """Release the graphs. Images in flight, and further calls, end with UsageError."""

@@ -223,7 +223,10 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", **documentation.READY)
     async def ready() -> Response:
-        engines = {name: up.backend.label for name, up in service.engines.items()}
+        engines = {
+            name: {"backend": up.backend.label, "loaded": list(up.statistics.loaded)}
+            for name, up in service.engines.items()
+        }
         values = {"status": "closing" if service.closing else "ready", "engines": engines}
         return JSONResponse(values, 503 if service.closing else 200)
 

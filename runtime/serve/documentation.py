@@ -127,7 +127,7 @@ METRICS: dict[str, Any] = {"summary": "Metrics for Prometheus"}
 
 
 def facts(name: str, upscaler: Upscaler) -> dict[str, Any]:
-    """What a client needs to know of an engine."""
+    """The facts about an engine that clients need."""
     m = upscaler.manifest
     return {
         "name": name,

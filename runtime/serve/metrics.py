@@ -51,9 +51,9 @@ class Metrics(Collector):
         ticks = CounterMetricFamily("moesr_ticks", "Runs of a graph", labels=["engine"])
         tiles = CounterMetricFamily("moesr_slots", "Slots filled in all ticks", labels=["engine"])
         for name, upscaler in self._engines.items():
-            done = upscaler.counts
+            done = upscaler.statistics
             ticks.add_metric([name], done.ticks)
-            tiles.add_metric([name], done.slots)
+            tiles.add_metric([name], done.tiles)
         yield ticks
         yield tiles
         left = GaugeMetricFamily("moesr_jobs_by_stage", "Jobs at work by their stage", labels=["stage"])

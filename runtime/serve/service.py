@@ -44,7 +44,7 @@ class Running:
 
     @property
     def progress(self) -> JobProgress:
-        """How far the job is. The fraction never falls, though estimates of the whole work may rise."""
+        """The progress of the job. The fraction never falls, though estimates of the whole work may rise."""
         found = self.handle.progress if self.handle else WAITING
         self.furthest = max(self.furthest, found.fraction)
         return replace(found, fraction=self.furthest)
