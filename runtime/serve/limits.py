@@ -21,7 +21,10 @@ KINDS = "PNG, JPEG, WebP, TIFF, GIF, BMP, JPEG 2000 and AVIF"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of one request and of all together. A request beyond a limit is refused before it costs more than the limit."""
+    """The limits of one request and of all together.
+
+    A request beyond a limit is refused before it costs more than that limit.
+    """
 
     upload_bytes: int = 64 * MEGA  # of a request's body, counted while it arrives
     input_px: int = 16 * MEGA  # pixels of an image, as its header declares them
