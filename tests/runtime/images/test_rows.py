@@ -53,8 +53,15 @@ def save(path: Path, pixels: np.ndarray, carried: Metadata | None = None, **opti
     assert not list(path.parent.glob(".moesr*"))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16", "P", "CMYK"])
+MODES = ("L", "LA", "RGB", "RGBA", "I;16", "P", "CMYK")
+LACKING = {".png": {"CMYK"}, ".jpg": {"LA", "RGBA", "I;16", "P"}}
+"""Modes that Pillow cannot write, by format."""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(s, m) for s in (".png", ".tif", ".jpg", ".webp") for m in MODES if m not in LACKING.get(s, ())],
+)
 def test_rows_are_those_of_the_whole_image(tmp_path: Path, packages: str, suffix: str, mode: str):
     image = Image.fromarray(RNG.integers(0, 256, (23, 31, 4), np.uint8))
     image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image
@@ -63,10 +70,7 @@ def test_rows_are_those_of_the_whole_image(tmp_path: Path, packages: str, suffix
         if mode == "I;16"
         else image.convert(mode)
     )
-    try:
-        image.save(tmp_path / f"a{suffix}")
-    except OSError:
-        pytest.skip(f"{suffix} has no {mode}")
+    image.save(tmp_path / f"a{suffix}")
     want = reading.load(tmp_path / f"a{suffix}").pixels
     got = read_all(tmp_path / f"a{suffix}")
     np.testing.assert_array_equal(got, want[..., None] if want.ndim == 2 else want)
