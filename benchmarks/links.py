@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from benchlib import metrics
 from benchlib.image_pairs import load_originals
-from benchlib.machine import machine_line
+from benchlib.origin import origin_line
 from benchlib.tables import grid
 from torch import Tensor
 
@@ -169,9 +169,9 @@ def page(args: argparse.Namespace) -> str:
     ]
     config = model.config
     text = (
-        f"# Links of {config.name}\n\nBicubic x{config.scale} pairs of {len(images)} images "
-        f"({args.hr}), the middle {args.side} px; {config.sampler}, {config.steps} steps, default "
-        f"fidelity {config.fidelity:g}. Checkpoint {model.sha256()[:12]}. {machine_line()}.\n\n"
+        f"# Links of {config.name}\n\n{origin_line()}\n\nBicubic x{config.scale} pairs of "
+        f"{len(images)} images ({args.hr}), the middle {args.side} px; {config.sampler}, "
+        f"{config.steps} steps, default fidelity {config.fidelity:g}. Checkpoint {model.sha256()[:12]}.\n\n"
         + grid(["What is decoded", "PSNR (dB)", "HF power, mean", "median"], rows)
     )
     if first is None:

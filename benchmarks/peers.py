@@ -20,7 +20,8 @@ import benchlib.missing_extra  # noqa: F401
 import numpy as np
 from benchlib import figures, metrics, niqe
 from benchlib.image_pairs import degrade, load_originals
-from benchlib.machine import machine_line, usable_cores
+from benchlib.machine import usable_cores
+from benchlib.origin import origin_line
 from benchlib.program import print_page
 from benchlib.realesrgan import SCALE, RealESRGAN
 from benchlib.tables import SECONDS, Record, csv_text, grid, markdown, means
@@ -98,10 +99,11 @@ def benchmark(args: argparse.Namespace) -> str:
         settings = f"{m.sampler}, {m.steps} steps, fidelity {m.fidelity:g}, {up.backend.name}"
     averaged = means(records)
     page = (
-        f"# {m.name} beside its peers\n\nx4 of {args.hr} reduced by MATLAB's bicubic, {len(originals)} "
-        f"images. {m.name} at its defaults ({settings}), Real-ESRGAN by ncnn; {args.threads} threads each, "
-        f"in turns. {machine_line()}.\nPSNR and SSIM on luma without a border of {SCALE} pixels; HF power is "
-        "that of the spectrum above the LR image's Nyquist frequency as a share of the original's.\n\n"
+        f"# {m.name} beside its peers\n\n{origin_line()}\n\nx4 of {args.hr} reduced by MATLAB's bicubic, "
+        f"{len(originals)} images. {m.name} at its defaults ({settings}), Real-ESRGAN by ncnn; "
+        f"{args.threads} threads each, in turns.\nPSNR and SSIM on luma without a border of {SCALE} pixels; "
+        "HF power is that of the spectrum above the LR image's Nyquist frequency as a share of the "
+        "original's.\n\n"
         f"{price(records, originals)}\n\n{markdown(records, averaged)}"
     )
     (args.out / "peers.md").write_text(page, encoding="utf-8")

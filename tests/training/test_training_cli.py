@@ -113,12 +113,17 @@ def test_model_can_be_exported(chain, tmp_path):
             1,
             "nowhere: not a directory; expected a folder of photographs",
         ),
-        ("autoencoder", ["--set", "autoencoder.patch_px=64"], 1, "no readable image of at least 64 px"),
+        (
+            "autoencoder",
+            ["--set", "autoencoder.patch_px=64"],
+            1,
+            "no readable image with sides of at least 64 px",
+        ),
         ("autoencoder", ["--expert", "0"], 2, "--expert: is for experts only, not for autoencoder"),
         ("experts", ["--from", "nowhere"], 1, "nowhere: not a directory; expected a checkpoint directory"),
         ("autoencoder", ["--device", "tpu"], 2, "--device tpu: cannot be used"),
         ("autoencoder", ["--workers", "-1"], 2, "expected 0 or more"),
-        ("autoencoder", ["--tensorboard"], 2, "pip install 'moesr[train]', or leave the option out"),
+        ("autoencoder", ["--tensorboard"], 2, "pip install 'moesr[train]', or omit it"),
         ("latents", ["--dry-run", "--from", "x"], 2, "not those of latents; name a stage that trains"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -218,7 +223,7 @@ def test_interrupt_leaves_a_loadable_state(number, code, chain, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("program", ["cli", "import_cli"])
+@pytest.mark.parametrize("program", ["cli", "importing.cli"])
 def test_programs_are_under_their_guard_before_torch_is_loaded(program):
     code = f"import sys, moesr.training.{program} as m; m.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
