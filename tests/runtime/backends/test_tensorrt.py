@@ -60,7 +60,10 @@ def graph(tmp_path: Path) -> Path:
 # Plans of small networks, in the arrangement and precision of a GPU.
 
 
-@pytest.mark.parametrize("precision", HALF)
+PLANS = ["fp16", pytest.param("bf16", marks=pytest.mark.slow)]  # a build takes ten seconds and more
+
+
+@pytest.mark.parametrize("precision", PLANS)
 def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     path, shares = tmp_path / "expert.onnx", []
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", precision)).to_bytes())
@@ -69,7 +72,7 @@ def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 20
 
 
-@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("precision", PLANS)
 def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path, precision):
     choices = replace(lowering("gpu", precision), kernels=True)
     for part in partition.cut(decoder_graph(random_decoder(), TILE // 8, choices)):
