@@ -50,7 +50,7 @@ class Progress:
         return self.directory is not None and _inode(self.directory) not in (None, self.before)
 
     def left_behind(self) -> str:
-        """What an interrupted export leaves, in words."""
+        """The state that an interrupt leaves, in words."""
         if not self.published:
             return "nothing was written"
         return (

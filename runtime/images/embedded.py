@@ -36,7 +36,7 @@ _JP2_IPTC = bytes.fromhex("33c7a4d2b81d4723a0baf1a3e097ad38")
 
 @dataclass
 class _Found:
-    """What one reader gathers: fields of `Metadata`, and names of what it had to leave out."""
+    """The findings of one reader: fields of `Metadata`, and names of what it had to leave out."""
 
     values: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ _PILLOW_TEXT_BYTES = 1 << 20  # Pillow cannot read a PNG with a longer compresse
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file holds beside its pixels. Pixels are upright, so there is no orientation."""
+    """The metadata of a file. Pixels are upright, so there is no orientation."""
 
     icc: bytes | None = None  # color profile
     exif: bytes | None = None
@@ -97,7 +97,7 @@ CAPACITIES = {
     ),
     "BMP": Capacity(dpi=(0.5 * _METRE_IN, _UNLIMITED * _METRE_IN)),
 }
-"""What each format that is written can hold, by Pillow's name of it."""
+"""The metadata that each written format can hold, by Pillow's name of it."""
 
 
 def resolution(dpi: object) -> tuple[float, float] | None:

@@ -36,7 +36,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a PNG holds beside its pixels. `skipped` names chunks that could not be used."""
+    """The metadata chunks of a PNG. `skipped` names chunks that could not be used."""
 
     texts: tuple[Text, ...]
     color: tuple[tuple[bytes, bytes], ...]  # type and data of the chunks in `COLOR_TAGS`

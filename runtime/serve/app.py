@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from starlette.exceptions import HTTPException
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.loop.job import PRIORITIES
-from moesr.runtime.loop.settings import OPTION_NAMES, resolve
+from moesr.runtime.loop.settings import resolve
 from moesr.runtime.serve import documentation
 from moesr.runtime.serve.guard import Guard
 from moesr.runtime.serve.limits import check_header
 from moesr.runtime.serve.problems import MEDIA_TYPE, Problem, of_error
 from moesr.runtime.serve.service import Service
 from moesr.runtime.serve.store import INPUT, Job
-from moesr.runtime.serve.upload import FORMATS, SUFFIXES, check_options, receive
+from moesr.runtime.serve.upload import FORMATS, SUFFIXES, check_options, receive, settings_of
 
 STATIC = Path(__file__).parent / "static"
 EVENT_S = 0.25  # between two looks at a job's progress
@@ -40,7 +40,7 @@ class Received:
 
     directory: Path
     options: dict[str, Any]
-    size: tuple[int, int] = field(default=(0, 0))
+    size: tuple[int, int]
 
 
 def make_app(service: Service, token: str | None = None) -> FastAPI:
@@ -103,11 +103,10 @@ def _check_settings(service: Service, options: dict[str, Any]) -> None:
     """Problem 400 if the engine does not support the options."""
     if options.get("priority", "normal") not in PRIORITIES:
         raise Problem(400, f"priority is expected to be one of {', '.join(PRIORITIES)}")
-    settings = {name: options[name] for name in OPTION_NAMES if name in options}
     try:
-        resolve(service.engines[options["engine"]].manifest, **settings)
+        resolve(service.engines[options["engine"]].manifest, **settings_of(options))
     except UsageError as error:
-        raise Problem(400, str(error)) from None
+        raise of_error(error) from None
 
 
 def _add_image_routes(app: FastAPI, service: Service) -> None:
@@ -159,13 +158,19 @@ def _add_job_routes(app: FastAPI, service: Service) -> None:
         received = await _received(request, service)
         try:
             service.check_room()
+        except Problem:
+            service.store.discard(received.directory)
+            raise
+        service.reserve()
+        try:
             job = await asyncio.to_thread(
                 service.store.accept, received.directory, received.options, received.size
             )
         except BaseException:
+            service.release()
             service.store.discard(received.directory)
             raise
-        service.submit(job)
+        service.begin(job)
         headers = {"Location": f"/v1/jobs/{job.id}"}
         return JSONResponse(service.status(job), 202, headers)
 

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from moesr.runtime.images import formats
 from moesr.runtime.images.reading import MAX_INPUT_PX
 from moesr.runtime.serve.problems import Problem
+from moesr.runtime.system import memory
 
 MEGA = 1_000_000
 KINDS = "PNG, JPEG, WebP, TIFF, GIF, BMP, JPEG 2000 and AVIF"
@@ -50,7 +51,9 @@ async def counted(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator
             raise Problem(408, f"the upload sent nothing for {limits.idle_s:.0f} seconds") from None
         total += len(chunk)
         if total > limits.upload_bytes:
-            raise Problem(413, f"the request is larger than {readable(limits.upload_bytes)}; send less")
+            raise Problem(
+                413, f"the request is larger than {memory.readable(limits.upload_bytes)}; send less"
+            )
         late = time.monotonic() - begin - limits.idle_s
         if late > 0 and total < late * limits.least_bytes_per_s:
             raise Problem(408, f"the upload is slower than {limits.least_bytes_per_s:.0f} bytes per second")
@@ -85,8 +88,3 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
 
 def _too_many(limits: Limits) -> str:
     return f"this service takes images of up to {limits.input_px / MEGA:g} megapixels"
-
-
-def readable(count: float) -> str:
-    """Bytes as text, such as "64 MB"."""
-    return f"{count / MEGA:g} MB" if count >= MEGA else f"{count:g} bytes"

@@ -18,12 +18,11 @@ from typing import Any
 
 from moesr.runtime.cli.batch import describe
 from moesr.runtime.images import reading, writing
-from moesr.runtime.loop.settings import OPTION_NAMES
 from moesr.runtime.serve.limits import Limits
 from moesr.runtime.serve.metrics import Metrics
 from moesr.runtime.serve.problems import Problem, of_error
 from moesr.runtime.serve.store import Job, Store
-from moesr.runtime.serve.upload import SUFFIXES
+from moesr.runtime.serve.upload import SUFFIXES, settings_of
 from moesr.runtime.system.files import sha256_of
 from moesr.runtime.upscaler import Handle, JobProgress, Upscaler
 
@@ -68,7 +67,8 @@ class Service:
         for job in await asyncio.to_thread(lambda: list(self.store.jobs())):
             if job.ended is None:
                 log.info("job %s goes on", job.id)
-                self._begin(job)
+                self.reserve()
+                self.begin(job)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self, grace_s: float) -> None:
@@ -91,11 +91,19 @@ class Service:
     async def slot(self) -> AsyncIterator[None]:
         """A place in the queue; Problem 503 with Retry-After if it is full or the service is closing."""
         self.check_room()
-        self.in_queue += 1
+        self.reserve()
         try:
             yield
         finally:
-            self.in_queue -= 1
+            self.release()
+
+    def reserve(self) -> None:
+        """Take a place in the queue; to be called right after `check_room`, before anything is awaited."""
+        self.in_queue += 1
+
+    def release(self) -> None:
+        """Give a place in the queue back."""
+        self.in_queue -= 1
 
     def check_room(self) -> None:
         """Raise Problem 503 if no further image can be taken now."""
@@ -116,7 +124,7 @@ class Service:
     ) -> None:
         """Super-resolve the image file `path` into the file `target`; cancelling cancels the image."""
         upscaler = self.engines[options["engine"]]
-        settings = {name: options[name] for name in OPTION_NAMES if name in options}
+        settings = settings_of(options)
         loop, begin = asyncio.get_running_loop(), time.monotonic()
         async with self._decoded:
             loaded = await loop.run_in_executor(self._pool, reading.load, path)
@@ -136,23 +144,19 @@ class Service:
             )
         self.metrics.seconds.labels(options["engine"]).observe(time.monotonic() - begin)
 
-    def submit(self, job: Job) -> None:
-        """Begin to work on an accepted job."""
-        self._begin(job)
-
-    def _begin(self, job: Job) -> None:
-        self.in_queue += 1
+    def begin(self, job: Job) -> None:
+        """Begin to work on an accepted job, which has a place in the queue and gives it back at its end."""
         task = asyncio.create_task(self._work(job))
         self.running[job.id] = Running(task)
         task.add_done_callback(lambda _: self._ended(job))
 
     def _ended(self, job: Job) -> None:
-        self.in_queue -= 1
+        self.release()
         self.running.pop(job.id, None)
 
     async def _work(self, job: Job) -> None:
         """Do a job and record how it ended; a job that is cancelled by `stop` stays as it is."""
-        await asyncio.sleep(0)  # let `_begin` note the task
+        await asyncio.sleep(0)  # let `begin` note the task
         try:
             if job.options["engine"] not in self.engines:
                 raise Problem(404, f"the engine {job.options['engine']!r} is not served any more")
@@ -182,10 +186,11 @@ class Service:
 
     def status(self, job: Job) -> dict[str, Any]:
         """A job as a client sees it."""
-        one, error = self.running.get(job.id), job.error
+        one = self.running.get(job.id)
+        error, ended = (None, None) if one else (job.error, job.ended)  # what runs needs no look at the disk
         values: dict[str, Any] = {
             "id": job.id,
-            "status": "failed" if error else "done" if job.ended else "queued",
+            "status": "failed" if error else "done" if ended else "queued",
             "width": job.width,
             "height": job.height,
             "options": job.options,
@@ -193,7 +198,7 @@ class Service:
         }
         if error:
             values["problem"] = error
-        elif job.ended is None:
+        elif ended is None:
             progress = one.progress if one else WAITING
             values |= {
                 "status": "running" if progress.stage not in ("queued", "waiting") else "queued",

@@ -20,7 +20,7 @@ from typing import Any
 from moesr.runtime.errors import OutputError
 from moesr.runtime.serve.problems import Problem
 from moesr.runtime.serve.upload import FORMATS, SUFFIXES
-from moesr.runtime.system.files import write_atomically
+from moesr.runtime.system.files import check_writable, write_atomically
 
 INPUT, REQUEST, ERROR = "input", "request.json", "error.json"
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -82,14 +82,12 @@ class Store:
     def __init__(self, state: Path) -> None:
         """Make the directory; OutputError if it cannot be made or written."""
         self.state = state
+        check_writable(state)
         try:
             for name in ("incoming", "jobs"):
                 (state / name).mkdir(parents=True, exist_ok=True)
             for left in (state / "incoming").iterdir():  # of requests that a killed server was receiving
                 _remove(left)
-            probe = state / "incoming" / ".probe"
-            probe.write_bytes(b"")
-            probe.unlink()
         except OSError as error:
             raise OutputError(
                 f"{state}: cannot hold jobs ({error.strerror}); choose another --state"

@@ -77,6 +77,11 @@ def _copy(upload: UploadFile, path: Path) -> None:
             file.write(block)
 
 
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a request's options that are options of `Upscaler.submit`."""
+    return {name: options[name] for name in OPTION_NAMES if name in options}
+
+
 def check_options(given: Mapping[str, str], accept: str, engines: Mapping[str, object]) -> dict[str, Any]:
     """The options of a request as values: those of the command line, with engine, format and priority.
 

@@ -1,4 +1,4 @@
-"""What the programs of this project share on a terminal: a guard against tracebacks, a log and a bar.
+"""The parts that all programs share on a terminal: a guard against tracebacks, a log and a bar.
 
 This module imports nothing large, so that the guard already holds while the rest of a program is imported.
 """

@@ -6,6 +6,7 @@ import io
 import json
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_a_cancelled_job_gives_its_place_back(serve):
         text = client.get("/metrics").text
     assert "moesr_cancelled_total 1.0" in text and "moesr_rejected_total 2.0" in text
     assert "moesr_queue 0.0" in text and "moesr_ticks_total" in text
+
+
+def test_requests_at_the_same_time_do_not_exceed_the_queue(serve, monkeypatch):
+    with serve(queue=1) as client:
+        accept = client.service.store.accept
+        monkeypatch.setattr(client.service.store, "accept", lambda *a: (time.sleep(0.5), accept(*a))[1])
+        with ThreadPoolExecutor(4) as pool:
+            sent = [pool.submit(client.post, "/v1/jobs?steps=1", content=picture()) for _ in range(4)]
+        statuses = sorted(one.result().status_code for one in sent)
+        assert statuses == [202, 503, 503, 503]
 
 
 def test_results_expire(serve):
