@@ -1,4 +1,4 @@
-"""Checkpoint directories round-trip, merge space experts exactly, and say what is wrong with damaged ones."""
+"""Checkpoint directories round-trip, space experts are merged exactly, and damage is reported clearly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_networks(config: ModelConfig) -> tuple[list[DenoisingUNet], Autoencoder
     torch.manual_seed(0)
     experts = [DenoisingUNet(config.unet).eval() for _ in config.expert_ranges] if config.unet else []
     for expert in experts:
-        # it starts at zero, which would hide everything before it
+        # a layer that starts at zero would hide errors of the layers before it
         torch.nn.init.normal_(expert.get_parameter("out.2.weight"))
     return experts, Autoencoder(config.decoder).eval()
 
@@ -103,7 +103,7 @@ def test_half_precision_storage_loads_as_float32(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 20])
 def test_merge_is_the_float64_mean(count):
     rng = np.random.default_rng(count)
-    # a large offset: a mean accumulated in float32 is off in the last digits
+    # with a large offset, a mean accumulated in float32 is wrong in the last digits
     ffns = [(1000 + rng.standard_normal((4, 2))).astype(np.float32) for _ in range(count)]
     names = [f"input_blocks.10.2.moe_blocks.{i}.0.weight" for i in range(count)]
     state = {"moe_norm.weight": torch.ones(2)} | dict(zip(names, map(torch.from_numpy, ffns), strict=True))
@@ -120,7 +120,7 @@ def test_merge_refuses_an_incomplete_expert():
         merge_space_experts(state)
 
 
-def test_sha256_covers_every_file_and_nothing_else(tmp_path):
+def test_sha256_covers_the_files_of_the_checkpoint_only(tmp_path):
     first, again = (save(tmp_path / name, FAMILIES["moe"]) for name in ("first", "again"))
     digest = first.sha256()
     assert digest == again.sha256()
@@ -135,7 +135,7 @@ def test_sha256_covers_every_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("k", [-1, 2])
-def test_expert_out_of_range(k, tmp_path):
+def test_expert_number_out_of_range_is_refused(k, tmp_path):
     with pytest.raises(CheckpointError, match=f"no expert {k}.*holds 2 experts"):
         save(tmp_path / "model", FAMILIES["moe"]).expert(k)
 
@@ -211,7 +211,7 @@ def intact(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named(damage, intact, tmp_path):
+def test_message_names_the_damage(damage, intact, tmp_path):
     change, message = DAMAGE[damage]
     directory = shutil.copytree(intact, tmp_path / "model")
     change(directory)
@@ -225,7 +225,7 @@ def test_damage_is_named(damage, intact, tmp_path):
     [("decoder.safetensors", "encoder.conv_out.bias"), ("expert_1.safetensors", KEY)],
     ids=["unused-by-the-graphs", "used"],
 )
-def test_weights_that_are_not_finite_are_named(name, key, value, intact, tmp_path):
+def test_message_names_weights_that_are_not_finite(name, key, value, intact, tmp_path):
     directory = shutil.copytree(intact, tmp_path / "model")
     edit_weights(name, lambda state: state[key].view(-1)[-1:].fill_(value))(directory)
     checkpoint = load_checkpoint(directory)
@@ -234,20 +234,20 @@ def test_weights_that_are_not_finite_are_named(name, key, value, intact, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["absent", "file"])
-def test_not_a_directory(name, tmp_path):
+def test_path_that_is_no_directory_is_refused(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=f"{name}: not a directory"):
         load_checkpoint(tmp_path / name)
 
 
-def test_many_missing_keys_are_counted(intact, tmp_path):
+def test_long_lists_of_missing_keys_are_shortened(intact, tmp_path):
     directory = shutil.copytree(intact, tmp_path / "model")
     edit_weights("expert_0.safetensors", dict.clear)(directory)
     with pytest.raises(CheckpointError, match=r"missing time_embed\.0\.weight, .* and \d+ more;"):
         load_checkpoint(directory)
 
 
-def test_existing_directory_is_replaced_only_by_force(tmp_path):
+def test_existing_directory_is_replaced_only_with_force(tmp_path):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["moe"]).sha256()
     with pytest.raises(OutputError, match=r"exists.*--force"):
@@ -258,7 +258,7 @@ def test_existing_directory_is_replaced_only_by_force(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_force_replaces_nothing_but_a_checkpoint(tmp_path):
+def test_force_replaces_only_checkpoints(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(OutputError, match=r"holds files but no config\.json"):
@@ -286,7 +286,7 @@ def test_force_replaces_nothing_but_a_checkpoint(tmp_path):
     ],
     ids=["too-few", "too-many", "missing-key", "overflow"],
 )
-def test_unfit_weights_leave_the_old_checkpoint(count, change, message, tmp_path):
+def test_old_checkpoint_is_kept_if_the_weights_do_not_fit(count, change, message, tmp_path):
     directory = tmp_path / "model"
     config = FAMILIES["moe"]
     digest = save(directory, config).sha256()
@@ -299,7 +299,7 @@ def test_unfit_weights_leave_the_old_checkpoint(count, change, message, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_failed_rename_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
+def test_failed_rename_restores_the_old_checkpoint(tmp_path, monkeypatch):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["ldm"]).sha256()
     rename = Path.rename
@@ -316,7 +316,7 @@ def test_failed_rename_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_interrupt_between_the_renames_brings_the_old_checkpoint_back(tmp_path, monkeypatch):
+def test_interrupt_between_the_renames_restores_the_old_checkpoint(tmp_path, monkeypatch):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["ldm"]).sha256()
     rename = Path.rename
@@ -350,8 +350,8 @@ save_checkpoint(Path(sys.argv[1]), FAMILIES["moe"], killed_at_the_second(), deco
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_what_a_killed_process_left_is_removed(tmp_path):
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     directory = tmp_path / "model"
     digest = save(directory, FAMILIES["moe"]).sha256()
     command = [sys.executable, "-c", KILLED, str(directory)]
@@ -365,7 +365,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 def numbers(kind, path=()):
-    """The path to every number of a configuration, with the annotation of its field."""
+    """Yield the path of every number in a configuration and the annotation of its field."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         yield from _numbers(hint, (*path, name))
 
@@ -413,7 +413,7 @@ def test_a_number_out_of_range_is_refused_before_a_network_is_built(tmp_path, pl
 
 
 @pytest.mark.parametrize("name", ["channel_mult", "attention_factors"])
-def test_a_list_without_end_is_refused(tmp_path, name):
+def test_list_that_is_too_long_is_refused(tmp_path, name):
     copy = shutil.copytree(SAVED_DEMO, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     config["unet"][name] = [1] * 10_000

@@ -1,4 +1,4 @@
-"""The blind degradation: statistics of every step, and the contract of the whole."""
+"""The blind degradation: statistics of each step, and shape, range and reproducibility of the result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bell(sigma_x=2.0, sigma_y=2.0, angle=0.0, beta=1.0, plateau=False, side=21) 
 
 
 def covariance(kernel: Tensor) -> Tensor:
-    """Second moments [[xx, xy], [xy, yy]]."""
+    """Return the second moments [[xx, xy], [xy, yy]] of a kernel."""
     axis = torch.arange(-10.0, 11, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     moments = [(kernel * a * b).sum() for a, b in ((x, x), (x, y), (x, y), (y, y))]
@@ -59,7 +59,7 @@ def covariance(kernel: Tensor) -> Tensor:
     [(1.5, 1.5, 0.0), (2.0, 1.0, 0.0), (2.0, 1.0, math.pi / 2), (2.2, 1.1, 0.6)],
     ids=["isotropic", "along x", "along y", "turned"],
 )
-def test_gaussian_kernels_have_the_moments_of_their_sigma(sigma_x, sigma_y, angle):
+def test_gaussian_kernels_have_the_requested_covariance(sigma_x, sigma_y, angle):
     kernel = bell(sigma_x, sigma_y, angle)
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
     want = turn @ torch.diag(vector(sigma_x**2, sigma_y**2)) @ turn.T
@@ -69,7 +69,7 @@ def test_gaussian_kernels_have_the_moments_of_their_sigma(sigma_x, sigma_y, angl
 
 @pytest.mark.parametrize("plateau", [False, True], ids=["generalised", "plateau"])
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
-def test_profiles(beta, plateau):
+def test_profiles_of_generalised_and_plateau_kernels(beta, plateau):
     kernel = bell(sigma_x=4.0, sigma_y=4.0, beta=beta, plateau=plateau)
     r = torch.arange(0.0, 11, dtype=torch.float64)
     q = (r / 4) ** (2 * beta)
@@ -78,7 +78,7 @@ def test_profiles(beta, plateau):
 
 
 @pytest.mark.parametrize("side", [7, 13, 21])
-def test_kernels_keep_to_their_side(side):
+def test_kernels_are_zero_outside_their_side(side):
     sides = torch.tensor([side])
     for kernel in (bell(5.0, 5.0, side=side), sinc_kernels(sides, vector(1.5))[0]):
         inside = kernel[10 - side // 2 : 11 + side // 2, 10 - side // 2 : 11 + side // 2]
@@ -87,9 +87,9 @@ def test_kernels_keep_to_their_side(side):
 
 
 @pytest.mark.parametrize("cutoff", [math.pi / 3, math.pi / 2])
-def test_sinc_cuts_at_its_frequency(cutoff):
+def test_sinc_kernel_cuts_off_at_its_frequency(cutoff):
     kernel = sinc_kernels(torch.tensor([21]), vector(cutoff))[0]
-    response = torch.fft.fft2(kernel, s=(256, 256)).abs()[0, :129]  # 0 to pi radians a pixel
+    response = torch.fft.fft2(kernel, s=(256, 256)).abs()[0, :129]  # 0 to pi radians per pixel
     omega = torch.linspace(0, math.pi, 129)
     assert (response[omega < 0.75 * cutoff] - 1).abs().max() < 0.15
     assert response[omega > 1.25 * cutoff].max() < 0.12
@@ -97,7 +97,7 @@ def test_sinc_cuts_at_its_frequency(cutoff):
 
 
 @pytest.mark.parametrize("size", [(24, 31), (9, 12)], ids=["mirrored", "smaller than the kernel"])
-def test_filter_gives_each_image_its_kernel(size):
+def test_filter_applies_one_kernel_per_image(size):
     x = torch.rand(2, 3, *size, dtype=torch.float64, generator=seeded())
     kernels = torch.stack([bell(2.0, 0.8, 0.5), bell(1.0, 1.0, side=7)])
     mode = "mirror" if min(size) > 10 else "nearest"
@@ -108,22 +108,22 @@ def test_filter_gives_each_image_its_kernel(size):
     np.testing.assert_allclose(filter2d(x, kernels), want, atol=1e-12)
 
 
-def test_random_kernels_follow_the_published_odds():
+def test_random_kernels_follow_the_published_probabilities():
     kernels = degradation.blur_kernels(ClassicalDegradation(), 2000, Draw(seeded()))
     torch.testing.assert_close(kernels.sum(dim=(1, 2)), torch.ones(2000, dtype=torch.float64))
     round_ones = ((kernels - kernels.transpose(1, 2)).abs().amax(dim=(1, 2)) < 1e-12).double().mean()
     assert float(round_ones) == pytest.approx(0.1 + 0.9 * (0.45 + 0.12 + 0.12), abs=0.04)
-    rings = (kernels < 0).any(dim=2).any(dim=1).double().mean()  # only a sinc is negative anywhere
+    rings = (kernels < 0).any(dim=2).any(dim=1).double().mean()  # only sinc kernels have negative values
     assert float(rings) == pytest.approx(0.1, abs=0.03)
 
 
-def test_final_kernels_are_sinc_or_nothing():
+def test_final_kernels_are_sinc_or_identity():
     kernels = degradation.final_kernels(1000, 0.8, Draw(seeded()))
     identity = (kernels[:, 10, 10] == 1.0).double().mean()
     assert float(identity) == pytest.approx(0.2, abs=0.05)
 
 
-def test_draws():
+def test_random_draws_have_the_requested_distributions():
     draw = Draw(seeded())
     assert set(draw.sides(200).tolist()) == {7, 9, 11, 13, 15, 17, 19, 21}
     assert set(draw.qualities((30, 33), 200)) == {30, 31, 32, 33}
@@ -134,7 +134,7 @@ def test_draws():
     torch.testing.assert_close(counts, torch.tensor([0.2, 0.7, 0.1]), atol=0.03, rtol=0)
 
 
-def test_resize_goes_up_down_or_nowhere_as_published():
+def test_resize_factors_follow_the_published_probabilities():
     stage = dataclasses.replace(ClassicalDegradation(), blur=0.0)
     draw, x = Draw(seeded()), torch.full((1, 3, 100, 40), 0.5)
     sizes = [tuple(degradation._distort(x, stage, (100, 40), draw).shape[2:]) for _ in range(300)]
@@ -146,7 +146,7 @@ def test_resize_goes_up_down_or_nowhere_as_published():
 
 
 @pytest.mark.parametrize("sigma", [2.0, 25.0])
-def test_gaussian_noise(sigma):
+def test_gaussian_noise_has_the_requested_deviation(sigma):
     x = torch.full((2, 3, 160, 160), 0.5)
     grey = torch.tensor([False, True])
     noise = degradation.gaussian_noise(x, vector(sigma, 2 * sigma), grey, seeded()) - x
@@ -162,9 +162,11 @@ def test_poisson_noise_has_the_variance_of_counts():
     ramp = torch.linspace(0, 1, 256).expand(2, 3, 512, 256)
     x = ramp.clone()
     noise = degradation.poisson_noise(x, vector(1.0, 0.5), torch.tensor([False, True]), seeded()) - x
-    middle = slice(64, 192)  # away from black and white, where clipping bends the statistics
-    variance = noise[..., middle].square().mean(dim=2) / x[:, :, 0, middle]  # by grey level
-    assert variance[0].mean() * 256 == pytest.approx(1.0, rel=0.03)  # 256 levels: variance value / 256
+    middle = slice(64, 192)  # away from black and white, since clipping changes the statistics there
+    variance = noise[..., middle].square().mean(dim=2) / x[:, :, 0, middle]  # per grey level
+    assert variance[0].mean() * 256 == pytest.approx(
+        1.0, rel=0.03
+    )  # with 256 levels the variance is value / 256
     assert variance[1].mean() * 256 == pytest.approx(0.25, rel=0.03)
     assert torch.equal(noise[1, 0], noise[1, 2]) and not torch.equal(noise[0, 0], noise[0, 2])
 
@@ -172,7 +174,9 @@ def test_poisson_noise_has_the_variance_of_counts():
 def test_poisson_counts_follow_the_levels_of_each_image():
     few = torch.tensor([0.4, 0.5, 0.6]).repeat(100 * 40).reshape(1, 1, 100, 120).expand(1, 3, -1, -1)
     noise = degradation.poisson_noise(few, vector(0.1), torch.tensor([False]), seeded()) - few
-    assert noise.var() == pytest.approx(0.5 / 4 * 0.1**2, rel=0.05)  # three values: four counts for white
+    assert noise.var() == pytest.approx(
+        0.5 / 4 * 0.1**2, rel=0.05
+    )  # an image of three values is given four counts for white
 
 
 def test_noise_stays_in_range():
@@ -193,7 +197,7 @@ def test_jpeg_loses_more_at_lower_quality(photo):
     assert errors[0] < 0.2 * errors[-1]
 
 
-def test_jpeg_is_pillows_codec(photo):
+def test_jpeg_equals_pillow(photo):
     pixels = (photo[0].permute(1, 2, 0) * 255).byte().numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=50)
@@ -203,7 +207,7 @@ def test_jpeg_is_pillows_codec(photo):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 12), (3, 64, 96)], ids=["tiny", "batch"])
-def test_size_range_and_steps(batch, height, width, seed, photo):
+def test_result_has_the_lr_size_and_8_bit_values(batch, height, width, seed, photo):
     hr = photo[..., :height, :width].expand(batch, -1, -1, -1)
     lr = degrade_blind(hr, CONFIG, seeded(seed))
     assert lr.shape == (batch, 3, height // 4, width // 4) and lr.dtype == torch.float32
@@ -211,7 +215,7 @@ def test_size_range_and_steps(batch, height, width, seed, photo):
     torch.testing.assert_close(lr * 255, (lr * 255).round(), atol=1e-4, rtol=0)
 
 
-def test_the_seed_decides(photo):
+def test_same_seed_gives_the_same_result(photo):
     hr = photo.expand(2, -1, -1, -1)
     first, again, other = (degrade_blind(hr, CONFIG, seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -219,7 +223,7 @@ def test_the_seed_decides(photo):
     assert not torch.equal(first[0], first[1])  # each image has its own kernels and noise
 
 
-def test_draws_leave_other_random_numbers_alone(photo):
+def test_draws_do_not_use_the_global_generator(photo):
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
@@ -227,7 +231,7 @@ def test_draws_leave_other_random_numbers_alone(photo):
     assert torch.equal(torch.rand(3), want)
 
 
-def test_the_picture_is_kept_and_degraded(photo):
+def test_result_resembles_the_image_but_is_degraded(photo):
     clean = bicubic(photo, 4)
     psnr = [
         float(-10 * torch.log10((degrade_blind(photo, CONFIG, seeded(s)) - clean).square().mean()))
@@ -244,7 +248,7 @@ def test_the_input_is_not_changed(photo):
 
 
 @pytest.mark.parametrize("scale", [4, 8])
-def test_bicubic_is_matlabs_on_bytes(scale, photo):
+def test_bicubic_equals_matlab_on_bytes(scale, photo):
     pixels = (photo[0].permute(1, 2, 0) * 255).round().byte().numpy()
     want = imresize(pixels, 96 // scale, 128 // scale)
     got = bicubic(photo, scale)[0].permute(1, 2, 0) * 255
@@ -261,7 +265,7 @@ def test_bicubic_is_matlabs_on_bytes(scale, photo):
     ],
     ids=["side", "axes", "channels", "dtype"],
 )
-def test_other_images_are_refused(bad):
+def test_images_of_other_shape_or_type_are_refused(bad):
     for make in (lambda: bicubic(bad, 4), lambda: degrade_blind(bad, CONFIG, seeded())):
         with pytest.raises(ValueError, match="expected float images"):
             make()

@@ -1,4 +1,4 @@
-"""Photographs from Debian packages: which they are, how they are read, and what is written of them."""
+"""The demo models' photographs are read from Debian packages, made smaller and written to two folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def picture(pixels: np.ndarray = PHOTO) -> bytes:
 
 
 def deb(path: Path, files: dict[str, bytes]) -> Path:
-    """A Debian package with these files, as `ar` would write it."""
+    """Write a Debian package with these files, as `ar` would."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:xz") as archive:
         for name, content in files.items():
@@ -44,7 +44,7 @@ def deb(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def packages(tmp_path) -> Path:
-    """Every package that is named, each with all its photographs but the first package's first."""
+    """All packages of the catalogue, with every photograph except the first one in the catalogue."""
     folder = tmp_path / "packages"
     folder.mkdir()
     listed = demo_photos.catalogue()
@@ -56,11 +56,11 @@ def packages(tmp_path) -> Path:
 
 @pytest.fixture(params=["dpkg-deb", "here"])
 def reader(request, monkeypatch):
-    """Packages read with dpkg-deb, and without."""
+    """Run a test with dpkg-deb and without it."""
     if request.param == "here":
         monkeypatch.setattr(debian_packages.shutil, "which", lambda name: None)
     elif debian_packages.shutil.which("dpkg-deb") is None:
-        pytest.skip("there is no dpkg-deb here")
+        pytest.skip("dpkg-deb is not installed")
 
 
 def test_every_photograph_has_an_author_and_a_free_licence():
@@ -76,21 +76,21 @@ def test_splits_share_no_scene():
     assert not kept_out & {c.name for c in demo_photos.catalogue() if c.split == "train"}
 
 
-def test_reads_what_is_wanted(reader, tmp_path):
+def test_wanted_files_of_a_package_are_read(reader, tmp_path):
     path = deb(tmp_path / "one_1_all.deb", {"usr/a.jpg": b"a", "usr/b.jpg": b"bb", "etc/c": b"c"})
     got = dict(debian_packages.read_files(path, {"usr/b.jpg", "etc/c", "usr/none"}))
     assert got == {"usr/b.jpg": b"bb", "etc/c": b"c"}
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"no archive", lambda b: b[:200], lambda b: b[:-40]])
-def test_damaged_package(reader, tmp_path, damage):
+def test_damaged_package_is_reported(reader, tmp_path, damage):
     path = deb(tmp_path / "one_1_all.deb", {"usr/a.jpg": picture()})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match="download it again"):
         list(debian_packages.read_files(path, {"usr/a.jpg"}))
 
 
-def test_newest_package_is_read(tmp_path):
+def test_newest_version_of_a_package_is_read(tmp_path):
     for day, version in enumerate(("2", "1")):
         path = deb(tmp_path / f"one_{version}_all.deb", {})
         os.utime(path, (day, day))
@@ -101,13 +101,13 @@ def test_newest_package_is_read(tmp_path):
         debian_packages.find("two", tmp_path)
 
 
-def test_no_apt(monkeypatch, tmp_path):
+def test_missing_apt_is_reported_with_the_cure(monkeypatch, tmp_path):
     monkeypatch.setattr(debian_packages.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match=r"no apt-get here to fetch one, two; download .* --packages"):
         debian_packages.download({"two", "one"}, tmp_path)
 
 
-def test_lists_are_refreshed_once(monkeypatch, tmp_path):
+def test_package_lists_are_refreshed_once(monkeypatch, tmp_path):
     calls = []
 
     def fails(command, folder):
@@ -131,7 +131,7 @@ def test_lists_are_refreshed_once(monkeypatch, tmp_path):
         ((700, 900), "validation", ["a.jpg"]),
     ],
 )
-def test_sizes(tmp_path, shape, split, names):
+def test_sizes_of_reduced_photographs(tmp_path, shape, split, names):
     credit = demo_photos.Credit("a", "one", "usr/A.JPG", "b", "CC0-1.0", split)
     content = picture(np.resize(PHOTO, (*shape, 3)))
     assert [p.name for p in demo_photos.write_sizes(credit, content, tmp_path)] == names
@@ -140,7 +140,7 @@ def test_sizes(tmp_path, shape, split, names):
         assert Image.open(tmp_path / name).size == (round(shape[1] * factor), round(shape[0] * factor))
 
 
-def test_smaller_is_the_same_picture(tmp_path):
+def test_reduced_photograph_shows_the_same_picture(tmp_path):
     credit = demo_photos.Credit("a", "one", "usr/a.jpg", "b", "CC0-1.0", "validation")
     flat = np.zeros((800, 800, 3), np.uint8)
     flat[:, 400:] = 200
@@ -149,7 +149,7 @@ def test_smaller_is_the_same_picture(tmp_path):
     assert abs(int(got[200, 100, 0]) - 0) <= 2 and abs(int(got[200, 300, 0]) - 200) <= 2
 
 
-def test_writes_both_folders(packages, tmp_path, monkeypatch, caplog):
+def test_training_and_validation_folders_are_written(packages, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(demo_photos, "photographs", lambda split: {"chelsea": PHOTO[:16]})
     assert demo_photos.write(tmp_path / "out", packages) == 0
     listed = demo_photos.catalogue()

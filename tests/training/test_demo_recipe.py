@@ -1,4 +1,4 @@
-"""Additions of the demo recipes to the paper: decoders that add to the LR image, milder LR images, detail."""
+"""Additions of the demo recipes to the paper: residual decoders, mild degradation, losses of detail."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOP = {"norm_groups": 0, "lr_residual": True, "fusion_level": 2}
 
 
 def recipe() -> Recipe:
-    """A decoder on top of the LR image, wider than the first stage of its latents."""
+    """Return a recipe whose decoder predicts a residual of the LR image and is wider than its first stage."""
     return tiny.recipe(
         model={"decoder": TOP}, first_stage=FIRST_STAGE, decoder={"trainable": "decoder+lr", "batch": 2}
     )
@@ -49,7 +49,7 @@ def start(tmp_path_factory):
     return tiny.stage_1(tmp_path_factory.mktemp("experts") / "checkpoint", of)
 
 
-def test_a_decoder_starts_as_the_lr_image():
+def test_initial_residual_decoder_returns_the_lr_image():
     net, lr = network(), torch.rand(2, 3, 32, 32) * 2 - 1
     add_to_lr(net)
     with torch.no_grad():
@@ -57,8 +57,8 @@ def test_a_decoder_starts_as_the_lr_image():
     assert 0 < float((sr - lr).abs().max()) < 0.1
 
 
-def test_features_keep_their_scale():
-    """Without it the LR image reaches the last layer a thousand times fainter, and so does its gradient."""
+def test_initial_layers_keep_the_scale_of_features():
+    """Otherwise the LR image and its gradient would be a thousand times smaller at the last layer."""
     seen, lr, z = [], torch.rand(2, 3, 64, 64) * 2 - 1, torch.zeros(2, 3, 16, 16)
     for started in (False, True):
         net = network(refinement="none")
@@ -72,13 +72,13 @@ def test_features_keep_their_scale():
     assert 0.1 < kept < 10 and kept > 20 * faint
 
 
-def test_no_normalisation_leaves_no_layer():
+def test_network_without_normalisation_has_no_group_norm():
     assert not [m for m in network(refinement="none").modules() if isinstance(m, nn.GroupNorm)]
 
 
 @pytest.mark.parametrize("refinement", ["none", "aff"])
 @pytest.mark.parametrize("fidelity", [0.0, 1.0])
-def test_graph_of_a_decoder_on_top_of_the_lr_image(refinement, fidelity):
+def test_graph_of_a_residual_decoder_matches_its_network(refinement, fidelity):
     net = graphs.random_network(network(refinement=refinement), 3)
     assert isinstance(net, Autoencoder)
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_graph_of_a_decoder_on_top_of_the_lr_image(refinement, fidelity):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_quantised_latents_are_taken_as_they_are():
+def test_quantised_latents_are_not_quantised_again():
     net, z, lr = network(), torch.randn(1, 3, 8, 8), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         codes = net.quantize(z)
@@ -98,7 +98,7 @@ def test_quantised_latents_are_taken_as_they_are():
         assert not torch.allclose(net.decode(z, lr, quantised=True), net.decode(z, lr))
 
 
-def test_decoder_takes_the_codes_of_another_first_stage(start, tmp_path):
+def test_decoder_takes_the_codes_of_its_first_stage(start, tmp_path):
     of = recipe()
     task = decoder.prepare(of, start, tiny.run(tmp_path))
     given, got = start.decoder().state_dict(), task.network.state_dict()
@@ -106,8 +106,8 @@ def test_decoder_takes_the_codes_of_another_first_stage(start, tmp_path):
     assert got["decoder.conv_in.weight"].shape[0] == 2 * given["decoder.conv_in.weight"].shape[0]
 
 
-def test_weights_to_start_from_do_not_bring_their_codes(start, tmp_path):
-    """Latents of a model for another scale are refused."""
+def test_codes_come_from_the_first_stage_and_not_from_init(start, tmp_path):
+    """The decoder starts from the weights of `init`, but decodes latents of the first stage."""
     config = dataclasses.replace(recipe().model, unet=None)
     other = Autoencoder(config.decoder).state_dict()
     init = save_checkpoint(tmp_path / "init", config, [], other)
@@ -117,7 +117,7 @@ def test_weights_to_start_from_do_not_bring_their_codes(start, tmp_path):
     assert torch.equal(got["decoder.conv_in.weight"], other["decoder.conv_in.weight"])
 
 
-def test_decoder_of_another_first_stage_trains(start, tmp_path):
+def test_decoder_wider_than_its_first_stage_trains(start, tmp_path):
     photos = tiny.crops(tiny.photographs(tmp_path / "photos"))
     decoder.train(recipe(), photos, tiny.run(tmp_path / "run"), start)
     assert len(tiny.losses(tmp_path / "run")) == 3
@@ -137,20 +137,20 @@ def test_decoder_of_another_first_stage_trains(start, tmp_path):
         ),
     ],
 )
-def test_first_stage_that_does_not_fit(changes, message):
+def test_first_stage_that_does_not_fit_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         tiny.recipe(**changes)
 
 
 def photo(folder: Path) -> Path:
-    """A picture with noise in its lower right quarter only."""
+    """Return an image with noise in its lower right quarter only."""
     pixels = np.full((96, 96, 3), 128, np.uint8)
     pixels[48:, 48:] = np.random.default_rng(0).integers(0, 256, (48, 48, 3))
     Image.fromarray(pixels).save(folder / "photo.png")
     return folder / "photo.png"
 
 
-def test_most_detailed_place_is_taken(tmp_path):
+def test_most_detailed_crop_is_taken(tmp_path):
     path = photo(tmp_path)
     plain, chosen = (
         np.mean(
@@ -164,15 +164,15 @@ def test_most_detailed_place_is_taken(tmp_path):
     assert chosen > 1.5 * plain
 
 
-def test_detail_is_a_mean_difference():
+def test_detail_is_the_mean_difference_of_neighboring_pixels():
     stripes = np.zeros((8, 8, 3), np.uint8)
     stripes[::2] = 255
     assert detail(stripes) == 255.0 and detail(stripes.transpose(1, 0, 2)) == 255.0
     assert detail(np.full((8, 8, 3), 9, np.uint8)) == 0.0
 
 
-def test_mild_degradation_is_milder(tmp_path):
-    """On a grey image all that is left of it is noise."""
+def test_mild_degradation_adds_less_noise(tmp_path):
+    """The image is uniformly grey, so the deviation of the result is that of the noise."""
     grey = torch.full((1, 3, 128, 128), 0.5)
     deviations = []
     for config in (BlindDegradation(4), BlindDegradation.mild(4)):
@@ -182,7 +182,7 @@ def test_mild_degradation_is_milder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["blind", "mild"])
-def test_kinds_of_pairs(kind):
+def test_blind_and_mild_pairs_differ_and_are_reproducible(kind):
     hr = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     got, again = (image_pairs.degrade(hr, f"x4-{kind}", "a") for _ in range(2))
     assert got.shape == (16, 16, 3) and np.array_equal(got, again)
@@ -190,14 +190,14 @@ def test_kinds_of_pairs(kind):
     assert not np.array_equal(got, image_pairs.degrade(hr, "x4-mild" if kind == "blind" else "x4-blind", "a"))
 
 
-def test_kind_of_a_recipe_reaches_the_samples():
+def test_samples_use_the_degradation_of_the_recipe():
     hr = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     made = {kind: Degradation(kind, 4, 0)(hr, torch.tensor([3])) for kind in ("bicubic", "blind", "mild")}
     assert len({tuple(lr.flatten().tolist()) for lr in made.values()}) == 3
 
 
-def test_levels_pass_without_normalisation():
-    """A brighter input makes a brighter image: GroupNorm would take the level away."""
+def test_network_without_normalisation_keeps_brightness():
+    """A brighter input gives a brighter image, whereas GroupNorm would remove the mean."""
     config = AutoencoderConfig(
         channels=8, norm_groups=0, codebook_size=0, fusion_level=None, refinement="none"
     )
@@ -208,7 +208,7 @@ def test_levels_pass_without_normalisation():
     assert abs(float(flat - brighter)) > 1e-4
 
 
-def test_energy_asks_how_much_detail_there_is_not_where():
+def test_energy_loss_compares_amounts_of_detail_and_ignores_position():
     torch.manual_seed(0)
     texture = torch.randn(1, 3, 64, 64)
     moved, blurred = texture.roll((3, 5), (2, 3)), nn.functional.avg_pool2d(texture, 3, 1, 1)
@@ -217,7 +217,7 @@ def test_energy_asks_how_much_detail_there_is_not_where():
     assert less > 5 * same
 
 
-def test_spectrum_asks_for_its_shape_not_its_phases():
+def test_spectrum_loss_ignores_phases():
     torch.manual_seed(0)
     texture = nn.functional.avg_pool2d(torch.randn(1, 3, 66, 66), 3, 1)
     moved, faded = texture.roll((3, 5), (2, 3)), 0.5 * texture
@@ -227,13 +227,13 @@ def test_spectrum_asks_for_its_shape_not_its_phases():
     assert same < 1e-3 and faint < 0.01 < alike < 0.8 * white
 
 
-def test_spectrum_of_a_flat_image_has_a_gradient():
+def test_spectrum_loss_of_a_flat_image_has_a_gradient():
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
     spectrum_distance(flat, torch.randn(1, 3, 32, 32)).backward()
     assert flat.grad is not None and bool(flat.grad.isfinite().all())
 
 
-def test_weight_of_the_spectrum_reaches_the_loss(start, tmp_path):
+def test_spectrum_loss_is_added_with_its_weight(start, tmp_path):
     of, totals = recipe(), []
     hr, lr = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (32, 8))
     batch = [torch.arange(2), hr, lr, torch.zeros(2, 3, 8, 8)]
@@ -246,7 +246,7 @@ def test_weight_of_the_spectrum_reaches_the_loss(start, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_free_samples_are_decoded_from_their_latents(share, start, tmp_path):
+def test_free_samples_are_decoded_without_lr_features(share, start, tmp_path):
     of = recipe()
     stage = dataclasses.replace(of.decoder, free_share=share, energy_weight=1.0)
     task = decoder.prepare(dataclasses.replace(of, decoder=stage), start, tiny.run(tmp_path))
@@ -254,7 +254,7 @@ def test_free_samples_are_decoded_from_their_latents(share, start, tmp_path):
     hr, lr = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (32, 8))
     (fusion,) = task.network.decoder.fusions.values()
     assert fusion is not None
-    nn.init.normal_(fusion.get_parameter("encode_enc_3.conv2.weight"))  # zero at first
+    nn.init.normal_(fusion.get_parameter("encode_enc_3.conv2.weight"))  # initially zero
     total, figures = task.loss([torch.arange(2), hr, lr, torch.randn(2, 3, 8, 8)], 0)
     total.backward()
     seen = fusion.get_parameter("encode_enc_3.conv1.weight").grad

@@ -1,4 +1,4 @@
-"""The focal frequency loss against its published value and its authors' package; the other losses."""
+"""The focal frequency loss matches its published value and its authors' package; the other losses."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def images(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 40), (1, 1, 5, 9)], ids=str)
-def test_wavelet_colors_are_the_runtimes(shape):
+def test_wavelet_colors_equal_the_runtime(shape):
     content, style = images(*shape, dtype=torch.float32)
     want = torch.from_numpy(wavelet(content.numpy(), style.numpy()))
     torch.testing.assert_close(wavelet_colors(content, style), want, atol=1e-6, rtol=0)
 
 
-def test_equals_the_published_value(golden):
+def test_focal_frequency_loss_equals_the_published_value(golden):
     data = golden("colour_and_ffl")
     got = focal_frequency_loss(torch.from_numpy(data["ffl_pred"]), torch.from_numpy(data["ffl_target"]))
     assert float(got) == pytest.approx(float(data["ffl"]), rel=1e-6)
@@ -40,20 +40,20 @@ def test_equals_the_published_value(golden):
 @pytest.mark.parametrize("log_matrix", [False, True], ids=["plain", "log"])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 1, 7, 33), (3, 4, 1, 5)], ids=str)
-def test_equals_the_authors_package(shape, alpha, log_matrix):
+def test_focal_frequency_loss_equals_the_package_of_its_authors(shape, alpha, log_matrix):
     package = pytest.importorskip("focal_frequency_loss")
     pred, target = images(*shape)
     want = package.FocalFrequencyLoss(alpha=alpha, log_matrix=log_matrix)(pred, target)
     torch.testing.assert_close(focal_frequency_loss(pred, target, alpha, log_matrix), want, rtol=1e-9, atol=0)
 
 
-def test_without_focus_it_is_the_mean_squared_error():
+def test_with_alpha_0_it_is_the_mean_squared_error():
     pred, target = images(2, 3, 9, 12)
     want = torch.nn.functional.mse_loss(pred, target)
     torch.testing.assert_close(focal_frequency_loss(pred, target, alpha=0.0), want)
 
 
-def test_gradient_without_focus():
+def test_gradient_with_alpha_0():
     pred, target = images(2, 2, 5, 6)
     assert torch.autograd.gradcheck(
         lambda p: focal_frequency_loss(p, target, alpha=0.0), pred.requires_grad_()
@@ -73,7 +73,7 @@ def test_gradient_holds_the_weights_constant(log_matrix):
     torch.testing.assert_close(got, want)
 
 
-def test_weights_peak_at_one_for_every_image_and_channel():
+def test_largest_weight_of_each_image_and_channel_is_1():
     pred, target = images(2, 3, 8, 8)
     pred[0] *= 100
     weights = spectral_weights(torch.fft.fft2(pred - target).abs().square(), 1.0)
@@ -81,7 +81,7 @@ def test_weights_peak_at_one_for_every_image_and_channel():
     torch.testing.assert_close(weights.amax(dim=(-2, -1)), torch.ones(2, 3, dtype=torch.float64))
 
 
-def test_equal_images_cost_nothing_and_have_no_gradient():
+def test_equal_images_have_no_loss_and_no_gradient():
     pred, _ = images(1, 3, 8, 8)
     target = pred.clone()
     loss = focal_frequency_loss(pred.requires_grad_(), target)
@@ -90,7 +90,7 @@ def test_equal_images_cost_nothing_and_have_no_gradient():
     assert pred.grad is not None and not pred.grad.any()
 
 
-def test_half_types_are_computed_in_float32():
+def test_half_precision_inputs_are_computed_in_float32():
     pred, target = images(1, 3, 7, 9, dtype=torch.bfloat16)
     got = focal_frequency_loss(pred, target)
     assert got.dtype == torch.float32
@@ -103,27 +103,29 @@ def test_other_shapes_are_refused(shapes):
         focal_frequency_loss(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
-def test_color_loss_sees_areas_and_no_detail():
+def test_color_loss_compares_means_of_areas_only():
     pred, target = images(2, 3, 4 * COLOR_PX, 2 * COLOR_PX)
-    shuffled = pred.roll(3, dims=-1)  # not what an area holds, but where
+    shuffled = pred.roll(3, dims=-1)  # pixels move across the borders of areas
     areas = pred.unflatten(-1, (-1, COLOR_PX)).roll(3, dims=-1).flatten(-2)
     assert float(color_loss(areas, pred)) < 1e-12 < float(color_loss(shuffled, pred))
     assert float(color_loss(pred + 0.25, pred)) == pytest.approx(0.25)
     assert torch.autograd.gradcheck(lambda x: color_loss(x, target), pred.requires_grad_())
 
 
-def test_gradient_loss_is_the_measured_similarity():
+def test_gradient_loss_equals_the_benchmarks_gradient_similarity():
     images = torch.randint(256, (2, 3, 40, 28), generator=torch.Generator().manual_seed(0)).double()
     for edge in (images[..., :4, :], images[..., -4:, :], images[..., :, :4], images[..., :, -4:]):
-        edge[:] = 90.0  # flat, so that it does not matter how the borders are treated
+        edge[:] = 90.0  # flat borders, so that padding does not matter
     pred, target = images[:1], images[1:]
     y_pred, y_target = (metrics.luma(image[0].permute(1, 2, 0).numpy()) for image in (pred, target))
-    dissimilar = (1.0 - metrics.gradient_similarity(y_pred, y_target)) * 20 * 14  # at half size
+    dissimilar = (
+        (1.0 - metrics.gradient_similarity(y_pred, y_target)) * 20 * 14
+    )  # the similarity is a mean over the image at half size
     got = gradient_loss(pred / 127.5 - 1.0, target / 127.5 - 1.0)
     assert float(got) * 18 * 12 == pytest.approx(dissimilar, rel=1e-6)
 
 
-def test_gradient_loss_has_gradients_also_where_images_are_flat():
+def test_gradient_loss_of_flat_images_has_a_finite_gradient():
     pred, target = images(1, 3, 8, 8)
     assert torch.autograd.gradcheck(lambda x: gradient_loss(x, target), pred.requires_grad_())
     flat = torch.zeros(1, 3, 8, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""moesr-train: the whole chain on two tiny photographs, what it refuses, interruption, the dry run."""
+"""moesr-train: all stages on two tiny photographs, refused arguments, interruption, and the dry run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moesr.training.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A folder in which the chain was run: photographs, recipe and a directory a stage."""
+    """A folder in which all stages were run: photographs, recipe and one directory per stage."""
     folder = tmp_path_factory.mktemp("chain")
     photos = tiny.photographs(folder / "photos")
     (photos / "broken.png").write_bytes((photos / "photo_0.png").read_bytes()[:20])
@@ -43,7 +43,7 @@ def arguments(folder, stage, *options, data=True):
     return [str(a) for a in (stage, *common, *(["--data", folder / "photos"] if data else []), *options)]
 
 
-def test_chain_ends_in_a_complete_model(chain):
+def test_stages_end_in_a_complete_model(chain):
     first, experts, whole = (
         load_checkpoint(chain / s / "checkpoint") for s in ("autoencoder", "experts", "decoder")
     )
@@ -52,7 +52,9 @@ def test_chain_ends_in_a_complete_model(chain):
     assert whole.config.decoder == recipe.model.decoder and whole.config.unet == experts.config.unet
     assert tiny.same(experts.decoder().state_dict(), first.decoder().state_dict())
     plain, decoder = first.decoder().state_dict(), whole.decoder().state_dict()
-    assert all(torch.equal(decoder[key], plain[key]) for key in plain)  # only fusion and refinement train
+    assert all(
+        torch.equal(decoder[key], plain[key]) for key in plain
+    )  # only fusion and refinement are trained
     z, lr = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
         assert whole.decoder().decode(z, lr).isfinite().all()
@@ -62,7 +64,7 @@ def test_chain_ends_in_a_complete_model(chain):
     assert (chain / "decoder" / "checkpoint-best").is_dir()
 
 
-def test_chain_run_again_changes_nothing(chain, capsys):
+def test_running_the_stages_again_changes_nothing(chain, capsys):
     before = load_checkpoint(chain / "experts/checkpoint").sha256()
     assert main(arguments(chain, "experts", "--from", chain / "autoencoder/checkpoint")) == 0
     assert load_checkpoint(chain / "experts/checkpoint").sha256() == before
@@ -70,10 +72,12 @@ def test_chain_run_again_changes_nothing(chain, capsys):
 
 
 def test_all_stages_in_one_command(chain, tmp_path, capsys):
-    """`all` gives the weights of single stages, though the decoder makes its latents; also with --from."""
+    """`all`, also with --from, makes the latents itself and gives the weights of single stages."""
     whole = arguments(chain, "all", "-o", tmp_path / "whole")
     assert main(whole) == 0
-    assert capsys.readouterr().err.count("broken.png: skipped") == 1  # one scan serves all stages
+    assert (
+        capsys.readouterr().err.count("broken.png: skipped") == 1
+    )  # the folder is scanned once for all stages
     got = load_checkpoint(tmp_path / "whole/decoder/checkpoint")
     first = load_checkpoint(chain / "autoencoder/checkpoint")
     assert tiny.same(
@@ -128,7 +132,9 @@ def test_model_can_be_exported(chain, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path, capsys, monkeypatch):
+def test_wrong_arguments_are_reported_in_one_line(
+    stage, options, code, message, chain, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     assert main([*arguments(chain, stage), *options, "-o", str(tmp_path / "out")]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -145,7 +151,9 @@ def test_mistakes_end_in_one_line(stage, options, code, message, chain, tmp_path
     ],
     ids=["stage", "all-cpu", "latents"],
 )
-def test_advice_on_memory_is_a_command_that_works(stage, error, fixed, chain, tmp_path, capsys, monkeypatch):
+def test_options_advised_when_memory_runs_out_are_valid(
+    stage, error, fixed, chain, tmp_path, capsys, monkeypatch
+):
     def fail(*arguments):
         raise error
 
@@ -173,16 +181,16 @@ def test_advice_on_memory_is_a_command_that_works(stage, error, fixed, chain, tm
     ],
     ids=["nine", "one", "least"],
 )
-def test_less_memory_keeps_the_samples_of_a_step(changes, want):
+def test_advised_options_keep_the_number_of_samples_per_step(changes, want):
     assert lighter("experts", tiny.recipe(experts=changes)) == want
 
 
-def test_other_errors_are_not_taken_for_memory():
+def test_other_errors_are_not_reported_as_out_of_memory():
     with pytest.raises(RuntimeError, match="shape"), memory_relief("experts", tiny.recipe()):
         raise RuntimeError("shape mismatch")
 
 
-def test_photographs_are_asked_for(chain, capsys):
+def test_missing_data_option_is_reported(chain, capsys):
     assert main(arguments(chain, "autoencoder", data=False)) == 2
     assert "autoencoder needs photographs: give --data" in capsys.readouterr().err
 
@@ -203,7 +211,7 @@ def test_dry_run_measures_and_writes_nothing(stage, chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
-def test_interrupt_leaves_a_loadable_state(number, code, chain, tmp_path):
+def test_interrupted_training_can_be_continued(number, code, chain, tmp_path):
     out = tmp_path / "out"
     long = ["--set", "autoencoder.steps=100000", "--set", "autoencoder.save_every=100000", "-o", str(out)]
     command = [sys.executable, "-m", "moesr.training.cli", *arguments(chain, "autoencoder"), *long]
@@ -224,14 +232,14 @@ def test_interrupt_leaves_a_loadable_state(number, code, chain, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["cli", "importing.cli"])
-def test_programs_are_under_their_guard_before_torch_is_loaded(program):
+def test_building_the_parser_does_not_import_torch(program):
     code = f"import sys, moesr.training.{program} as m; m.parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept():
-    """The second time a large block is taken, it needs no new pages."""
+@pytest.mark.skipif(sys.platform != "linux", reason="tests the allocator of glibc")
+def test_allocator_keeps_freed_memory():
+    """Allocating a large block for the second time causes hardly any page faults."""
     code = """
 import ctypes, resource, sys
 import numpy as np

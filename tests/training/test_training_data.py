@@ -1,4 +1,4 @@
-"""Photographs to samples: what is skipped and reported, and what a sample depends on."""
+"""Training samples are cut from photographs: unusable files are skipped, and samples are reproducible."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_truncated_file_is_skipped_when_it_is_drawn(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_only_damaged_files_end_in_one_clear_line(workers, tmp_path):
+def test_folder_of_damaged_files_is_reported_in_one_line(workers, tmp_path):
     from moesr.training.loop.fit import batches
     from moesr.training.recipe import StageConfig
 
@@ -94,7 +94,7 @@ def test_every_kind_of_image_gives_three_channels(mode, tmp_path):
 
 @pytest.fixture
 def four_photographs(tmp_path, monkeypatch):
-    """Paths of four photographs, and room for two and a half of them."""
+    """Return the paths of four photographs and a cache size that holds two and a half of them."""
     folder = tiny.photographs(tmp_path, count=4)
     paths = sorted(folder.iterdir())
     one = photographs.load_rgb(paths[0])
@@ -103,7 +103,7 @@ def four_photographs(tmp_path, monkeypatch):
     return paths, one.nbytes
 
 
-def test_cache_is_bounded_in_bytes_and_forgets_what_was_used_least_lately(four_photographs, monkeypatch):
+def test_cache_is_bounded_in_bytes_and_drops_the_least_recently_used(four_photographs, monkeypatch):
     paths, size = four_photographs
     read = []
     load = photographs.load_rgb
@@ -116,7 +116,7 @@ def test_cache_is_bounded_in_bytes_and_forgets_what_was_used_least_lately(four_p
     assert read == [paths[i] for i in (0, 1, 2, 1)]
 
 
-def test_photograph_larger_than_the_cache_is_held_alone(four_photographs, monkeypatch):
+def test_photograph_larger_than_the_cache_is_kept_alone(four_photographs, monkeypatch):
     paths, size = four_photographs
     monkeypatch.setattr(photographs, "CACHE_BYTES", size // 2)
     cache = photographs.PhotoCache()
@@ -126,7 +126,7 @@ def test_photograph_larger_than_the_cache_is_held_alone(four_photographs, monkey
 
 
 class Shares(Dataset[int]):
-    """The cache size of a loader process."""
+    """A dataset whose samples are the cache size of the loader process."""
 
     def __getitem__(self, index: int) -> int:
         return photographs.share_bytes()
@@ -163,7 +163,7 @@ def test_lr_does_not_depend_on_the_batch(kind, tmp_path):
     assert torch.equal(again, together) == (kind == "bicubic")
 
 
-def test_shuffled_channels_are_the_same_planes(tmp_path):
+def test_channel_shuffling_permutes_the_planes(tmp_path):
     plain = tiny.crops(tiny.photographs(tmp_path))
     shuffled = Crops(plain.paths, 32, plain.seed, augmentation=Augmentation(shuffle_channels=True))
     orders = set()
@@ -177,8 +177,8 @@ def test_shuffled_channels_are_the_same_planes(tmp_path):
     assert torch.equal(hr, shuffled.crop(1)) and torch.equal(lr, resize_batch(hr[None], 8, 8)[0])
 
 
-def test_photographs_may_be_made_smaller(tmp_path):
-    """Every crop then shows between one and two of its sides of a photograph, here a ramp of columns."""
+def test_photographs_are_reduced_at_random(tmp_path):
+    """The photograph is a ramp, so the slope of a crop shows by which factor (1 to 2) it was reduced."""
     ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None] * 2, (96, 96, 3))
     Image.fromarray(ramp.copy()).save(tmp_path / "ramp.png")
     crops = Crops([tmp_path / "ramp.png"], 32, 0, augmentation=Augmentation(smallest_size=0.5))
@@ -191,7 +191,7 @@ def test_photographs_may_be_made_smaller(tmp_path):
     np.testing.assert_array_equal(crops.crop(5), crops.crop(5))
 
 
-def test_crops_as_large_as_the_photograph_are_not_made_smaller(tmp_path):
+def test_photographs_as_small_as_a_crop_are_not_reduced(tmp_path):
     photograph = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     Image.fromarray(photograph).save(tmp_path / "small.png")
     crops = Crops([tmp_path / "small.png"], 32, 0, augmentation=Augmentation(smallest_size=0.5))
@@ -201,7 +201,7 @@ def test_crops_as_large_as_the_photograph_are_not_made_smaller(tmp_path):
     }
 
 
-def test_contrast_keeps_the_mean_color(tmp_path):
+def test_contrast_change_keeps_the_mean_color(tmp_path):
     plain = tiny.crops(tiny.photographs(tmp_path))
     pale = Crops(plain.paths, 32, plain.seed, augmentation=Augmentation(least_contrast=0.25))
     shares = []
@@ -212,7 +212,7 @@ def test_contrast_keeps_the_mean_color(tmp_path):
     assert 0.24 < min(shares) < 0.4 and 0.85 < max(shares) < 1.01
 
 
-def test_share_of_a_blind_recipe_is_bicubic(tmp_path):
+def test_bicubic_share_of_a_blind_degradation(tmp_path):
     crops = tiny.crops(tiny.photographs(tmp_path)).crops(0, 40)
     numbers = torch.arange(40)
     plain = Degradation("bicubic", 4, seed=3)(crops, numbers)
@@ -226,7 +226,7 @@ def test_share_of_a_blind_recipe_is_bicubic(tmp_path):
 
 
 @pytest.mark.parametrize("out", [4, 8, 32, 64, 128])
-def test_resize_equals_imresize(out):
+def test_batch_resize_equals_the_runtimes_imresize(out):
     rng = np.random.default_rng(out)
     pixels = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     got = resize_batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), out, out)
@@ -235,14 +235,14 @@ def test_resize_equals_imresize(out):
 
 
 @pytest.mark.parametrize(("scale", "lr_side"), [(4, 8), (8, 4)])
-def test_condition_is_lr_on_the_latent_grid(scale, lr_side):
+def test_condition_is_the_lr_image_at_the_latent_size(scale, lr_side):
     lr = torch.full((1, 3, lr_side, lr_side), 255, dtype=torch.uint8)
     cond = condition(lr, scale, factor=4)
     assert cond.shape == (1, 3, 8, 8)
     torch.testing.assert_close(cond, torch.ones_like(cond))
 
 
-def test_draws_are_those_of_each_sample():
+def test_random_draws_depend_on_each_sample_only():
     together = SampleRng(5, 2, [10, 11])
     apart = [SampleRng(5, 2, [n]) for n in (10, 11)]
     for shape in ((4,), (2, 3)):
@@ -252,12 +252,12 @@ def test_draws_are_those_of_each_sample():
     assert not torch.equal(SampleRng(5, 2, [10]).normal(8), SampleRng(6, 2, [10]).normal(8))
 
 
-def test_seeds_fit_the_bits_that_torch_uses():
+def test_seeds_have_at_most_32_bits():
     seeds = {seed_of(seed, stream, index) for seed in range(4) for stream in range(4) for index in range(64)}
     assert len(seeds) == 1024 and max(seeds) < 2**32
 
 
-def test_reports_go_to_the_log_of_the_project(tmp_path, caplog):
+def test_reports_go_to_the_project_logger(tmp_path, caplog):
     folder = tiny.photographs(tmp_path)
     (folder / "bad.png").write_bytes(b"x")
     with caplog.at_level(logging.WARNING, logger="moesr"):

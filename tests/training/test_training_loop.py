@@ -1,4 +1,4 @@
-"""The training loop: exact resume, interruption, averaging, accumulation, validation, what it writes down."""
+"""The training loop: exact resume, interruption, averaging, accumulation, validation, saved files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGE = StageConfig(steps=6, batch=2, accumulate=2, learning_rate=0.01, ema_deca
 
 
 class Numbers(Dataset[tuple[Tensor, ...]]):
-    """Sample `index` is its number and four values made from it."""
+    """A dataset whose sample `index` is its number and four values computed from it."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(index)
@@ -33,7 +33,7 @@ class Numbers(Dataset[tuple[Tensor, ...]]):
 
 
 class Regression:
-    """Fit a linear layer to noisy targets; the noise is drawn from torch's global generator."""
+    """An objective that fits a linear layer to noisy targets, with noise from torch's global generator."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -76,10 +76,10 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted):
     assert tiny.same(resumed.last, weights)
 
 
-def test_steps_after_the_last_saved_one_are_made_again(tmp_path, uninterrupted):
+def test_steps_after_the_last_saved_state_are_repeated(tmp_path, uninterrupted):
     weights, losses = uninterrupted
     objective = Regression()
-    objective.bad_at = 5  # step 4 is done and logged, but the last saved state is that before it
+    objective.bad_at = 5  # step 4 is done and logged, but only the state before it is saved
     with pytest.raises(NonFiniteError, match=r"step 5: the loss is not finite .* learning_rate"):
         train(tmp_path, objective=objective)
     assert read_state(tmp_path / "last.pt")["step"] == 4
@@ -89,7 +89,7 @@ def test_steps_after_the_last_saved_one_are_made_again(tmp_path, uninterrupted):
 
 
 class Overflow(torch.autograd.Function):
-    """The identity, whose gradient is infinite."""
+    """The identity function with an infinite gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -101,7 +101,7 @@ class Overflow(torch.autograd.Function):
 
 
 class Exploding(Regression):
-    """A finite loss whose gradient is not, in the network or in its critic, at step 3."""
+    """A finite loss that has an infinite gradient at step 3, in the network or in its critic."""
 
     def __init__(self, part: str) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Exploding(Regression):
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["free", "clipped"])
 @pytest.mark.parametrize("part", ["network", "discriminator"])
-def test_infinite_gradient_of_a_finite_loss_stops_before_the_weights(part, clip_norm, tmp_path):
+def test_infinite_gradient_stops_training_before_the_weights_change(part, clip_norm, tmp_path):
     stage = dataclasses.replace(STAGE, clip_norm=clip_norm, save_every=1)
     objective = Exploding(part)
     with pytest.raises(NonFiniteError, match=rf"step 3: the gradient is not finite .*{part}.*clip_norm"):
@@ -131,7 +131,7 @@ def test_infinite_gradient_of_a_finite_loss_stops_before_the_weights(part, clip_
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_interrupt_saves_the_step_it_came_in(tmp_path, uninterrupted, caplog):
+def test_interrupt_saves_the_current_step(tmp_path, uninterrupted, caplog):
     weights, losses = uninterrupted
     objective = Regression()
     objective.interrupt_at = 2
@@ -167,10 +167,10 @@ def test_damaged_state_is_refused(content, tmp_path):
     message = r"last\.pt: the saved state is damaged \(.*\); delete it and run the same command again"
     with pytest.raises(InputError, match=message) as caught:
         train(tmp_path)
-    assert "weights_only" not in str(caught.value)  # PyTorch's own message advises to run what the file holds
+    assert "weights_only" not in str(caught.value)  # PyTorch's message advises an unsafe way to load the file
 
 
-def test_state_without_its_entries_is_refused(tmp_path):
+def test_state_with_missing_entries_is_refused(tmp_path):
     write_state(tmp_path / "last.pt", {"loss": 1.0})
     with pytest.raises(InputError, match="holds no training state; delete it"):
         read_state(tmp_path / "last.pt", "step")
@@ -192,14 +192,14 @@ def test_continuing_with_another_recipe_is_reported(tmp_path, caplog):
     assert "continuing after step 3 with another recipe: learning_rate 0.01 -> 0.5" in caplog.text
 
 
-def test_finished_run_trains_no_more(tmp_path, uninterrupted):
+def test_finished_run_is_not_continued(tmp_path, uninterrupted):
     train(tmp_path)
     objective = Regression()
     assert tiny.same(train(tmp_path, objective=objective).last, uninterrupted[0])
     assert not objective.seen
 
 
-def test_samples_are_consecutive_and_loader_processes_change_nothing(tmp_path, uninterrupted):
+def test_samples_are_consecutive_for_any_number_of_loader_processes(tmp_path, uninterrupted):
     objective = Regression()
     assert tiny.same(train(tmp_path, objective=objective, workers=1).last, uninterrupted[0])
     numbers = [n for batch in objective.seen for n in batch]
@@ -218,13 +218,13 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-5, atol=1e-6)
 
 
-def test_seed_changes_what_is_drawn(tmp_path, uninterrupted):
-    """torch's generator on a CPU uses 32 bits of a seed, so both must be in those."""
+def test_seed_changes_the_random_numbers(tmp_path, uninterrupted):
+    """torch's CPU generator uses only 32 bits of its seed, so seed and step are hashed into 32 bits."""
     train(tmp_path, seed=1)
     assert tiny.losses(tmp_path)[0] != uninterrupted[1][0]
 
 
-def test_average_follows_its_definition():
+def test_weight_average_follows_its_definition():
     objective = Regression()
     trainer = Trainer(objective, STAGE, tiny.CPU, 0)
     want = objective.network.weight.detach().clone()
@@ -279,14 +279,14 @@ def test_bf16_keeps_float32_weights(tmp_path):
     assert objective.seen_type == torch.bfloat16 and objective.network.weight.dtype == torch.float32
 
 
-def test_nothing_to_train_is_refused(tmp_path):
+def test_network_without_trainable_parameters_is_refused(tmp_path):
     objective = Regression()
     objective.network.requires_grad_(False)
     with pytest.raises(UsageError, match="nothing to train"):
         train(tmp_path, objective=objective)
 
 
-def test_best_is_kept_beside_the_last(tmp_path):
+def test_best_weights_are_kept_beside_the_last(tmp_path):
     class Worsening(Regression):
         def evaluate(self, batch):
             self.count = getattr(self, "count", 0) + 1
@@ -303,12 +303,12 @@ def test_best_is_kept_beside_the_last(tmp_path):
     assert read_state(tmp_path / "best.pt")["step"] == 2
 
 
-def test_validation_does_not_change_the_training(tmp_path, uninterrupted):
+def test_validation_does_not_change_training(tmp_path, uninterrupted):
     stage = dataclasses.replace(STAGE, val_every=1, val_samples=3)
     assert tiny.same(train(tmp_path, stage, held_out=Numbers()).last, uninterrupted[0])
 
 
-def test_tensorboard_gets_scalars_and_pictures(tmp_path, monkeypatch):
+def test_tensorboard_gets_scalars_and_images(tmp_path, monkeypatch):
     written = []
 
     class Writer:

@@ -1,4 +1,4 @@
-"""Two processes do what one process with twice the batch does: losses and weights to float rounding.
+"""Two processes give the same losses and weights, up to rounding, as one process with twice the batch.
 
 Run as a program, this file is one of the two processes.
 """
@@ -21,11 +21,11 @@ from moesr.training.loop import distributed
 from moesr.training.loop.trainer import read_state
 from moesr.training.stages import autoencoder, decoder, experts
 
-BATCH = 2  # of each of the two processes
+BATCH = 2  # per process
 
 
 def changes(batch: int) -> dict[str, dict[str, object]]:
-    """Every kind of exchange: codebook, token groups, clipping, BatchNorm, discriminator, validation."""
+    """Return a recipe that uses every collective operation between the processes."""
     common = {"batch": batch, "accumulate": 2, "steps": 3, "val_every": 2, "val_samples": 3}
     return {
         "autoencoder": {**common, "quantise_from": 2},
@@ -50,7 +50,7 @@ def train(folder: Path, batch: int, device: torch.device, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder with the results of one process (`one`) and of two (`two`)."""
+    """A folder with the results of one process (`one`) and of two (`two`)."""
     folder = tmp_path_factory.mktemp("parallel")
     tiny.photographs(folder / "photos")
     tiny.stage_1(folder / "experts", tiny.recipe())
@@ -99,7 +99,7 @@ def test_validation_agrees(both, stage):
 
 @pytest.mark.parametrize("stage", RUNS)
 def test_weights_agree(both, stage):
-    """Relative to how far training moved them, statistics of BatchNorm and the discriminator included."""
+    """Errors are relative to the change by training, also for BatchNorm and the discriminator."""
     one, two = (read_state(both / name / stage / "last.pt")["modules"] for name in ("one", "two"))
     assert len(one) == len(two) == (2 if stage == "decoder" else 1)
     for mine, other in zip(one, two, strict=True):
@@ -116,7 +116,7 @@ def test_latents_agree(both):
             torch.testing.assert_close(mine, other)
 
 
-def test_alone_every_exchange_is_the_identity():
+def test_collective_operations_of_one_process_are_the_identity():
     values = torch.randn(3, 4)
     assert (distributed.rank(), distributed.size()) == (0, 1)
     for function in (distributed.mean, distributed.total, distributed.gather):
@@ -128,14 +128,14 @@ def test_alone_every_exchange_is_the_identity():
 
 @pytest.fixture
 def alone(monkeypatch):
-    """A group of one process, so that the synchronised layers run here."""
+    """Make the synchronized layers work in one process without a process group."""
     monkeypatch.setattr(distributed, "differentiable_all_reduce", lambda x: x)
 
 
-def test_synchronised_batch_norm_is_batch_norm(alone):
+def test_synchronised_batch_norm_equals_batch_norm(alone):
     torch.manual_seed(0)
     plain, synced = nn.BatchNorm2d(3), distributed.SyncedBatchNorm2d(3)
-    x = torch.randn(4, 3, 5, 2) * 3 + 50  # a mean far from 0 shows cancellation
+    x = torch.randn(4, 3, 5, 2) * 3 + 50  # a mean far from 0 would show cancellation
     for _ in range(2):
         torch.testing.assert_close(synced(x), plain(x), rtol=1e-4, atol=1e-4)
     for key, value in plain.state_dict().items():

@@ -1,4 +1,4 @@
-"""Recipes: the presets hold the papers' numbers, changes are applied, and mistakes are named."""
+"""Recipes: the presets follow the papers, changes are applied, and messages name mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABLATIONS = sorted(name for name in presets() if name.startswith("ablation-"))
 
 
 @pytest.mark.parametrize(("name", "scale", "degradation"), [("x4", 4, "blind"), ("x8", 8, "bicubic")])
-def test_paper_presets(name, scale, degradation):
+def test_presets_have_the_settings_of_the_papers(name, scale, degradation):
     recipe = load_recipe(name)
     model, stage1, stage2 = recipe.model, recipe.experts, recipe.decoder
     assert (model.scale, recipe.degradation) == (scale, degradation)
@@ -42,13 +42,13 @@ def test_paper_presets_have_the_parameters_of_table_6():
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_preset_is_sound(name):
+def test_every_preset_loads(name):
     model = load_recipe(name).model
-    assert (model.unet is None) == name.endswith("-render")  # these have no experts yet
+    assert (model.unet is None) == name.endswith("-render")  # models without experts
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_change_what_they_say(name):
+def test_ablation_presets_differ_only_in_their_ablation(name):
     demo, other = load_recipe("demo-x4"), load_recipe(name)
     full = demo if name.startswith("ablation-no") else load_recipe("ablation-decoder-aff-ffl")
     changed = {
@@ -64,7 +64,7 @@ def test_ablations_change_what_they_say(name):
 
 
 def parts(recipe: Recipe) -> dict[str, Any]:
-    """The ablation presets change only the part that they ablate."""
+    """Return the settings of a recipe that an ablation preset may change."""
     assert recipe.model.unet is not None
     return {
         "experts": len(recipe.model.expert_ranges),
@@ -75,7 +75,7 @@ def parts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def test_gamma_is_constant_or_a_ramp():
+def test_sharing_gamma_is_constant_or_a_ramp():
     assert [ExpertStage().gamma_at(step) for step in (0, 1, 10**6)] == [0.999] * 3
     ramp = ExpertStage(sharing="ramp")
     assert [1 - ramp.gamma_at(s) for s in (0, 1, 5000, 10_000, 20_000)] == pytest.approx(
@@ -98,7 +98,7 @@ def test_changes_are_json_values_by_dotted_path(tmp_path):
     assert recipe.experts.batch == 2
 
 
-def test_base_is_a_preset_or_a_file_beside(tmp_path):
+def test_base_is_a_preset_or_a_file_in_the_same_folder(tmp_path):
     tiny.write_recipe(tmp_path / "tiny.json")
     (tmp_path / "child.json").write_text(json.dumps({"base": "tiny.json", "experts": {"steps": 9}}))
     (tmp_path / "grandchild.json").write_text(json.dumps({"base": "child.json", "seed": 4}))
@@ -108,7 +108,7 @@ def test_base_is_a_preset_or_a_file_beside(tmp_path):
     assert load_recipe(str(tmp_path / "demo.json")).model == load_recipe("demo-x4").model
 
 
-def test_base_of_itself_is_refused(tmp_path):
+def test_recipe_that_is_its_own_base_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"base": "b.json"}')
     (tmp_path / "b.json").write_text('{"base": "a.json"}')
     with pytest.raises(UsageError, match="is its own base"):
@@ -136,14 +136,14 @@ def test_base_of_itself_is_refused(tmp_path):
     ],
     ids=lambda text: str(text)[:30],
 )
-def test_mistakes_are_named(change, message, tmp_path):
+def test_message_names_the_mistake(change, message, tmp_path):
     path = tiny.write_recipe(tmp_path / "r.json")
     with pytest.raises(UsageError, match=message):
         load_recipe(str(path), [change])
 
 
-def test_patches_suit_the_refinement_network(tmp_path):
-    """It halves the image twice and needs an even width there; the other networks take a multiple of 4."""
+def test_patch_size_must_suit_the_refinement_network(tmp_path):
+    """It halves the image twice and then needs an even width; the other networks need a multiple of 4."""
     path = tiny.write_recipe(tmp_path / "r.json")
     shallow = ["model.unet.channel_mult=[1]", "model.unet.attention_factors=[1]", "decoder.patch_px=36"]
     with pytest.raises(UsageError, match=r"decoder\.patch_px is 36, expected a multiple of 8"):

@@ -133,7 +133,7 @@ def _read_cfw(source: PublishedStableSR) -> tuple[dict[str, Tensor], Autoencoder
     state, config = read_autoencoder(source.cfw, source.norm_groups)
     if not config.fusion_levels or config.codebook_size:
         raise CheckpointError(
-            f"{source.cfw}: is no KL autoencoder with feature wrapping (decoder.fusion_layer_1); {CURE}"
+            f"{source.cfw}: is not a KL autoencoder with feature wrapping (decoder.fusion_layer_1); {CURE}"
         )
     return state, config
 

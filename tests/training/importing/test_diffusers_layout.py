@@ -1,4 +1,4 @@
-"""Every name that the library diffusers gives a tensor of Stable Diffusion's networks is known."""
+"""Tensors in the layout of the library diffusers are renamed to ours, and the networks compute the same."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def filled(shapes: files.Shapes) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("part", LAYOUTS)
-def test_names_map_one_to_one_at_full_width(part):
-    """Every tensor of that layout is one of ours, of the same shape, and every one of ours is met."""
+def test_every_diffusers_tensor_maps_to_one_of_ours_at_full_width(part):
+    """Each tensor maps to one of ours of the same shape, and none of ours is left over."""
     convert, shapes, kind, sizes = LAYOUTS[part]
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert part_of(state) == part
     got, want = state_shapes(convert(state)), state_shapes(meta_network(kind, sizes).state_dict())
     assert got == want
-    if part != "text":  # of the text, queries, keys and values are joined, and what is not used is added
+    if part != "text":  # its queries, keys and values are joined, and unused tensors are added
         assert len(got) == len(shapes)
 
 
-def test_attention_of_old_autoencoders():
+def test_old_attention_names_in_an_autoencoder_are_converted():
     shapes = files.vae_shapes(32)
     old = dict(files.old_vae_names(shapes))
     assert len(old) == 16
@@ -54,7 +54,7 @@ def test_attention_of_old_autoencoders():
 
 
 @torch.inference_mode()
-def test_unet_computes_the_same(golden):
+def test_converted_unet_matches_golden(golden):
     data = golden("stable_diffusion")
     network = StableSRUNet(NARROW_UNET)
     network.load_state_dict(unet_state(filled(files.unet_shapes(32, 64))))
@@ -63,7 +63,7 @@ def test_unet_computes_the_same(golden):
 
 
 @torch.inference_mode()
-def test_autoencoder_computes_the_same(golden):
+def test_converted_autoencoder_matches_golden(golden):
     data = golden("stable_diffusion")
     network = Autoencoder(dataclasses.replace(FULL.decoder, channels=32))
     network.load_state_dict(vae_state(filled(files.vae_shapes(32))))
@@ -75,8 +75,8 @@ def test_autoencoder_computes_the_same(golden):
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
 @torch.inference_mode()
-def test_text_tower_computes_the_same(prefix, golden):
-    """The names begin with the name of the model in older files; these also hold the positions' numbers."""
+def test_converted_text_encoder_matches_golden(prefix, golden):
+    """In older files the names begin with `text_model.`, and the position ids are stored too."""
     data = golden("stable_diffusion")
     state = filled(files.text_shapes(64, 2))
     state = {prefix + key.removeprefix("text_model."): tensor for key, tensor in state.items()}
@@ -87,7 +87,7 @@ def test_text_tower_computes_the_same(prefix, golden):
     assert relative_l2(got, data["encoded"]) < LIMIT
 
 
-def test_foreign_names_stay():
+def test_unknown_names_are_kept():
     state = {"down_blocks.0.motion_modules.0.weight": torch.zeros(1), "conv_in.weight": torch.zeros(1)}
     assert list(unet_state(state)) == ["down_blocks.0.motion_modules.0.weight", "input_blocks.0.0.weight"]
     assert part_of({"layer.weight": torch.zeros(1)}) is None

@@ -1,4 +1,4 @@
-"""Published files of every layout and family import as the networks they hold."""
+"""Published weights import correctly from every file layout and model family."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def vq_file(vq_dev, tmp_path_factory) -> Path:
 
 
 LAYOUTS = {
-    # name: (write the file from the wanted weights and others that must not be used)
+    # Each writer saves the wanted weights, and other weights that the import must not choose.
     "ema-buffers-first-stage": lambda p, want, other, vq: torch.save(
         {"state_dict": ldm_level(other, want, vq), "epoch": 3, "global_step": 9}, p
     ),
@@ -72,7 +72,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_give_the_golden_network(
+def test_imported_unet_of_each_file_layout_matches_golden(
     layout, unet_dev, unet_other, vq_dev, vq_file, golden, tmp_path, capsys
 ):
     path = tmp_path / "moe_stage0.ckpt"
@@ -90,7 +90,7 @@ def test_layouts_give_the_golden_network(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_any_number_of_space_experts(count, unet_dev, vq_file, golden, tmp_path):
+def test_any_number_of_space_experts_is_merged(count, unet_dev, vq_file, golden, tmp_path):
     state = keep_space_experts(unet_dev, count)
     torch.save(state, tmp_path / "model_stage0.ckpt")
     assert (
@@ -116,7 +116,7 @@ def test_timesteps_are_split_evenly(count, ranges):
     assert split_timesteps(1000, count) == ranges
 
 
-def test_experts_keep_their_order(published_weights, vq_file, tmp_path):
+def test_experts_keep_the_order_of_their_files(published_weights, vq_file, tmp_path):
     paths, states = [], []
     for stage in range(4):
         states.append(keep_space_experts(tensors(published_weights("unet_w32", f"dev-stage{stage}")), 2))
@@ -132,7 +132,7 @@ def test_experts_keep_their_order(published_weights, vq_file, tmp_path):
         assert all(torch.equal(got[key], want[key]) for key in want), k
 
 
-def test_decoder_gives_the_golden_image(unet_dev, vq_file, golden, tmp_path):
+def test_imported_decoder_matches_golden(unet_dev, vq_file, golden, tmp_path):
     torch.save(keep_space_experts(unet_dev, 1), tmp_path / "unet.ckpt")
     assert run("--experts", tmp_path / "unet.ckpt", "--decoder", vq_file, "-o", tmp_path / "model") == 0
     data = golden("decoder_c32")
@@ -143,7 +143,7 @@ def test_decoder_gives_the_golden_image(unet_dev, vq_file, golden, tmp_path):
 
 
 @pytest.mark.parametrize("one_file", [True, False], ids=["one-file", "two-files"])
-def test_plain_latent_diffusion(one_file, published_weights, vq_dev, tmp_path):
+def test_plain_latent_diffusion_imports(one_file, published_weights, vq_dev, tmp_path):
     unet = tensors(published_weights("ldm_unet_w32", "dev"))
     vq = {k: v for k, v in vq_dev.items() if not k.startswith(("decoder.fusion_layer_1.", "decoder.unet_1."))}
     model = decoder = tmp_path / "model.ckpt"
@@ -165,7 +165,7 @@ def test_plain_latent_diffusion(one_file, published_weights, vq_dev, tmp_path):
         assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-def test_kl_decoder_on_its_own(tmp_path, capsys):
+def test_kl_decoder_without_experts_imports(tmp_path, capsys):
     config = AutoencoderConfig(
         32, (1, 2, 4, 4), 2, z_channels=4, embed_dim=4, codebook_size=0, fusion_level=None
     )
@@ -190,7 +190,7 @@ def test_half_precision_files_are_merged_in_float32(unet_dev, vq_file, tmp_path)
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-def test_full_width(published_weights, vq_file, golden, tmp_path):
+def test_full_width_unet_imports(published_weights, vq_file, golden, tmp_path):
     weights = tensors(published_weights("unet_w160", "dev"))
     torch.save({"state_dict": ldm_level(weights)}, tmp_path / "moe_stage0.ckpt")
     assert len(weights) == 702
@@ -201,4 +201,4 @@ def test_full_width(published_weights, vq_file, golden, tmp_path):
     assert checkpoint.config.unet == UNetConfig(space_experts=1)
     data = golden("unet_w160")
     assert data.error("eps", eps_of(checkpoint.expert(0), data)) < LIMIT
-    shutil.rmtree(tmp_path / "model")  # half a gigabyte
+    shutil.rmtree(tmp_path / "model")  # it takes half a gigabyte

@@ -1,4 +1,4 @@
-"""Stable Diffusion's files import as the checkpoint that StableSR's training starts from."""
+"""Published files of Stable Diffusion import as a checkpoint from which StableSR's training can start."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ State = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, State]:
-    """The networks as diffusers stores them."""
+    """State dicts of the networks in the layout of diffusers."""
     shapes = {
         "unet": files.unet_shapes(32, 64),
         "vae": files.vae_shapes(32),
@@ -49,7 +49,7 @@ def parts() -> dict[str, State]:
 
 @pytest.fixture(scope="module")
 def whole(parts) -> State:
-    """The networks in one published file."""
+    """The tensors of a published file that holds all networks."""
     states = {"unet": unet_state(parts["unet"]), "vae": vae_state(parts["vae"])}
     states["text"] = text_state(parts["text"])
     joined = {PREFIXES[name] + key: t for name, state in states.items() for key, t in state.items()}
@@ -58,7 +58,7 @@ def whole(parts) -> State:
 
 @pytest.fixture(scope="module")
 def folder(parts, tmp_path_factory) -> Path:
-    """The networks in a diffusers directory."""
+    """A directory of diffusers that holds all networks."""
     root = tmp_path_factory.mktemp("stable-diffusion-2-1")
     for name, place in FOLDERS.items():
         (root / place).mkdir()
@@ -81,7 +81,7 @@ def state_of(checkpoint: StableDiffusionCheckpoint) -> State:
     return {PREFIXES[n] + k: t for n, network in states.items() for k, t in network.state_dict().items()}
 
 
-def test_both_layouts_are_the_same_weights(whole, folder, tmp_path):
+def test_both_layouts_import_the_same_weights(whole, folder, tmp_path):
     torch.save({"state_dict": whole, "global_step": 1}, tmp_path / "v2-1_512-ema-pruned.ckpt")
     one = imported(tmp_path / "v2-1_512-ema-pruned.ckpt", to=tmp_path / "one")
     many = imported(folder, to=tmp_path / "many")
@@ -92,8 +92,8 @@ def test_both_layouts_are_the_same_weights(whole, folder, tmp_path):
     assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], whole[key]) for key in first)
 
 
-def test_files_of_the_networks_one_by_one(folder, tmp_path):
-    """Told by what they hold, in any order and under any name; half precision ones too."""
+def test_networks_import_from_separate_files(folder, tmp_path):
+    """The networks are recognized by their tensors, in any order and under any file name."""
     paths = []
     for name, place in FOLDERS.items():
         source = next((folder / place).iterdir())
@@ -104,7 +104,7 @@ def test_files_of_the_networks_one_by_one(folder, tmp_path):
     assert all(torch.equal(tensor, want[key].half().float()) for key, tensor in state_of(got).items())
 
 
-def test_averages_are_preferred(whole, tmp_path):
+def test_averaged_weights_are_preferred(whole, tmp_path):
     prefix = PREFIXES["unet"]
     dotless = {
         f"model_ema.diffusion_model{k.removeprefix(prefix).replace('.', '')}": t + 1
@@ -119,14 +119,14 @@ def test_averages_are_preferred(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["512-base-ema", "sd_turbo", "768-v-ema"])
-def test_names_tell_the_prediction(name, whole, tmp_path):
+def test_prediction_type_is_read_from_the_file_name(name, whole, tmp_path):
     save_file(whole, tmp_path / f"{name}.safetensors")
     got = imported(tmp_path / f"{name}.safetensors", to=tmp_path / "model")
     assert got.config.prediction == ("v" if "768" in name else "eps")
 
 
 DAMAGED = {
-    # name: (change the tensors, what the message says)
+    # Each entry: a change of the tensors, and text of the resulting message.
     "unet": (
         lambda s: s.pop("model.diffusion_model.middle_block.1.proj_in.weight"),
         "under model.diffusion_model.: missing middle_block.1.proj_in.weight;",
@@ -152,7 +152,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("fault", DAMAGED)
-def test_damaged_files_are_named(fault, whole, tmp_path, capsys):
+def test_message_names_the_damaged_file(fault, whole, tmp_path, capsys):
     change, message = DAMAGED[fault]
     state = dict(whole)
     change(state)
@@ -174,7 +174,7 @@ def test_damaged_files_are_named(fault, whole, tmp_path, capsys):
     ],
     ids=["prediction", "missing", "two families", "empty directory"],
 )
-def test_misuse_is_refused(args, code, message, whole, tmp_path, capsys, monkeypatch):
+def test_wrong_arguments_are_refused(args, code, message, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(whole, "mine.ckpt")
     Path("empty").mkdir()
@@ -182,7 +182,7 @@ def test_misuse_is_refused(args, code, message, whole, tmp_path, capsys, monkeyp
     assert message in capsys.readouterr().err
 
 
-def test_missing_tensors_of_diffusers_are_named(parts, folder, tmp_path, capsys):
+def test_message_names_tensors_that_a_diffusers_file_lacks(parts, folder, tmp_path, capsys):
     state = {k: t for k, t in parts["unet"].items() if k != "mid_block.attentions.0.proj_in.bias"}
     for name, place in FOLDERS.items():
         save_file(state if name == "unet" else parts[name], tmp_path / f"{place}.safetensors")
@@ -191,7 +191,7 @@ def test_missing_tensors_of_diffusers_are_named(parts, folder, tmp_path, capsys)
     assert f"{paths[0]}: missing middle_block.1.proj_in.bias;" in capsys.readouterr().err
 
 
-def test_a_sampler_of_another_kind_is_named(folder, tmp_path, capsys):
+def test_message_names_a_scheduler_file_with_an_unsupported_prediction_type(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "sd")
     config = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"prediction_type": "sample"}))
@@ -200,15 +200,15 @@ def test_a_sampler_of_another_kind_is_named(folder, tmp_path, capsys):
     assert str(config) in error and "add --prediction" in error
 
 
-def test_it_is_no_super_resolution_model(folder, tmp_path):
-    """It opens as what it is, and says so where experts are asked for."""
+def test_checkpoint_of_stable_diffusion_has_no_sampling_expert(folder, tmp_path):
+    """The checkpoint opens; asking it for a sampling expert raises an error that names its family."""
     checkpoint = imported(folder, to=tmp_path / "model")
     with pytest.raises(CheckpointError, match="its expert is a StableSRUNet, expected a DenoisingUNet"):
         checkpoint.expert(0)
 
 
-def test_full_width_has_the_published_size():
-    """865.911 M parameters of the UNet, which is StableSR's without SPADE, and those of the others."""
+def test_full_width_networks_have_the_published_parameter_counts():
+    """The UNet has 865.911 M parameters, which are those of StableSR's UNet without SPADE."""
     counts = {
         part: sum(p.numel() for p in meta_network(*network).parameters())
         for part, network in networks(StableDiffusionConfig()).items()

@@ -1,4 +1,4 @@
-"""Files that are damaged, incomplete or not weights are refused by name, and nothing is written."""
+"""If a file is damaged, incomplete or holds no weights, the error names it and nothing is written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def without(state: dict, *keys: str) -> dict:
 
 EMA_KEY = "model_ema.diffusion_modelout2bias"
 BAD_EXPERTS = {
-    # name: (write the file from the UNet and autoencoder weights, what the message says)
+    # Each entry: a function that writes the file, and text of the resulting message.
     "missing": (lambda p, unet, vq: None, "no such file"),
     "directory": (lambda p, unet, vq: p.mkdir(), "no such file"),
     "empty": (lambda p, unet, vq: p.touch(), "the file is empty"),
@@ -99,7 +99,7 @@ BAD_EXPERTS = {
 
 
 @pytest.mark.parametrize("case", BAD_EXPERTS)
-def test_bad_expert_is_named(case, small, tmp_path, capsys):
+def test_message_names_a_bad_expert_file(case, small, tmp_path, capsys):
     write, message = BAD_EXPERTS[case]
     path, decoder = tmp_path / "expert.ckpt", tmp_path / "decoder.pth"
     write(path, *small)
@@ -118,7 +118,7 @@ def test_bad_expert_is_named(case, small, tmp_path, capsys):
     [(0, "missing encoder.conv_in.weight;"), (1, "missing quant_conv.weight;")],
     ids=["unet", "missing-key"],
 )
-def test_bad_decoder_is_named(keys, message, small, tmp_path, capsys):
+def test_message_names_a_bad_decoder_file(keys, message, small, tmp_path, capsys):
     path = tmp_path / "decoder.pth"
     torch.save(small[0] if keys == 0 else without(small[1], "quant_conv.weight"), path)
     assert run("--decoder", path, "-o", tmp_path / "model") == 1
@@ -127,7 +127,7 @@ def test_bad_decoder_is_named(keys, message, small, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_later_expert_that_differs_leaves_nothing(small, tmp_path, capsys):
+def test_nothing_is_written_if_a_later_expert_has_another_width(small, tmp_path, capsys):
     unet, vq = small
     wide = random_state(DenoisingUNet(dataclasses.replace(SMALL_UNET, width=64)))
     files = {"s0.ckpt": unet, "s1.ckpt": wide, "vae.pth": vq}
@@ -140,7 +140,7 @@ def test_a_later_expert_that_differs_leaves_nothing(small, tmp_path, capsys):
 
 
 class RunsCode:
-    """Creates a file when it is unpickled."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -151,7 +151,7 @@ class RunsCode:
 
 @pytest.fixture
 def callback(monkeypatch: pytest.MonkeyPatch):
-    """An object like those that training frameworks save, of a module that is gone when the file is read."""
+    """A callback as training frameworks save it; its module does not exist when the file is read."""
     module = types.ModuleType("framework")
 
     class Callback(dict):
@@ -166,9 +166,7 @@ def callback(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_objects_besides_tensors_are_passed_over_and_run_no_code(
-    zipped, small, tmp_path, callback, monkeypatch
-):
+def test_pickled_objects_are_ignored_and_never_executed(zipped, small, tmp_path, callback, monkeypatch):
     path, marker, out = tmp_path / "vae.ckpt", tmp_path / "ran", tmp_path / "model"
     parameters = {key: torch.nn.Parameter(tensor) for key, tensor in small[1].items()}
     content = {"state_dict": parameters, "hyper_parameters": RunsCode(marker)}
@@ -185,7 +183,7 @@ def test_objects_besides_tensors_are_passed_over_and_run_no_code(
     torch.testing.assert_close(imported["encoder.conv_in.weight"], small[1]["encoder.conv_in.weight"])
 
 
-def test_a_state_dict_of_objects_is_refused(small, tmp_path, capsys):
+def test_state_dict_with_entries_that_are_not_tensors_is_refused(small, tmp_path, capsys):
     torch.save({"state_dict": {**small[1], "hook": RunsCode(tmp_path / "ran")}}, tmp_path / "vae.pth")
     assert run("--decoder", tmp_path / "vae.pth", "-o", tmp_path / "model") == 1
     assert "entries hook are not tensors" in capsys.readouterr().err
@@ -215,7 +213,7 @@ def test_existing_output_needs_force(small, tmp_path, capsys):
     [(("--head-channels", 24), "--head-channels"), (("--norm-groups", 24), "divisible")],
     ids=["head-channels", "norm-groups"],
 )
-def test_given_sizes_must_fit(options, message, small, tmp_path, capsys):
+def test_sizes_given_as_options_must_fit_the_weights(options, message, small, tmp_path, capsys):
     for name, state in zip(("unet.ckpt", "vae.pth"), small, strict=True):
         torch.save(state, tmp_path / name)
     args = ("--experts", tmp_path / "unet.ckpt", "--decoder", tmp_path / "vae.pth", "-o", tmp_path / "model")
@@ -232,7 +230,7 @@ def test_given_sizes_must_fit(options, message, small, tmp_path, capsys):
     ],
     ids=["internal", "memory", "ctrl-c"],
 )
-def test_whatever_is_raised_becomes_one_line(error, code, message, small, tmp_path, capsys, monkeypatch):
+def test_every_exception_is_reported_in_one_line(error, code, message, small, tmp_path, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise error
 
@@ -247,7 +245,7 @@ def test_whatever_is_raised_becomes_one_line(error, code, message, small, tmp_pa
 @pytest.mark.parametrize(
     "args", [(), ("--decoder", "x", "-o", "y", "--scale", "3")], ids=["nothing", "scale-3"]
 )
-def test_usage_errors(args):
+def test_wrong_arguments_are_usage_errors(args):
     with pytest.raises(SystemExit) as stop:
         run(*args)
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""StableSR's published files import as the networks they hold; damaged ones are refused by name."""
+"""StableSR's published files import as its networks; if a file is damaged, the error names it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def states(published_weights) -> dict[str, State]:
 
 @pytest.fixture(scope="module")
 def whole(states) -> State:
-    """Everything a published file of the model holds; its autoencoder is not the one to use."""
+    """The tensors of a published file. The autoencoder in it is zero, since it must not be used."""
     parts = {prefix + k: v for name, prefix in PREFIXES.items() for k, v in states[name].items()}
     vae = {k: v for k, v in states["vae_cfw"].items() if "fusion_layer" not in k}
     parts |= {f"first_stage_model.{key}": torch.zeros_like(tensor) for key, tensor in vae.items()}
@@ -63,7 +63,7 @@ def imported(whole, cfw, tmp_path_factory) -> StableSRCheckpoint:
     return checkpoint
 
 
-def test_configuration(imported):
+def test_configuration_is_inferred(imported):
     assert imported.config == dataclasses.replace(NARROW, name="stablesr-x4")
     names = sorted(path.name for path in imported.directory.iterdir())
     parts = ("decoder", "expert_0", "structure", "text")
@@ -71,7 +71,7 @@ def test_configuration(imported):
     assert [path.name for path in imported.files] == [names[0], names[2], names[3], names[4], names[1]]
 
 
-def test_weights_are_those_of_the_files(imported, states):
+def test_imported_weights_equal_the_files(imported, states):
     networks = {
         "unet": imported.unet(),
         "structcond": imported.structure(),
@@ -86,7 +86,7 @@ def test_weights_are_those_of_the_files(imported, states):
 
 
 @torch.inference_mode()
-def test_golden_output(imported, golden):
+def test_imported_networks_match_golden(imported, golden):
     data = golden("stablesr_unet")
     keys = [key for key in data if key.startswith("struct.")]
     structure = {int(key.removeprefix("struct.")): torch.from_numpy(data[key]) for key in keys}
@@ -105,7 +105,7 @@ def test_golden_output(imported, golden):
     ],
     ids=["turbo", "768v", "face", "told", "overruled"],
 )
-def test_variants(file, args, name, prediction, steps, whole, cfw, tmp_path, capsys):
+def test_variant_is_read_from_file_name(file, args, name, prediction, steps, whole, cfw, tmp_path, capsys):
     torch.save(whole, tmp_path / file)
     assert run("--stablesr", tmp_path / file, "--cfw", cfw, *HEADS, "-o", tmp_path / "model", *args) == 0
     config = load_checkpoint(tmp_path / "model").config
@@ -114,14 +114,14 @@ def test_variants(file, args, name, prediction, steps, whole, cfw, tmp_path, cap
     assert f"predicts {prediction}" in out and "LR fusion at level 1 and 2" in out
 
 
-def test_a_name_that_tells_nothing_is_refused(whole, cfw, tmp_path, capsys):
+def test_unknown_file_name_needs_the_prediction_type(whole, cfw, tmp_path, capsys):
     torch.save(whole, tmp_path / "mine.ckpt")
     assert run("--stablesr", tmp_path / "mine.ckpt", "--cfw", cfw, *HEADS, "-o", tmp_path / "model") == 2
     assert "add --prediction" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
-def test_half_precision_storage(imported, whole, cfw, tmp_path):
+def test_weights_can_be_stored_in_half_precision(imported, whole, cfw, tmp_path):
     save_file(whole, tmp_path / "stablesr_000117.safetensors")
     args = ("--cfw", cfw, *HEADS, "-o", tmp_path / "model", "--fp16")
     assert run("--stablesr", tmp_path / "stablesr_000117.safetensors", *args) == 0
@@ -134,8 +134,7 @@ def test_half_precision_storage(imported, whole, cfw, tmp_path):
         assert all(torch.equal(t, values[k].half().float()) for k, t in got.state_dict().items())
 
 
-def test_half_precision_of_the_first_family(states, tmp_path):
-    """Any published file can be stored so."""
+def test_moe_sr_decoder_can_be_stored_in_half_precision(states, tmp_path):
     path = tmp_path / "vqgan_cfw_00011.ckpt"
     torch.save(states["vae_cfw"], path)
     assert run("--decoder", path, "-o", tmp_path / "model", "--fp16") == 0
@@ -145,7 +144,7 @@ def test_half_precision_of_the_first_family(states, tmp_path):
 
 
 DAMAGED = {
-    # name: (change the tensors, what the message says)
+    # Each entry: a change of the tensors, and text of the resulting message.
     "unet": (
         lambda s: s.pop("model.diffusion_model.out.2.bias"),
         "under model.diffusion_model.: missing out.2.bias;",
@@ -183,7 +182,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("fault", DAMAGED)
-def test_damaged_files_are_named(fault, whole, cfw, tmp_path, capsys):
+def test_message_names_the_damaged_file(fault, whole, cfw, tmp_path, capsys):
     change, message = DAMAGED[fault]
     state = dict(whole)
     change(state)
@@ -195,20 +194,20 @@ def test_damaged_files_are_named(fault, whole, cfw, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_heads_that_do_not_fit(whole, cfw, tmp_path, capsys):
+def test_channels_that_are_no_multiple_of_the_heads_are_refused(whole, cfw, tmp_path, capsys):
     torch.save(whole, tmp_path / "stablesr_000117.ckpt")
     args = ("--stablesr", tmp_path / "stablesr_000117.ckpt", "--cfw", cfw, "-o", tmp_path / "model")
     assert run(*args) == 1
     assert "no heads of 64 (--head-channels)" in capsys.readouterr().err
 
 
-def test_a_plain_autoencoder_is_no_cfw(whole, states, tmp_path, capsys):
+def test_autoencoder_without_feature_wrapping_is_refused(whole, states, tmp_path, capsys):
     torch.save(whole, tmp_path / "stablesr_000117.ckpt")
     plain = {key: t for key, t in states["vae_cfw"].items() if "fusion_layer" not in key}
     torch.save(plain, tmp_path / "vae.ckpt")
     args = ("--cfw", tmp_path / "vae.ckpt", *HEADS, "-o", tmp_path / "model")
     assert run("--stablesr", tmp_path / "stablesr_000117.ckpt", *args) == 1
-    assert "vae.ckpt: is no KL autoencoder with feature wrapping" in capsys.readouterr().err
+    assert "vae.ckpt: is not a KL autoencoder with feature wrapping" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,13 +221,13 @@ def test_a_plain_autoencoder_is_no_cfw(whole, states, tmp_path, capsys):
     ],
     ids=["no cfw", "no model", "two families", "prediction", "nothing"],
 )
-def test_files_of_one_family_are_asked_for(args, message, tmp_path, capsys):
+def test_arguments_must_name_the_files_of_one_family(args, message, tmp_path, capsys):
     assert run(*args, "-o", tmp_path / "model") == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["stablesr_000117.ckpt", "vqgan_cfw_00011.ckpt"])
-def test_missing_files_are_named(missing, tmp_path, capsys):
+def test_message_names_missing_files(missing, tmp_path, capsys):
     paths = [tmp_path / name for name in ("stablesr_000117.ckpt", "vqgan_cfw_00011.ckpt")]
     for path in paths:
         if path.name != missing:
@@ -242,7 +241,7 @@ def test_networks_of_the_other_family_are_refused(imported):
         imported.expert(0)
 
 
-def test_an_unknown_family_is_named(imported, tmp_path):
+def test_message_names_an_unknown_family(imported, tmp_path):
     values = json.loads((imported.directory / "config.json").read_text())
     assert values["family"] == "stablesr"
     (tmp_path / "config.json").write_text(json.dumps(values | {"family": "next"}))
@@ -274,8 +273,8 @@ def test_the_hash_covers_every_network(imported, tmp_path):
 
 
 @pytest.mark.slow
-def test_full_width(tmp_path):
-    """Every published shape; one number a tensor in the files, as its values say nothing of the layout."""
+def test_full_width_model_imports(tmp_path):
+    """All shapes are the published ones. Each tensor is one repeated number, which saves memory."""
     states = {name: alike(kind, sizes) for name, (kind, sizes) in NETWORKS.items() if name.endswith("_full")}
     whole = {prefix + k: v for n, prefix in PREFIXES.items() for k, v in states[f"{n}_full"].items()}
     torch.save({"state_dict": whole}, tmp_path / "stablesr_768v_000139.ckpt")
@@ -291,11 +290,11 @@ def test_full_width(tmp_path):
 
 
 def alike(kind: type[torch.nn.Module], sizes: object) -> State:
-    """Weights of a network that all are the same number, and take no memory."""
+    """Return weights of a network that are all the same number and therefore take no memory."""
     shapes = meta_network(kind, sizes).state_dict()
     return {key: torch.full((), 0.5).expand(tensor.shape) for key, tensor in shapes.items()}
 
 
-def test_prompts_travel_in_the_configuration(imported):
+def test_prompts_are_stored_in_the_configuration(imported):
     assert imported.config.text.prompt == (49406, 49407)
     assert np.all(np.array(imported.config.text.negative_prompt) < imported.config.text.vocabulary)

@@ -1,4 +1,4 @@
-"""Sizes of a network are found again in the shapes of its tensors."""
+"""The sizes of a network are inferred from the shapes of its tensors."""
 
 from __future__ import annotations
 

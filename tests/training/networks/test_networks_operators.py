@@ -1,4 +1,4 @@
-"""Networks on the operators that have kernels: where they are used, that results stay, that they compile."""
+"""The networks call the operators that have kernels, give the same results, and compile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 class Operators(TorchDispatchMode):
-    """Counts the calls of our operators."""
+    """A dispatch mode that counts the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,20 +50,20 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """The networks believe that kernels run where their tensors lie; operators compute their references."""
+    """Make the networks call the operators as on a GPU; the operators compute their references."""
     monkeypatch.setattr(operators, "has_kernels", lambda x: True)
     monkeypatch.setattr(dispatch, "has_kernels", lambda x: False)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Make operators run their kernels, in Triton's interpreter."""
+    """Make the operators run their kernels in Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setattr(operators, "has_kernels", lambda x: True)
 
 
 def filled(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that no layer's zeros hide, and BatchNorms that have seen something."""
+    """Fill a network with random weights and BatchNorm statistics, so that no zero weight hides a layer."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         fan = parameter[0].numel() if parameter.dim() > 1 else 1.0
@@ -94,7 +94,7 @@ def denoise(network: nn.Module) -> torch.Tensor:
 
 
 def plainly(run, *arguments):
-    """A result as it is without kernels."""
+    """Return the result without our operators."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operators, "has_kernels", lambda x: False)
         return run(*arguments)
@@ -155,7 +155,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_blocks_on_kernels(name, layout, interpreted):
-    """The kernels themselves, inside the layers: values, type and strides."""
+    """The layers give the same values, type and strides if they run the kernels."""
     block, size = BLOCKS[name]
     block, x = filled(block), normal(*size).contiguous(memory_format=layout)
     want, got = plainly(block, x), block(x)
@@ -164,7 +164,7 @@ def test_blocks_on_kernels(name, layout, interpreted):
 
 
 @torch.no_grad()
-def test_half_precision_stays(interpreted):
+def test_half_precision_block_returns_half_precision(interpreted):
     block, x = filled(AFFBlock(4, 6, 2, 2)), normal(1, 4, 6, 8)
     want = block(x)
     got = block.half()(x.half())
@@ -177,8 +177,8 @@ def gradients(block: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(block(inputs[0]).square().sum(), inputs))
 
 
-def test_training_takes_the_filter_alone(on_gpu):
-    """Batch statistics and PyTorch's backward everywhere else; gradients are those of the plain network."""
+def test_training_uses_only_the_filter_operator(on_gpu):
+    """The gradients equal those of the network without our operators."""
     block, x = filled(AFFBlock(4, 6, 2, 2)).train(), normal(2, 4, 6, 8)
     want = plainly(gradients, block, x)
     with Operators() as used:
@@ -188,7 +188,7 @@ def test_training_takes_the_filter_alone(on_gpu):
 
 
 @torch.no_grad()
-def test_batch_statistics_stay_plain(on_gpu):
+def test_batch_norm_in_training_uses_no_operator(on_gpu):
     with Operators() as used:
         filled(InvertedResidual(4, 4)).train()(normal(2, 4, 5, 5))
     assert not used.names
@@ -222,7 +222,7 @@ def test_published_refinement_block_on_kernels(golden, published_weights, interp
     ],
 )
 @torch.no_grad()
-def test_compiles_without_a_break(make, run, count, on_gpu):
+def test_compiles_without_a_graph_break(make, run, count, on_gpu):
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -235,13 +235,13 @@ def test_compiles_without_a_break(make, run, count, on_gpu):
     assert sum("moesr." in str(node.target) for g in graphs for node in g.graph.nodes) == count
 
 
-def test_training_compiles_without_a_break(on_gpu):
+def test_training_compiles_without_a_graph_break(on_gpu):
     block, x = filled(AFFBlock(4, 4, 2, 2)), normal(1, 4, 6, 8)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, x), gradients(block, x), rtol=1e-4, atol=1e-4)
 
 
-def test_kernels_are_for_cuda_and_inference():
+def test_kernels_run_only_on_cuda_and_in_inference():
     cuda, cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
     assert operators.has_kernels(cuda) == operators.TRITON
     assert not operators.has_kernels(cpu)
@@ -252,7 +252,7 @@ def test_kernels_are_for_cuda_and_inference():
 
 
 @pytest.mark.parametrize(("capability", "kernels"), [((7, 5), False), ((8, 0), True), ((10, 3), True)])
-def test_older_gpus_compute_references(capability, kernels, monkeypatch):
+def test_unsupported_gpus_compute_the_reference(capability, kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     assert dispatch.has_kernels(tensor) == kernels  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The networks reproduce the published ones: relative L2 error below 1e-5 on weights made from key names."""
+"""The networks match the published ones: relative L2 error below 1e-5 for weights made from key names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT = 1e-5
     ("stem", "config"), [("unet_w32", WIDTH_32), ("unet_w160", UNetConfig())], ids=["w32", "w160"]
 )
 @torch.inference_mode()
-def test_unet(stem, config, golden, published_weights):
+def test_unet_matches_golden(stem, config, golden, published_weights):
     data = golden(stem)
     network = load(DenoisingUNet(config), published_weights(stem, "dev"))
     x = torch.from_numpy(data["x"])
@@ -30,7 +30,7 @@ def test_unet(stem, config, golden, published_weights):
     assert data.error("eps", eps.numpy()) < LIMIT
 
 
-def test_plain_ldm_keys(published_weights):
+def test_unet_without_space_moe_loads_plain_ldm_weights(published_weights):
     load(
         DenoisingUNet(dataclasses.replace(WIDTH_32, space_experts=0)),
         published_weights("ldm_unet_w32", "dev"),
@@ -45,7 +45,7 @@ def decoder_c32(golden, published_weights):
 
 @pytest.mark.parametrize(("key", "fidelity"), [("image_w1", 1.0), ("image_w05", 0.5), ("image_w0", 0.0)])
 @torch.inference_mode()
-def test_decoder_fidelity(key, fidelity, decoder_c32):
+def test_decoder_matches_golden_at_each_fidelity(key, fidelity, decoder_c32):
     network, data = decoder_c32
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["lr_upsampled"])
     image = network.decode(z, lr, fidelity).numpy()
@@ -53,7 +53,7 @@ def test_decoder_fidelity(key, fidelity, decoder_c32):
 
 
 @torch.inference_mode()
-def test_encoder_and_quantiser(decoder_c32):
+def test_encoder_matches_golden(decoder_c32):
     network, data = decoder_c32
     lr = torch.from_numpy(data["lr_upsampled"])
     assert data.error("lr_feature", network.lr_features(lr)[1].numpy()) < LIMIT
@@ -61,10 +61,10 @@ def test_encoder_and_quantiser(decoder_c32):
 
 
 @torch.inference_mode()
-def test_quantiser_codes(decoder_c32):
+def test_quantiser_codes_match_golden(decoder_c32):
     network, data = decoder_c32
     found = [network.quantize.indices(torch.from_numpy(data[key])).numpy() for key in ("z", "prequant")]
-    assert any(np.array_equal(codes, data["codes"]) for codes in found), "the codes of neither latent agree"
+    assert any(np.array_equal(codes, data["codes"]) for codes in found), "codes differ from the golden"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_quantiser_codes(decoder_c32):
     ids=["filter", "block", "unet"],
 )
 @torch.inference_mode()
-def test_refinement(key, path, decoder_c32):
+def test_refinement_matches_golden(key, path, decoder_c32):
     network, data = decoder_c32
     module = network.decoder.unet_1.get_submodule(path)
     assert data.error(key, module(torch.from_numpy(data["aff_in"])).numpy()) < LIMIT
@@ -81,7 +81,7 @@ def test_refinement(key, path, decoder_c32):
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """PyTorch sums a channels-last GroupNorm in one run a thread; a single one loses a digit."""
+    """Use at least two threads: with one, PyTorch's channels-last GroupNorm loses a digit."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, 2))
     yield
@@ -89,7 +89,7 @@ def two_threads() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def test_decoder_full_width(golden, published_weights, two_threads):
+def test_full_width_decoder_matches_golden(golden, published_weights, two_threads):
     data = golden("decoder_c128")
     network = load(Autoencoder(AutoencoderConfig()), published_weights("decoder_c128", "dev"))
     noise = np.random.Generator(np.random.PCG64(int(data["lr_seed"]))).standard_normal((1, 3, 512, 512))

@@ -1,4 +1,4 @@
-"""The first stage: exact normalisation of the latents, the codebook's start, what a step trains."""
+"""Training of the first stage: normalization of latents, initial codebook, gradients, residual decoders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KL = dataclasses.replace(CONFIG, codebook_size=0)
 def autoencoder_of(config: AutoencoderConfig) -> Autoencoder:
     torch.manual_seed(0)
     network = Autoencoder(config).eval()
-    with torch.no_grad():  # far from unit scale
+    with torch.no_grad():  # the latents are far from unit scale
         network.quant_conv.weight.mul_(40.0)
         assert network.quant_conv.bias is not None
         network.quant_conv.bias.add_(3.0)
@@ -57,7 +57,7 @@ def test_normalised_latents_give_the_same_images(config, tmp_path):
 
 
 @torch.no_grad()
-def test_latents_without_spread_are_only_shifted():
+def test_latents_without_spread_give_finite_weights():
     network = autoencoder_of(CONFIG)
     network.quant_conv.weight.zero_()
     normalise_latents(network, network.encode(torch.zeros(1, 3, 32, 32)))
@@ -98,7 +98,7 @@ def test_quantiser_passes_gradients_straight_through():
         assert gradient is not None and gradient.abs().sum() > 0, name
 
 
-def test_checkpoint_has_unit_latents_and_a_best_one(tmp_path):
+def test_last_and_best_checkpoint_have_latents_of_unit_scale(tmp_path):
     recipe = tiny.recipe(autoencoder={"val_every": 1, "val_samples": 1, "frequency_weight": 1.0})
     data = tiny.crops(tiny.photographs(tmp_path / "photos"))
     autoencoder.train(recipe, data, tiny.run(tmp_path / "out"), data)
@@ -110,7 +110,7 @@ def test_checkpoint_has_unit_latents_and_a_best_one(tmp_path):
 
 
 @torch.no_grad()
-def test_refitted_codes_are_where_latents_are():
+def test_refitted_codes_are_latents():
     network = Autoencoder(CONFIG)
     latents = 5 + torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     vectors = latents.permute(0, 2, 3, 1).reshape(-1, 3)
@@ -118,12 +118,14 @@ def test_refitted_codes_are_where_latents_are():
     codes = network.quantize.embedding.weight
     assert float(torch.cdist(codes, vectors).amin(dim=1).max()) == 0
     assert len(codes.unique(dim=0)) == len(codes)
-    refit_codebook(network, latents[:1, :, :1, :2], seed=1)  # fewer vectors than codes: the rest stay
+    refit_codebook(
+        network, latents[:1, :, :1, :2], seed=1
+    )  # with fewer vectors than codes, the other codes are kept
     assert len(codes.unique(dim=0)) >= len(codes) - 2
 
 
 @torch.no_grad()
-def test_lloyds_algorithm_gives_means():
+def test_lloyds_algorithm_moves_codes_to_means():
     network = Autoencoder(CONFIG)
     latents = 5 + torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     vectors = latents.permute(0, 2, 3, 1).reshape(-1, 3)
@@ -141,14 +143,14 @@ def residual_config() -> AutoencoderConfig:
     return dataclasses.replace(CONFIG, lr_residual=True, norm_groups=0)
 
 
-def test_a_first_stage_that_adds_to_the_lr_image_stays_one():
-    """If LR fusion is added later, the LR image is added in stage 2, not in the first stage."""
+def test_plain_decoder_keeps_the_lr_residual_unless_fusion_follows():
+    """A first stage keeps `lr_residual`. If its decoder gets LR fusion in stage 2, only stage 2 has it."""
     config = residual_config()
     assert plain(config) == config
     assert not plain(dataclasses.replace(config, fusion_level=1)).lr_residual
 
 
-def test_a_first_stage_adds_to_the_lr_image(tmp_path):
+def test_first_stage_predicts_a_residual_of_the_lr_image(tmp_path):
     recipe = tiny.recipe(
         model={"decoder": {"lr_residual": True, "norm_groups": 0}},
         first_stage=dataclasses.asdict(residual_config()),
@@ -165,7 +167,7 @@ def test_a_first_stage_adds_to_the_lr_image(tmp_path):
     torch.testing.assert_close(shown[..., :32], to_float(bicubic))
 
 
-def test_noise_is_added_to_latents_until_there_are_codes(tmp_path):
+def test_noise_is_added_to_latents_until_the_codebook_is_used(tmp_path):
     recipe = tiny.recipe(autoencoder={"latent_noise": 0.5, "quantise_from": 2})
     objective = prepare(recipe)
     batch = torch.arange(2), tiny.crops(tiny.photographs(tmp_path)).crops(0, 2)

@@ -1,4 +1,4 @@
-"""Stage 2: what trains, the terms of the loss, the discriminator, LPIPS from a library."""
+"""Stage 2: the trained parameters, the terms of the loss, the discriminator, and LPIPS from a library."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def batch(count: int = 2) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("trainable", ["fusion+refinement", "decoder", "decoder+lr"])
-def test_only_what_is_asked_for_trains(trainable, start, tmp_path):
+def test_only_the_configured_layers_are_trained(trainable, start, tmp_path):
     recipe = tiny.recipe(decoder={"trainable": trainable, "adversarial_weight": 0.8})
     trainer = Trainer(decoder.prepare(recipe, start, tiny.run(tmp_path)), recipe.decoder, tiny.CPU, 0)
     before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
     trainer.advance(iter([batch()]))
-    trainer.advance(iter([batch()]))  # the first step cannot reach what the zero layer hides
+    trainer.advance(iter([batch()]))  # in the first step, layers before the zero layer have no gradient
     parameters = dict(trainer.network.named_parameters())
     changed = {k for k in parameters if not torch.equal(before[k], parameters[k])}
     new = ("decoder.fusion_layer_1", "decoder.unet_1")
@@ -63,16 +63,16 @@ def test_only_what_is_asked_for_trains(trainable, start, tmp_path):
 
 
 def parts(names: Iterable[str]) -> set[str]:
-    """Layers and levels that parameters of these names are in."""
+    """Return the layers and levels that contain the parameters with these names."""
     return {".".join(name.split(".")[:4]) if "encoder.down" in name else name.split(".")[1] for name in names}
 
 
-def test_start_passes_the_lr_image_on():
-    """Before any training, the decoder shows the LR image in its colors, whatever the latents are."""
+def test_initial_decoder_shows_the_lr_image():
+    """Before any training, the decoder's output is close to the LR image for any latents."""
     recipe = load_recipe("ablation-decoder-aff-ffl")
     generator = torch.Generator().manual_seed(0)
     lr = torch.randint(0, 256, (6, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    lr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)  # areas of 16 pixels of the output
+    lr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)  # areas of 16 x 16 output pixels
     hr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
     samples = [torch.arange(6), hr, lr, torch.randn(6, 3, 16, 16, generator=generator)]
     torch.manual_seed(0)
@@ -82,14 +82,14 @@ def test_start_passes_the_lr_image_on():
     for _ in range(2):
         with torch.no_grad():
             sr = network.decode(samples[3], lr_up)
-        errors.append(float((to_float(hr) - sr)[4:].square().mean()))  # of samples that nothing is fitted to
+        errors.append(float((to_float(hr) - sr)[4:].square().mean()))  # held-out samples only
         pass_lr(network, [part[:4] for part in samples])
     without, passed = errors
     assert passed < 0.2 * float(to_float(hr).var()) < 0.2 * without
 
 
-def test_network_starts_as_the_first_stage(start, tmp_path):
-    """Fusion adds nothing at first, so the decoder begins close to where stage 1 left it."""
+def test_initial_decoder_equals_the_first_stage(start, tmp_path):
+    """Fusion adds nothing at first, so the initial decoder is close to that of stage 1."""
     objective = decoder.prepare(RECIPE, start, tiny.run(tmp_path))
     plain = start.decoder()
     state = objective.network.state_dict()
@@ -105,13 +105,13 @@ def test_network_starts_as_the_first_stage(start, tmp_path):
     assert started < 0.1 * random
 
 
-def test_baseline_decoder_has_nothing_new_to_train(data, start, tmp_path):
+def test_decoder_without_fusion_and_refinement_is_refused(data, start, tmp_path):
     recipe = tiny.recipe(model={"decoder": {"fusion_level": None, "refinement": "none"}})
     with pytest.raises(UsageError, match="nothing to train"):
         decoder.train(recipe, data, tiny.run(tmp_path), start)
 
 
-def test_loss_adds_its_terms_with_their_weights(start, tmp_path):
+def test_loss_is_the_weighted_sum_of_its_terms(start, tmp_path):
     stage = {"l1_weight": 2.0, "frequency_weight": 10.0, "adversarial_weight": 0.8, "adversarial_from": 1}
     objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
     objective.network.eval()
@@ -124,7 +124,7 @@ def test_loss_adds_its_terms_with_their_weights(start, tmp_path):
     torch.testing.assert_close(total, want)
 
 
-def test_published_weights_may_hold_a_share_of_the_initial_ones(data, start, tmp_path):
+def test_saved_weights_are_a_mixture_of_trained_and_initial_weights(data, start, tmp_path):
     decoder.train(RECIPE, data, tiny.run(tmp_path / "init"), start)
     init, made = load_checkpoint(tmp_path / "init/checkpoint"), tmp_path / "init/latents"
     states = []
@@ -143,7 +143,7 @@ def test_published_weights_may_hold_a_share_of_the_initial_ones(data, start, tmp
             torch.testing.assert_close(initial[name], weight)
 
 
-def test_published_weights_may_be_stored_in_half(data, start, tmp_path):
+def test_saved_weights_may_be_half_precision(data, start, tmp_path):
     files = []
     for stored in ("fp32", "fp16"):
         run = tiny.run(tmp_path / stored)
@@ -159,8 +159,8 @@ def test_published_weights_may_be_stored_in_half(data, start, tmp_path):
                 torch.testing.assert_close(weight, full[name][key].half(), rtol=0, atol=0)
 
 
-def test_colors_are_compared_before_their_correction(start, tmp_path):
-    """All other terms see the image that the wavelet correction leaves, without the decoder's cast."""
+def test_color_loss_is_computed_before_the_color_correction(start, tmp_path):
+    """All other terms are computed after the wavelet color correction, which removes a color cast."""
     changes = {"wavelet_colors": True, "color_weight": 3.0, "frequency_weight": 0.0}
     objective = decoder.prepare(tiny.recipe(decoder=changes), start, tiny.run(tmp_path))
     objective.network.eval()
@@ -177,8 +177,8 @@ def test_colors_are_compared_before_their_correction(start, tmp_path):
     assert after["color"] > before["color"] + 3
 
 
-def test_each_player_gets_its_own_gradient(start, tmp_path):
-    """One backward pass trains the decoder against the discriminator and that by the hinge loss."""
+def test_decoder_and_discriminator_get_their_own_gradients(start, tmp_path):
+    """One backward pass gives the decoder the adversarial gradient and the discriminator its hinge loss's."""
     recipe = tiny.recipe(decoder={"adversarial_weight": 0.8, "l1_weight": 1.0, "frequency_weight": 0.0})
     objective = decoder.prepare(recipe, start, tiny.run(tmp_path))
     assert objective.critic is not None
@@ -198,7 +198,7 @@ def test_each_player_gets_its_own_gradient(start, tmp_path):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
 
 
-def test_discriminator_learns_to_tell(start, tmp_path):
+def test_loss_of_the_discriminator_falls(start, tmp_path):
     recipe = tiny.recipe(decoder={"adversarial_weight": 0.8, "learning_rate": 1e-3, "batch": 2})
     objective = decoder.prepare(recipe, start, tiny.run(tmp_path))
     trainer = Trainer(objective, recipe.decoder, tiny.CPU, 0)
@@ -227,7 +227,7 @@ def test_hinge_loss(real, fake, loss):
     assert float(hinge_loss(torch.full((2, 1, 3, 3), real), torch.full((2, 1, 3, 3), fake))) == loss
 
 
-def test_discriminator_is_that_of_vqgan():
+def test_discriminator_has_the_layers_of_vqgan():
     network = PatchDiscriminator()
     assert network(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
     assert sum(p.numel() for p in network.parameters()) == 2_765_633
@@ -243,7 +243,7 @@ def test_discriminator_is_that_of_vqgan():
     network.eval()(image)[0, 0, 6, 6].backward()
     assert image.grad is not None
     rows = image.grad[0].abs().sum(dim=(0, 2)).nonzero()
-    assert int(rows.max() - rows.min()) + 1 == 70  # pixels that a score sees
+    assert int(rows.max() - rows.min()) + 1 == 70  # receptive field of one score, pixels
 
 
 def lpips_recipe(weights: str):
@@ -261,14 +261,14 @@ def hide_lpips(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", absent)
 
 
-def test_lpips_is_refused_where_it_is_not_installed(start, tmp_path, monkeypatch):
+def test_lpips_is_refused_if_it_is_not_installed(start, tmp_path, monkeypatch):
     hide_lpips(monkeypatch)
     with pytest.raises(UsageError, match=r"pip install 'moesr\[lpips\]', .*decoder\.lpips_weight=0"):
         decoder.prepare(lpips_recipe("vgg.pth"), start, tiny.run(tmp_path))
 
 
 class FakeLPIPS(nn.Module):
-    """The interface of lpips.LPIPS with one layer in place of VGG16's thirteen."""
+    """A replacement for lpips.LPIPS with one layer instead of the thirteen of VGG16."""
 
     def __init__(self, **options):
         super().__init__()
@@ -304,7 +304,7 @@ def test_lpips_with_other_weights_is_refused(content, start, tmp_path, fake_lpip
         decoder.prepare(lpips_recipe(str(path)), start, tiny.run(tmp_path))
 
 
-def test_lpips_is_part_of_the_loss(start, tmp_path, fake_lpips):
+def test_lpips_is_added_to_the_loss(start, tmp_path, fake_lpips):
     path = tmp_path / "vgg.pth"
     weights = {"features.0.weight": torch.randn(2, 3, 1, 1), "features.0.bias": torch.randn(2)}
     torch.save({**weights, "features.2.weight": torch.ones(1), "classifier.0.weight": torch.ones(1)}, path)
@@ -317,7 +317,7 @@ def test_lpips_is_part_of_the_loss(start, tmp_path, fake_lpips):
     assert "net" not in {name.split(".")[0] for name in objective.network.state_dict()}
 
 
-def test_training_resumes_with_its_discriminator(data, start, tmp_path, monkeypatch):
+def test_training_resumes_with_its_discriminator_state(data, start, tmp_path, monkeypatch):
     recipe = tiny.recipe(decoder={"adversarial_weight": 0.8, "adversarial_from": 1, "steps": 4})
 
     def train(name, steps):
@@ -344,7 +344,7 @@ def test_complete_model_is_written(data, start, tmp_path):
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["given", "absent"])
-def test_latents_made_before_need_no_photographs(made, data, start, tmp_path):
+def test_decoder_trains_on_existing_latents_without_photographs(made, data, start, tmp_path):
     if made:
         with pytest.raises(UsageError, match=r"needs photographs \(--data\) or latents"):
             decoder.train(RECIPE, None, tiny.run(tmp_path), start)
@@ -355,15 +355,15 @@ def test_latents_made_before_need_no_photographs(made, data, start, tmp_path):
     assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
 
 
-def test_checkpoint_of_other_experts_is_refused(data, tmp_path):
+def test_checkpoint_with_other_expert_ranges_is_refused(data, tmp_path):
     other = tiny.recipe(model={"expert_ranges": [[0, 1000]]})
     start = tiny.stage_1(tmp_path / "other", other)
     with pytest.raises(UsageError, match=r"has experts for \(\(0, 1000\),\), the recipe for"):
         decoder.prepare(RECIPE, start, tiny.run(tmp_path))
 
 
-def test_fidelity_says_how_far_to_trust_a_latent(start, tmp_path):
-    """A fraction 1 - w of the samples with fidelity w has the encoder's latent; w of 0 and 1 occur too."""
+def test_fidelity_is_drawn_to_match_the_source_of_the_latent(start, tmp_path):
+    """Among samples with fidelity w, a fraction 1 - w has the encoder's latent; some have w = 0 or 1."""
     stage = {"encoded_share": 0.5, "free_share": 0.2}
     objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
     torch.manual_seed(0)
@@ -379,7 +379,7 @@ def test_fidelity_says_how_far_to_trust_a_latent(start, tmp_path):
         assert float(encoded[near].float().mean()) == pytest.approx(0.9 - low, abs=0.08)
 
 
-def test_only_free_results_of_a_mixed_set_are_criticised(start, tmp_path, monkeypatch):
+def test_adversarial_loss_covers_only_sampled_latents_of_low_fidelity(start, tmp_path, monkeypatch):
     stage = {"encoded_share": 0.5, "adversarial_weight": 1.0}
     objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
     given = [*batch(4), torch.tensor([True, True, False, False])]
@@ -393,7 +393,7 @@ def test_only_free_results_of_a_mixed_set_are_criticised(start, tmp_path, monkey
     assert seen == [2]
 
 
-def test_squares_are_part_of_the_loss(start, tmp_path):
+def test_mean_squared_error_is_added_to_the_loss(start, tmp_path):
     stage = {"l1_weight": 0.0, "mse_weight": 3.0, "frequency_weight": 0.0}
     objective = decoder.prepare(tiny.recipe(decoder=stage), start, tiny.run(tmp_path))
     total, figures = objective.loss(batch(), 0)

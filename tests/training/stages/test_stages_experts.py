@@ -1,4 +1,4 @@
-"""Stage 1: Space MoE and its sharing, the range of timesteps, training together, apart and from a base."""
+"""Stage 1: Space MoE and its weight sharing, ranges of timesteps, initial weights, and training in parts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_sharing_is_equation_5(count, gamma):
             torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=1e-12)
 
 
-def test_sharing_keeps_the_optimisers_state(photos, start, tmp_path):
+def test_sharing_keeps_the_state_of_the_optimizer(photos, start, tmp_path):
     objective = objective_of(RECIPE, start, (0, 500))
     trainer = Trainer(objective, RECIPE.experts, tiny.CPU, 0)
     moe = next(m for m in objective.network.modules() if isinstance(m, SpaceMoE))
@@ -83,7 +83,7 @@ def test_sharing_follows_the_schedule(start, tmp_path):
     objective = objective_of(recipe, start)
     moe = next(m for m in objective.network.modules() if isinstance(m, SpaceMoE))
     first, *others = [block.get_parameter("0.weight").detach().clone() for block in moe.moe_blocks]
-    objective.after_step(0)  # gamma 0.5 after one of two steps
+    objective.after_step(0)  # gamma is 0.5 after one of two steps
     want = 0.5 * first + 0.5 * sum(others) / 2
     torch.testing.assert_close(moe.moe_blocks[0].get_parameter("0.weight").detach(), want)
 
@@ -110,7 +110,7 @@ def test_groups_partition_the_tokens(tokens, count):
         assert not all(torch.equal(a, b[0, :, 0]) for a, (_, b) in zip(groups, seen, strict=True))
 
 
-def test_timesteps_stay_in_the_experts_range(start, photos, tmp_path):
+def test_timesteps_are_in_the_range_of_the_expert(start, photos, tmp_path):
     objective = objective_of(RECIPE, start, (500, 1000))
     seen = []
     objective.network.register_forward_hook(lambda m, args, out: seen.append(args[2]))
@@ -131,8 +131,8 @@ def test_clean_latents_are_recovered_from_the_noise():
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_offset_noise_moves_the_means(offset):
-    """For zero latents z_t is scaled noise, and the means of its channels have the offset's deviation."""
+def test_offset_noise_shifts_the_channel_means(offset):
+    """For zero latents, z_t is scaled noise whose channel means have the standard deviation of the offset."""
     seen = []
 
     def network(z_t, cond, t):
@@ -146,7 +146,7 @@ def test_offset_noise_moves_the_means(offset):
     assert deviation == pytest.approx((offset**2 + 1 / 256) ** 0.5, rel=0.1)
 
 
-def test_experts_apart_equal_experts_together(photos, start, tmp_path):
+def test_experts_trained_one_at_a_time_equal_those_of_one_run(photos, start, tmp_path):
     train(photos, tmp_path / "together", start)
     train(photos, tmp_path / "apart", start, expert=1)
     assert not (tmp_path / "apart" / "checkpoint").exists()
@@ -156,7 +156,7 @@ def test_experts_apart_equal_experts_together(photos, start, tmp_path):
     assert not tiny.same(together.expert(0).state_dict(), together.expert(1).state_dict())
 
 
-def test_first_stage_is_read_once(photos, start, tmp_path, monkeypatch):
+def test_first_stage_is_loaded_once(photos, start, tmp_path, monkeypatch):
     reads = []
     decoder = Checkpoint.decoder
     monkeypatch.setattr(Checkpoint, "decoder", lambda self: (reads.append(self), decoder(self))[1])
@@ -164,8 +164,8 @@ def test_first_stage_is_read_once(photos, start, tmp_path, monkeypatch):
     assert reads == [start]
 
 
-def test_finished_experts_are_not_read_whole(photos, start, tmp_path, monkeypatch):
-    """Only the averages of an expert trained before are read into memory: its file is memory-mapped."""
+def test_files_of_finished_experts_are_memory_mapped(photos, start, tmp_path, monkeypatch):
+    """Only the averaged weights of a finished expert are read into memory."""
     train(photos, tmp_path, start, expert=1)
     load, opened = torch.load, {}
     monkeypatch.setattr(torch, "load", lambda path, **k: (opened.update({path: k}), load(path, **k))[1])
@@ -174,14 +174,16 @@ def test_finished_experts_are_not_read_whole(photos, start, tmp_path, monkeypatc
     assert (tmp_path / "checkpoint").is_dir()
 
 
-def test_processes_agree_on_making_the_pool(photos, start, tmp_path, monkeypatch):
-    """A process that finds the pool made by a faster one still makes it with the others, or waits alone."""
+def test_all_processes_make_the_pool_if_one_lacks_it(photos, start, tmp_path, monkeypatch):
+    """A process that finds the pool complete still joins the others; otherwise they would wait forever."""
     recipe = tiny.recipe(experts={"latent_pool": 3, "steps": 1})
     train(photos, tmp_path, start, recipe)
     objective, encoded = objective_of(recipe, start), []
     encode = objective.encode
     monkeypatch.setattr(objective, "encode", lambda batch: (encoded.append(1), encode(batch))[1])
-    monkeypatch.setattr(distributed, "any_process", lambda flag, device: True)  # another one lacks it
+    monkeypatch.setattr(
+        distributed, "any_process", lambda flag, device: True
+    )  # as if another process lacked it
     experts.make_pool(objective, tiny.crops(photos), tiny.run(tmp_path), tmp_path / "latents.pt")
     assert encoded
 
@@ -234,8 +236,8 @@ def test_validation_draws_the_same_noise_each_time(photos, start, tmp_path):
     assert len(got) == 3 and len(set(got)) == 1
 
 
-def test_noise_is_that_of_the_sample(start, photos, tmp_path):
-    """A sample's loss does not depend on its batch, so N processes give the results of one."""
+def test_noise_depends_on_the_sample_only(start, photos, tmp_path):
+    """The loss of a sample does not depend on its batch, so N processes give the same results as one."""
     objective = objective_of(RECIPE, start)
     tiny.randomised(objective.network)
     objective.network.eval()
@@ -256,7 +258,9 @@ def test_noise_is_that_of_the_sample(start, photos, tmp_path):
     ],
     ids=["number", "decoder-only", "autoencoder"],
 )
-def test_misfits_are_refused(changes, options, message, photos, start, tmp_path):
+def test_recipe_that_does_not_fit_the_checkpoint_is_refused(
+    changes, options, message, photos, start, tmp_path
+):
     with pytest.raises(UsageError, match=message):
         train(photos, tmp_path / "out", start, tiny.recipe(**changes), **options)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The training set of stage 2: made once, resumed, checked, and whole."""
+"""The training set of stage 2 is made once, can be resumed, and is checked against the recipe."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_latents_are_made_once_and_resumed(data, start, tmp_path, small_shards):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set.json", *(p.name for p in shards)]
 
 
-def test_a_slow_process_makes_its_own_shards_whatever_a_fast_one_has_made(
+def test_division_of_shards_does_not_depend_on_finished_ones(
     data, start, tmp_path, small_shards, monkeypatch
 ):
-    """Process 1 of two looks for missing shards when process 0 has made its first one already."""
+    """Process 1 of 2 makes its shard although process 0 has finished its own before process 1 looks."""
     make(data, start, tmp_path / "whole")
     own = tmp_path / "own"
     own.mkdir()
@@ -76,7 +76,7 @@ def test_a_slow_process_makes_its_own_shards_whatever_a_fast_one_has_made(
     ]
 
 
-def test_triples_belong_together(data, start, tmp_path, small_shards):
+def test_triples_hold_crop_lr_and_latent_of_one_sample(data, start, tmp_path, small_shards):
     make(data, start, tmp_path)
     triples = latents.Triples(tmp_path, None)
     for number in range(5):
@@ -115,7 +115,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), OTHERS.values(), ids=OTHERS)
-def test_latents_of_something_else_are_refused(changes, message, data, start, tmp_path):
+def test_latents_made_with_other_settings_are_refused(changes, message, data, start, tmp_path):
     make(data, start, tmp_path)
     with pytest.raises(UsageError, match=message):
         make(data, start, tmp_path, tiny.recipe(**changes))
@@ -123,7 +123,7 @@ def test_latents_of_something_else_are_refused(changes, message, data, start, tm
         latents.open_set(tmp_path, tiny.recipe(**changes), start)
 
 
-def test_another_seed_draws_from_a_set_but_does_not_continue_it(data, start, tmp_path):
+def test_set_made_with_another_seed_is_used_but_not_continued(data, start, tmp_path):
     make(data, start, tmp_path)
     other = tiny.recipe(seed=1)
     with pytest.raises(UsageError, match="seed is 0, expected 1"):
@@ -146,8 +146,8 @@ def test_damaged_description_is_refused(content, start, tmp_path):
         latents.open_set(tmp_path, RECIPE, start)
 
 
-def test_a_share_of_the_latents_is_the_encoders(data, start, tmp_path, small_shards):
-    """The others are as in a set without such ones, and every sample says which it has."""
+def test_mixed_set_holds_a_share_of_encoder_latents(data, start, tmp_path, small_shards):
+    """Sampled latents equal those of a set without encoder latents, and each sample is flagged."""
     mixed = tiny.recipe(decoder={"encoded_share": 0.5})
     make(data, start, tmp_path / "sampled")
     make(data, start, tmp_path / "mixed", mixed)
@@ -165,7 +165,7 @@ def test_a_share_of_the_latents_is_the_encoders(data, start, tmp_path, small_sha
         make(data, start, tmp_path / "mixed")
 
 
-def test_before_there_are_experts_other_crops_stand_for_samples(data, tmp_path):
+def test_without_experts_latents_of_other_crops_replace_sampled_ones(data, tmp_path):
     recipe = tiny.recipe(model={"unet": None}, decoder={"encoded_share": 0.5})
     start = tiny.first_stage(tmp_path / "first", recipe)
     make(data, start, tmp_path / "set", recipe)
@@ -180,7 +180,7 @@ def test_before_there_are_experts_other_crops_stand_for_samples(data, tmp_path):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_latents_are_sampled_as_the_runtime_does(sampler, prediction):
-    """One step after the other by the runtime's `advance`, with a network that is linear in its inputs."""
+    """The reference calls the runtime's `advance` step by step with a linear network."""
     schedule, rng = Schedule(), SampleRng(0, SAMPLING, [0])
     table = SAMPLERS[sampler].table(schedule, 6, ((0, 500), (500, 1000)))
     cond = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)

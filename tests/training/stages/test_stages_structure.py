@@ -1,4 +1,4 @@
-"""StableSR's two stages: what is frozen stays to the bit, the loss falls, resuming and sampling are exact."""
+"""StableSR's two stages: frozen weights do not change, the loss falls, resuming and sampling are exact."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train(photos, directory, start, recipe=RECIPE, **options) -> StableSRCheckpo
     return checkpoint
 
 
-def test_stage_1_leaves_stable_diffusion_alone(start, trained):
+def test_stage_1_does_not_change_stable_diffusion(start, trained):
     before, after = start.unet().state_dict(), trained.unet().state_dict()
     assert set(after) - set(before) == {key for key in after if ".spade." in key}
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -74,15 +74,15 @@ def test_stage_1_trains_the_structure_encoder_and_spade(photos, start, trained, 
         assert wanted and wanted <= changed
 
 
-def test_the_saved_state_leaves_the_frozen_weights_out(photos, start, trained):
+def test_saved_state_holds_no_frozen_weights(photos, start, trained):
     state = torch.load(trained.directory.parent / "last.pt", weights_only=True)
     spades = sum(p.numel() for k, p in trained.unet().named_parameters() if ".spade." in k)
     encoder = sum(p.numel() for p in trained.structure().parameters())
     assert sum(t.numel() for t in state["ema"].values()) == spades + encoder
 
 
-def test_the_loss_falls(photos, start, tmp_path):
-    """On crops that training has not seen; random frozen networks leave little to learn."""
+def test_loss_falls_on_unseen_crops(photos, start, tmp_path):
+    """The fall is small, since the frozen networks are random."""
     recipe = tiny_stablesr.recipe(structure={"steps": 20, "batch": 4})
     objective, data = (
         structure.prepare(recipe, start, tiny.run(tmp_path)),
@@ -97,8 +97,7 @@ def test_the_loss_falls(photos, start, tmp_path):
     assert after < 0.87 * before
 
 
-def test_bf16_leaves_latents_and_noise_alone(photos, start, tmp_path):
-    """Networks run in it, latents and what is predicted do not."""
+def test_latents_stay_float32_in_bf16_training(photos, start, tmp_path):
     recipe = tiny_stablesr.recipe(structure={"precision": "bf16", "steps": 2})
     objective = structure.prepare(recipe, start, tiny.run(tmp_path))
     batch = [torch.arange(2), tiny.crops(photos).crops(0, 2)]
@@ -121,8 +120,8 @@ def test_resuming_is_exact(prediction, photos, tmp_path):
     assert tiny.losses(tmp_path / "parts") == tiny.losses(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_stage_1_is_a_start_and_an_init(photos, start, trained, tmp_path):
-    """Its Stable Diffusion is the same; with --init, what was trained is where training goes on."""
+def test_checkpoint_of_stage_1_serves_as_from_and_as_init(photos, start, trained, tmp_path):
+    """As --from it gives its Stable Diffusion; as --init it gives the trained weights too."""
     recipe = tiny_stablesr.recipe(structure={"steps": 0})
     again = train(photos, tmp_path / "again", trained, recipe)
     fresh = train(photos, tmp_path / "fresh", start, recipe)
@@ -132,8 +131,8 @@ def test_a_checkpoint_of_stage_1_is_a_start_and_an_init(photos, start, trained, 
     assert tiny.same(resumed.unet().state_dict(), trained.unet().state_dict())
 
 
-def test_crops_become_the_latents_that_the_unet_sees(photos, start):
-    """HR and the enlarged LR image, each a sample of the posterior, scaled."""
+def test_encode_returns_scaled_latents_of_hr_and_enlarged_lr(photos, start):
+    """Both latents are samples of the autoencoder's posterior, times the latent scale."""
     objective = structure.prepare(RECIPE, start, tiny.run(photos))
     hr = tiny.crops(photos).crops(0, 2)
     numbers, lr = torch.arange(2), hr[:, :, ::4, ::4].contiguous()
@@ -146,8 +145,8 @@ def test_crops_become_the_latents_that_the_unet_sees(photos, start):
     assert not torch.equal(z, latent)
 
 
-def test_v_is_predicted_from_the_same_noise():
-    """A network that knows the clean latents has no loss, whatever it predicts."""
+def test_loss_is_zero_for_a_perfect_prediction_of_each_type():
+    """A network that knows the clean latents has no loss, whether it predicts eps, v or x0."""
     schedule = RECIPE.model.schedule
     z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -171,8 +170,8 @@ def test_v_is_predicted_from_the_same_noise():
 
 
 @torch.inference_mode()
-def test_latents_are_those_of_the_sampling_loop(photos, trained, tmp_path):
-    """Stage 2's latents: the loop that the goldens prove, from the noised LR latent, not scaled."""
+def test_sampled_latents_equal_those_of_the_sampling_loop(photos, trained, tmp_path):
+    """The reference is the loop that the goldens verify, starting from the noised LR latent."""
     config = RECIPE.model
     assert isinstance(config, StableSRConfig)
     data = tiny.crops(photos)
@@ -194,7 +193,7 @@ def test_latents_are_those_of_the_sampling_loop(photos, trained, tmp_path):
     assert relative_l2(got.numpy(), want[0] / config.latent_scale) < 1e-5
 
 
-def test_stage_2_trains_the_feature_wrapping_alone(photos, trained, tmp_path):
+def test_stage_2_trains_only_the_feature_wrapping(photos, trained, tmp_path):
     recipe = tiny_stablesr.recipe(decoder={"adversarial_weight": 0.025, "adversarial_scaling": "fixed"})
     decoder.train(recipe, tiny.crops(photos), tiny.run(tmp_path), trained)
     whole = load_checkpoint(tmp_path / "checkpoint")
@@ -220,7 +219,7 @@ def test_stage_2_trains_the_feature_wrapping_alone(photos, trained, tmp_path):
 
 
 @pytest.mark.parametrize("scaling", ["fixed", "adaptive"])
-def test_weight_of_the_adversarial_loss(scaling, photos, trained, tmp_path):
+def test_adversarial_weight_is_fixed_or_adaptive(scaling, photos, trained, tmp_path):
     entries = {"adversarial_weight": 0.025, "adversarial_scaling": scaling, "steps": 1}
     recipe = tiny_stablesr.recipe(decoder=entries)
     decoder.train(recipe, tiny.crops(photos), tiny.run(tmp_path), trained)
@@ -237,7 +236,7 @@ def test_stage_2_resumes_exactly(photos, trained, tmp_path):
     assert parts.sha256() == whole.sha256()
 
 
-def test_both_stages_from_the_command_line(photos, start, tmp_path, capsys):
+def test_both_stages_run_from_the_command_line(photos, start, tmp_path, capsys):
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_stablesr.TINY))
     args = ["all", "--config", str(tmp_path / "tiny.json"), "--data", str(photos), "--val", str(photos)]
     args += ["-o", str(tmp_path / "out"), "--quiet"]
@@ -255,7 +254,7 @@ def test_both_stages_from_the_command_line(photos, start, tmp_path, capsys):
     assert "M trained" in capsys.readouterr().out
 
 
-def test_latents_made_apart_are_the_same(photos, trained, tmp_path):
+def test_latents_made_by_their_own_command_give_the_same_decoder(photos, trained, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_stablesr.TINY))
     common = ["--config", tmp_path / "tiny.json", "--from", trained.directory, "--quiet"]
     given = {"decoder": ("--data", photos), "latents": ("--data", photos)}
@@ -282,7 +281,9 @@ def test_latents_made_apart_are_the_same(photos, trained, tmp_path):
     ],
     ids=["stage", "prediction", "width", "start", "patch"],
 )
-def test_misfits_are_refused(stage, changes, message, photos, start, tmp_path, capsys):
+def test_recipe_that_does_not_fit_the_checkpoint_is_refused(
+    stage, changes, message, photos, start, tmp_path, capsys
+):
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_stablesr.merged(tiny_stablesr.TINY, changes)))
     args = [stage, "--config", tmp_path / "tiny.json", "--data", photos, "-o", tmp_path / "out"]
     assert main([str(arg) for arg in (*args, "--from", start.directory, "--quiet")]) == 2
@@ -298,10 +299,10 @@ def test_other_models_have_no_structure_encoder(photos, start, tmp_path):
         train(photos, tmp_path, moe)
 
 
-def test_presets_are_the_papers_recipe():
+def test_presets_follow_the_paper():
     first, second = load_recipe("stablesr-stage1"), load_recipe("stablesr-stage2")
     assert first.model == second.model == StableSRConfig(name="stablesr-x4")
-    assert 8 * first.structure.batch * first.structure.accumulate == 192  # on the paper's eight GPUs
+    assert 8 * first.structure.batch * first.structure.accumulate == 192  # the paper trains on eight GPUs
     assert first.structure.learning_rate == 5e-5 and first.structure.patch_px == 512
     assert (second.decoder.adversarial_weight, second.decoder.adversarial_scaling) == (0.025, "fixed")
     assert second.decoder.latents == 100_000 and second.decoder.latent_steps == 200
@@ -309,7 +310,7 @@ def test_presets_are_the_papers_recipe():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_checkpoints_of_both_stages_become_engines(stage, photos, trained, tmp_path):
-    """The graphs are proved against the trained networks; a decoder without wrapping takes no LR features."""
+    """The graphs match the trained networks; a decoder without feature wrapping takes no LR features."""
     checkpoint = trained
     if stage == 2:
         decoder.train(RECIPE, tiny.crops(photos), tiny.run(tmp_path), trained)
@@ -322,7 +323,7 @@ def test_checkpoints_of_both_stages_become_engines(stage, photos, trained, tmp_p
     assert image.shape == (48, 36, 3) and image.std() > 0
 
 
-def test_stable_diffusion_alone_is_no_engine(start, tmp_path):
+def test_stable_diffusion_cannot_be_exported_as_an_engine(start, tmp_path):
     with pytest.raises(CheckpointError, match="this is a checkpoint of another family"):
         export_engine(start, tmp_path / "engine", ExportOptions(tile_px=tiny.PATCH))
     assert not (tmp_path / "engine").exists()
