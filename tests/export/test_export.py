@@ -1,4 +1,4 @@
-"""An engine directory is whole or absent, and its manifest says what is in it."""
+"""An export writes a complete engine directory or none, and the manifest describes its contents."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def engine(request, checkpoint, tmp_path_factory) -> tuple[Path, Manifest, str]:
     return directory, read_manifest(directory), request.param
 
 
-def test_graphs_on_other_inputs(engine):
-    """The experts and the decoder are those of the checkpoint, each in its place."""
+def test_graphs_match_the_networks_of_the_checkpoint(engine):
+    """The inputs differ from those of the export's own parity check."""
     directory, manifest, kind = engine
     for k in range(2):
         path, inputs = directory / manifest.graphs[f"expert_{k}"].file, expert_inputs(2, TILE // 4)
@@ -67,7 +67,7 @@ def test_graphs_on_other_inputs(engine):
     assert relative_l2(run(path, inputs), parity.network_output(random_decoder(), inputs)) < LIMITS[kind]
 
 
-def test_manifest(engine):
+def test_manifest_describes_the_engine(engine):
     _, manifest, kind = engine
     assert (manifest.name, manifest.scale, manifest.tile, manifest.latent_tile) == (
         "tiny",
@@ -94,7 +94,7 @@ def test_manifest(engine):
     assert manifest.graphs["expert_0"].params == sum(p.numel() for p in DenoisingUNet(TINY.unet).parameters())
 
 
-def test_manifest_states_the_boundary(engine):
+def test_manifest_lists_the_inputs_and_outputs_of_each_file(engine):
     directory, manifest, _ = engine
     for graph in manifest.graphs.values():
         for arrangement in graph.arrangements:
@@ -108,14 +108,14 @@ def test_manifest_states_the_boundary(engine):
                 )
 
 
-def test_runtime_drives_it(engine):
+def test_runtime_runs_the_engine(engine):
     directory, _, _ = engine
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with Upscaler(directory, device="cpu") as up:
         assert up(image, steps=2, seed=0).shape == (48, 40, 3)
 
 
-def test_directory_holds_what_the_manifest_lists(engine):
+def test_directory_holds_only_the_files_of_the_manifest(engine):
     directory, manifest, _ = engine
     listed = {file.file: file.sha256 for file in manifest.files}
     assert {path.name for path in directory.iterdir()} == {"manifest.json", *listed}
@@ -123,7 +123,7 @@ def test_directory_holds_what_the_manifest_lists(engine):
         assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == sha256
 
 
-def test_same_checkpoint_same_bytes(engine, checkpoint, tmp_path):
+def test_same_checkpoint_gives_the_same_bytes(engine, checkpoint, tmp_path):
     _, manifest, kind = engine
     flags = ["--tile", str(TILE), "--quiet", *ENGINES[kind]]
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "again"), *flags]) == 0
@@ -137,7 +137,7 @@ def both(checkpoint, tmp_path_factory) -> tuple[Path, Manifest]:
     return directory, read_manifest(directory)
 
 
-def test_variants_for_a_gpu(both):
+def test_target_both_adds_gpu_variants(both):
     directory, manifest = both
     for role, graph in manifest.graphs.items():
         assert (graph.file, graph.precision) == (f"{role}.onnx", "fp32")
@@ -149,7 +149,7 @@ def test_variants_for_a_gpu(both):
     assert 1e-5 < relative_l2(got, parity.network_output(random_decoder(), inputs)) < LIMITS["fp16"]
 
 
-def test_every_file_has_its_proof(both):
+def test_every_file_has_a_parity_result(both):
     _, manifest = both
     for graph in manifest.graphs.values():
         own, variant = graph.parity, graph.variants["gpu"].parity
@@ -157,34 +157,34 @@ def test_every_file_has_its_proof(both):
         assert own.threshold < variant.threshold
 
 
-def test_doctor_shows_the_proof_of_every_file(both, capsys):
+def test_doctor_shows_the_parity_of_every_file(both, capsys):
     assert doctor.main(["--engine", str(both[0]), "--device", "cpu"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parity decoder ")]
     assert len(lines) == 2 and lines[0].endswith("within 1e-04")
     assert lines[1].endswith("within 1e-02 (gpu, fp16)")
 
 
-def test_manifest_says_how_weights_are_stored(engine):
+def test_manifest_states_the_storage_type_of_weights(engine):
     _, manifest, kind = engine
     stored = {graph.stored for graph in manifest.graphs.values()}
     assert stored == ({"fp16"} if kind == "stored" else {None})
 
 
-def test_variants_are_proved(checkpoint, tmp_path, monkeypatch, capsys):
+def test_parity_of_variants_is_checked(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(parity.THRESHOLDS, ("fp16", "fp16"), 0.0)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", "32", *ENGINES["both"]]) == 3
     assert "expert_0.gpu.onnx: relative L2 error" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_variants_that_are_the_same_are_left_out(checkpoint, tmp_path, monkeypatch):
+def test_identical_variants_are_left_out(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "gpu", CPU)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", "32", "--target", "both"]) == 0
     assert not any(graph.variants for graph in read_manifest(tmp_path / "e").graphs.values())
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"manifest.json", *(f"{r}.onnx" for r in ROLES)}
 
 
-def test_engine_for_a_gpu_alone(checkpoint, tmp_path):
+def test_engine_for_a_gpu_only(checkpoint, tmp_path):
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", "32", "--target", "gpu"]) == 0
     graph = read_manifest(tmp_path / "e").graphs["decoder"]
     assert (graph.file, graph.precision, graph.variants) == ("decoder.onnx", "fp32", {})
@@ -193,7 +193,7 @@ def test_engine_for_a_gpu_alone(checkpoint, tmp_path):
     assert hashlib.sha256(data).hexdigest() == graph.sha256
 
 
-def test_stored_engine_takes_half(checkpoint, tmp_path, capsys):
+def test_half_precision_storage_halves_the_size(checkpoint, tmp_path, capsys):
     sizes = {}
     for store in ("fp32", "fp16"):
         directory = tmp_path / store
@@ -204,8 +204,8 @@ def test_stored_engine_takes_half(checkpoint, tmp_path, capsys):
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
 
 
-def test_plain_ldm(tmp_path):
-    """One expert, no Space MoE, no fusion, no refinement: the decoder takes the latent alone."""
+def test_plain_ldm_is_exported(tmp_path):
+    """The model has one expert without Space MoE, and its decoder takes the latent only."""
     source = write_checkpoint(tmp_path / "ldm", PLAIN_LDM)
     assert cli.main([str(source), "-o", str(tmp_path / "engine"), "--tile", "32"]) == 0
     decoder = read_manifest(tmp_path / "engine").graphs["decoder"]
@@ -216,8 +216,8 @@ def test_plain_ldm(tmp_path):
     assert relative_l2(got, parity.network_output(network, inputs)) < LIMITS["fp32"]
 
 
-def test_defaults_are_the_models(tmp_path):
-    """The prediction, the sampler and the fidelity of a model stand in the manifest and are used."""
+def test_defaults_of_the_model_are_used(tmp_path):
+    """The manifest holds the model's prediction type, sampler and fidelity, and the runtime uses them."""
     given = {"prediction": "v", "sampler": "dpm++2m", "steps": 3, "fidelity": 0.25}
     model = dataclasses.replace(TINY, **given)
     checkpoint, engine = write_checkpoint(tmp_path / "tiny", model), tmp_path / "engine"
@@ -233,7 +233,7 @@ def test_defaults_are_the_models(tmp_path):
         assert (up(lr, fidelity=1.0) != stated).any() and up(lr, reuse=2).shape == stated.shape
 
 
-def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+def test_default_output_and_default_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(package.resources, "files", lambda name: tmp_path)
     assert cli.main(["--tile", "32"]) == 2
@@ -248,7 +248,7 @@ def test_default_output_and_demo_checkpoint(checkpoint, tmp_path, monkeypatch, c
 
 
 @torch.inference_mode()
-def test_proof_notices_a_wrong_weight(tmp_path):
+def test_parity_check_detects_a_wrong_weight(tmp_path):
     network, path = random_expert(0), tmp_path / "expert_0.onnx"
     path.write_bytes(expert_graph(network, 16).to_bytes())
     inputs = parity.expert_inputs(network, 16, (0, 1000))
@@ -258,7 +258,7 @@ def test_proof_notices_a_wrong_weight(tmp_path):
         parity.prove(path, inputs, parity.network_output(network, inputs), CPU)
 
 
-def test_proof_refuses_what_is_no_number(tmp_path, monkeypatch):
+def test_parity_check_refuses_infinities_and_nans(tmp_path, monkeypatch):
     want = np.zeros((1, 3, 8, 8), np.float32)
     for got, network, says in ((np.nan, 0.0, "relative L2 error nan"), (0.0, np.nan, "train it again")):
         monkeypatch.setitem(parity.BACKENDS, "onnxruntime", lambda path, inputs, got=got: [want + got])
@@ -276,7 +276,7 @@ def test_proof_refuses_what_is_no_number(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_cure_of_a_failed_proof(choices, cure, tmp_path, monkeypatch):
+def test_message_of_a_failed_parity_check_names_the_cure(choices, cure, tmp_path, monkeypatch):
     want = np.ones((1, 3, 8, 8), np.float32)
     monkeypatch.setitem(parity.BACKENDS, "onnxruntime", lambda path, inputs: [want * 1.1])
     with pytest.raises(parity.ParityError, match=cure):

@@ -1,6 +1,6 @@
-"""Engines in bf16, proved by float32 twins that round.
+"""Engines in bf16 are checked by float32 twins of their graphs that round to bfloat16.
 
-For CPUs: float32 graphs that a backend may compute in bfloat16. For GPUs: graphs of bfloat16.
+The graphs for CPUs are float32, and a backend may compute them in bfloat16. Those for GPUs are bfloat16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def engine(tmp_path_factory) -> Path:
     return directory
 
 
-def test_manifest(engine):
+def test_manifest_describes_a_bf16_engine(engine):
     manifest = read_manifest(engine)
     assert manifest.precision == "bf16"
     for graph in manifest.graphs.values():
@@ -46,14 +46,14 @@ def test_manifest(engine):
         assert 5e-4 < graph.parity.relative_l2 < graph.parity.threshold == parity.THRESHOLDS["bf16", "fp16"]
 
 
-def test_float32_backends_lose_only_what_storage_rounds(engine):
+def test_float32_backends_have_only_the_rounding_error_of_storage(engine):
     """Weights are stored in half precision, which has three more bits than bfloat16 at the same size."""
     inputs = expert_inputs(2, LATENT)
     got = run(engine / "expert_1.onnx", inputs)
     assert 1e-5 < relative_l2(got, parity.network_output(random_expert(1), inputs)) < 1e-3
 
 
-def test_twin_rounds_what_products_read_and_give():
+def test_twin_rounds_inputs_and_results_of_products():
     g = GraphBuilder("product", BF16)
     x = g.input("x", ("B", 2, 4, 4))
     weight = np.full((1, 2, 1, 1), 1 + 2.0**-9, np.float32)
@@ -62,19 +62,18 @@ def test_twin_rounds_what_products_read_and_give():
     x = np.full((1, 2, 4, 4), 2.0**-9, np.float32)
     assert run(built, {"x": x})[0, 0, 0, 0] == pytest.approx(2 * (1 + 2.0**-9) ** 2, rel=1e-6)
     twin = parity.outputs(bfloat16.as_bf16(built.model).SerializeToString(), {"x": x})[0]
-    assert twin[0, 0, 0, 0] == 2.0  # 1 + 2**-9 has more bits than bfloat16
+    assert twin[0, 0, 0, 0] == 2.0  # 1 + 2**-9 is rounded, since it has more bits than bfloat16
 
 
-def test_twin_leaves_what_comes_before_alone(engine):
-    """Otherwise the angles of the timesteps would lose whole turns."""
+def test_twin_does_not_round_before_the_first_product(engine):
+    """Rounding would change the angles of the timestep embedding by whole turns."""
     twin = bfloat16.as_bf16(onnx.load(engine / "expert_0.onnx"))
     angles = next(node for node in twin.graph.node if node.op_type == "Cos")
     sources = {node.output[0]: node.op_type for node in twin.graph.node}
     assert sources[angles.input[0]] == "Mul"
 
 
-def test_twin_is_what_openvino_computes(engine):
-    """On a CPU that has bfloat16; the twin's rounding is as large as the true one."""
+def test_error_of_the_twin_is_close_to_that_of_openvino(engine):
     ov = pytest.importorskip("openvino")
     if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
@@ -88,8 +87,8 @@ def test_twin_is_what_openvino_computes(engine):
     assert 0.3 < relative_l2(parity.outputs(twin, inputs)[0], want) / true < 3
 
 
-def test_backends_may_compute_in_bfloat16(engine, monkeypatch):
-    """The fastest of float32 and bfloat16 runs, although only the engine asked for bfloat16."""
+def test_precision_auto_runs_the_faster_of_float32_and_bfloat16(engine, monkeypatch):
+    """bfloat16 is allowed because the engine was exported with --bf16."""
     asked = []
 
     def choose(found, *_):
@@ -103,8 +102,8 @@ def test_backends_may_compute_in_bfloat16(engine, monkeypatch):
         assert asked == [None, None, *openvino.precisions]
 
 
-def test_a_wider_bound_of_its_proof_counts(engine, monkeypatch):
-    """A graph that was proved within 5e-2 is not refused for an error of 2e-2."""
+def test_autotune_accepts_the_error_bound_of_the_parity_check(engine, monkeypatch):
+    """A graph whose parity threshold is 5e-2 is not refused for an error of 2e-2."""
     monkeypatch.setitem(BACKENDS, "openvino", "moesr.runtime.backends.ov")
     found = selection.candidates(device="cpu", threads=1)
     results = iter([(1.0, np.ones(4, np.float32)), (0.5, np.full(4, 1.02, np.float32))])
@@ -113,7 +112,7 @@ def test_a_wider_bound_of_its_proof_counts(engine, monkeypatch):
     assert autotune.choose(found, engine, read_manifest(engine))[0].name == "openvino"
 
 
-def test_runtime_and_doctor(engine, capsys):
+def test_runtime_and_doctor_accept_the_engine(engine, capsys):
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with Upscaler(engine, device="cpu") as up:
         assert up(image, steps=2, seed=0).shape == (48, 40, 3)
@@ -121,7 +120,7 @@ def test_runtime_and_doctor(engine, capsys):
     assert "(its bf16 graphs in float32)" in capsys.readouterr().out
 
 
-# A GPU's graphs, which are of bfloat16 themselves.
+# Graphs for GPUs, whose values are bfloat16.
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def typed(tmp_path_factory) -> Path:
     return directory
 
 
-def test_typed_graphs_are_proved(typed, engine):
+def test_parity_of_bfloat16_graphs_is_checked(typed, engine):
     for role, graph in read_manifest(typed).graphs.items():
         assert (graph.precision, graph.stored) == ("bf16", None) and graph.parity
         assert 1e-3 < graph.parity.relative_l2 < graph.parity.threshold == parity.THRESHOLDS["bf16", "bf16"]
@@ -144,10 +143,10 @@ def test_typed_graphs_are_proved(typed, engine):
         ]
         assert large.count(onnx.TensorProto.BFLOAT16) > 0.8 * len(large)
     sizes = [(directory / "expert_0.onnx").stat().st_size for directory in (typed, engine)]
-    assert sizes[0] < 1.1 * sizes[1]  # which stores half precision, too
+    assert sizes[0] < 1.1 * sizes[1]  # the other engine is stored in half precision
 
 
-def test_beside_float32_for_a_cpu(tmp_path):
+def test_target_both_holds_float32_and_bfloat16_graphs(tmp_path):
     checkpoint, engine = write_checkpoint(tmp_path / "tiny"), tmp_path / "engine"
     flags = "--bf16", "--target", "both", "--tile", str(TILE), "--quiet"
     assert cli.main([str(checkpoint), "-o", str(engine), *flags]) == 0
@@ -157,7 +156,7 @@ def test_beside_float32_for_a_cpu(tmp_path):
     assert {graph.variants["gpu"].precision for graph in manifest.graphs.values()} == {"bf16"}
 
 
-def test_typed_twin_rounds_what_every_node_gives():
+def test_twin_of_a_bfloat16_graph_rounds_the_result_of_every_node():
     g = GraphBuilder("sums", lowering("gpu", "bf16"))
     x = g.compute(g.input("x", ("B", 2)))
     total = g.op("Add", x, np.float32(1.0))
@@ -170,14 +169,14 @@ def test_typed_twin_rounds_what_every_node_gives():
     np.testing.assert_array_equal(got, [[0.0, 2.0**-7, 2.0**-9 - 1, 2.0**-7 - 1]])
 
 
-def test_the_twin_of_other_graphs_is_themselves(engine):
+def test_twin_of_a_float32_graph_is_unchanged(engine):
     model = onnx.load(engine / "expert_0.onnx")
     assert bfloat16.without_bf16(model) == model
 
 
 @pytest.mark.parametrize("role", ["expert_0", "decoder"])
-def test_openvino_computes_what_the_twin_does(typed, role):
-    """ONNX's reference evaluator, which rounds less, reads the files too."""
+def test_openvino_agrees_with_the_twin_of_a_bfloat16_graph(typed, role):
+    """ONNX's reference evaluator, which rounds less often, agrees too."""
     ov = pytest.importorskip("openvino")
     decoder = random_decoder()
     inputs = expert_inputs(1, LATENT) if role == "expert_0" else decoder_inputs(decoder, [1.0], TILE)
@@ -189,7 +188,7 @@ def test_openvino_computes_what_the_twin_does(typed, role):
     assert relative_l2(got, parity.outputs(twin, inputs)[0]) < parity.THRESHOLDS["bf16", "bf16"]
 
 
-def test_backends_without_the_type_say_so(typed):
+def test_backends_without_bfloat16_are_refused(typed):
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with (
         Upscaler(typed, backend="onnxruntime", device="cpu") as up,
@@ -198,7 +197,7 @@ def test_backends_without_the_type_say_so(typed):
         up(image, steps=2)
 
 
-def test_old_gpus_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+def test_gpus_without_bfloat16_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "check_compiler", lambda: None)
     monkeypatch.setattr(tensorrt, "capabilities", lambda library, given: given)
     monkeypatch.setattr(library, "load", lambda flavour=None: None)

@@ -1,4 +1,4 @@
-"""Inputs that the export refuses; a failure leaves nothing behind."""
+"""The export refuses bad inputs, and a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def raising(error: BaseException):
     ids=["parity", "ctrl-c", "memory", "full", "fault"],
 )
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "replacing"])
-def test_failure_leaves_the_place_as_it_was(
+def test_failure_does_not_change_the_output_directory(
     spoil, code, says, existing, checkpoint, engine, tmp_path, monkeypatch, capsys
 ):
     target = tmp_path / "engine"
@@ -79,14 +79,13 @@ def test_failure_leaves_the_place_as_it_was(
     assert says in error and "Traceback" not in error
 
 
-def test_debug_shows_where(checkpoint, tmp_path, monkeypatch, capsys):
+def test_debug_prints_a_traceback(checkpoint, tmp_path, monkeypatch, capsys):
     raising(RuntimeError("a fault"))(monkeypatch)
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", "32", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_help_is_quick():
-    """It loads neither torch nor onnx."""
+def test_help_loads_neither_torch_nor_onnx():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime')));"
         "from moesr.export.cli import main; main(['--help'])"
@@ -95,7 +94,7 @@ def test_help_is_quick():
     assert result.returncode == 0 and "--store" in result.stdout, result.stderr
 
 
-def test_one_precision(capsys):
+def test_only_one_precision_is_accepted(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--bf16", "--int8"])
     assert "not allowed with" in capsys.readouterr().err
@@ -111,7 +110,7 @@ def test_existing_engine_needs_force(checkpoint, engine, tmp_path, capsys):
     assert read_manifest(target).tile == 64 and [p.name for p in tmp_path.iterdir()] == ["engine"]
 
 
-def test_force_spares_what_is_no_engine(checkpoint, tmp_path, capsys):
+def test_force_does_not_replace_other_directories(checkpoint, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "photos"), "--tile", "32", "--force"]) == 1
@@ -128,7 +127,7 @@ def test_force_spares_what_is_no_engine(checkpoint, tmp_path, capsys):
         (["CHECKPOINT", "--tile", "-64"], 2, "try 32"),
     ],
 )
-def test_bad_input(arguments, code, says, checkpoint, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_refused(arguments, code, says, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main([str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]) == code
     error = capsys.readouterr().err

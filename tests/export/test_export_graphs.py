@@ -1,4 +1,4 @@
-"""Exported graphs compute what the networks do, however they are arranged."""
+"""Exported graphs give the results of their networks in every arrangement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moesr.runtime.errors import EngineError
 from moesr.training.config import AutoencoderConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-SIDE = 32  # of a tile in output pixels: the smallest that Winograd's cost model takes
+SIDE = 32  # side of a tile in output pixels, the smallest for which the cost model chooses Winograd
 FINE = replace(CPU, strip_bytes=1 << 14, score_bytes=1 << 13, strip_tiles=24)
 LOWERINGS = {
     "cpu": (CPU, 2e-5),
@@ -70,14 +70,14 @@ def decoders(request, decoder) -> tuple[BuiltGraph, float]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_expert(batch, experts, expert):
+def test_graph_of_an_expert_matches_its_network(batch, experts, expert):
     graph, limit = experts
     inputs = expert_inputs(batch, SIDE // 4)
     assert relative_l2(run(graph, inputs), parity.network_output(expert, inputs)) < limit
 
 
-def test_decoder(decoders, decoder):
-    """Two tiles of a batch have different fidelities."""
+def test_graph_of_a_decoder_matches_its_network(decoders, decoder):
+    """The two tiles of the batch have different fidelities."""
     graph, limit = decoders
     inputs = decoder_inputs(decoder, [1.0, 0.3], SIDE)
     got, want = run(graph, inputs), parity.network_output(decoder, inputs)
@@ -85,18 +85,18 @@ def test_decoder(decoders, decoder):
         assert relative_l2(got[k], want[k]) < limit
 
 
-def test_boundary_of_an_expert(experts):
+def test_inputs_and_outputs_of_an_expert(experts):
     latent = ("B", 3, SIDE // 4, SIDE // 4)
     assert _boundary(experts[0]) == {"z_t": latent, "cond": latent, "t": ("B",), "eps": latent}
 
 
-def test_boundary_of_a_decoder(decoders):
+def test_inputs_and_outputs_of_a_decoder(decoders):
     latent, image = ("B", 3, SIDE // 4, SIDE // 4), ("B", 3, SIDE, SIDE)
     assert _boundary(decoders[0]) == {"z": latent, "lr": image, "fidelity": ("B",), "image": image}
 
 
 def _boundary(graph: BuiltGraph) -> dict[str, tuple[int | str, ...]]:
-    """The file is valid, and declares the same float32 inputs and outputs as the builder."""
+    """Check that a file is valid and has the builder's float32 inputs and outputs; return their shapes."""
     onnx.checker.check_model(graph.model, full_check=True)
     wide = TensorProto.BFLOAT16 not in {t.data_type for t in graph.model.graph.initializer}
     assert [o.version for o in graph.model.opset_import if not o.domain] == [OPSET if wide else BF16_OPSET]
@@ -110,7 +110,7 @@ def _boundary(graph: BuiltGraph) -> dict[str, tuple[int | str, ...]]:
 
 
 @torch.inference_mode()
-def test_decoder_without_lr_has_one_input():
+def test_decoder_without_lr_features_has_one_input():
     network = random_decoder(PLAIN_LDM)
     graph = decoder_graph(network, 8)
     assert [spec.name for spec in graph.boundary.inputs] == [i.name for i in graph.model.graph.input] == ["z"]
@@ -120,8 +120,8 @@ def test_decoder_without_lr_has_one_input():
 
 @pytest.mark.parametrize("arrangement", LOWERINGS)
 @torch.inference_mode()
-def test_decoder_on_top_of_the_lr_image(arrangement):
-    """Like the bundled decoders: the LR image is added as it was given, in every precision."""
+def test_residual_decoder_adds_the_exact_lr_image(arrangement):
+    """Like those of the demo models, the decoder adds the LR image unrounded in every precision."""
     shape = {"norm_groups": 0, "lr_residual": True, "refinement": "none"}
     network = random_decoder(replace(TINY, decoder=replace(TINY.decoder, **shape)))
     choices, limit = LOWERINGS[arrangement]
@@ -131,8 +131,8 @@ def test_decoder_on_top_of_the_lr_image(arrangement):
 
 
 @pytest.mark.parametrize("kind", ["experts", "decoders"])
-def test_gpu_graphs_are_plain(kind, expert, decoder):
-    """A GPU's graph has no strips and no computation on constants; a CPU's graph has both."""
+def test_gpu_graphs_have_no_strips(kind, expert, decoder):
+    """Graphs for GPUs have neither strips nor computations on constants; graphs for CPUs have both."""
     with torch.inference_mode():
         fine, plain = (
             expert_graph(expert, 64, choices) if kind == "experts" else decoder_graph(decoder, 16, choices)
@@ -140,7 +140,9 @@ def test_gpu_graphs_are_plain(kind, expert, decoder):
         )
     assert _cuts(fine) and _foldable(fine)
     assert not _cuts(plain) and not _foldable(plain)
-    assert all(node.input[-1] for node in plain.model.graph.node)  # TensorRT refuses one without a name
+    assert all(
+        node.input[-1] for node in plain.model.graph.node
+    )  # TensorRT refuses unnamed optional inputs at the end
 
 
 def _cuts(graph: BuiltGraph) -> int:
@@ -153,7 +155,7 @@ def _foldable(graph: BuiltGraph) -> int:
 
 
 @torch.inference_mode()
-def test_strips_of_codes(decoder):
+def test_nearest_codes_are_searched_in_strips(decoder):
     graph = decoder_graph(decoder, 8, FINE)
     assert Counter(n.op_type for n in graph.model.graph.node)["ArgMin"] == 2
 
@@ -162,13 +164,13 @@ def test_strips_of_codes(decoder):
     ("total", "unit", "limit", "strip"),
     [(10, 4, None, 10), (10, 4, 40, 10), (10, 4, 39, 5), (10, 4, 3, 1), (128, 1 << 22, 1 << 25, 8)],
 )
-def test_strips_are_even(total, unit, limit, strip):
+def test_strips_have_even_sizes(total, unit, limit, strip):
     assert cut(total, unit, limit) == strip
 
 
 @torch.inference_mode()
-def test_decoder_holds_what_it_needs(decoders):
-    """No FFT operator, no BatchNorm, no half of the encoder past the fused level, no constant twice."""
+def test_decoder_graph_holds_nothing_superfluous(decoders):
+    """It has no FFT operator, BatchNorm, repeated constant or part of the encoder after the fused level."""
     model = decoders[0].model
     assert not {n.op_type for n in model.graph.node} & {"DFT", "STFT", "BatchNormalization", "Einsum"}
     scopes = {n.name for n in model.graph.node if "encoder" in n.name}
@@ -180,7 +182,7 @@ def test_decoder_holds_what_it_needs(decoders):
 @pytest.mark.parametrize(("target", "precision"), [("cpu", "fp16"), ("gpu", "fp16"), ("gpu", "bf16")])
 @torch.inference_mode()
 def test_half_precision_keeps_float32_where_needed(target, precision, decoder):
-    """Statistics, softmax, quantiser and the whole filter in float32; every other convolution in half."""
+    """Statistics, softmax, quantiser and frequency filter are float32; all other convolutions are half."""
     model = decoder_graph(decoder, SIDE // 4, lowering(target, precision)).model
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
@@ -192,15 +194,15 @@ def test_half_precision_keeps_float32_where_needed(target, precision, decoder):
             keeps = "/filter/" in node.name or node.op_type in ("Gemm", "Softmax", "InstanceNormalization")
             assert kinds[node.output[0]] == (single if keeps else half), node.name
             seen[node.op_type, keeps] += 1
-    assert len(seen) == 7  # convolutions and products of both kinds
+    assert len(seen) == 7  # convolutions and matrix products of both precisions
     large = [t.data_type for t in model.graph.initializer if np.prod(t.dims) > 4096]
     assert large.count(half) > 0.8 * len(large)
 
 
 @pytest.mark.parametrize("kind", ["expert", "decoder"])
 @torch.inference_mode()
-def test_stored_weights_take_half_and_are_cast_once(kind, request, tmp_path):
-    """A session that opens the file folds the casts, and keeps no half copy."""
+def test_weights_stored_in_half_precision_are_cast_once(kind, request, tmp_path):
+    """A session folds the casts when it opens the file, and keeps no half-precision copy."""
     network, build = request.getfixturevalue(kind), expert_graph if kind == "expert" else decoder_graph
     graph, full = build(network, SIDE // 4, LOWERINGS["cpu-stored"][0]), build(network, SIDE // 4, CPU)
     assert len(graph.to_bytes()) < 0.57 * len(full.to_bytes())
@@ -215,8 +217,8 @@ def test_stored_weights_take_half_and_are_cast_once(kind, request, tmp_path):
 
 
 @torch.inference_mode()
-def test_storing_spares_what_must_be_exact(decoder):
-    """The matrices of the DFT and the distances to codes, which no half precision holds, stay float32."""
+def test_constants_that_must_be_exact_are_stored_in_float32(decoder):
+    """Half precision cannot hold the matrices of the DFT and the constants of the distances to codes."""
     model = decoder_graph(decoder, SIDE // 4, LOWERINGS["cpu-stored"][0]).model
     half = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
     cast = {n.output[0] for n in model.graph.node if n.op_type == "Cast" and n.input[0] in half}
@@ -227,18 +229,18 @@ def test_storing_spares_what_must_be_exact(decoder):
 
 
 @torch.inference_mode()
-def test_weights_that_are_half_already_lose_nothing(expert):
+def test_half_precision_storage_of_half_precision_weights_is_nearly_exact(expert):
     network = random_expert(1, NARROW)
     network.load_state_dict({k: v.half().float() for k, v in network.state_dict().items()})
     inputs = expert_inputs(1, SIDE // 4)
     got = run(expert_graph(network, SIDE // 4, LOWERINGS["cpu-stored"][0]), inputs)
-    # the projection to q, k, v has a factor folded in that is no power of two
+    # nearly, since a factor that is no power of two is folded into the projection to q, k, v
     assert relative_l2(got, parity.network_output(network, inputs)) < 1e-4
 
 
 @torch.inference_mode()
-def test_weight_beyond_half_precision():
-    """A weight beyond half precision cannot be computed in it, and is stored in float32."""
+def test_weight_beyond_the_range_of_half_precision():
+    """Such a weight is refused in half-precision graphs, and stored in float32 in float32 graphs."""
     network = random_expert(0)
     network.get_parameter("middle_block.0.out_layers.3.weight").data[0, 0, 0, 0] = 1e6
     with pytest.raises(EngineError, match="not finite as float16; export without --fp16"):
@@ -249,7 +251,7 @@ def test_weight_beyond_half_precision():
 
 
 @torch.inference_mode()
-def test_weight_that_is_not_a_number():
+def test_nan_weight_is_refused():
     network = random_expert(0)
     network.get_parameter("out.2.weight").data[0, 0, 0, 0] = torch.nan
     with pytest.raises(EngineError, match="expert/out is not finite as float32; train again"):
@@ -258,7 +260,7 @@ def test_weight_that_is_not_a_number():
 
 @pytest.mark.parametrize(("key", "fidelity"), [("image_w1", 1.0), ("image_w05", 0.5), ("image_w0", 0.0)])
 @torch.inference_mode()
-def test_published_decoder(key, fidelity, golden, published_weights):
+def test_published_decoder_matches_golden(key, fidelity, golden, published_weights):
     data = golden("decoder_c32")
     network = Autoencoder(AutoencoderConfig(channels=32, codebook_size=256)).eval()
     _load(network, published_weights("decoder_c32", "dev"))
@@ -267,8 +269,8 @@ def test_published_decoder(key, fidelity, golden, published_weights):
 
 
 @torch.inference_mode()
-def test_published_expert(golden, published_weights):
-    """Sixteen space experts are merged as they are written into the graph."""
+def test_published_expert_matches_golden(golden, published_weights):
+    """The sixteen space experts are merged before they are written into the graph."""
     network, data = DenoisingUNet(UNetConfig(width=32)).eval(), golden("unet_w32")
     _load(network, published_weights("unet_w32", "dev"))
     x, t = data["x"], data["t"].astype(np.float32)
@@ -278,20 +280,20 @@ def test_published_expert(golden, published_weights):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_published_decoder_full_width(golden, published_weights):
+def test_full_width_decoder_matches_golden(golden, published_weights):
     network, data = Autoencoder(AutoencoderConfig()).eval(), golden("decoder_c128")
     _load(network, published_weights("decoder_c128", "dev"))
     noise = np.random.Generator(np.random.PCG64(int(data["lr_seed"]))).standard_normal((1, 3, 512, 512))
     lr = (np.clip(noise, -2, 2) / 2).astype(np.float32)
     inputs = {"z": data["z"], "lr": lr, "fidelity": np.ones(1, np.float32)}
     image = run(decoder_graph(network, 128), inputs)
-    # of which the golden's own float32 norms are a part
+    # part of this error is that of the golden's float32 norms
     assert data.error("image_every_4th", image[:, :, ::4, ::4]) < 1e-4
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_published_expert_full_width(golden, published_weights):
+def test_full_width_expert_matches_golden(golden, published_weights):
     network, data = DenoisingUNet(UNetConfig()).eval(), golden("unet_w160")
     _load(network, published_weights("unet_w160", "dev"))
     x, t = data["x"], data["t"].astype(np.float32)

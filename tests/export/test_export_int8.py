@@ -1,4 +1,4 @@
-"""Engines in int8: calibrated on photographs expert by expert, sensitive layers left in float32."""
+"""Engines in int8: each expert is calibrated on photographs, and sensitive layers stay float32."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """A folder of five photographs, of which one is smaller than a tile."""
+    """A folder of five photographs, one of them smaller than a tile."""
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for i, size in enumerate(((40, 50), (36, 33), (24, 28), (60, 40), (33, 33))):
         smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8)).resize(size[::-1]))
@@ -82,8 +82,8 @@ def test_every_expert_is_recorded_at_its_own_timesteps(recording):
     assert recording.inputs["decoder"][2]["lr"].shape == (1, 3, TILE, TILE)
 
 
-def test_recording_is_what_the_runtime_samples(checkpoint, photographs, tmp_path, recording):
-    """The decoder's recorded input is the latent that moesr-run makes of the same LR image and noise."""
+def test_recorded_inputs_equal_those_of_the_runtime(checkpoint, photographs, tmp_path, recording):
+    """The decoder's recorded latent is the one that moesr-run computes from the same LR image and noise."""
     directory = tmp_path / "fp32"
     assert cli.main([str(checkpoint), "-o", str(directory), "--tile", str(TILE), "--quiet"]) == 0
     photo = calibration.photographs(photographs)[0]
@@ -95,7 +95,7 @@ def test_recording_is_what_the_runtime_samples(checkpoint, photographs, tmp_path
     assert np.abs(got.astype(float) - pixels).max() <= 1
 
 
-def test_a_photograph_is_set_apart(recording):
+def test_last_photograph_is_used_for_the_parity_check_only(recording):
     apart = recording.inputs["decoder"][-1]["z"]
     np.testing.assert_array_equal(recording.proving("decoder")["z"], apart)
     assert len(recording.calibrating("decoder")) == IMAGES - 1
@@ -104,8 +104,8 @@ def test_a_photograph_is_set_apart(recording):
     assert not any(proof["z_t"][0:1] is given["z_t"] for given in recording.calibrating("expert_1"))
 
 
-def test_plain_model(photographs, tmp_path, monkeypatch):
-    """One expert, and a decoder that does not see the LR image."""
+def test_plain_model_is_calibrated(photographs, tmp_path, monkeypatch):
+    """The model has one expert, and a decoder without the LR image."""
     monkeypatch.setattr(int8, "TRIALS", 1)
     checkpoint = write_checkpoint(tmp_path / "plain", dataclasses.replace(PLAIN_LDM, steps=3))
     flags = ["--int8", "--calibrate", str(photographs), "--tile", str(TILE), "--quiet"]
@@ -113,11 +113,11 @@ def test_plain_model(photographs, tmp_path, monkeypatch):
     assert read_manifest(tmp_path / "engine").graphs["expert_0"].calibration
 
 
-def test_more_steps_where_an_expert_would_have_none(checkpoint):
+def test_steps_are_added_until_every_expert_has_one(checkpoint):
     assert set(calibration.step_list(load_checkpoint(checkpoint).config, 1).expert) == {0, 1}
 
 
-def test_ranges_hold_what_was_seen(expert, recording):
+def test_ranges_cover_the_observed_values(expert, recording):
     built = expert(LATENT, INT8)
     layers = qdq.layers_of(built)
     own = recording.calibrating("expert_0")
@@ -127,8 +127,8 @@ def test_ranges_hold_what_was_seen(expert, recording):
     assert low == pytest.approx(values.min(), rel=0.05) and high == pytest.approx(values.max(), rel=0.05)
 
 
-def test_what_was_looked_at_is_not_kept(tmp_path, monkeypatch):
-    """All tensors of a full-width decoder together take ten times the memory of a run."""
+def test_observed_tensors_are_not_kept_in_memory(tmp_path, monkeypatch):
+    """All tensors of a full-width decoder together would take ten times the memory of a run."""
     g = GraphBuilder("chain", INT8)
     h = g.input("x", (BATCH, 8, 64, 64))
     for k in range(12):
@@ -149,14 +149,14 @@ def test_what_was_looked_at_is_not_kept(tmp_path, monkeypatch):
     assert max(used) < 6 * (4 * 8 * 64 * 64)
 
 
-def test_layers_are_the_same_at_any_tile(expert):
+def test_layers_do_not_depend_on_the_tile_size(expert):
     small, large = (qdq.layers_of(expert(side, INT8)) for side in (LATENT, 4 * LATENT))
     for a, b in zip(small, large, strict=True):
         np.testing.assert_array_equal(a.weight, b.weight)
 
 
-def test_one_layer_at_a_time(expert, recording):
-    """The switched graph gives what a graph gives in which that layer alone is int8."""
+def test_sensitivity_of_a_layer_is_the_error_of_that_layer_alone(expert, recording):
+    """The reference is a graph in which only that layer is int8."""
     built = expert(LATENT, INT8)
     layers, own = qdq.layers_of(built), recording.calibrating("expert_0")[:2]
     ranges = int8.observe(built, layers, own)
@@ -168,8 +168,8 @@ def test_one_layer_at_a_time(expert, recording):
         assert errors[i] == pytest.approx(relative_l2(got, want), rel=1e-3)
 
 
-def test_errors_add_up_like_noise(expert, recording):
-    """The choice of layers depends on this."""
+def test_squared_errors_of_layers_add_up(expert, recording):
+    """The choice of the layers to keep in float32 relies on this."""
     built = expert(LATENT, INT8)
     layers, own = qdq.layers_of(built), recording.calibrating("expert_0")[:3]
     ranges = int8.observe(built, layers, own)
@@ -181,8 +181,8 @@ def test_errors_add_up_like_noise(expert, recording):
     assert relative_l2(got, want) == pytest.approx(estimate, rel=0.3)
 
 
-def test_layers_to_keep():
-    """Layers with the most error per multiply-accumulate come first, and no more than the budget needs."""
+def test_layers_to_keep_are_chosen_by_error_per_mac():
+    """Layers with the most error per multiply-accumulate are kept first, as many as the budget needs."""
     errors, macs = [0.03, 0.04, 0.001, 0.002], [100, 1000, 10, 1000]
     assert int8.to_keep(errors, macs, 0.1) == set()
     assert int8.to_keep(errors, macs, 0.045) == {0}
@@ -190,8 +190,8 @@ def test_layers_to_keep():
     assert int8.to_keep(errors, macs, 0.0) == {0, 1, 2, 3}
 
 
-def test_weights_and_biases_within_a_step(expert, recording):
-    """Every weight is within half a step of its channel, at the largest of which the step is 1/127."""
+def test_weights_and_biases_are_rounded_to_the_nearest_step(expert, recording):
+    """Each weight differs by at most half a step, which is 1/127 of the channel's largest weight."""
     built = expert(LATENT, INT8)
     layers = qdq.layers_of(built)
     ranges = int8.observe(built, layers, recording.calibrating("expert_0"))
@@ -208,7 +208,7 @@ def matches(rounded: np.ndarray, layer: qdq.Layer) -> bool:
     return bool(np.all(np.abs(rounded * step - layer.weight) <= 0.5001 * step))
 
 
-def test_manifest_says_how_it_was_calibrated(engine):
+def test_manifest_describes_the_calibration(engine):
     manifest = read_manifest(engine)
     assert manifest.precision == "int8"
     for role, graph in manifest.graphs.items():
@@ -226,14 +226,14 @@ def test_files_are_smaller(engine, checkpoint):
     assert sum(path.stat().st_size for path in engine.glob("expert_*.onnx")) < 0.9 * weights
 
 
-def test_runtime_drives_it(engine):
+def test_runtime_runs_the_engine(engine):
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with Upscaler(engine, device="cpu") as up:
         assert up(image, steps=2, seed=0).shape == (48, 40, 3)
 
 
-def test_openvino_computes_the_same(engine, recording):
-    """Values half-way between two integers go either way: a part of what rounding itself does."""
+def test_openvino_agrees_with_onnx_runtime(engine, recording):
+    """The tolerance allows for values half-way between two integers, which may be rounded either way."""
     ov = pytest.importorskip("openvino")
     model = ov.Core().read_model(engine / "expert_1.onnx")
     given = recording.inputs["expert_1"][0]
@@ -243,13 +243,13 @@ def test_openvino_computes_the_same(engine, recording):
     assert relative_l2(got, run(engine / "expert_1.onnx", given)) < 2e-2
 
 
-def test_doctor_shows_it(engine, capsys):
+def test_doctor_shows_int8(engine, capsys):
     assert doctor.main(["--engine", str(engine)]) == 0
     shown = capsys.readouterr().out
     assert "int8 expert_0" in shown and "4 images" in shown and "layers left in float32" in shown
 
 
-def test_same_recording_same_bytes(expert, recording, monkeypatch):
+def test_same_recording_gives_the_same_bytes(expert, recording, monkeypatch):
     monkeypatch.setattr(int8, "TRIALS", 1)
     first, second = (int8.int8_graph(expert, "expert_0", LATENT, recording, INT8) for _ in range(2))
     assert first.to_bytes() == second.to_bytes()
@@ -265,7 +265,7 @@ def test_same_recording_same_bytes(expert, recording, monkeypatch):
         (["--calibrate", "PHOTOGRAPHS", "--target", "both"], "is for CPUs"),
     ],
 )
-def test_what_is_refused(flags, says, checkpoint, photographs, tmp_path, capsys):
+def test_wrong_options_are_refused(flags, says, checkpoint, photographs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     names = {"EMPTY": str(tmp_path / "empty"), "PHOTOGRAPHS": str(photographs)}
     arguments = [str(checkpoint), "--int8", "--tile", str(TILE), "-o", str(tmp_path / "engine")]
@@ -273,7 +273,7 @@ def test_what_is_refused(flags, says, checkpoint, photographs, tmp_path, capsys)
     assert says in capsys.readouterr().err and not (tmp_path / "engine").exists()
 
 
-def test_unreadable_photograph(checkpoint, tmp_path, capsys):
+def test_unreadable_photograph_is_reported(checkpoint, tmp_path, capsys):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"not an image")
     flags = ["--int8", "--calibrate", str(tmp_path), "-o", str(tmp_path / "engine")]
@@ -281,8 +281,8 @@ def test_unreadable_photograph(checkpoint, tmp_path, capsys):
     assert "a.png: not an image of a known kind" in capsys.readouterr().err
 
 
-def test_more_may_be_accepted(recording, expert):
-    """A larger error budget makes more layers int8 and widens the tolerance of the parity check."""
+def test_larger_error_budget_makes_more_layers_int8(recording, expert):
+    """It also widens the tolerance of the parity check."""
 
     def calibrated(error: float) -> Calibration:
         choices = dataclasses.replace(INT8, int8_error=error)
@@ -296,33 +296,33 @@ def test_more_may_be_accepted(recording, expert):
 
 
 @pytest.mark.parametrize("error", ["0", "-1", "nan", "inf", "much"])
-def test_errors_that_cannot_be_aimed_at(error, capsys):
+def test_error_budget_must_be_a_positive_number(error, capsys):
     with pytest.raises(SystemExit):
         cli.parser().parse_args(["--int8", "--int8-error", error])
     assert "expected a number above 0" in capsys.readouterr().err
 
 
-def test_too_coarse_is_refused(engine, recording):
+def test_result_beyond_the_error_budget_is_refused(engine, recording):
     path, want = engine / "expert_0.onnx", np.ones((1, 3, LATENT, LATENT), np.float32)
     with pytest.raises(parity.ParityError, match=r"accepted for int8.*calibrate on more photographs"):
         parity.judge(path, 1.05 * want, want, INT8)
 
 
-def test_demo_photographs_are_the_default(monkeypatch):
+def test_demo_models_are_calibrated_on_bundled_photographs(monkeypatch):
     args = cli.parser().parse_args(["--int8", "--photographs", "3"])
     assert len(cli._photographs(args)) == 3
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("avx2 fma", True), ("avx2 avx512_vnni", False), ("", False)])
-def test_warning_where_products_overflow(flags, warned, engine, monkeypatch, caplog):
+def test_cpus_without_vnni_warn_that_products_overflow(flags, warned, engine, monkeypatch, caplog):
     monkeypatch.setattr(cpu, "extensions", lambda: flags)
     with Upscaler(engine, device="cpu", threads=1):
         assert ("no VNNI" in caplog.text) == warned
 
 
 @pytest.mark.slow
-def test_full_width(tmp_path, photographs, monkeypatch):
-    """Experts of the published width, of random weights: each is within the bound at its own timesteps."""
+def test_full_width_experts_meet_the_error_bound(tmp_path, photographs, monkeypatch):
+    """Each expert has random weights and is tested at timesteps of its own range."""
     config = dataclasses.replace(TINY, name="wide", unet=UNetConfig(space_experts=1), steps=2)
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "wide", config))
     monkeypatch.setattr(int8, "TRIALS", 2)

@@ -1,4 +1,4 @@
-"""Layers as graph operators: Winograd convolution, GroupNorm, the count of multiply-accumulates."""
+"""Layers written as graph operators: Winograd convolution, GroupNorm, multiply-accumulates, storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moesr.runtime.engine.graph_spec import BATCH
     [(3, (1, 1, 1, 1)), (2, (1, 1, 0, 0)), (2, (0, 1, 1, 0)), (2, (0, 0, 1, 1))],
     ids=["3x3", "2x2-upper-left", "2x2-lower-left", "2x2-lower-right"],
 )
-def test_winograd_convolves(kernel, pads, strip_tiles, monkeypatch):
+def test_winograd_equals_a_convolution(kernel, pads, strip_tiles, monkeypatch):
     monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(6, 10, kernel, kernel, generator=rng) / kernel
@@ -37,14 +37,14 @@ def test_winograd_convolves(kernel, pads, strip_tiles, monkeypatch):
     want = F.conv2d(F.pad(x, (left, right, top, bottom)).double(), weight.double(), bias.double())
     assert relative_l2(run(graph, {"x": x.numpy()}), want.numpy()) < 5e-6
     points, tiles = (4 + kernel - 1) ** 2, 4 * 6
-    # input transform, products, output transform; that of the kernels is folded into constants
+    # input transform, products and output transform; the kernels are transformed at export
     assert graph.macs == points * tiles * (points * 10 + 6 * 10 + 16 * 6)
 
 
 @pytest.mark.parametrize("side", [64, 256], ids=["small-group", "large-group"])
 @torch.inference_mode()
 def test_group_norm_far_from_zero(side):
-    """A mean fifty times the deviation, over 8192 or 131,072 elements, costs no more digits than it must."""
+    """A mean of fifty standard deviations, over 8192 or 131,072 elements, costs no avoidable digits."""
     norm = random_network(nn.GroupNorm(2, 4, eps=1e-6), 1)
     x = 50 + torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(side))
     g = GraphBuilder("norm")
@@ -55,8 +55,8 @@ def test_group_norm_far_from_zero(side):
 
 @pytest.mark.parametrize("eps", [1e-6, None], ids=["norm", "identity"])
 @torch.inference_mode()
-def test_norms_are_finished_in_strips(eps, monkeypatch):
-    """Before a tiled convolution, scale, shift and SiLU are applied strip by strip."""
+def test_norms_before_tiled_convolutions_are_applied_in_strips(eps, monkeypatch):
+    """Scale, shift and SiLU are applied strip by strip."""
     monkeypatch.setattr(winograd, "pays", lambda *sizes: True)
     norm = random_network(nn.GroupNorm(2, 8, eps=eps) if eps else nn.Identity(), 1)
     conv = random_network(nn.Conv2d(8, 8, 3, padding=1), 2)
@@ -83,8 +83,8 @@ def test_macs_of_a_plain_convolution():
 
 @pytest.mark.parametrize("choices", [CPU, GPU], ids=["cpu", "gpu"])
 @torch.inference_mode()
-def test_upsampling_convolves(choices):
-    """Kernels summed in the graph or beforehand: nearest neighbor and a convolution either way."""
+def test_upsampling_convolution_equals_upsampling_and_convolution(choices):
+    """The kernels are summed in the graph for CPUs, and before the export for GPUs."""
     conv = random_network(nn.Conv2d(4, 6, 3, padding=1), 1)
     x = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(2))
     g = GraphBuilder("up", choices)
@@ -105,7 +105,7 @@ def test_upsampling_convolves(choices):
     ],
     ids=["matrix", "small", "vector", "exact-vector", "too-fine", "too-large"],
 )
-def test_what_is_stored_in_half_precision(weight, half):
+def test_constants_that_round_little_are_stored_in_half_precision(weight, half):
     g = GraphBuilder("store", replace(CPU, store="fp16"))
     g.output("y", g.op("Add", g.op("Add", g.input("x", (1,)), weight), weight))
     graph = g.finish()
@@ -115,7 +115,7 @@ def test_what_is_stored_in_half_precision(weight, half):
     assert relative_l2(got, 2 * weight.numpy()) < (3e-4 if half else 1e-7)
 
 
-def test_output_must_be_fixed():
+def test_output_shape_must_be_fixed():
     g = GraphBuilder("free")
     with pytest.raises(ValueError, match="which is not fixed"):
         g.output("y", g.op("NonZero", g.input("x", (BATCH, 3))))

@@ -1,4 +1,4 @@
-"""The decoder cut at our kernels: its parts and the kernels' references compute the same as the whole."""
+"""A decoder cut at our kernels: the parts with the kernels' references give the result of the whole graph."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parts_of(network, precision: str, **choices: Any) -> list[partition.Part]:
 
 
 @pytest.mark.parametrize("precision", LIMITS)
-def test_parts_equal_the_whole(network, precision):
+def test_parts_give_the_result_of_the_whole_graph(network, precision):
     inputs = decoder_inputs(network, [0.3, 1.0], TILE)
     got = partition.run(parts_of(network, precision), inputs, "image")
     whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
@@ -42,7 +42,7 @@ def test_parts_equal_the_whole(network, precision):
 
 
 @pytest.mark.parametrize("residuals", ["plans", "kernels", "estimated"])
-def test_what_inverted_residuals_are_is_chosen(network, residuals):
+def test_inverted_residuals_are_plans_or_kernels_as_chosen(network, residuals):
     parts = parts_of(network, "fp16", residuals=residuals)
     calls = [part for part in parts if isinstance(part, KernelCall) and part.op == "inverted_residual"]
     blocks = [name for name, m in network.named_modules() if type(m).__name__ == "InvertedResidual"]
@@ -52,8 +52,8 @@ def test_what_inverted_residuals_are_is_chosen(network, residuals):
     assert relative_l2(partition.run(parts, inputs, "image"), run(whole, inputs)) < LIMITS["fp16"]
 
 
-def test_by_estimate_the_published_inverted_residuals_are_faster_in_plans():
-    """The kernel is bound by the rate at which a multiprocessor issues instructions."""
+def test_published_inverted_residuals_are_estimated_faster_as_plans():
+    """The kernel is limited by the rate at which a multiprocessor issues instructions."""
     sizes = [(128, 128, 512), (128, 256, 256), (256, 256, 128), (512, 256, 256), (256, 128, 512)]
     names = "channels", "out", "height"
     shapes = [dict(zip(names, size, strict=True)) | {"width": size[2]} for size in sizes]
@@ -70,8 +70,8 @@ def test_inverted_residuals_are_plans_by_default(network):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_images_between_compiled_parts_lie_channels_last(network, precision):
-    """Kernels over planes get planes, and inputs and outputs of the whole are as declared."""
+def test_images_between_compiled_parts_are_channels_last(network, precision):
+    """Kernels that work on planes get planes, and the layout of the decoder's inputs and outputs stays."""
     parts = parts_of(network, precision, residuals="kernels")
     graphs = [part.graph for part in parts if isinstance(part, onnx.ModelProto)]
     sides = {v.name: v for graph in graphs for v in (*graph.input, *graph.output)}
@@ -91,7 +91,7 @@ def test_images_between_compiled_parts_lie_channels_last(network, precision):
 
 
 @pytest.mark.parametrize("precision", LIMITS)
-def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
+def test_filters_and_wide_attention_are_kernels(network, precision):
     parts = parts_of(network, precision)
     calls = [part for part in parts if isinstance(part, KernelCall)]
     assert [call.op for call in calls].count("attention") == 1
@@ -99,15 +99,15 @@ def test_every_filter_and_the_wide_attention_are_kernels(network, precision):
     assert [call.op for call in calls].count("aff_filter") == len(filters) > 0
     assert all(call.dtype == precision for call in calls)
     norms = [(call.shape["norm"], sorted(call.inputs)) for call in calls if call.op == "aff_filter"]
-    assert norms == [(1, ["scale", "shift", "x"])] * len(filters), "kernels take the norm and the residual"
+    assert norms == [(1, ["scale", "shift", "x"])] * len(filters), "kernels include the norm and the residual"
     for part in parts:
         if isinstance(part, onnx.ModelProto):
             onnx.checker.check_model(part)
             assert not {"DFT", "Softmax"} & {node.op_type for node in part.graph.node}
 
 
-def test_parts_follow_their_inputs(network):
-    """A part reads only earlier values, every value has one maker, and no part is split without need."""
+def test_parts_come_after_their_inputs(network):
+    """A part reads only earlier values, each value is written once, and no two graphs follow one another."""
     parts = parts_of(network, "fp16")
     there = {"z", "lr", "fidelity"}
     for before, part in zip([None, *parts], parts, strict=False):
@@ -122,15 +122,15 @@ def test_parts_follow_their_inputs(network):
     assert "image" in there
 
 
-def test_without_kernels_nothing_is_cut(network):
+def test_decoder_without_kernels_is_not_cut(network):
     (part,) = partition.cut(decoder_graph(network, TILE // 4, lowering("gpu", "fp32")))
     inputs = decoder_inputs(network, [0.3], TILE)
     whole = decoder_graph(network, TILE // 4, lowering("gpu", "fp32"))
     np.testing.assert_array_equal(partition.run([part], inputs, "image"), run(whole, inputs))
 
 
-def test_what_kernels_do_not_take_stays_in_the_graph():
-    """The head's width is not a power of two."""
+def test_attention_of_unsupported_width_stays_in_the_graph():
+    """The kernel needs a width that is a power of two."""
     decoder = dataclasses.replace(TINY.decoder, channels=24)
     network = random_decoder(dataclasses.replace(TINY, decoder=decoder))
     assert "attention" not in {part.op for part in parts_of(network, "fp32") if isinstance(part, KernelCall)}

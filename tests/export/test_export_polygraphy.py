@@ -1,4 +1,4 @@
-"""moesr-export --polygraphy: inputs and a script with which Polygraphy runs every graph."""
+"""moesr-export --polygraphy writes inputs and a script with which Polygraphy runs every graph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def graph_files(engine: Path) -> list[Path]:
     return sorted(engine.glob("*.onnx"))
 
 
-def test_every_graph_and_part_has_its_inputs(engine):
+def test_every_graph_and_part_has_inputs(engine):
     files = graph_files(engine)
     assert any(".part_" in path.name for path in files) and any(".gpu." in path.name for path in files)
     assert {path.stem for path in (engine / "polygraphy").glob("*.npz")} == {path.stem for path in files}
@@ -51,16 +51,16 @@ def test_every_graph_and_part_has_its_inputs(engine):
                 assert array.dtype == kind and array.ndim == len(declared[name].shape.dim)
 
 
-def test_the_runtime_reads_the_engine_as_before(engine):
+def test_runtime_reads_an_engine_with_polygraphy_files(engine):
     assert not any("polygraphy" in file.file for file in read_manifest(engine).files)
 
 
-def test_without_the_option_nothing_is_written(checkpoint, tmp_path):
+def test_no_files_without_the_option(checkpoint, tmp_path):
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", str(TILE), "--quiet"]) == 0
     assert not (tmp_path / "e" / "polygraphy").exists()
 
 
-def test_the_option_of_the_command_line(checkpoint, tmp_path):
+def test_command_line_option(checkpoint, tmp_path):
     flags = ["--tile", str(TILE), "--quiet", "--polygraphy"]
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), *flags]) == 0
     text = (tmp_path / "e" / "polygraphy" / "data_loader.py").read_text()
@@ -68,8 +68,8 @@ def test_the_option_of_the_command_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("graph", ["expert_0", "decoder.gpu", "decoder.part_0"])
-def test_polygraphy_runs_a_graph_in_onnx_runtime(engine, graph):
-    """The half of `polygraphy run --onnxrt --trt` that needs no GPU, as docs/gpu.md shows it."""
+def test_polygraphy_runs_a_graph_on_onnx_runtime(engine, graph):
+    """This is the part of docs/gpu.md's `polygraphy run --onnxrt --trt` that needs no GPU."""
     pytest.importorskip("polygraphy")
     script = f"{engine / 'polygraphy' / 'data_loader.py'}:{loader_name(graph)}"
     command = ["run", str(engine / f"{graph}.onnx"), "--onnxrt", "--data-loader-script", script, "--validate"]

@@ -1,4 +1,4 @@
-"""Prompts at export: the defaults, and the token ids of texts."""
+"""The prompts of an exported engine: defaults, and token ids of given texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = TextConfig()
 
 @pytest.fixture
 def library():
-    """CLIP's tokenizer; later versions of Python have no build of it."""
+    """CLIP's tokenizer; the test is skipped if it is not installed, as on the newest versions of Python."""
     return pytest.importorskip("instant_clip_tokenizer").Tokenizer()
 
 
@@ -34,35 +34,35 @@ def library():
         (PromptOptions(EMPTY, NEGATIVE, 1.0), (EMPTY, NEGATIVE), 1.0),
     ],
 )
-def test_defaults_are_the_published_ones(wish: PromptOptions, texts: tuple[str, ...], guidance: float):
+def test_default_prompts_are_the_published_ones(wish: PromptOptions, texts: tuple[str, ...], guidance: float):
     ids = tuple(PUBLISHED[text] for text in texts)
     assert choose(CONFIG, wish) == Prompts(texts, ids, guidance)
 
 
-def test_published_prompts_need_no_library(monkeypatch: pytest.MonkeyPatch):
+def test_published_prompts_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     assert choose(CONFIG, PromptOptions(guidance=7.0)).ids == (POSITIVE_PROMPT, NEGATIVE_PROMPT)
     with pytest.raises(UsageError, match=r"'a photo' needs CLIP's vocabulary .*pip install instant-clip"):
         tokens("a photo", CONFIG)
 
 
-def test_the_library_agrees_with_the_published_ids(library):
+def test_tokenizer_gives_the_published_ids(library):
     for text, ids in PUBLISHED.items():
         assert tuple(library.encode(text)) == ids[1:-1]
 
 
-def test_prompts_of_the_checkpoint_are_named_where_their_text_is_known(library, monkeypatch):
+def test_prompts_of_the_checkpoint_are_decoded_if_the_tokenizer_is_installed(library, monkeypatch):
     config = TextConfig(prompt=(49406, 320, 1125, 49407))
     assert choose(config, PromptOptions()).texts == ("a photo",)
     monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)
     assert choose(config, PromptOptions()).texts == ("tokens 320 1125",)
 
 
-def test_texts_are_lower_case_byte_pairs(library):
+def test_texts_are_encoded_in_lower_case(library):
     assert tokens("A  Photo", CONFIG) == (49406, 320, 1125, 49407)
 
 
-def test_texts_that_do_not_fit(library):
+def test_texts_that_the_model_cannot_encode_are_refused(library):
     with pytest.raises(UsageError, match="has 76 tokens, expected at most 75; shorten it"):
         tokens("photo " * 76, CONFIG)
     assert len(tokens("photo " * 75, CONFIG)) == 77
@@ -71,7 +71,7 @@ def test_texts_that_do_not_fit(library):
 
 
 @pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt", "--guidance"])
-def test_models_without_a_text_take_none(flag: str, tmp_path, capsys):
+def test_models_without_text_refuse_prompts(flag: str, tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "tiny")
     value = "7" if flag == "--guidance" else "photo"
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "engine"), "--tile", "32", flag, value]) == 2

@@ -1,4 +1,4 @@
-"""Exports with shallow graphs: what they compute, what they share, and what is refused."""
+"""Exports with shallow graphs: their results, shared weights, and refused options."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7])
-def test_a_shallow_step_on_features_of_the_same_step_is_the_whole_step(blocks: int):
+def test_shallow_step_equals_the_full_step_on_its_own_features(blocks: int):
     network = random_expert(0)
     inputs = expert_inputs(2, SIDE)
     whole = run(expert_graph(network, SIDE), inputs)
@@ -59,7 +59,7 @@ def test_a_shallow_step_on_features_of_the_same_step_is_the_whole_step(blocks: i
     assert shallow.macs < full.macs
 
 
-def test_features_of_another_step_matter():
+def test_shallow_step_depends_on_the_features():
     network, inputs = random_expert(0), expert_inputs(2, SIDE)
     given = shallow_inputs(network, inputs, 2)
     shallow = shallow_graph(network, SIDE, blocks=2)
@@ -67,7 +67,7 @@ def test_features_of_another_step_matter():
     assert relative_l2(other, run(shallow, given)) > 1e-2
 
 
-def test_the_manifest_tells(engine: Path):
+def test_manifest_describes_the_shallow_graphs(engine: Path):
     manifest = read_manifest(engine)
     assert [e.shallow for e in manifest.experts] == ["shallow_0", "shallow_1"]
     assert manifest.deep and manifest.deep.dims == ("B", 16, SIDE, SIDE)
@@ -81,7 +81,7 @@ def test_the_manifest_tells(engine: Path):
             assert one.data == other.data and len(one.data) == 1 and one.parity and other.parity
 
 
-def test_weights_are_stored_once(engine: Path):
+def test_shared_weights_are_stored_once(engine: Path):
     for role in ROLES:
         weights = (engine / f"{role}.weights").stat().st_size
         models = [onnx.load(engine / f"{r}.onnx") for r in (role, role.replace("expert", "shallow"))]
@@ -89,14 +89,14 @@ def test_weights_are_stored_once(engine: Path):
         assert weights == sum(-(-len(raw) // ALIGNMENT) * ALIGNMENT for raw in large[0] | large[1])
         assert len(large[0] & large[1]) > len(large[1]) / 2
         content = (engine / f"{role}.weights").read_bytes()
-        for model in models:  # so that a graph's hash is that of its weights, too
+        for model in models:  # the hash of a graph covers its weights
             told = {p.key: p.value for p in model.metadata_props}
             assert told == {f"{role}.weights": sha256(content).hexdigest()}
         small = [engine / f"{r}.onnx" for r in (role, role.replace("expert", "shallow"))]
         assert sum(path.stat().st_size for path in small) < weights
 
 
-def test_images_come_out_of_both_kinds_of_steps(engine: Path):
+def test_runtime_runs_full_and_shallow_steps(engine: Path):
     lr = np.random.default_rng(1).integers(0, 256, (16, 21, 3), np.uint8)
     with Upscaler(engine, backend="onnxruntime", threads=1) as up:
         one, two = up(lr, steps=4, color_fix="none"), up(lr, steps=4, reuse=2, color_fix="none")
@@ -104,7 +104,7 @@ def test_images_come_out_of_both_kinds_of_steps(engine: Path):
     assert one.shape == two.shape == (64, 84, 3) and np.any(one != two)
 
 
-def test_a_damaged_weight_file_is_refused(engine: Path, tmp_path: Path):
+def test_damaged_weight_file_is_refused(engine: Path, tmp_path: Path):
     copy = Path(shutil.copytree(engine, tmp_path / "engine"))
     data = bytearray((copy / "expert_0.weights").read_bytes())
     data[100] ^= 1
@@ -113,7 +113,7 @@ def test_a_damaged_weight_file_is_refused(engine: Path, tmp_path: Path):
         read_manifest(copy)
 
 
-def test_blocks_that_are_not_there_are_refused():
+def test_number_of_blocks_out_of_range_is_refused():
     check_blocks(TINY, cli.parser().parse_args(["--reuse"]).reuse)
     check_blocks(TINY, 7)
     for asked in (-1, 0, 8):
@@ -123,14 +123,14 @@ def test_blocks_that_are_not_there_are_refused():
         check_blocks(StableSRConfig(), 1)
 
 
-def test_without_reuse_there_is_one_output():
+def test_expert_without_reuse_has_one_output():
     assert expert_graph(random_expert(0), SIDE).boundary.outputs[1:] == ()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
-def test_other_precisions(tmp_path: Path, precision: Precision):
-    """int8 is calibrated for each of the two graphs, the shallow one on features of the step before."""
+def test_shallow_graphs_in_other_precisions(tmp_path: Path, precision: Precision):
+    """In int8 both graphs are calibrated, the shallow one on features of the previous step."""
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "checkpoint"))
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (2, 24, 24, 3), np.uint8)

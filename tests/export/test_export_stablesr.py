@@ -1,4 +1,4 @@
-"""StableSR's graphs compute the same as its networks in every arrangement, and fit the runtime's inputs."""
+"""StableSR's graphs give the results of its networks in every arrangement."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from moesr.export.lowering import CPU, lowering
 from moesr.runtime.engine.graph_io import DECODER, ENCODER, boundary_of
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
 
-SIDE, CODED, SCALE = 16, 8, NARROW.latent_scale  # latent pixels of a tile, and of one to encode or decode
+SIDE, CODED, SCALE = (
+    16,
+    8,
+    NARROW.latent_scale,
+)  # sides in latent pixels: of a tile, and of an image to encode or decode
 FINE = replace(CPU, strip_bytes=1 << 16, score_bytes=1 << 15, strip_tiles=24)
 LOWERINGS = {
     "cpu": (CPU, 2e-5),
@@ -63,7 +67,7 @@ def image(seed: int, batch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("choices", LOWERINGS)
 @torch.inference_mode()
-def test_expert(choices, expert):
+def test_graph_of_the_expert_matches_its_network(choices, expert):
     choice, limit = LOWERINGS[choices]
     graph = stablesr_expert_graph(expert, SIDE, choice)
     assert graph.boundary == boundary_of("expert_0", 8 * SIDE, 4, 8, "v", with_latent=True)
@@ -74,8 +78,8 @@ def test_expert(choices, expert):
 
 @pytest.mark.parametrize("choices", ["cpu", "gpu-fp16"])
 @torch.inference_mode()
-def test_expert_with_two_prompts(choices, expert):
-    """Every tile has its own prompt."""
+def test_graph_with_two_prompts_matches_its_network(choices, expert):
+    """Each tile has its own prompt."""
     choice, limit = LOWERINGS[choices]
     both = StableSRExpert(expert.unet, expert.structure, torch.cat([expert.text, -expert.text]), "v").eval()
     graph = stablesr_expert_graph(both, SIDE, choice)
@@ -92,7 +96,7 @@ def test_expert_with_two_prompts(choices, expert):
 
 @pytest.mark.parametrize("choices", LOWERINGS)
 @torch.inference_mode()
-def test_encoder(choices, autoencoder):
+def test_graph_of_the_encoder_matches_its_network(choices, autoencoder):
     choice, limit = LOWERINGS[choices]
     network = LatentEncoder(autoencoder, SCALE).eval()
     graph = encoder_graph(network, CODED, choice)
@@ -103,8 +107,8 @@ def test_encoder(choices, autoencoder):
 
 @pytest.mark.parametrize("choices", LOWERINGS)
 @torch.inference_mode()
-def test_decoder(choices, autoencoder):
-    """Every tile has its own fidelity."""
+def test_graph_of_the_decoder_matches_its_network(choices, autoencoder):
+    """Each tile has its own fidelity."""
     choice, limit = LOWERINGS[choices]
     network = LatentDecoder(autoencoder, SCALE).eval()
     graph = decoder_graph(autoencoder, CODED, choice, SCALE)
@@ -118,8 +122,8 @@ def test_decoder(choices, autoencoder):
 
 
 @torch.inference_mode()
-def test_the_text_is_part_of_the_graph(expert):
-    """The graph holds the keys and values of the text, but not the layers that compute them."""
+def test_graph_holds_the_encoded_text(expert):
+    """It holds the keys and values of the text, but not the layers that compute them."""
     graph = stablesr_expert_graph(expert, SIDE)
     layers = [m for m in expert.unet.modules() if type(m).__name__ == "CrossAttention"]
     text_layers = [layer for layer in layers if layer.to_k.in_features == NARROW.text.width]
@@ -148,8 +152,8 @@ def test_large_variances_are_clamped(autoencoder):
 
 
 @torch.inference_mode()
-def test_graphs_reproduce_the_published_networks(golden, published_weights):
-    """On a tile of the golden canvas; the networks themselves reproduce the goldens."""
+def test_graphs_match_the_published_networks(golden, published_weights):
+    """The inputs are a tile of the golden canvas; other tests compare the networks with the goldens."""
     networks = {
         name: load(f"{name}_narrow", published_weights(f"stablesr_{name}_narrow", SALT))
         for name in ("unet", "structcond")

@@ -1,4 +1,4 @@
-"""moesr-export --tensorrt: plans of every graph, the decoder in parts, and kernels, without a GPU."""
+"""moesr-export --tensorrt builds plans, cuts the decoder into parts and compiles kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def library(monkeypatch):
-    """A TensorRT that builds for two GPUs, without one."""
+    """A replacement for TensorRT that builds plans for two GPUs; the plans that it built are listed."""
     module = SimpleNamespace(ComputeCapability=SimpleNamespace(SM86="SM86", SM89="SM89"))
     library = Library("tensorrt_rtx", "9.9", module, None)
     for place in (tensorrt, tensorrt_library):
@@ -48,7 +48,7 @@ def export(checkpoint: Path, directory: Path, *flags: str) -> int:
     return cli.main([str(checkpoint), "-o", str(directory), "--tile", str(TILE), "--tensorrt", *flags])
 
 
-def test_plans_of_every_graph_and_part(checkpoint, tmp_path, library, monkeypatch, capsys):
+def test_plans_are_built_for_every_graph_and_part(checkpoint, tmp_path, library, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(tensorrt, "build_kernels", lambda d, m, c: compiled.append(c) or d / "kernels")
     assert export(checkpoint, tmp_path / "e", "--fp16", "--capability", "8.6", "8.9") == 0
@@ -62,11 +62,11 @@ def test_plans_of_every_graph_and_part(checkpoint, tmp_path, library, monkeypatc
     assert len(list((tmp_path / "e" / "tensorrt").iterdir())) == len(set(library))
     assert compiled == [[86, 89]]
     assert "plans in" in capsys.readouterr().out
-    for file in decoder.files:  # and all of it is under the manifest's hashes
+    for file in decoder.files:  # the manifest holds the hash of every file
         assert file in manifest.files
 
 
-def test_plans_that_are_there_are_kept(checkpoint, tmp_path, library, monkeypatch):
+def test_existing_plans_are_kept(checkpoint, tmp_path, library, monkeypatch):
     monkeypatch.setattr(tensorrt, "build_kernels", lambda directory, manifest, targets: directory)
     assert export(checkpoint, tmp_path / "e", "--no-kernels", "--capability", "8.9", "--quiet") == 0
     before = len(library)
@@ -75,7 +75,7 @@ def test_plans_that_are_there_are_kept(checkpoint, tmp_path, library, monkeypatc
     assert "parts" not in read_manifest(tmp_path / "e").graphs["decoder"].variants
 
 
-def test_gpus_that_cannot_be_built_for(checkpoint, tmp_path, library, capsys):
+def test_unsupported_gpus_are_refused(checkpoint, tmp_path, library, capsys):
     assert export(checkpoint, tmp_path / "e", "--capability", "9.0") == 3
     assert "builds for compute capability 8.6, 8.9, not for 9.0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -84,14 +84,16 @@ def test_gpus_that_cannot_be_built_for(checkpoint, tmp_path, library, capsys):
     assert not (tmp_path / "e").exists()
 
 
-def test_without_a_compiler_nothing_is_begun(checkpoint, tmp_path, monkeypatch, capsys):
+def test_missing_compiler_is_reported_before_the_export(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert export(checkpoint, tmp_path / "e", "--capability", "8.9") == 2
     assert "pip install 'moesr[kernels]'" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 
-def test_kernels_are_those_of_the_decoder_and_the_loop(checkpoint, tmp_path, library, monkeypatch):
+def test_kernels_of_the_decoder_and_of_the_sampling_loop_are_compiled(
+    checkpoint, tmp_path, library, monkeypatch
+):
     rows = {}
     monkeypatch.setattr(
         "moesr.kernels.build.build", lambda d, a, ops: rows.update({op.name: op for op in ops})
@@ -106,7 +108,7 @@ def test_kernels_are_those_of_the_decoder_and_the_loop(checkpoint, tmp_path, lib
 
 @pytest.mark.parametrize("stage", ["build_plans", "build_kernels"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "replacing"])
-def test_an_interrupt_while_plans_are_built_says_that_the_engine_is_complete(
+def test_interrupt_while_plans_are_built_leaves_a_complete_engine(
     checkpoint, tmp_path, library, monkeypatch, capsys, stage, existing
 ):
     def interrupt(*given, **options):
@@ -121,7 +123,7 @@ def test_an_interrupt_while_plans_are_built_says_that_the_engine_is_complete(
     assert "gpu" in read_manifest(tmp_path / "e").graphs["decoder"].variants
 
 
-def test_an_interrupt_before_the_engine_is_published_leaves_the_one_that_is_there(
+def test_interrupt_before_publication_leaves_the_existing_engine(
     checkpoint, tmp_path, library, monkeypatch, capsys
 ):
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "e"), "--tile", str(TILE), "--quiet"]) == 0
@@ -136,8 +138,7 @@ def test_an_interrupt_before_the_engine_is_published_leaves_the_one_that_is_ther
     assert (tmp_path / "e" / "manifest.json").read_bytes() == before
 
 
-def test_inverted_residuals_may_be_kernels(checkpoint, tmp_path, library, monkeypatch):
-    """Once a GPU has shown that the kernel is faster."""
+def test_option_compiles_kernels_for_inverted_residuals(checkpoint, tmp_path, library, monkeypatch):
     monkeypatch.setattr(tensorrt, "build_kernels", lambda directory, manifest, targets: directory)
     flags = "--fp16", "--capability", "8.9", "--quiet", "--residuals", "kernels"
     assert export(checkpoint, tmp_path / "e", *flags) == 0

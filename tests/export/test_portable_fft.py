@@ -1,4 +1,4 @@
-"""The matrix form of the adaptive frequency filter computes what `torch.fft` does, at any size."""
+"""The matrix form of the adaptive frequency filter equals the form with `torch.fft` at any size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = [(8, 8), (16, 32), (24, 40), (34, 26), (64, 48), (96, 96), (120, 120), (
 
 
 class TorchOps:
-    """The operations of the portable form in PyTorch, in the precision of the input."""
+    """The operations of the matrix form in PyTorch, in the precision of the input."""
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape)
@@ -71,7 +71,7 @@ def filter_weights(channels: int, blocks: int) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_spectrum_is_that_of_torch(height, width):
+def test_spectrum_equals_torch_fft(height, width):
     plan, x = portable.make_plan(height, width), image(height, width)
     spectrum = portable.rfft2(plan, x, TorchOps())
     n1, n2 = plan.factors
@@ -83,7 +83,7 @@ def test_spectrum_is_that_of_torch(height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_inverse_gives_the_image_back(height, width):
+def test_inverse_transform_restores_the_image(height, width):
     plan, x = portable.make_plan(height, width), image(height, width)
     back = portable.irfft2(plan, portable.rfft2(plan, x, TorchOps()), TorchOps())
     assert relative_l2(back.numpy(), x.numpy()) < 2e-6
@@ -91,7 +91,7 @@ def test_inverse_gives_the_image_back(height, width):
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_filter_equals_reference(height, width):
-    """The mask breaks the symmetry of the spectrum, so this also checks which half is used and how."""
+    """The mask breaks the symmetry of the spectrum, so a use of the wrong half would show."""
     x, weights = image(height, width, channels=16), filter_weights(16, 4)
     got = portable.aff_filter(portable.make_plan(height, width), x, weights, TorchOps())
     want = reference.aff_filter(x.double(), *(torch.from_numpy(w).double() for w in weights))
@@ -99,14 +99,14 @@ def test_filter_equals_reference(height, width):
 
 
 @pytest.mark.parametrize("first_factor", [1, 4, 8], ids=["dense", "4x16", "8x8"])
-def test_every_factorisation_agrees(first_factor):
+def test_every_factorisation_gives_the_same_result(first_factor):
     x, weights = image(64, 64, channels=16), filter_weights(16, 4)
     got = portable.aff_filter(portable.make_plan(64, 64, first_factor), x, weights, TorchOps())
     want = reference.aff_filter(x, *(torch.from_numpy(w) for w in weights))
     assert relative_l2(got.numpy(), want.numpy()) < 2e-6
 
 
-def test_stages_are_orthogonal():
+def test_matrices_of_the_stages_are_orthogonal():
     plan = portable.make_plan(96, 32)
     np.testing.assert_allclose(plan.stage_1 @ plan.stage_1.T, np.eye(len(plan.stage_1)), atol=1e-6)
     for stage in plan.stage_2:
@@ -118,8 +118,8 @@ def test_odd_width_is_refused():
         portable.make_plan(16, 15)
 
 
-def test_published_filter(golden, published_weights):
-    """The filter alone, as the published network computes it."""
+def test_published_filter_matches_golden(golden, published_weights):
+    """The golden holds the output of the filter alone."""
     data, weights = golden("decoder_c32"), published_weights("decoder_c32", "dev")
     mine = tuple(np.asarray(weights[f"decoder.unet_1.conv1.filter.{n}"]) for n in ("w1", "b1", "w2", "b2"))
     x = torch.from_numpy(data["aff_in"])

@@ -1,4 +1,4 @@
-"""Weights beside an ONNX file: their place, their equality, and their entries in the manifest."""
+"""Weights in files beside an ONNX file: sizes, reproducible bytes, and entries in the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesr.runtime import EngineError, Upscaler
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.engine.onnx_external_data import external_files
 
-LARGEST = 40_000  # bytes of a file; the largest tensor of the tiny networks has more
+LARGEST = 40_000  # bytes per file; the largest tensor of the tiny networks has more
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def engines(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def test_many_weights_go_beside(engines):
+def test_large_weights_are_written_to_separate_files(engines):
     inside, beside = read_manifest(engines["inside"]), read_manifest(engines["beside"])
     for role, graph in beside.graphs.items():
         assert len(graph.data) > 2 and not inside.graphs[role].data
@@ -49,20 +49,20 @@ def test_many_weights_go_beside(engines):
     assert names == {"manifest.json", *(file.file for file in beside.files)}
 
 
-def test_files_are_no_larger_than_they_may_be(engines):
-    """A tensor that is larger alone has a file of its own."""
+def test_weight_files_keep_to_the_size_limit(engines):
+    """A tensor larger than the limit has a file of its own."""
     manifest = read_manifest(engines["beside"])
     sizes = [(engines["beside"] / f.file).stat().st_size for g in manifest.graphs.values() for f in g.data]
     assert sum(size > LARGEST + external_weights.ALIGNMENT for size in sizes) < len(sizes) / 2
     assert min(sizes) < LARGEST
 
 
-def test_same_graph_same_bytes(engines):
+def test_same_graph_gives_the_same_bytes(engines):
     assert read_manifest(engines["again"]).files == read_manifest(engines["beside"]).files
 
 
-def test_other_weights_make_another_file(tmp_path, monkeypatch):
-    """Plans are identified by the hash of this file."""
+def test_other_weights_change_the_onnx_file(tmp_path, monkeypatch):
+    """Plans are identified by the hash of the ONNX file."""
     monkeypatch.setattr(external_weights, "INSIDE_BYTES", 0)
     found = []
     for k in range(2):
@@ -73,7 +73,7 @@ def test_other_weights_make_another_file(tmp_path, monkeypatch):
     assert [f.file for f in found[0][1]] == [f.file for f in found[1][1]] == ["expert.weights_0"]
 
 
-def test_results_are_the_same(engines):
+def test_results_do_not_depend_on_the_place_of_the_weights(engines):
     image = np.random.default_rng(1).integers(0, 256, (9, 12, 3), np.uint8)
     results = []
     for name in ("inside", "beside"):
@@ -82,7 +82,7 @@ def test_results_are_the_same(engines):
     np.testing.assert_array_equal(*results)
 
 
-def test_damaged_weights_are_named(engines):
+def test_message_names_damaged_weights(engines):
     path = engines["again"] / "expert_1.weights_1"
     content = bytearray(path.read_bytes())
     content[10] ^= 1
