@@ -1,7 +1,7 @@
-"""Shared fixtures: published results, weights made from names, and how closely two results agree.
+"""Shared fixtures: published results, weights generated from names, and relative errors.
 
-Tests read the goldens in `assets/goldens`, whatever lies beside the project. If MOESR_REFERENCE names the
-directory of the whole set of reference data, they read its complete arrays instead.
+Tests read the goldens in `assets/goldens`. If MOESR_REFERENCE names the directory of the whole set of
+reference data, they read its complete arrays instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Triton reads this when it is imported; kernels then run on a CPU. 0 tests them on a GPU.
+# Triton reads this when it is imported: 1 runs kernels in its interpreter on a CPU, 0 on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
@@ -26,7 +26,7 @@ pytest_plugins = ("service_fixtures",)
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ["MOESR_REFERENCE"]) if os.environ.get("MOESR_REFERENCE") else None
-STABLESR = "stablesr_"  # before the names of its networks
+STABLESR = "stablesr_"  # prefix of the names of its networks
 BACKEND = os.environ.get("MOESR_TEST_BACKEND", "onnxruntime")
 
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests that choose no backend get only one, and no test writes to the user's cache."""
+    """Give tests that choose no backend only one, and keep all tests from writing to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOESR_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in BACKENDS.keys() - {BACKEND}:
@@ -48,21 +48,21 @@ def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Golden(dict[str, np.ndarray]):
-    """Arrays of one golden file by name. Large results are sampled unless they come from the whole set."""
+    """The arrays of one golden file by name. Large results are sampled unless the whole set is read."""
 
     def pair(self, key: str, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`got` and the result `key`, both at the elements that the file holds of the result."""
+        """Return `got` and the golden result `key` at the elements that the file holds."""
         want = self[key]
         return (got if got.shape == want.shape else sample(got)), want
 
     def error(self, key: str, got: np.ndarray) -> float:
-        """Relative L2 error of `got` at the elements that the file holds of the result `key`."""
+        """Return the relative L2 error of `got` at the elements that the file holds of the result `key`."""
         return relative_l2(*self.pair(key, got))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
-    """Load one golden file by stem: `golden("unet_w32")["eps"]`."""
+    """Return a function that loads a golden file by its stem: `golden("unet_w32")["eps"]`."""
 
     def load(stem: str) -> Golden:
         in_whole_set = REFERENCE is not None and stem in STEMS
@@ -74,7 +74,7 @@ def golden() -> Callable[[str], Golden]:
 
 @pytest.fixture(scope="session")
 def published_weights() -> Callable[[str, str], dict[str, np.ndarray]]:
-    """Weights of a published network: `published_weights("unet_w32", "dev")`."""
+    """Return a function that makes a network's weights: `published_weights("unet_w32", "dev")`."""
 
     def make(network: str, salt: str) -> dict[str, np.ndarray]:
         return weights(own_shapes(network), salt)
@@ -83,7 +83,7 @@ def published_weights() -> Callable[[str, str], dict[str, np.ndarray]]:
 
 
 def own_shapes(network: str) -> dict[str, list[int]]:
-    """Shapes of the tensors that our network of these sizes has, by name."""
+    """Return the shapes of the tensors of our network of these sizes, by name."""
     from stablesr import NETWORKS
 
     from moesr.training.config import AutoencoderConfig, UNetConfig

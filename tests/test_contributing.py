@@ -1,4 +1,4 @@
-"""The two worked examples of CONTRIBUTING.md, done as they stand there."""
+"""The code of the two worked examples in CONTRIBUTING.md works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP = re.compile(r"\*\*\d\. `([\w/]+\.py)`\*\*.*?\n\n```python\n(.*?)```", re.D
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The files of both examples, as modules of the packages that they belong to."""
+    """The files of both examples as modules of their packages."""
     for name, text in STEP.findall(PAGE.read_text(encoding="utf-8")):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_the_operator_equals_its_reference(example: Path):
+def test_operator_of_the_example_equals_its_reference(example: Path):
     pytest.importorskip("triton")
     from moesr.kernels.check import errors
     from moesr.kernels.interpreter import interpreted
@@ -52,7 +52,7 @@ def test_the_operator_equals_its_reference(example: Path):
     assert all(op.cost(case.shape, case.dtype).bytes > 0 for case in op.deployed)
 
 
-def test_the_backend_gives_the_images_of_another(
+def test_backend_of_the_example_gives_the_same_images(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(BACKENDS, "plain", "moesr.runtime.backends.plain")

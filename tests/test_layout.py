@@ -32,7 +32,7 @@ RUNTIME = {
     ),
     "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
 }
-"""What each package of the runtime imports, from the bottom up: every import is of an entry above it."""
+"""The packages that each package of the runtime imports, lowest level first: imports name earlier entries."""
 
 PARTS = {
     "runtime": (),
@@ -40,7 +40,7 @@ PARTS = {
     "training": ("kernels", "runtime"),
     "export": ("kernels", "runtime", "training"),
 }
-"""What each top-level package imports, from the bottom up."""
+"""The packages that each top-level package imports, lowest level first."""
 
 
 def files(*tops: str) -> Iterator[Path]:
@@ -48,13 +48,13 @@ def files(*tops: str) -> Iterator[Path]:
 
 
 def name_of(path: Path) -> str:
-    """Dotted name of a module, without the leading `moesr`."""
+    """Return the dotted name of a module without the leading `moesr`."""
     return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """The project's modules that each module imports, also inside functions and for type checkers."""
+    """Return the project's modules that each module imports, also inside functions and for type checkers."""
     names = {name_of(path) for path in files(*TOPS)}
     found: dict[str, set[str]] = {}
     for path in files(*TOPS):
@@ -74,12 +74,12 @@ def imports() -> dict[str, set[str]]:
 
 
 def arrows(depth: int, top: str = "") -> dict[str, set[str]]:
-    """Imports between packages of one depth, as far as they are below `top`."""
+    """Return the imports between packages of one depth below `top`."""
     found: dict[str, set[str]] = {}
     for module, targets in imports().items():
         if (
             not module.startswith(top) or module == "runtime"
-        ):  # runtime/__init__.py only names the public face
+        ):  # runtime/__init__.py only re-exports the public names
             continue
         place = module.split(".")[depth]
         found.setdefault(place, set())
@@ -92,7 +92,7 @@ def test_pyproject_lists_the_packages_on_disk():
     setuptools = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
     on_disk = {f"moesr.{name_of(p)}" for p in files(*TOPS) if p.name == "__init__.py"}
     folders = {f"moesr.{name_of(p / '__init__.py')}" for p in {f.parent for f in files(*TOPS)}}
-    assert folders == on_disk, "a folder with modules and no __init__.py"
+    assert folders == on_disk, "a folder with modules has no __init__.py"
     assert set(setuptools["packages"]) == on_disk
     assert setuptools["package-dir"] == {n: n.removeprefix("moesr.").replace(".", "/") for n in on_disk}
 
@@ -100,7 +100,7 @@ def test_pyproject_lists_the_packages_on_disk():
 @pytest.mark.parametrize(
     ("table", "depth", "top"), [(RUNTIME, 1, "runtime."), (PARTS, 0, "")], ids=["runtime", "parts"]
 )
-def test_the_table_of_levels_equals_the_imports(table, depth, top):
+def test_table_of_levels_equals_the_imports(table, depth, top):
     found = arrows(depth, top)
     assert {place: set(targets) for place, targets in table.items()} == found
     order = list(table)

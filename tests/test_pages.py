@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: the files, links, options and commands that they name exist."""
+"""Files, links, options and commands in README, CONTRIBUTING and docs/ exist."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "kernels/README.md
 PAGES += sorted(path for folder in ("docs", "tests") for path in (REPO / folder).rglob("*.md"))
 
 WRITTEN = {"manifest.json", "plan.json", "kernels.json", "parts.json", "config.json", "entry.json"}
-"""Files that the programs write."""
+"""Names of files that the programs write."""
 
 EXAMPLE = re.compile(r"channel_gain|plain\.py")
-"""What the worked examples of CONTRIBUTING.md add."""
+"""Files that the worked examples of CONTRIBUTING.md add."""
 
 PARSERS = make_options_page.PARSERS
 
@@ -48,7 +48,7 @@ def test_named_files_exist(page: Path):
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """(page, command) for each command of this project in a shell block, joined over line ends."""
+    """Yield (page, command) for each command of this project in shell blocks, with joined lines."""
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -61,7 +61,7 @@ def commands() -> Iterator[tuple[str, str]]:
 def test_commands_are_accepted_by_their_parsers(
     page: str, command: str, every_backend: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(BACKENDS, "plain", "")  # that of a worked example
+    monkeypatch.setitem(BACKENDS, "plain", "")  # the backend of a worked example
     program, *arguments = shlex.split(command)
     PARSERS[program]().parse_args(arguments)
 
@@ -85,7 +85,7 @@ def test_programs_of_python_commands_exist(page: str, command: str):
 
 @pytest.fixture
 def every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests run with one backend."""
+    """Make all backends available; other tests have only one."""
     for name in ("onnxruntime", "openvino", "tensorrt"):
         monkeypatch.setitem(BACKENDS, name, "")
 
@@ -104,6 +104,6 @@ def test_options_of_readme_exist_and_have_the_stated_defaults(every_backend: Non
             assert stated == "off"
 
 
-def test_page_of_options_is_that_of_the_programs(every_backend: None):
+def test_page_of_options_matches_the_programs(every_backend: None):
     cure = "run: python tests/tools/make_options_page.py"
     assert make_options_page.PAGE.read_text(encoding="utf-8") == make_options_page.page(), cure

@@ -12,7 +12,7 @@ PAGE = REPO / "docs/structure.md"
 
 
 def modules() -> set[str]:
-    """Every module on disk, without package files."""
+    """Return every module on disk except `__init__.py` files."""
     paths = (path for top in TOPS for path in (REPO / top).rglob("*.py"))
     return {str(path.relative_to(REPO)) for path in paths if path.name != "__init__.py"}
 
@@ -32,7 +32,7 @@ def listed() -> Counter[str]:
 
 def test_every_module_is_listed_once():
     found = listed()
-    assert sorted(modules() - found.keys()) == [], "add a line to docs/structure.md for each of these"
+    assert sorted(modules() - found.keys()) == [], "docs/structure.md lacks lines for these modules"
     assert [name for name, count in found.items() if count > 1] == []
 
 

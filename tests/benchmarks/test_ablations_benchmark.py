@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: seeds, and what the table says of differences."""
+"""benchmarks/ablations.py: one training per seed, and the table of differences."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def records(scores: dict[str, float]) -> list[Record]:
 
 
 def cell(page: str, row: str) -> str:
-    """First measure of a row."""
+    """Return the first measure in a row of the page."""
     return next(line.split(" | ")[1] for line in page.splitlines() if line.startswith(f"| {row} |"))
 
 
-def test_a_gain_is_clear_where_the_seeds_vary_less():
+def test_gains_larger_than_the_variation_between_seeds_are_bold():
     runs = {
         0: records({"all experts": 27.0, "no Space MoE": 26.0, "no sampling MoE": 27.1}),
         1: records({"all experts": 27.5, "no Space MoE": 26.4, "no sampling MoE": 27.2}),
@@ -33,13 +33,13 @@ def test_a_gain_is_clear_where_the_seeds_vary_less():
     assert cell(page, "sampling MoE") == "+0.033 ± 0.231"
 
 
-def test_one_seed_tells_nothing_apart():
+def test_one_seed_gives_no_deviation():
     page = ablations.section("x4-blind", {0: records({"baseline decoder": 20.0})})
     assert cell(page, "baseline decoder") == "20.000" and cell(page, "LR fusion and AFF") == "+5.000"
     assert "**" not in page and "±" not in page
 
 
-def test_every_seed_is_a_training_of_its_own(tmp_path: Path, monkeypatch, capsys):
+def test_every_seed_is_trained_separately(tmp_path: Path, monkeypatch, capsys):
     trained: list[tuple[Path, str]] = []
 
     def train_all(study: ablations.Study) -> dict[str, Path]:
@@ -59,7 +59,7 @@ def test_every_seed_is_a_training_of_its_own(tmp_path: Path, monkeypatch, capsys
     assert page.count("26.500 ± 0.707") == 2 * len(metrics.COLUMNS) and "over 2 seeds" in page
 
 
-def test_a_run_that_lacks_a_stage(tmp_path: Path, capsys):
+def test_run_without_a_checkpoint_is_reported(tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as stop:
         ablations.main(["--run", str(tmp_path), "--data", str(tmp_path), "-o", str(tmp_path / "out")])
     assert stop.value.code and "checkpoint" in capsys.readouterr().err

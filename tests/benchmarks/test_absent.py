@@ -1,4 +1,4 @@
-"""Benchmarks without their packages say what installs them."""
+"""If a benchmark's packages are missing, its message says how to install them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "parse_args("
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_missing_package_is_told_with_its_cure(program):
-    bare = [sys.executable, "-S", str(BENCHMARKS / f"{program}.py"), "--help"]  # the standard library alone
+def test_message_of_a_missing_package_names_the_cure(program):
+    bare = [
+        sys.executable,
+        "-S",
+        str(BENCHMARKS / f"{program}.py"),
+        "--help",
+    ]  # only the standard library is found
     found = subprocess.run(bare, capture_output=True, text=True)
     assert found.returncode == 1
     assert found.stderr.startswith(f"{program}: ") and found.stderr.count("\n") == 1

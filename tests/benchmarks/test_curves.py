@@ -1,4 +1,4 @@
-"""The plot of a training run: what it reads from a metrics log, and its file."""
+"""The plot of a training run: values read from the metrics log, and the image file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_series_of_a_journal(run):
+def test_series_are_read_from_the_log(run):
     steps, psnr = curves.series(run / "losses.jsonl", "val_psnr")
     assert steps.tolist() == [100, 250] and psnr.tolist() == [30.0, 31.0]
     assert [len(part) for part in curves.series(run / "losses.jsonl", "val_lpips")] == [0, 0]
@@ -31,13 +31,13 @@ def test_losses_are_averaged_over_windows(run):
     np.testing.assert_allclose(l1, [49.5, 149.5])
 
 
-def test_picture_of_a_run(run, tmp_path):
+def test_plot_of_a_run_is_written(run, tmp_path):
     pytest.importorskip("matplotlib")
     assert curves.main([str(run), "-o", str(tmp_path / "curve.png")]) == 0
     assert Image.open(tmp_path / "curve.png").width > 500
 
 
-def test_run_without_a_journal(tmp_path, capsys):
+def test_run_without_a_log_is_reported(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert curves.main([str(tmp_path), "-o", str(tmp_path / "curve.png")]) == 2
     assert "losses.jsonl: no such file" in capsys.readouterr().err

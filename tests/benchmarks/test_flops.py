@@ -1,4 +1,4 @@
-"""The counted costs are the paper's Table 6, and agree with torch's own counter."""
+"""The counted costs match the paper's Table 6 and PyTorch's own counter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def by_name(costs) -> dict[tuple[str, str], flops.Row]:
         ("StableSR", "full", 1453.51, 0.4826, 99.61),
     ],
 )
-def test_table_6(model, convention, params_m, step_t, total_t, by_name):
+def test_counts_match_table_6(model, convention, params_m, step_t, total_t, by_name):
     row = by_name[model, convention]
     assert (round(row.params_m, 2), round(row.step_t, 4), round(row.total_t, 2)) == (
         params_m,
@@ -73,15 +73,15 @@ def test_exact_counts_of_stablesr(costs, by_name):
     assert published.params_m == pytest.approx(1409.111, abs=1e-3)
 
 
-def test_stablesr_agrees_with_torchs_counter():
-    """An independent count by operator; a tile whose resolutions are not powers of two."""
+def test_stablesr_counts_match_pytorchs_counter():
+    """The counter is independent, and the tile's resolutions are not powers of two."""
     tile, config = 192, NARROW
     cost = flops.measure_stablesr(config, tile)
     with FakeTensorMode(), torch.no_grad():
         unet, structure = StableSRUNet(config.unet).eval(), StructureEncoder(config.structure).eval()
         text, z, t = TextEncoder(config.text).eval(), torch.empty(1, 4, tile // 8, tile // 8), torch.empty(1)
         prompt = text(torch.zeros(1, 77, dtype=torch.int64))
-        # the counter sees the products of plain attention alone
+        # the counter knows attention only as plain matrix products
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
             unet(z, t, structure(z, t), prompt)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as encoded:
@@ -90,13 +90,13 @@ def test_stablesr_agrees_with_torchs_counter():
     assert encoded.get_total_flops() == 2 * flops.total(cost.text)
 
 
-def test_exact_counts_in_the_papers_convention(by_name):
+def test_exact_counts_by_the_papers_convention(by_name):
     ldm, moe = by_name["LDM", "paper"], by_name["MoE-SR", "paper"]
     assert (ldm.step_t, ldm.total_t) == pytest.approx((0.160781, 200 * 0.160781 + 1.272443), rel=4e-6)
     assert (moe.step_t, moe.total_t) == pytest.approx((0.165815, 200 * 0.165815 + 2.304024), rel=4e-6)
 
 
-def test_parameters(costs):
+def test_parameters_match_table_6(costs):
     ldm, moe, _ = costs
     assert ldm.unet_params == pytest.approx(113.62e6, rel=1e-4)
     assert ldm.decoder_params == pytest.approx(55.33e6, rel=2e-4)
@@ -104,7 +104,7 @@ def test_parameters(costs):
     assert moe.decoder_params == pytest.approx(72.06e6, rel=1e-4)
 
 
-def test_full_counts(costs, by_name):
+def test_counts_by_the_full_convention(costs, by_name):
     parts = flops.parts(costs[1])
     want = {
         "step": 0.16632,
@@ -117,10 +117,12 @@ def test_full_counts(costs, by_name):
     row = by_name["MoE-SR", "full"]
     image = sum(parts[n] for n in ("decode without FFTs", "decode: FFTs", "LR encoder, whole"))
     assert row.total_t == pytest.approx(200 * parts["step"] + image)
-    assert by_name["LDM", "full"].total_t == pytest.approx(33.80, abs=5e-3)  # no LR encoder, no filter
+    assert by_name["LDM", "full"].total_t == pytest.approx(
+        33.80, abs=5e-3
+    )  # it has neither LR encoder nor filter
 
 
-def test_the_fft_is_counted_as_it_says():
+def test_ffts_are_counted_by_the_stated_formula():
     from moesr.training.networks.refinement import AFFFilter
 
     layer = AFFFilter(16, 8)
@@ -128,8 +130,8 @@ def test_the_fft_is_counted_as_it_says():
     assert counts["", "fft"] == 2 * 16 * 5 * 128 * 7 // 2  # two transforms, 16 channels, 5 N log2 N / 2
 
 
-def test_agrees_with_torchs_counter():
-    """An independent count by operator; it knows every product, a complex one as one of four, and no FFT."""
+def test_counts_match_pytorchs_counter():
+    """PyTorch's counter is independent. It counts a complex product as one of four real ones, and no FFT."""
     tile = 96  # not a power of two
     unet = UNetConfig(width=64, res_blocks=1, space_experts=1)
     autoencoder = AutoencoderConfig(channels=64, res_blocks=1, fusion_blocks=1, codebook_size=512)
@@ -149,7 +151,7 @@ def test_agrees_with_torchs_counter():
     assert encoder.get_total_flops() == 2 * flops.total(cost.encoder)
 
 
-def test_counting_leaves_no_hooks_behind():
+def test_counting_removes_its_hooks():
     layer = torch.nn.Linear(3, 5)
     assert flops.count(layer, lambda: layer(torch.zeros(2, 3))) == {("", "linear"): 30}
     assert not layer._forward_hooks
@@ -164,7 +166,7 @@ def test_json_at_another_tile_and_step_count(capsys, by_name):
     rows = {(r["model"], r["convention"]): r for r in run_json(capsys, "--tile", "256", "--steps", "50")}
     assert set(rows) == set(by_name)
     moe = rows["MoE-SR", "paper"]
-    # Convolutions and tokens scale with the area; the layers of the time embedding do not.
+    # Convolutions and token layers grow with the area; the time embedding does not.
     assert moe["step_t"] == pytest.approx(by_name["MoE-SR", "paper"].step_t / 4, rel=1e-3)
     assert moe["total_t"] == pytest.approx(50 * moe["step_t"] + 2.304024 / 4, rel=1e-6)
     assert (moe["tile"], moe["steps"]) == (256, 50)
@@ -172,13 +174,13 @@ def test_json_at_another_tile_and_step_count(capsys, by_name):
     full = {name: r["step_t"] - rows[name, "paper"]["step_t"] for (name, c), r in rows.items() if c == "full"}
     whole = by_name["MoE-SR", "full"].step_t - by_name["MoE-SR", "paper"].step_t
     assert full["MoE-SR"] == pytest.approx(whole / 16)
-    # The text is encoded in every step of the published figures, whatever the tile.
+    # The published figures encode the text in every step; its cost does not depend on the tile.
     step, ours = rows["StableSR", "published"]["step_t"], rows["StableSR", "paper"]["step_t"]
     whole = by_name["StableSR", "published"].step_t - by_name["StableSR", "paper"].step_t
     assert whole > step - ours > 23 * 77 * 8 * 1024**2 / 1e12
 
 
-def test_text_table_lines_up(costs, by_name):
+def test_columns_of_the_text_table_are_aligned(costs, by_name):
     lines = flops.text(list(by_name.values()), *costs).splitlines()[:8]
     column = lines[0].index("convention")
     words = [line[column:].split()[0] for line in lines]
@@ -198,7 +200,7 @@ def test_text_table_lines_up(costs, by_name):
     ],
     ids=" ".join,
 )
-def test_bad_options(argv, capsys):
+def test_bad_options_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         flops.main(argv)
     assert stopped.value.code == 2
@@ -206,7 +208,7 @@ def test_bad_options(argv, capsys):
     assert argv[1] in message and "expected" in message
 
 
-def test_engine_row(tmp_path):
+def test_row_of_an_engine(tmp_path):
     engine = build_engine(tmp_path, experts=2)
     manifest = read_manifest(engine)
     cost = {"expert_0": (3_000_000, 2 * 10**9), "expert_1": (3_000_000, 2 * 10**9)}
@@ -220,6 +222,6 @@ def test_engine_row(tmp_path):
     assert row == flops.Row("engine synthetic", 7.0, 0.002, 0.025, "full", tile=64, steps=10)
 
 
-def test_unusable_engine(tmp_path, capsys):
+def test_unusable_engine_is_reported(tmp_path, capsys):
     assert flops.main(["--engine", str(tmp_path)]) != 0
     assert "error: " in capsys.readouterr().err

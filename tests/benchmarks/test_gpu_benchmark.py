@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: every section, at tiny sizes over the simulated driver."""
+"""benchmarks/gpu.py without a GPU: every section runs at tiny sizes on the simulated driver."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Heard:
         self.report = Report(self.say, setup)
 
     def say(self, kind: str, value: Any) -> None:
-        json.dumps(value)  # as it goes from process to process
+        json.dumps(value)  # values are sent between processes as JSON
         gpu.take(self.found, kind, value)
 
     def whats(self, who: str) -> list[tuple[str, int]]:
@@ -50,7 +50,7 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A setup with the host's reference results and measured limits."""
+    """The cache of a setup that holds the host's reference results and measured limits."""
     setup = Setup(16, 16, 32, (2,), (1, 2), tmp_path_factory.mktemp("cache"), seconds=600)
     gpu_networks.reference(setup)
     setup.limits.write_text(json.dumps({"bytes_per_s": 1e12, "flops_per_s": 1e14}))
@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def heard(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Heard:
-    """A quick section on the simulated GPU."""
+    """The results of a section that takes few measurements on the simulated GPU."""
     quick = functools.partial(gpu_setup.seconds_each, at_least=0.0)
     for module in (gpu_device, gpu_networks, gpu_runtime):
         monkeypatch.setattr(module, "seconds_each", quick)
@@ -80,14 +80,14 @@ def held(heard: Heard) -> bool:
     return all(check["held"] for check in heard.found["checks"])
 
 
-def test_the_device_does_what_the_host_does(heard: Heard):
+def test_device_equals_the_host(heard: Heard):
     gpu_device.measure_device(heard.setup, heard.report)
     assert held(heard) and len(heard.found["checks"]) == 8
     for name in ("CUDA graphs", "launch by launch"):
         assert heard.whats(f"device, {name}") == [("tick without a network", 1)]
 
 
-def test_a_device_that_is_wrong_is_found(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_results_of_the_device_are_detected(heard: Heard, monkeypatch: pytest.MonkeyPatch):
     from cuda_simulation import RUN
 
     blend = RUN["tile_blend"]
@@ -103,7 +103,7 @@ TICKS = [("step", 1), ("step", 2), ("decode", 1), ("decode", 2)]
 @pytest.mark.parametrize(
     "failure", [None, RuntimeError, EngineError], ids=["none", "PyTorch's", "the driver's"]
 )
-def test_the_runtime_over_networks_of_pytorch(
+def test_runtime_with_networks_of_pytorch(
     heard: Heard, monkeypatch: pytest.MonkeyPatch, failure: type[Exception] | None
 ):
     def tensor_of(buffer: Any, batch: int) -> torch.Tensor:
@@ -131,8 +131,8 @@ def test_the_runtime_over_networks_of_pytorch(
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
-def test_the_runtime_over_a_library(heard: Heard, monkeypatch: pytest.MonkeyPatch, backend: str):
-    """On ONNX Runtime's CPU in the library's place; TensorRT would take the decoder in parts."""
+def test_runtime_with_a_backend_library(heard: Heard, monkeypatch: pytest.MonkeyPatch, backend: str):
+    """ONNX Runtime on the CPU replaces the library; TensorRT would run the decoder in parts."""
     monkeypatch.setitem(backends.BACKENDS, backend, simulated_backend.__name__)
     monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: True)
     compiled = []
@@ -150,7 +150,7 @@ def test_the_runtime_over_a_library(heard: Heard, monkeypatch: pytest.MonkeyPatc
     assert (directory / "decoder.parts.json").is_file() == (backend == "tensorrt")
 
 
-def test_a_library_that_is_absent_is_named(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+def test_missing_library_is_named(heard: Heard, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_runtime.importlib.util, "find_spec", lambda name: None)
     gpu.run_section("tensorrt", heard.setup, heard.say)
     assert heard.found["absent"] == "none of tensorrt, tensorrt_rtx_bindings is installed"
@@ -159,7 +159,7 @@ def test_a_library_that_is_absent_is_named(heard: Heard, monkeypatch: pytest.Mon
     assert "onnxruntime 1." in heard.found["absent"] and "cannot use device 'cuda'" in heard.found["absent"]
 
 
-def test_plain_networks(heard: Heard):
+def test_networks_without_kernels(heard: Heard):
     gpu_networks.measure_eager(heard.setup, heard.report)
     assert held(heard)
     assert heard.whats("PyTorch fp16, eager") == [("step", 1), ("decode", 1)]
@@ -179,7 +179,7 @@ def test_networks_in_half_precision(heard: Heard, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks take the operators of kernels, which compute their references here."""
+    """Make the networks call the operators, which compute their references here."""
     from moesr.kernels import dispatch
 
     monkeypatch.setattr(operators, "has_kernels", lambda x: True)
@@ -191,7 +191,7 @@ def test_networks_with_kernels(heard: Heard, kernels_by_reference: None):
     assert held(heard) and heard.whats("PyTorch fp16 with our kernels") and not heard.found["failed"]
 
 
-def test_kernels_take_what_is_left_in_float32(
+def test_half_precision_networks_use_kernels_for_their_float32_layers(
     heard: Heard, kernels_by_reference: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gpu_networks, "PRECISION", torch.float16)
@@ -223,7 +223,7 @@ def test_limits(heard: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_kernels_are_checked_then_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch):
-    """Checks in Triton's interpreter report one operator that is wrong and one that does not launch."""
+    """The checks report an operator with wrong results and one whose launch fails."""
     pytest.importorskip("triton")
     op = OPS["tile_blend"]
     small = [min(op.cases, key=lambda case: op.cost(case.shape, case.dtype).bytes)]
@@ -244,7 +244,7 @@ def gpu_kernels_op(op: Any, cases: list, name: str) -> Any:
     return dataclasses.replace(op, name=name, cases=tuple(cases), deployed=tuple(cases))
 
 
-def test_preparation(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+def test_preparation_writes_an_engine(heard: Heard, monkeypatch: pytest.MonkeyPatch):
     class Device:
         compute_capability = (9, 0)
 
@@ -254,24 +254,24 @@ def test_preparation(heard: Heard, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_macs_are_those_of_the_published_model():
-    """0.166 T a step, as benchmarks/flops.py counts it."""
+def test_macs_match_the_published_model():
+    """A step has 0.166 T multiply-accumulates, as counted by benchmarks/flops.py."""
     assert gpu_networks.macs_of(Setup())["expert_0"] == pytest.approx(0.1663e12, rel=1e-3)
 
 
-# The program.
+# Tests of the program as a whole.
 
 
-def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_nothing_is_measured_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("this machine has a GPU")
     assert gpu.main(["--cache", str(tmp_path), "-o", str(tmp_path / "out")]) == 0
     assert "no GPU that can be used here (no GPU cuda:0" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, **parts: dict[str, Any]) -> None:
-    """Sections that found this."""
+    """Replace the sections by the given results."""
     found = {"machine": {"facts": FACTS}, **parts}
 
     def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def row(who: str, what: str, value: float, batch: int = 1, **more: Any) -> dict[
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_what_was_found_is_written(tmp_path, capsys, monkeypatch, right):
+def test_results_are_written_to_a_page(tmp_path, capsys, monkeypatch, right):
     device = {
         "rows": [
             row("runtime over X", "step", 1.0, share=0.5, limit="matrix rate"),
@@ -308,7 +308,7 @@ def test_what_was_found_is_written(tmp_path, capsys, monkeypatch, right):
     assert json.loads((tmp_path / "gpu-nvidia-test-1.json").read_text())["device"]["rows"]
 
 
-def test_a_section_that_hangs_or_dies_leaves_what_it_found(tmp_path, monkeypatch):
+def test_results_of_a_section_that_hangs_or_dies_are_kept(tmp_path, monkeypatch):
     program = tmp_path / "gpu.py"
     program.write_text(
         "import json, sys, time\n"
@@ -325,12 +325,12 @@ def test_a_section_that_hangs_or_dies_leaves_what_it_found(tmp_path, monkeypatch
     assert gpu.in_process("device", setup, time.monotonic())["failed"] == "no time was left"
 
 
-def test_arguments_survive_the_way_to_a_section(tmp_path):
+def test_arguments_are_passed_to_the_process_of_a_section(tmp_path):
     setup = Setup(32, 16, 64, (3, 4), (1, 5), tmp_path, 12.5)
     assert Setup.of(gpu.parser().parse_args([*setup.arguments, "--section", "device"])) == setup
 
 
-def test_the_package_is_found_from_a_checkout(monkeypatch):
+def test_package_is_found_in_a_checkout(monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu.sys, "path", list(gpu.sys.path))
     monkeypatch.setattr(gpu.sys, "modules", dict(gpu.sys.modules))
@@ -341,7 +341,7 @@ def test_the_package_is_found_from_a_checkout(monkeypatch):
     assert (Path(folder) / "moesr" / "runtime" / "upscaler.py").is_file()
 
 
-def test_every_section_is_there():
+def test_every_section_can_be_imported():
     for section in gpu.SECTIONS.values():
         assert callable(getattr(gpu.importlib.import_module(section.module), section.function))
     assert gpu_report.rows_of({"x": gpu.empty()})

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: what it does without a GPU, and its rows, clock and files on a simulated one."""
+"""benchmarks/kernels.py: checks without a GPU; rows, timing and files on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def no_gpu(bench, monkeypatch):
 
 
 def deployed(name: str, at: int = 0):
-    """The operator with one of its checked cases as what is timed."""
+    """Return an operator that is timed on one of its test cases."""
     return dataclasses.replace(OPS[name], deployed=(OPS[name].cases[at],))
 
 
-def test_without_a_gpu_kernels_are_checked(bench, no_gpu, monkeypatch, capsys):
+def test_kernels_are_checked_without_a_gpu(bench, no_gpu, monkeypatch, capsys):
     op = OPS["vq_nearest"]
     slow = dataclasses.replace(op.cases[1], slow=True)
     monkeypatch.setitem(bench.OPS, op.name, dataclasses.replace(op, cases=(op.cases[0], slow)))
@@ -58,7 +58,7 @@ def test_a_wrong_kernel_is_an_error(bench, no_gpu, monkeypatch, capsys):
     assert "vq_nearest odd-fp32: values has error nan, at most 0e+00" in capsys.readouterr().err
 
 
-def test_rows_and_files(bench, monkeypatch, tmp_path):
+def test_rows_and_files_of_a_run(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     times = iter([(20.0, 19.0, 22.0), (10.0,), (30.0,)])
     limits = bench.Limits(2e12, 4e14)
@@ -83,7 +83,7 @@ def test_rows_and_files(bench, monkeypatch, tmp_path):
     assert content["rows"][0]["kernel_us"] == [20.0, 19.0, 22.0]
 
 
-def test_what_pytorch_cannot_has_its_reason(bench, monkeypatch):
+def test_row_gives_the_reason_if_pytorch_fails(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
     def clock(function):
@@ -101,7 +101,7 @@ def test_what_pytorch_cannot_has_its_reason(bench, monkeypatch):
     assert row.markdown().count(" | ") == len(bench.COLUMNS) - 1
 
 
-def test_a_kernel_that_is_wrong_is_not_timed(bench, monkeypatch):
+def test_wrong_kernel_is_not_timed(bench, monkeypatch):
     monkeypatch.setattr(bench, "errors", lambda op, case, device: {"y": 0.5})
     case = OPS["aff_filter"].cases[0]
     row = bench.measure(OPS["aff_filter"], case, CPU, bench.Limits(1.0, 1.0), None)
@@ -114,19 +114,19 @@ def test_a_kernel_that_is_wrong_is_not_timed(bench, monkeypatch):
     ("kernel_us", "flops", "of_copy", "met"),
     [(249.0, 251e12, 0.71, "yes"), (250.0, 250e12, 0.7, "no")],
 )
-def test_targets(bench, kernel_us, flops, of_copy, met):
+def test_goals_are_met_or_missed(bench, kernel_us, flops, of_copy, met):
     rows = [
         bench.Row(target.op, target.case, 0.0, 1.0, (kernel_us,) * 3, flops_per_s=flops, of_copy=of_copy)
         for target in bench.GOALS
     ]
     lines = list(bench.verdicts(rows))
     assert [line.split(" | ")[1] for line in lines[1:4]] == [f"{met} |"] * 3
-    for target in bench.GOALS:  # they are cases that are timed
+    for target in bench.GOALS:  # each goal names a case that is timed
         assert target.case in map(str, OPS[target.op].deployed)
 
 
 class SimulatedCuda:
-    """Streams, graphs and events whose clock is a count of what ran."""
+    """Streams, graphs and events of a simulated GPU whose clock counts launches."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -161,7 +161,7 @@ class SimulatedCuda:
         return event
 
 
-def test_clock_replays_graphs(bench, monkeypatch):
+def test_timing_replays_a_cuda_graph(bench, monkeypatch):
     cuda = SimulatedCuda()
     cuda.install(monkeypatch)
     assert bench.time_us(lambda: cuda.log.append("call")) == (1000.0, 1000.0, 1000.0)
@@ -170,8 +170,8 @@ def test_clock_replays_graphs(bench, monkeypatch):
     assert cuda.mode == 0
 
 
-def test_clock_calls_what_waits_for_the_device(bench, monkeypatch):
-    """PyTorch raises at a synchronisation in debug mode "error": such a call is not captured."""
+def test_functions_that_synchronize_are_timed_without_a_cuda_graph(bench, monkeypatch):
+    """In the debug mode "error" PyTorch raises at a synchronization, so the function is not captured."""
     cuda = SimulatedCuda()
     cuda.install(monkeypatch)
 

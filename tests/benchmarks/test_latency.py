@@ -1,4 +1,4 @@
-"""The latency benchmark end to end on a narrow model, and its table of rungs."""
+"""The latency benchmark runs end to end on a narrow model; its table of configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rung(name: str) -> Rung:
     return next(r for r in RUNGS if r.name == name)
 
 
-def test_measures_in_turns_and_says_where_time_goes(tmp_path, capsys):
+def test_configurations_are_measured_in_turns_with_profiles(tmp_path, capsys):
     page = tmp_path / "pages" / "latency.md"
     words = ["--rungs", "plain graph", "autocast", "moesr float32, reuse", "moesr float32"]
     assert latency.main([*ARGUMENTS, *words, "-o", str(page)]) == 0
@@ -45,18 +45,18 @@ def test_measures_in_turns_and_says_where_time_goes(tmp_path, capsys):
     assert "- moesr float32: 2.2 times eager PyTorch, " in text
 
 
-def test_refuses_a_tile_that_cannot_be(capsys):
+def test_impossible_tile_is_refused(capsys):
     assert latency.main(["--tile", "100"]) == 2
     assert "try 96 or 128" in capsys.readouterr().err
 
 
-def test_steps_with_all_levels_begin_with_each_expert():
+def test_number_of_full_steps_with_reuse():
     reuse = Rung("", "engine", reuse=2)
     assert [reuse.full(n) for n in (20, 50, 4, 1)] == [12, 26, 4, 1]
     assert replace(reuse, reuse=1).full(50) == 50 and replace(reuse, reuse=100).full(20) == 4
 
 
-def test_images_are_composed():
+def test_image_times_are_sums_of_measured_parts():
     one = rounds.Measured(Rung("", "engine", reuse=2))
     one.seconds = {"step": [1.0, 2.0, 9.0], "shallow": [0.5], "decode": [10.0]}
     one.values = {"load": 3.0, "first step": 5.0, "first decode": 11.0}
@@ -65,8 +65,8 @@ def test_images_are_composed():
     assert found["first image"] == 3 + 5 + 11 + 11 * 2.0 + 8 * 0.5
 
 
-def test_a_target_is_held_against_what_products_alone_would_take():
-    """An eager image of 40 s; 8 full steps of 5e9 and 12 shallow ones of 1e9, a decode of 40e9 products."""
+def test_targets_are_compared_with_the_time_of_the_products_alone():
+    """The fast image has 8 full steps of 5e9 products, 12 shallow ones of 1e9 and a decode of 40e9."""
     eager = rounds.Measured(EAGER, {"step": [1.0], "decode": [20.0]})
     fast = rounds.Measured(rung("moesr int8, reuse 3"), {"step": [0.2], "shallow": [0.1], "decode": [2.0]})
     for one in (eager, fast):
@@ -79,7 +79,7 @@ def test_a_target_is_held_against_what_products_alone_would_take():
     assert lines[-1].endswith(f"would make it {40 / least:.1f}.")
 
 
-def test_every_rung_has_its_engine_and_arithmetic():
+def test_every_configuration_has_an_engine_and_an_arithmetic():
     assert RUNGS[0] is EAGER
     for r in RUNGS:
         assert r.way in worker.WAYS and r.arithmetic in ("fp32", "bf16", "int8")
@@ -87,13 +87,13 @@ def test_every_rung_has_its_engine_and_arithmetic():
     assert report.options(rung("moesr int8, reuse 3")) == {"reuse": 3}
 
 
-def test_what_cannot_be_climbed_is_said(monkeypatch):
+def test_missing_backend_of_a_configuration_is_named(monkeypatch):
     assert configurations.obstacle(rung("moesr float32")) is None
     monkeypatch.delitem(BACKENDS, "openvino", raising=False)
     assert "openvino" in (configurations.obstacle(rung("moesr float32, OpenVINO")) or "")
 
 
-def test_a_process_that_fails_leaves_its_rung_out(monkeypatch, capfd):
+def test_configuration_whose_process_fails_is_left_out(monkeypatch, capfd):
     broken = Rung("broken", "nothing")
     monkeypatch.setattr(latency, "RUNGS", (EAGER, broken))
     assert latency.main([*ARGUMENTS, "--rungs", "broken"]) == 0
@@ -102,7 +102,7 @@ def test_a_process_that_fails_leaves_its_rung_out(monkeypatch, capfd):
     assert "ended with code" in result["skipped"]["broken"]
 
 
-def test_a_process_that_dies_in_its_turn_leaves_its_rung_out(monkeypatch, capfd):
+def test_configuration_whose_process_dies_while_measuring_is_left_out(monkeypatch, capfd):
     dies = Rung("dies", "dies")
     command = rounds._command
 

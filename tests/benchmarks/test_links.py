@@ -1,4 +1,4 @@
-"""The table of links on a tiny model: what is decoded, and each expert's error beside the LR image alone."""
+"""benchmarks/links.py on a tiny model: scores of decoded latents, and the error of each expert."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 
 def rows(page: str) -> list[list[str]]:
-    """Cells of every row of the page's tables, without the rules."""
+    """Return the cells of every row of the page's tables, without the lines below the headers."""
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     return [cells for cells in lines if "---" not in cells[0]]
 
@@ -42,25 +42,25 @@ def test_both_tables_with_a_first_stage(model, originals, tmp_path, capsys):
     errors = table[names.index("Expert") + 1 :]
     assert [cells[0] for cells in errors] == ["0"] * 3 + ["1"] * 3
     assert [int(cells[1]) for cells in errors] == [0, 249, 499, 500, 749, 999]
-    # the last timestep is what the estimate from the LR image alone stands for
+    # at the last timestep an expert knows hardly more than the LR image
     assert errors[-1][3] == errors[0][4]
 
 
-def test_without_a_first_stage_only_what_can_be_known(model, originals, capsys):
+def test_rows_that_need_a_first_stage_are_left_out_without_one(model, originals, capsys):
     assert links.main(["--model", str(model), "--hr", str(originals), "--side", "64"]) == 0
     page = capsys.readouterr().out
     assert "not measured" in page
     assert not any("encoder" in cells[0] or cells[0] == "Expert" for cells in rows(page))
 
 
-def test_middles_fit_the_model(originals):
+def test_crops_from_the_middle_fit_the_model(originals):
     (pair,) = links.pairs(str(originals), 4, 96)
     assert pair.hr.shape == (96, 96, 3) and pair.lr.shape == (24, 24, 3)
     whole = data.chelsea()[60:172, 100:230]
-    np.testing.assert_array_equal(pair.hr, whole[8:104, 16:112])  # cut to 112 x 128 first
+    np.testing.assert_array_equal(pair.hr, whole[8:104, 16:112])  # the original is first cut to 112 x 128
 
 
-def test_a_decoder_alone_has_no_links(tmp_path, originals, capsys):
+def test_model_without_experts_is_refused(tmp_path, originals, capsys):
     alone = tiny.first_stage(tmp_path / "first", RECIPE).directory
     assert links.main(["--model", str(alone), "--hr", str(originals)]) != 0
     assert "has no experts" in capsys.readouterr().err

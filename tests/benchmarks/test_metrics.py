@@ -1,4 +1,4 @@
-"""The quality measures against their definitions, written out a second way."""
+"""The quality measures match independent implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     ],
     ids=["black", "white", "red", "green", "blue"],
 )
-def test_luma(rgb, y):
+def test_luma_follows_bt_601(rgb, y):
     assert metrics.luma(np.full((1, 1, 3), rgb, np.uint8)) == pytest.approx(y)
 
 
-def test_psnr(plane):
+def test_psnr_follows_its_definition(plane):
     assert metrics.psnr(plane + 5, plane) == pytest.approx(20 * np.log10(255 / 5))
     assert metrics.psnr(plane, plane) == np.inf
 
 
-def test_ssim_is_the_published_formula(plane):
+def test_ssim_follows_the_published_formula(plane):
     other = blurred(plane, 1.0)
 
     def mean(x):  # 11 x 11 Gaussian window
@@ -61,7 +61,7 @@ def test_ssim_is_the_published_formula(plane):
     assert metrics.ssim(other, plane) == pytest.approx(ssim[5:-5, 5:-5].mean(), abs=1e-9)
 
 
-def test_spectrum_correlation_is_a_correlation_of_ranks(plane):
+def test_spectrum_correlation_is_a_rank_correlation(plane):
     other = blurred(plane, 1.0)
     a, b = (np.log1p(np.abs(np.fft.rfft2(p))).ravel() for p in (other, plane))
     want: Any = stats.spearmanr(a, b)
@@ -79,14 +79,14 @@ def test_spectrum_correlation_above_the_lr_band(plane):
     assert metrics.spectrum_correlation(plane + high, plane, **above) < 0.9
 
 
-def test_log_spectrum_has_its_mean_in_the_centre(plane):
+def test_mean_of_the_log_spectrum_is_in_the_center(plane):
     spectrum = metrics.log_spectrum(plane)
     centre = tuple(side // 2 for side in plane.shape)
     assert np.unravel_index(spectrum.argmax(), spectrum.shape) == centre
     assert spectrum[centre] == pytest.approx(np.log1p(plane.sum()))
 
 
-def test_gradient_similarity_is_the_published_formula():
+def test_gradient_similarity_follows_the_published_formula():
     rng = np.random.default_rng(1)
     a, b = rng.uniform(16, 235, (2, 12, 16))
 
@@ -120,12 +120,12 @@ def test_more_blur_scores_worse(name, photo):
     assert got[-1] < got[0]
 
 
-def test_sharpness_is_a_share_of_the_originals(photo):
+def test_sharpness_is_relative_to_the_original(photo):
     assert metrics.sharpness(photo, photo, SCALE) == 1.0
     assert 0.1 < metrics.sharpness(blurred(photo, 2.0), photo, SCALE) < 0.7
 
 
-def test_the_border_does_not_count(photo):
+def test_borders_are_ignored(photo):
     framed = photo.copy()
     framed[:SCALE], framed[-SCALE:], framed[:, :SCALE], framed[:, -SCALE:] = 0, 255, 0, 255
     assert metrics.scores(framed, photo, SCALE)["psnr"] == np.inf
@@ -134,14 +134,14 @@ def test_the_border_does_not_count(photo):
 
 
 @pytest.mark.parametrize("sr_shape", [(128, 159, 3), (12, 160, 3)], ids=str)
-def test_images_that_cannot_be_compared(sr_shape, photo):
+def test_images_that_cannot_be_compared_are_refused(sr_shape, photo):
     sr = np.zeros(sr_shape, np.uint8)
     with pytest.raises(ValueError, match="equal sizes of at least 19 pixels"):
         metrics.scores(sr, photo if sr_shape[0] == 128 else sr, SCALE)
 
 
-def test_power_above_counts_what_the_lr_image_lacks():
-    """Of two waves, only the one above the LR image's Nyquist frequency is counted."""
+def test_power_above_counts_only_frequencies_that_the_lr_image_lacks():
+    """The image has two waves; only one of them is above the LR image's Nyquist frequency."""
     x = np.arange(128)
     slow, fast = (np.cos(2 * np.pi * cycles * x)[None] * np.ones((96, 1)) for cycles in (0.0625, 0.25))
     power = metrics.power_above(slow + fast, 0.125)
@@ -150,15 +150,15 @@ def test_power_above_counts_what_the_lr_image_lacks():
     assert metrics.power_above(100.0 + slow, 0.125) < 1e-4 * power
 
 
-def test_power_above_does_not_see_the_border():
-    """A ramp is smooth, though its ends differ."""
+def test_power_above_ignores_the_borders():
+    """A ramp has no high frequencies, although its two ends differ."""
     ramp = np.linspace(0.0, 200.0, 128)[None] * np.ones((96, 1))
     noise = np.random.default_rng(0).normal(size=ramp.shape)
     assert metrics.power_above(ramp, 0.125) < 0.01 * metrics.power_above(noise, 0.125)
 
 
-def test_diffusion_scores(photo):
-    """Without a latent nothing, half or all of the detail is left; equal results agree to infinity."""
+def test_diffusion_scores_of_known_images(photo):
+    """Without the latent none, half or all of the detail is left. Equal results have an infinite PSNR."""
     soft = blurred(photo.astype(float), 3.0).round().astype(np.uint8)
     same = metrics.diffusion_scores(photo, photo, photo, SCALE)
     assert same == {"seeds": np.inf, "latent_share": 0.0}

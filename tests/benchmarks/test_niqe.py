@@ -1,4 +1,4 @@
-"""NIQE: its parts against their definitions, and the number that BasicSR and MATLAB give for one image."""
+"""NIQE: its parts follow their definitions, and one image has the same score as in BasicSR and MATLAB."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from skimage import data
 from moesr.runtime.errors import InputError
 from moesr.runtime.images.resize import imresize
 
-BABOON = 5.7296  # Set14's first image, by MATLAB's function and by BasicSR's
+BABOON = 5.7296  # score of Set14's first image by MATLAB and by BasicSR
 
 
 def pristine(**entries: np.ndarray) -> dict[str, np.ndarray]:
-    """Arrays as in BasicSR's file: a model that stands for nothing."""
+    """Arrays as in BasicSR's file, with arbitrary values."""
     line = np.exp(-0.5 * (np.arange(-3, 4) / (7 / 6)) ** 2)
     window = np.outer(line, line)
     arrays = {
@@ -36,8 +36,8 @@ def model(tmp_path_factory) -> niqe.Pristine:
     return niqe.load(path)
 
 
-def test_number_of_a_known_image():
-    """Runs where MOESR_NIQE and MOESR_SET14 name BasicSR's file and the folder of Set14."""
+def test_score_of_a_known_image():
+    """This test runs only if MOESR_NIQE and MOESR_SET14 name BasicSR's file and the folder of Set14."""
     places = [os.environ.get(name, "") for name in ("MOESR_NIQE", "MOESR_SET14")]
     if not all(places):
         pytest.skip("set MOESR_NIQE and MOESR_SET14 to niqe_pris_params.npz and the folder of Set14")
@@ -45,31 +45,33 @@ def test_number_of_a_known_image():
     assert niqe.niqe(image, niqe.load(Path(places[0]))) == pytest.approx(BABOON, abs=2e-4)
 
 
-def test_halved_is_imresize():
+def test_halving_equals_imresize():
     plane = data.camera()[:96, :128].astype(np.float32)
     halved = niqe.halved(plane)
     assert halved.shape == (48, 64)
     rounded = imresize(plane.astype(np.uint8), 48, 64)
-    np.testing.assert_allclose(halved.clip(0, 255), rounded, atol=1.01)  # this is rounded once an axis
+    np.testing.assert_allclose(
+        halved.clip(0, 255), rounded, atol=1.01
+    )  # the reference is rounded after each axis
 
 
 @pytest.mark.parametrize(("name", "shape"), [("normal", 2.0), ("laplace", 1.0)])
-def test_shape_of_a_distribution(name, shape):
+def test_shape_of_a_generalised_gaussian_is_estimated(name, shape):
     values = getattr(np.random.default_rng(0), name)(size=200_000)
     found, left, right = niqe.asymmetric_gaussian(values)
     assert found == pytest.approx(shape, abs=0.05)
     assert left == pytest.approx(right, rel=0.05)
 
 
-def test_asymmetric_scales():
+def test_scales_of_an_asymmetric_distribution_are_estimated():
     values = np.random.default_rng(0).normal(size=100_000)
     values[values > 0] *= 3.0
     _, left, right = niqe.asymmetric_gaussian(values)
     assert right / left == pytest.approx(3.0, rel=0.05)
 
 
-def test_degraded_photographs_are_further_away(model):
-    """Noise and blur increase the distance to a model that was made of the photograph's own features."""
+def test_degraded_photographs_have_a_larger_distance(model):
+    """The model is fitted to features of the undegraded photograph; noise and blur increase the distance."""
     photo = data.astronaut()
     plane = np.round(niqe.luma(photo)).astype(np.float32)[:480, :480]
     sizes = ((plane, 96), (niqe.halved(plane), 48))
@@ -86,7 +88,7 @@ def test_degraded_photographs_are_further_away(model):
     assert values[0] < 0.5 < min(values[1:])
 
 
-def test_images_without_two_whole_blocks_have_no_number(model):
+def test_images_with_fewer_than_two_blocks_have_no_score(model):
     assert np.isnan(niqe.niqe(np.zeros((100, 180, 3), np.uint8), model))
 
 

@@ -1,4 +1,4 @@
-"""Figures can be traced to command, commit and machine; kept work fits its sizes and its code."""
+"""Every result names command, commit and machine; intermediate files are kept per size and commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGES = sorted(RESULTS.rglob("*.md"))
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Path:
-    """A repository with one module."""
+    """A git repository with one module."""
     module = tmp_path / "repo" / "runtime" / "module.py"
     module.parent.mkdir(parents=True)
     module.write_text("VALUE = 1\n")
@@ -30,17 +30,17 @@ def repo(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(RESULTS)))
-def test_every_page_names_command_commit_and_machine(page: Path):
+def test_every_results_page_names_command_commit_and_machine(page: Path):
     text = page.read_text(encoding="utf-8")
     assert re.search(r"^Command: .+\. Commit: (code )?[0-9a-f]{7,}.*\. Machine: .+\.", text, re.MULTILINE)
 
 
-def test_the_line_itself(monkeypatch):
+def test_line_of_command_commit_and_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(origin.REPO / "benchmarks" / "flops.py"), "--name", "a b"])
     assert origin.origin_line().startswith("Command: `python benchmarks/flops.py --name 'a b'`. Commit: ")
 
 
-def test_a_commit_tells_changes_apart(repo: Path):
+def test_commit_marks_uncommitted_changes(repo: Path):
     module = repo / "runtime" / "module.py"
     found = [origin.commit(repo)]
     for value in (2, 3):
@@ -55,7 +55,7 @@ def test_a_commit_tells_changes_apart(repo: Path):
     assert re.fullmatch(r"code [0-9a-f]{8}", origin.commit(repo))
 
 
-def test_work_is_kept_apart_by_size_and_code(tmp_path: Path, monkeypatch):
+def test_work_folder_depends_on_sizes_and_commit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(origin, "commit", lambda: "0123456789ab with changes 01234567")
     first = origin.work_folder(tmp_path, width=160, tile=512)
     assert first == tmp_path / "width-160-tile-512-0123456789ab-with-changes-01234567"

@@ -1,4 +1,4 @@
-"""The comparison with Real-ESRGAN: its page and files, the tiles of the network, and what is missing."""
+"""The comparison with Real-ESRGAN: page and files, tiling of the network, and missing packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nearest(lr: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def fake_ncnn(monkeypatch, tmp_path):
-    """ncnn with a network that repeats pixels, and a package with files for it."""
+    """A replacement for ncnn whose network repeats pixels, and a package with its files."""
 
     class Extractor:
         def input(self, name, planes):
@@ -48,7 +48,7 @@ def test_tiles_join_without_a_seam(fake_ncnn, monkeypatch):
     np.testing.assert_array_equal(realesrgan.RealESRGAN(1)(lr), nearest(lr))
 
 
-def test_page_and_files(fake_ncnn, tmp_path, capsys):
+def test_page_and_files_are_written(fake_ncnn, tmp_path, capsys):
     engine = build_engine(tmp_path / "engine")
     (tmp_path / "hr").mkdir()
     for name, top in (("a", 60), ("b", 100)):

@@ -1,4 +1,4 @@
-"""benchmarks/plans.py at tiny sizes: what it says of plans, of memory between parts, and of choices."""
+"""benchmarks/plans.py at tiny sizes: its table of plans, memory between parts, and choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moesr.runtime.errors import EngineError
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans that are not built."""
+    """Replace the building of plans by a quick function."""
 
     def build(library: Library, path: Path, capability: int, max_batch: int) -> bytes:
         assert capability == 86 and max_batch == 2 and path.stat().st_size
@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "load", lambda flavour: Library(flavour, "9.9", None, None))
 
 
-def test_the_page(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_page_lists_plans_memory_and_choices(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sizes = "--width", "16", "--channels", "16", "--tile", "32", "--max-batch", "2", "--capability", "86"
     assert plans.main([*sizes, "-o", str(tmp_path / "plans.md")]) == 0
     text = (tmp_path / "plans.md").read_text()
@@ -41,7 +41,7 @@ def test_the_page(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(line.endswith("| plans |") for line in blocks)
 
 
-def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+def test_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     def missing(flavour: str) -> Library:
         raise EngineError(f"{flavour} does not load")
 
@@ -52,7 +52,7 @@ def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.slow
 def test_full_width_plans_build(tmp_path: Path, record_property):
-    """An expert, the decoder and all of its parts at the published sizes and 512 px, untrained."""
+    """An untrained expert, the decoder and all its parts at the published sizes and 512 px."""
     try:
         library = load("tensorrt_rtx")
     except EngineError as error:

@@ -1,4 +1,4 @@
-"""Profiles of a graph's time by the profilers of both libraries."""
+"""The time of a graph is split up by the profilers of ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesr.runtime.engine.graph_spec import BATCH
 
 
 @pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
-def test_time_is_told_by_module_and_operator(library, tmp_path):
+def test_profile_lists_time_by_module_and_operator(library, tmp_path):
     pytest.importorskip(library)
     g = GraphBuilder("two", GPU)
     h = g.input("x", (BATCH, 8, 32, 32))
@@ -30,7 +30,7 @@ def test_time_is_told_by_module_and_operator(library, tmp_path):
         found = profiles.openvino_profile(path, values, SessionOptions(threads=1))
     else:
         found = profiles.onnxruntime_profile(path, values, 1)
-    assert "first" in found["modules"]  # an optimiser may give the last the name of the output
+    assert "first" in found["modules"]  # an optimizer may name the last node after the output
     assert any(name.startswith("Conv") for name in found["operators"])
     for group in found.values():
         assert min(group.values()) >= 0 < sum(group.values())

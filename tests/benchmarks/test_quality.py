@@ -1,4 +1,4 @@
-"""The quality benchmark end to end on a synthetic engine, and its parts."""
+"""The quality benchmark runs end to end on a synthetic engine; tests of its parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(tmp_path_factory) -> Path:
 def originals(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("hr")
     photo = data.chelsea()
-    Image.fromarray(photo[100:181, 100:170]).save(directory / "eye.png")  # 81 x 70: cut to 80 x 64
+    Image.fromarray(photo[100:181, 100:170]).save(directory / "eye.png")  # 81 x 70 is cut to 80 x 64
     Image.fromarray(photo[40:104, 200:272]).convert("L").save(directory / "fur.png")
     (directory / "notes.txt").write_text("not an image")
     return directory
@@ -64,7 +64,7 @@ def test_demo_originals():
         ("small", InputError, "too few"),
     ],
 )
-def test_originals_that_cannot_be_used(kind, error, message, tmp_path):
+def test_unusable_originals_are_refused(kind, error, message, tmp_path):
     if kind == "damaged":
         (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     elif kind == "small":
@@ -74,12 +74,12 @@ def test_originals_that_cannot_be_used(kind, error, message, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("x4-bicubic", (20, 16)), ("x8-bicubic", (10, 8))])
-def test_bicubic_pairs(kind, size, originals):
+def test_bicubic_pairs_equal_imresize(kind, size, originals):
     hr = image_pairs.load_originals(str(originals))["eye.png"]
     np.testing.assert_array_equal(image_pairs.degrade(hr, kind, "eye.png"), imresize(hr, *size))
 
 
-def test_blind_pairs_depend_on_the_name_alone(originals):
+def test_blind_pairs_depend_only_on_the_file_name(originals):
     hr = image_pairs.load_originals(str(originals))["eye.png"]
     first, again, other = (image_pairs.degrade(hr, "x4-blind", name) for name in ("a.png", "a.png", "b.png"))
     assert first.shape == (20, 16, 3) and first.dtype == np.uint8
@@ -106,7 +106,7 @@ def test_files_of_a_run(engine, originals, tmp_path, capsys):
     psnr = [float(rows[image, "DDPM 4"]["psnr"]) for image in ("eye.png", "fur.png", "mean")]
     assert psnr[2] == pytest.approx((psnr[0] + psnr[1]) / 2)
 
-    # the synthetic decoder adds the latent to the image: seeds differ, and zeros cost detail
+    # the synthetic decoder adds the latent, so results depend on the seed and zeros change the detail
     drawn = rows["eye.png", "DDPM 4"]
     assert 0.0 < float(drawn["seeds"]) < 60.0 and float(drawn["latent_share"]) != 0.0
     assert rows["eye.png", "Bicubic"]["seeds"] == ""
@@ -116,7 +116,7 @@ def test_files_of_a_run(engine, originals, tmp_path, capsys):
     assert "| DDIM 2 |" in page and "PSNR↑" in page and "Mean of 2 images" in page
 
 
-def test_an_original_may_be_degraded_several_times(engine, originals, tmp_path):
+def test_option_draws_degrades_an_original_several_times(engine, originals, tmp_path):
     blind = ("--degrade", "x4-blind", "--steps", "1")
     assert run(engine, originals, tmp_path / "once", *blind) == 0
     assert run(engine, originals, tmp_path / "thrice", *blind, "--draws", "3") == 0
@@ -161,14 +161,14 @@ def test_figures_with_matplotlib(engine, originals, tmp_path):
     ],
     ids=["scale", "originals", "engine", "steps", "no draws", "draws of bicubic"],
 )
-def test_errors(options, code, message, engine, originals, tmp_path, capsys):
+def test_errors_are_reported(options, code, message, engine, originals, tmp_path, capsys):
     assert run(engine, originals, tmp_path, *options) == code
     err = capsys.readouterr().err
     assert "error: " in err and message in err
 
 
 class FakeMetric:
-    """Stands for a metric of pyiqa; LPIPS as the mean absolute difference, the others as the mean."""
+    """A replacement for the metrics of pyiqa: LPIPS is the mean absolute difference, all others the mean."""
 
     def __init__(self, name: str) -> None:
         self.name, self.metric_mode = name, "FR" if name == "lpips" else "NR"
@@ -189,7 +189,7 @@ def create_metric(name: str, device: torch.device) -> FakeMetric:
     return FakeMetric(name)
 
 
-def test_learned_measures(engine, originals, tmp_path, monkeypatch, capsys):
+def test_learned_metrics_are_written(engine, originals, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
     assert run(engine, originals, tmp_path, "--steps", "1") == 0
     err = capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_learned_measures(engine, originals, tmp_path, monkeypatch, capsys):
     assert "| - |" in (tmp_path / "quality.md").read_text(encoding="utf-8")  # NIQE
 
 
-def test_without_pyiqa(monkeypatch, capsys):
+def test_missing_pyiqa_is_reported(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     assert perceptual.load() == {}
     assert "pip install pyiqa" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_table_layout():
     assert page[-1] == "| b | Bicubic | 30.12 | 0.7000 | 0.30 |"
 
 
-def test_large_panels_show_the_centre(tmp_path):
+def test_large_panels_show_the_center(tmp_path):
     image = np.zeros((1000, 600, 3), np.uint8)
     image[500, 300] = 255
     figures.contact_sheet({"LR": image, "HR": image}, tmp_path / "sheet.png")

@@ -1,4 +1,4 @@
-"""The load test of the service in a short form: equal results, refusals, hostile requests."""
+"""A short form of the service's load test: equal results, refused requests, hostile requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import serving
 from engines import build_engine
 
 
-def test_short_form(tmp_path, capsys):
+def test_short_load_test_finds_no_faults(tmp_path, capsys):
     engine = build_engine(tmp_path / "engine")
     page = tmp_path / "serving.md"
     options = ["--clients", "3", "--over", "8", "--steps", "30", "--seconds", "3", "-o", str(page)]
@@ -20,5 +20,5 @@ def test_short_form(tmp_path, capsys):
     assert text.count(" 413") >= 1 and "500 idle connections (an image in between) 408" in text
 
 
-def test_rows_of_a_load_without_images():
+def test_rows_of_a_run_without_images():
     assert json.dumps(serving.Load("none").row())

@@ -1,4 +1,4 @@
-"""StableSR's latency benchmark on narrow networks."""
+"""StableSR's latency benchmark runs on narrow networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesr.runtime.engine.graph_spec import TensorSpec
 
 
 @pytest.mark.slow
-def test_measures_every_graph_of_both(tmp_path, monkeypatch, capsys):
+def test_every_graph_is_measured_in_engine_and_pytorch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stablesr_latency, "StableSRConfig", lambda name: NARROW)
     args = ["--tile", "128", "--repeats", "1", "--threads", "1", "--work", str(tmp_path / "work")]
     assert stablesr_latency.main([*args, "--prepare"]) == 0
@@ -36,8 +36,7 @@ def test_measures_every_graph_of_both(tmp_path, monkeypatch, capsys):
     assert "one tile of 128 px" in text and "| decoding: peak memory (GB) |" in text
 
 
-def test_page():
-    """Rates stand beside runs, and nowhere else."""
+def test_page_gives_rates_for_runs_only():
     rows = [
         {"what": "step: load", "unit": "s", "engine": 2.0, "eager": 4.0},
         {"what": "step", "unit": "s", "engine": 0.5, "eager": 1.0},
@@ -61,13 +60,13 @@ def test_page():
     assert lines[-1] == "Parity of expert_0: relative L2 error 1.5e-06 against the network."
 
 
-def test_inputs_are_those_of_one_tile():
+def test_inputs_have_the_size_of_one_tile():
     spec = TensorSpec("t", "float32", ("B",)), TensorSpec("z_t", "float32", ("B", 4, 8, 8))
     graph = SimpleNamespace(inputs=spec)
     values = stablesr_latency.inputs(graph)  # type: ignore[arg-type]
     assert values["t"].tolist() == [500.0] and values["z_t"].shape == (1, 4, 8, 8)
 
 
-def test_refuses_a_tile_that_cannot_be(capsys):
+def test_impossible_tile_is_refused(capsys):
     assert stablesr_latency.main(["--tile", "100"]) == 2
     assert "try 64 or 128" in capsys.readouterr().err

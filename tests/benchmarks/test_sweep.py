@@ -1,4 +1,4 @@
-"""Sweeps of one setting, end to end on a synthetic engine: tables, pictures, and what each value does."""
+"""Sweeps of one setting on a synthetic engine: tables, pictures, and the effect of each value."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["image"], row["method"]): row for row in csv.DictReader(stream)}
 
 
-def test_fidelity_is_swept_over_the_originals(engine, photos, tmp_path, capsys):
+def test_sweep_of_fidelity_over_originals(engine, photos, tmp_path, capsys):
     assert run(engine, tmp_path, "--hr", photos, "--fidelity", 0, 0.5, 1) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "fidelity.csv",
         "fidelity.md",
-        "fidelity.png",  # PSNR against sharpness
+        "fidelity.png",  # plot of PSNR against sharpness
         "fidelity_eye.png",
         "fidelity_fur.png",
     ]
@@ -78,7 +78,7 @@ def test_fidelity_is_swept_over_the_originals(engine, photos, tmp_path, capsys):
     assert "Held: steps 2, sampler ddpm, seed 42." in page
 
 
-def test_all_that_the_engine_has_is_swept_without_a_choice(engine, photos, tmp_path):
+def test_all_settings_of_the_engine_are_swept_by_default(engine, photos, tmp_path):
     assert run(engine, tmp_path / "all", "--hr", photos, "--steps", 1) == 0
     assert {p.stem for p in (tmp_path / "all").glob("*.md")} == {"fidelity", "color_fix", "guidance"}
     plain = build_engine(tmp_path / "plain")
@@ -86,8 +86,8 @@ def test_all_that_the_engine_has_is_swept_without_a_choice(engine, photos, tmp_p
     assert {p.stem for p in (tmp_path / "none").glob("*.md")} == {"fidelity", "color_fix"}
 
 
-def test_one_value_holds_a_setting(engine, photos, tmp_path, capsys):
-    """Without color correction the synthetic engine's prompts show."""
+def test_setting_with_one_value_is_not_swept(engine, photos, tmp_path, capsys):
+    """Without color correction the result of the synthetic engine depends on the guidance."""
     assert run(engine, tmp_path, "--hr", photos, "--guidance", "--color-fix", "none", "--fidelity", 1) == 0
     assert {p.stem for p in tmp_path.glob("*.md")} == {"guidance"}
     guided = rows(tmp_path / "guidance.csv")
@@ -96,8 +96,8 @@ def test_one_value_holds_a_setting(engine, photos, tmp_path, capsys):
     assert "fidelity 1.0, color_fix none" in capsys.readouterr().out
 
 
-def test_images_without_originals(engine, photos, tmp_path, monkeypatch):
-    """Measures that compare are left out; the sheet has no original."""
+def test_sweep_of_images_without_originals(engine, photos, tmp_path, monkeypatch):
+    """Measures that need an original are left out, and the sheet shows no original."""
     monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
     assert run(engine, tmp_path, "--lr", photos, "--color-fix", "none", "wavelet") == 0
     found = rows(tmp_path / "color_fix.csv")
@@ -119,7 +119,7 @@ def test_images_without_originals(engine, photos, tmp_path, monkeypatch):
     ],
     ids=["guidance", "fidelity", "scale", "images", "one value", "originals"],
 )
-def test_misuse_is_refused(options, message, photos, tmp_path, capsys):
+def test_wrong_arguments_are_refused(options, message, photos, tmp_path, capsys):
     plain = build_engine(tmp_path / "plain")
     source = [] if {"--lr", "--hr"} & set(options) else ["--hr", photos]
     assert run(plain, tmp_path / "out", *source, *options) == 2

@@ -1,4 +1,4 @@
-"""The bundled checkpoints and engines: they belong together, stay small, and do what the README shows."""
+"""The bundled checkpoints and engines fit one another, are small, and work as the README shows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from moesr.training.recipe import load_recipe
 
 LR_PATH = Path(__file__).parents[1] / "assets" / "chelsea_lr.png"
 LARGEST_BYTES = 16 << 20
-STEPS = 8  # enough to tell a working engine from a broken one
+STEPS = 8  # with this number, a broken engine already fails the tests
 LEAST = {
     ("demo-x4", "x4-bicubic"): {"psnr": 0.1, "ssim": 0.0, "spectrum": 0.05, "high_spectrum": 0.05},
     ("demo-x4", "x4-blind"): {"psnr": 0.0, "ssim": 0.0, "spectrum": 0.02, "high_spectrum": 0.02},
     ("demo-x8", "x8-bicubic"): {"psnr": 0.3, "ssim": 0.0, "spectrum": 0.01, "gms": 0.0},
 }
-"""By how much the engines beat bicubic at least, by degradation."""
+"""The smallest gain of the engines over bicubic, by degradation."""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def hr() -> np.ndarray:
 
 @pytest.mark.parametrize("name", DEMO_ENGINES)
 @pytest.mark.parametrize("directory", [engine_directory, checkpoint_directory], ids=["engine", "checkpoint"])
-def test_is_small(directory, name):
+def test_bundled_files_are_small(directory, name):
     assert sum(path.stat().st_size for path in directory(Path(name)).iterdir()) <= LARGEST_BYTES
 
 
 @pytest.mark.parametrize("name", DEMO_ENGINES)
-def test_checkpoint_is_what_its_recipe_trains(name):
+def test_configuration_of_the_checkpoint_equals_its_recipe(name):
     config, recipe = load_checkpoint(checkpoint_directory(Path(name))).config, load_recipe(name).model
     assert recipe.unet is not None
     merged = dataclasses.replace(recipe.unet, space_experts=1)
@@ -53,7 +53,7 @@ def test_checkpoint_is_what_its_recipe_trains(name):
 
 
 @pytest.mark.parametrize("name", DEMO_ENGINES)
-def test_engine_is_made_from_the_checkpoint(name):
+def test_engine_was_exported_from_the_checkpoint(name):
     with Upscaler(name) as up:
         assert up.manifest.checkpoint_sha256 == load_checkpoint(checkpoint_directory(Path(name))).sha256()
         assert f"-x{up.manifest.scale}" in name
@@ -70,15 +70,15 @@ def test_checkpoint_exports_in_half_precision(name, precision, target, tmp_path)
         assert half.parity.relative_l2 < {"fp16": 3e-4, "bf16": 1e-2}[precision]
 
 
-def test_lr_is_the_photograph_made_smaller(hr):
+def test_demo_lr_image_is_the_reduced_photograph(hr):
     np.testing.assert_array_equal(
         np.asarray(Image.open(LR_PATH)), image_pairs.degrade(hr, "x4-bicubic", "chelsea")
     )
 
 
 @pytest.mark.parametrize(("name", "kind"), LEAST)
-def test_beats_bicubic(name, kind):
-    """The mean is over the held-out photographs, which vary more than the methods do."""
+def test_engines_beat_bicubic(name, kind):
+    """The mean over all held-out photographs is compared, since single photographs vary more than methods."""
     pytest.importorskip("skimage.data")
     better = dict.fromkeys(metrics.COLUMNS, 0.0)
     with Upscaler(name) as up:
@@ -94,8 +94,7 @@ def test_beats_bicubic(name, kind):
     assert not short
 
 
-def test_command_without_engine(tmp_path, hr):
-    """The commands of `make demo` work in an environment without torch."""
+def test_commands_of_make_demo_run_without_torch(tmp_path, hr):
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'triton')))"
     code = f"{blocked}; from moesr.runtime.cli.run import main; sys.exit(main())"
     target = tmp_path / "sr.png"
@@ -106,9 +105,9 @@ def test_command_without_engine(tmp_path, hr):
 
 
 @pytest.mark.parametrize("options", [{"max_batch": 4}, {"threads": 1}], ids=["batch", "threads"])
-def test_batches_and_threads_change_roundings_only(options):
-    """A backend's kernels may add up in another order: a level here and there, and no more than one."""
-    lr = np.asarray(Image.open(LR_PATH).convert("RGB"))[:60]  # several tiles
+def test_batches_and_threads_change_only_rounding(options):
+    """A backend's kernels may sum in another order, which changes a few values by at most one level."""
+    lr = np.asarray(Image.open(LR_PATH).convert("RGB"))[:60]  # the crop needs several tiles
     with Upscaler("demo-x4", max_batch=1, threads=2) as up:
         want = up(lr, steps=STEPS)
     with Upscaler("demo-x4", **({"max_batch": 1, "threads": 2} | options)) as up:
@@ -138,8 +137,8 @@ print((resident() - before) / (working - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_closing_gives_memory_back():
-    """Memory is released, including the arena that all sessions share."""
+def test_closing_releases_memory():
+    """The arena that all sessions share is released too."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.5
 
@@ -170,6 +169,6 @@ print(after[-1] / after[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_runs_use_the_memory_of_those_before():
+def test_repeated_runs_do_not_need_more_memory():
     result = subprocess.run([sys.executable, "-c", REPEATED], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1.2

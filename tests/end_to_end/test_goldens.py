@@ -1,4 +1,4 @@
-"""The goldens in the project are the published ones, and our networks have the published tensors."""
+"""The goldens belong to the published networks, and our networks have the published tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NETWORKS += tuple(f"stablesr_{name}" for name in STABLESR)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_names_and_shapes_are_the_published_ones(network):
+def test_names_and_shapes_of_tensors_are_the_published_ones(network):
     assert digest(own_shapes(network)) == json.loads((GOLDENS / "keys.json").read_text())[network]
 
 
@@ -30,17 +30,17 @@ def test_goldens_are_small():
 
 
 @pytest.mark.parametrize("shape", [(3, 192, 160), (1, 4, 16, 24)], ids=["sampled", "complete"])
-def test_results_are_compared_where_the_golden_holds_them(shape):
+def test_results_are_compared_at_the_sampled_elements(shape):
     result = np.random.default_rng(0).standard_normal(shape, np.float32)
     data = Golden(out=sample(result))
     assert data["out"].shape == ((-(-result.size // EVERY),) if result.size > WHOLE else shape)
     assert data.error("out", result) == 0
     assert data.error("out", np.flip(result)) > 1
-    with pytest.raises(ValueError):  # a result of another size
+    with pytest.raises(ValueError):  # the result has another size
         data.error("out", result[..., :-1])
 
 
-def test_a_sample_holds_every_row_column_and_channel():
+def test_sample_holds_every_row_column_and_channel():
     for at in np.indices((3, 192, 160)):
         assert np.array_equal(np.unique(sample(at)), np.unique(at))
 
@@ -53,7 +53,7 @@ def reference() -> Path:
 
 
 @pytest.mark.golden
-def test_goldens_are_cut_from_the_whole_set(reference):
+def test_goldens_equal_the_sampled_reference_data(reference):
     for stem in STEMS:
         with np.load(reference / "golden" / f"{stem}.npz") as whole, np.load(GOLDENS / f"{stem}.npz") as kept:
             want = cut(stem, whole)
@@ -64,7 +64,7 @@ def test_goldens_are_cut_from_the_whole_set(reference):
 
 
 @pytest.mark.golden
-def test_weights_are_those_of_the_whole_set(reference):
+def test_generated_weights_equal_the_reference_data(reference):
     spec = importlib.util.spec_from_file_location("reference_fill", reference / "fill.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""StableSR from published files to a picture, beside the paper's algorithm as a plain loop in PyTorch."""
+"""StableSR from published files to an image, compared with the paper's algorithm as a simple PyTorch loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(folder, published_weights) -> dict[str, StableSRCheckpoint]:
-    """Imported from files in the published layout: the 512 model, Turbo's steps, and one that predicts v."""
+    """Checkpoints imported from published file layouts: the 512 model, Turbo, and one that predicts v."""
     states = {n: tensors(published_weights(f"stablesr_{n}_narrow", SALT)) for n in (*PREFIXES, "vae_cfw")}
     whole = {prefix + k: v for n, prefix in PREFIXES.items() for k, v in states[n].items()}
     torch.save({"state_dict": states["vae_cfw"]}, folder / "vqgan_cfw_00011.ckpt")
@@ -67,7 +67,7 @@ def checkpoints(folder, published_weights) -> dict[str, StableSRCheckpoint]:
 
 @pytest.fixture(scope="module")
 def engines(folder, checkpoints) -> dict[str, Path]:
-    """The one that predicts eps may be guided."""
+    """Two engines by prediction type; the one that predicts eps has guidance."""
     options = {"eps": ("--guidance", "1.5"), "v": ()}
     for prediction, more in options.items():
         target = "-o", str(folder / f"{prediction}-engine"), "--tile", str(TILE), "--quiet"
@@ -81,7 +81,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 CASES = {
-    # LR size, engine, color fix, flags of moesr-run, what they mean
+    # Each case: LR size, engine, color fix, flags of moesr-run, and the equal arguments of the reference.
     "guided tile": ((32, 32), "eps", "none", ("--guidance", "7"), {"eta": 1.0, "guidance": 7.0}),
     "canvas": ((33, 40), "v", "wavelet", ("--sampler", "ddim"), {"eta": 0.0}),
     "small": ((20, 15), "eps", "adain", ("--fidelity", "1"), {"guidance": 1.5, "fidelity": 1.0}),
@@ -90,7 +90,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
-def test_picture(case, engines, checkpoints, tmp_path):
+def test_image_equals_the_reference_loop(case, engines, checkpoints, tmp_path):
     size, prediction, color_fix, flags, options = CASES[case]
     lr, steps = picture(*size), 2
     Image.fromarray(lr).save(tmp_path / "lr.png")
@@ -103,12 +103,12 @@ def test_picture(case, engines, checkpoints, tmp_path):
     assert got.shape == (4 * size[0], 4 * size[1], 3)
     assert got.std() > 10 and ((got > 0) & (got < 255)).mean() > 0.5
     error = np.abs(got - want)
-    if case == "small":  # where it is reduced again, MATLAB's way and PyTorch's differ at edges
+    if case == "small":  # it is reduced again, and MATLAB and PyTorch treat edges differently
         error = error[3:-3, 3:-3]
     assert error.mean() < 0.4 and error.max() < 2
 
 
-def test_manifests_say_how_to_drive_the_graphs(engines):
+def test_manifests_describe_the_model(engines):
     eps, v = (read_manifest(engines[prediction]) for prediction in ("eps", "v"))
     for directory in engines.values():
         jsonschema.validate(json.loads((directory / "manifest.json").read_text()), SCHEMA)
@@ -127,7 +127,7 @@ def test_manifests_say_how_to_drive_the_graphs(engines):
     assert [spec.name for spec in v.graphs["expert_0"].inputs] == ["z_t", "cond", "t"]
 
 
-def test_parameters_are_those_of_the_graph(engines, checkpoints):
+def test_manifest_counts_the_parameters_of_each_graph(engines, checkpoints):
     graphs, checkpoint = read_manifest(engines["v"]).graphs, checkpoints["v"]
     networks = checkpoint.unet(), checkpoint.structure()
     assert graphs["expert_0"].params == sum(p.numel() for n in networks for p in n.parameters())
@@ -138,8 +138,8 @@ def test_parameters_are_those_of_the_graph(engines, checkpoints):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @torch.inference_mode()
-def test_the_loop_reproduces_the_published_canvas(prediction, engines, checkpoints, golden, monkeypatch):
-    """Tiles, windows, schedule, start and steps are the runtime's; noise and latent the golden's."""
+def test_sampling_loop_matches_the_published_canvas(prediction, engines, checkpoints, golden, monkeypatch):
+    """Tiles, windows, schedule and steps are the runtime's; noise and LR latent are the golden's."""
     data = golden("stablesr_loop")
     z_T, latent, draws = (data[f"canvas.{key}"] for key in ("start_noise", "struct_latent", "noise"))
     given = {noise.INITIAL_NOISE: z_T[0], noise.ENCODING_NOISE: latent[0]}
@@ -159,7 +159,7 @@ def test_the_loop_reproduces_the_published_canvas(prediction, engines, checkpoin
 
 
 def sampled_by(job: Job, manifest: Manifest, functions: dict) -> np.ndarray:
-    """The latent that a job's sampling ends with, its graphs being plain functions."""
+    """Return the final latent of a job whose graphs are replaced by functions."""
     device = HostDevice()
     sessions, buffers = {}, {}
     for role, function in functions.items():
@@ -189,13 +189,13 @@ def _copied(values: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         ("eps", ("--steps", "1001"), 2, "steps is 1001, expected a whole number from 1 to 1000"),
     ],
 )
-def test_what_cannot_be_run_is_explained(engine, flags, code, message, engines, tmp_path, capsys):
+def test_unsupported_options_of_a_run_are_explained(engine, flags, code, message, engines, tmp_path, capsys):
     Image.fromarray(picture(8, 8)).save(tmp_path / "lr.png")
     assert moesr_run([str(tmp_path / "lr.png"), "--engine", str(engines[engine]), *flags]) == code
     assert message in capsys.readouterr().err
 
 
-def test_another_prediction_than_the_graphs(engines, tmp_path):
+def test_prediction_type_must_match_the_graphs(engines, tmp_path):
     directory = shutil.copytree(engines["v"], tmp_path / "engine", copy_function=os.link)
     values = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").unlink()
@@ -211,7 +211,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("case", EXPORTS)
-def test_what_cannot_be_exported_is_explained(case, checkpoints, tmp_path, capsys):
+def test_unsupported_options_of_an_export_are_explained(case, checkpoints, tmp_path, capsys):
     flags, message = EXPORTS[case]
     assert cli.main([str(checkpoints["v"].directory), "-o", str(tmp_path / "engine"), *flags]) == 2
     assert message in capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_what_cannot_be_exported_is_explained(case, checkpoints, tmp_path, capsy
 
 
 @torch.inference_mode()
-def test_texts_of_ones_own_are_encoded(checkpoints):
+def test_given_prompts_are_encoded(checkpoints):
     pytest.importorskip("instant_clip_tokenizer")
     checkpoint = checkpoints["v"]
     chosen = prompts.choose(checkpoint.config.text, prompts.PromptOptions("Good photo.", "Bad photo."))

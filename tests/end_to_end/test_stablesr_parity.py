@@ -1,4 +1,4 @@
-"""StableSR's networks and loops reproduce the published ones on weights made from key names."""
+"""StableSR's networks and loops match the published ones for weights generated from key names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMIT, LOOP_LIMIT = 1e-5, 1e-4
 
 @pytest.fixture(scope="module")
 def narrow(request):
-    """Load one narrow network, once: `narrow("unet")`."""
+    """Return a function that loads a narrow network once: `narrow("unet")`."""
     weights, loaded = request.getfixturevalue("published_weights"), {}
 
     def get(network: str) -> torch.nn.Module:
@@ -39,7 +39,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_unet(narrow, golden):
+def test_unet_matches_golden(narrow, golden):
     data = golden("stablesr_unet")
     z, t, text = (torch.from_numpy(data[key]) for key in ("x", "t", "context"))
     out = narrow("unet")(z, t, structure_of(data), text)
@@ -47,7 +47,7 @@ def test_unet(narrow, golden):
 
 
 @torch.inference_mode()
-def test_unet_parts(narrow, golden):
+def test_parts_of_the_unet_match_golden(narrow, golden):
     data, network, found = golden("stablesr_unet"), narrow("unet"), {}
     parts = {
         "mid.spade.out": "input_blocks.1.0.spade",
@@ -69,7 +69,7 @@ def test_unet_parts(narrow, golden):
 
 
 @torch.inference_mode()
-def test_one_text_serves_a_batch(narrow, golden):
+def test_one_text_is_used_for_a_whole_batch(narrow, golden):
     data, network = golden("stablesr_unet"), narrow("unet")
     z, t, text = (torch.from_numpy(data[key]) for key in ("x", "t", "context"))
     structure = structure_of(data)
@@ -80,7 +80,7 @@ def test_one_text_serves_a_batch(narrow, golden):
 
 @pytest.mark.parametrize("case", ["a", "b"])
 @torch.inference_mode()
-def test_structure_encoder(case, narrow, golden):
+def test_structure_encoder_matches_golden(case, narrow, golden):
     data = golden("stablesr_structcond")
     x, t = (torch.from_numpy(data[f"{case}.{key}"]) for key in ("x", "t"))
     features = narrow("structcond")(x, t)
@@ -90,7 +90,7 @@ def test_structure_encoder(case, narrow, golden):
 
 
 @torch.inference_mode()
-def test_text_encoder(narrow, golden):
+def test_text_encoder_matches_golden(narrow, golden):
     data, network = golden("stablesr_text"), narrow("text")
     out = network(torch.from_numpy(data["ids"]))
     assert data.error("out", out.numpy()) < LIMIT
@@ -110,7 +110,7 @@ def test_prompts_are_the_published_ones(narrow, golden):
 
 
 @torch.inference_mode()
-def test_encoder_and_features(narrow, golden):
+def test_autoencoder_latents_and_features_match_golden(narrow, golden):
     data, network = golden("stablesr_vae_cfw"), narrow("vae_cfw")
     image, noise = torch.from_numpy(data["image"]), torch.from_numpy(data["noise"])
     latent = NARROW.latent_scale * network.sample(image, noise)
@@ -138,7 +138,7 @@ def test_log_variance_is_clamped(narrow, golden):
 
 @pytest.mark.parametrize(("key", "fidelity"), [("image_w0", 0.0), ("image_w05", 0.5), ("image_w1", 1.0)])
 @torch.inference_mode()
-def test_decoder(key, fidelity, narrow, golden):
+def test_decoder_matches_golden(key, fidelity, narrow, golden):
     data, network = golden("stablesr_vae_cfw"), narrow("vae_cfw")
     z, lr = torch.from_numpy(data["z"]), torch.from_numpy(data["image"])
     image = network.decode(z, lr, fidelity)
@@ -159,7 +159,7 @@ def denoiser(narrow, data, guided: bool) -> Denoiser:
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @torch.inference_mode()
-def test_ddpm_loop(prediction, guided, narrow, golden):
+def test_ddpm_loop_matches_golden(prediction, guided, narrow, golden):
     data = golden("stablesr_loop")
     table = table_of(int(data["steps"]), 1.0, "linspace")
     np.testing.assert_array_equal(table.t[::-1], data["timesteps"])
@@ -173,7 +173,7 @@ def test_ddpm_loop(prediction, guided, narrow, golden):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @torch.inference_mode()
-def test_canvas_loop(prediction, narrow, golden):
+def test_ddpm_loop_over_tiles_matches_golden(prediction, narrow, golden):
     data = golden("stablesr_loop")
     table = table_of(int(data["steps"]), 1.0, "linspace")
     model = Tiled(denoiser(narrow, data, False), tile=16, overlap=8)
@@ -192,7 +192,7 @@ def test_sampling_starts_from_the_noised_latent(golden):
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @torch.inference_mode()
-def test_ddim_loop(prediction, guided, narrow, golden):
+def test_ddim_loop_matches_golden(prediction, guided, narrow, golden):
     data = golden("stablesr_ddim")
     table = table_of(int(data["steps"]), float(data["eta"]), "linspace_leading")
     np.testing.assert_array_equal(table.t[::-1], data["model_timesteps"])
@@ -202,7 +202,7 @@ def test_ddim_loop(prediction, guided, narrow, golden):
     assert relative_l2(trace[-1], data[key]) < LOOP_LIMIT
 
 
-def test_published_tile_weights(golden):
+def test_tile_weights_match_golden(golden):
     data = golden("stablesr_schedule")
     column, row = published_weights(64)
     weights, corner = np.outer(column, row), data["tile_weights_64.corner8"]
@@ -214,7 +214,7 @@ def test_published_tile_weights(golden):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_full_unet(golden, published_weights):
+def test_full_width_unet_matches_golden(golden, published_weights):
     data = golden("stablesr_unet")
     network = load("unet_full", published_weights("stablesr_unet_full", SALT))
     seeds = zip(data["full.struct_seeds"], (64, 32, 16, 8), strict=True)
@@ -228,7 +228,7 @@ def test_full_unet(golden, published_weights):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_full_structure_encoder(golden, published_weights):
+def test_full_width_structure_encoder_matches_golden(golden, published_weights):
     data = golden("stablesr_structcond")
     network = load("structcond_full", published_weights("stablesr_structcond_full", SALT))
     features = network(normal(data["full.x_seed"], 1, 4, 64, 64), torch.from_numpy(data["full.t"]))
@@ -239,7 +239,7 @@ def test_full_structure_encoder(golden, published_weights):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_full_text_encoder(golden, published_weights):
+def test_full_width_text_encoder_matches_golden(golden, published_weights):
     data = golden("stablesr_text")
     network = load("text_full", published_weights("stablesr_text_full", SALT))
     text = FULL.text

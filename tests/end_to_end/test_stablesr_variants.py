@@ -1,4 +1,4 @@
-"""StableSR engines of tiny networks: precisions, weights beside the graphs, no feature wrapping."""
+"""StableSR engines of tiny networks: precisions, weights in separate files, no feature wrapping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain(checkpoint, tmp_path_factory) -> Path:
 
 
 def export(checkpoint: Path, directory: Path, *flags: str) -> Manifest:
-    """The tiles have the side that the model was trained on."""
+    """Export a checkpoint and return the manifest; the tile is the size that the model was trained on."""
     assert cli.main([str(checkpoint), "-o", str(directory), "--quiet", *flags]) == 0
     manifest = read_manifest(directory)
     assert manifest.tile == TINY.tile
@@ -55,7 +55,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("kind", FLAGS)
-def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
+def test_engines_in_every_precision(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
     manifest = export(checkpoint, tmp_path / "engine", *FLAGS[kind], "--guidance", "3")
     assert {g.precision for g in manifest.graphs.values()} == {kind if kind in ("fp16", "bf16") else "fp32"}
     for graph in manifest.graphs.values():
@@ -67,7 +67,7 @@ def test_precisions(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--bf16",)], ids=["fp32", "bf16"])
-def test_weights_beside(
+def test_weights_in_separate_files(
     flags: tuple[str, ...], checkpoint: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(external_weights, "INSIDE_BYTES", 200_000)
@@ -80,8 +80,8 @@ def test_weights_beside(
     assert error.max() == 0 if not flags else error.mean() < 3
 
 
-def test_a_decoder_without_feature_wrapping(tmp_path: Path):
-    """As after the first stage of training: there is no fidelity then. Prompts are as told."""
+def test_decoder_without_feature_wrapping_has_no_fidelity(tmp_path: Path):
+    """Such a decoder is the result of the first stage of training. The prompts are given as token ids."""
     config = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, fusion_level=None))
     told = "--prompt", EMPTY, "--negative-prompt", POSITIVE
     manifest = export(write_checkpoint(tmp_path / "plain", config), tmp_path / "engine", *told)

@@ -1,4 +1,4 @@
-"""Every kernel against its plain reference, in Triton's interpreter; with TRITON_INTERPRET=0, on a GPU."""
+"""Every kernel matches its reference, in Triton's interpreter or, with TRITON_INTERPRET=0, on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moesr.kernels.registry import OPS
 
 
 def rows() -> list:
-    """Every case of every operator, with a readable id; long ones behind `slow`."""
+    """Return every case of every operator with a readable id; long cases are marked slow."""
     return [
         pytest.param(op, case, id=f"{op.name}-{case}", marks=[pytest.mark.slow] if case.slow else [])
         for op in OPS.values()
@@ -23,7 +23,7 @@ def rows() -> list:
 
 
 @pytest.mark.parametrize(("op", "case"), rows())
-def test_matches_reference(op: Op, case: Case):
+def test_kernel_matches_reference(op: Op, case: Case):
     device = torch.device("cpu" if interpreted() else "cuda")
     for name, error in errors(op, case, device).items():
         assert error <= case.tolerance, f"{name}: {error:.2e} > {case.tolerance:.0e}"

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU: resources, spills, and the contents of kernels.json."""
+"""Kernels are compiled ahead of time without a GPU: resources, spills, and the contents of kernels.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moesr.runtime.devices import compiled_kernels
 from moesr.runtime.devices.grid_expressions import evaluate
 
 REPO = Path(build.__file__).parents[1]
-SAMPLE = (86, 90)  # without and with asynchronous matrix products
+SAMPLE = (86, 90)  # the second architecture has asynchronous matrix products
 ON_TENSOR_CORES = {"rows", "columns", "columns_cached", "rows_inverse", "inverted_residual", "attention"}
 
 
@@ -38,8 +38,8 @@ def sample(tmp_path_factory):
     ops = [first_case(op) for op in OPS.values()]
     built = build.build(directory, SAMPLE, ops, cache=tmp_path_factory.mktemp("cache"))
     read = compiled_kernels.read(directory)
-    assert read == built, "kernels.json holds what the build returns"
-    assert read.toolkit, "the assembler's release is recorded"
+    assert read == built, "kernels.json differs from the returned index"
+    assert read.toolkit, "the version of the assembler is missing"
     return directory, read
 
 
@@ -50,12 +50,12 @@ def everything(tmp_path_factory):
 
 
 def check_resources(content, op):
-    """Within the multiprocessor's limits and the operator's stated spills, on tensor cores where said."""
+    """Check shared memory, spills and tensor cores of an operator's kernels; return their targets."""
     kernels = {name: k for name, k in content.kernels.items() if k.op == op.name}
     for name, kernel in kernels.items():
         for target, compiled in kernel.targets.items():
             where = f"{name} on {target}"
-            assert not any(compiled.hidden.values()), f"{where}: a hidden pointer needs memory"
+            assert not any(compiled.hidden.values()), f"{where}: a hidden argument would need memory"
             if target == "ptx":
                 continue
             assert compiled.spill_bytes <= op.max_spill_bytes, where
@@ -67,17 +67,17 @@ def check_resources(content, op):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
-def test_resources(sample, op):
+def test_kernels_keep_to_the_limits_of_resources(sample, op):
     assert check_resources(sample[1], op) == {"sm_86", "sm_90", "ptx"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
-def test_resources_on_every_architecture(everything, op):
+def test_kernels_keep_to_the_limits_on_every_architecture(everything, op):
     assert check_resources(everything, op) == {*(f"sm_{a}" for a in ARCHITECTURES), "ptx"}
 
 
-def test_files_are_what_the_json_says(sample):
+def test_files_match_kernels_json(sample):
     directory, content = sample
     for kernel in content.kernels.values():
         for target in kernel.targets.values():
@@ -91,7 +91,7 @@ def test_files_are_what_the_json_says(sample):
     }  # fmt: skip
 
 
-def test_plans_can_be_launched_from_the_json_alone(sample):
+def test_kernels_json_holds_all_that_a_launch_needs(sample):
     """Argument types, grids and buffer sizes follow from kernels.json and equal the registry's."""
     directory, content = sample
     assert {t for p in content.plans for t in p.targets} == {"sm_86", "sm_90", "ptx"}
@@ -112,15 +112,15 @@ def test_plans_can_be_launched_from_the_json_alone(sample):
                 assert (directory / buffer.file).stat().st_size == buffer.nbytes(entry.scalars)
 
 
-def test_portable_text_names_no_special_architecture(sample):
+def test_ptx_names_a_portable_architecture(sample):
     directory, _ = sample
     texts = [f.read_text() for f in (directory / "ptx").iterdir()]
     assert texts
-    assert all(".target sm_89\n" in t for t in texts), "PTX of sm_90a loads nowhere else"
+    assert all(".target sm_89\n" in t for t in texts), "PTX for sm_90a would not load on other architectures"
 
 
 def assembly(sample, function: str, target: str) -> list[str]:
-    """The SASS of all kernels of one function for an architecture."""
+    """Return the SASS of all kernels of one function for an architecture."""
     directory, content = sample
     kernels = [k.targets for k in content.kernels.values() if k.function == function]
     return [disassemble(directory / targets[target].file) for targets in kernels if target in targets]
@@ -128,43 +128,45 @@ def assembly(sample, function: str, target: str) -> list[str]:
 
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
 @pytest.mark.parametrize("function", ["rows", "rows_inverse"])
-def test_rows_of_the_filter_move_sixteen_bytes(sample, function, target):
-    """No two-byte access: the compiler sees that a frequency's offset is a multiple of the height."""
+def test_filter_reads_and_writes_sixteen_bytes_at_once(sample, function, target):
+    """The compiler sees that offsets are multiples of the height, so it needs no two-byte accesses."""
     (sass,) = assembly(sample, function, target)
     assert "LDG.E.U16" not in sass and "STG.E.U16" not in sass
     assert re.search(r"\bSTG\.E\.128\b", sass)
 
 
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
-def test_loop_of_the_inverted_residual(sample, target):
-    """The loop over wide channels: two barriers around the scratch, some for operands, none for each tap."""
+def test_inner_loop_of_the_inverted_residual_has_few_barriers(sample, target):
+    """The loop needs two barriers for its scratch memory and some for operands, but none per filter tap."""
     (sass,) = assembly(sample, "inverted_residual", target)
     inner = min((loop for loop in loops(sass) if TENSOR_CORE.search("\n".join(loop))), key=len)
     assert sum("BAR.SYNC" in text for text in inner) <= 8
-    assert not any("LDG.E.U16" in text for text in inner), "x is read again for every chunk"
+    assert not any("LDG.E.U16" in text for text in inner), "the loop reads x again for every chunk"
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_import_triton_alone(op):
+def test_kernels_import_only_triton(op):
     tree = ast.parse((REPO / "kernels" / op / "kernel.py").read_text())
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert modules <= {"triton", "triton.language", "__future__"}, "the source's hash must cover it all"
+    assert modules <= {"triton", "triton.language", "__future__"}, (
+        "the hash of the source would not cover an imported module"
+    )
 
 
-def test_report(sample, tmp_path):
+def test_report_lists_resources_per_architecture(sample, tmp_path):
     write_report(sample[1], tmp_path / "kernels.md")
     text = (tmp_path / "kernels.md").read_text()
     for op in OPS.values():
         assert f"## {op.name}\n\nA test holds spills to {op.max_spill_bytes} bytes." in text
     row = next(line for line in text.splitlines() if line.startswith("| rows |"))
     assert "full512 fp16" in row
-    assert row.count(" / ") == 4, "registers, shared memory and spills for each of two architectures"
+    assert row.count(" / ") == 4, "expected registers, shared memory and spills for each of two architectures"
     barriers, instructions = (int(cell) for cell in row.split(" | ")[-3:-1])
     assert 0 < barriers < instructions
 
 
-def test_a_new_report_keeps_what_was_written_by_hand(sample, tmp_path):
+def test_new_report_keeps_the_handwritten_part(sample, tmp_path):
     page = tmp_path / "kernels.md"
     page.write_text("# Old\n\n## Changes\n\nBefore and after.\n")
     write_report(sample[1], page)
@@ -173,7 +175,7 @@ def test_a_new_report_keeps_what_was_written_by_hand(sample, tmp_path):
     )
 
 
-def test_a_full_directory_is_left_alone(tmp_path):
+def test_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(SystemExit, match="not empty"):
         build.main(["--arch", "sm_90", "-o", str(tmp_path)])
@@ -188,7 +190,7 @@ def test_a_full_directory_is_left_alone(tmp_path):
         ({"MOESR_CACHE": "", "XDG_CACHE_HOME": "relative"}, "home/.cache/moesr/kernels"),
     ],
 )
-def test_compiled_kernels_are_kept_in_the_users_cache(tmp_path, monkeypatch, variables, want):
+def test_compiled_kernels_are_cached_for_the_user(tmp_path, monkeypatch, variables, want):
     for name in ("MOESR_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -200,7 +202,7 @@ def test_compiled_kernels_are_kept_in_the_users_cache(tmp_path, monkeypatch, var
         assert folder == tmp_path / "chosen"
 
 
-def test_without_a_home_compiled_kernels_are_kept_for_one_build(monkeypatch):
+def test_user_without_a_home_gets_a_temporary_cache(monkeypatch):
     monkeypatch.setattr("moesr.runtime.system.user_cache.directory", lambda: None)
     with build.cache_folder(None) as folder:
         assert folder.is_dir()
@@ -219,7 +221,7 @@ def test_import_needs_no_home():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_message_names_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*given, **options):
         raise PermissionError(13, "Permission denied")
 
@@ -235,7 +237,7 @@ def test_unknown_architecture_is_a_usage_error(tmp_path, capsys):
     assert "sm_75" in capsys.readouterr().err
 
 
-def test_assembler_log():
+def test_resources_are_read_from_the_assemblers_log():
     log = "Function properties for f\n 8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
     assert from_log(log + "ptxas info : Used 40 registers, 400 bytes cmem[0]", 1024) == Resources(
         40, 1024, 12
@@ -244,7 +246,7 @@ def test_assembler_log():
         from_log("", 0)
 
 
-def test_local_memory_counts_inside_loops_alone():
+def test_local_memory_is_counted_inside_loops_only():
     sass = """
         /*0000*/  LDL R1, [R2] ;
 .L_x_0:
@@ -265,16 +267,16 @@ def test_local_memory_counts_inside_loops_alone():
     ("expression", "names", "want"),
     [("cdiv(H, 32) * batch", {"H": 33, "batch": 3}, 6), ("max(a - 5, 0) // 2 + min(a, 3)", {"a": 4}, 3)],
 )
-def test_grid_expressions(expression, names, want):
+def test_grid_expressions_are_evaluated(expression, names, want):
     assert evaluate(expression, names) == want
 
 
 @pytest.mark.parametrize("expression", ["__import__('os')", "a.b", "a / 2", "missing + 1", "1.5"])
-def test_grids_evaluate_nothing_else(expression):
+def test_other_expressions_are_refused(expression):
     with pytest.raises(ValueError, match="cannot evaluate"):
         evaluate(expression, {"a": 4})
 
 
-def test_grid_substitutes_constants():
+def test_constants_are_substituted_in_grid_expressions():
     assert build.substitute("cdiv(H, BLOCK) * batch", {"H": 100, "BLOCK": 32}) == "cdiv(100, 32) * batch"
     assert build.substitute("cdiv(H, BLOCK)", {"H": 100, "BLOCK": 32}) == "4"

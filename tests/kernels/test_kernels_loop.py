@@ -1,4 +1,4 @@
-"""The kernels of the loop equal the host to the last bit, whichever tiles share a batch."""
+"""The kernels of the sampling loop equal the host to the last bit, whichever tiles share a batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = [(0, noise.INITIAL_NOISE), (0, 0), (42, 49), (2**63 - 1, 999), (2**63 - 1
 
 
 def advanced(z: np.ndarray, sums: np.ndarray, coefficients: list[float], seed: int, step: int) -> np.ndarray:
-    """One sampler step on the host."""
+    """Return the result of one sampler step on the host."""
     c = samplers.Coefficients(*map(np.float32, coefficients))
     z = z.copy()
     samplers.advance(z, sums, noise.gaussian(seed, step, z.shape), c, np.empty_like(z))
@@ -34,11 +34,11 @@ def advanced(z: np.ndarray, sums: np.ndarray, coefficients: list[float], seed: i
 
 
 @pytest.mark.parametrize(("seed", "step"), KEYS)
-def test_noise_is_the_hosts(seed, step):
+def test_noise_equals_the_host(seed, step):
     z, sums = torch.zeros(3, 31, 33), torch.full((3, 31, 33), 0.0)
     sampler_step(z, sums, torch.tensor([0.0, 0.0, 1.0]), seed, step)
     want = noise.gaussian(seed, step, (3, 31, 33))
-    # Both are float64 work rounded once; a platform's log, cos and sin may differ in the last place of that.
+    # Both round a float64 result once; log, cos and sin of a platform may differ in the last float64 place.
     np.testing.assert_array_max_ulp(z.numpy(), want, maxulp=1)
     assert (z.numpy() == want).mean() > 0.999
 
@@ -52,7 +52,7 @@ def normals_of_words(words, out, SIZE: tl.constexpr):
 
 
 def test_normals_of_extreme_words():
-    """The ends of the radius, and angles beside every multiple of a quarter of pi."""
+    """The words give the smallest and largest radii, and angles close to each multiple of pi / 4."""
     near = np.arange(-2, 3)
     low = (np.arange(9)[:, None] * 2**29 + near).ravel() % 2**32
     high = np.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1, 3037000499, 3037000500])  # 2^32 sqrt(1/2)
@@ -68,7 +68,7 @@ def test_normals_of_extreme_words():
 
 @pytest.mark.parametrize("size", [*SIZES, (4, 61, 67)], ids=str)
 @pytest.mark.parametrize("c_noise", [0.0, 0.25])
-def test_step_is_the_hosts(size, c_noise):
+def test_step_equals_the_host(size, c_noise):
     z, sums = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
     want = advanced(z.numpy(), sums.numpy(), [1.0123, -0.3, c_noise], 7, 3)
     sampler_step(z, sums, torch.tensor([1.0123, -0.3, c_noise]), 7, 3)
@@ -77,7 +77,7 @@ def test_step_is_the_hosts(size, c_noise):
 
 
 @pytest.mark.parametrize("c_noise", [0.0, 0.25])
-def test_step_with_a_history_is_the_hosts(c_noise):
+def test_step_with_a_history_equals_the_host(c_noise):
     z, sums, history = torch.randn(3, 3, 29, 24, generator=torch.Generator().manual_seed(1))
     values = [1.0123, -0.3, c_noise, -0.45, 1.7, -1.2]
     want, kept = z.numpy().copy(), history.numpy().copy()
@@ -99,7 +99,7 @@ def test_step_without_noise_ignores_the_seed():
 
 
 class Canvases:
-    """Two canvases that are blended on the host and by the kernel."""
+    """Two canvases whose tiles are blended by the kernel and on the host."""
 
     def __init__(self) -> None:
         self.weights = tiles.gaussian_weights(TILE)
@@ -114,13 +114,13 @@ class Canvases:
         self.flags = torch.zeros(2, dtype=torch.int32)
 
     def slots(self) -> list[tuple[int, int, int]]:
-        """Every tile of both canvases, shuffled so that a batch holds some of each, and an empty slot."""
+        """Return all tiles of both canvases in random order, and an empty slot."""
         every = [(i, y, x) for i, origins in enumerate(self.origins) for y, x in origins]
         order = np.random.default_rng(3).permutation(len(every))
         return [every[i] for i in order] + [(-1, 0, 0)]
 
     def blend(self, batch: np.ndarray, slots: list[tuple[int, int, int]]) -> None:
-        """One launch, and the host's additions in the same order."""
+        """Blend a batch with one launch, and on the host in the same order."""
         tile_blend(
             self.sums, self.flags, self.weight_sums, torch.from_numpy(batch), torch.from_numpy(self.weights),
             torch.tensor(slots),
@@ -131,7 +131,7 @@ class Canvases:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_blend_is_the_hosts(batch):
+def test_blend_equals_the_host(batch):
     canvases = Canvases()
     slots = canvases.slots()
     data = np.random.default_rng(0).standard_normal((len(slots), 3, TILE, TILE)).astype(np.float32)
@@ -143,7 +143,7 @@ def test_blend_is_the_hosts(batch):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_blend_flags_the_canvas_that_got_a_bad_value(bad):
+def test_blend_flags_a_canvas_with_a_value_that_is_not_finite(bad):
     canvases = Canvases()
     slots = [(0, 0, 0), (1, 0, 0), (1, 0, 7)]
     data = np.zeros((3, 3, TILE, TILE), np.float32)
@@ -153,7 +153,7 @@ def test_blend_flags_the_canvas_that_got_a_bad_value(bad):
     assert torch.isfinite(canvases.sums[0]).all()
 
 
-def test_blend_takes_the_largest_value():
+def test_blend_accepts_the_largest_finite_value():
     canvases = Canvases()
     data = np.full((1, 3, TILE, TILE), np.finfo(np.float32).max, np.float32)
     canvases.blend(data, [(0, 0, 0)])
@@ -161,7 +161,7 @@ def test_blend_takes_the_largest_value():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_gathered_pixels_are_the_hosts(dtype):
+def test_gathered_pixels_equal_the_host(dtype):
     image = np.arange(50 * 60 * 3).reshape(50, 60, 3) * 13
     image = (image % (np.iinfo(dtype).max + 1)).astype(dtype)
     want = np.empty((3, 16, 24), np.float32)
@@ -174,7 +174,7 @@ def test_gathered_pixels_are_the_hosts(dtype):
 
 
 @pytest.mark.parametrize("origin", [(-1, 0), (0, 14), (18, 0)])
-def test_windows_outside_are_refused(origin):
+def test_windows_outside_a_canvas_are_refused(origin):
     canvas, slots = torch.zeros(3, 29, 24), torch.tensor([[0, *origin, 1]])
     with pytest.raises(ValueError, match="leaves the canvas of 29x24"):
         tile_gather([canvas], slots, 12, 11, torch.float32)

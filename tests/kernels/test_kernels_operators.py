@@ -1,4 +1,4 @@
-"""The decoder's kernels as PyTorch operators: fakes, gradients, torch.compile, interpreted kernels."""
+"""The decoder's kernels as PyTorch operators: fake tensors, gradients, torch.compile, interpreted kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def make(name: str, dtype: str = "fp32", **shape: int) -> list[torch.Tensor]:
-    """The operator's tensors, in the order of its arguments."""
+    """Return the tensors of an operator in the order of its arguments."""
     return [v for v in OPS[name].inputs(shape, dtype, 1).values() if isinstance(v, torch.Tensor)]
 
 
@@ -59,8 +59,8 @@ def test_norm_gradients(silu):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_epsilon_of_the_norm(layout):
-    """An eps that is visible beside the variance; the kernel reads it at run time."""
+def test_epsilon_of_the_norm_is_used(layout):
+    """The eps is as large as the variance, so the result depends on it; the kernel reads it at run time."""
     x, weight, bias = make("group_norm_silu", **NORM)
     x = x.contiguous(memory_format=layout)
     got = group_norm_silu(x, weight, bias, 3, False, 0.5)
@@ -70,7 +70,7 @@ def test_epsilon_of_the_norm(layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_operators_are_well_formed(layout, dtype):
+def test_operators_pass_opcheck(layout, dtype):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     for name, (_, shape, extra) in OPERATORS.items():
         x, *rest = make(name, dtype, **shape)
@@ -78,7 +78,7 @@ def test_operators_are_well_formed(layout, dtype):
         opcheck(getattr(torch.ops.moesr, name).default, arguments, test_utils=checks)
 
 
-def test_compiled_without_a_break():
+def test_compiles_without_a_graph_break():
     x, *rest = make("aff_filter", **FILTER)
     norm = make("group_norm_silu", **{**NORM, "channels": 8, "groups": 2})[1:]
 
@@ -91,8 +91,8 @@ def test_compiled_without_a_break():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_kernels_and_reference_agree_on_the_result(name, layout, monkeypatch):
-    """Values and strides agree, whether kernels run or not."""
+def test_kernels_match_the_reference(name, layout, monkeypatch):
+    """Values and strides are the same whether kernels run or not."""
     operator, shape, extra = OPERATORS[name]
     x, *rest = make(name, **shape)
     arguments = (x.contiguous(memory_format=layout), *rest, *extra)
@@ -104,7 +104,7 @@ def test_kernels_and_reference_agree_on_the_result(name, layout, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_height_without_a_tiling_uses_the_reference():
+def test_unsupported_height_uses_the_reference():
     arguments = make("aff_filter", **{**FILTER, "height": 2 * 131})
     with pytest.raises(ValueError, match="factors 131 and 2, and the kernel takes at most 64"):
         OPS["aff_filter"].plan({**FILTER, "height": 2 * 131}, "fp32", 90)
@@ -112,7 +112,7 @@ def test_a_height_without_a_tiling_uses_the_reference():
 
 
 @torch.inference_mode()
-def test_folded_inverted_residual_is_the_network():
+def test_folded_inverted_residual_matches_the_network():
     torch.manual_seed(0)
     network = InvertedResidual(6, 6).eval()
     for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
@@ -128,7 +128,7 @@ def test_folded_inverted_residual_is_the_network():
 
 
 @torch.inference_mode()
-def test_published_filter(golden, published_weights):
+def test_published_filter_matches_golden(golden, published_weights):
     data, weights = golden("decoder_c32"), published_weights("decoder_c32", "dev")
     prefix = "decoder.unet_1.conv1.filter."
     x, *rest = (
@@ -142,7 +142,7 @@ def test_published_filter(golden, published_weights):
 
 
 def test_tilings_of_small_gpus():
-    """A GPU with 99 KiB of shared memory has other tiles; they compute the same."""
+    """The smaller tiles for GPUs with 99 KiB of shared memory give the same result."""
     for name in ("aff_filter", "inverted_residual"):
         op = OPS[name]
         case = op.cases[1]

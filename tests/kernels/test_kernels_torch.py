@@ -1,4 +1,4 @@
-"""The kernels in PyTorch: operators that compile whole, have gradients, and serve the published networks."""
+"""The kernels as PyTorch operators: they compile, have gradients, and run the published networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moesr.kernels.vq_nearest.operator import vq_nearest
 from moesr.training.config import AutoencoderConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet
 
-LIMIT = 1e-5  # relative L2 error of a network in float32
+LIMIT = 1e-5  # largest relative L2 error of a network in float32
 
 
 def heads(*size: int, grad: bool = False) -> list[torch.Tensor]:
@@ -51,17 +51,17 @@ def loop_arguments(operator):
 
 
 @pytest.mark.parametrize("operator", [tile_gather, tile_blend, sampler_step], ids=lambda o: o._name)
-def test_loop_operators_are_well_formed(operator):
+def test_loop_operators_pass_opcheck(operator):
     torch.library.opcheck(operator, loop_arguments(operator))
 
 
 @pytest.mark.parametrize("tokens_last", [False, True])
-def test_attention_operator_is_well_formed(tokens_last):
+def test_attention_operator_passes_opcheck(tokens_last):
     size = (2, 32, 19) if tokens_last else (2, 19, 32)
     torch.library.opcheck(attention, (*heads(*size, grad=True), 0.2, tokens_last))
 
 
-def test_vq_nearest_operator_is_well_formed():
+def test_vq_nearest_operator_passes_opcheck():
     codes = torch.randn(7, 3)
     torch.library.opcheck(vq_nearest, (torch.randn(1, 3, 2, 5), codes, codes))
 
@@ -80,7 +80,7 @@ def test_attention_gradients(tokens_last):
         torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_a_graph_break():
     codes = torch.randn(9, 16)
 
     def both(q, k, v):
@@ -107,7 +107,7 @@ def test_compiled_loop_changes_canvases_in_place():
 
 @pytest.mark.parametrize("width", [48, 1024])
 @pytest.mark.parametrize("tokens_last", [False, True])
-def test_unfit_widths_take_pytorchs_attention(width, tokens_last):
+def test_unsupported_widths_use_pytorch_attention(width, tokens_last):
     q, k, v = heads(*((2, width, 5) if tokens_last else (2, 5, width)))
     want = reference.attention(q, k, v, 0.1, tokens_last)
     got = attention(q, k, v, 0.1, tokens_last)
@@ -127,7 +127,7 @@ def test_mixed_shapes_and_types_are_refused():
         attention_packed(q[None], 1.0)
 
 
-def test_packed_attention_is_the_same():
+def test_packed_attention_equals_attention():
     qkv = torch.stack(heads(4, 16, 9), 1)
     torch.library.opcheck(attention_packed, (qkv, 0.25))
     assert torch.equal(attention_packed(qkv, 0.25), attention(*qkv.unbind(1), 0.25, True))
@@ -143,15 +143,15 @@ def test_double_precision_is_computed_without_kernels():
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_attention_to_one_key_alone(row):
+def test_attention_with_one_dominant_score_does_not_overflow(row):
     q, k, v = heads(1, 40, 32)
-    q[0, row], k[0, 37] = 100.0, 100.0  # far above all other scores: softmax without overflow
+    q[0, row], k[0, 37] = 100.0, 100.0  # this score is far above all others
     out = attention(q, k, v, 1.0)
     torch.testing.assert_close(out[0, row], v[0, 37])
 
 
 @pytest.mark.parametrize("operator", [tile_gather, tile_blend, sampler_step], ids=lambda o: o._name)
-def test_loop_operators_compute_references_where_kernels_cannot_run(operator, monkeypatch):
+def test_loop_operators_compute_references_if_kernels_cannot_run(operator, monkeypatch):
     results = []
     for kernels in (True, False):
         torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_loop_operators_compute_references_where_kernels_cannot_run(operator, mo
         torch.testing.assert_close(one, other)
 
 
-def test_network_operators_compute_references_where_kernels_cannot_run(monkeypatch):
+def test_network_operators_compute_references_if_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch, "has_kernels", lambda _: False)
     q, k, v = heads(2, 5, 32)
     torch.testing.assert_close(attention(q, k, v, 0.1), F.scaled_dot_product_attention(q, k, v, scale=0.1))
@@ -172,7 +172,7 @@ def test_network_operators_compute_references_where_kernels_cannot_run(monkeypat
 
 
 def by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`scaled_dot_product_attention` of [B, heads, tokens, width]."""
+    """Replace `scaled_dot_product_attention` of [B, heads, tokens, width] by our operator."""
     flat = (x.flatten(0, 1) for x in (q, k, v))
     return attention(*flat, q.shape[-1] ** -0.5).unflatten(0, q.shape[:2])
 
@@ -183,7 +183,7 @@ def load(network: torch.nn.Module, weights: dict[str, np.ndarray]) -> torch.nn.M
 
 
 @torch.inference_mode()
-def test_published_unet_with_our_attention(golden, published_weights, monkeypatch):
+def test_published_unet_with_our_attention_matches_golden(golden, published_weights, monkeypatch):
     data, calls = golden("unet_w32"), []
     network = load(DenoisingUNet(UNetConfig(width=32)), published_weights("unet_w32", "dev"))
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or by_kernel(*qkv))
@@ -201,7 +201,7 @@ def decoder_c32(golden, published_weights):
 
 
 @torch.inference_mode()
-def test_published_codes(decoder_c32):
+def test_nearest_codes_match_golden(decoder_c32):
     network, data = decoder_c32
     codes = network.quantize.embedding.weight
     z = torch.from_numpy(data["z"])
@@ -212,7 +212,7 @@ def test_published_codes(decoder_c32):
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_published_decoder_with_our_attention_and_codes(decoder_c32, monkeypatch):
+def test_published_decoder_with_our_operators_matches_golden(decoder_c32, monkeypatch):
     (network, data), calls = decoder_c32, []
     codes = network.quantize.embedding.weight
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or by_kernel(*qkv))
@@ -223,7 +223,7 @@ def test_published_decoder_with_our_attention_and_codes(decoder_c32, monkeypatch
     assert data.error("image_w1", image.numpy()) < LIMIT
 
 
-def test_nearest_code_is_the_matrix_products_but_for_rounding():
+def test_chosen_code_is_nearest_up_to_rounding():
     generator = torch.Generator().manual_seed(4)
     z, codes = torch.randn(1, 3, 8, 16, generator=generator), torch.randn(8192, 3, generator=generator)
     _, indices = vq_nearest(z, codes, codes)
@@ -233,7 +233,7 @@ def test_nearest_code_is_the_matrix_products_but_for_rounding():
     assert (chosen - distance.min(1).values).max() < 1e-6
 
 
-def test_nan_latents_take_the_first_code():
+def test_nan_latents_get_the_first_code():
     z, codes = torch.full((1, 3, 1, 2), torch.nan), torch.randn(200, 3)
     for found in (vq_nearest(z, codes, codes), vq_reference.vq_nearest(z, codes, codes)):
         assert found[1].tolist() == [[0, 0]]
@@ -242,13 +242,13 @@ def test_nan_latents_take_the_first_code():
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens_last", [False, True])
 def test_attention_at_the_decoders_size(tokens_last):
-    """64 queries from the middle against all 16,384 keys: what one program of the full grid does."""
+    """One program of the full grid runs: 64 queries from the middle against all 16,384 keys."""
     plan = OP.plan({"heads": 1, "tokens": 16384, "width": 512, "tokens_last": int(tokens_last)}, "fp16", 90)
     q, k, v = (x.half() for x in heads(1, 16384, 512))
     q *= 3
     given = [x.mT.contiguous() if tokens_last else x for x in (q, k, v)]
     step, out = plan.launches[0], torch.full_like(given[0], torch.nan)
-    at = 64 * 77  # the first query, moved to the origin by the pointers
+    at = 64 * 77  # number of the first query; offset pointers make it the first of the launch
     moved = [x[..., at:] if tokens_last else x[:, at:] for x in (given[0], out)]
     kernel = kernel_module("attention").attention
     repair()
@@ -262,7 +262,7 @@ def test_attention_at_the_decoders_size(tokens_last):
 
 @pytest.mark.slow
 def test_nearest_code_at_the_decoders_size():
-    """The whole codebook for an eighth of the latents: each program is independent of the others."""
+    """An eighth of the latents is enough, since programs are independent of one another."""
     generator = torch.Generator().manual_seed(5)
     z, codes = torch.randn(1, 3, 16, 128, generator=generator), torch.randn(8192, 3, generator=generator)
     values, indices = vq_nearest(z, codes, codes)

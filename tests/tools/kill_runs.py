@@ -2,8 +2,8 @@
 
 python tests/tools/kill_runs.py --kills 100
 
-Nothing may be partial or lost, and a run after a kill may repeat only the images that were in work. Prints
-one line with the outcome, and exits with 1 if a check failed.
+No result may be incomplete or lost, and the next run may repeat only the images that were in progress.
+Prints one line with the outcome, and exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moesr.runtime.images import provenance
 
 
 def command(engine: str, photos: Path, out: Path, log: Path) -> list[str]:
-    """The run that is killed."""
+    """Return the command whose process is killed."""
     program = [sys.executable, "-m", "moesr.runtime.cli.run", "--engine", engine]
     options = ["--steps", "1", "--backend", "onnxruntime", "--threads", "1", "--quiet", "--log", str(log)]
     return [*program, str(photos), "-o", f"{out}/", *options]
@@ -43,7 +43,7 @@ def make_photos(folder: Path, count: int) -> None:
 
 
 def check(engine: str, kills: int, images: int, seed: int, folder: Path) -> list[str]:
-    """The faults that were found."""
+    """Kill and repeat runs, and return the faults found."""
     photos, out, log = folder / "photos", folder / "out", folder / "moesr.jsonl"
     make_photos(photos, images)
     begin = time.perf_counter()
@@ -53,7 +53,7 @@ def check(engine: str, kills: int, images: int, seed: int, folder: Path) -> list
     duration = time.perf_counter() - begin
     draw, faults, finished, known = random.Random(seed), list[str](), set[str](), 0
     for number in range(kills):
-        if len(finished) == images:  # all are done: begin again with an empty directory
+        if len(finished) == images:  # all images are done, so begin again with an empty directory
             for path in out.iterdir():
                 path.unlink()
             finished.clear()
@@ -89,7 +89,7 @@ def check(engine: str, kills: int, images: int, seed: int, folder: Path) -> list
 
 
 def _done(log: Path) -> list[str]:
-    """Names of the results that the log says were made, in order."""
+    """Return the names of finished results in the order of the log."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [Path(values["result"]).name for values in map(json.loads, lines) if values["status"] == "done"]
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=100)
     p.add_argument("--images", type=int, default=12)
-    p.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: %(default)s)")
     p.add_argument("--engine", default="demo-x4")
     args = p.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,9 +2,9 @@
 
   pip install diffusers transformers; python tests/tools/make_diffusers_golden.py
 
-Narrow networks in float32 on a CPU, their weights made from the names that these libraries give them
-(`weights_of_names.py`, salt "dev"), so the file holds inputs and outputs only: `z`, `t`, `context` -> `eps`;
-`image` -> `moments`; `latent` -> `decoded`; `ids` -> `encoded`, the first tokens.
+The networks are narrow and run in float32 on a CPU. Their weights are generated from the names that the
+libraries give the tensors (`weights_of_names.py`, salt "dev"), so the file holds only inputs and outputs:
+`z`, `t`, `context` -> `eps`; `image` -> `moments`; `latent` -> `decoded`; `ids` -> `encoded` (first tokens).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OUT = Path(__file__).resolve().parents[1] / "assets" / "goldens" / "stable_diffu
 
 
 def networks() -> tuple[Any, Any, Any]:
-    """UNet, autoencoder and text tower, built like Stable Diffusion 2.1's."""
+    """Return a UNet, an autoencoder and a text encoder with the structure of Stable Diffusion 2.1."""
     diffusers, transformers = (importlib.import_module(name) for name in ("diffusers", "transformers"))
     widths = (32, 64, 128, 128)
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=widths,
-        attention_head_dim=(2, 4, 8, 8),  # heads, whatever their name
+        attention_head_dim=(2, 4, 8, 8),  # numbers of heads, despite the name
         cross_attention_dim=64,
         use_linear_projection=True,
     )
@@ -49,7 +49,7 @@ def networks() -> tuple[Any, Any, Any]:
 
 
 def fill(network: torch.nn.Module, before: str = "") -> None:
-    """Give a network the weights of its tensors' names, which have `before` in front of them in files."""
+    """Fill a network with weights generated from the tensors' names; in files these begin with `before`."""
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     made = weights({before + key.removeprefix(before): shape for key, shape in shapes.items()}, "dev")
     state = {key: torch.from_numpy(made[before + key.removeprefix(before)]) for key in shapes}
@@ -59,7 +59,7 @@ def fill(network: torch.nn.Module, before: str = "") -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    """Write the file."""
+    """Compute the outputs and write the file."""
     unet, vae, text = networks()
     fill(unet)
     fill(vae)

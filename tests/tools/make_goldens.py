@@ -4,8 +4,8 @@
 
 The goldens are inputs and outputs of the published networks and scripts, computed in float32 on a CPU; none
 were computed by this project. Weights are generated from the names of the tensors (`weights_of_names.py`),
-so no file holds any. Inputs are complete. Results of more than `WHOLE` elements are sampled (see `sample`);
-they are in brackets here.
+so no file holds weights. Inputs are complete. Results with more than `WHOLE` elements are sampled (see
+`sample`); they are in brackets here.
 
 unet_w32      width 32, two samples of 32x32: x, t -> eps
 unet_w160     full width, one sample of 128x128: x, t -> [eps]
@@ -14,7 +14,7 @@ decoder_c32   32 channels, 256 codes, 128x128: lr_upsampled, z -> [image_w1], [i
               [aff_filter_out], [aff_block_out], [aff_unet_out]
 decoder_c128  full width, 512x512, LR image from a seed: z -> [image_every_4th]
 ddim_s8_eta1  whole sampling loop over four experts of width 32: x_T, cond, noise -> x_0, and its tables
-ddim_s5_eta0  the same without noise
+ddim_s5_eta0  a sampling loop of five steps without noise
 schedule      alpha_bar, timesteps and sigmas for 200, 100, 50 and 20 steps
 imresize      MATLAB's bicubic: small -> up2, [up8]; large -> down8, down4
 colour_and_ffl  content, style -> [adain], [wavelet]; focal frequency loss: ffl_pred, ffl_target -> ffl
@@ -63,12 +63,12 @@ STEMS = (
 RESULTS = re.compile(
     r"(.+\.)?out(\.\d+)?|aff_.+_out|image_.+|eps|lr_feature|fea_level\d|adain|wavelet|up8"
 )  # names of the arrays that `cut` may sample
-WHOLE = 8192  # elements
-EVERY = 13  # no image or feature map has a side that is a multiple of it
+WHOLE = 8192  # largest number of elements of a result that is stored completely
+EVERY = 13  # step of the samples; no side of an image or feature map is a multiple of it
 
 
 def cut(stem: str, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of the golden `stem` as the project stores them."""
+    """Return the arrays of the golden `stem` as the project stores them."""
     kept = {key: sample(value) if RESULTS.fullmatch(key) else value for key, value in whole.items()}
     if stem == "ddim_s5_eta0":
         kept["noise"] = np.zeros_like(kept["noise"])  # multiplied by 0 when eta is 0
@@ -78,7 +78,7 @@ def cut(stem: str, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def sample(result: np.ndarray) -> np.ndarray:
-    """Every `EVERY`-th element of a result in C order, [n]; a result of up to `WHOLE` elements unchanged.
+    """Return every `EVERY`-th element of a result in C order, [n], or a small result unchanged.
 
     Since `EVERY` divides no side, the sample holds elements of all rows, columns and channels.
     """
@@ -86,13 +86,13 @@ def sample(result: np.ndarray) -> np.ndarray:
 
 
 def digest(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Hash of the names and shapes of a network's tensors, whatever their order."""
+    """Return a hash of the names and shapes of a network's tensors, independent of their order."""
     lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def digests(reference: Path) -> dict[str, str]:
-    """The hash of each published network in the key lists of the directory `reference`."""
+    """Return the hash of each published network by the key lists in the directory `reference`."""
     keys = json.loads((reference / "checkpoint_keys.json").read_text())
     stablesr = json.loads((reference / "stablesr_keys.json").read_text())
     keys |= {f"stablesr_{name}": shapes for name, shapes in stablesr.items()}
@@ -100,7 +100,7 @@ def digests(reference: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write all files."""
+    """Write all goldens."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

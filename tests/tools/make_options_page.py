@@ -1,4 +1,4 @@
-"""Write `docs/options.md`: every option of the programs, from their own help.
+"""Write `docs/options.md`, a page with every option of the programs, from their help texts.
 
 python tests/tools/make_options_page.py
 """
@@ -34,12 +34,12 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join([HEAD, *(line for name, make in PARSERS.items() for line in section(name, make()))])
 
 
 def section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The lines of one program."""
+    """Return the lines of one program."""
     yield f"## {name}\n"
     for group in parser._action_groups:
         rows = [action for action in group._group_actions if action.dest != "help"]
@@ -56,13 +56,13 @@ def section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def flags(action: argparse.Action) -> str:
-    """The names of an option and of its value."""
+    """Return the names of an option and of its value."""
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     return f"{names} {value(action)}".strip()
 
 
 def value(action: argparse.Action) -> str:
-    """The name of an option's value, or its choices if these are few."""
+    """Return the name of an option's value, or its choices if there are few."""
     if action.nargs == 0:
         return ""
     if action.dest == "backend":
@@ -73,7 +73,7 @@ def value(action: argparse.Action) -> str:
 
 
 def text(help_text: str) -> str:
-    """A help text as the cell of a table."""
+    """Return a help text as the cell of a table."""
     return " ".join(help_text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
