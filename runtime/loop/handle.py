@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -18,13 +18,16 @@ class JobProgress:
     `stage` is "waiting" (for memory), "preparing", "encoding", "sampling", "decoding" or "finishing", and in
     the end "done", "failed" or "cancelled". `fraction`, 0 to 1, is the part of the estimated work that is
     done. `seconds_left` is an estimate that takes the other images in flight into account. `position` is 1
-    for the image that gets memory next, 2 for the one after it, and so on; 0 once it has memory.
+    for the image that gets memory next, 2 for the one after it, and so on; 0 once it has memory. `seconds` is
+    the time that the image has spent in each stage so far, in the order of the stages; "running" is the wait
+    of a prepared image for its first tick.
     """
 
     fraction: float
     stage: str
     seconds_left: float
     position: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Handle(Future[Result]):

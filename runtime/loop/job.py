@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Job:
         self.planned = planned_tiles(layout, settings)
         self.ran: Counter[str] = Counter()
         self.stage = Encoding.stage if ENCODER in self.planned else Sampling.stage
+        self.begun: dict[str, float] = {}  # clock of time.monotonic at the beginning of each stage
         self.rounds = 0  # sampling steps and other passes that are complete
         self.finished = False  # every tile ran
         self.cancelled = False  # set by any thread; the worker ends the job before its next tick
@@ -90,6 +92,7 @@ class Job:
         """Allocate the first pass, unless that has happened already."""
         if self._passes is None:
             self._device = device
+            self.begun[self.stage] = time.monotonic()
             self._passes = self._go_through(device)
             self._entered.append(next(self._passes))
 
@@ -106,6 +109,7 @@ class Job:
         if following:
             self._entered.append(following)
             self.stage = following.stage
+            self.begun[self.stage] = time.monotonic()
         else:
             self.finished = True
 

@@ -165,7 +165,8 @@ class Pipeline:
                     total += theirs if older else 0.0 if other.flow is ticket.flow else min(theirs, fair)
             fraction = 1.0 if ticket.stage == "done" else done / whole
             ticket.fraction = max(ticket.fraction, min(fraction, 1.0))  # estimates change, this never falls
-            return JobProgress(ticket.fraction, ticket.shown_stage, total if left else 0.0, position)
+            left = total if left else 0.0
+            return JobProgress(ticket.fraction, ticket.shown_stage, left, position, ticket.seconds)
 
     def close(self) -> None:
         """Fail all images in flight with UsageError and release all memory; waits as `Worker.close` does."""

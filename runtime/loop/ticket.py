@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 from moesr.runtime.engine.graph_io import ENCODER
@@ -22,6 +23,7 @@ class Ticket:
         self.layout, self.settings, self.flow, self.rank = layout, settings, flow, rank
         self.planned = planned_tiles(layout, settings)
         self.ran: Counter[str] = Counter()
+        self._begun: dict[str, float] = {}  # clock of time.monotonic at the beginning of each stage
         self.stage = "waiting"
         self._work_stage = "encoding" if ENCODER in self.planned else "sampling"
         self.room: Reservation | None = None
@@ -31,6 +33,27 @@ class Ticket:
         self.fraction = 0.0  # the largest that was shown
 
     @property
+    def stage(self) -> str:
+        """The stage: a pass of the job counts as "running"."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        self._stage = stage
+        self._begun[stage] = time.monotonic()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds in each stage so far, in their order, with the passes of the job as stages of their own."""
+        begun = sorted(
+            {**self._begun, **(self.job.begun if self.job else {})}.items(), key=lambda one: one[1]
+        )
+        ends = [start for _, start in begun[1:]]
+        if not self.ended:
+            ends.append(time.monotonic())
+        return {stage: end - start for (stage, start), end in zip(begun, ends, strict=False)}
+
+    @property
     def work_stage(self) -> str:
         """The present pass, or the first or last one if the image is not in the worker."""
         return self.job.stage if self.job else self._work_stage
@@ -38,6 +61,7 @@ class Ticket:
     def let_go(self) -> None:
         """Drop the image and the job, and give their memory back."""
         self._work_stage = self.work_stage
+        self._begun.update(self.job.begun if self.job else {})
         self.source = self.job = None
         if self.room:
             self.room.release()

@@ -88,6 +88,16 @@ def test_the_result_is_that_of_a_call(up: Upscaler):
     assert (picture.mode, picture.size) == ("LA", (24, 20))
 
 
+def test_progress_tells_the_seconds_of_each_stage(up: Upscaler):
+    begin = time.monotonic()
+    handle = up.submit(image(20, 30, 3), steps=3)
+    handle.result(60)
+    whole, seconds = time.monotonic() - begin, handle.progress.seconds
+    assert [*seconds] == ["waiting", "preparing", "running", "sampling", "decoding", "finishing"]
+    assert all(value >= 0 for value in seconds.values()) and 0 < sum(seconds.values()) <= whole
+    assert seconds == handle.progress.seconds, "nothing is counted after the end"
+
+
 def test_progress_goes_from_waiting_to_done(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     preparing, finishing = Gate(monkeypatch, processing, "prepare"), Gate(monkeypatch, processing, "finish")
     handle = up.submit(image(40, 40, 3), steps=5)
