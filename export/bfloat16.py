@@ -25,7 +25,7 @@ def as_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
     add = twin.graph.node.append
     floats = {t.name for t in twin.graph.initializer if t.data_type == TensorProto.FLOAT}
     constant = {t.name for t in twin.graph.initializer}
-    rounded: dict[str, str] = {}  # by name: the name after rounding
+    rounded: dict[str, str] = {}  # name of each rounded value, by the name before rounding
 
     def through_bf16(name: str, target: str) -> str:
         twin.graph.node.extend(_round(name, target))
@@ -58,7 +58,7 @@ def _cast(source: str, target: str, to: int) -> NodeProto:
 
 
 def _round(source: str, target: str) -> list[NodeProto]:
-    """Nodes that round a float32 value to the nearest bfloat16 value."""
+    """Return nodes that round a float32 value to the nearest bfloat16 value."""
     half = f"{target}_bf16"
     return [_cast(source, half, TensorProto.BFLOAT16), _cast(half, target, TensorProto.FLOAT)]
 

@@ -35,13 +35,13 @@ PLAN_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 
 @dataclass
 class Progress:
-    """How far an export has come, to say what an interrupt leaves on disk."""
+    """The progress of an export, from which a message tells what an interrupt leaves on disk."""
 
     directory: Path | None = None
     before: int | None = None  # the directory's inode before the export; None: it did not exist
 
     def begin(self, directory: Path) -> None:
-        """Remember what is at the place of the new engine."""
+        """Record whether the output directory exists already."""
         self.directory, self.before = directory, _inode(directory)
 
     @property
@@ -50,7 +50,7 @@ class Progress:
         return self.directory is not None and _inode(self.directory) not in (None, self.before)
 
     def left_behind(self) -> str:
-        """The state that an interrupt leaves, in words."""
+        """Describe what an interrupt leaves on disk."""
         if not self.published:
             return "nothing was written"
         return (
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(progress: Progress, args: argparse.Namespace) -> int:
-    """Export as the arguments say."""
+    """Run the export that the arguments describe."""
     from moesr.export import package, tensorrt  # imported here so that --help does not load torch
     from moesr.kernels.plan import check_compiler
     from moesr.runtime.backends.tensorrt.library import load
@@ -96,7 +96,7 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
     options = _options(args)
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
     photographs = _photographs(args) if args.precision == "int8" else ()
-    if args.tensorrt:  # anything that is missing shows before the work begins
+    if args.tensorrt:  # report anything that is missing before the work begins
         check_compiler()
         tensorrt.check_precision(args.precision, tensorrt.capabilities(load(), args.capability))
     own = next(iter(options.lowerings().values()))
@@ -122,7 +122,7 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
-    """The export's options of the command line; TensorRT needs the graphs of a GPU."""
+    """Return the export's options from the arguments; --tensorrt implies graphs for GPUs."""
     return ExportOptions(
         target="both" if args.tensorrt and args.target == "cpu" else args.target,
         precision=args.precision,
@@ -138,7 +138,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
 
 
 def _photographs(args: argparse.Namespace) -> Sequence[np.ndarray]:
-    """The photographs for int8's calibration; for a demo model they may come from Python packages."""
+    """Return the photographs for int8's calibration; for a demo model they may come from Python packages."""
     from moesr.export.quantisation import calibration
 
     if args.calibrate is None and demo_name(args.checkpoint) is None:
@@ -173,7 +173,7 @@ def _prepare_gpu(args: argparse.Namespace, directory: Path, manifest: Manifest) 
 
 
 def _summary(manifest: Manifest, directory: Path) -> str:
-    """One line about a new engine: precisions, tile, experts, size and the largest error."""
+    """Return one line about a new engine: precisions, tile, experts, size and the largest error."""
     arrangements = [a for graph in manifest.graphs.values() for a in graph.arrangements]
     proofs = [a.parity.relative_l2 for a in arrangements if a.parity]
     precisions = dict.fromkeys(a.precision for a in arrangements)
@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_precision(group: argparse._ArgumentGroup) -> None:
-    """Add --fp16, --bf16, --int8 and what belongs to them; float32 is the default."""
+    """Add --fp16, --bf16, --int8 and their settings; float32 is the default."""
     group.set_defaults(precision="fp32")
     precisions = group.add_mutually_exclusive_group()
     for name, text in {
@@ -342,8 +342,8 @@ def _add_tensorrt(group: argparse._ArgumentGroup) -> None:
         "--residuals",
         choices=["plans", "kernels", "estimated"],
         default="plans",
-        help="what computes the inverted residuals of the refinement network: TensorRT plans, our kernel, or "
-        "for each of them the faster one by estimate (default: plans)",
+        help="compute the inverted residuals of the refinement network by TensorRT plans, by our kernel, or "
+        "each by the faster of the two as estimated (default: plans)",
     )
 
 

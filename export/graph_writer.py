@@ -91,7 +91,7 @@ class GraphWriter:
         if choices.kernels:
             return self._in_parts(role, build(choices), inputs, wants[0], choices)
         variant = self._save(name, build(choices), choices)
-        if variant.sha256 == own_sha256:  # small tiles, which no lowering cuts into strips
+        if variant.sha256 == own_sha256:  # true for small tiles, which no lowering cuts into strips
             for file in variant.files:
                 (self.directory / file.file).unlink()
             return None

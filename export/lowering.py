@@ -1,4 +1,4 @@
-"""How networks become operators: the choices that depend on the target and the precision, in one object.
+"""The choices by which networks become operators; they depend on the target and the precision.
 
 Apart from rounding, the graphs compute the same whatever is chosen here. A CPU gains from fewer
 multiplications (Winograd) and from tensors that stay in its cache (strips); compilers for GPUs want the plain
@@ -28,11 +28,11 @@ class Lowering:
     precision: Precision = "fp32"  # of features and weights, except where half precision is too narrow
     store: Precision = "fp32"  # of large weights in the file; a narrower type is cast on opening
     winograd: bool  # use Winograd convolutions where its cost model says so
-    strip_tiles: int  # Winograd tiles per strip: few enough for a cache, enough for a matrix product
+    strip_tiles: int  # Winograd tiles per strip: few enough for the cache, enough for a fast product
     strip_bytes: int | None  # largest inner tensor of a strip of rows or channel blocks
     score_bytes: int | None  # largest matrix of scores of an attention, or of distances of the quantiser
     sum_kernels: bool  # sum the kernels of an upsampling in the graph: a smaller file, folded on opening
-    centre_norms: bool  # remove the mean that the backend's normalisation leaves
+    centre_norms: bool  # correct the mean, which the backend's normalisation removes imprecisely
     kernels: bool = False  # cut the graph at the operators that our kernels compute
     residuals: Residuals = "plans"  # with `kernels`: what computes inverted residuals, see `kernel_nodes`
     int8_error: float = INT8_ERROR  # estimated relative L2 error of the result that int8 layers may cause
@@ -69,7 +69,7 @@ def lowering(target: Target, precision: Precision = "fp32", store: Precision = "
     Winograd's transforms or for kernels that are summed after rounding, and their rounding hides the mean
     that a normalisation leaves. int8 is decided layer by layer (see `quantisation`).
 
-    On a CPU, bf16 is a matter of the backend, which runs a float32 graph. Its weights are stored in fp16,
+    On a CPU the graph is float32, and the backend computes it in bf16. Its weights are stored in fp16,
     which is as small as bf16 and keeps three more bits for backends that compute in float32. A GPU's plans
     take their types from the file, which is then bfloat16 throughout.
     """

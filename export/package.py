@@ -134,7 +134,7 @@ def _check_model(checkpoint: Checkpoint, options: ExportOptions) -> None:
 
 
 def _tile(checkpoint: Checkpoint, options: ExportOptions) -> int:
-    """The side of a tile in output pixels: as asked, or as the model was trained."""
+    """Return the side of a tile in output pixels: as asked, or as the model was trained."""
     config = checkpoint.config
     usual = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
     tile_px = usual if options.tile_px is None else options.tile_px
@@ -143,7 +143,7 @@ def _tile(checkpoint: Checkpoint, options: ExportOptions) -> int:
 
 
 def _prompts(checkpoint: Checkpoint, asked: PromptOptions) -> Prompts | None:
-    """The prompts of a model with a text encoder; UsageError if there are prompts for one without."""
+    """Return the prompts of a model with a text encoder; UsageError if there are prompts for one without."""
     if isinstance(checkpoint.config, StableSRConfig):
         return choose(checkpoint.config.text, asked)
     if not asked.empty:

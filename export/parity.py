@@ -35,7 +35,7 @@ the weights. bf16 has 5e-3, and 4e-2 in decoders with a codebook, where another 
 """
 
 UNSEEN = 3.0
-"""The bound for int8, in units of the intended error; other images than those seen may have twice that."""
+"""The bound for int8, in units of the intended error, which may double on images that were not recorded."""
 
 SLACK = 4.0
 """The bound for a graph's inner features, in units of the bound for its result.
@@ -45,7 +45,7 @@ error of 4e-2 and the result one of 1.5e-2.
 """
 
 SEED = 0
-EXPERT_BATCH = 2  # more than one, to show that the batch is free and that its images do not mix
+EXPERT_BATCH = 2  # more than one, to show that the batch size is free and images do not affect one another
 
 Inputs = dict[str, np.ndarray]
 
@@ -105,7 +105,7 @@ def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:
 
 
 def _near(codes: Tensor, chosen: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Points [N, D] at a quarter of the distance from chosen codes to their nearest neighbors."""
+    """Return points [N, D] at a quarter of the distance from chosen codes to their nearest neighbors."""
     unique, inverse = torch.unique(chosen, return_inverse=True)
     distance = torch.cdist(codes[unique].double(), codes.double())
     distance[distance == 0] = torch.inf  # the code itself, and codes that training left identical
@@ -138,7 +138,7 @@ def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
 
 
 def _double_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A forward hook that replaces the output of a GroupNorm by that of float64 arithmetic."""
+    """Return a forward hook that replaces the output of a GroupNorm by that of float64 arithmetic."""
     assert isinstance(norm, nn.GroupNorm)
     weight, bias = norm.weight.double(), norm.bias.double()
     return F.group_norm(inputs[0].double(), norm.num_groups, weight, bias, norm.eps).to(output.dtype)

@@ -79,7 +79,7 @@ def _local_in_loops(sass: str) -> int:
 
 
 def _loop_ranges(sass: str) -> list[range]:
-    """The indices of each loop's instructions among all instructions."""
+    """Return the indices of each loop's instructions among all instructions."""
     places = [(m.start(), m[2]) for m in _ADDRESS.finditer(sass)]
     labels = {m[1]: m.start() for m in _LABEL.finditer(sass)}
     starts = [at for at, _ in places]

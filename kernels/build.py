@@ -84,7 +84,7 @@ def _job(plan: TritonPlan, launch: TritonLaunch, source: str) -> Job:
 
 @contextlib.contextmanager
 def cache_folder(chosen: Path | None) -> Iterator[Path]:
-    """The folder that keeps compiled kernels: `chosen`, or one in the user's cache (see `user_cache`).
+    """Yield the folder that keeps compiled kernels: `chosen`, or one in the user's cache (see `user_cache`).
 
     If the user has no cache directory, it is a temporary folder that is removed afterwards.
     """
@@ -179,7 +179,7 @@ def _add_kernel(
 def _plans(
     every: Sequence[Deployment], architectures: Sequence[int], directory: Path
 ) -> tuple[OperatorPlan, ...]:
-    """One entry for each distinct plan of a case, with the targets that it serves."""
+    """Return one entry for each distinct plan of a case, with the targets that it serves."""
     entries: dict[str, OperatorPlan] = {}
     for d in every:
         launches = zip(d.jobs, d.plan.launches, strict=True)
@@ -201,14 +201,14 @@ def _plans(
 
 
 def _compiled_launch(job: Job, launch: TritonLaunch) -> KernelLaunch:
-    """The launch with its compiled kernel's name, and with the constants filled into its grid."""
+    """Return the launch with its compiled kernel's name, and with the constants filled into its grid."""
     return KernelLaunch(
         job.name, launch.arguments, tuple(substitute(str(size), launch.constants) for size in launch.grid)
     )
 
 
 def _stored(plan: TritonPlan, buffer: PlanBuffer, directory: Path) -> PlanBuffer:
-    """The buffer; a table's bytes are written to a file, which the buffer then names."""
+    """Return the buffer; a table's bytes are written to a file, which the buffer then names."""
     if buffer.role != "table":
         return buffer
     table = torch.from_numpy(plan.tables[buffer.name]).to(DTYPES[buffer.dtype]).contiguous()
@@ -235,7 +235,7 @@ def substitute(expression: str, constants: Mapping[str, Any]) -> str:
 
 
 def _toolkit(architectures: Iterable[int]) -> str:
-    """The newest CUDA release among the assemblers that Triton uses for these architectures."""
+    """Return the newest CUDA release among the assemblers that Triton uses for these architectures."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     releases = [str(get_ptxas(arch).version) for arch in architectures]

@@ -134,7 +134,7 @@ def _quiet_knobs(triton: object):
 
 
 def _entry(ptx: str) -> tuple[int, int]:
-    """The number of parameters of the entry, and the threads per block."""
+    """Return the number of parameters of the entry, and the threads per block."""
     head = ptx[ptx.index(".entry") :]
     parameters = head[: head.index(")")].count(".param")
     threads = re.search(r"\.reqntid\s+(\d+)", head)
@@ -148,7 +148,7 @@ def _paths(stem: Path) -> tuple[Path, Path]:
 
 
 def _from_record(record: _Record, stem: Path) -> Compiled:
-    """The kernel that an entry describes; ValueError if its files are not those that were written."""
+    """Return the kernel that an entry describes; ValueError if its files are not those that were written."""
     cubin, ptx = _paths(stem)
     if (files.sha256_of(cubin), files.sha256_of(ptx)) != (record.cubin_sha256, record.ptx_sha256):
         raise ValueError(f"{stem.name}: its files are damaged")

@@ -61,7 +61,7 @@ def _tables(
 
 
 def has_plan(op: Op, shape: Shape, x: Tensor) -> bool:
-    """Return True if kernels run on x at this shape and in its type; otherwise the reference must."""
+    """Return True if kernels run on x at this shape and in its type; otherwise the reference must run."""
     if not has_kernels(x):
         return False
     try:

@@ -1,4 +1,4 @@
-"""How an operator is described without torch or triton: its plans, its test cases and its cost.
+"""Descriptions of operators without torch or triton: plans, test cases and costs.
 
 A plan (`TritonPlan`) describes one operator at one shape, data type and architecture: its buffers, its
 scalars and its launches in order. It is an `OperatorPlan`, as the runtime reads it from `kernels.json`, whose
@@ -99,12 +99,12 @@ class TritonPlan(OperatorPlan):
         return "i32" if isinstance(self.scalars[argument], int) else "fp32"
 
     def grid(self, launch: TritonLaunch) -> tuple[int, ...]:
-        """The grid of a launch at this plan's scalars."""
+        """Return the grid of a launch at this plan's scalars."""
         names = {**self.scalars, **launch.constants}
         return tuple(evaluate(e, names) for e in launch.grid)
 
     def with_role(self, *roles: str) -> tuple[PlanBuffer, ...]:
-        """The buffers that have one of the roles, in order."""
+        """Return the buffers that have one of the roles, in order."""
         return tuple(b for b in self.buffers if b.role in roles)
 
 

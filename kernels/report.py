@@ -55,7 +55,7 @@ def write_report(index: KernelIndex, path: Path) -> None:
 
 
 def _commit() -> str:
-    """The commit of the code that compiled, with "+" after it if files have changed since."""
+    """Return the commit of the code that compiled, with "+" after it if files have changed since."""
     try:
         return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -68,7 +68,7 @@ def _git(*words: str) -> str:
 
 
 def _cases(index: KernelIndex) -> dict[str, str]:
-    """The cases that use each kernel, such as "decoder512 fp16, bf16"."""
+    """Return the cases that use each kernel, such as "decoder512 fp16, bf16"."""
     used: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for plan in index.plans:
         for launch in plan.launches:

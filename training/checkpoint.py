@@ -1,4 +1,4 @@
-"""The checkpoint directory: what training and import write and the export reads.
+"""The checkpoint directory, which training and import write and the export reads.
 
 Its files are `config.json` (the model's configuration and a schema number), one `expert_{k}.safetensors` per
 sampling expert (a denoising UNet with merged space experts; expert 0 serves the lowest noise) and
@@ -87,7 +87,7 @@ class Checkpoint:
         return _load_network(kind, sizes, self.directory / (file or f"{part}.safetensors"))
 
     def sha256(self) -> str:
-        """Hexadecimal hash of the names and contents of the checkpoint's files; other files do not count."""
+        """Return a hexadecimal hash of the names and contents of the checkpoint's files only."""
         total = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as file:
@@ -125,17 +125,17 @@ KINDS: dict[type[ModelConfig], type[Checkpoint]] = {
 
 
 def expert_name(k: int) -> str:
-    """File name of sampling expert `k`."""
+    """Return the file name of sampling expert `k`."""
     return f"expert_{k}.safetensors"
 
 
 def expert_count(config: ModelConfig) -> int:
-    """The number of sampling experts of a model; 0 if the model is only a decoder."""
+    """Return the number of sampling experts of a model; 0 if the model is only a decoder."""
     return 0 if config.unet is None else len(config.expert_ranges)
 
 
 def file_names(config: ModelConfig) -> list[str]:
-    """File names of a checkpoint of this configuration, in a fixed order."""
+    """Return the file names of a checkpoint of this configuration, in a fixed order."""
     others = [f"{part}.safetensors" for part in networks(config) if part != "expert"]
     return [CONFIG_NAME, *(expert_name(k) for k in range(expert_count(config))), *others]
 
@@ -255,7 +255,7 @@ def _read_config(path: Path) -> ModelConfig:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a safetensors file; reads its header only."""
+    """Return the keys and shapes of a safetensors file; reads its header only."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

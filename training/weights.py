@@ -58,7 +58,7 @@ def merge_space_experts(state: StateDict) -> dict[str, Tensor]:
 
 
 def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
-    """The class and the sizes of each network of a model, by name.
+    """Return the class and the sizes of each network of a model, by name.
 
     The names are "expert" (absent if the model is only a decoder), "decoder", and for StableSR "structure"
     and "text", the two encoders.
@@ -75,7 +75,7 @@ def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
 
 
 def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Keys and shapes of the state dict of each network of a configuration, named as in `networks`."""
+    """Return keys and shapes of each network's state dict for a configuration, named as in `networks`."""
     try:
         built = {name: meta_network(kind, sizes) for name, (kind, sizes) in networks(config).items()}
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
@@ -93,7 +93,7 @@ def meta_network(kind: Callable[[Any], Network], sizes: Any) -> Network:
 
 
 def state_shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a state dict."""
+    """Return the shape of every tensor of a state dict."""
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
@@ -129,6 +129,6 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def brief(error: Exception) -> str:
-    """The first sentence of an error's message, which leaves out PyTorch's advice to unpickle unsafely."""
+    """Return the first sentence of an error's message, without PyTorch's advice to unpickle unsafely."""
     text = str(error).strip() or type(error).__name__
     return re.split(r"\. |\.?\n", text, maxsplit=1)[0]

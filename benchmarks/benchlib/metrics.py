@@ -30,7 +30,7 @@ power above the LR image's Nyquist frequency that is lost with zeros in place of
 
 SHARPNESS = "sharpness"
 NIQE = "niqe_basicsr"
-EPSILON = 1e-9  # power of a plane that has none
+EPSILON = 1e-9  # used as the power of a plane that has none
 
 
 def scores(sr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
@@ -98,13 +98,13 @@ def luma(image: np.ndarray) -> np.ndarray:
 
 
 def psnr(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, for a peak of 255; infinite for equal planes."""
+    """Return the peak signal-to-noise ratio in dB, for a peak of 255; infinite for equal planes."""
     mse = float(np.mean((y_sr - y_hr) ** 2))
     return float("inf") if mse == 0.0 else 10.0 * float(np.log10(PEAK**2 / mse))
 
 
 def ssim(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
-    """Structural similarity of Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5."""
+    """Return the structural similarity of Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5."""
     value: Any = structural_similarity(
         y_sr, y_hr, data_range=PEAK, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
@@ -112,7 +112,7 @@ def ssim(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
 
 
 def log_spectrum(plane: np.ndarray) -> np.ndarray:
-    """Log amplitude [H, W] of the plane's spectrum, zero frequency in the centre (paper Fig. 10)."""
+    """Return the log amplitude [H, W] of a plane's spectrum, zero frequency in the center (paper Fig. 10)."""
     return np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(plane))))
 
 
@@ -131,7 +131,7 @@ def spectrum_correlation(y_sr: np.ndarray, y_hr: np.ndarray, above: float = 0.0)
 
 
 def gradient_similarity(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
-    """Mean gradient magnitude similarity (Xue et al. 2014, Eq. 4-5), 0 to 1: Prewitt, at half size."""
+    """Return the mean gradient magnitude similarity, 0 to 1, at half size (Xue et al. 2014, Eq. 4-5)."""
     m_sr, m_hr = (_gradient_magnitude(plane) for plane in (y_sr, y_hr))
     similarity = (2 * m_sr * m_hr + GMS_STABILISER) / (m_sr**2 + m_hr**2 + GMS_STABILISER)
     return float(similarity.mean())

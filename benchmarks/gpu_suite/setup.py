@@ -73,7 +73,7 @@ class Setup:
         return self.cache / f"engine-{self.width}-{self.channels}-{self.tile}"
 
     def exported(self, backend: str) -> Path:
-        """The engine directory of the graphs exported for a backend."""
+        """Return the engine directory of the graphs exported for a backend."""
         return self.cache / f"exported-{backend}-{self.width}-{self.channels}-{self.tile}"
 
     @property

@@ -237,7 +237,7 @@ class GraphBuilder:
         return BuiltGraph(model, boundary, self._macs, self._values, self._calls)
 
     def _inferred(self, node: onnx.NodeProto, inputs: Sequence[Value]) -> list[Value]:
-        """The outputs of a node with their shapes and types."""
+        """Return the outputs of a node with their shapes and types."""
         types = {v.name: helper.make_tensor_type_proto(v.dtype, v.shape) for v in inputs}
         integers = {v.name: self._integers[v.name] for v in inputs if v.name in self._integers}
         inferred = onnx.shape_inference.infer_node_outputs(
@@ -251,12 +251,12 @@ class GraphBuilder:
         return [_value(name, inferred[name]) for name in node.output]
 
     def _weight(self, weight: Weight, like: int) -> Value:
-        """A constant in the precision `like`; matrices and kernels may be rounded for storage."""
+        """Return a constant in the precision `like`; matrices and kernels may be rounded for storage."""
         array = self._array(weight, like)
         return self._stored(array, STORED_ERROR if sum(size > 1 for size in array.shape) > 1 else 0.0)
 
     def _stored(self, array: np.ndarray, largest_error: float) -> Value:
-        """A constant; if storage in half precision is wanted and rounds little enough, with a cast back."""
+        """Return a constant, stored in half precision with a cast if that is wanted and rounds little."""
         if array.dtype != np.float32 or self.lowering.store != "fp16" or array.size < STORED_FROM:
             return self._constant(array)
         with np.errstate(over="ignore"):
@@ -270,7 +270,7 @@ class GraphBuilder:
         return self._loaded[stored.name]
 
     def _array(self, weight: Weight, like: int) -> np.ndarray:
-        """A constant as a contiguous array; a floating-point one must be finite in the precision `like`."""
+        """Return a constant as a contiguous array; EngineError if it is not finite in the type of `like`."""
         array = weight.detach().numpy() if isinstance(weight, Tensor) else np.asarray(weight)
         if array.dtype.kind == "f":
             with np.errstate(over="ignore"):
@@ -322,5 +322,5 @@ def macs_of(op_type: str, inputs: Sequence[Shape], output: Shape) -> int:
 
 
 def _elements(shape: Shape) -> int:
-    """The number of elements at batch 1; a dimension is a number, "B" or "n*B"."""
+    """Return the number of elements at batch 1; a dimension is a number, "B" or "n*B"."""
     return math.prod(d if isinstance(d, int) else int(d.removesuffix(BATCH).rstrip("*") or 1) for d in shape)

@@ -55,7 +55,7 @@ def decoder_graph(
 
 
 def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
-    """The inputs of a conditioned decoder: the LR image, and its weight as [B, 1, 1, 1]."""
+    """Return the inputs of a conditioned decoder: the LR image, and its weight as [B, 1, 1, 1]."""
     lr = g.input("lr", (BATCH, 3, image_px, image_px))
     fidelity = g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3]))
     return lr, g.compute(fidelity)
@@ -89,7 +89,7 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: flo
 
 
 def _lr_features(g: GraphBuilder, lr: Value, network: Autoencoder) -> dict[int, Value]:
-    """The features to fuse, by level. The encoder is written only up to the last fused level."""
+    """Return the features to fuse, by level. The encoder is written only up to the last fused level."""
     encoder, levels, found = network.encoder, network.config.fusion_levels, {}
     with g.scope("encoder"):
         h = conv_module(g, lr, encoder.conv_in)

@@ -29,7 +29,7 @@ from moesr.training.networks.stablesr import SPADE, SPADEResBlock
 from moesr.training.networks.transformer import TextTransformer
 from moesr.training.networks.unet import AttentionBlock, Downsample, HalfUNet, ResBlock, UNet, Upsample
 
-MAX_PERIOD = 10_000.0  # of the sinusoidal timestep embedding
+MAX_PERIOD = 10_000.0  # largest period of the sinusoidal timestep embedding
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _deep_size(network: DenoisingUNet, latent_px: int, blocks: int) -> tuple[int
 
 
 def _expert_inputs(g: GraphBuilder, network: DenoisingUNet, latent_px: int) -> tuple[Value, Value]:
-    """The UNet's input, in the precision of the graph, and the timesteps."""
+    """Return the UNet's input, in the precision of the graph, and the timesteps."""
     config = network.config
     z_t = g.input("z_t", (BATCH, config.out_channels, latent_px, latent_px))
     cond = g.input("cond", (BATCH, config.in_channels - config.out_channels, latent_px, latent_px))
@@ -117,7 +117,7 @@ def unet(g: GraphBuilder, x: Value, network: UNet, given: Conditioning) -> Value
 def _deep(
     g: GraphBuilder, x: Value, network: UNet, given: Conditioning, blocks: int
 ) -> tuple[Value, list[Value]]:
-    """The input features of the last `blocks` output blocks, and the skip features that they read."""
+    """Return the input features of the last `blocks` output blocks, and the skip features that they read."""
     h, skips = _descend(g, x, network, given, len(network.input_blocks))
     with g.scope("middle_block"):
         h = stage(g, h, network.middle_block, given)
@@ -127,7 +127,7 @@ def _deep(
 def _descend(
     g: GraphBuilder, h: Value, network: UNet, given: Conditioning, count: int
 ) -> tuple[Value, list[Value]]:
-    """The features after the first `count` input blocks, and the list of features after each of them."""
+    """Return the features after the first `count` input blocks, and those after each of them."""
     skips = []
     for i, block in enumerate(network.input_blocks[:count]):
         with g.scope(f"input_blocks.{i}"):
@@ -139,7 +139,7 @@ def _descend(
 def _ascend(
     g: GraphBuilder, h: Value, skips: list[Value], network: UNet, given: Conditioning, numbers: range
 ) -> Value:
-    """The features after the output blocks `numbers`; each block removes the last entry of `skips`."""
+    """Return the features after the output blocks `numbers`; each block removes the last entry of `skips`."""
     for i in numbers:
         with g.scope(f"output_blocks.{i}"):
             h = stage(g, g.concat([h, skips.pop()], 1), network.output_blocks[i], given)
@@ -149,7 +149,7 @@ def _ascend(
 def _rest(
     g: GraphBuilder, deep: Value, skips: list[Value], network: UNet, given: Conditioning, blocks: int
 ) -> Value:
-    """The last `blocks` output blocks and the output layer, from their input features to the prediction."""
+    """Write the last `blocks` output blocks and the output layer; returns the prediction."""
     count = len(network.output_blocks)
     h = _ascend(g, deep, skips, network, given, range(count - blocks, count))
     with g.scope("out"):
@@ -201,7 +201,7 @@ def stage(g: GraphBuilder, x: Value, block: nn.Module, given: Conditioning) -> V
         if isinstance(layer, ResBlock):
             x = res_block(g, x, layer, given)
         elif isinstance(layer, TextTransformer):
-            assert given.text is not None, "a network with text was given none"
+            assert given.text is not None, "this network needs an encoded text"
             x = text_transformer(g, x, layer, given.text, given.prompt)
         elif isinstance(layer, AttentionBlock):
             x = _attention_block(g, x, layer)
@@ -256,7 +256,7 @@ def _queries_first(rows: Tensor, heads: int) -> Tensor:
 
 
 def _feed_forward(g: GraphBuilder, x: Value, block: SpaceMoE) -> Value:
-    """The merged space experts: `x + FFN(LayerNorm(x))` over tokens."""
+    """Write the merged space experts: `x + FFN(LayerNorm(x))` over tokens."""
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
     tokens = g.op("Transpose", g.reshape(x, 0, channels, height * width), perm=(0, 2, 1))
     norm = block.moe_norm

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moesr.export.graphs.builder import GraphBuilder, Value
 from moesr.export.graphs.kernel_call import KERNEL_TYPES
 
-ARCHITECTURE = 90  # any would do: whether an operator has a plan does not depend on the architecture
+ARCHITECTURE = 90  # any value works, since plans exist for the same shapes on every architecture
 FLOPS_PER_BYTE = 184.0
 """Arithmetic that takes as long as a byte of memory on an H200: 790 TFLOP/s and 4.3 TB/s, as measured."""
 
@@ -66,7 +66,7 @@ def normed_filter(g: GraphBuilder, x: Value, norm: nn.Module, module: AFFFilter)
 
 
 def attention(g: GraphBuilder, q: Value, k: Value, v: Value) -> Value | None:
-    """Write attention over [B, channels, tokens], `q` being scaled, as a kernel; None if there is no plan."""
+    """Write attention over [B, channels, tokens], with scaled `q`, as a kernel; None if there is no plan."""
     shape = {"tokens": q.size(2), "width": q.size(1), "tokens_last": 1, "packed": 0}
     if not (g.lowering.kernels and possible("attention", shape, g.lowering.precision)):
         return None

@@ -98,7 +98,7 @@ def norm_scale_shift(g: GraphBuilder, x: Value, norm: nn.Module) -> tuple[Value,
 
 
 def _centred_shift(g: GraphBuilder, flat: Value, norm: nn.GroupNorm, row: int) -> Value:
-    """The shift [B, C, 1, 1] of a GroupNorm, corrected by the mean left in `flat` [B, groups, elements].
+    """Return the shift [B, C, 1, 1] of a GroupNorm, corrected by the mean of `flat` [B, groups, elements].
 
     ONNX Runtime's normalisation sums a whole group in one go and loses digits of its mean. The mean over rows
     and then over these means does not. For the decoder at 512 px this reduces the error of the image from
@@ -126,7 +126,7 @@ def upsample_conv(g: GraphBuilder, x: Value, module: nn.Module) -> Value:
 
 
 def _phase_weights(g: GraphBuilder, x: Value, weight: Tensor) -> Sequence[Tensor | Value]:
-    """The 2x2 kernel of each phase, [out, in, 2, 2].
+    """Return the 2x2 kernel of each phase, [out, in, 2, 2].
 
     If the taps are summed in the graph, which a session does once, the file holds 9 taps instead of 16.
     """

@@ -99,7 +99,7 @@ def _inverted_residual(g: GraphBuilder, x: Value, normed: LazyValue, block: AFFB
 
 
 def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases of the three convolutions, with their BatchNorms folded in."""
+    """Return the weights and biases of the three convolutions, with their BatchNorms folded in."""
     pairs = []
     for layer in mlp.block:
         assert isinstance(layer, ConvNorm)
@@ -113,7 +113,7 @@ def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
 
 
 def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
-    """The adaptive frequency filter by real matrix products, in float32 and in strips of channel blocks."""
+    """Write the adaptive frequency filter as float32 matrix products, in strips of channel blocks."""
     w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
     blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)

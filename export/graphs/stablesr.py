@@ -94,7 +94,7 @@ def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Low
 
 
 def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -> dict[int, Value]:
-    """The features of the LR latent at the timesteps `t`, by width."""
+    """Return the features of the LR latent at the timesteps `t`, by width."""
     with g.scope("time_embed"):
         given = Conditioning(time_offsets(g, network, t))
     h, levels = x, []

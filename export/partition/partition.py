@@ -52,7 +52,7 @@ def cut(built: BuiltGraph) -> list[Part]:
 def _stages(
     built: BuiltGraph,
 ) -> tuple[dict[int, list[onnx.NodeProto]], dict[str, onnx.NodeProto | None]]:
-    """Nodes by stage (kernels have odd stages), and the nodes that make constant values, by value."""
+    """Return nodes by stage (kernels have odd stages), and the nodes that make constant values, by value."""
     graph = onnx.GraphProto()
     graph.CopyFrom(built.model.graph)
     constant: dict[str, onnx.NodeProto | None] = dict.fromkeys(t.name for t in graph.initializer)
@@ -95,7 +95,7 @@ def _part(
     others: Iterable[onnx.NodeProto],
     constant: Mapping[str, onnx.NodeProto | None],
 ) -> onnx.ModelProto:
-    """The graph of some nodes, including the constant nodes that they need."""
+    """Return the graph of some nodes, including the constant nodes that they need."""
     inside, wanted = (
         {name for node in nodes for name in node.output},
         {o.name for o in built.model.graph.output},
@@ -120,7 +120,7 @@ def _part(
 def _constants(
     nodes: Iterable[onnx.NodeProto], constant: Mapping[str, onnx.NodeProto | None]
 ) -> list[onnx.NodeProto]:
-    """The constant nodes that some nodes need, in an order of execution."""
+    """Return the constant nodes that some nodes need, in an order of execution."""
     found: dict[str, onnx.NodeProto] = {}
 
     def visit(node: onnx.NodeProto) -> None:

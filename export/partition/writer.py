@@ -61,7 +61,7 @@ def write_parts(directory: Path, role: str, built: BuiltGraph, parts: Sequence[P
 
 
 def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
-    """A kernel's step. Its weights are appended to `constants`."""
+    """Return a kernel's step. Its weights are appended to `constants`."""
     placed = {}
     for name, weight in call.packed().items():
         constants.extend(bytes(-len(constants) % ALIGNMENT))
@@ -75,7 +75,7 @@ def _kernel(call: KernelCall, constants: bytearray) -> KernelStep:
 
 
 def _values(built: BuiltGraph, parts: Sequence[Part], steps: Sequence[PartStep]) -> dict[str, Stored]:
-    """The values between steps, as the parts' graphs declare them; their names may differ from `built`."""
+    """Return the values between steps as the parts' graphs declare them; names may differ from `built`."""
     declared = {
         value.name: Stored(_TYPES[value.type.tensor_type.elem_type], _dims(value))
         for part in parts

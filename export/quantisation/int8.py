@@ -140,7 +140,7 @@ def to_keep(errors: Sequence[float], macs: Sequence[int], budget: float) -> set[
 
 
 def _sampling(output: str, source: str, shape: Sequence[int | str]) -> list[NodeProto]:
-    """Nodes that take about SAMPLES values of a tensor, with a stride that visits all rows and columns."""
+    """Return nodes that take about SAMPLES values of a tensor from all of its rows and columns."""
     sizes = [size for size in shape if isinstance(size, int)]
     stride = max(1, math.prod(sizes) // SAMPLES)
     while math.gcd(stride, math.prod(sizes)) > 1:

@@ -172,7 +172,7 @@ class _Writer:
         )
 
     def _weights(self, layer: Layer, input_scale: float) -> list[str]:
-        """The names of the layer's weight, dequantised from int8, and of its bias, dequantised from int32."""
+        """Return the names of the layer's weight (dequantised int8) and of its bias (dequantised int32)."""
         others = tuple(axis for axis in range(layer.weight.ndim) if axis != layer.axis)
         scales = np.abs(layer.weight).max(axis=others) / 127.0
         if layer.bias is not None:  # the bias must fit into 32 bits

@@ -139,7 +139,7 @@ def _launches(shape: Shape, dtype: str, arch: int, tiling: Columns) -> tuple[Tri
 
 
 def _column_launch(constants: dict[str, Any], tiling: Columns, dtype: str, arch: int) -> TritonLaunch:
-    """The column pass: in registers if the column fits in half precision, otherwise through the cache."""
+    """Return the column pass: in registers if the column fits in half precision, else through the cache."""
     values = tiling.channels * tiling.p1 * tiling.p2
     arguments = ("spectrum", "w1", "b1", "w2", "b2", "dft_1", "dft_2", "twiddle")
     grid = ("HALF + 1", "GROUPS", "batch")
@@ -169,7 +169,7 @@ def _row_tiling(height: int, half: int, dtype: str, arch: int) -> tuple[tuple[in
 
 
 def _block(largest: int, n: int) -> int:
-    """The largest block that divides n, or at most 32 with a masked remainder."""
+    """Return the largest block that divides n, or at most 32 with a masked remainder."""
     block = min(largest, _pad(n))
     while block > 32 and n % block:
         block //= 2
@@ -209,7 +209,7 @@ def pack_bias(bias: Tensor, tiling: Columns) -> Tensor:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Normal values with a small mean, and weights that keep the variance."""
+    """Return normal values with a small mean, and weights that keep the variance."""
     generator = torch.Generator().manual_seed(seed)
     channels, blocks = shape["channels"], shape["blocks"]
     size = channels // blocks
@@ -240,7 +240,7 @@ def outputs(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Mapping[str, Tensor]:
-    """The result of the reference; with a scale and a shift, x is added as an AFF block does."""
+    """Return the result of the reference; with a scale and a shift, x is added as an AFF block does."""
     if scale is None or shift is None:
         return {"y": reference.aff_filter(x, w1, b1, w2, b2)}
     normed = x * scale[..., None, None] + shift[..., None, None]
@@ -248,7 +248,7 @@ def outputs(
 
 
 def baseline(**arguments: Tensor) -> Mapping[str, Tensor]:
-    """The network's form without kernels: the filter in float32, whatever the type of x."""
+    """Compute the filter as the network does without kernels, in float32 for any type of x."""
     y = outputs(**{name: value.float() for name, value in arguments.items()})["y"]
     return {"y": y.to(arguments["x"].dtype)}
 

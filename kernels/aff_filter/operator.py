@@ -1,4 +1,4 @@
-"""`moesr::aff_filter` for PyTorch: compiled graphs keep it whole, and gradients flow."""
+"""`moesr::aff_filter` for PyTorch, with gradients; `torch.compile` keeps it as one operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moesr.kernels.dispatch import has_plan, image_dims, run_kernels, wide
 
 @torch.library.custom_op("moesr::aff_filter", mutates_args=())
 def aff_filter(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """Return what `reference.aff_filter` does for [B, C, H, W], contiguous and in the type of x.
+    """Compute `reference.aff_filter` of [B, C, H, W]; the result is contiguous and in the type of x.
 
     Outside a GPU, and for heights without a tiling, the reference runs; it computes half precision in
     float32.

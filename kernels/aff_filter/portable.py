@@ -97,7 +97,7 @@ def _roots(exponents: Matrix, n: int) -> Matrix:
 
 
 def _real_form(matrix: Matrix) -> Matrix:
-    """A complex matrix [..., r, c] as a real one [..., 2r, 2c] acting on stacked (real, imaginary) parts."""
+    """Return a complex matrix [..., r, c] as a real one [..., 2r, 2c] for stacked (real, imaginary) parts."""
     real, imag = np.real(matrix), np.imag(matrix)
     return np.block([[real, -imag], [imag, real]])
 
@@ -149,6 +149,6 @@ def aff_filter(plan: DftPlan, x: Any, weights: Weights, ops: TensorOps) -> Any:
 
 
 def _layer(weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
-    """A complex block-diagonal layer as real weight [blocks * 2 out, 2 in] and bias over (part, channel)."""
+    """Return a complex block-diagonal layer as a real weight [blocks * 2 out, 2 in] and bias."""
     matrix = (weight[0] + 1j * weight[1]).swapaxes(1, 2)  # [blocks, out, in]
     return _real_form(matrix).reshape(-1, 2 * weight.shape[2]), bias.swapaxes(0, 1).reshape(-1)

@@ -31,7 +31,7 @@ def aff_filter_backward(
     """Return the gradients of `aff_filter`'s arguments, in their order, from the gradient of its result.
 
     A complex gradient holds the gradients of the real and the imaginary part. In `irfft2` each frequency
-    between DC and Nyquist stands for two, so the adjoint of either transform is the other one with that
+    between DC and Nyquist represents two, so the adjoint of either transform is the other one with that
     weight.
     """
     size, weight = x.shape[-2:], _mirrored(x)
@@ -51,14 +51,14 @@ def aff_filter_backward(
 
 
 def _mirrored(x: Tensor) -> Tensor:
-    """[W/2 + 1]: how many frequencies of the whole spectrum each frequency of the half one stands for."""
+    """Return [W/2 + 1]: the number of frequencies of the full spectrum for each frequency of the half one."""
     weight = torch.full((x.shape[-1] // 2 + 1,), 2.0, dtype=x.dtype, device=x.device)
     weight[0] = weight[-1] = 1.0
     return weight
 
 
 def _layer_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, the weight and the bias of `_layer`."""
+    """Return the gradients of the input, the weight and the bias of `_layer`."""
     matrix = torch.complex(weight[0], weight[1])
     inner = torch.einsum("bkohw,kio->bkihw", grad, matrix.conj())
     outer = torch.einsum("bkihw,bkohw->kio", x.conj(), grad)

@@ -32,9 +32,9 @@ def tiling(width: int, dtype: str, arch: int) -> Tiling:
         return Tiling(64, 128 if arch == 100 and dtype != "fp32" else 64, width, width, 4, 2)
     if dtype == "fp32":
         return Tiling(16, 16, 64, width, 4, 1)
-    if arch == 100:  # tensor memory holds 512 columns: the scores' and 256 of the output's
+    if arch == 100:  # tensor memory holds 512 columns: those of the scores and 256 of the output
         return Tiling(128, 32, 128, min(width, 256), 8, 2)
-    if arch == 90:  # 128 queries, so that each of the two warp groups multiplies 64 rows of its own
+    if arch == 90:  # 128 queries, 64 rows for each of the two warp groups
         return Tiling(128, 32, min(width, 256), min(width, 256), 8, 2)
     if arch == 80:
         return Tiling(64, 32, 128, width, 8, 2)
@@ -81,7 +81,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Random heads; the queries are scaled up so that some rows attend to few keys."""
+    """Return random heads; the queries are scaled up so that some rows attend to few keys."""
     generator = torch.Generator().manual_seed(seed)
     last = bool(shape.get("tokens_last", 0))
     dims = (shape["width"], shape["tokens"]) if last else (shape["tokens"], shape["width"])
@@ -97,13 +97,13 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Both forms of the input; a plan uses the one that its buffers name."""
+    """Return both forms of the input; a plan uses the one that its buffers name."""
     q, k, v = given["q"], given["k"], given["v"]
     return {"q": q, "k": k, "v": v, "qkv": torch.stack([q, k, v], 1)}
 
 
 def outputs(**arguments: Any) -> Mapping[str, Tensor]:
-    """The result of the reference by buffer name."""
+    """Return the result of the reference by buffer name."""
     return {"out": reference.attention(**arguments)}
 
 

@@ -121,7 +121,7 @@ def _nhwc(shape: Shape, pixels: int, width: int) -> tuple[int, tuple[TritonLaunc
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Values with a mean of 3, which is ten times their standard deviation in the first group."""
+    """Return values with a mean of 3, which is ten times their standard deviation in the first group."""
     generator = torch.Generator().manual_seed(seed)
     size = (shape["batch"], shape["channels"], shape["height"], shape["width"])
     x = torch.randn(size, generator=generator) + 3
@@ -139,7 +139,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(**arguments: Any) -> Mapping[str, Tensor]:
-    """The result of the reference by buffer name."""
+    """Return the result of the reference by buffer name."""
     return {"y": reference.group_norm_silu(**arguments)}
 
 

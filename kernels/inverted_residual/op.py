@@ -93,7 +93,7 @@ def prepare(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Normal values, and weights that keep the variance in each layer."""
+    """Return normal values, and weights that keep the variance in each layer."""
     generator = torch.Generator().manual_seed(seed)
     cin, cout, inner = shape["channels"], shape["out"], 4 * shape["channels"]
 
@@ -115,7 +115,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def outputs(x: Tensor, channels_last: bool = False, **weights: Tensor) -> Mapping[str, Tensor]:
-    """The result of the reference by buffer name."""
+    """Return the result of the reference by buffer name."""
     if not channels_last:
         return {"y": reference.inverted_residual(x, **weights)}
     return {"y": reference.inverted_residual(x.permute(0, 3, 1, 2), **weights).permute(0, 2, 3, 1)}

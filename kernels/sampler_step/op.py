@@ -24,7 +24,7 @@ KEYS = ((2**64 - 1, 3), (42, INITIAL_NOISE))  # seed and step of the two jobs of
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch of a fixed grid; the kernel reaches canvases through the table. The third job is empty."""
+    """Plan one launch of a fixed grid, whose kernel reads addresses from a table. The third job is empty."""
     del arch
     sizes = _sizes(shape)
     return TritonPlan(
@@ -53,7 +53,7 @@ def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
-    """Two canvases, the first with a history. With `pure_noise` the second becomes pure noise, like x_T."""
+    """Return two canvases, the first with a history. With `pure_noise` the second becomes noise, like x_T."""
     del dtype
     generator = torch.Generator().manual_seed(seed)
     rows = [[1.01, -0.2, 0.3, -0.4, 1.5, -1.1], [0.99, 0.1, 0.0, 9.0, 9.0, 9.0]]
@@ -68,7 +68,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Copies of the canvases, and space for the table."""
+    """Return copies of the canvases, and space for the table."""
     copies = {name: value.clone() for name, value in given.items()}
     device = given["coefficients"].device
     return {**copies, "jobs": torch.zeros(3, COLUMNS, dtype=torch.int64, device=device)}
@@ -97,7 +97,7 @@ def table(rows: Sequence[tuple[Tensor, Tensor, Tensor, int, int, Tensor | None]]
 
 
 def outputs(coefficients: Tensor, **given: Tensor) -> Mapping[str, Tensor]:
-    """The results of the reference by buffer name."""
+    """Return the results of the reference by buffer name."""
     results = {}
     for i, key in enumerate(KEYS):
         history = given.get(f"history_{i}")

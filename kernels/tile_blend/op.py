@@ -21,7 +21,7 @@ BLOCK_H, BLOCK_W = 8, 64
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch; the kernel reaches the canvases through the addresses in the table."""
+    """Plan one launch, whose kernel reads the addresses of the canvases from a table."""
     del arch
     sides = [_sides(shape, i) for i in (0, 1)]
     return TritonPlan(
@@ -80,7 +80,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Copies of the sums, cleared flags, and the table with the index of each canvas; see `link`."""
+    """Return copies of the sums, cleared flags, and the table with the index of each canvas; see `link`."""
     device = given["tiles"].device
     rows = [(index, 0, 0, 0, 0, y, x) for index, y, x in given["slots"]]
     return {
@@ -113,14 +113,14 @@ def table(
 
 
 def outputs(**given: Any) -> Mapping[str, Tensor]:
-    """The results of the reference by buffer name."""
+    """Return the results of the reference by buffer name."""
     sums, weight_sums = [[given[f"{name}_{i}"] for i in (0, 1)] for name in ("sums", "weight_sum")]
     sums, flags = reference.tile_blend(sums, weight_sums, given["tiles"], given["weights"], given["slots"])
     return {"sums_0": sums[0], "sums_1": sums[1], "flags": flags}
 
 
 def cost(shape: Shape, dtype: str) -> Cost:
-    """For each value of the batch: tile, weights and their sum are read, sums are read and written."""
+    """For each value of the batch, tile, weight, sum of weights and sum are read, and the sum is written."""
     values = shape["slots"] * shape["channels"] * shape["height"] * shape["width"]
     return Cost(bytes=values * (SIZES[dtype] + 8) + 8 * values // shape["channels"], flops=0)
 

@@ -24,10 +24,10 @@ def tile_blend(
 ) -> None:
     """Add weighted tiles [slots, C, h, w] to the float32 sums [C, H, W] of canvases, in the order of slots.
 
-    The weight of a pixel is `weights` [h, w] over the canvas' `weight_sums` [H, W]. `flags`, int32
+    The weight of a pixel is `weights` [h, w] over the `weight_sums` [H, W] of the canvas. `flags`, int32
     [canvases], becomes 1 for a canvas with a tile that is not finite. A row of `slots`, int64 [slots, 3] on
-    the CPU, holds the canvas' index (negative: skip), y and x. ValueError is raised if a tile leaves its
-    canvas.
+    the CPU, holds the index of the canvas (negative: skip), y and x. ValueError is raised if a tile leaves
+    its canvas.
     """
     height, width = weights.shape
     for index, y, x in slots.tolist():

@@ -1,1 +1,1 @@
-"""Tiles of canvases into the slots of a graph's input."""
+"""Copies tiles of canvases into the slots of a graph's input."""

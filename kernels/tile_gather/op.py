@@ -21,7 +21,7 @@ CANVAS_TYPES = {1: "u8", 2: "u16", 4: "fp32"}
 
 
 def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
-    """One launch; the kernel reaches the canvases through the addresses in the table."""
+    """Plan one launch, whose kernel reads the addresses of the canvases from a table."""
     del arch
     return TritonPlan(
         op="tile_gather",
@@ -55,7 +55,7 @@ def plan(shape: Shape, dtype: str, arch: int) -> TritonPlan:
 
 
 def _sizes(shape: Shape) -> list[tuple[int, int, int]]:
-    """Shapes of the two canvases: [C, H, W] for latents, [H, W, C] for images."""
+    """Return shapes of the two canvases: [C, H, W] for latents, [H, W, C] for images."""
     sides = [(2 * shape["height"] + 3, 2 * shape["width"] + 1), (shape["height"], shape["width"] + 7)]
     c = shape["channels"]
     return [(c, h, w) if shape["pixel_bytes"] == 4 else (h, w, c) for h, w in sides]
@@ -80,7 +80,7 @@ def inputs(shape: Shape, dtype: str, seed: int) -> dict[str, Any]:
 
 
 def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table with the index of each canvas in place of its address; `link` replaces it."""
+    """Return the table with the index of each canvas in place of its address; `link` replaces it."""
     rows = [(index, 0, 0, y, x, t) for index, y, x, t in given["slots"]]
     device = given["canvas_0"].device
     return {**given, "slots": torch.tensor(rows, dtype=torch.int64, device=device)}
@@ -104,7 +104,7 @@ def table(canvases: list[Tensor], slots: Tensor) -> Tensor:
 
 
 def outputs(canvas_0: Tensor, canvas_1: Tensor, slots: Any, shape: Shape, dtype: str) -> Mapping[str, Tensor]:
-    """The results of the reference by buffer name."""
+    """Return the results of the reference by buffer name."""
     size = shape["height"], shape["width"]
     tiles, t = reference.tile_gather([canvas_0, canvas_1], slots, *size, DTYPES[dtype])
     return {"tiles": tiles, "t": t}

@@ -20,8 +20,8 @@ def tile_gather(
     """Return windows of canvases as tiles [slots, C, height, width] in `dtype`, and float32 t [slots].
 
     Canvases are float32 [C, H, W], or all uint8 or all uint16 [H, W, C], which are mapped to [-1, 1]. A row
-    of `slots`, int64 [slots, 4] on the CPU, holds the canvas' index (negative: zeros), y, x and t. ValueError
-    is raised if a window leaves its canvas.
+    of `slots`, int64 [slots, 4] on the CPU, holds the index of the canvas (negative: zeros), y, x and t.
+    ValueError is raised if a window leaves its canvas.
     """
     for index, y, x, _ in slots.tolist():
         rows, columns = _sides(canvases[max(index, 0)])

@@ -78,13 +78,13 @@ def prepare(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def outputs(z: Tensor, codes: Tensor, table: Tensor) -> Mapping[str, Tensor]:
-    """The results of the reference by buffer name, in float32 as the kernel computes them."""
+    """Return the results of the reference by buffer name, in float32 as the kernel computes them."""
     values, indices = reference.vq_nearest(z.float(), codes.float(), table.float())
     return {"values": values.flatten(2), "indices": indices}
 
 
 def baseline(z: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's own form: a matrix product, then the smallest value of each row."""
+    """Return the network's own form: a matrix product, then the smallest value of each row."""
     b, d, h, w = z.shape
     flat = z.permute(0, 2, 3, 1).reshape(-1, d)
     index = torch.argmin((codes * codes).sum(1) - 2 * flat @ codes.t(), dim=1)

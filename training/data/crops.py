@@ -117,7 +117,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 
 
 def detail(pixels: np.ndarray) -> float:
-    """Mean absolute difference of green between neighboring pixels of a uint8 image [H, W, 3]."""
+    """Return the mean absolute difference of green between neighboring pixels of a uint8 image [H, W, 3]."""
     green = pixels[..., 1].astype(np.int16)
     return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green, axis=1)).mean())
 
@@ -137,7 +137,7 @@ def resize_batch(pixels: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _matrix(size: int, out_size: int) -> Tensor:
-    """The matrix that `imresize` applies along one axis, float64 [out_size, size]."""
+    """Return the matrix that `imresize` applies along one axis, float64 [out_size, size]."""
     return torch.from_numpy(imresize(np.eye(size, dtype=np.float32), out_size, size)).double()
 
 

@@ -114,7 +114,7 @@ class PhotoCache:
 
 
 def share_bytes() -> int:
-    """The cache size of this process: CACHE_BYTES divided evenly over all loader processes on the machine."""
+    """Return the cache size of this process: CACHE_BYTES divided by the number of loader processes."""
     worker = get_worker_info()
     loaders = 1 if worker is None else worker.num_workers
     return CACHE_BYTES // (loaders * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

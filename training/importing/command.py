@@ -69,7 +69,7 @@ def _check_files_named(args: argparse.Namespace) -> None:
 
 
 def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[str]:
-    """Lines that name the networks of StableSR, their source files and the written directory."""
+    """Return lines that name the networks of StableSR, their source files and the written directory."""
     config = checkpoint.config
     assert isinstance(config, StableSRConfig)
     params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
@@ -85,7 +85,7 @@ def stablesr_summary(checkpoint: Checkpoint, source: PublishedStableSR) -> list[
 
 
 def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> list[str]:
-    """Lines that name the networks of Stable Diffusion, their source files and the written directory."""
+    """Return lines that name Stable Diffusion's networks, their source files and the written directory."""
     config = checkpoint.config
     assert isinstance(config, StableDiffusionConfig)
     params = {part: _millions(meta_network(*network)) for part, network in networks(config).items()}
@@ -99,7 +99,7 @@ def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> lis
 
 
 def summary(imported: Imported, source: Published) -> list[str]:
-    """Lines that name the experts and the decoder, their source files and the written directory."""
+    """Return lines that name the experts and the decoder, their source files and the written directory."""
     config = imported.checkpoint.config
     lines = []
     if imported.unet is not None and config.unet is not None:

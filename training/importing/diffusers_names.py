@@ -166,7 +166,7 @@ def text_state(state: StateDict) -> dict[str, Tensor]:
 
 
 def _unused(state: StateDict) -> dict[str, Tensor]:
-    """Zeros for the unused tensors of the published tower."""
+    """Return zeros for the unused tensors of the published tower."""
     first = "transformer.resblocks.0."
     layers = {m[1] for m in (re.match(r"transformer\.resblocks\.(\d+)\.", key) for key in state) if m}
     last = f"transformer.resblocks.{len(layers)}."
@@ -192,5 +192,5 @@ def _renamed(state: StateDict, rules: Mapping[str, Callable[[re.Match[str]], str
 
 
 def _any(names: Mapping[str, str]) -> str:
-    """A regular expression that matches any of these names followed by a dot and the rest of the key."""
+    """Return a regular expression for any of these names, followed by a dot and the rest of the key."""
     return rf"({'|'.join(map(re.escape, names))})\.(.+)"

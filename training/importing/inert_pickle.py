@@ -47,7 +47,7 @@ _BUILT = {
 
 
 class Placeholder:
-    """Stands for an object of any other class; it has no state and no behaviour."""
+    """A replacement for an object of any other class, without state or behaviour."""
 
     def __new__(cls, *_: Any, **__: Any) -> Placeholder:  # noqa: D102
         return super().__new__(cls)
@@ -75,7 +75,7 @@ class Placeholder:
 
 
 class Unpickler(pickle.Unpickler):
-    """An unpickler that resolves the parts of tensors, and every other name to `Placeholder`."""
+    """An unpickler that resolves only names that tensors need; all others become `Placeholder`."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the object that a pickle names if it is allowed, else `Placeholder`."""

@@ -187,7 +187,7 @@ def infer_autoencoder_config(
 
 
 def _fusion(state: StateDict) -> tuple[list[int], int, int]:
-    """Levels with a fusion layer (possibly none), and the RRDBs and growth of these layers."""
+    """Return the levels with a fusion layer (possibly none), and the RRDBs and growth of these layers."""
     matches = [re.match(r"decoder\.fusion_layer_(\d+)\.", key) for key in state]
     levels = sorted({int(match[1]) for match in matches if match})
     blocks, growth = AutoencoderConfig.fusion_blocks, AutoencoderConfig.fusion_growth
@@ -199,7 +199,7 @@ def _fusion(state: StateDict) -> tuple[list[int], int, int]:
 
 
 def _shape(state: StateDict, key: str) -> tuple[int, ...]:
-    """Shape of a weight tensor; CheckpointError if it is missing or has fewer than two dimensions."""
+    """Return the shape of a weight; CheckpointError if it is missing or has fewer than two dimensions."""
     if key not in state:
         raise CheckpointError(f"missing {key}")
     shape = tuple(state[key].shape)
@@ -209,6 +209,6 @@ def _shape(state: StateDict, key: str) -> tuple[int, ...]:
 
 
 def _count(state: StateDict, path: str) -> int:
-    """Length of the module list at `path`: one more than its highest index."""
+    """Return the length of the module list at `path`: one more than its highest index."""
     indices = (re.match(rf"{re.escape(path)}\.(\d+)\.", key) for key in state)
     return max((int(match[1]) + 1 for match in indices if match), default=0)

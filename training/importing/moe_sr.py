@@ -102,7 +102,7 @@ def import_published(
 
 
 def _unet_config(source: Published, decoder: AutoencoderConfig) -> UNetConfig | None:
-    """Sizes of the first expert, if any; CheckpointError if the decoder belongs to another model."""
+    """Return the first expert's sizes, if any; CheckpointError if the decoder belongs to another model."""
     if not source.experts:
         return None
     unet = _raw_unet(source.experts[0], source)[1]

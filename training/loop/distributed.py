@@ -43,12 +43,12 @@ def processes(device: str) -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """The number of this process, from 0. Process 0 writes the files."""
+    """Return the number of this process, from 0. Process 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -69,12 +69,12 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean of `values` over the processes."""
+    """Return the mean of `values` over the processes."""
     return total(values) / size()
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum of `values` over the processes."""
+    """Return the sum of `values` over the processes."""
     if size() > 1:
         values = values.clone()
         dist.all_reduce(values)

@@ -109,7 +109,7 @@ def _squared_gradient(image: Tensor) -> Tensor:
 
 
 def wavelet_colors(content: Tensor, style: Tensor, levels: int = 5) -> Tensor:
-    """A differentiable `moesr.runtime.images.color.wavelet` for image batches [B, C, H, W]."""
+    """Apply a differentiable `moesr.runtime.images.color.wavelet` to image batches [B, C, H, W]."""
     low = style - content
     taps = low.new_tensor([0.25, 0.5, 0.25])
     kernel = (taps[:, None] * taps).expand(low.shape[1], 1, 3, 3)

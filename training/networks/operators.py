@@ -100,7 +100,7 @@ def packed_attention(qkv: Tensor) -> Tensor:
 
 
 def nearest_code(z: Tensor, codes: Tensor) -> Tensor:
-    """Index of the nearest of `codes` [N, D] to each latent of [B, D, h, w]: [B*h*w], in row-major order."""
+    """Return the index of the nearest of `codes` [N, D] to each latent of [B, D, h, w]: [B*h*w]."""
     if infers(z):
         return torch_ops.vq_nearest(z, codes, codes)[1].flatten().long()
     flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(codes.dtype)

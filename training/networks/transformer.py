@@ -87,7 +87,7 @@ class TextTransformer(ConditionedLayer):
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]; `given` must have a text."""
-        assert given.text is not None, "a network with text needs one"
+        assert given.text is not None, "this network needs an encoded text"
         text = given.text.expand(len(x), -1, -1)
         h = self.proj_in(operators.group_norm(x, self.norm).flatten(2).transpose(1, 2))
         for block in self.transformer_blocks:

@@ -110,7 +110,7 @@ def normalise_latents(network: Autoencoder, latents: Tensor) -> None:
 
 @torch.no_grad()
 def refit_codebook(network: Autoencoder, latents: Tensor, seed: int, lloyd_steps: int = 0) -> None:
-    """Replace the codes by as many vectors drawn from `latents` [N, D, h, w]; codes nothing uses are gone.
+    """Replace the codes by as many vectors drawn from `latents` [N, D, h, w], so that no code is unused.
 
     A codebook that was set from few crops covers only the latents of these crops. The decoder gets other
     codes than before, but they are closer to the latents. Steps of Lloyd's algorithm then move each code to

@@ -170,7 +170,7 @@ def start_from(plain: Autoencoder, network: Autoencoder, *, whole: bool = True) 
     given = plain.state_dict() if whole else codes_of(plain)
     network.load_state_dict({**network.state_dict(), **given})
     for fusion in network.decoder.fusions.values():
-        # Zeroes every path except the shortcuts of the last blocks, which then pass on only small biases.
+        # This zeroes every path but the shortcuts of the last blocks, which then pass on only small biases.
         for part in ("encode_enc_1.conv2", "encode_enc_1.conv_out", "encode_enc_3.conv2"):
             nn.init.zeros_(fusion.get_parameter(f"{part}.weight"))
             nn.init.zeros_(fusion.get_parameter(f"{part}.bias"))

@@ -78,7 +78,7 @@ def pass_lr(network: Autoencoder, batch: Sequence[Tensor]) -> None:
     The last layer is fitted to `batch` (number, HR, LR, latent) by least squares.
     """
     encoder, decoder, level = network.encoder, network.decoder, network.config.fusion_level
-    assert level is not None, "without fusion there is nothing to pass"
+    assert level is not None, "the decoder has no layer that fuses the LR image"
     fusion = decoder.fusions[level]
     pass_on([("conv_in", encoder.conv_in), *encoder.down.named_modules(prefix="down")], 0.1, 1.0)
     pass_on(list(fusion.encode_enc_2.named_modules()), 0.0, 0.0)
