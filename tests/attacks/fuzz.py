@@ -23,18 +23,23 @@ from fuzz_targets import TARGETS, Target, run_example  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 
 MAX_FAILURES = 20
-"""Kinds of failure after which a target is given up."""
+"""A target is given up after this many kinds of failure."""
 
 CHUNK = 250
-"""Examples between two lines of progress."""
+"""A line of progress is printed after each this many examples."""
 
 
 def main() -> int:
-    """Run the targets; returns the exit code."""
+    """Run the targets and return the exit code."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--examples", type=int, default=10_000, help="in all (default: %(default)s)")
-    p.add_argument("--target", choices=TARGETS, action="append", help="only these (default: all)")
-    p.add_argument("--seed", type=int, default=0, help="of the examples (default: %(default)s)")
+    p.add_argument(
+        "--examples",
+        type=int,
+        default=10_000,
+        help="examples of all targets together (default: %(default)s)",
+    )
+    p.add_argument("--target", choices=TARGETS, action="append", help="targets to run (default: all)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the examples (default: %(default)s)")
     args = p.parse_args()
     chosen = args.target or list(TARGETS)
     whole = sum(TARGETS[name].share for name in chosen)
@@ -56,7 +61,7 @@ def main() -> int:
 
 
 def run_target(target: Target, count: int, start: int) -> tuple[Counter[str], dict[str, str]]:
-    """Outcomes of `count` examples, and the shortest example of each kind of failure."""
+    """Return the outcomes of `count` examples and the shortest example of each kind of failure."""
     outcomes: Counter[str] = Counter()
     failures: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Inputs of the fuzz targets, as strategies of hypothesis: sound inputs that were mutated in a few places."""
+"""Inputs of the fuzz targets, as strategies of hypothesis: valid inputs that are mutated in a few places."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ SEEDS = [
     encoded("GIF", save_all=True, append_images=[picture("L")]),
     *(encoded(kind) for kind in ("BMP", "PPM", "TGA", "ICO", "JPEG2000")),
 ]
-"""Valid image files that examples start from."""
+"""Examples of images start from these valid files."""
 
 VALUES = [b"", b"\0", b"\xff", b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0\0\0\x01"]
-"""Bytes that often are edges of a range."""
+"""Bytes that often lie at the edge of a range of values."""
 
 
 @st.composite
 def mutated(draw: DrawFn, seeds: list[bytes]) -> bytes:
-    """A file with a few bytes replaced, inserted, removed or repeated, or cut off."""
+    """Draw a file with a few bytes replaced, inserted, removed or repeated, or with its end cut off."""
     content = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -80,7 +80,7 @@ HOSTILE_VALUES = st.one_of(
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) inside of a JSON value."""
+    """Return every (container, key) inside a JSON value."""
     keys = (
         list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     )
@@ -89,7 +89,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 @cache
 def engine_folder() -> Path:
-    """A sound engine, built once per process."""
+    """Return the directory of a valid engine, which is built once per process."""
     folder = Path(tempfile.mkdtemp(prefix="moesr-fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return build_engine(folder, steps=2, experts=2, tile=32)
@@ -97,7 +97,7 @@ def engine_folder() -> Path:
 
 @st.composite
 def manifests(draw: DrawFn) -> str:
-    """The manifest of the sound engine with a few entries changed, or its text damaged."""
+    """Draw the manifest of the valid engine with a few entries changed or with its text damaged."""
     values = json.loads((engine_folder() / MANIFEST_NAME).read_text())
     for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
         container, key = draw(st.sampled_from(places(values)))
@@ -135,7 +135,7 @@ NAMES = st.one_of(ODD, ODD, LONG, TEXT, TEXT.map("{}.png".format))
 
 @st.composite
 def command_lines(draw: DrawFn) -> list[str]:
-    """Inputs, perhaps an output and flags."""
+    """Draw a command line: inputs, sometimes an output, and flags."""
     arguments = draw(st.lists(st.one_of(SOUND, SOUND, NAMES), min_size=1, max_size=3))
     if draw(st.booleans()):
         arguments += ["-o", draw(st.one_of(NEW, NEW, SOUND, NAMES))]
@@ -144,12 +144,12 @@ def command_lines(draw: DrawFn) -> list[str]:
 
 @dataclass(frozen=True)
 class CacheDamage:
-    """The damage to one file of a warm cache."""
+    """A description of how one file of a warm cache is damaged."""
 
     file: int
-    kind: str | None  # of DAMAGES; None: the mutation
+    kind: str | None  # a key of DAMAGES, or None for `mutation`
     mutation: bytes
-    at: float  # where, as a share of the file
+    at: float  # position in the file, as a share of its size
 
 
 CACHE_DAMAGES = st.lists(

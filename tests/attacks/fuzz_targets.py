@@ -1,7 +1,7 @@
-"""Fuzz targets: each takes a mutated input, checks what moesr does with it, and returns the kind of outcome.
+"""Fuzz targets: each checks what moesr does with a mutated input and returns the kind of outcome.
 
-An outcome is "accepted" or the name of an exception that the boundary may raise. Whatever else happens is a
-failure: another exception, a message without the file's name, a run that does not end, a changed result.
+An outcome is "accepted" or the name of an exception that the boundary may raise. Everything else is a
+failure: another exception, a message without the file's name, a run that does not end, or a changed result.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from moesr.runtime.images import provenance, reading, writing
 from moesr.runtime.images.provenance import Provenance
 
 LIMIT_S = 20
-"""An example that takes longer than this fails: hostile input must not hold a run up."""
+"""An example that takes longer than this fails, because a hostile input must not hold a run up."""
 
 LIMIT_BYTES = 4 << 30
-"""Address space that an example may add to the process's: an endless file must not fill the machine."""
+"""An example may add this much to the address space of the process: an endless file must not fill memory."""
 
 IMAGE = np.asarray(picture())
 RECORD = Provenance(4, "synthetic fp32 00000000", {"steps": 1, "seed": 42}, "in.png", "0" * 64)
@@ -54,16 +54,16 @@ RECORD = Provenance(4, "synthetic fp32 00000000", {"steps": 1, "seed": 42}, "in.
 
 @dataclass(frozen=True)
 class Target:
-    """A strategy for inputs, and the check that takes one input and an empty folder."""
+    """A fuzz target: a strategy that draws inputs, and a check that takes one input and an empty folder."""
 
     inputs: SearchStrategy[Any]
     check: Callable[[Any, Path], str]
-    share: float  # of the examples of a long run
+    share: float  # share of the examples of a long run
 
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Fail if the block takes longer than `LIMIT_S` or more memory than `LIMIT_BYTES`."""
+    """Fail if the block takes longer than `LIMIT_S` or needs more memory than `LIMIT_BYTES`."""
 
     def expire(number: int, frame: FrameType | None) -> None:
         raise AssertionError(f"takes longer than {LIMIT_S} s")
@@ -73,7 +73,7 @@ def limits() -> Iterator[None]:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, space[1]))
     signal.alarm(LIMIT_S)
-    faulthandler.dump_traceback_later(2 * LIMIT_S, exit=True)  # if a library does not return
+    faulthandler.dump_traceback_later(2 * LIMIT_S, exit=True)  # for a library that never returns
     try:
         yield
     finally:
@@ -84,7 +84,7 @@ def limits() -> Iterator[None]:
 
 
 def check_image(content: bytes, folder: Path) -> str:
-    """Read, write in every format and read again, as `moesr-run` does around the upscaling."""
+    """Read the image, write it in every format and read it again, as `moesr-run` does."""
     path = folder / "in.png"
     path.write_bytes(content)
     provenance.read(path)
@@ -112,7 +112,7 @@ def check_image(content: bytes, folder: Path) -> str:
 
 
 def check_message(error: MoesrError, path: Path) -> None:
-    """A message is one line of bounded length that names the file and says more."""
+    """Check that a message is one line of bounded length that names the file and says something about it."""
     text = str(error)
     assert str(path) in text
     assert len(text.splitlines()) == 1
@@ -121,7 +121,7 @@ def check_message(error: MoesrError, path: Path) -> None:
 
 
 def check_manifest(text: str, folder: Path) -> str:
-    """Either the manifest is refused, or the engine works on an image."""
+    """Check that the manifest is refused or the engine upscales an image."""
     engine = folder / "engine"
     shutil.copytree(engine_folder(), engine)
     (engine / MANIFEST_NAME).write_text(text, encoding="utf-8")
@@ -141,8 +141,11 @@ def check_manifest(text: str, folder: Path) -> str:
 
 
 def check_command(arguments: list[str], folder: Path) -> str:
-    """Exit codes 0 to 2, never a traceback; no input is changed, and other files only with --force."""
-    folder = folder / "inside"  # so that ".." is a folder of this example, too
+    """Check the exit code (0 to 2), that no traceback is printed, and which files may change.
+
+    Inputs never change. Other existing files change only with --force.
+    """
+    folder = folder / "inside"  # also keeps ".." inside the folder of this example
     folder.mkdir()
     prepare(folder)
     before = contents(folder)
@@ -175,7 +178,7 @@ def check_command(arguments: list[str], folder: Path) -> str:
 
 
 def taken(arguments: list[str], folder: Path) -> set[str]:
-    """Names of the prepared images that are inputs of a run: named ones, and those of named directories."""
+    """Return the names of the prepared images that are inputs of a run, also through their directory."""
     named = arguments[: arguments.index("-o")] if "-o" in arguments else arguments
     places = {os.path.realpath(folder / name.replace("\0", "")) for name in named}
     paths = {name: os.path.realpath(folder / name) for name in ("a.png", "b.jpg", "sub/c.png")}
@@ -183,7 +186,7 @@ def taken(arguments: list[str], folder: Path) -> set[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Files of every kind to be named by arguments."""
+    """Create files of every kind that the arguments can name."""
     (folder / "sub").mkdir()
     for name, kind in (("a.png", "PNG"), ("b.jpg", "JPEG"), ("sub/c.png", "PNG")):
         (folder / name).write_bytes(encoded(kind, picture(size=(6, 5))))
@@ -196,13 +199,13 @@ def prepare(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of all plain files."""
+    """Return the hashes of all regular files."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def check_cache(damages: list[CacheDamage], folder: Path) -> str:
-    """The result with a damaged cache is the result without one."""
+    """Check that the result with a damaged cache equals the result without a cache."""
     cache, backend = folder / "cache", "onnxruntime"
     want = upscaled(cache, backend)
     for damage in damages:
@@ -226,7 +229,7 @@ def check_cache(damages: list[CacheDamage], folder: Path) -> str:
 
 
 def upscaled(cache: Path, backend: str) -> np.ndarray:
-    """The result for a small image."""
+    """Return the result for a small image."""
     with Upscaler(engine_folder(), backend=backend, threads=1, cache=cache) as upscaler:
         return upscaler(IMAGE[:5, :6], steps=1)
 
@@ -240,7 +243,7 @@ TARGETS = {
 
 
 def run_example(target: Target, value: Any, folder: Path) -> str:
-    """Check one input in an empty folder; returns the outcome."""
+    """Check one input in an empty folder and return the outcome."""
     with limits(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return target.check(value, folder)

@@ -1,4 +1,4 @@
-"""Damage to the user's cache. Nothing depends on the cache, so every run must give the same pixels."""
+"""Damage to the user's cache, after which every run must still give the same pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def keeping_stamp(damage: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Damage a file and put its times back, as a failing disk does."""
+    """Damage a file and restore its time stamps, as a failing disk does."""
 
     def keep(path: Path) -> None:
         status = path.stat()
@@ -20,7 +20,7 @@ def keeping_stamp(damage: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def replacing(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Put something else in place of a file."""
+    """Replace a file by another kind of entry."""
 
     def replace(path: Path) -> None:
         path.unlink()
@@ -30,13 +30,13 @@ def replacing(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def zero_second_half(path: Path) -> None:
-    """Overwrite half of a file, at the same size."""
+    """Overwrite the second half of a file with zeros and keep its size."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
 
 
 def flip_bits(path: Path) -> None:
-    """Change a byte in the middle."""
+    """Change one byte in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x55
     path.write_bytes(content)

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 MARKER = "executed"
-"""Name of the file that a pickle tries to create when it is loaded."""
+"""A malicious pickle tries to create a file of this name when it is loaded."""
 
 
 class _Command:
-    """Pickles as a call of os.system."""
+    """An object whose pickle is a call of os.system."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -28,19 +28,19 @@ class _Command:
 
 
 def command_pickle(path: Path) -> bytes:
-    """A bare pickle that creates a file beside itself when it is loaded."""
+    """Return a bare pickle that creates a file beside itself when it is loaded."""
     return pickle.dumps(_Command(f"touch {path.parent / MARKER}"))
 
 
 def command_archive(path: Path) -> bytes:
-    """The same damage inside of a file of torch.save."""
+    """Return a file in the format of torch.save whose pickle creates a file beside it when it is loaded."""
     stream = io.BytesIO()
     torch.save({"weight": torch.ones(2), "hook": _Command(f"touch {path.parent / MARKER}")}, stream)
     return stream.getvalue()
 
 
 def archive(**entries: bytes) -> bytes:
-    """A ZIP file, as torch.save writes them."""
+    """Return a ZIP file with the entries that torch.save writes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
         for name, content in entries.items():
@@ -49,17 +49,17 @@ def archive(**entries: bytes) -> bytes:
 
 
 def safetensors(header: bytes, length: int | None = None, data: bytes = b"") -> bytes:
-    """A safetensors file with this header; `length` is what it says of the header's length."""
+    """Return a safetensors file with this header; `length` replaces the stored length of the header."""
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def entry(**values: object) -> bytes:
-    """A header with one tensor."""
+    """Return a header that describes one tensor."""
     return json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | values}).encode()
 
 
 PUBLISHED: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    # file name: (content, pattern of the message)
+    # file name: (content, pattern of the expected message)
     "empty.ckpt": (lambda path: b"", "the file is empty"),
     "page.ckpt": (lambda path: b"<!DOCTYPE html><html></html>", "holds a web page"),
     "text.ckpt": (lambda path: b"hello", "not a whole PyTorch file"),
@@ -94,7 +94,7 @@ PUBLISHED: dict[str, tuple[Callable[[Path], bytes], str]] = {
 }
 
 CONFIGS: dict[str, object] = {
-    # content of config.json, or changes of a sound one by path
+    # the content of config.json, or changes to a valid one by path
     "empty": "",
     "text": "hello",
     "list": "[]",

@@ -1,6 +1,7 @@
 """Hostile engine directories: damaged manifests and graphs, each with the message that `moesr-run` must give.
 
-All of them end with exit code 3, whatever is asked for, and nothing outside the directory is read.
+All of them end with exit code 3, whatever else the command asks for, and nothing outside the directory is
+read.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ CURE = "export the engine again|copy the whole directory again|upgrade moesr|mak
 
 @dataclass(frozen=True)
 class EngineAttack:
-    """Damages a sound engine directory; `says` is a pattern of the message."""
+    """Damages a valid engine directory; `says` is a pattern of the expected message."""
 
     damage: Callable[[Path], object]
     says: str = CURE
 
 
 def changed(**entries: Any) -> EngineAttack:
-    """The manifest with some entries changed; `a__b` is entry b of entry a."""
+    """Return a function that changes some entries of the manifest; `a__b` is entry b of entry a."""
 
     def damage(directory: Path) -> None:
         path = directory / MANIFEST_NAME
@@ -50,13 +51,13 @@ def changed(**entries: Any) -> EngineAttack:
 
 
 def manifest(content: str | bytes, says: str = CURE) -> EngineAttack:
-    """Another content of the manifest."""
+    """Return a function that replaces the content of the manifest."""
     data = content.encode() if isinstance(content, str) else content
     return EngineAttack(lambda directory: (directory / MANIFEST_NAME).write_bytes(data), says)
 
 
 def graph(make: Callable[[], bytes], says: str = CURE, role: str = "expert_0") -> EngineAttack:
-    """Another file of a graph, with its right hash in the manifest."""
+    """Return a function that replaces the file of a graph and updates its hash in the manifest."""
 
     def damage(directory: Path) -> None:
         content = make()
@@ -68,7 +69,7 @@ def graph(make: Callable[[], bytes], says: str = CURE, role: str = "expert_0") -
 
 
 def replaced(make: Callable[[Path], object], says: str = CURE, name: str = MANIFEST_NAME) -> EngineAttack:
-    """Something else in place of a file."""
+    """Return a function that replaces a file by another kind of entry."""
 
     def damage(directory: Path) -> None:
         (directory / name).unlink()
@@ -78,7 +79,7 @@ def replaced(make: Callable[[Path], object], says: str = CURE, name: str = MANIF
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field of a protocol buffer message that has a length."""
+    """Return a protocol buffer field that is preceded by its length."""
     length, rest = b"", len(content)
     while True:
         length += bytes([(rest & 127) | (128 if rest > 127 else 0)])
@@ -88,7 +89,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def nested_graphs(depth: int = 2000) -> bytes:
-    """An ONNX file whose graphs lie in each other: model, graph, node, attribute, graph, ..."""
+    """Return an ONNX file whose graphs are nested: model, graph, node, attribute, graph, and so on."""
     inner = b""
     for _ in range(depth):
         inner = field(6, field(1, field(5, inner)))
@@ -96,7 +97,7 @@ def nested_graphs(depth: int = 2000) -> bytes:
 
 
 def outside_weights(location: str) -> bytes:
-    """A decoder whose constants are said to lie in another file."""
+    """Return a decoder whose constants refer to another file."""
     model = decoder_graph(64)
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
@@ -106,7 +107,7 @@ def outside_weights(location: str) -> bytes:
 
 
 def edited(change: Callable[[onnx.ModelProto], object]) -> bytes:
-    """A decoder with something changed."""
+    """Return a decoder with one part of it changed."""
     model = decoder_graph(64)
     change(model)
     return model.SerializeToString()
@@ -225,4 +226,4 @@ JSON_TEXTS = {
     "schema_text": '{"schema": "2"}',
     "entries_of_other_types": '{"schema": 2, "kernels": 3, "plans": "x", "steps": {}, "values": []}',
 }
-"""Contents of kernels.json, parts.json and plan.json that are refused."""
+"""Contents of kernels.json, parts.json and plan.json that must be refused."""

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 
 @dataclass(frozen=True)
 class Attack:
-    """A file (or other entry) that `make` creates, the exit code that it gets, and a pattern of the message.
+    """A file or other entry that `make` creates, with the expected exit code and a pattern of the message.
 
     With exit code 0 the image is upscaled into each of `results`, and `says` is not used.
     """
@@ -29,25 +29,25 @@ class Attack:
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (13, 9)) -> Image.Image:
-    """A seeded noise image."""
+    """Return an image of seeded noise."""
     noise = np.random.default_rng(7).integers(0, 256, (size[1], size[0], 4), np.uint8)
     return Image.fromarray(noise, "RGBA").convert(mode)
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     stream = io.BytesIO()
     (image or picture()).save(stream, kind, **options)
     return stream.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG with its checksum."""
+    """Return a chunk of a PNG with its checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(*chunks: bytes, width: int = 13, height: int = 9, depth: int = 8, color: int = 2) -> bytes:
-    """A PNG with these chunks between IHDR and IDAT; its pixels are those of `picture`."""
+    """Return a PNG with these chunks between IHDR and IDAT; its pixels are those of `picture`."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     rows = np.asarray(picture())
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -57,7 +57,7 @@ def png(*chunks: bytes, width: int = 13, height: int = 9, depth: int = 8, color:
 
 
 def tiff_with(tag: int, kind: int, count: int, value: bytes, data: bytes = b"", **options: object) -> bytes:
-    """A TIFF in which one entry of the directory is replaced (or the last one, if the tag is absent)."""
+    """Return a TIFF in which one directory entry is replaced (the last one, if it lacks the tag)."""
     content = bytearray(encoded("TIFF", **options))
     start = struct.unpack("<I", content[4:8])[0]
     entries = struct.unpack("<H", content[start : start + 2])[0]
@@ -69,14 +69,14 @@ def tiff_with(tag: int, kind: int, count: int, value: bytes, data: bytes = b"", 
 
 
 def damaged_strip() -> bytes:
-    """A TIFF whose LZW data are broken in the middle."""
+    """Return a TIFF whose LZW data are damaged in the middle."""
     content = bytearray(encoded("TIFF", picture(size=(64, 48)), compression="tiff_lzw"))
     content[40:400] = b"\xff" * 360
     return bytes(content)
 
 
 def looping_tiff() -> bytes:
-    """A TIFF whose directory names itself as the next one."""
+    """Return a TIFF whose directory names itself as the next directory."""
     content = bytearray(encoded("TIFF"))
     start = struct.unpack("<I", content[4:8])[0]
     entries = struct.unpack("<H", content[start : start + 2])[0]
@@ -86,7 +86,7 @@ def looping_tiff() -> bytes:
 
 
 def jpeg_size(width: int, height: int) -> bytes:
-    """A small JPEG whose header declares another size."""
+    """Return a small JPEG whose header declares another size."""
     content = bytearray(encoded("JPEG"))
     at = content.index(b"\xff\xc0")
     content[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -94,34 +94,34 @@ def jpeg_size(width: int, height: int) -> bytes:
 
 
 def bmp_size(width: int, height: int) -> bytes:
-    """A small BMP whose header declares another size."""
+    """Return a small BMP whose header declares another size."""
     content = bytearray(encoded("BMP"))
     content[18:26] = struct.pack("<ii", width, height)
     return bytes(content)
 
 
 def large_profile(extra: int = 3_000_000) -> bytes:
-    """A valid ICC profile followed by zeros."""
+    """Return a valid ICC profile followed by zeros."""
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return (len(icc) + extra).to_bytes(4, "big") + icc[4:] + bytes(extra)
 
 
 def software(text: str) -> Image.Exif:
-    """EXIF with a Software tag."""
+    """Return EXIF data with a Software tag."""
     exif = Image.Exif()
     exif[0x131] = text
     return exif
 
 
 def maker_note(nbytes: int) -> Image.Exif:
-    """EXIF with a long MakerNote."""
+    """Return EXIF data with a long MakerNote."""
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x927C] = b"m" * nbytes
     return exif
 
 
 def file(content: Callable[[], bytes] | bytes) -> Callable[[Path], object]:
-    """Writes a file."""
+    """Return a function that writes a file with this content."""
     return lambda path: path.write_bytes(content() if callable(content) else content)
 
 

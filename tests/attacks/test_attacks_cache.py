@@ -1,4 +1,4 @@
-"""A damaged cache never changes a result, stops a run, or outlives it."""
+"""A damaged cache never changes a result or stops a run, and the damage does not persist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moesr.runtime.backends.selection import BACKENDS
 
 IMAGE = np.asarray(picture())
 KINDS = {
-    # name: (backend, pattern of the files that are damaged)
+    # name: (backend, pattern of the files to damage)
     "measurements": ("auto", "fastest/*.json"),
     "ort_entry": ("onnxruntime", "prepared/*/entry.json"),
     "ort_graph": ("onnxruntime", "prepared/*/graph.onnx"),
@@ -25,7 +25,7 @@ KINDS = {
     "openvino_graph": ("openvino", "prepared/*/graph.blob"),
 }
 SLOW = ("empty", "nested", "digits_400", "flipped_byte", "fifo", "endless_device")
-"""The damages that are tried on backends which take long to prepare a graph, or to be measured."""
+"""Only these kinds of damage are tried on backends that take long to prepare or measure a graph."""
 
 ROWS = [
     pytest.param(*row, damage, id=f"{kind}-{name}")
@@ -56,7 +56,7 @@ def result(engine: Path | str, backend: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("backend", "pattern", "damage"), ROWS)
-def test_a_damaged_file_changes_nothing(
+def test_damaged_file_does_not_change_the_result(
     backend: str, pattern: str, damage: Callable[[Path], object], engine: Path, cache: Path
 ):
     want = result(engine, backend)
@@ -68,8 +68,8 @@ def test_a_damaged_file_changes_nothing(
     assert np.abs(result(engine, backend).astype(int) - want).max() <= tolerance
 
 
-def test_damaged_weights_of_a_prepared_graph_change_nothing(cache: Path):
-    """Weights that a prepared graph keeps in a file of their own, damaged at the same size and time."""
+def test_damaged_weights_of_a_prepared_graph_do_not_change_the_result(cache: Path):
+    """The weights file of a prepared graph is damaged while its size and its times stay the same."""
     want = result("demo-x4", "onnxruntime")
     paths = sorted(cache.glob("prepared/*/weights.bin"))
     assert paths
@@ -89,7 +89,7 @@ def test_foreign_entries_are_left_alone_or_removed(name: str, engine: Path, cach
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/dev/null")])
-def test_a_cache_that_is_no_folder(make: Callable[[Path], object], engine: Path, cache: Path):
+def test_cache_path_that_is_not_a_directory(make: Callable[[Path], object], engine: Path, cache: Path):
     make(cache)
     want = result(engine, "onnxruntime")
     assert np.array_equal(result(engine, "onnxruntime"), want)

@@ -1,4 +1,4 @@
-"""Hostile weights: a message that names the file, nothing in it is executed, nothing is written."""
+"""Hostile weights are refused with a message that names the file; none of their code is run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEMO = Path(__file__).resolve().parents[2] / "training/demo_checkpoints/demo-x4"
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """No attack may take more than another 4 GB of address space."""
+    """Let each attack add at most 4 GB of address space."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
@@ -54,8 +54,8 @@ def test_published_files_are_refused(
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_the_command_of_a_pickle_would_run_elsewhere(tmp_path: Path):
-    """The attack is a real one: plain unpickling runs the command that the import leaves alone."""
+def test_plain_unpickling_runs_the_command(tmp_path: Path):
+    """The attack is real: plain unpickling runs the command that the import does not run."""
     make, _ = PUBLISHED["command.ckpt"]
     pickle.loads(make(tmp_path / "command.ckpt"))
     assert (tmp_path / MARKER).exists()

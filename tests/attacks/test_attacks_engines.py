@@ -1,4 +1,4 @@
-"""Hostile engine directories: exit code 3 and a message that names the file and the cure."""
+"""Hostile engine directories end with exit code 3 and a message that names the file and the cure."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_parts_json_is_refused(text: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", JSON_TEXTS.values(), ids=JSON_TEXTS)
-def test_plan_json_is_passed_over(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """A plan with a damaged record is built again."""
+def test_damaged_plan_json_is_ignored(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The plan is built again if its record is damaged."""
     key = plan_store.PlanKey("0" * 64, "rtx", "1.2", 89, 1)
     folder = tmp_path / key.name
     folder.mkdir()

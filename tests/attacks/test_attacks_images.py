@@ -1,4 +1,4 @@
-"""Hostile images: each gets its exit code and message, and the other inputs are done."""
+"""Each hostile image gets its exit code and message, and the other inputs are still upscaled."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def test_refused_with_a_reason(
     assert error.startswith("moesr-run: error: ")
     assert re.search(attack.says, error)
     assert "internal error, please" not in err
-    assert r"\n " not in error  # a message of several lines
+    assert r"\n " not in error  # escaped line breaks would show a message of several lines
     assert [path.name for path in tmp_path.iterdir()] == [attack.name]
 
 
 @pytest.mark.parametrize("attack", [pytest.param(a, id=name) for name, a in ACCEPTED.items()])
-def test_upscaled_and_known_again(
+def test_upscaled_and_recognized_by_a_second_run(
     attack: Attack, engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    """The result can be read, and a second run knows it."""
+    """The result can be read, and a second run recognizes it as finished."""
     source = tmp_path / "in" / attack.name
     source.parent.mkdir()
     attack.make(source)
@@ -60,7 +60,7 @@ def test_upscaled_and_known_again(
             assert result.size == (52, 36)
 
 
-def test_the_others_of_a_folder_are_done(engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_other_images_of_the_folder_succeed(engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     folder, results = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name, attack in REFUSED.items():

@@ -1,4 +1,4 @@
-"""Some hundred examples of each fuzz target; `python tests/attacks/fuzz.py` runs as many as you like."""
+"""A few hundred examples per fuzz target; `python tests/attacks/fuzz.py` runs any number of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = {"images": 150, "manifests": 80, "paths": 60, "cache": 20}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_target(name: str):
+def test_fuzz_target(name: str):
     target = TARGETS[name]
 
     @settings(

@@ -1,8 +1,8 @@
-"""A CUDA driver over host memory: always behind, strict about memory, its kernels plain NumPy.
+"""A simulated CUDA driver over host memory, which checks every use of memory; kernels are NumPy functions.
 
-Whatever is enqueued waits until the host waits for it. So pinned memory that is filled too early, memory that
-is freed or taken again while something enqueued still uses it, and results looked at too early all show: in
-the numbers, or as an error.
+Enqueued work is done only when the host waits for it. So three faults show as wrong numbers or as an error:
+pinned memory that is filled too early, memory that is freed or reused while enqueued work still needs it, and
+results that are read too early.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.sampling import noise
 from moesr.runtime.system.files import sha256_of
 
-POISON = 0xFF  # every float of it is NaN
+POISON = 0xFF  # the bytes of a NaN in every float type
 _FIRST_ADDRESS = 1 << 20
 
 
@@ -50,14 +50,14 @@ class SimulatedBlock:
 
 
 class SimulatedDriver:
-    """See `devices.driver.Driver`. `log` says what was enqueued, waited for or read, in order."""
+    """A driver as in `devices.driver.Driver`; `log` lists what is enqueued, awaited and read, in order."""
 
     name, stream = "Simulated GPU", 0
 
     def __init__(self, capability: int = 90, memory_bytes: int | None = None) -> None:
         self.capability, self._free_bytes = capability, memory_bytes
         self.log: list[str] = []
-        self.kernels: list[str] = []  # every one that ran, in order
+        self.kernels: list[str] = []  # names of all kernels that ran, in order
         self.blocks: dict[int, np.ndarray] = {}
         self._top = _FIRST_ADDRESS
         self._freed: list[SimulatedBlock] = []
@@ -67,25 +67,25 @@ class SimulatedDriver:
         self.peak_pinned = 0
         self.closed = False
         self.shared: dict[Any, Any] = {}
-        self.loads: list[str] = []  # entries of the kernels that were loaded
-        self.failing_captures: deque[str] = deque()  # of the next captures: "begin", "within" or "end"
+        self.loads: list[str] = []  # names of the kernels that were loaded
+        self.failing_captures: deque[str] = deque()  # for the next captures: "begin", "within" or "end"
         self._failing: str | None = None
 
     # memory
 
     def alloc(self, nbytes: int) -> SimulatedBlock:
-        assert self._captured is None, "memory taken while a graph is captured"
+        assert self._captured is None, "memory is allocated while a graph is captured"
         if self._free_bytes is not None:
             if nbytes > self._free_bytes:
                 raise MemoryLimitError("no memory")
             self._free_bytes -= nbytes
         again = next((b for b in self._freed if b.nbytes >= nbytes), None)
-        if again:  # as a pool does: in the order of the stream
+        if again:  # memory is reused in stream order, as in a pool
             self._freed.remove(again)
             block = SimulatedBlock(again.address, nbytes)
         else:
             block = SimulatedBlock(self._top, nbytes)
-            self._top += -(-(nbytes + 256) // 256) * 256  # with a gap
+            self._top += -(-(nbytes + 256) // 256) * 256  # leaves a gap after the block
         self._add("alloc", lambda: self._make(block))
         return block
 
@@ -100,7 +100,7 @@ class SimulatedDriver:
         self._free_bytes = nbytes
 
     def free(self, block: SimulatedBlock) -> None:
-        assert self._captured is None, "memory freed while a graph is captured"
+        assert self._captured is None, "memory is freed while a graph is captured"
         self._add("free", lambda: self.blocks.pop(block.address))
         if self._free_bytes is not None:
             self._free_bytes += block.nbytes
@@ -111,14 +111,14 @@ class SimulatedDriver:
         return np.full(nbytes, POISON, np.uint8)
 
     def view(self, address: int, count: int, dtype: Any = np.uint8) -> np.ndarray:
-        """Live memory as an array; an error where it is not all inside one block."""
+        """Return live memory as an array; an error is raised unless all of it lies inside one block."""
         nbytes = count * np.dtype(dtype).itemsize
         for base, data in self.blocks.items():
             if base <= address and address + nbytes <= base + len(data):
                 return data[address - base : address - base + nbytes].view(dtype)
-        raise AssertionError(f"{nbytes} bytes at {address}: not memory of the device")
+        raise AssertionError(f"{nbytes} bytes at {address}are not memory of the device")
 
-    # what is enqueued
+    # enqueued work
 
     def _add(self, name: str, call: Callable[[], object]) -> None:
         if self._captured is not None:
@@ -157,7 +157,7 @@ class SimulatedDriver:
         arguments: Sequence[np.generic],
     ) -> None:
         entry, constants = kernel
-        assert all(int(a) % 16 == 0 for a in arguments if isinstance(a, np.uint64))  # as was compiled for
+        assert all(int(a) % 16 == 0 for a in arguments if isinstance(a, np.uint64))  # as compiled
         values = [int(a) if isinstance(a, np.integer) else float(a) for a in arguments]
         self._add(entry, lambda: (self.kernels.append(entry), RUN[entry](self, constants, grid, *values)))
 
@@ -169,13 +169,13 @@ class SimulatedDriver:
         if self._failing:
             self.log.append("failed capture")
         if self._failing == "begin":
-            raise EngineError("no capture can begin")
+            raise EngineError("a capture cannot begin")
         self._captured = []
 
     def end_capture(self) -> list[tuple[str, Callable[[], object]]]:
         captured, self._captured = self._captured, None
         if self._failing == "end":
-            raise EngineError("the capture was invalidated by another thread")
+            raise EngineError("the capture is invalidated by another thread")
         assert captured
         self.log.append("capture")
         return captured
@@ -221,7 +221,7 @@ class SimulatedDriver:
 
 
 class SimulatedSession(FakeSession):
-    """A graph as a library would run it: enqueued, between buffers of the simulated GPU."""
+    """A graph that is enqueued as a library does it, between buffers of the simulated GPU."""
 
     capturable = True
 
@@ -251,7 +251,7 @@ class SimulatedSession(FakeSession):
 
 
 def window(driver, address: int, rows: tuple[int, int], columns: tuple[int, int], dtype: Any) -> np.ndarray:
-    """[rows, columns] of a canvas as a view; both are (count, stride in elements)."""
+    """Return a view [rows, columns] of a canvas; both arguments are (count, stride in elements)."""
     (height, row), (width, column) = rows, columns
     reach = driver.view(address, (height - 1) * row + (width - 1) * column + 1, dtype)
     size = reach.itemsize
@@ -320,7 +320,7 @@ def write_kernels(
     dtype: str = "fp32",
     without: str = "",
 ) -> Path:
-    """A kernels.json of operators' deployed cases as the build writes it, over files for the simulation."""
+    """Write kernels.json as the build does for the deployed cases of the operators, with simulated files."""
     directory.mkdir(parents=True, exist_ok=True)
     kernels, plans = {}, []
     for op in ops:
@@ -374,7 +374,7 @@ def _buffer(directory: Path, plan: TritonPlan, buffer: PlanBuffer) -> PlanBuffer
 
 
 def lock_is_held() -> bool:
-    """Return True if, as seen from another thread, a thread holds the lock between opening and capturing."""
+    """Return True if another thread cannot take the lock that keeps opening and capturing apart."""
     found: list[bool] = []
 
     def probe() -> None:

@@ -1,4 +1,4 @@
-"""Names and shapes of Stable Diffusion's tensors as the library diffusers stores them, for any width."""
+"""Names and shapes of the tensors of Stable Diffusion as the library diffusers stores them, for any width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ Shapes = dict[str, list[int]]
 
 
 def unet_shapes(width: int, text: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2) -> Shapes:
-    """Weights of a `UNet2DConditionModel`; all levels but the lowest attend to a text of `text` channels."""
+    """Return the shapes of a `UNet2DConditionModel`.
+
+    All levels except the lowest attend to a text of `text` channels.
+    """
     emb, levels = 4 * width, [width * m for m in mult]
     out = {**_conv("conv_in", width, 4), **_linear("time_embedding.linear_1", emb, width)}
     out |= _linear("time_embedding.linear_2", emb, emb)
@@ -35,7 +38,7 @@ def unet_shapes(width: int, text: int, mult: tuple[int, ...] = (1, 2, 4, 4), blo
 
 
 def vae_shapes(width: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2) -> Shapes:
-    """Weights of an `AutoencoderKL`."""
+    """Return the shapes of an `AutoencoderKL`."""
     levels = [width * m for m in mult]
     out, channels = _conv("encoder.conv_in", width, 3), width
     for i, c in enumerate(levels):
@@ -56,7 +59,7 @@ def vae_shapes(width: int, mult: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2
 
 
 def text_shapes(width: int, layers: int, tokens: int = 77, vocabulary: int = 49408) -> Shapes:
-    """Weights of transformers' `CLIPTextModel`, which stores only the layers that are run."""
+    """Return the shapes of a transformers `CLIPTextModel`, which stores only the layers that are run."""
     out = {
         "text_model.embeddings.token_embedding.weight": [vocabulary, width],
         "text_model.embeddings.position_embedding.weight": [tokens, width],
@@ -116,7 +119,7 @@ def _middle(side: str, c: int) -> Shapes:
 
 
 def old_vae_names(shapes: Shapes) -> Iterator[tuple[str, str]]:
-    """(today's name, the name before 2023) of the autoencoder's attention."""
+    """Return pairs (current name, name before 2023) of the tensors of the autoencoder's attention."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for key in shapes:
         for new, before in old.items():

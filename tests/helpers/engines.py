@@ -1,4 +1,4 @@
-"""A tiny synthetic engine: point-wise graphs in place of networks, with a correct manifest."""
+"""A tiny synthetic engine, whose graphs are point-wise formulas, with a correct manifest."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def build_engine(
     reuse: bool = False,
     **entries: Any,
 ) -> Path:
-    """Write the engine; expert `nan_expert` produces NaN. Returns `directory`.
+    """Write the engine and return `directory`.
 
-    `encoder`: the condition is a latent that a graph makes. Two `prompts` are an input of the experts.
-    `reuse`: every expert leaves features `deep` to a shallow graph.
-    `entries` replace some of the manifest's.
+    Expert `nan_expert` produces NaN. With `encoder` the condition is a latent that a graph computes. If there
+    are two `prompts`, they are an input of the experts. With `reuse` every expert passes features `deep` to a
+    shallow graph. `entries` replace entries of the manifest.
     """
     directory.mkdir(parents=True, exist_ok=True)
     schedule, side = Schedule(), tile // FACTOR
@@ -102,9 +102,9 @@ def build_engine(
 def expert_graph(
     side: int, *, shift: float, nan: bool = False, prompts: bool = False, reuse: bool = False
 ) -> onnx.ModelProto:
-    """eps = 0.9 z_t + 0.1 cond + 1e-4 t + shift, point by point, and 0.2 for the second of two prompts.
+    """Return the graph eps = 0.9 z_t + 0.1 cond + 1e-4 t + shift (+ 0.2 for the second of two prompts).
 
-    `reuse`: its second output, deep, is eps twice.
+    With `reuse` it has a second output, deep, which holds eps twice.
     """
     latent, batch = ["B", 3, side, side], ["B"]
     nodes = [
@@ -136,7 +136,7 @@ def expert_graph(
 
 
 def shallow_graph(side: int, *, shift: float) -> onnx.ModelProto:
-    """eps = half of deep's last three channels + 0.4 z_t + shift."""
+    """Return the graph eps = half of deep's last three channels + 0.4 z_t + shift."""
     latent = ["B", 3, side, side]
     nodes = [
         helper.make_node("Split", ["deep"], ["first", "last"], axis=1, num_outputs=2),
@@ -150,7 +150,7 @@ def shallow_graph(side: int, *, shift: float) -> onnx.ModelProto:
 
 
 def decoder_graph(tile: int) -> onnx.ModelProto:
-    """image = fidelity * lr + 0.05 * nearest-neighbour(z), each tile by its own fidelity."""
+    """Return the graph image = fidelity * lr + 0.05 * nearest-neighbor(z), with one fidelity per tile."""
     image, latent = ["B", 3, tile, tile], ["B", 3, tile // FACTOR, tile // FACTOR]
     nodes = [
         helper.make_node("Resize", ["z", "", "scales"], ["z_up"], mode="nearest"),
@@ -168,7 +168,7 @@ def decoder_graph(tile: int) -> onnx.ModelProto:
 
 
 def encoder_graph(tile: int) -> onnx.ModelProto:
-    """latent = mean of each block of the image + 0.1 noise."""
+    """Return the graph latent = mean of each block of the image + 0.1 noise."""
     image, latent = ["B", 3, tile, tile], ["B", 3, tile // FACTOR, tile // FACTOR]
     nodes = [
         helper.make_node("AveragePool", ["image"], ["mean"], kernel_shape=[FACTOR] * 2, strides=[FACTOR] * 2),

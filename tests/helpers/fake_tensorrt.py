@@ -1,4 +1,4 @@
-"""TensorRT as far as the runtime uses it, over the simulated GPU: plans are the names of functions."""
+"""A fake TensorRT with all that the runtime uses of it, on the simulated GPU; a plan is a function's name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Row = Mapping[str, np.ndarray]
 
 
 class FakeEngine:
-    """A graph with a boundary, computed by a plain function of one tile."""
+    """A graph with a boundary that is computed by a plain function of one tile."""
 
     device_memory_size_v2 = 4096
-    num_optimization_profiles = 2  # any number of tiles, and one tile
+    num_optimization_profiles = 2  # one for any number of tiles, and one for a single tile
 
     def __init__(
         self, driver: SimulatedDriver, boundary: Boundary, function: Callable[[Row], np.ndarray]
@@ -65,7 +65,7 @@ class FakeEngine:
         return config
 
     def create_execution_context(self, given: Any) -> FakeContext:
-        """`given` is a configuration, or a strategy where the library has no other choices."""
+        """Create a context from a configuration, or from a strategy if the library has no other settings."""
         if not isinstance(given, str):
             assert given.dynamic_shapes_kernel_specialization_strategy == "EAGER"
             given = given.allocation
@@ -75,7 +75,7 @@ class FakeEngine:
 
 
 class FakeRuntimeCache:
-    """Holds a kernel for each context that ran, and what an earlier process held."""
+    """Holds one kernel for each context that ran, and the kernels of an earlier process."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.before = engine, b""
@@ -101,7 +101,7 @@ class FakeContext:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream == self.engine.driver.stream and index < self.engine.num_optimization_profiles
-        assert not self.shapes, "a profile is chosen before shapes are set"
+        assert not self.shapes, "the profile must be chosen before shapes are set"
         self.profile = index
         return True
 
@@ -121,7 +121,7 @@ class FakeContext:
         memory, size = self.memory, self.engine.device_memory_size_v2
 
         def run() -> None:
-            self.engine.driver.view(memory, size)[:] = POISON  # a run may leave anything there
+            self.engine.driver.view(memory, size)[:] = POISON  # a run may leave any values there
             self.engine.compute(shapes, addresses)
 
         self.engine.driver.library_call("run plan", run)
@@ -134,7 +134,7 @@ def fake_library(
     flavour: str = "tensorrt_rtx",
     complaint: str = "Serialization assertion failed",
 ) -> Library:
-    """A library whose plans are the keys of `engines`; of other plans it complains."""
+    """Return a library whose plans are the keys of `engines`; it reports errors for other plans."""
     errors: list[str] = []
 
     class Runtime:

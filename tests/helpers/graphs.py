@@ -1,4 +1,4 @@
-"""Random networks, checkpoints of them, and runs of exported graphs, for the tests of the export."""
+"""Random networks, their checkpoints, and runs of exported graphs, for the tests of the export."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PLAIN_LDM = dataclasses.replace(
 
 @torch.no_grad()
 def random_network(network: nn.Module, seed: int) -> nn.Module:
-    """Fill a network so that every weight, bias and running statistic matters to the output."""
+    """Fill a network so that every weight, bias and running statistic influences the output."""
     rng = torch.Generator().manual_seed(seed)
     for module in network.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -69,38 +69,38 @@ def random_network(network: nn.Module, seed: int) -> nn.Module:
 
 
 def random_expert(k: int, config: ModelConfig = TINY) -> DenoisingUNet:
-    """Expert `k` of the checkpoint that `write_checkpoint` makes."""
+    """Return expert `k` of the checkpoint that `write_checkpoint` makes."""
     assert config.unet
     return random_network(DenoisingUNet(config.unet), k)
 
 
 def random_decoder(config: ModelConfig = TINY) -> Autoencoder:
-    """The decoder of the checkpoint that `write_checkpoint` makes."""
+    """Return the decoder of the checkpoint that `write_checkpoint` makes."""
     return random_network(Autoencoder(config.decoder), 99)
 
 
 def write_checkpoint(directory: Path, config: ModelConfig = TINY) -> Path:
-    """A checkpoint of random networks."""
+    """Write a checkpoint of random networks."""
     experts = [random_expert(k, config).state_dict() for k in range(len(config.expert_ranges))]
     save_checkpoint(directory, config, experts, random_decoder(config).state_dict())
     return directory
 
 
 def expert_inputs(batch: int, side: int) -> dict[str, np.ndarray]:
-    """Inputs of an expert at other timesteps than the proof's."""
+    """Return inputs of an expert at other timesteps than those of the parity check."""
     z_t, cond = np.random.default_rng(3).standard_normal((2, batch, 3, side, side), np.float32)
     return {"z_t": z_t, "cond": cond, "t": np.array([7, 999, 400], np.float32)[:batch]}
 
 
 def decoder_inputs(network: Autoencoder, fidelity: list[float], side: int) -> dict[str, np.ndarray]:
-    """Inputs of a decoder, a tile for each `fidelity`: the proof's, then these upside down."""
+    """Return inputs of a decoder, one tile per `fidelity`: those of the parity check and mirror images."""
     one = parity.decoder_inputs(network, side // 4)
     both = {k: np.concatenate([v, np.flip(v, 2)])[: len(fidelity)] for k, v in one.items() if v.ndim == 4}
     return both | ({"fidelity": np.array(fidelity, np.float32)} if "fidelity" in one else {})
 
 
 def run(model: Path | BuiltGraph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output of a graph."""
+    """Run a graph and return its first output."""
     options = ort.SessionOptions()
     options.log_severity_level, options.enable_mem_reuse = 3, False
     data = model if isinstance(model, Path) else without_bf16(model.model).SerializeToString()

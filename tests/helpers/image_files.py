@@ -1,4 +1,4 @@
-"""Image files written by hand, for what Pillow does not write."""
+"""Functions that write image files which Pillow cannot write."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def write_png(
     before: Iterable[tuple[bytes, bytes]] = (),
     after: Iterable[tuple[bytes, bytes]] = (),
 ) -> Path:
-    """A PNG of uint8 or uint16 [H, W] or [H, W, C] with chunks before and after its pixels.
+    """Write a PNG of uint8 or uint16 [H, W] or [H, W, C] with chunks before and after its pixels.
 
-    `color` is the header's: 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha.
+    `color` is the color type of the header: 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha.
     """
     height, width = pixels.shape[:2]
     depth = 8 * pixels.dtype.itemsize
@@ -36,7 +36,7 @@ def write_png(
 
 
 def write_tiff(path: Path, pixels: np.ndarray, photometric: int, order: str = "<", big: bool = False) -> Path:
-    """An uncompressed grey TIFF or BigTIFF of [H, W] in a byte order, "<" or ">"."""
+    """Write an uncompressed grey TIFF or BigTIFF of [H, W] in a byte order, "<" or ">"."""
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     height, width = pixels.shape
     count, entry, head = 9, (20 if big else 12), (16 if big else 8)
@@ -57,7 +57,7 @@ def write_tiff(path: Path, pixels: np.ndarray, photometric: int, order: str = "<
 
 
 def jpeg_with(path: Path, *segments: tuple[int, bytes]) -> Path:
-    """Insert segments (marker, data) behind the start of a JPEG."""
+    """Insert segments (marker, data) at the start of a JPEG, after its first marker."""
     data = path.read_bytes()
     added = b"".join(struct.pack(">BBH", 0xFF, kind, len(part) + 2) + part for kind, part in segments)
     path.write_bytes(data[:2] + added + data[2:])
@@ -65,6 +65,6 @@ def jpeg_with(path: Path, *segments: tuple[int, bytes]) -> Path:
 
 
 def iptc_resource(records: bytes) -> bytes:
-    """The content of a JPEG's APP13 segment with IPTC records."""
+    """Return the content of a JPEG's APP13 segment with IPTC records."""
     block = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records + bytes(len(records) % 2)
     return b"Photoshop 3.0\0" + block

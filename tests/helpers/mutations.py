@@ -1,4 +1,4 @@
-"""Every small harm that can be done to a JSON document: values of other types, sizes and forms."""
+"""Small changes that damage a JSON document: values of other types, sizes and forms."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutations(document: Any) -> Iterator[tuple[str, Any]]:
-    """Copies of a document with one value replaced or one entry removed, and the path of the change.
+    """Yield copies of a document with one value replaced or one entry removed, and the path of the change.
 
-    Of the entries of a list only the first and of similar objects only the first two are harmed.
+    Only the first entry of a list and only the first two of several similar objects are changed.
     """
     for path in _paths(document, ()):
         where = ".".join(map(str, path))
@@ -36,9 +36,9 @@ def mutations(document: Any) -> Iterator[tuple[str, Any]]:
 def check_reader(
     document: Any, schema: Any, read: Callable[[Any], object], *refusals: type[Exception]
 ) -> int:
-    """Assert that the reader refuses all that the schema refuses; returns how many it refused.
+    """Assert that the reader refuses everything that the schema refuses; return how many changes it refused.
 
-    It does so with one of `refusals` and no other exception. It may refuse more than the schema does.
+    It must raise one of `refusals` and no other exception. It may refuse more than the schema does.
     """
     validator = jsonschema.Draft202012Validator(schema)
     validator.validate(document)
@@ -50,7 +50,7 @@ def check_reader(
         except refusals:
             refused += 1
             continue
-        assert validator.is_valid(changed), f"the reader takes what the schema refuses: {where}"
+        assert validator.is_valid(changed), f"the reader accepts what the schema refuses: {where}"
     return refused
 
 

@@ -1,4 +1,4 @@
-"""Image files in memory."""
+"""Image files that are made in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(height: int = 20, width: int = 24, kind: str = "PNG", seed: int = 0) -> bytes:
-    """A file with seeded noise."""
+    """Return an image file with seeded noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)

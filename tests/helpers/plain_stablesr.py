@@ -1,4 +1,4 @@
-"""StableSR's algorithm as a plain loop in PyTorch, with the runtime's noise and its tiles when coding."""
+"""StableSR as a plain loop in PyTorch, with the runtime's noise and its tiles for encoding and decoding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from moesr.runtime.sampling.schedule import step_table
 from moesr.runtime.sampling.tiles import feather_weights, grid
 from moesr.training.checkpoint import StableSRCheckpoint
 
-TILE, LATENT, FACTOR = 128, 16, 8  # output pixels, latent pixels, one over the other
+TILE, LATENT, FACTOR = 128, 16, 8  # output pixels, latent pixels, output pixels per latent pixel
 SEED = 11
 
 
 @dataclass
 class Plain:
-    """The paper's algorithm over the networks of a checkpoint, with the runtime's noise and nothing else."""
+    """The algorithm of the paper over the networks of a checkpoint; only the noise comes from the runtime."""
 
     checkpoint: StableSRCheckpoint
 
@@ -40,7 +40,7 @@ class Plain:
         guidance: float = 1.0,
         fidelity: float = 0.5,
     ) -> np.ndarray:
-        """uint8 [H, W, 3] -> the image, float32 [3, 4H, 4W] in about [-1, 1]."""
+        """Upscale uint8 [H, W, 3] and return float32 [3, 4H, 4W] in about [-1, 1]."""
         image, (height, width) = self.enlarged(lr)
         canvas = image.shape[2] // FACTOR, image.shape[3] // FACTOR
         latent = self.encoded(image, canvas)
@@ -56,7 +56,7 @@ class Plain:
         return sr if size == (height, width) else _reduced(sr, size)
 
     def enlarged(self, lr: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
-        """[1, 3, H, W] in [-1, 1] padded to whole latent pixels, and its size before."""
+        """Return [1, 3, H, W] in [-1, 1], padded to whole latent pixels, and its size before the padding."""
         x = torch.from_numpy(lr.astype(np.float32)).permute(2, 0, 1)[None] / 255
         height, width = (4 * side for side in lr.shape[:2])
         if (short := min(height, width)) < TILE:
@@ -105,7 +105,7 @@ class Plain:
 
 
 def _blended(make: Callable[[int, int], np.ndarray], canvas: tuple[int, int], factor: int) -> np.ndarray:
-    """Tiles that overlap by an eighth, feathered."""
+    """Blend tiles that overlap by an eighth, with feathered weights."""
     weights = feather_weights(LATENT * factor, LATENT // 8 * factor)
     total, out = 0.0, 0.0
     for y, x in grid(*canvas, LATENT, LATENT // 8):

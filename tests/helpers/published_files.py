@@ -1,4 +1,4 @@
-"""Weights laid out as published files have them, for the tests of the import."""
+"""Weights in the layout of published files, for the tests of the import."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def keep_space_experts(state: dict[str, torch.Tensor], count: int) -> dict[str, 
 
 
 def ldm_level(unet, ema=None, first_stage=None) -> dict[str, torch.Tensor]:
-    """Lay weights out as a published training checkpoint does, with its schedule buffers."""
+    """Return weights in the layout of a published training checkpoint, with the buffers of its schedule."""
     state = {f"model.diffusion_model.{key}": tensor for key, tensor in unet.items()}
     if ema is not None:
         dotless = {f"model_ema.diffusion_model{key.replace('.', '')}": tensor for key, tensor in ema.items()}

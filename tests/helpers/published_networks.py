@@ -1,4 +1,4 @@
-"""The published narrow decoder, and loading weights into a network."""
+"""The configuration of the published narrow decoder, and a function that loads weights into a network."""
 
 from __future__ import annotations
 

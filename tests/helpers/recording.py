@@ -1,4 +1,4 @@
-"""A device and sessions that only write down what they are told, and do it when a result is fetched."""
+"""A device and sessions that record every call and do the work only when a result is fetched."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moesr.runtime.engine.graph_spec import Graph, TensorSpec
 from moesr.runtime.sampling.samplers import Coefficients
 
 Function = Callable[[Mapping[str, np.ndarray]], np.ndarray | tuple[np.ndarray, ...]]
-"""What a graph makes of one tile's inputs: its output, or all of them."""
+"""A graph as a function from the inputs of one tile to its output or outputs."""
 
 
 class FakeSession:
-    """A session over a plain function; records the size of each run."""
+    """A session over a plain function; it records the batch size of each run."""
 
     capturable = False
 
@@ -54,16 +54,16 @@ class FakeSession:
 
 @dataclass(eq=False)
 class Handle:
-    """Memory of the recording device: nothing is in it before the log is played."""
+    """Memory of the recording device; it holds nothing before the log is played."""
 
     make: Callable[[], Any]
     made: Any = None
 
 
 class RecordingDevice:
-    """A device that is always behind: every call goes into `log`, and is done by `download` or `finite`.
+    """A device that defers all work: each call goes into `log` and is done by `download` or `finite`.
 
-    So a host that looked at a result between ticks would wait in vain, and show in the log.
+    A host that reads a result between ticks therefore finds nothing, and the read shows in the log.
     """
 
     synchronous, stream, free_bytes = False, None, None
@@ -83,7 +83,7 @@ class RecordingDevice:
         return handle
 
     def play(self) -> None:
-        """Do all that was asked for so far, in order."""
+        """Do everything that was asked for so far, in order."""
         pending, self._pending = self._pending, []
         for call in pending:
             call()
@@ -163,7 +163,7 @@ class RecordingDevice:
 
 
 class RecordingSession(FakeSession):
-    """The same for a graph: a run is an entry in the device's log."""
+    """A session of a graph whose runs are entries in the log of the device."""
 
     def __init__(self, device: RecordingDevice, graph: Graph, function: Function) -> None:
         super().__init__(graph, function)
@@ -183,7 +183,7 @@ class RecordingSession(FakeSession):
 
 
 def _real(slot: Slot) -> Slot:
-    """The slot over the host's canvases."""
+    """Return the slot over the canvases of the host."""
     sources = {name: canvas.data.made for name, canvas in slot.sources.items()}
     keeps = {name: canvas.data.made for name, canvas in slot.keeps.items()}
     return Slot(sources, slot.scalars, slot.target.data.made, slot.y, slot.x, keeps)

@@ -1,4 +1,4 @@
-"""Workers over sessions that compute plain functions, on the host and on the simulated GPU."""
+"""Workers whose sessions compute plain functions, on the host and on the simulated GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FUNCTIONS = {"decoder": image_of, "encoder": latent_of}
 
 
 class Rig:
-    """A worker over fake sessions, which it keeps for inspection."""
+    """A worker over fake sessions, which are kept for inspection."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Rig:
             self.wait(job)
 
     def wait(self, job: Job) -> None:
-        """Wait for a job; raises its error."""
+        """Wait for a job and raise its error, if it has one."""
         with self.worker.lock:
             while not job.done:
                 assert self.worker.ended.wait(120)
@@ -120,7 +120,7 @@ class CudaRig(Rig):
 
 
 def alike(rig: Rig, **options: Any) -> list:
-    """Jobs of several sizes and depths that share ticks, now with one neighbour and now with another."""
+    """Submit jobs of several sizes and bit depths, which share ticks with different neighbors."""
     rng = np.random.default_rng(5)
     jobs = []
     for seed, (height, width) in enumerate([(16, 16), (40, 23), (17, 30)]):

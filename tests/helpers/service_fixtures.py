@@ -1,4 +1,4 @@
-"""A service over a tiny engine, in this process and as a process of its own."""
+"""A service over a tiny engine, in this process or in a process of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny_upscaler(tiny_engine: Path) -> Iterator[Upscaler]:
 
 @pytest.fixture
 def serve(tiny_upscaler: Upscaler, tmp_path: Path) -> Callable:
-    """Make a client of a service with given limits: `with serve(queue=1) as client`."""
+    """Return a function that makes a client of a service: `with serve(queue=1) as client`."""
 
     from fastapi.testclient import TestClient
 
@@ -58,7 +58,7 @@ def serve(tiny_upscaler: Upscaler, tmp_path: Path) -> Callable:
 
 
 class Process:
-    """`moesr-serve` as a process."""
+    """A process that runs `moesr-serve`."""
 
     def __init__(self, engine: Path, state: Path, *options: str) -> None:
         command = [sys.executable, "-m", "moesr.runtime.serve.cli", "--engine", f"tiny={engine}"]
@@ -94,7 +94,7 @@ class Process:
 
 @pytest.fixture
 def process(tiny_engine: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start servers that share a state directory; what is left of them is killed at the end."""
+    """Yield a function that starts servers with one state directory, and kill those that are left."""
     made: list[Process] = []
 
     def start(*options: str) -> Process:

@@ -1,4 +1,4 @@
-"""A backend for the simulated GPU, whose sessions are ONNX Runtime's on the CPU."""
+"""A backend for the simulated GPU that computes with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moesr.runtime.engine.graph_spec import Boundary
 
 
 class OnnxSession:
-    """See `Session`: a graph between buffers of the simulated GPU."""
+    """A `Session` that runs a graph between buffers of the simulated GPU."""
 
     capturable = True
 
@@ -69,7 +69,7 @@ def release() -> None:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, kernels: Path, memory_bytes: int | None = None) -> None:
-    """Have the simulated GPU be the machine's, and this its only backend; `kernels` is written."""
+    """Make the simulated GPU the only GPU and this backend the only backend; writes `kernels`."""
     write_kernels(kernels)
     monkeypatch.setattr("moesr.runtime.devices.compiled_kernels.find_kernels", lambda engine: kernels)
     monkeypatch.setattr(cuda_driver, "CudaDriver", lambda index: SimulatedDriver(memory_bytes=memory_bytes))

@@ -1,4 +1,4 @@
-"""StableSR's networks in the sizes of its goldens, and its sampling loop on them."""
+"""The networks of StableSR in the sizes of its goldens, and its sampling loop over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TINY = StableSRConfig(
         CFW_AUTOENCODER, channels=16, channel_mult=(1, 1, 1, 1), res_blocks=1, norm_groups=8
     ),
 )
-"""Smaller than any golden."""
+"""A configuration that is smaller than that of any golden."""
 
 FULL = StableSRConfig()
 NETWORKS = {
@@ -71,7 +71,7 @@ Model = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # z_t, LR latent, t
 
 
 def write_checkpoint(directory: Path, config: StableSRConfig) -> Path:
-    """A checkpoint of random networks."""
+    """Write a checkpoint of random networks."""
     kinds = networks(config)
     states = {
         part: random_network(kind(sizes), k).state_dict()
@@ -83,7 +83,7 @@ def write_checkpoint(directory: Path, config: StableSRConfig) -> Path:
 
 
 def load(name: str, weights: dict[str, np.ndarray]) -> torch.nn.Module:
-    """One of `NETWORKS` with these weights, which it takes over."""
+    """Return one of `NETWORKS` with these weights; `weights` is emptied to save memory."""
     kind, sizes = NETWORKS[name]
     with torch.device("meta"):
         network = kind(sizes)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Tiled:
-    """A model over a canvas, by the published tiles and weights."""
+    """A model that runs over a canvas with the published tiles and weights."""
 
     model: Model
     tile: int
@@ -130,13 +130,13 @@ class Tiled:
 
 
 def published_weights(tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian profiles down a column and along a row, whose centres differ by half a pixel."""
+    """Return Gaussian profiles along a column and along a row; their centers differ by half a pixel."""
     profile = [np.exp(-((np.arange(tile) - m) ** 2) / (0.02 * tile**2)) for m in (tile / 2, (tile - 1) / 2)]
     return profile[0] / np.sqrt(0.02 * np.pi), profile[1] / np.sqrt(0.02 * np.pi)
 
 
 def published_origins(size: int, tile: int, overlap: int) -> list[int]:
-    """Tiles a stride apart; the last one is moved back to the edge."""
+    """Return the origins of tiles one stride apart; the last tile is moved back to the edge."""
     starts = range(0, max(size - overlap, 1), tile - overlap)
     return sorted({min(start, size - tile) for start in starts})
 

@@ -1,4 +1,4 @@
-"""Canvas sizes and tile windows that tests of tiling share."""
+"""Canvas sizes and tile windows for all tests of tiling."""
 
 from __future__ import annotations
 

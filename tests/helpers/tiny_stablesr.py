@@ -1,4 +1,4 @@
-"""A StableSR small enough to train in a test, and the Stable Diffusion that it is trained on."""
+"""A StableSR that is small enough to train in a test, and the Stable Diffusion that it starts from."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ TINY: dict[str, Any] = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The tiny recipe with changed entries, nested as in `structure={"steps": 5}`."""
+    """Return the tiny recipe with changed entries, nested as in `structure={"steps": 5}`."""
     return build(Recipe, merged(TINY, changes), strict=True)
 
 
 def stable_diffusion(directory: Path, of: Recipe) -> StableDiffusionCheckpoint:
-    """Save random networks of the sizes that a recipe is built on."""
+    """Save random networks of the sizes that the recipe starts from."""
     model = of.model
     assert isinstance(model, StableSRConfig)
     config = StableDiffusionConfig(

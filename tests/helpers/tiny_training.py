@@ -1,4 +1,4 @@
-"""A model small enough to train in a test, photographs for it, and checkpoints of its stages."""
+"""A model that is small enough to train in a test, photographs for it, and checkpoints of its stages."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ TINY: dict[str, Any] = {
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    """JSON values of the tiny recipe with changed entries, nested as in `experts={"steps": 5}`."""
+    """Return the JSON values of the tiny recipe with changed entries, nested as in `experts={"steps": 5}`."""
     return merged(TINY, changes)
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The tiny recipe with changed entries."""
+    """Return the tiny recipe with changed entries."""
     return build(Recipe, values(**changes), strict=True)
 
 
@@ -81,7 +81,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 
 def photographs(folder: Path, count: int = 2, side: int = 48) -> Path:
-    """Write smooth pictures with some noise, `side` pixels high and a little wider."""
+    """Write smooth images with some noise, `side` pixels high and a little wider."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         rng = np.random.default_rng(i)
@@ -93,12 +93,12 @@ def photographs(folder: Path, count: int = 2, side: int = 48) -> Path:
 
 
 def crops(folder: Path, seed: int = 0) -> Crops:
-    """Crops of the photographs in `folder`."""
+    """Return crops of the photographs in `folder`."""
     return Crops(scan(folder).at_least(PATCH), PATCH, seed)
 
 
 def run(directory: Path, **options: Any) -> Run:
-    """A quiet run on the CPU."""
+    """Return a run on the CPU that prints nothing."""
     return dataclasses.replace(Run(directory, 0, CPU, quiet=True), **options)
 
 
@@ -121,13 +121,13 @@ def stage_1(directory: Path, of: Recipe) -> Checkpoint:
 
 
 def randomised(network: DenoisingUNet) -> DenoisingUNet:
-    """Fill the last layer, which starts at zero and would hide everything before it."""
+    """Fill the last layer, which starts at zero and would hide the influence of all others."""
     torch.nn.init.normal_(network.get_parameter("out.2.weight"), std=0.05)
     return network
 
 
 def losses(directory: Path) -> list[float]:
-    """Training losses in `losses.jsonl`, by step."""
+    """Return the training losses in `losses.jsonl`, ordered by step."""
     lines = [json.loads(line) for line in (directory / "losses.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(len(steps)))

@@ -1,7 +1,7 @@
-"""Weights that are made from the names of a network's tensors: goldens then need to hold none.
+"""Weights that are computed from the names of the tensors, so that goldens need not store them.
 
-The rule is that of the reference data, where a salt gives other weights. A tensor's generator is seeded with
-the CRC-32 of "SALT:NAME".
+The rule is that of the reference data, where a salt selects a set of weights. The generator of a tensor is
+seeded with the CRC-32 of "SALT:NAME".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def weight(name: str, shape: Sequence[int], salt: str) -> np.ndarray:
-    """The tensor called `name`: float32, or for a counter int64 zeros."""
+    """Return the tensor called `name`: float32, or int64 zeros for a counter."""
     leaf = name.rpartition(".")[2]
     if leaf == "num_batches_tracked":
         return np.zeros(shape, np.int64)
@@ -23,15 +23,15 @@ def weight(name: str, shape: Sequence[int], salt: str) -> np.ndarray:
         return 1 + 0.2 * np.abs(normal)
     if name.endswith("embedding.weight"):
         return normal
-    if leaf in ("w1", "w2"):  # of the AFF filter: [2, blocks, in, out]
+    if leaf in ("w1", "w2"):  # weights of the AFF filter: [2, blocks, in, out]
         return normal * np.float32(0.5 / np.sqrt(shape[2]))
     if leaf in ("b1", "b2"):
         return 0.05 * normal
-    if len(shape) > 1:  # convolution or linear layer
+    if len(shape) > 1:  # a convolution or a linear layer
         return normal / np.float32(np.sqrt(np.prod(shape[1:])))
     return 1 + 0.1 * normal if leaf == "weight" else 0.1 * normal
 
 
 def weights(shapes: Mapping[str, Sequence[int]], salt: str) -> dict[str, np.ndarray]:
-    """All tensors of a network, from their shapes by name."""
+    """Return all tensors of a network; the shapes are given by name."""
     return {name: weight(name, shape, salt) for name, shape in shapes.items()}
