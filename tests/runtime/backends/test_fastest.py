@@ -1,4 +1,4 @@
-"""The choice among backends: it follows one cached measurement and never overrides an explicit backend."""
+"""The choice of a backend follows one cached measurement and never overrides an explicit choice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
-    """Replace the timing of steps by given seconds, results or errors; returns the labels that were timed."""
+    """Return a function that replaces the timing of steps by given seconds, results or errors.
+
+    That function returns the list of labels that were timed.
+    """
 
     def give(figures: Figures) -> list[str]:
         asked: list[str] = []
@@ -84,13 +87,13 @@ def test_choice(engine: Path, measure: Measure, figures: Figures, chosen: str):
     assert choose(engine, ORT, OV, BF16) == chosen
 
 
-def test_a_single_one_is_not_measured(engine: Path, measure: Measure, cache: Path):
+def test_single_backend_is_not_measured(engine: Path, measure: Measure, cache: Path):
     asked = measure({})
     assert choose(engine, OV) == "openvino"
     assert not asked and not cache.exists()
 
 
-def test_measured_once_and_kept(
+def test_measured_once_and_cached(
     engine: Path,
     measure: Measure,
     cache: Path,
@@ -100,7 +103,7 @@ def test_measured_once_and_kept(
     asked = measure({"onnxruntime": 2.0, "openvino": 1.0})
     with caplog.at_level(logging.INFO, "moesr"):
         assert choose(engine, ORT, OV) == "openvino"
-        monkeypatch.setattr(autotune, "_measured", {})  # as in another process
+        monkeypatch.setattr(autotune, "_measured", {})  # as if in another process
         assert choose(engine, ORT, OV) == "openvino"
     assert asked == ["onnxruntime", "openvino"]
     assert caplog.messages[-1] == (
@@ -127,7 +130,7 @@ def test_measured_again_when_something_changes(engine: Path, measure: Measure, t
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"chosen": "tvm"}', "\x00"])
-def test_what_cannot_be_read_is_measured_again(engine: Path, measure: Measure, cache: Path, content: str):
+def test_unreadable_cache_is_measured_again(engine: Path, measure: Measure, cache: Path, content: str):
     asked = measure({"onnxruntime": 2.0, "openvino": 1.0})
     path = user_cache.directory() / autotune.cache_name([ORT, OV], read_manifest(engine))  # type: ignore[operator]
     path.parent.mkdir(parents=True)
@@ -136,14 +139,14 @@ def test_what_cannot_be_read_is_measured_again(engine: Path, measure: Measure, c
     assert len(asked) == 2 and json.loads(path.read_text())["chosen"] == "openvino"
 
 
-def test_directory_that_cannot_be_written(
+def test_cache_directory_that_cannot_be_written(
     engine: Path, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "file" / "below"))
     asked = measure({"onnxruntime": 2.0, "openvino": 1.0})
     assert [choose(engine, ORT, OV) for _ in range(2)] == ["openvino"] * 2
-    assert len(asked) == 2  # kept by the process
+    assert len(asked) == 2  # remembered by the process
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -164,7 +167,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("both")
-def test_less_precision_only_when_asked_for():
+def test_lower_precision_only_on_request():
     assert {b.label for b in candidates()} == {"onnxruntime", "openvino"}
     assert {b.options.precision for b in candidates(precision="auto")} <= {None, "bf16"}
 
@@ -180,8 +183,8 @@ def test_named_backend_is_never_replaced(engine: Path, measure: Measure):
 
 
 @pytest.mark.usefixtures("both")
-def test_doctor_shows_what_was_measured(engine: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
-    """The doctor prints the figures of a real measurement as they are in the cache."""
+def test_doctor_shows_the_measurement(engine: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
+    """The doctor prints the figures of a real measurement as they are stored in the cache."""
     assert doctor.main(["--engine", str(engine)]) == 0
     out = capsys.readouterr().out
     measured = json.loads(next(cache.iterdir()).read_text())

@@ -1,4 +1,4 @@
-"""The OpenVINO backend against ONNX Runtime: results, buffers, batches, threads, precision, cache, errors."""
+"""OpenVINO compared with ONNX Runtime: results, buffers, batches, threads, precision, cache, errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytest.importorskip("openvino")
 
 RNG = np.random.default_rng(5)
 DEMO = engine_directory(Path("demo-x4"))
-FLOAT32, BFLOAT16 = 1e-5, 1e-2  # largest relative L2 difference of a step from ONNX Runtime's
+FLOAT32, BFLOAT16 = 1e-5, 1e-2  # largest relative L2 difference of a step from that of ONNX Runtime
 needs_bf16 = pytest.mark.skipif("bf16" not in ov.probe().precisions, reason="this CPU has no bfloat16")
 
 
@@ -58,7 +58,7 @@ def step(directory: Path, way: Backend, tiles: int = 1, role: str = "expert_0") 
 
 
 def run(session: Session, tiles: int = 1) -> np.ndarray:
-    """Run a session on `tiles` seeded tiles, in buffers one tile longer than the batch, and close it."""
+    """Run a session on `tiles` seeded tiles, in buffers for one tile more, and close it."""
     rng = np.random.default_rng(0)
     inputs, outputs = session.boundary.inputs, session.boundary.outputs
     buffers = {s.name: rng.standard_normal(s.shape(tiles + 1)).astype(np.float32) for s in inputs}
@@ -72,16 +72,16 @@ def run(session: Session, tiles: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("role", ["expert_0", "decoder"])
-def test_graphs_compute_the_same(engine: Path, role: str):
+def test_graphs_agree_with_onnxruntime(engine: Path, role: str):
     want = step(engine, backend("onnxruntime"), 2, role)
     assert relative_l2(step(engine, backend(), 2, role), want) < FLOAT32
 
 
-def test_bundled_expert_computes_the_same():
+def test_bundled_expert_agrees_with_onnxruntime():
     assert relative_l2(step(DEMO, backend()), step(DEMO, backend("onnxruntime"))) < FLOAT32
 
 
-def test_weights_beside_the_graph(tmp_path: Path):
+def test_external_weights(tmp_path: Path):
     graph = read_manifest(DEMO).graphs["expert_0"]
     model = onnx.load(DEMO / graph.file)
     onnx.save(model, tmp_path / graph.file, save_as_external_data=True, location="weights", size_threshold=0)
@@ -89,7 +89,7 @@ def test_weights_beside_the_graph(tmp_path: Path):
     np.testing.assert_array_equal(got, step(DEMO, backend()))
 
 
-def test_bundled_engine_gives_the_same_image():
+def test_bundled_engine_agrees_with_onnxruntime():
     lr = RNG.integers(0, 256, (24, 30, 3), np.uint8)
     with Upscaler("demo-x4", backend="onnxruntime") as up:
         want = up(lr, steps=2)
@@ -100,8 +100,8 @@ def test_bundled_engine_gives_the_same_image():
     assert (difference > 0).mean() < 2e-3
 
 
-def test_batch_changes_nothing(engine: Path):
-    lr = RNG.integers(0, 256, (40, 50, 3), np.uint8)  # several tiles
+def test_batch_does_not_change_results(engine: Path):
+    lr = RNG.integers(0, 256, (40, 50, 3), np.uint8)  # several tiles per run
     results = []
     for max_batch in (1, 3):
         with Upscaler(engine, backend="openvino", max_batch=max_batch) as up:
@@ -109,7 +109,7 @@ def test_batch_changes_nothing(engine: Path):
     np.testing.assert_array_equal(*results)
 
 
-def test_one_value_for_the_whole_run(tmp_path: Path):
+def test_one_fidelity_for_the_whole_run(tmp_path: Path):
     """A graph of schema 1 has one fidelity for all tiles of a run."""
     graph = read_manifest(build_engine(tmp_path)).graphs["decoder"]
     model = onnx.load(tmp_path / graph.file)
@@ -124,7 +124,7 @@ def test_one_value_for_the_whole_run(tmp_path: Path):
     np.testing.assert_allclose(buffers["image"], 0.55, rtol=1e-6)
 
 
-def test_threads_are_as_told(monkeypatch: pytest.MonkeyPatch):
+def test_number_of_threads_is_the_option(monkeypatch: pytest.MonkeyPatch):
     assert ov.properties(SessionOptions(threads=1))["INFERENCE_NUM_THREADS"] == 1
     assert "INFERENCE_NUM_THREADS" not in ov.properties(SessionOptions())
     one, two = (step(DEMO, backend(threads=threads)) for threads in (1, 2))
@@ -132,19 +132,19 @@ def test_threads_are_as_told(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_bf16
-def test_bfloat16_only_where_it_is_told():
+def test_bfloat16_only_on_request():
     exact, coarse = step(DEMO, backend()), step(DEMO, backend(precision="bf16"))
     assert FLOAT32 < relative_l2(coarse, exact) < BFLOAT16
 
 
-def test_precision_that_a_backend_lacks():
+def test_unsupported_precision():
     with pytest.raises(EngineError, match=r"onnxruntime .* cannot compute in bf16 here, only as: graph"):
         candidates("onnxruntime", precision="bf16")
     with pytest.raises(UsageError, match="precision is 'int8', expected one of graph, bf16, auto"):
         candidates(precision="int8")
 
 
-def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_graphs_are_cached(tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch):
     """A graph is compiled once, and again without an error if its cached file is damaged."""
     compiled, compile_ = [], ov._compile
     monkeypatch.setattr(ov, "_compile", lambda *a: compiled.append(1) or compile_(*a))
@@ -161,7 +161,7 @@ def test_compiled_graphs_are_kept(tmp_path: Path, engine: Path, monkeypatch: pyt
         way.open(engine, replace(graph, inputs=graph.inputs[:1]))
 
 
-def test_what_is_kept_but_does_not_load_is_compiled_again(
+def test_cached_graph_that_does_not_load_is_compiled_again(
     tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = step(engine, backend(cache=tmp_path / "new"))
@@ -182,7 +182,7 @@ def test_command_line(tmp_path: Path, engine: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path / "a.png"), "--backend", "onnxruntime", "--precision", "bf16"]) == 3
 
 
-def test_working_memory_of_every_session_counts(engine: Path):
+def test_working_memory_of_all_sessions_is_counted(engine: Path):
     manifest = read_manifest(engine)
     shared, apart = (
         GraphMemory(manifest, engine, "cpu", 1, shared=way.shares_memory)
@@ -192,7 +192,7 @@ def test_working_memory_of_every_session_counts(engine: Path):
     assert apart.work - shared.work == sum(work) - max(work)
 
 
-def test_directory_that_cannot_be_written_is_done_without(
+def test_cache_directory_that_cannot_be_written(
     tmp_path: Path, engine: Path, caplog: pytest.LogCaptureFixture
 ):
     (tmp_path / "file").touch()
@@ -201,8 +201,8 @@ def test_directory_that_cannot_be_written_is_done_without(
     assert "is not kept" in caplog.text
 
 
-def test_plain_arrangement_is_taken_in_the_same_precision(tmp_path: Path):
-    """The variant adds 5 to its results, so they show which of the two files was opened."""
+def test_variant_of_the_same_precision_is_opened(tmp_path: Path):
+    """The variant adds 5 to its results, so that they show which of the two files was opened."""
     build_engine(tmp_path)
     onnx.save(expert_graph(16, shift=5.0), tmp_path / "plain.onnx")
     plain = Arrangement("plain.onnx", "", "fp32")
@@ -214,7 +214,7 @@ def test_plain_arrangement_is_taken_in_the_same_precision(tmp_path: Path):
 
 
 def _first_value(directory: Path, way: Backend, graph: Graph) -> float:
-    """The first value of a graph's output if all its inputs are zero."""
+    """Return the first value of a graph's output if all its inputs are zero."""
     session = way.open(directory, graph)
     specs = (*session.boundary.inputs, *session.boundary.outputs)
     buffers = {s.name: np.zeros(s.shape(1), np.float32) for s in specs}
@@ -223,14 +223,14 @@ def _first_value(directory: Path, way: Backend, graph: Graph) -> float:
     return float(buffers["eps"].flat[0])
 
 
-def test_other_boundary_is_refused(engine: Path):
+def test_graph_with_another_boundary_is_refused(engine: Path):
     graph = read_manifest(engine).graphs["expert_0"]
     wider = tuple(replace(s, dims=("B", 3, 32, 32)) if s.name == "cond" else s for s in graph.inputs)
     with pytest.raises(EngineError, match=r"cond float32 \[\?, 3, 16, 16\].* export the engine again"):
         ov.open_session(engine / graph.file, Boundary(wider, graph.outputs), SessionOptions())
 
 
-def test_what_it_cannot_run_is_refused_with_the_cure(tmp_path: Path, engine: Path):
+def test_unsupported_graph_is_refused_with_the_cure(tmp_path: Path, engine: Path):
     graph = read_manifest(engine).graphs["expert_0"]
     model = onnx.load(engine / graph.file)
     model.graph.node[0].domain = "com.example"
@@ -247,7 +247,7 @@ def test_what_it_cannot_run_is_refused_with_the_cure(tmp_path: Path, engine: Pat
             ov.open_session(tmp_path / name, graph.boundary, SessionOptions())
 
 
-def test_abort_ends_the_run_under_way():
+def test_abort_ends_the_current_run():
     graph = read_manifest(DEMO).graphs["expert_0"]
     session = backend(threads=1).open(DEMO, graph)
     specs = (*session.boundary.inputs, *session.boundary.outputs)
@@ -271,10 +271,10 @@ def test_abort_ends_the_run_under_way():
     with pytest.raises(EngineError, match="the run was aborted"):
         session.enqueue(1)
     session.close()
-    session.abort()  # aborting a closed session does nothing
+    session.abort()  # to abort a closed session has no effect
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch):
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r"pip install 'moesr\[openvino\]'"):
         candidates("openvino")

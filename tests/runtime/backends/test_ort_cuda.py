@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU, tested without one: refused graphs, bindings at addresses, provider settings."""
+"""ONNX Runtime on a GPU, tested without one: refused graphs, bindings to addresses, provider settings."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def opened(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
-def test_nodes_elsewhere_are_refused_by_name(graph):
+def test_graphs_with_nodes_off_the_gpu_are_refused(graph):
     session = opened(graph[0])
     ort_cuda.check_assignment(session, graph[0], "CPUExecutionProvider")
     with pytest.raises(EngineError, match=r"part of it elsewhere \(.*1 Resize on CPU.*--target gpu"):
         ort_cuda.check_assignment(session, graph[0])
 
 
-def test_runs_go_between_the_addresses_of_buffers(graph):
-    """The library's CPU takes the place of the GPU, so device addresses are those of arrays."""
+def test_runs_use_the_addresses_of_buffers(graph):
+    """The library's CPU provider replaces the GPU, so device addresses are those of arrays."""
     path, boundary = graph
     session = ort_cuda.CudaOnnxSession(ort, opened(path), path, boundary, ("cpu", 0))
     rng = np.random.default_rng(1)
@@ -62,10 +62,10 @@ def test_runs_go_between_the_addresses_of_buffers(graph):
     late = []
     driver.library_call("run", lambda: late.append(1))
     session.close()
-    assert late  # `close` waited for the run
+    assert late  # `close` has waited for the run
 
 
-def test_settings_of_the_provider():
+def test_provider_settings():
     _, settings = ort_cuda.provider(SessionOptions("cuda:1", stream=4711))
     assert settings["device_id"] == "1" and settings["user_compute_stream"] == "4711"
     assert settings["enable_cuda_graph"] == settings["prefer_nhwc"] == "1"
@@ -73,19 +73,19 @@ def test_settings_of_the_provider():
     assert "enable_cuda_graph" not in eager and "user_compute_stream" not in eager
 
 
-def test_without_a_gpu_cuda_is_refused_with_what_is_missing():
+def test_cuda_without_a_gpu_says_what_is_missing():
     backend = selection.Backend("onnxruntime", SessionOptions("cuda:99"), 4)
     with pytest.raises(EngineError, match=r"no GPU cuda:99 .*nvidia-smi|cuda-core does not load"):
         backend.device()
 
 
-def test_an_onnxruntime_that_does_not_tell_is_refused():
+def test_old_onnxruntime_without_node_report_is_refused():
     with pytest.raises(EngineError, match=r"does not report where .*1\.24 and later"):
         ort_cuda.check_assignment(SimpleNamespace(), Path("expert.onnx"))
 
 
 class StandIn:
-    """A session of the library whose runs fail, or only record whether the capture lock is held."""
+    """A session whose runs fail, or only record whether the capture lock is held."""
 
     def __init__(self, error: str = "") -> None:
         self.error, self.guarded = error, []
@@ -106,7 +106,7 @@ def bound(graph: tuple[Path, Boundary], library: StandIn) -> ort_cuda.CudaOnnxSe
     return session
 
 
-def test_nothing_is_opened_while_a_graph_is_captured(graph):
+def test_first_run_and_opening_hold_the_capture_lock(graph):
     """The library captures the first run of each batch size in CUDA's global mode, which needs the lock."""
     library = StandIn()
     session = bound(graph, library)
@@ -120,14 +120,14 @@ def test_nothing_is_opened_while_a_graph_is_captured(graph):
     ("text", "kind"),
     [("CUDA failure 2: out of memory", MemoryLimitError), ("CUDNN_STATUS_BAD_PARAM", EngineError)],
 )
-def test_failing_runs_say_what_was_lacking(graph, text, kind):
+def test_failed_runs_name_the_lack_of_memory(graph, text, kind):
     session = bound(graph, StandIn(text))
     with pytest.raises(kind, match=text):
         session.enqueue(1)
     assert not lock_is_held()
 
 
-def test_the_library_says_that_nodes_are_elsewhere_as_we_do(graph, monkeypatch):
+def test_library_and_runtime_refuse_nodes_off_the_gpu_alike(graph, monkeypatch):
     """The library itself refuses such a graph if CUDA graphs are on."""
     path, boundary = graph
     refusal = (
@@ -143,7 +143,7 @@ def test_the_library_says_that_nodes_are_elsewhere_as_we_do(graph, monkeypatch):
         backend.open_session(path, boundary, SessionOptions("cuda"))
 
 
-def test_libraries_are_loaded_before_a_session_on_a_gpu(graph, monkeypatch, capsys, caplog):
+def test_libraries_are_loaded_before_a_gpu_session(graph, monkeypatch, capsys, caplog):
     events = []
 
     def preload() -> None:
@@ -165,7 +165,7 @@ def test_libraries_are_loaded_before_a_session_on_a_gpu(graph, monkeypatch, caps
     assert capsys.readouterr().out == "" and "Failed to load libcudnn" in caplog.text
 
 
-def test_an_error_of_the_library_is_not_printed(graph, capsys):
+def test_library_errors_are_not_printed(graph, capsys):
     path, boundary = graph
     path.write_bytes(path.read_bytes().replace(b"Reshape", b"Resh\x8ape"))
     with pytest.raises(EngineError, match="onnxruntime cannot run it"):

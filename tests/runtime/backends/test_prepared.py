@@ -1,4 +1,4 @@
-"""Graphs prepared by ONNX Runtime: made once with equal results, and made again after any change."""
+"""Graphs prepared by ONNX Runtime: prepared once with equal results, and prepared again after any change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that collects the file names of graphs as they are prepared."""
+    """Return a list that collects the file names of graphs when they are prepared."""
     names, prepare = [], ort._prepare
     monkeypatch.setattr(
         ort, "_prepare", lambda lib, path, directory: names.append(path.name) or prepare(lib, path, directory)
@@ -64,7 +64,7 @@ def entries(cache: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def test_prepared_once_and_the_same(engine: Path, cache: Path, made: list[str]):
+def test_prepared_once_with_equal_results(engine: Path, cache: Path, made: list[str]):
     want = [step(engine, None, role) for role in ("expert_0", "decoder")]
     for _ in range(2):
         got = [step(engine, cache, role) for role in ("expert_0", "decoder")]
@@ -87,7 +87,7 @@ def test_bundled_engine_with_external_weights_gives_the_same(cache: Path, made: 
     assert len(list((cache / graph_cache.FOLDER).glob("*/weights.bin"))) == 5
 
 
-def test_nothing_is_kept_where_it_is_not_wanted(engine: Path, cache: Path, tmp_path, monkeypatch):
+def test_nothing_is_cached_if_caching_is_off(engine: Path, cache: Path, tmp_path, monkeypatch):
     monkeypatch.setenv("MOESR_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     Upscaler(engine, cache=False).close()
@@ -191,9 +191,7 @@ DAMAGE = (
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
-def test_a_damaged_entry_is_made_again(
-    cache: Path, made: list[str], damage: Callable[[Path], None], name: str
-):
+def test_damaged_entry_is_made_again(cache: Path, made: list[str], damage: Callable[[Path], None], name: str):
     from moesr.runtime.engine.locate import engine_directory
 
     engine = engine_directory()
@@ -206,8 +204,8 @@ def test_a_damaged_entry_is_made_again(
     assert len(made) == 2
 
 
-def test_an_entry_that_does_not_load_is_done_without(engine: Path, cache: Path, made: list[str]):
-    """The entry's checksums are right, but the library cannot load its graph."""
+def test_entry_that_does_not_load_is_bypassed(engine: Path, cache: Path, made: list[str]):
+    """The checksums of the entry are right, but the library cannot load its graph."""
     want = step(engine, cache)
     (entry,) = entries(cache)
     (entry / "graph.onnx").write_bytes(b"nothing that loads")
@@ -220,7 +218,7 @@ def test_an_entry_that_does_not_load_is_done_without(engine: Path, cache: Path, 
     assert not entries(cache)
 
 
-def test_a_changed_graph_is_prepared_anew_and_the_old_one_removed(engine: Path, cache: Path, made: list[str]):
+def test_changed_graph_replaces_its_old_entry(engine: Path, cache: Path, made: list[str]):
     before = step(engine, cache)
     onnx.save(expert_graph(16, shift=3.0), engine / "expert_0.onnx")
     os.utime(engine / "expert_0.onnx", ns=(1, 1))
@@ -229,7 +227,7 @@ def test_a_changed_graph_is_prepared_anew_and_the_old_one_removed(engine: Path, 
 
 
 @pytest.mark.parametrize("what", ["version", "processor", "options"])
-def test_another_library_or_processor_is_another_entry(
+def test_other_library_or_processor_has_its_own_entry(
     engine: Path, cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, what: str
 ):
     step(engine, cache)
@@ -245,7 +243,7 @@ def test_another_library_or_processor_is_another_entry(
     assert len(made) == 2 and len(entries(cache)) == 2
 
 
-def test_entries_of_graphs_that_are_gone_or_unused_are_removed(engine: Path, tmp_path, cache: Path):
+def test_entries_of_missing_or_unused_graphs_are_removed(engine: Path, tmp_path, cache: Path):
     step(engine, cache)
     (first,) = entries(cache)
     other = build_engine(tmp_path / "other", experts=2)
@@ -256,7 +254,7 @@ def test_entries_of_graphs_that_are_gone_or_unused_are_removed(engine: Path, tmp
     assert first not in entries(cache) and len(entries(cache)) == 2
     shutil.rmtree(other)
     step(engine, cache, "expert_1")
-    assert len(entries(cache)) == 2  # the decoder and expert 1 of the first
+    assert len(entries(cache)) == 2  # the decoder and expert 1 of the first engine
 
 
 def test_without_verify_checksums_are_not_compared(engine: Path, cache: Path):
@@ -271,12 +269,12 @@ def test_without_verify_checksums_are_not_compared(engine: Path, cache: Path):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_an_upscalers_verify_is_that_of_its_sessions(engine: Path, cache: Path, verify: bool):
+def test_verify_of_the_upscaler_reaches_its_sessions(engine: Path, cache: Path, verify: bool):
     with Upscaler(engine, backend="onnxruntime", cache=cache, verify=verify) as up:
         assert up.backend.options.verify is verify
 
 
-def test_what_has_no_record_is_removed_by_the_next_write(engine: Path, cache: Path):
+def test_entries_without_a_record_are_removed_by_the_next_write(engine: Path, cache: Path):
     step(engine, cache)
     (first,) = entries(cache)
     (first / graph_cache.RECORD_NAME).unlink()
@@ -284,7 +282,7 @@ def test_what_has_no_record_is_removed_by_the_next_write(engine: Path, cache: Pa
     assert first not in entries(cache) and len(entries(cache)) == 1
 
 
-def test_use_keeps_an_entry(engine: Path, cache: Path):
+def test_used_entry_is_kept(engine: Path, cache: Path):
     step(engine, cache)
     (entry,) = entries(cache)
     os.utime(entry / graph_cache.RECORD_NAME, (1, 1))
@@ -292,18 +290,18 @@ def test_use_keeps_an_entry(engine: Path, cache: Path):
     assert time.time() - (entry / graph_cache.RECORD_NAME).stat().st_mtime < 1000
 
 
-def test_a_disk_without_room_is_left_alone(engine: Path, cache: Path, made: list[str], monkeypatch):
+def test_full_disk_is_left_alone(engine: Path, cache: Path, made: list[str], monkeypatch):
     monkeypatch.setattr(graph_cache, "ROOM", 1 << 60)
     np.testing.assert_array_equal(step(engine, cache), step(engine, None))
     assert not made and not entries(cache)
 
 
-def test_a_place_that_cannot_be_written_is_done_without(engine: Path, tmp_path: Path):
+def test_cache_directory_that_cannot_be_written(engine: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     np.testing.assert_array_equal(step(engine, tmp_path / "file" / "below"), step(engine, None))
 
 
-def test_an_invalid_graph_says_so_as_without_a_cache(engine: Path, cache: Path):
+def test_invalid_graph_gives_the_same_error_as_without_a_cache(engine: Path, cache: Path):
     (engine / "expert_0.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"expert_0.onnx: onnxruntime cannot run it"):
         step(engine, cache)

@@ -1,4 +1,4 @@
-"""TensorRT: plans are built, cached, found again or refused, and sessions run on a simulated GPU."""
+"""TensorRT: plans are built, cached, loaded or refused, and sessions run on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """A graph file of an engine directory, with arbitrary content."""
+    """Write a graph file of an engine directory, with arbitrary content."""
     path = tmp_path / "engine" / "expert_0.onnx"
     path.parent.mkdir()
     path.write_bytes(b"graph")
     return path
 
 
-# Plans of small networks, in the arrangement and precision of a GPU.
+# Plans of small networks, with the value layouts and the precision for a GPU.
 
 
-PLANS = ["fp16", pytest.param("bf16", marks=pytest.mark.slow)]  # a build takes ten seconds and more
+PLANS = ["fp16", pytest.param("bf16", marks=pytest.mark.slow)]  # a build takes ten seconds or more
 
 
 @pytest.mark.parametrize("precision", PLANS)
-def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path, precision):
+def test_expert_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     path, shares = tmp_path / "expert.onnx", []
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", precision)).to_bytes())
     plan = build_plan(rtx, path, 89, 4, workspace_bytes=1 << 28, on_progress=shares.append)
@@ -73,7 +73,7 @@ def test_an_experts_plan_builds_without_a_gpu(rtx, tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", PLANS)
-def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path, precision):
+def test_plans_of_decoder_parts_build_without_a_gpu(rtx, tmp_path, precision):
     choices = replace(lowering("gpu", precision), kernels=True)
     for part in partition.cut(decoder_graph(random_decoder(), TILE // 8, choices)):
         if not isinstance(part, KernelCall):
@@ -84,13 +84,13 @@ def test_plans_of_a_decoders_parts_build_without_a_gpu(rtx, tmp_path, precision)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", HALF)
-def test_a_whole_decoders_plan_builds_without_a_gpu(rtx, tmp_path, precision):
+def test_whole_decoder_plan_builds_without_a_gpu(rtx, tmp_path, precision):
     path = tmp_path / "decoder.onnx"
     path.write_bytes(decoder_graph(random_decoder(), TILE // 4, lowering("gpu", precision)).to_bytes())
     assert len(build_plan(rtx, path, 89, 4)) > 100_000
 
 
-def test_a_gpu_that_the_library_does_not_know(rtx, tmp_path):
+def test_gpu_unknown_to_the_library(rtx, tmp_path):
     path = tmp_path / "expert.onnx"
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
     with pytest.raises(
@@ -99,21 +99,21 @@ def test_a_gpu_that_the_library_does_not_know(rtx, tmp_path):
         build_plan(rtx, path, 90, 4)
 
 
-def test_a_gpu_that_lacks_the_type(rtx, tmp_path):
+def test_gpu_without_the_precision(rtx, tmp_path):
     path = tmp_path / "expert.onnx"
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "bf16")).to_bytes())
     with pytest.raises(EngineError, match=r"no plan for compute capability 7\.5 .*another precision"):
         build_plan(rtx, path, 75, 4)
 
 
-def test_a_file_that_is_no_graph(rtx, tmp_path):
+def test_file_that_is_not_a_graph(rtx, tmp_path):
     path = tmp_path / "expert.onnx"
     path.write_bytes(b"nonsense")
     with pytest.raises(EngineError, match=r"expert\.onnx: tensorrt_rtx .* cannot read it \(.+\); export"):
         build_plan(rtx, path, 89, 4)
 
 
-def test_a_plan_does_not_load_without_a_gpu_but_says_so(rtx, tmp_path, cache):
+def test_loading_a_plan_without_a_gpu_gives_the_reason(rtx, tmp_path, cache):
     """On a machine without a GPU the error contains the library's own message."""
     path = tmp_path / "expert.onnx"
     path.write_bytes(expert_graph(random_expert(0), TILE // 4, lowering("gpu", "fp16")).to_bytes())
@@ -128,7 +128,7 @@ def test_a_plan_does_not_load_without_a_gpu_but_says_so(rtx, tmp_path, cache):
 # Plans on disk.
 
 
-def test_a_plan_is_found_again(cache, tmp_path):
+def test_cached_plan_is_found(cache, tmp_path):
     folders = plan_store.plan_folders(tmp_path / "engine", cache)
     assert plan_store.read_plan(KEY, folders) is None
     directory = plan_store.write_plan(folders[1], KEY, "expert_0.onnx", b"plan")
@@ -136,7 +136,7 @@ def test_a_plan_is_found_again(cache, tmp_path):
     plan_store.write_plan(folders[0], KEY, "expert_0.onnx", b"the engine's own")
     assert plan_store.read_plan(KEY, folders) == b"the engine's own"
     assert directory.name == "abababababab-tensorrt_rtx-9.9-sm89-b4"
-    assert plan_store.write_plan(folders[1], KEY, "expert_0.onnx", b"newer") == directory  # takes its place
+    assert plan_store.write_plan(folders[1], KEY, "expert_0.onnx", b"newer") == directory  # replaces the first
 
 
 OTHERS = {
@@ -148,7 +148,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("which", OTHERS)
-def test_a_stale_plan_is_not_used_and_the_reason_given(graph, cache, caplog, monkeypatch, which):
+def test_stale_plan_is_refused_with_the_reason(graph, cache, caplog, monkeypatch, which):
     plan_store.write_plan(cache / "tensorrt", OTHERS[which], "expert_0.onnx", b"plan")
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     with caplog.at_level(logging.INFO, "moesr"):
@@ -157,7 +157,7 @@ def test_a_stale_plan_is_not_used_and_the_reason_given(graph, cache, caplog, mon
 
 
 @pytest.mark.parametrize("damage", ["cut", "record", "no record", "no plan", "another's"])
-def test_a_damaged_plan_is_not_used(cache, caplog, damage):
+def test_damaged_plan_is_not_used(cache, caplog, damage):
     directory = plan_store.write_plan(cache, KEY, "expert_0.onnx", b"plan")
     if damage == "cut":
         (directory / "graph.plan").write_bytes(b"pla")
@@ -172,7 +172,7 @@ def test_a_damaged_plan_is_not_used(cache, caplog, damage):
     assert f"{directory}: not used: " in caplog.text
 
 
-def test_weights_beside_a_graph_belong_to_what_its_plan_is_of(tmp_path):
+def test_external_weights_are_part_of_the_plan_key(tmp_path):
     """Graphs that differ only in their external weights must not share a plan."""
     import onnx
     from engines import decoder_graph as tiny
@@ -191,24 +191,24 @@ def test_weights_beside_a_graph_belong_to_what_its_plan_is_of(tmp_path):
     assert plan_store.identity(alone) == sha256_of(alone)
 
 
-def test_a_missing_plan_is_built_once_and_kept(graph, cache, monkeypatch):
+def test_missing_plan_is_built_once_and_cached(graph, cache, monkeypatch):
     built = []
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: built.append(k["timing_cache"]) or b"new")
     library = fake_library({b"new": "engine"})
     assert open_plan(library, graph, KEY, cache) == "engine"
     assert open_plan(library, graph, KEY, cache) == "engine"
     assert built == [cache / "tensorrt_rtx-9.9-sm89.timings"]
-    assert open_plan(library, graph, KEY, None) == "engine" and built[1:] == [None]  # nothing is kept
+    assert open_plan(library, graph, KEY, None) == "engine" and built[1:] == [None]  # nothing is cached
 
 
-def test_a_plan_that_does_not_load_is_built_anew(graph, cache, monkeypatch, caplog):
+def test_plan_that_does_not_load_is_built_again(graph, cache, monkeypatch, caplog):
     plan_store.write_plan(graph.parent / "tensorrt", KEY, graph.name, b"of another driver")
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
     assert "does not load (Serialization assertion failed); building anew" in caplog.text
 
 
-def test_a_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
+def test_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     with pytest.raises(
         EngineError, match=r"sm89-b4: the plan does not load \(Serialization.*remove that folder"
@@ -216,14 +216,14 @@ def test_a_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
         open_plan(fake_library(), graph, KEY, cache)
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(graph, tmp_path, monkeypatch, caplog):
+def test_cache_that_cannot_be_written_is_bypassed(graph, tmp_path, monkeypatch, caplog):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     assert open_plan(fake_library({b"new": "engine"}), graph, KEY, tmp_path / "cache") == "engine"
     assert "it will be built again the next time" in caplog.text
 
 
-def test_a_library_that_is_missing_names_its_package(monkeypatch):
+def test_missing_library_names_its_package(monkeypatch):
     def missing() -> None:
         raise ImportError("No module named 'tensorrt'")
 
@@ -240,7 +240,7 @@ def test_a_library_that_is_missing_names_its_package(monkeypatch):
 
 
 class TensorRTRig(CudaRig):
-    """A worker with TensorRT sessions whose engines compute plain Python functions."""
+    """A worker whose TensorRT sessions compute plain Python functions."""
 
     def __init__(self, manifest: Manifest, tmp_path: Path, max_batch: int, keep_all: bool = True) -> None:
         super().__init__(manifest, tmp_path, max_batch)
@@ -256,7 +256,7 @@ class TensorRTRig(CudaRig):
 
 
 @pytest.mark.parametrize("keep_all", [True, False], ids=["all, RTX", "few, data centre"])
-def test_the_loop_over_plans_gives_what_the_host_gives(tmp_path, keep_all):
+def test_loop_over_plans_equals_the_host(tmp_path, keep_all):
     manifest = read_manifest(build_engine(tmp_path / "engine"))
     host, rig = Rig(manifest, 4), TensorRTRig(manifest, tmp_path, 4, keep_all)
     wants, jobs = alike(host, steps=7), alike(rig, steps=7)
@@ -267,13 +267,13 @@ def test_the_loop_over_plans_gives_what_the_host_gives(tmp_path, keep_all):
     assert rig.driver.log.count("capture") >= 4
     for engine in rig.engines.values():
         batches = [context.shapes[next(iter(context.shapes))][0] for context in engine.contexts]
-        assert len(set(batches)) == len(batches)  # one context per number of tiles
+        assert len(set(batches)) == len(batches)  # one context per batch size
         assert [context.profile for context in engine.contexts] == [int(batch == 1) for batch in batches]
-        assert len({context.memory for context in engine.contexts}) == 1  # over one working memory
+        assert len({context.memory for context in engine.contexts}) == 1  # all over the same working memory
     rig.worker.close()
 
 
-def test_a_plan_of_another_graph_is_refused(tmp_path):
+def test_plan_of_another_graph_is_refused(tmp_path):
     manifest = read_manifest(build_engine(tmp_path / "engine"))
     decoder, expert = manifest.graphs["decoder"], manifest.graphs["expert_0"]
     engine = FakeEngine(None, decoder.boundary, eps_of)
@@ -282,7 +282,7 @@ def test_a_plan_of_another_graph_is_refused(tmp_path):
         backend.check_boundary(Path(expert.file), found, expert.boundary)
 
 
-def test_a_run_that_the_library_refuses_is_an_error(tmp_path):
+def test_failed_run_is_an_error(tmp_path):
     manifest = read_manifest(build_engine(tmp_path / "engine"))
     rig = TensorRTRig(manifest, tmp_path, 1)
     opened = rig.residency._open
@@ -298,7 +298,7 @@ def test_a_run_that_the_library_refuses_is_an_error(tmp_path):
 
 
 def bound(tmp_path: Path, compiled: Path | None, engine: FakeEngine | None = None) -> TensorRTSession:
-    """A decoder's session that is bound to buffers of a simulated GPU."""
+    """Return a session of the decoder that is bound to buffers of a simulated GPU."""
     manifest = read_manifest(build_engine(tmp_path / "engine"))
     graph, (device, driver) = manifest.graphs["decoder"], simulated_device(tmp_path / "kernels")
     engine = engine or FakeEngine(driver, graph.boundary, FUNCTIONS["decoder"])
@@ -308,7 +308,7 @@ def bound(tmp_path: Path, compiled: Path | None, engine: FakeEngine | None = Non
     return session
 
 
-def test_a_session_frees_its_memory_and_closes_once(tmp_path):
+def test_session_frees_its_memory_and_closes_once(tmp_path):
     graph = read_manifest(build_engine(tmp_path / "engine")).graphs["decoder"]
     device, driver = simulated_device(tmp_path / "kernels")
     session = TensorRTSession(
@@ -318,7 +318,7 @@ def test_a_session_frees_its_memory_and_closes_once(tmp_path):
         graph.boundary,
     )
     with pytest.raises(EngineError, match="open the engine again"):
-        session.enqueue(1)  # it is not bound
+        session.enqueue(1)  # it is not bound yet
     buffers = {s.name: device.buffer(s, 1) for s in (*graph.boundary.inputs, *graph.boundary.outputs)}
     driver.synchronize()
     before = set(driver.blocks)
@@ -335,7 +335,7 @@ def test_a_session_frees_its_memory_and_closes_once(tmp_path):
         session.enqueue(1)
 
 
-def test_kernels_that_the_library_compiles_are_kept_between_processes(tmp_path, caplog):
+def test_kernels_compiled_by_the_library_are_cached_between_processes(tmp_path, caplog):
     file = tmp_path / "cache" / "compiled" / "key.bin"
     first = bound(tmp_path, file)
     first.enqueue(1)
@@ -356,7 +356,7 @@ def test_kernels_that_the_library_compiles_are_kept_between_processes(tmp_path, 
     assert "kernels are compiled anew" in caplog.text and file.read_bytes() == one
 
 
-def test_kernels_that_cannot_be_kept_cost_only_time(tmp_path, caplog):
+def test_kernels_that_cannot_be_cached_are_compiled_again(tmp_path, caplog):
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO, "moesr"):
         bound(tmp_path, tmp_path / "file" / "key.bin").enqueue(1)
@@ -364,7 +364,7 @@ def test_kernels_that_cannot_be_kept_cost_only_time(tmp_path, caplog):
     bound(tmp_path, None).enqueue(1)
 
 
-def test_memory_that_a_context_lacks_is_the_memorys_error(tmp_path):
+def test_context_without_memory_raises_memory_error(tmp_path):
     session = bound(tmp_path, None)
     library, engine = session._runner._library, session._runner._engine
     engine.create_execution_context = lambda config: library.errors.append("CUDA out of memory")
@@ -372,14 +372,14 @@ def test_memory_that_a_context_lacks_is_the_memorys_error(tmp_path):
         session.enqueue(1)
 
 
-def test_memory_that_opening_lacks_builds_no_other_plan(graph, cache, monkeypatch):
+def test_out_of_memory_on_opening_builds_no_other_plan(graph, cache, monkeypatch):
     plan_store.write_plan(cache / "tensorrt", KEY, graph.name, b"plan")
     monkeypatch.setattr(backend, "build_plan", None)
     with pytest.raises(MemoryLimitError, match=r"no memory to open its plan \(cudaMalloc failed to alloc"):
         open_plan(fake_library(complaint="cudaMalloc failed to allocate memory"), graph, KEY, cache)
 
 
-def test_a_build_says_how_far_it_is_and_leaves_memory_to_others(graph, cache, monkeypatch, caplog):
+def test_build_reports_progress_and_limits_its_memory(graph, cache, monkeypatch, caplog):
     given = []
 
     def build(*arguments: object, **options: Any) -> bytes:
@@ -398,8 +398,8 @@ def test_a_build_says_how_far_it_is_and_leaves_memory_to_others(graph, cache, mo
     ]
 
 
-def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
-    """The probe fails for such a GPU, so that `auto` goes on to another backend."""
+def test_unsupported_gpu_is_not_offered(monkeypatch):
+    """The probe fails for such a GPU, so that `auto` tries the next backend."""
     library = fake_library()
     library.module.ComputeCapability = SimpleNamespace(SM89="SM89")
     monkeypatch.setattr(backend, "load", lambda: library)
@@ -414,7 +414,7 @@ def test_a_gpu_that_the_library_does_not_build_for_is_not_offered(monkeypatch):
 
 
 def test_formats_of_values_follow_their_names(rtx, tmp_path, monkeypatch):
-    """Half-precision values whose names end in ".nhwc" are channels last; the library accepts that."""
+    """Half-precision values whose names end in ".nhwc" are channels last, and the library accepts that."""
     from onnx import TensorProto, helper
 
     from moesr.runtime.backends.tensorrt import plan_builder

@@ -45,7 +45,7 @@ HALF = {"fp16": TYPES["float16"], "bf16": BFLOAT16}
 
 
 class OnnxEngine(FakeEngine):
-    """A plan that ONNX Runtime computes; a bfloat16 plan is computed in float32."""
+    """A plan that ONNX Runtime computes; a plan in bfloat16 is computed in float32."""
 
     def __init__(self, driver: SimulatedDriver, path: Path) -> None:
         model = onnx.load(path)
@@ -80,7 +80,7 @@ class OnnxEngine(FakeEngine):
 
 
 class HalfDriver(SimulatedDriver):
-    """A GPU whose kernels were compiled for one half-precision type."""
+    """A GPU whose kernels are compiled for one half-precision type."""
 
     half: Any = None
 
@@ -91,10 +91,10 @@ def tensor(driver: HalfDriver, address: int, *shape: int, dtype: Any = None) -> 
 
 
 def rows(driver, constants, grid, x, scale, shift, even, odd, spectrum, *hidden) -> None:
-    """The first of three launches: it stores the arguments of the others in the memory of the spectrum."""
+    """Run the first of three launches, which stores the arguments of the others in the spectrum."""
     assert scale and shift and constants["NORM"]
     driver.view(spectrum, 8, np.int64)[0] = x
-    driver.view(even, 4)  # fails if it is not device memory
+    driver.view(even, 4)  # fails unless it is device memory
 
 
 def columns(driver, constants, grid, spectrum, w1, b1, w2, b2, dft_1, dft_2, twiddle, *hidden) -> None:
@@ -107,7 +107,7 @@ def rows_inverse(
     first, w1, b1, w2, b2, groups, span, padded = driver.view(spectrum, 8, np.int64).tolist()
     assert first == x
     shape = grid[2] // constants["CHANNELS"], constants["CHANNELS"], constants["H"], constants["W"]
-    # the blocks of a group on the diagonal of one matrix are one block that is mostly zeros
+    # all diagonal blocks of a group form one block-diagonal matrix
     weights = [tensor(driver, w, 2, groups, padded, padded)[:, :, :span, :span] for w in (w1, w2)]
     biases = [tensor(driver, b, 2, groups, padded, dtype=np.float32)[:, :, :span] for b in (b1, b2)]
     norm = {
@@ -129,7 +129,10 @@ def attention(driver, constants, grid, q, k, v, out, tokens, scale, *hidden) -> 
 def inverted_residual(
     driver, constants, grid, x, expand, b1, depthwise, b2, reduce, b3, scratch, y, batch, *hidden
 ) -> None:
-    """The data is channels last; the depthwise weights have their taps first."""
+    """Run the reference of the inverted residual block.
+
+    The data is channels last, and the taps of the depthwise weights come first.
+    """
     cin, inner, cout, height, width = (constants[n] for n in ("CIN", "INNER", "COUT", "H", "W"))
     assert constants["X_CHANNEL"] == constants["Y_CHANNEL"] == 1
     result = OPS["inverted_residual"].reference(
@@ -142,7 +145,7 @@ def inverted_residual(
         reduce_bias=tensor(driver, b3, cout, dtype=np.float32),
         channels_last=True,
     )["y"]
-    driver.view(scratch, 2)  # fails if it is not device memory
+    driver.view(scratch, 2)  # fails unless it is device memory
     driver.view(y, result.numel(), driver.half)[:] = result.numpy().ravel()
 
 
@@ -160,7 +163,7 @@ def precision(request) -> str:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, precision) -> Path:
-    """An engine directory with a decoder in parts and its kernels."""
+    """Return an engine directory with a decoder in parts and its kernels."""
     directory = tmp_path_factory.mktemp("engine")
     choices = dataclasses.replace(lowering("gpu", precision), kernels=True, residuals="kernels")
     built = decoder_graph(random_decoder(), TILE // 4, choices)
@@ -224,7 +227,7 @@ class Rig:
         return image
 
 
-def test_the_session_gives_what_the_whole_gives(engine, precision, monkeypatch):
+def test_session_equals_the_whole_decoder(engine, precision, monkeypatch):
     rig, network = Rig(engine, precision, monkeypatch), random_decoder()
     inputs = decoder_inputs(network, [0.3, 1.0], TILE)
     choices = dataclasses.replace(lowering("gpu", precision), kernels=True, residuals="kernels")
@@ -240,7 +243,7 @@ def test_the_session_gives_what_the_whole_gives(engine, precision, monkeypatch):
         rig.session.enqueue(1)
 
 
-def test_a_run_is_captured_and_replayed(engine, precision, monkeypatch):
+def test_run_is_captured_and_replayed(engine, precision, monkeypatch):
     rig = Rig(engine, precision, monkeypatch)
     first, second = (decoder_inputs(random_decoder(), [f, 1.0], TILE) for f in (0.2, 0.9))
     rig.send(first)
@@ -258,7 +261,7 @@ def test_a_run_is_captured_and_replayed(engine, precision, monkeypatch):
     assert relative_l2(images[0][0], want[0]) > 1e-4
 
 
-def test_a_kernel_that_is_missing_names_the_cure(engine, precision, monkeypatch, tmp_path):
+def test_missing_kernel_names_the_cure(engine, precision, monkeypatch, tmp_path):
     rig = Rig(engine, precision, monkeypatch)
     rig.session._kernel_path = write_kernels(tmp_path)
     with pytest.raises(
@@ -268,7 +271,7 @@ def test_a_kernel_that_is_missing_names_the_cure(engine, precision, monkeypatch,
         rig.session.bind(rig.buffers, BATCH)
 
 
-def test_values_that_live_at_one_time_do_not_overlap(engine):
+def test_live_values_do_not_overlap_in_memory(engine):
     parts = read_parts(engine / "decoder.parts.json")
     lives = parts.lives()
     sizes = {name: parts.nbytes(name, 3) for name in lives}
@@ -279,7 +282,7 @@ def test_values_that_live_at_one_time_do_not_overlap(engine):
             meet = lives[a][0] <= lives[b][1] and lives[b][0] <= lives[a][1]
             if a != b and meet:
                 assert places[a] + sizes[a] <= places[b] or places[b] + sizes[b] <= places[a]
-    assert total < 0.8 * sum(sizes.values())  # others do share
+    assert total < 0.8 * sum(sizes.values())  # others share memory
 
 
 @pytest.mark.parametrize(
@@ -297,7 +300,7 @@ def test_damaged_lists_are_refused(engine, tmp_path, damage, message):
         read_parts(path)
 
 
-def test_opening_again_neither_pins_more_memory_nor_loads_kernels_again(engine, precision, monkeypatch):
+def test_opening_again_pins_no_more_memory_and_loads_no_kernels(engine, precision, monkeypatch):
     rig = Rig(engine, precision, monkeypatch)
     pinned, loads = rig.driver.peak_pinned, list(rig.driver.loads)
     assert loads

@@ -1,4 +1,4 @@
-"""docs/engine-format.schema.json agrees with the runtime, which refuses all that the schema refuses."""
+"""docs/engine-format.schema.json agrees with the runtime, which refuses whatever the schema refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_written_manifests_are_valid(tmp_path: Path, encoder: bool):
     jsonschema.validate(load(build_engine(tmp_path, encoder=encoder)), SCHEMA)
 
 
-def test_every_entry_is_described():
+def test_every_entry_has_a_description():
     described = {field.name for field in dataclasses.fields(Manifest)}
     assert set(SCHEMA["properties"]) == described
     graph, arrangement = SCHEMA["$defs"]["graph"], SCHEMA["$defs"]["arrangement"]
@@ -50,7 +50,7 @@ def test_every_entry_is_described():
 
 
 BROKEN = {
-    "a hash that is none": lambda v: v["graphs"]["decoder"].update(sha256="xyz"),
+    "an invalid hash": lambda v: v["graphs"]["decoder"].update(sha256="xyz"),
     "a file outside": lambda v: v["graphs"]["decoder"].update(file="../x.onnx"),
     "an input without dims": lambda v: v["graphs"]["expert_0"]["inputs"][0].pop("dims"),
     "an unknown condition": lambda v: v.update(condition="text"),
@@ -60,14 +60,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("harm", BROKEN.values(), ids=BROKEN)
-def test_what_the_runtime_refuses_is_not_valid(tmp_path: Path, harm: Any):
+def test_refused_manifests_are_not_valid(tmp_path: Path, harm: Any):
     values = copy.deepcopy(load(build_engine(tmp_path)))
     harm(values)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(values, SCHEMA)
 
 
-def test_the_reader_refuses_what_the_schema_refuses(tmp_path: Path):
+def test_reader_refuses_what_the_schema_refuses(tmp_path: Path):
     engine = build_engine(tmp_path, experts=1)
     values = load(engine)
     graph = values["graphs"]["decoder"]

@@ -1,4 +1,4 @@
-"""Engine directories: a manifest is read as it was written, and errors name the damage and its cure."""
+"""Engine directories: manifests survive writing and reading, and errors name the damage and its cure."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_damaged_manifest(engine: Path, change: Callable[[dict], object], messag
     assert "moesr-export" in str(caught.value)
 
 
-def test_changed_graph_is_found_only_when_verifying(engine: Path):
+def test_changed_graph_is_found_only_by_verifying(engine: Path):
     graph = engine / "expert_2.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
     with pytest.raises(EngineError, match=r"expert_2\.onnx: damaged"):
@@ -145,7 +145,7 @@ def test_manifest_that_is_not_an_object(engine: Path, content: str):
         read_manifest(engine)
 
 
-def test_foreign_places(engine: Path, tmp_path: Path):
+def test_paths_that_are_not_engine_directories(engine: Path, tmp_path: Path):
     with pytest.raises(EngineError, match="no such engine directory"):
         read_manifest(tmp_path / "absent")
     with pytest.raises(EngineError, match="this is a file"):
@@ -155,7 +155,7 @@ def test_foreign_places(engine: Path, tmp_path: Path):
         read_manifest(tmp_path)
 
 
-def test_write_refuses_what_read_would(engine: Path):
+def test_write_refuses_what_read_refuses(engine: Path):
     manifest = read_manifest(engine)
     before = sha256_of(engine / "manifest.json")
     with pytest.raises(EngineError, match="steps is 2000"):
@@ -163,8 +163,8 @@ def test_write_refuses_what_read_would(engine: Path):
     assert sha256_of(engine / "manifest.json") == before
 
 
-def test_the_first_schema_is_still_read(tmp_path: Path):
-    """Schema 1 lists its graphs as experts and decoder, and has one fidelity per run."""
+def test_schema_1_is_still_read(tmp_path: Path):
+    """In schema 1, graphs are listed as experts and decoder, and a run has one fidelity."""
     engine = build_engine(tmp_path / "engine", experts=2)
     new = read_manifest(engine)
 
@@ -191,7 +191,7 @@ def test_the_first_schema_is_still_read(tmp_path: Path):
         read_manifest(engine)
 
 
-def test_weights_elsewhere_must_be_listed(engine: Path):
+def test_external_weights_must_be_listed(engine: Path):
     path = engine / "decoder.onnx"
     model = onnx.load(path)
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -210,19 +210,19 @@ def test_weights_elsewhere_must_be_listed(engine: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"not a graph", b"\x3a\x7f\x00"], ids=repr)
-def test_what_is_no_graph(tmp_path: Path, content: bytes):
+def test_files_that_are_not_graphs(tmp_path: Path, content: bytes):
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(EngineError, match=r"x\.onnx: not an ONNX file"):
         external_files(tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "nul\0byte"], ids=["long name", "long path", "nul"])
-def test_places_that_cannot_be_looked_at(tmp_path: Path, name: str):
+def test_paths_that_cannot_be_examined(tmp_path: Path, name: str):
     with pytest.raises(EngineError, match="engine directory"):
         read_manifest(tmp_path / name)
 
 
-def test_directory_that_may_not_be_entered(engine: Path, monkeypatch: pytest.MonkeyPatch):
+def test_directory_without_read_permission(engine: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
@@ -232,7 +232,7 @@ def test_directory_that_may_not_be_entered(engine: Path, monkeypatch: pytest.Mon
 
 
 def _nested(levels: int) -> bytes:
-    """An ONNX file whose graphs are nested: model > graph > node > attribute > graph > .."""
+    """Return an ONNX file whose graphs are nested: model > graph > node > attribute > graph > .."""
 
     def field(number: int, content: bytes) -> bytes:
         length, size = len(content), b""
@@ -260,6 +260,6 @@ def test_deeply_nested_graphs_are_refused(tmp_path: Path, levels: int):
     assert external_files(path) == set()
 
 
-def test_unreadable_graphs_are_an_engine_error(tmp_path: Path):
+def test_unreadable_graphs_raise_engine_error(tmp_path: Path):
     with pytest.raises(EngineError, match=r"cannot be read"):
         external_files(tmp_path)

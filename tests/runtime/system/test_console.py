@@ -1,4 +1,4 @@
-"""The guard of all programs: exit codes, one line on stderr, streams that are closed or full, signals."""
+"""The guard of all programs: exit codes, one line on stderr, closed or full streams, and signals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(raised: BaseException | None = None, *argv: str) -> int:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_whatever_is_raised_becomes_one_line(raised, code, message, capsys):
+def test_every_exception_becomes_one_line(raised, code, message, capsys):
     assert run(raised) == code
     err = capsys.readouterr().err
     assert message in err
@@ -87,7 +87,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "shown"), NAMES.values(), ids=NAMES)
-def test_names_cannot_command_the_terminal(name: str, shown: str, capsys):
+def test_control_characters_in_names_are_escaped(name: str, shown: str, capsys):
     def work(args: argparse.Namespace) -> int:
         console.say(f"{name} -> b.png")
         console.log.warning("%s: odd", name)
@@ -103,7 +103,7 @@ def test_names_cannot_command_the_terminal(name: str, shown: str, capsys):
 
 
 @pytest.mark.parametrize("moment", ["half imported", "no memory for a line"])
-def test_memory_that_ends_while_tqdm_is_imported(moment: str, capfd, monkeypatch):
+def test_out_of_memory_while_tqdm_is_imported(moment: str, capfd, monkeypatch):
     def work(args: argparse.Namespace) -> int:
         if moment == "half imported":
             monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))
@@ -120,7 +120,7 @@ def test_memory_that_ends_while_tqdm_is_imported(moment: str, capfd, monkeypatch
     )
 
 
-def test_a_package_that_is_missing_names_its_extra(capsys):
+def test_missing_package_names_its_extra(capsys):
     def work(args: argparse.Namespace) -> int:
         import no_such_package  # type: ignore[import-not-found]
 
@@ -129,11 +129,11 @@ def test_a_package_that_is_missing_names_its_extra(capsys):
     assert console.run_program("try", parser, work, [], extra="train") == 2
     message = "try: error: no_such_package is not installed; install it with: pip install 'moesr[train]'"
     assert capsys.readouterr().err.strip() == message
-    assert console.run_program("try", parser, work, []) == 1  # where nothing would bring it: a defect
+    assert console.run_program("try", parser, work, []) == 1  # without an extra it is a defect
     assert "internal error" in capsys.readouterr().err
 
 
-def test_quiet_and_debug_are_heeded(capsys: pytest.CaptureFixture[str]):
+def test_quiet_and_debug(capsys: pytest.CaptureFixture[str]):
     assert run(None, "--quiet") == 0
     assert capsys.readouterr().err == ""
     assert run(RuntimeError("surprise"), "--debug") == 1
@@ -152,7 +152,7 @@ def test_quiet_and_debug_are_heeded(capsys: pytest.CaptureFixture[str]):
         (">/dev/full 2>/dev/full", 1),
     ],
 )
-def test_streams_that_cannot_be_written(tmp_path, redirection: str, code: int):
+def test_closed_or_full_streams(tmp_path, redirection: str, code: int):
     script, done = tmp_path / "program.py", tmp_path / "done"
     script.write_text(PROGRAM)
     command = f"exec '{sys.executable}' '{script}' '{done}' {redirection}"
@@ -162,7 +162,7 @@ def test_streams_that_cannot_be_written(tmp_path, redirection: str, code: int):
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
 
 
-def test_help_into_a_full_device():
+def test_help_to_a_full_device():
     script = PROGRAM.replace("work, []", "work, ['--help']")
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
@@ -171,7 +171,7 @@ def test_help_into_a_full_device():
     assert (result.returncode, result.stderr) == (1, b"")
 
 
-def test_names_that_the_stream_cannot_say(tmp_path):
+def test_names_that_the_stream_cannot_encode(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.replace("line {number}", "caf\\u00e9 \\udcff"))
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -183,7 +183,7 @@ def test_names_that_the_stream_cannot_say(tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def heard_signals():
-    """Programs inherit what is ignored, as under nohup or in the background: here they hear all of it."""
+    """Let programs receive all signals; a program inherits the signals that its parent ignores (nohup, &)."""
     ignored = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.SIG_DFL)
@@ -193,7 +193,7 @@ def heard_signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_cleans_up_and_a_second_ends_at_once(number: signal.Signals):
+def test_first_signal_cleans_up_and_second_ends_at_once(number: signal.Signals):
     work = """
 def work(args):
     try:
@@ -213,8 +213,8 @@ def work(args):
         assert "Traceback" not in result.stderr
 
 
-def test_progress_in_a_file_is_lines(monkeypatch, capsys):
-    """Not one line of carriage returns: a line every ten seconds, each complete at once."""
+def test_progress_in_a_file_is_whole_lines(monkeypatch, capsys):
+    """In a file the progress is one complete line every ten seconds, not one line of carriage returns."""
     now = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     read: list[str] = []
@@ -233,14 +233,14 @@ def test_progress_in_a_file_is_lines(monkeypatch, capsys):
     assert all(part.endswith("\n") for part in read if part)
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_ignored_signal_stays_ignored():
     script = PROGRAM.replace("for number", "os.kill(os.getpid(), signal.SIGHUP)\n    for number")
     script = script.replace("def parser", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n\ndef parser")
     command = [sys.executable, "-c", script, os.devnull]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_ctrl_c_while_large_modules_are_imported_shows_no_traceback():
+def test_ctrl_c_during_large_imports_shows_no_traceback():
     script = """
 import os, signal, sys
 sys.argv = ["moesr-run", "a.png"]

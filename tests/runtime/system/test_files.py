@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent, leftovers of killed processes, and closed paths."""
+"""Files and directories are either complete or absent; leftovers of killed processes; inaccessible paths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make(target: Path, text: str, *, force: bool = True) -> None:
         (new / "manifest.json").write_text(text)
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path: Path):
+def test_file_appears_only_when_complete(tmp_path: Path):
     target = tmp_path / "new" / "a.bin"
     with files.write_atomically(target) as stream:
         stream.write(b"whole")
@@ -47,7 +47,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path):
 @pytest.mark.parametrize(
     "raised", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
 )
-def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path, raised: BaseException):
+def test_unfinished_file_leaves_nothing(tmp_path: Path, raised: BaseException):
     target = tmp_path / "a.bin"
     target.write_bytes(b"earlier")
     with pytest.raises(type(raised)), files.write_atomically(target) as stream:
@@ -57,7 +57,7 @@ def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path, raised: Base
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_a_directory_is_replaced_as_a_whole(tmp_path: Path):
+def test_directory_is_replaced_as_a_whole(tmp_path: Path):
     target = directory(tmp_path / "engine", "old")
     (target / "expert_9.onnx").touch()
     make(target, "new")
@@ -67,7 +67,9 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2], ids=["in the block", "between the renames", "after them"])
-def test_ctrl_c_keeps_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int):
+def test_ctrl_c_keeps_the_old_or_new_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+):
     target = directory(tmp_path / "engine", "old")
     renames = []
     rename = Path.rename
@@ -91,7 +93,7 @@ def test_ctrl_c_keeps_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names(tmp_path) == ["engine"]
 
 
-def test_what_may_be_replaced(tmp_path: Path):
+def test_which_directories_may_be_replaced(tmp_path: Path):
     target = directory(tmp_path / "engine", "old")
     with pytest.raises(OutputError, match=r"exists; .* --force"):
         make(target, "new", force=False)
@@ -101,7 +103,7 @@ def test_what_may_be_replaced(tmp_path: Path):
         with pytest.raises(OutputError, match="is not a directory"):
             make(tmp_path / name, "new")
     (tmp_path / "photos").mkdir()
-    make(tmp_path / "photos", "new")  # empty
+    make(tmp_path / "photos", "new")  # an empty directory
     foreign = directory(tmp_path / "mine", "x")
     (foreign / "manifest.json").rename(foreign / "diary.txt")
     with pytest.raises(OutputError, match=r"no manifest\.json"):
@@ -137,7 +139,7 @@ with files.new_directory(target, force=True, marker="manifest.json") as new:
 
 
 @pytest.mark.parametrize("moment", ["file", "writing", "between"])
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path, moment: str):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, moment: str):
     target = directory(tmp_path / "engine", "old")
     result = subprocess.run([sys.executable, "-c", KILLED, str(target), moment], check=False)
     assert result.returncode == -signal.SIGKILL
@@ -150,7 +152,7 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path, moment: str):
     assert not any(name.startswith(".moesr-") for name in names(place))
 
 
-def test_leftovers_that_may_be_in_use_stay(tmp_path: Path):
+def test_leftovers_of_running_processes_stay(tmp_path: Path):
     mine = tmp_path / files._scratch_name()
     elsewhere, aged = tmp_path / ".moesr-00000000-1-aa.tmp", tmp_path / ".moesr-00000000-2-aa.tmp"
     unknown = tmp_path / ".moesr-notes.tmp"
@@ -162,7 +164,7 @@ def test_leftovers_that_may_be_in_use_stay(tmp_path: Path):
     assert set(tmp_path.iterdir()) == {mine, elsewhere, unknown}
 
 
-def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_that_cannot_be_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert files.examine(tmp_path / "absent") is None
     (tmp_path / "file").touch()
     assert files.examine(tmp_path / "file" / "below") is None
@@ -182,7 +184,7 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
         files.examine(tmp_path)
 
 
-def test_a_place_is_tried_without_a_trace(tmp_path: Path):
+def test_check_writable_leaves_nothing_behind(tmp_path: Path):
     files.check_writable(tmp_path / "a" / "b")
     assert names(tmp_path) == []
     (tmp_path / "file").touch()

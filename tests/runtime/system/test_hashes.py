@@ -1,4 +1,4 @@
-"""Hashes of large files are remembered, and never those of files that were touched."""
+"""Hashes of large files are remembered until the file is touched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLD_NS = 10**18
 
 @pytest.fixture(autouse=True)
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own, where small files are large and settle at once."""
+    """Use a cache for this test alone, in which small files count as large and settle at once."""
     monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(file_hashes, "LARGE", 4)
     monkeypatch.setattr(file_hashes, "SETTLED_NS", 0)
@@ -26,33 +26,33 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files whose content was read."""
+    """Return the list of the names of files whose content was read."""
     names, sha256_of = [], files.sha256_of
     monkeypatch.setattr(files, "sha256_of", lambda path: names.append(path.name) or sha256_of(path))
     return names
 
 
-def test_a_file_is_read_once(tmp_path: Path, hashed: list[str]):
+def test_file_is_read_once(tmp_path: Path, hashed: list[str]):
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     assert file_hashes.sha256_of(path) == file_hashes.sha256_of(path) == files.sha256_of(path)
-    assert hashed == ["weights"] * 2  # one of them asked for here
+    assert hashed == ["weights"] * 2  # the second is read by this test
     assert file_hashes.sha256_of(path, anew=True) and len(hashed) == 3
 
 
 @pytest.mark.parametrize("keep_times", [False, True])
-def test_a_touched_file_is_read_again(tmp_path: Path, hashed: list[str], keep_times: bool):
+def test_touched_file_is_read_again(tmp_path: Path, hashed: list[str], keep_times: bool):
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     os.utime(path, ns=(OLD_NS, OLD_NS))
     first = file_hashes.sha256_of(path)
     path.write_bytes(b"weightS")
     if keep_times:
-        os.utime(path, ns=(OLD_NS, OLD_NS))  # the time of the change itself cannot be set
+        os.utime(path, ns=(OLD_NS, OLD_NS))  # the time of the change itself (ctime) cannot be set
     assert file_hashes.sha256_of(path) != first
 
 
-def test_neither_small_nor_unsettled_files_are_remembered(tmp_path: Path, hashed: list[str], monkeypatch):
+def test_small_and_unsettled_files_are_not_remembered(tmp_path: Path, hashed: list[str], monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"abc")
     file_hashes.sha256_of(path), file_hashes.sha256_of(path)
@@ -62,7 +62,7 @@ def test_neither_small_nor_unsettled_files_are_remembered(tmp_path: Path, hashed
     assert len(hashed) == 4 and not (tmp_path / "cache").exists()
 
 
-def test_damage_to_what_is_remembered_does_not_show(tmp_path: Path, hashed: list[str]):
+def test_damaged_cache_does_not_change_a_hash(tmp_path: Path, hashed: list[str]):
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     want = file_hashes.sha256_of(path)
@@ -72,7 +72,7 @@ def test_damage_to_what_is_remembered_does_not_show(tmp_path: Path, hashed: list
         assert file_hashes.sha256_of(path) == want
 
 
-def test_an_engine_is_read_once_and_by_the_doctor_again(tmp_path: Path, hashed: list[str], capsys):
+def test_engine_is_hashed_once_and_again_by_the_doctor(tmp_path: Path, hashed: list[str], capsys):
     engine = build_engine(tmp_path / "engine", experts=2)
     hashed.clear()
     read_manifest(engine), read_manifest(engine)

@@ -1,4 +1,4 @@
-"""JSON that was damaged or made to harm is refused with a ValueError or OSError, and nothing else."""
+"""Damaged or hostile JSON is refused with a ValueError or OSError and no other exception."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "above": ("count", 11, "count is 11"),
     "400 digits": ("count", 10**400, "count is a number of 1329 bits"),
     "5000 digits": ("free", 10**5000, "expected a number of at most 64 bits"),
-    "no float holds it": ("ratio", 10**400, "ratio is a number of 1329 bits, expected float"),
+    "too large for a float": ("ratio", 10**400, "ratio is a number of 1329 bits, expected float"),
     "NaN": ("ratio", float("nan"), "ratio is nan"),
     "infinity": ("ratio", float("inf"), "ratio is inf"),
-    "a truth value": ("ratio", True, "ratio is True"),
-    "a truth value for a literal": ("kind", True, "kind is True"),
+    "a boolean": ("ratio", True, "ratio is True"),
+    "a boolean for a literal": ("kind", True, "kind is True"),
     "in a union": ("share", 1.5, "share is 1.5, expected a number from 0 to 1"),
     "in a list": ("sizes", [3, 9], "sizes.1 is 9, expected a number from 1 to 8"),
     "another form": ("name", "a/b", "name is 'a/b', expected lower-case letters"),
@@ -46,12 +46,12 @@ BAD: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("values", GOOD)
-def test_values_in_range_are_taken(values: dict[str, Any]):
+def test_values_in_range_are_accepted(values: dict[str, Any]):
     assert build(Values, values)
 
 
 @pytest.mark.parametrize(("field", "value", "message"), BAD.values(), ids=BAD)
-def test_values_out_of_range_are_named(field: str, value: Any, message: str):
+def test_values_out_of_range_are_named_in_the_error(field: str, value: Any, message: str):
     with pytest.raises(ValueError, match=message):
         build(Values, {field: value})
 
@@ -68,7 +68,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_hostile_files_are_a_value_error(tmp_path: Path, monkeypatch, text: str | bytes):
+def test_hostile_files_raise_value_error(tmp_path: Path, monkeypatch, text: str | bytes):
     path = tmp_path / "a.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError):
@@ -79,7 +79,7 @@ def test_hostile_files_are_a_value_error(tmp_path: Path, monkeypatch, text: str 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "link to nothing", "circle"])
-def test_only_plain_files_are_read(tmp_path: Path, monkeypatch, kind: str):
+def test_only_regular_files_are_read(tmp_path: Path, monkeypatch, kind: str):
     path = tmp_path / "a.json"
     if kind == "pipe":
         os.mkfifo(path)

@@ -45,16 +45,16 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("problem", SHORTAGES, ids=str)
-def test_a_lack_of_memory(problem: BaseException | str):
+def test_messages_of_allocators_are_out_of_memory(problem: BaseException | str):
     assert ran_out_of_memory(problem)
 
 
 @pytest.mark.parametrize("problem", OTHERS, ids=str)
-def test_other_errors(problem: BaseException):
+def test_other_errors_are_not_out_of_memory(problem: BaseException):
     assert not ran_out_of_memory(problem)
 
 
-def test_names_that_a_caller_knows_do_not_count():
+def test_paths_given_by_the_caller_are_ignored():
     path = Path("/data/we failed to allocate/out of memory.onnx")
     text = f"Load model from {path} failed: {path.name} is damaged"
     assert ran_out_of_memory(text)
