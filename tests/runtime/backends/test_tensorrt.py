@@ -136,7 +136,7 @@ def test_cached_plan_is_found(cache, tmp_path):
     plan_store.write_plan(folders[0], KEY, "expert_0.onnx", b"the engine's own")
     assert plan_store.read_plan(KEY, folders) == b"the engine's own"
     assert directory.name == "abababababab-tensorrt_rtx-9.9-sm89-b4"
-    assert plan_store.write_plan(folders[1], KEY, "expert_0.onnx", b"newer") == directory  # replaces the first
+    assert plan_store.write_plan(folders[1], KEY, "expert_0.onnx", b"newer") == directory  # replaced
 
 
 OTHERS = {

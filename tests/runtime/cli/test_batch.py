@@ -1,4 +1,4 @@
-"""A batch of files: what is opened and hashed, inputs that change or vanish, and the progress."""
+"""A batch of files: how often files are opened and hashed, inputs that change or vanish, the progress."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Directory with 0.png to 3.png."""
+    """Return a directory with 0.png to 3.png."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(4):
@@ -69,7 +69,7 @@ sys.addaudithook(_count)
 
 @pytest.fixture
 def opened(photos: Path):
-    """How often each file of `photos` is opened."""
+    """Yield counts of how often each file of `photos` is opened."""
     OPENED.clear()
     WATCHED[:] = [str(photos)]
     yield OPENED
@@ -78,7 +78,7 @@ def opened(photos: Path):
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the inputs that were hashed, in order."""
+    """Return the list of the names of inputs that are hashed, in order."""
     found: list[str] = []
     of_path, of_stream = files.sha256_of, file_hashes.sha256_of_stream
     monkeypatch.setattr(files, "sha256_of", lambda path: found.append(path.name) or of_path(path))
@@ -100,7 +100,7 @@ def test_inputs_are_read_at_most_twice_and_hashed_once(engine, photos, tmp_path,
 
     assert run(engine, photos, "-o", tmp_path / "out") == 0
     assert sorted(inputs()) == ["0.png", "1.png", "2.png", "3.png"]
-    assert max(opened.values()) <= 2  # a look for a record, and the image itself
+    assert max(opened.values()) <= 2  # once to look for a record, once for the image
     assert order[0][1] <= 3  # work begins before all inputs are hashed
     hashed.clear()
     (tmp_path / "out" / "3_x4.png").unlink()
@@ -108,7 +108,7 @@ def test_inputs_are_read_at_most_twice_and_hashed_once(engine, photos, tmp_path,
     assert sorted(inputs()) == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_only_inputs_that_have_a_result_are_hashed_before_they_are_read(engine, photos, hashed):
+def test_only_inputs_with_a_result_are_hashed_before_reading(engine, photos, hashed):
     from moesr.runtime.cli.outputs import plan
     from moesr.runtime.images.provenance import Provenance
 
@@ -134,7 +134,7 @@ def test_hashes_of_large_inputs_are_remembered(engine, photos, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("moment", ["before it is read", "while it is decoded", "while it is hashed"])
-def test_an_input_that_vanishes_leaves_the_others(engine, photos, tmp_path, moment, capsys, monkeypatch):
+def test_input_that_vanishes_does_not_stop_the_others(engine, photos, tmp_path, moment, capsys, monkeypatch):
     victim = photos / "1.png"
     if moment == "before it is read":
         open_input = batch.open_input
@@ -161,7 +161,7 @@ def test_an_input_that_vanishes_leaves_the_others(engine, photos, tmp_path, mome
         assert "1.png: " in capsys.readouterr().err
 
 
-def test_an_error_of_the_disk_in_any_place_leaves_the_others(engine, photos, tmp_path, capsys, monkeypatch):
+def test_disk_errors_do_not_stop_the_others(engine, photos, tmp_path, capsys, monkeypatch):
     def fails(path, *rest):
         if path.name == "2_x4.png":
             raise OSError(errno.EIO, "Input/output error")
@@ -175,7 +175,7 @@ def test_an_error_of_the_disk_in_any_place_leaves_the_others(engine, photos, tmp
     assert "2.png: Input/output error" in err and "internal error" not in err
 
 
-def test_an_input_replaced_while_it_is_read_is_known_as_the_old_one(engine, photos, tmp_path, monkeypatch):
+def test_input_replaced_while_read_is_recorded_as_the_old_file(engine, photos, tmp_path, monkeypatch):
     new = picture(tmp_path / "new.png")
     want = files.sha256_of(photos / "1.png")
     load = reading.load
@@ -191,11 +191,11 @@ def test_an_input_replaced_while_it_is_read_is_known_as_the_old_one(engine, phot
     record = provenance.read(tmp_path / "out" / "1_x4.png")
     assert record and record.digest == want
     assert run(engine, photos, "-o", tmp_path / "out") == 0
-    again = provenance.read(tmp_path / "out" / "1_png_x4.png")  # the new picture has a result of its own
+    again = provenance.read(tmp_path / "out" / "1_png_x4.png")  # the new image has its own result
     assert again and again.digest == files.sha256_of(photos / "1.png") != want
 
 
-def test_an_input_that_is_written_while_it_is_read_fails(engine, photos, tmp_path, capsys, monkeypatch):
+def test_input_modified_while_read_fails(engine, photos, tmp_path, capsys, monkeypatch):
     load = reading.load
 
     def grows(path, stream):
@@ -210,7 +210,7 @@ def test_an_input_that_is_written_while_it_is_read_fails(engine, photos, tmp_pat
     assert names(tmp_path / "out") == ["0_x4.png", "2_x4.png", "3_x4.png"]
 
 
-def test_the_bar_never_goes_back_while_an_image_waits_for_memory(engine, photos, tmp_path, monkeypatch):
+def test_progress_never_decreases_while_an_image_waits_for_memory(engine, photos, tmp_path, monkeypatch):
     reserve = Admission.reserve
 
     def one_at_once(self, *given):
@@ -237,8 +237,8 @@ def test_the_bar_never_goes_back_while_an_image_waits_for_memory(engine, photos,
     assert max(first) <= 0.3  # a quarter of the ticks is a quarter of the work
 
 
-def test_second_passes_do_not_wait_for_each_other(engine, photos, tmp_path, monkeypatch):
-    """Two images in flight need a second pass while memory suffices for one job only."""
+def test_second_passes_do_not_block_each_other(engine, photos, tmp_path, monkeypatch):
+    """Two images in flight need a second pass, but memory suffices for one job only."""
     reserve = Admission.reserve
 
     def one_at_once(self, *given):
@@ -261,12 +261,12 @@ def test_progress_over_images_of_several_sizes():
     assert progress.update(10.0, 10.0) == pytest.approx(0.25)
     progress.begin(100)
     assert progress.update(10.0, 20.0) == pytest.approx(0.25)
-    progress.unread -= 2  # the others were done already
+    progress.unread -= 2  # the others had been done before
     assert progress.update(15.0, 20.0) == pytest.approx(0.75)
     assert progress.update(11.0, 20.0) == pytest.approx(0.75)
 
 
-def test_a_name_of_the_longest_length(engine, tmp_path, capsys):
+def test_longest_possible_names(engine, tmp_path, capsys):
     for number, stem in enumerate(("n" * 246, "ä" * 123, "n" * 245 + "m")):
         picture(tmp_path / f"{stem}.png")
         assert run(engine, tmp_path / f"{stem}.png", "-o", f"{tmp_path}/out/") == 0
@@ -277,7 +277,7 @@ def test_a_name_of_the_longest_length(engine, tmp_path, capsys):
         assert name.endswith("_x4.png") and len(os.fsencode(name)) <= 255
 
 
-def test_results_that_cannot_be_written_do_not_end_a_batch(engine, photos, monkeypatch, capsys):
+def test_results_that_cannot_be_written_do_not_stop_a_batch(engine, photos, monkeypatch, capsys):
     def refuse(path, *rest):
         raise OutputError(f"{path}: cannot be written: No space left on device")
 
@@ -287,7 +287,7 @@ def test_results_that_cannot_be_written_do_not_end_a_batch(engine, photos, monke
 
 
 @pytest.mark.parametrize("refused", ["worker", "images-1"])
-def test_threads_that_cannot_start(engine, photos, refused, monkeypatch, capsys):
+def test_threads_that_cannot_be_started(engine, photos, refused, monkeypatch, capsys):
     start = threading.Thread.start
 
     def limited(self: threading.Thread) -> None:
@@ -302,7 +302,7 @@ def test_threads_that_cannot_start(engine, photos, refused, monkeypatch, capsys)
     assert ("out of memory" in err) == (refused == "worker")
 
 
-def test_an_array_for_which_there_is_no_memory(engine, photos, monkeypatch, capsys):
+def test_out_of_memory_for_one_array(engine, photos, monkeypatch, capsys):
     def fails(path, stream):
         raise MemoryError("Unable to allocate 2.12 MiB")
 

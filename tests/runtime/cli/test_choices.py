@@ -1,4 +1,4 @@
-"""Options for input and output files: size, subdirectories, format, names, dates, frames, reports."""
+"""Options about input and output files: sizes, subdirectories, formats, names, dates, frames, reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Directory with a.png, and deep/b.jpg and deep/er/a.png below it."""
+    """Return a directory with a.png, and deep/b.jpg and deep/er/a.png below it."""
     folder = tmp_path / "photos"
     (folder / "deep" / "er").mkdir(parents=True)
     for name in ("a.png", "deep/b.jpg", "deep/er/a.png"):
@@ -74,7 +74,7 @@ def test_results_of_a_chosen_size(engine, photos, options, name, size, capsys):
     assert record and ("scale" in record.settings or "size" in record.settings)
 
 
-def test_smaller_sizes_are_resampled_and_larger_ones_pass_twice(engine, photos):
+def test_small_sizes_are_resampled_and_large_sizes_take_two_passes(engine, photos):
     with Upscaler(engine) as up:
         source = np.asarray(Image.open(photos / "a.png"))
         once = up(source)
@@ -85,7 +85,7 @@ def test_smaller_sizes_are_resampled_and_larger_ones_pass_twice(engine, photos):
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "a_x6.png")), imresize(twice, 54, 72))
 
 
-def test_the_scale_of_the_engine_is_no_other_setting(engine, photos, capsys):
+def test_scale_of_the_engine_equals_the_default(engine, photos, capsys):
     assert run(engine, photos / "a.png", "--scale", "4") == 0
     assert run(engine, photos / "a.png") == 0
     assert "a.png: skipped" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_sizes_beyond_two_passes_are_refused(engine, photos, capsys):
     assert Size(height=3).of(1000, 1) == (3, 1)
 
 
-def test_results_of_a_folder_of_a_chosen_size_are_no_inputs(engine, photos):
+def test_results_of_another_size_are_not_inputs(engine, photos):
     assert run(engine, photos, "--scale", "2") == 0
     assert run(engine, photos) == 0
     assert tree(photos) == ["a.png", "a_x2.png", "a_x4.png", "deep/b.jpg", "deep/er/a.png"]
@@ -143,7 +143,7 @@ def test_format_quality_and_suffix(engine, photos, tmp_path):
     assert run(engine, photos / "a.png", "-o", f"{tmp_path}/a.webp", "--quality", "5") == 0
 
 
-def test_other_settings_of_files_are_told_apart(engine, photos, tmp_path, capsys):
+def test_results_of_other_file_settings_are_not_taken_for_finished(engine, photos, tmp_path, capsys):
     given = (photos, "-o", f"{tmp_path}/out/", "--format", "jpg")
     assert run(engine, *given, "--quality", "50") == 0
     assert run(engine, *given, "--quality", "60") == 0
@@ -153,7 +153,7 @@ def test_other_settings_of_files_are_told_apart(engine, photos, tmp_path, capsys
     assert record and record.settings["quality"] == 60
 
 
-def test_dates_are_kept(engine, photos):
+def test_time_stamps_are_kept(engine, photos):
     os.utime(photos / "a.png", ns=(10**18, 10**18))
     assert run(engine, photos / "a.png", "--preserve-times") == 0
     assert (photos / "a_x4.png").stat().st_mtime_ns == 10**18
@@ -161,7 +161,7 @@ def test_dates_are_kept(engine, photos):
     assert (photos / "a_x4.png").stat().st_mtime_ns != 10**18
 
 
-def test_the_first_failure_can_end_a_run(engine, photos, capsys):
+def test_fail_fast_stops_at_the_first_failure(engine, photos, capsys):
     for name in ("0.png", "b.png"):
         (photos / name).write_bytes(b"\x89PNG\r\n\x1a\n broken")
     assert run(engine, photos, "--fail-fast") == 1
@@ -173,7 +173,7 @@ def test_the_first_failure_can_end_a_run(engine, photos, capsys):
     assert "a_x4.png" in tree(photos)
 
 
-def test_every_file_has_a_line_in_the_log(engine, photos, tmp_path):
+def test_log_has_one_line_per_file(engine, photos, tmp_path):
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     Image.fromarray(RNG.integers(0, 256, (9, 12, 4), np.uint8)).save(photos / "clear.png")
     log = tmp_path / "logs" / "moesr.jsonl"
@@ -200,7 +200,7 @@ def test_every_file_has_a_line_in_the_log(engine, photos, tmp_path):
     assert run(engine, photos / "a.png", "--log", "/dev/full") == 0
 
 
-def test_progress_for_programs(engine, photos, capsys, monkeypatch):
+def test_progress_in_json_lines(engine, photos, capsys, monkeypatch):
     monkeypatch.setattr("moesr.runtime.cli.progress.EVENT_S", 0.0)
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     assert run(engine, photos, "--progress", "json") == 1
@@ -215,7 +215,7 @@ def test_progress_for_programs(engine, photos, capsys, monkeypatch):
     assert any(e["event"] == "message" and e["level"] == "error" for e in events)
 
 
-def test_a_random_seed_is_said_and_recorded(engine, photos, capsys):
+def test_random_seed_is_reported_and_recorded(engine, photos, capsys):
     seeds = []
     for _ in range(2):
         assert run(engine, photos / "a.png", "--seed", "random", "--force") == 0
@@ -223,11 +223,11 @@ def test_a_random_seed_is_said_and_recorded(engine, photos, capsys):
         assert record and f"moesr-run: seed {record.settings['seed']}\n" in capsys.readouterr().err
         seeds.append(record.settings["seed"])
     assert seeds[0] != seeds[1]
-    assert run(engine, photos / "a.png", "--seed", "random") == 0  # any seed will do: nothing is refused
+    assert run(engine, photos / "a.png", "--seed", "random") == 0  # any seed is accepted
     assert run(engine, photos / "a.png", "--seed", "random", "--steps", "1") == 1
 
 
-def test_the_command_that_makes_a_result_again(engine, photos, capsys, monkeypatch):
+def test_info_prints_the_command_that_repeats_a_result(engine, photos, capsys, monkeypatch):
     given = ["--steps", "1", "--sampler", "ddim", "--scale", "3", "--seed", "7", "--format", "webp"]
     (photos / "a.png").rename(photos / "a b.png")
     assert run(engine, photos / "a b.png", *given, "--quality", "80") == 0
@@ -248,14 +248,14 @@ def test_the_command_that_makes_a_result_again(engine, photos, capsys, monkeypat
     assert main(["--info", "absent.png"]) == 1
 
 
-def test_the_bundled_engine_is_named_in_the_command(tmp_path, capsys):
+def test_bundled_engine_is_named_in_the_command(tmp_path, capsys):
     picture(tmp_path / "a.png", 8, 8)
     assert main([str(tmp_path / "a.png"), "--steps", "1"]) == 0
     assert main(["--info", str(tmp_path / "a_x4.png")]) == 0
     assert "--engine demo-x4" in capsys.readouterr().out
 
 
-def test_a_page_to_compare_with(engine, photos):
+def test_comparison_page(engine, photos):
     (photos / "a.png").rename(photos / "a<b>.png")
     assert run(engine, photos / "a<b>.png", "--compare") == 0
     page = (photos / "a<b>_x4_compare.html").read_text()
@@ -265,10 +265,10 @@ def test_a_page_to_compare_with(engine, photos):
     assert "%" not in page.replace("100%", "").replace("}%", "")
 
 
-def test_colors_under_alpha_are_kept_on_demand(engine, tmp_path, capsys):
+def test_colors_under_alpha_are_kept_on_request(engine, tmp_path, capsys):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[:, :8] = (200, 40, 40, 255)
-    pixels[:, 8:, 2] = 220  # blue, under alpha 0
+    pixels[:, 8:, 2] = 220  # blue pixels with alpha 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
     kept = []
     for option in ((), ("--keep-colors-under-alpha",)):
@@ -339,7 +339,7 @@ def test_color_tags_of_an_animation_are_kept(engine, tmp_path):
         assert result.n_frames == 3 and result.info["gamma"] == 1.0
 
 
-def test_frames_that_memory_cannot_hold(engine, tmp_path, capsys, monkeypatch):
+def test_frames_that_exceed_memory(engine, tmp_path, capsys, monkeypatch):
     source = animation(tmp_path / "a.webp", duration=100)
     monkeypatch.setattr("moesr.runtime.cli.frames.PIXEL_BYTES", 10**12)
     assert run(engine, source, "--frames", "all") == 4
@@ -347,7 +347,7 @@ def test_frames_that_memory_cannot_hold(engine, tmp_path, capsys, monkeypatch):
     assert run(engine, source) == 0
 
 
-def test_a_damaged_frame_fails_its_file_once(engine, tmp_path, capsys):
+def test_damaged_frame_gives_one_error(engine, tmp_path, capsys):
     source = animation(tmp_path / "a.gif", 4, duration=100)
     source.write_bytes(source.read_bytes()[:-300])
     picture(tmp_path / "b.png")

@@ -1,4 +1,4 @@
-"""The command line: names of results, folders, exit codes, messages, and what is never overwritten."""
+"""The command line: names of results, folders, exit codes, messages, and files that stay untouched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Directory with a.png, b.jpg and a text file."""
+    """Return a directory with a.png, b.jpg and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     picture().save(folder / "a.png")
@@ -62,7 +62,7 @@ def test_progress_on_stderr_unless_quiet(engine: Path, photos: Path, capsys: pyt
     assert run(engine, photos / "a.png") == 0
     err = capsys.readouterr().err
     assert "1/1 a.png: 100%" in err
-    assert "/3" not in err  # tiles of unlike cost are not counted
+    assert "/3" not in err  # tiles of different cost are not counted together
     assert run(engine, photos / "b.jpg", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -155,7 +155,7 @@ def test_usage_errors(
         ["a.png", "-o", ""],
     ],
 )
-def test_arguments_that_argparse_refuses(engine: Path, arguments: list[str]):
+def test_arguments_refused_by_argparse(engine: Path, arguments: list[str]):
     with pytest.raises(SystemExit) as caught:
         run(engine, *arguments)
     assert caught.value.code == 2
@@ -193,7 +193,7 @@ def test_unusable_engine(tmp_path, photos, harm, message, program, capsys):
     assert names(photos) == ["a.png", "b.jpg", "notes.txt"]
 
 
-def test_a_damaged_graph_is_no_lack_of_memory_whatever_its_path_is_called(tmp_path, photos, capsys):
+def test_damaged_graph_is_not_reported_as_out_of_memory(tmp_path, photos, capsys):
     for name in ("allocated-engine", "failed to allocate memory", "out of memory"):
         engine = build_engine(tmp_path / name)
         for graph in engine.glob("expert_*.onnx"):
@@ -202,7 +202,7 @@ def test_a_damaged_graph_is_no_lack_of_memory_whatever_its_path_is_called(tmp_pa
         assert "out of memory (" not in capsys.readouterr().err
 
 
-def test_nan_in_one_image_leaves_the_others(
+def test_nan_in_one_image_does_not_stop_the_others(
     engine: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     from moesr.runtime import NonFiniteError
@@ -238,7 +238,7 @@ def test_out_of_memory(
     ],
     ids=["interrupt", "memory", "bug"],
 )
-def test_whatever_is_raised_becomes_one_line(engine, photos, raised, code, message, capsys, monkeypatch):
+def test_every_exception_becomes_one_line(engine, photos, raised, code, message, capsys, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise raised
 
@@ -263,7 +263,7 @@ def test_closed_pipe(engine: Path, photos: Path):
     assert (photos / "a_x4.png").exists()
 
 
-def test_options_change_the_result_as_the_interface_says(engine: Path, photos: Path):
+def test_options_equal_those_of_the_upscaler(engine: Path, photos: Path):
     from moesr.runtime import Upscaler
 
     options = [
@@ -300,8 +300,8 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]):
         assert text in out
 
 
-def test_little_is_imported_before_the_guard():
-    """Ctrl-C during these imports would end in a traceback, because the guard is not there yet."""
+def test_few_imports_before_the_guard():
+    """Ctrl-C during these imports would print a traceback, because the guard is not in place yet."""
     script = "import sys, moesr.runtime.cli.run; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"hashlib", "secrets", "numpy", "PIL", "tempfile", "tqdm"} & set(result.stdout.split())

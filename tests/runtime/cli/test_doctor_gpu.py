@@ -1,4 +1,4 @@
-"""moesr-doctor on GPUs: what is missing and what does not fit is said, each in its line."""
+"""moesr-doctor on GPUs: it prints one line for each part that is missing or does not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moesr.runtime.system import user_cache
 
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
-    """An engine directory; no GPU, no library and an empty cache."""
+    """Return an engine directory on a machine that has no GPU and no library and whose cache is empty."""
     monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "cache"))
     for name in ("open_device", "load", "probe"):
         monkeypatch.setattr(doctor_gpu, name, missing(name))
@@ -49,7 +49,7 @@ def with_gpu(monkeypatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(doctor_gpu, "load", lambda flavour: fake_library())
 
 
-def test_a_machine_without_anything(engine):
+def test_machine_without_gpu_and_libraries(engine):
     found = dict(findings(engine))
     assert found["gpu"] == "none usable: no open_device (0,)"
     assert found["tensorrt_rtx"] == "unusable: no load ('tensorrt_rtx',)"
@@ -57,7 +57,7 @@ def test_a_machine_without_anything(engine):
     assert found["plans"].startswith("none in ")
 
 
-def test_what_fits_and_what_does_not(engine, monkeypatch):
+def test_plans_and_kernels_that_fit_or_do_not(engine, monkeypatch):
     write_kernels(engine / "kernels", ["sm_86", "sm_90"])
     for capability in (86, 89):
         key = plan_store.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", capability, 4)
@@ -76,7 +76,7 @@ def test_what_fits_and_what_does_not(engine, monkeypatch):
     assert "NOT for this GPU; make them with" in dict(findings(engine))["kernels"]
 
 
-def test_plans_that_are_missing_are_named(engine, monkeypatch):
+def test_missing_plans_are_named(engine, monkeypatch):
     with_gpu(monkeypatch, (8, 9))
     manifest = read_manifest(engine)
     assert dict(findings(engine))["plans needed"] == (
@@ -89,7 +89,7 @@ def test_plans_that_are_missing_are_named(engine, monkeypatch):
     assert dict(findings(engine))["plans needed"] == "5 of 5 for tensorrt_rtx 9.9 on 8.9"
 
 
-def test_the_device_and_the_cache_that_are_given_are_examined(engine, tmp_path, monkeypatch, capsys):
+def test_given_device_and_cache_are_examined(engine, tmp_path, monkeypatch, capsys):
     seen = []
     with_gpu(monkeypatch, (8, 9))
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_the_device_and_the_cache_that_are_given_are_examined(engine, tmp_path, 
     key = plan_store.PlanKey("ab" * 32, "tensorrt_rtx", "9.9", 89, 4)
     plan_store.write_plan(tmp_path / "mine" / plan_store.PLANS_FOLDER, key, "expert_0.onnx", b"plan")
     given = ["--engine", str(engine), "--device", "cuda:1", "--cache", str(tmp_path / "mine")]
-    assert doctor.main(given) == 3  # no backend has a GPU here
+    assert doctor.main(given) == 3  # no backend offers this GPU
     assert seen == [1]
     out = capsys.readouterr().out
     assert "none usable: no second GPU (1,)" in out
@@ -108,7 +108,7 @@ def test_the_device_and_the_cache_that_are_given_are_examined(engine, tmp_path, 
     assert seen == [1, 0]
 
 
-def test_an_onnxruntime_for_cpus_is_said_to_be_one(engine, monkeypatch):
+def test_onnxruntime_for_cpus_is_named(engine, monkeypatch):
     with_gpu(monkeypatch, (8, 9))
     wants = ({"cpu": 1}, r"1.31 is for CPUs; .*moesr\[cuda\]"), ({"cuda": 4}, "offered by 1.31")
     for devices, want in wants:
@@ -120,7 +120,7 @@ def test_an_onnxruntime_for_cpus_is_said_to_be_one(engine, monkeypatch):
     ("toolkit", "driver", "warned"),
     [("13.4", "13.2", True), ("12.8", "12.10", False), ("12.8", "13.0", False), ("", "12.0", False)],
 )
-def test_kernels_of_a_later_toolkit_than_the_driver_are_named(tmp_path, toolkit, driver, warned):
+def test_kernels_newer_than_the_driver_are_named(tmp_path, toolkit, driver, warned):
     index = compiled_kernels.read(write_kernels(tmp_path, ["sm_90"]))
     (tmp_path / "kernels.json").write_text(dataclasses.replace(index, toolkit=toolkit).to_json())
     said = doctor_gpu.kernels(tmp_path, 90, driver)

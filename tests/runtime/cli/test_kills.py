@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments leave nothing partial and lose nothing (short form)."""
+"""Runs that are killed at random moments leave no partial file and lose no result (short form)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import kill_runs
 from engines import build_engine
 
 
-def test_runs_that_are_killed_go_on_where_they_were(tmp_path: Path):
-    """The long form: python tests/tools/kill_runs.py --kills 100."""
+def test_killed_runs_continue(tmp_path: Path):
+    """The long form is: python tests/tools/kill_runs.py --kills 100."""
     engine = build_engine(tmp_path / "engine", steps=2)
     assert kill_runs.check(str(engine), kills=6, images=6, seed=3, folder=tmp_path) == []

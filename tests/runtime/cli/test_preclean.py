@@ -1,4 +1,4 @@
-"""Pre-cleaning by any super-resolution network in ONNX: tiled, halved, of any pixel type, refused by name."""
+"""Pre-cleaning with any ONNX super-resolution network: tiles, half size, pixel types, refused networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moesr.runtime.images.reading import load
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 
-BLUR = 5  # pixels of the network's kernel
+BLUR = 5  # side of the network's kernel in pixels
 
 
 def network(
@@ -36,7 +36,7 @@ def network(
     batch: int = 1,
     inputs: int = 1,
 ) -> Path:
-    """Nearest neighbour, then a blur over `BLUR` pixels, as an ONNX file."""
+    """Write a network as an ONNX file: nearest-neighbor upscaling, then a blur over `BLUR` pixels."""
     np_type = np.float16 if kind == TensorProto.FLOAT16 else np.float32
     kernel = np.full((channels, 1, BLUR, BLUR), gain / BLUR**2, np_type)
     pad = BLUR // 2
@@ -59,7 +59,7 @@ def network(
 
 
 def picture(height: int, width: int, channels: int = 3, dtype: type = np.uint8) -> np.ndarray:
-    """Smooth with some noise, so that seams would show."""
+    """Return a smooth image with some noise, in which seams would show."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (5, 6, channels), np.uint8)
     image = imresize(coarse, height, width).astype(np.float32) / 255 + rng.normal(
@@ -71,7 +71,7 @@ def picture(height: int, width: int, channels: int = 3, dtype: type = np.uint8) 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("size", [(150, 97), (33, 200), (7, 5)], ids=str)
 def test_tiles_leave_no_seams(scale, size, tmp_path, monkeypatch):
-    """In tiles as whole, in every pixel; halves of pixels are rounded up."""
+    """Tiles give every pixel of the whole image; odd sizes are rounded up when they are halved."""
     cleaner = PreCleaner(network(tmp_path / "sr.onnx", scale))
     assert cleaner.scale == scale
     image = picture(*size)
@@ -87,7 +87,7 @@ def test_tiles_leave_no_seams(scale, size, tmp_path, monkeypatch):
 
 
 def test_edges_are_not_darkened(tmp_path):
-    """The network pads with black; what it makes of that is not used."""
+    """The network pads with black; pixels that depend on its padding are not used."""
     for size in ((40, 40), (1, 1), (2, 3)):
         image = np.full((*size, 3), 200, np.uint8)
         assert np.abs(PreCleaner(network(tmp_path / "sr.onnx"))(image).astype(int) - 200).max() <= 1
@@ -95,7 +95,7 @@ def test_edges_are_not_darkened(tmp_path):
 
 @pytest.mark.parametrize("sides", [(64, 48), (65, 47), (64, "w")], ids=str)
 @pytest.mark.parametrize("scale", [3, 4])
-def test_networks_for_one_size(sides, scale, tmp_path):
+def test_networks_of_fixed_size(sides, scale, tmp_path):
     image = picture(150, 97)
     fixed = PreCleaner(network(tmp_path / "fixed.onnx", scale, sides=sides))(image)
     free = PreCleaner(network(tmp_path / "free.onnx", scale))(image)
@@ -103,7 +103,7 @@ def test_networks_for_one_size(sides, scale, tmp_path):
     assert np.abs(fixed.astype(int) - free).max() <= 1
 
 
-def test_no_tile_grows_with_the_image(tmp_path, monkeypatch):
+def test_size_of_tiles_does_not_depend_on_the_image(tmp_path, monkeypatch):
     cleaner, seen = PreCleaner(network(tmp_path / "sr.onnx", 2)), []
     run = cleaner._run
     monkeypatch.setattr(cleaner, "_run", lambda tile: (seen.append(tile.shape[:2]), run(tile))[1])
@@ -114,12 +114,12 @@ def test_no_tile_grows_with_the_image(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_every_kind_of_pixel(dtype, channels, tmp_path):
+def test_all_pixel_types(dtype, channels, tmp_path):
     cleaner = PreCleaner(network(tmp_path / "sr.onnx"))
     image = np.maximum(picture(20, 30, channels, dtype), 1)
     got = cleaner(image)
     assert got.dtype == dtype and got.shape == (40, 60, channels)
-    if channels in (2, 4):  # nothing is fully transparent
+    if channels in (2, 4):  # no pixel is fully transparent
         np.testing.assert_array_equal(got[..., -1], imresize(image[..., -1], 40, 60))
     rgb = np.repeat(image[..., :1], 3, axis=2) if channels < 3 else image[..., :3]
     want = cleaner(np.ascontiguousarray(rgb))[..., 0].astype(int)
@@ -145,7 +145,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("fault", UNFIT)
-def test_other_networks_are_refused(fault, tmp_path):
+def test_unsuitable_networks_are_refused(fault, tmp_path):
     options, message = UNFIT[fault]
     path = network(tmp_path / "sr.onnx", **options)
     with pytest.raises(EngineError) as caught:
@@ -154,7 +154,7 @@ def test_other_networks_are_refused(fault, tmp_path):
     assert "expected a super-resolution network: RGB in 0..1" in str(caught.value)
 
 
-def test_files_that_are_no_networks_are_refused(tmp_path):
+def test_files_that_are_not_networks_are_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("not a network")
     with pytest.raises(EngineError, match="cannot be run by onnxruntime"):
         PreCleaner(tmp_path / "text.onnx")
@@ -167,7 +167,7 @@ def test_files_that_are_no_networks_are_refused(tmp_path):
         PreCleaner(tmp_path / "pipe.onnx")
 
 
-def test_nan_is_an_error_of_the_image(tmp_path):
+def test_nan_fails_the_image(tmp_path):
     cleaner = PreCleaner(network(tmp_path / "sr.onnx", operator="Sqrt", gain=1.0))
     np.testing.assert_array_equal(cleaner(picture(20, 20)).shape, (40, 40, 3))
     cleaner = PreCleaner(network(tmp_path / "log.onnx", operator="Log"))
@@ -185,7 +185,7 @@ def run(engine: Path, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_results_are_as_large_as_without(scale, engine, tmp_path):
+def test_size_of_results_is_that_without_pre_cleaning(scale, engine, tmp_path):
     model = network(tmp_path / "sr.onnx", scale)
     Image.fromarray(picture(9, 13)).save(tmp_path / "a.png")
     assert run(engine, tmp_path / "a.png", "--pre-clean", model, "--quiet") == 0
@@ -197,8 +197,8 @@ def test_results_are_as_large_as_without(scale, engine, tmp_path):
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_folder_is_cleaned_once(engine, tmp_path, capsys):
-    """Deep, transparent and damaged files; done again with another network, not with the same."""
+def test_folder_is_cleaned_once(engine, tmp_path, capsys):
+    """High bit depth, transparency and damage; a second run skips the results if the network is the same."""
     photos, model = tmp_path / "photos", network(tmp_path / "sr.onnx")
     photos.mkdir()
     Image.fromarray(picture(9, 13, 1, np.uint16)[..., 0]).save(photos / "deep.png")
@@ -218,7 +218,7 @@ def test_a_folder_is_cleaned_once(engine, tmp_path, capsys):
     assert "pre_clean" in capsys.readouterr().err
 
 
-def test_an_unfit_network_ends_the_run(engine, tmp_path, capsys):
+def test_unsuitable_network_ends_the_run(engine, tmp_path, capsys):
     Image.fromarray(picture(9, 13)).save(tmp_path / "a.png")
     model = network(tmp_path / "sr.onnx", 1)
     assert run(engine, tmp_path / "a.png", "--pre-clean", model) == 3

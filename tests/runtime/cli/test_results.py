@@ -1,4 +1,4 @@
-"""Names of results, recognition of finished results, and files that must not be overwritten or redone."""
+"""Names of results, recognition of finished results, and files that must be neither replaced nor redone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Directory with a.png and b.jpg."""
+    """Return a directory with a.png and b.jpg."""
     (tmp_path / "photos").mkdir()
     picture(tmp_path / "photos" / "b.jpg")
     return picture(tmp_path / "photos" / "a.png").parent
@@ -58,7 +58,7 @@ def planned(
     force: bool = False,
     **options: object,
 ) -> Decisions:
-    """The decisions on all inputs of a plan."""
+    """Return the decisions about all inputs of a plan."""
     made = plan(inputs, None if output is None else str(output), wanted, force, **options)  # type: ignore
     decisions = Decisions([], [], [error for _, error in made.listing.failed], made.notes)
     for found in made.listing.inputs:
@@ -72,7 +72,7 @@ def planned(
 
 
 def do(made: Decisions, wanted: Provenance = WANTED) -> list[str]:
-    """Write a result for every task; returns their names."""
+    """Write a result for every task and return the names of the results."""
     assert not made.failed, made.failed
     for task in made.tasks:
         record = wanted.of(task.source.name, files.sha256_of(task.source))
@@ -90,7 +90,7 @@ def run(engine: Path, *arguments: object) -> int:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".bmp"])
-def test_a_result_says_what_it_was_made_of(tmp_path: Path, suffix: str, mode: str):
+def test_result_records_how_it_was_made(tmp_path: Path, suffix: str, mode: str):
     record = WANTED.of("Bäume \udcff.png", "0" * 64)
     pixels = Image.new(mode, (8, 8)) if mode != "I;16" else Image.fromarray(np.zeros((8, 8), np.uint16))
     path = tmp_path / f"a{suffix}"
@@ -102,7 +102,7 @@ def test_a_result_says_what_it_was_made_of(tmp_path: Path, suffix: str, mode: st
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
-def test_the_mark_leaves_the_metadata_alone_and_does_not_travel(tmp_path: Path, suffix: str):
+def test_record_keeps_the_metadata_and_is_not_copied(tmp_path: Path, suffix: str):
     exif = Image.Exif()
     exif[0x010F], exif[0x0131] = "Maker", "Editor 5"
     picture(tmp_path / "source.png").rename(tmp_path / "plain.png")
@@ -121,7 +121,7 @@ def test_the_mark_leaves_the_metadata_alone_and_does_not_travel(tmp_path: Path, 
     assert (block[0x010F], block[0x0131]) == ("Maker", "Editor 5")
 
 
-def test_results_of_another_scale_are_no_inputs(photos: Path):
+def test_results_of_another_scale_are_not_inputs(photos: Path):
     assert do(planned(photos)) == ["a_x4.png", "b_x4.png"]
     again = planned(photos, wanted=Provenance(8, "other", {}))
     assert [task.target.name for task in again.tasks] == ["a_x8.png", "b_x8.png"]
@@ -131,14 +131,14 @@ def test_results_of_another_scale_are_no_inputs(photos: Path):
         "a.png",
         "b.jpg",
     ]
-    assert planned(photos / "a_x4.png").tasks  # named without its source, it is meant
+    assert planned(photos / "a_x4.png").tasks  # named without its source, so it is an input
     shutil.copytree(photos, photos.parent / "copied")
     for name in ("a.png", "b.jpg"):
         (photos.parent / "copied" / name).unlink()
     assert len(planned(photos.parent / "copied").tasks) == 2
 
 
-def test_a_photograph_of_that_name_is_an_input(photos: Path):
+def test_photograph_with_the_name_of_a_result_is_an_input(photos: Path):
     genuine = picture(photos / "a_x4.png").read_bytes()
     for force in (False, True, True):
         made = planned(photos, force=force)
@@ -147,7 +147,7 @@ def test_a_photograph_of_that_name_is_an_input(photos: Path):
     assert not planned(photos).tasks
 
 
-def test_a_result_that_is_damaged_is_made_again(photos: Path):
+def test_damaged_result_is_made_again(photos: Path):
     do(planned(photos))
     whole = (photos / "a_x4.png").read_bytes()
     middle = len(whole) - 40
@@ -159,7 +159,7 @@ def test_a_result_that_is_damaged_is_made_again(photos: Path):
     assert len(planned(photos).skipped) == 2
 
 
-def test_a_name_that_is_given_stays(photos: Path):
+def test_names_given_to_results_do_not_change(photos: Path):
     do(planned(photos))
     picture(photos / "a.jpg")
     made = planned(photos)
@@ -172,7 +172,7 @@ def test_a_name_that_is_given_stays(photos: Path):
     assert not planned(photos).tasks and len(planned(photos).skipped) == 5
 
 
-def test_names_of_inputs_that_differ_in_their_suffix(photos: Path, tmp_path: Path):
+def test_inputs_that_differ_only_in_their_suffix(photos: Path, tmp_path: Path):
     picture(photos / "a.jpg")
     picture(photos / "a_png.png")
     made = planned(photos, output=tmp_path / "out")
@@ -186,7 +186,7 @@ def test_names_of_inputs_that_differ_in_their_suffix(photos: Path, tmp_path: Pat
     ]
 
 
-def test_results_of_other_folders_do_not_count(photos: Path, tmp_path: Path):
+def test_results_of_other_folders_are_not_replaced(photos: Path, tmp_path: Path):
     other = tmp_path / "other"
     other.mkdir()
     picture(other / "b.jpg")
@@ -198,7 +198,7 @@ def test_results_of_other_folders_do_not_count(photos: Path, tmp_path: Path):
     assert do(planned(other / "b.jpg", output=f"{tmp_path}/out/")) == ["b_jpg_2_x4.png"]
 
 
-def test_force_replaces_what_is_neither_an_input_nor_the_result_of_another(photos: Path, tmp_path: Path):
+def test_force_replaces_only_files_that_are_not_inputs_or_other_results(photos: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "a_x4.png").write_bytes(b"of an earlier version, without a mark")
@@ -209,7 +209,7 @@ def test_force_replaces_what_is_neither_an_input_nor_the_result_of_another(photo
     assert do(planned(photos / "b.png", output=f"{out}/", force=True)) == ["b_png_x4.png"]
 
 
-def test_one_file_by_several_names_is_done_once(photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_file_with_several_names_is_done_once(photos: Path, monkeypatch: pytest.MonkeyPatch):
     (photos / "latest.png").symlink_to("a.png")
     monkeypatch.chdir(photos)
     twice = Path("a.png")
@@ -218,7 +218,7 @@ def test_one_file_by_several_names_is_done_once(photos: Path, monkeypatch: pytes
     assert sum("ignored, the same" in note for note in made.notes) == 5
 
 
-def test_what_is_no_image_is_noted(photos: Path):
+def test_files_that_are_not_images_are_noted(photos: Path):
     (photos / "gone.png").symlink_to("nowhere.png")
     (photos / "loop.png").symlink_to("loop.png")
     (photos / "sub.png").mkdir()
@@ -239,7 +239,7 @@ def test_what_is_no_image_is_noted(photos: Path):
     assert ["loop.png: cannot be examined" in str(error) for error in made.failed] == [True]
 
 
-def test_inputs_that_cannot_be_looked_at_leave_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_inputs_do_not_stop_the_others(photos: Path, monkeypatch: pytest.MonkeyPatch):
     os.mkfifo(photos / "pipe")
     (photos / "link").symlink_to("nowhere")
     (photos / "closed").mkdir()
@@ -265,7 +265,7 @@ def test_inputs_that_cannot_be_looked_at_leave_the_others(photos: Path, monkeypa
         assert words in str(error)
 
 
-def test_what_is_there_is_not_overwritten(photos: Path):
+def test_existing_files_are_not_overwritten(photos: Path):
     result, source = photos / "a_x4.png", photos / "a.png"
     result.write_bytes(b"precious")
     (error,) = planned(source).failed
@@ -284,14 +284,14 @@ def test_what_is_there_is_not_overwritten(photos: Path):
             (photos / "a_x4.png").rmdir()
 
 
-def test_other_settings_and_engines_are_told_apart(photos: Path):
+def test_results_of_other_settings_or_engines_are_reported(photos: Path):
     do(planned(photos))
     other = Provenance(4, "retrained", {"steps": 9, "seed": 42})
     made = planned(photos, wanted=other)
     assert not made.tasks
     assert "made with engine synthetic (now retrained), steps 2 (now 9)" in made.skipped[0]
     assert "made with" not in planned(photos).skipped[0]
-    assert not planned(photos / "a.png").failed  # named directly, and done as wanted
+    assert not planned(photos / "a.png").failed  # named directly, and made with the same settings
     (error,) = planned(photos / "a.png", wanted=other).failed
     assert "steps 2 (now 9); pass --force" in str(error)
     assert do(planned(photos, wanted=other, force=True), other) == ["a_x4.png", "b_x4.png"]
@@ -299,9 +299,7 @@ def test_other_settings_and_engines_are_told_apart(photos: Path):
     assert "another version of a.png" in planned(photos, wanted=other).skipped[0]
 
 
-def test_places_that_cannot_be_written_are_found_before_any_work(
-    engine, photos, tmp_path, capsys, monkeypatch
-):
+def test_unwritable_output_is_found_before_any_work(engine, photos, tmp_path, capsys, monkeypatch):
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
@@ -315,7 +313,7 @@ def test_places_that_cannot_be_written_are_found_before_any_work(
     assert names(tmp_path) == ["photos"]
 
 
-def test_a_place_beside_the_inputs_that_cannot_be_written(photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unwritable_directory_of_the_inputs(photos: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(directory: Path) -> None:
         raise errors.OutputError(f"{directory}: cannot be written to: Read-only file system")
 
@@ -326,12 +324,10 @@ def test_a_place_beside_the_inputs_that_cannot_be_written(photos: Path, monkeypa
     monkeypatch.undo()
     do(planned(photos))
     monkeypatch.setattr("moesr.runtime.cli.outputs.check_writable", refuse)
-    assert len(planned(photos).skipped) == 2  # nothing is to be written
+    assert len(planned(photos).skipped) == 2  # nothing has to be written
 
 
-def test_a_run_over_a_folder_ends_with_a_summary(
-    engine: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_folder_run_ends_with_a_summary(engine: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     assert run(engine, photos / "a.png") == 0
     assert "1 done" not in capsys.readouterr().err
     (photos / "c.png").write_bytes((photos / "a.png").read_bytes()[:50])
@@ -355,7 +351,7 @@ def test_a_run_over_a_folder_ends_with_a_summary(
     }
 
 
-def test_a_program_that_is_terminated_leaves_no_temporary_file(engine: Path, photos: Path):
+def test_terminated_program_leaves_no_temporary_file(engine: Path, photos: Path):
     script = """
 import os, signal, sys
 from PIL import Image
@@ -374,7 +370,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "2>&-", ">&- 2>&-"])
-def test_results_count_where_nothing_can_be_said(engine: Path, photos: Path, redirection: str):
+def test_results_are_written_even_if_streams_are_closed(engine: Path, photos: Path, redirection: str):
     command = f"exec '{sys.executable}' -m moesr.runtime.cli.run --engine '{engine}' '{photos}' {redirection}"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert result.returncode == (0 if redirection == "2>&-" else 1), result.stderr

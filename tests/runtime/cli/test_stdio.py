@@ -1,4 +1,4 @@
-"""Images through pipes: standard input and output are images, and messages go to stderr only."""
+"""Images through pipes: standard input and output carry images, and messages go to stderr only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def run(engine: Path, command: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """A shell command in which `moesr` stands for moesr-run with the engine."""
+    """Run a shell command in which `moesr` stands for moesr-run with the engine."""
     program = f"'{sys.executable}' -m moesr.runtime.cli.run --backend onnxruntime --engine '{engine}'"
     words = command.replace("moesr", program)
     return subprocess.run(["bash", "-c", words], capture_output=True, check=False, cwd=folder, timeout=120)
@@ -51,7 +51,7 @@ def run(engine: Path, command: str, folder: Path) -> subprocess.CompletedProcess
         "moesr a.png -o - > b.png; cat b.png",
     ],
 )
-def test_an_image_in_and_an_image_out(engine, picture, command):
+def test_image_from_stdin_to_stdout(engine, picture, command):
     result = run(engine, command, picture.parent)
     assert result.returncode == 0, result.stderr
     image = Image.open(io.BytesIO(result.stdout))
@@ -72,7 +72,7 @@ def test_standard_input_with_a_named_result(engine, picture):
     assert Image.open(picture.parent / "b.webp").size == (48, 36)
 
 
-def test_the_format_of_standard_output(engine, picture):
+def test_format_of_standard_output(engine, picture):
     result = run(engine, "moesr - --format jpg --quality 50 --scale 2 < a.png", picture.parent)
     image = Image.open(io.BytesIO(result.stdout))
     assert (image.format, image.size) == ("JPEG", (24, 18))
@@ -90,14 +90,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("command", "code", "message"), REFUSED.values(), ids=REFUSED)
-def test_pipes_that_cannot_serve(engine, picture, command, code, message):
+def test_pipes_that_are_refused(engine, picture, command, code, message):
     result = run(engine, command, picture.parent)
     assert result.returncode == code, result.stderr
     assert message in result.stderr and b"Traceback" not in result.stderr and b"internal" not in result.stderr
     assert result.stdout == b""
 
 
-def test_no_image_for_a_terminal(engine, picture):
+def test_image_to_a_terminal_is_refused(engine, picture):
     pty = pytest.importorskip("pty")
     primary, secondary = pty.openpty()
     command = [

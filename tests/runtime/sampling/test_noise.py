@@ -1,4 +1,4 @@
-"""The counter-based noise: distribution, independence, and values pinned for ever."""
+"""The counter-based noise: its distribution, the independence of its elements, and pinned values."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_steps_and_seeds_are_independent(one, other):
     ],
 )
 def test_values_are_pinned(seed, step, first):
-    # One unit in the last place is left to the platform's logarithm, sine and cosine.
+    # The logarithm, sine and cosine of the platform may differ by one unit in the last place.
     np.testing.assert_allclose(gaussian(seed, step, (1, 2, 3)).ravel(), first, rtol=3e-7)
 
 
-def test_repeats_and_does_not_depend_on_the_block_size(monkeypatch):
+def test_repeatable_and_independent_of_the_block_size(monkeypatch):
     whole = gaussian(5, 9, SHAPE)
     np.testing.assert_array_equal(gaussian(5, 9, SHAPE), whole)
     monkeypatch.setattr("moesr.runtime.sampling.noise._BLOCK_WORDS", 1000)
@@ -78,7 +78,7 @@ def test_extreme_words_give_finite_values():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 2, 2)], ids=str)
-def test_any_shape_fills_out(shape):
+def test_arrays_of_any_shape_are_filled(shape):
     out = np.full(shape, np.nan, np.float32)
     assert gaussian(1, 2, shape, out=out) is out
     np.testing.assert_array_equal(out, gaussian(1, 2, shape))
@@ -100,6 +100,6 @@ def test_key_out_of_range_is_refused(seed, step):
     ],
     ids=["dtype", "shape", "strided"],
 )
-def test_unfit_out_is_refused(out):
+def test_unsuitable_out_is_refused(out):
     with pytest.raises(ValueError, match="C-contiguous float32"):
         gaussian(0, 0, (1, 2, 2), out=out)

@@ -25,7 +25,7 @@ def normal(seed: int) -> np.ndarray:
 def ddim_float64(
     z: np.ndarray, eps: np.ndarray, noise: np.ndarray, a: float, a_prev: float, eta: float
 ) -> np.ndarray:
-    """DDIM, Eq. 12 and 16, as printed."""
+    """DDIM, Eq. 12 and 16 of the paper."""
     sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
     x0 = (z - np.sqrt(1 - a) * eps) / np.sqrt(a)
     return np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
@@ -48,7 +48,7 @@ def test_loop_matches_ddim_in_float64(steps, eta):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("step", [0, 10, 19])
-def test_every_prediction_takes_the_same_step(step: int, eta: float, prediction: Prediction):
+def test_all_predictions_give_the_same_step(step: int, eta: float, prediction: Prediction):
     table = make_table(20, eta)
     a, a_prev = table.alpha_bar[step], table.alpha_bar_prev[step]
     x0, eps = normal(1).astype(np.float64), normal(2).astype(np.float64)
@@ -58,7 +58,7 @@ def test_every_prediction_takes_the_same_step(step: int, eta: float, prediction:
     out = {"eps": eps, "x0": x0, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x0}[prediction]
     got, scratch = z.astype(np.float32), np.empty(SHAPE, np.float32)
     advance(got, out.astype(np.float32), noise, coefficients(table, step, prediction), scratch)
-    # In terms of eps, rounding of z_t grows by sqrt(a_prev / a) at the first steps.
+    # For eps, the rounding error of z_t grows by sqrt(a_prev / a) at the first steps.
     assert relative_l2(got, want) < 1e-6 / np.sqrt(a)
 
 
@@ -75,8 +75,8 @@ def test_deterministic_sampler_with_the_true_eps_returns_to_x0():
 @pytest.mark.parametrize("steps", [200, 50, 7, 1000])
 def test_ddpm_sigma_is_the_posterior_of_the_respaced_chain(steps):
     table = make_table(steps, SAMPLERS["ddpm"].eta)
-    # q(x_{t-1} | x_t, x0) multiplies two Gaussians, so precisions add: one of the prior q(x_{t-1} | x0),
-    # one of the likelihood q(x_t | x_{t-1}) of the respaced chain.
+    # q(x_{t-1} | x_t, x0) is the product of two Gaussians, so their precisions add: that of the prior
+    # q(x_{t-1} | x0) and that of the likelihood q(x_t | x_{t-1}) of the respaced chain.
     alpha = table.alpha_bar / table.alpha_bar_prev
     moves = alpha < 1
     precision = alpha[moves] / (1 - alpha[moves]) + 1 / (1 - table.alpha_bar_prev[moves])
@@ -96,13 +96,13 @@ def test_ddpm_mean_is_the_posterior_mean():
     assert relative_l2(z, mean) < 1e-5
 
 
-def test_missing_noise_is_refused_where_the_step_adds_some():
+def test_missing_noise_is_refused_if_the_step_adds_noise():
     c = coefficients(make_table(10, 1.0), 0)
     with pytest.raises(ValueError, match="adds noise"):
         advance(normal(0), normal(1), None, c, np.empty(SHAPE, np.float32))
 
 
-def test_missing_history_is_refused_where_the_step_goes_by_it():
+def test_missing_history_is_refused_if_the_step_needs_it():
     table = step_table(Schedule(), 10, 0.0, [(0, 1000)], multistep=True)
     first, second, last = (coefficients(table, step) for step in (0, 1, 9))
     assert first.c_history == last.c_history == 0

@@ -1,4 +1,4 @@
-"""The whole sampling loop, four experts in turn, reproduces the published one from prescribed noise."""
+"""The whole sampling loop over four experts reproduces the published loop for prescribed noise."""
 
 from __future__ import annotations
 

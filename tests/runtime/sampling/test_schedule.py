@@ -1,4 +1,4 @@
-"""The schedule's tables against the published sampler's, and the rules for steps and expert ranges."""
+"""The schedule's tables equal those of the published samplers, and the rules for steps and expert ranges."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_step_table_matches_published_ddpm(golden, steps):
     published = golden("schedule")
     table = step_table(Schedule(), steps, 1.0, QUARTERS)
     np.testing.assert_array_equal(table.t[::-1], published[f"t_{steps}"])
-    # The published sigmas mix float32 and float64 alphas; close to 1 that costs a few 1e-6.
+    # The published sigmas mix float32 and float64 alphas; for alphas near 1 the error is a few 1e-6.
     np.testing.assert_allclose(table.sigma[::-1], published[f"sigma_{steps}"], rtol=1e-5)
     assert len(table) == steps
 
@@ -65,8 +65,8 @@ def test_linspace_table_matches_published_ddpm(golden, steps):
     np.testing.assert_allclose(table.alpha_bar[::-1], published["alphas_cumprod"], rtol=1e-5)
     np.testing.assert_allclose(table.alpha_bar_prev[::-1], published["alphas_cumprod_prev"], rtol=1e-5)
     np.testing.assert_allclose(table.sigma[::-1] ** 2, published["posterior_variance"], rtol=1e-4)
-    # the same step in the coefficients of DDPM's posterior: c1 x0 + c2 z, which the network's output enters
-    # through x0 = (z - sqrt(1 - a) eps) / sqrt(a)
+    # The same step, written with the coefficients of DDPM's posterior: the mean is c1 x0 + c2 z with x0 = (z
+    # - sqrt(1 - a) eps) / sqrt(a).
     steps_of = [coefficients(table, step) for step in reversed(range(steps))]
     a, c1 = published["alphas_cumprod"].astype(np.float64), published["posterior_mean_coef1"]
     c_z = c1 / np.sqrt(a) + published["posterior_mean_coef2"]
@@ -84,7 +84,7 @@ def test_linspace_leading_table_matches_published_ddim(golden, steps):
     np.testing.assert_array_equal(table.alpha_bar[::-1], schedule.alpha_bar[at])
     np.testing.assert_allclose(table.alpha_bar[::-1], published[f"ddim{steps}.alphas"], rtol=1e-6)
     np.testing.assert_allclose(table.alpha_bar_prev[::-1], published[f"ddim{steps}.alphas_prev"], rtol=1e-6)
-    # the published alphas are float32, which next to 1 costs a few 1e-5
+    # The published alphas are float32; for alphas near 1 the error is a few 1e-5.
     sigmas = published[f"ddim{steps}.sigmas_eta1"]
     np.testing.assert_allclose(table.sigma[::-1], sigmas, rtol=5e-5, atol=1e-12)
 
@@ -103,7 +103,7 @@ def test_linspace_covers_the_whole_range(total):
     assert respaced_timesteps(total, 1, "linspace").tolist() == [total - 1]  # sampling starts from noise
 
 
-def test_the_last_step_of_linspace_gives_the_clean_latent():
+def test_last_step_of_linspace_gives_the_clean_latent():
     table = step_table(STABLESR, 5, 1.0, [(0, 1000)])
     c = coefficients(table, 4)
     assert table.alpha_bar_prev[-1] == 1.0 and c.c_noise == 0
@@ -124,7 +124,7 @@ def test_any_number_of_steps_is_spread_over_the_range(total):
 
 
 @pytest.mark.parametrize("total", [1000, 37, 1])
-def test_steps_of_a_multistep_sampler_are_even_in_lambda(total):
+def test_multistep_steps_are_evenly_spaced_in_lambda(total):
     schedule = Schedule(timesteps=total)
     for steps in range(1, total + 1):
         table = step_table(schedule, steps, 0.0, [(0, total)], multistep=True)
@@ -155,7 +155,7 @@ def test_table_is_in_execution_order_and_ends_at_first_alpha_bar():
     assert table.alpha_bar_prev[-1] == schedule.alpha_bar[0]
 
 
-def test_every_timestep_once_ends_in_a_step_that_changes_nothing():
+def test_with_every_timestep_the_last_step_changes_nothing():
     table = step_table(Schedule(timesteps=10), 10, 1.0, [(0, 10)])
     np.testing.assert_array_equal(table.t, np.arange(9, -1, -1))
     assert table.sigma[-1] == 0 and np.all(table.sigma[:-1] > 0)
@@ -175,7 +175,7 @@ def test_experts_follow_their_ranges():
     ],
     ids=["gap", "overlap", "none"],
 )
-def test_ranges_must_hold_every_timestep_once(ranges, message):
+def test_ranges_must_contain_each_timestep_once(ranges, message):
     with pytest.raises(ValueError, match=message):
         step_table(Schedule(), 1000, 1.0, ranges)
 
@@ -196,7 +196,7 @@ def test_impossible_schedule_is_refused(options):
         Schedule(**options)
 
 
-def test_tables_cannot_be_written():
+def test_tables_are_read_only():
     schedule = Schedule()
     for array in (schedule.alpha_bar, step_table(schedule, 10, 1.0, QUARTERS).sigma):
         with pytest.raises(ValueError, match="read-only"):

@@ -1,7 +1,7 @@
-"""The samplers on a problem with a known answer: data that is Gaussian, whose score and paths are formulas.
+"""The samplers on a problem with a known solution: Gaussian data, for which score and paths are formulas.
 
-With x0 ~ N(mu, s^2) the best estimate of x0 is linear in z_t, and the deterministic path of a z keeps
-(z - sqrt(a) mu) / sqrt(s^2 a + 1 - a) as it is. So the error of a sampler is that of its steps alone.
+With x0 ~ N(mu, s^2) the best estimate of x0 is linear in z_t, and along a deterministic path (z - sqrt(a) mu)
+/ sqrt(s^2 a + 1 - a) is constant. So the error of a sampler comes from its steps alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def table_of(sampler: str, steps: int, schedule: Schedule) -> StepTable:
 
 
 def schedule_of(timesteps: int) -> Schedule:
-    """The published one, in finer steps of the same noise."""
+    """Return the published schedule in finer steps."""
     return Schedule(timesteps, 0.0015 * 1000 / timesteps, 0.0155 * 1000 / timesteps)
 
 
 def sampled(table: StepTable, mus: Sequence[float], prediction: Prediction = "eps") -> np.ndarray:
-    """What START becomes, each expert taking the data to be N(mu, S^2) with its own mu."""
+    """Sample from START; each expert assumes that the data is N(mu, S^2) with its own mu."""
     z, history, scratch = START.copy(), np.zeros(2), np.empty(2)
     for step in range(len(table)):
         a, mu = table.alpha_bar[step], mus[table.expert[step]]
@@ -44,7 +44,7 @@ def sampled(table: StepTable, mus: Sequence[float], prediction: Prediction = "ep
 
 
 def exact(table: StepTable, mus: Sequence[float], schedule: Schedule) -> np.ndarray:
-    """Where the path of START ends, experts taking over exactly at their borders."""
+    """Return the end of the exact path from START, on which experts change exactly at their borders."""
     z, a = START, table.alpha_bar[0]
     share = schedule.timesteps // 1000
     for (t_from, _), mu in reversed(list(zip(RANGES, mus, strict=True))):
@@ -57,7 +57,10 @@ def exact(table: StepTable, mus: Sequence[float], schedule: Schedule) -> np.ndar
 def error(
     sampler: str, steps: int, *, timesteps: int = 1000, jump: float = 0.0, restart: bool = False
 ) -> float:
-    """Largest error; experts' `mu` differ by `jump`. `restart`: forget at each border what came before."""
+    """Return the largest error of a sampler whose experts' `mu` differ by `jump`.
+
+    With `restart` the sampler drops its history at each border between experts.
+    """
     schedule = schedule_of(timesteps)
     table, mus = table_of(sampler, steps, schedule), [MU + jump * (k % 2) for k in range(4)]
     if restart:
@@ -68,19 +71,19 @@ def error(
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++2m", 2)])
 def test_order_of_convergence(sampler: str, order: int):
-    """Twice the steps, a half or a quarter of the error, across three borders between experts."""
+    """Across three borders between experts, doubling the steps divides the error by 2 ** order."""
     errors = [error(sampler, steps, timesteps=100_000) for steps in (32, 64, 128)]
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), order, atol=0.2)
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20])
-def test_second_order_pays_with_few_steps(steps: int):
+def test_second_order_is_better_for_few_steps(steps: int):
     assert error("dpm++2m", steps) < 0.4 * error("ddim", steps)
 
 
 @pytest.mark.parametrize("jump", [0.0, 0.05, 0.1, 0.2])
-def test_what_an_expert_leaves_serves_the_next(jump: float):
-    """The memory is an estimate of x0, whoever made it: kept at borders it beats starting anew at each."""
+def test_history_is_useful_across_experts(jump: float):
+    """The history is an estimate of x0 by any expert: keeping it at borders is better than dropping it."""
     kept, anew = error("dpm++2m", 10, jump=jump), error("dpm++2m", 10, jump=jump, restart=True)
     assert kept < 0.5 * anew
 

@@ -64,7 +64,7 @@ def test_feather_weights_of_neighbours_sum_to_one():
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (8, 7), (9, 5)])
-def test_feather_weights_take_any_overlap(tile, overlap):
+def test_feather_weights_for_any_overlap(tile, overlap):
     weights = feather_weights(tile, overlap)
     assert weights.min() > 0 and weights.max() <= 1
     with pytest.raises(ValueError, match="overlap"):

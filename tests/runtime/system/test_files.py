@@ -67,9 +67,7 @@ def test_directory_is_replaced_as_a_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2], ids=["in the block", "between the renames", "after them"])
-def test_ctrl_c_keeps_the_old_or_new_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
-):
+def test_ctrl_c_keeps_one_whole_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int):
     target = directory(tmp_path / "engine", "old")
     renames = []
     rename = Path.rename
