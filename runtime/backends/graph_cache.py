@@ -181,7 +181,7 @@ def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | 
             record = dataclasses.asdict(Entry(made_of, tuple(_made(new))))
             (new / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (OSError, OutputError) as error:
-        log.info("%s is not kept: %s", directory, files.reason(error))
+        log.info("%s is not cached: %s", directory, files.reason(error))
         return None
     return directory
 

@@ -136,7 +136,7 @@ class _Search:
             except InputError as error:
                 self._listing.failed.append((path, error))
                 continue
-            kind = kind_of(status) if status else "link that leads nowhere"
+            kind = kind_of(status) if status else "link to a file that does not exist"
             if kind == "directory" and self._recursive:
                 folders.append(path)
             elif kind != "file":

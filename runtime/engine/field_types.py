@@ -1,8 +1,4 @@
-"""Types of the fields of moesr's file formats: numbers with their ranges and strings with their forms.
-
-`json_dataclass.build` refuses every value that is out of range. The JSON schemas in `docs/` state the same
-ranges, and a test holds the two together.
-"""
+"""Types for the fields of moesr's file formats: numbers with their ranges and strings with their forms."""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ Side = Annotated[int, Range(1, MAX_SIDE)]
 """A side in pixels, or a number of channels."""
 
 Count = Annotated[int, Range(1, MAX_COUNT)]
-"""How many there are of something, at least one."""
+"""A count of at least one."""
 
 Index = Annotated[int, Range(0, MAX_COUNT)]
-"""A position, or a number that may be 0."""
+"""A position, or a count that may be 0."""
 
 Bytes = Annotated[int, Range(0, MAX_BYTES)]
 """A size or an offset in bytes."""
@@ -28,10 +24,10 @@ Error = Annotated[float, Range(0, 1e30)]
 """An error measure, which is never negative."""
 
 Fraction = Annotated[float, Range(0, 1)]
-"""A part of a whole."""
+"""A share from 0 to 1."""
 
 Text = Annotated[str, Form(r"[^\x00-\x1f\x7f]{0,1000}", "at most 1000 characters without control characters")]
-"""Text that is shown to the user in one line."""
+"""Text that is shown to the user on one line."""
 
 Sha256 = Annotated[str, Form("[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 """The hash of a file."""
@@ -50,7 +46,7 @@ RelativePath = Annotated[
 """A file below a directory, with `/` between its parts."""
 
 Precision = Annotated[str, Form("fp32|fp16|bf16|int8", "one of fp32, fp16, bf16, int8")]
-"""The precision of a graph's arithmetic."""
+"""The arithmetic precision of a graph."""
 
 Dimension = Side | Annotated[str, Form("B", "B")]
 """A dimension of a tensor: a number, or `graph_spec.BATCH`."""

@@ -1,4 +1,4 @@
-"""The layout of an image in tiles, as the sampler of a model uses it."""
+"""How an image is divided into tiles for the sampler of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moesr.runtime.system.json_dataclass import Range
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """The layout that a model's published sampler uses; the defaults are MoE-SR's.
+    """The division into tiles of a model's published sampler; the defaults are those of MoE-SR.
 
     `small` says how an image smaller than a tile is handled: it is padded by reflection, or it is enlarged
     until its short side is a tile and the result is reduced again. `resize` names the kernel that enlarges
     the LR image; "torch" goes with 16 bits per channel. `overlap` is the number of latent pixels that
-    neighboring tiles share at every step. `tiling` "even" spaces the tiles evenly; "stablesr" places them a
+    neighboring tiles share at every step. `tiling` "even" spaces the tiles evenly; "stablesr" places them one
     stride apart, moves the last one back to the edge and centers the windows half a pixel low.
     """
 

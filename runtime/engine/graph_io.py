@@ -35,7 +35,7 @@ def boundary_of(
     with_latent: bool = False,
     with_prompt: bool = False,
 ) -> Boundary:
-    """All inputs that the runtime can feed to the graph of a role, and the outputs that it reads.
+    """Return all inputs that the runtime can feed to the graph of a role, and the outputs that it reads.
 
     `tile` is in output pixels. With `with_latent` the condition is a latent; with `with_prompt` there are two
     prompts.
@@ -55,12 +55,12 @@ def boundary_of(
 
 
 def deep_of(graph: Graph) -> TensorSpec | None:
-    """The output of an expert that its shallow graph reuses; None if the expert has no such output."""
+    """Return the output of an expert that its shallow graph reuses, or None if it has no such output."""
     return next((s for s in graph.outputs[1:] if _spec(DEEP, s.dims) == s and _is_feature(s)), None)
 
 
 def deep_size(deep: TensorSpec) -> tuple[int, int, int]:
-    """Channels, height and width of the features of one tile."""
+    """Return the channels, height and width of the features of one tile."""
     _, channels, height, width = deep.shape(1)
     return channels, height, width
 
@@ -71,7 +71,10 @@ def _is_feature(spec: TensorSpec) -> bool:
 
 
 def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> list[str]:
-    """Messages about graphs whose inputs or outputs the runtime cannot drive; both arguments are by role."""
+    """Return messages about graphs whose inputs or outputs do not fit the runtime.
+
+    Both arguments are by role.
+    """
     found = []
     for role, graph in graphs.items():
         full = offered[role]
@@ -85,7 +88,7 @@ def mismatches(graphs: Mapping[str, Graph], offered: Mapping[str, Boundary]) -> 
 
 
 def _fits(spec: TensorSpec, offered: TensorSpec | None) -> bool:
-    """True if an input fits; in schema 1 a value per tile could be one value for the whole run."""
+    """Return True if an input fits; in schema 1 one value could serve all tiles of a run."""
     if offered is None:
         return False
     return spec == offered or (offered.dims == (BATCH,) and spec.dims == (1,) and spec.dtype == offered.dtype)

@@ -21,7 +21,7 @@ from moesr.runtime.sampling.schedule import MAX_TIMESTEPS
 from moesr.runtime.system.json_dataclass import Form, Range
 
 BATCH = "B"
-"""The dimension that stands for the number of tiles of a run."""
+"""The dimension that is the number of tiles in a run."""
 
 MAX_PARAMS, MAX_MACS = 10**13, 10**18
 
@@ -36,11 +36,11 @@ class TensorSpec:
 
     @property
     def per_tile(self) -> bool:
-        """True if each tile of a run has its own value, False if one value serves the whole run."""
+        """Whether each tile of a run has its own value, rather than one value for the whole run."""
         return bool(self.dims) and self.dims[0] == BATCH
 
     def shape(self, batch: int) -> tuple[int, ...]:
-        """The shape in a run of `batch` tiles."""
+        """Return the shape in a run of `batch` tiles."""
         return tuple(batch if isinstance(size, str) else size for size in self.dims)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Boundary:
     outputs: tuple[TensorSpec, ...]
 
     def only(self, names: set[str]) -> Boundary:
-        """This boundary with those inputs alone that a file has; the runtime may offer more."""
+        """Return this boundary with only the inputs in `names`, those that a file has."""
         return Boundary(tuple(spec for spec in self.inputs if spec.name in names), self.outputs)
 
     def __str__(self) -> str:
@@ -81,10 +81,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration that found the ranges of an int8 graph.
+    """The calibration that determined the ranges of an int8 graph.
 
     `images` went through `steps` sampling steps each, in which this graph ran `runs` times. `int8_fraction`
-    is the part of the multiply-accumulates that is int8, 0 to 1. `kept` names the layers that stay float32
+    is the share of the multiply-accumulates in int8, 0 to 1. `kept` names the layers that stay in float32
     because they are sensitive.
     """
 
@@ -106,7 +106,7 @@ class Calibration:
 class Arrangement(File):
     """A graph as one ONNX file, with the files of its external weights, in one precision.
 
-    `stored` is the precision in which the file keeps its large weights, if it is another.
+    `stored` is the precision in which the file stores its large weights, if it differs.
     """
 
     precision: Precision
@@ -123,9 +123,10 @@ class Arrangement(File):
 
 @dataclass(frozen=True, kw_only=True)
 class Graph(Arrangement):
-    """A graph of the engine. Its own files serve any target; `variants` hold others for some targets.
+    """A graph of the engine.
 
-    `params` is the number of the network's parameters, `macs` the multiply-accumulates of one tile.
+    Its own files serve any target, and `variants` hold other files for some targets. `params` is the number
+    of the network's parameters, `macs` the multiply-accumulates of one tile.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -140,10 +141,11 @@ class Graph(Arrangement):
         return Boundary(self.inputs, self.outputs)
 
     def arrangement(self, target: str) -> Arrangement:
-        """The files that serve a target best: "cpu", "gpu", "parts" or "plain".
+        """Return the files that serve a target best: "cpu", "gpu", "parts" or "plain".
 
-        "parts" is a GPU with our kernels between the parts of a graph; without such a variant it is "gpu".
-        "plain" is a CPU that wants the plain operators of a GPU's files, if these have the same precision.
+        "parts" is a GPU that runs our kernels between the parts of a graph; without such a variant it is
+        "gpu". "plain" is a CPU that needs the plain operators of the files for GPUs, if these have the same
+        precision.
         """
         if target == "plain":
             plain = self.variants.get("gpu", self)
@@ -154,7 +156,7 @@ class Graph(Arrangement):
 
     @property
     def arrangements(self) -> Iterator[Arrangement]:
-        """All arrangements, its own first."""
+        """All arrangements, starting with the graph's own."""
         yield self
         yield from self.variants.values()
 
@@ -165,9 +167,9 @@ class Graph(Arrangement):
 
 @dataclass(frozen=True)
 class Expert:
-    """The timesteps that a graph serves: t_from inclusive, t_to exclusive.
+    """The timesteps that an expert's graph serves: t_from inclusive, t_to exclusive.
 
-    `shallow` names the graph that computes the same without the deep levels, whose features it takes from an
+    `shallow` names the graph that computes the same without the deep levels; it takes their features from an
     earlier step.
     """
 

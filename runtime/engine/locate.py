@@ -1,4 +1,4 @@
-"""Finds an engine by the name of a bundled one or by its directory."""
+"""Finding an engine by its directory or by the name of a bundled engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DEMO_ENGINES = ("demo-x4", "demo-x8")
 
 
 def demo_name(given: Path | str | None) -> str | None:
-    """The name in DEMO_ENGINES that `given` stands for, the first for None; None if it is a path."""
+    """Return the name in DEMO_ENGINES that `given` stands for, the first for None; None if it is a path."""
     if given is None:
         return DEMO_ENGINES[0]
     return str(given) if str(given) in DEMO_ENGINES and not Path(given).exists() else None
 
 
 def engine_directory(engine: Path | str | None = None) -> Path:
-    """The directory of an engine, given as a path or as a name in DEMO_ENGINES.
+    """Return the directory of an engine, given as a path or as a name in DEMO_ENGINES.
 
     None stands for the first name. A directory of that name in the current folder takes precedence over the
     bundled engine. Raises EngineError if there is no such directory or the bundled engine is not installed.
@@ -31,8 +31,8 @@ def engine_directory(engine: Path | str | None = None) -> Path:
         path = Path(str(engine))
         if len(path.parts) == 1 and examine(path, EngineError) is None:
             raise EngineError(
-                f"{path}: no such engine directory, and none of the bundled engines "
-                f"({', '.join(DEMO_ENGINES)}); name one of these, or make it with moesr-export -o {path}"
+                f"{path}: no such engine directory, and no bundled engine of this name "
+                f"({', '.join(DEMO_ENGINES)}); choose one of these, or make it with moesr-export -o {path}"
             )
         return path
     path = Path(str(importlib.resources.files("moesr.runtime") / "demo_engines" / name))

@@ -34,7 +34,7 @@ Role = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything the runtime needs to know about an engine. Unknown entries of the JSON file are ignored."""
+    """All that the runtime needs to know about an engine. Unknown entries of the JSON file are ignored."""
 
     schema: int = SCHEMA
     name: Text
@@ -44,24 +44,24 @@ class Manifest:
     latent_channels: Side
     latent_factor: Side  # output pixels per latent pixel, along one side
     latent_scale: float = 1.0  # factor of the latents inside the graphs; the runtime does not read it
-    condition: Literal["image", "latent"] = "image"  # LR image on the latent grid, or the encoder's latent
-    init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the noised condition
+    condition: Literal["image", "latent"] = "image"  # the LR image on the latent grid, or its latent
+    init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the condition with noise
     prediction: Prediction = "eps"
     prompts: tuple[str, ...] = ()  # of the experts: one to follow and one to guide away from
-    guidance: Annotated[float, Range(0, MAX_GUIDANCE)] = 1.0  # default classifier-free guidance; 1 is none
+    guidance: Annotated[float, Range(0, MAX_GUIDANCE)] = 1.0  # default; 1 is no guidance
     fidelity: Fraction = 1.0  # default weight of the LR features in the decoder
     framing: Framing = field(default_factory=Framing)
     graphs: dict[Role, Graph]
-    experts: tuple[Expert, ...]  # ascending in t, so the expert of the lowest noise comes first
+    experts: tuple[Expert, ...]  # ascending in t, so the expert for the lowest noise comes first
     schedule: Schedule
     sampler: str  # default sampler, one of SAMPLERS
     steps: Annotated[int, Range(1, MAX_TIMESTEPS)]  # default number of sampling steps
-    versions: dict[str, str]  # of the packages that made the engine
+    versions: dict[str, str]  # of the packages with which the engine was made
     checkpoint_sha256: Sha256
 
     @property
     def latent_tile(self) -> int:
-        """Side of a tile in latent pixels."""
+        """The side of a tile in latent pixels."""
         return self.tile // self.latent_factor
 
     @property
@@ -71,7 +71,7 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """The precision of the experts, which the engine is named after."""
+        """The precision of the experts, after which the engine is named."""
         return self.graphs[self.experts[0].graph].precision
 
     @property
@@ -97,7 +97,7 @@ class Manifest:
 
     @property
     def guided(self) -> bool:
-        """True if there is a negative prompt, so that guidance may differ from 1."""
+        """Whether there is a negative prompt, so that guidance may differ from 1."""
         return len(self.prompts) == 2
 
     @property

@@ -1,4 +1,4 @@
-"""Reads, writes and checks the `manifest.json` of an engine directory."""
+"""Reading, writing and checking the `manifest.json` of an engine directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesr.runtime.system.json_dataclass import build, parse_json, read_json
 MANIFEST_NAME = "manifest.json"
 
 MAX_BYTES = 16 << 20
-"""Largest manifest that is read; that of a full-width engine has 40 kB."""
+"""Larger manifests are refused; that of a full-width engine has 40 kB."""
 
 CURE = "export the engine again with moesr-export, or copy the whole directory again"
 
@@ -27,7 +27,7 @@ CURE = "export the engine again with moesr-export, or copy the whole directory a
 def write_manifest(manifest: Manifest, directory: Path) -> Path:
     """Write `manifest.json` into an existing directory and return its path.
 
-    EngineError if `read_manifest` would refuse the manifest; nothing is written then.
+    EngineError is raised, and nothing is written, if `read_manifest` would refuse the manifest.
     """
     path = Path(directory) / MANIFEST_NAME
     _check_values(manifest, path)
@@ -43,8 +43,9 @@ def write_manifest(manifest: Manifest, directory: Path) -> Path:
 def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -> Manifest:
     """Read and check the manifest of an engine directory.
 
-    With `verify` the SHA-256 of every file is compared. The hash of a large file is remembered until the file
-    is touched; `anew` computes it again. Raises an EngineError that names the file at fault and the cure.
+    With `verify` the SHA-256 of every file is compared. The hash of a large file is cached until the file is
+    touched; `anew` computes it again. Raises an EngineError that names the damaged or missing file and the
+    cure.
     """
     directory = Path(directory)
     path = directory / MANIFEST_NAME
@@ -69,7 +70,7 @@ def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `calibration.share`, as older engines have it, under its new name, `int8_fraction`."""
+    """Rename `calibration.share`, as older engines call it, to `int8_fraction`."""
 
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
@@ -103,7 +104,7 @@ def _load_json(directory: Path, path: Path) -> dict[str, Any]:
 
 
 def _no_manifest(directory: Path) -> str:
-    """The message for a directory without a readable manifest, with the cure."""
+    """Return the message for a directory without a readable manifest, with the cure."""
     if directory.is_dir():
         return (
             f"{directory}: not an engine directory, it has no {MANIFEST_NAME}; "
@@ -117,7 +118,7 @@ def _no_manifest(directory: Path) -> str:
 
 
 def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) -> None:
-    """Compare the files on disk with the manifest's list; external weights that it lacks are refused."""
+    """Compare the files on disk with the manifest; external weights that it does not list are refused."""
     for file in manifest.files:
         _check_file(directory / file.file, file.sha256, verify, anew)
     for graph in manifest.graphs.values():
@@ -131,7 +132,7 @@ def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) 
 
 
 def _taken(path: Path) -> set[str]:
-    """The further files that a graph is made of."""
+    """Return the further files of a graph, which hold its external weights or its parts."""
     return read_parts(path).files if path.name.endswith(SUFFIX) else onnx_external_data.external_files(path)
 
 
@@ -150,7 +151,7 @@ def _check_file(path: Path, sha256: str, verify: bool, anew: bool) -> None:
 
 
 def _check_values(m: Manifest, path: Path) -> None:
-    """Refuse values that parse but cannot drive a model."""
+    """Refuse values that can be read but with which no model can run."""
     problems: list[str] = []
     if min(m.tile, m.latent_factor) < 1 or m.tile % m.latent_factor:
         problems.append(f"tile {m.tile} is not a multiple of latent_factor {m.latent_factor}")
@@ -171,7 +172,7 @@ def _check_values(m: Manifest, path: Path) -> None:
 
 
 def _missing_roles(m: Manifest) -> list[str]:
-    """Messages about graphs that the model needs and the manifest lacks."""
+    """Return messages about graphs that the model needs and the manifest lacks."""
     needed = {e.graph for e in m.experts} | {e.shallow for e in m.experts if e.shallow}
     needed |= {ENCODER} if m.condition == "latent" else set()
     missing = [f"no graph {role!r}" for role in sorted(needed - m.graphs.keys())]
@@ -183,7 +184,7 @@ def _missing_roles(m: Manifest) -> list[str]:
 
 
 def _unshared(m: Manifest) -> list[str]:
-    """Messages about shallow graphs without the features that they need."""
+    """Return messages about shallow graphs without the features that they need."""
     deep = {e.graph: deep_of(m.graphs[e.graph]) for e in m.experts if e.shallow}
     missing = [
         f"{role} has a shallow graph and no output {DEEP!r}" for role, spec in deep.items() if not spec
@@ -196,9 +197,9 @@ def _unshared(m: Manifest) -> list[str]:
 
 
 def _unguided(m: Manifest) -> list[str]:
-    """Messages about guidance without the prompts that it needs."""
+    """Return messages about guidance without the prompts that it needs."""
     if len(m.prompts) > 2:
-        return [f"prompts has {len(m.prompts)} entries, expected at most one to follow and a negative one"]
+        return [f"prompts has {len(m.prompts)} entries, expected at most a prompt and a negative prompt"]
     if not m.guided:
         return [f"guidance is {m.guidance} without a negative prompt"] if m.guidance != 1.0 else []
     graphs = {e.graph: m.graphs.get(e.graph) for e in m.experts}
@@ -210,7 +211,7 @@ def _unguided(m: Manifest) -> list[str]:
 
 
 def _gaps(m: Manifest) -> list[str]:
-    """Messages about gaps and overlaps of the experts, which must cover 0 to `timesteps` in order."""
+    """Return messages about gaps and overlaps of the experts, which must cover 0 to `timesteps` in order."""
     found, edge = [], 0
     for expert in m.experts:
         if expert.t_from != edge or expert.t_to <= expert.t_from:

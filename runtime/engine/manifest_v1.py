@@ -1,4 +1,4 @@
-"""Upgrades manifests of schema 1, in which the inputs and outputs of a graph followed from the sizes."""
+"""Converting manifests of schema 1, which did not store the inputs and outputs of graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Expert(File):
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The entries that have another form in schema 1; all others are the same in schema 2."""
+    """The entries whose form differs in schema 1; all others are the same in schema 2."""
 
     tile: Side
     latent_channels: Side
@@ -28,13 +28,13 @@ class _Manifest:
     precision: Precision
     experts: tuple[_Expert, ...]
     decoder: File
-    params: dict[str, int]  # of one "expert" and of the "decoder"
+    params: dict[str, int]  # one for "expert" and one for "decoder"
     macs: dict[str, int]
     parity: dict[str, Parity] = field(default_factory=dict)  # by file name without suffix
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a manifest of schema 1 in the form of schema 2; ValueError names an entry at fault."""
+    """Convert the values of a manifest of schema 1 to schema 2; ValueError names an invalid entry."""
     old = build(_Manifest, values)
     roles = [f"expert_{k}" for k in range(len(old.experts))]
 

@@ -1,4 +1,4 @@
-"""Finds the files in which an ONNX file keeps its external weights, without the onnx library.
+"""Finding the files in which an ONNX file keeps its external weights, without the onnx library.
 
 A file in the wire format of Protocol Buffers is a list of fields. Each field has a key (number and kind) and
 a value, and a nested message is a field with a length, so every field that cannot hold a tensor is skipped.
@@ -26,11 +26,11 @@ _PATHS: dict[str, dict[int, str]] = {
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of values
 
 MAX_NESTING = 100
-"""Deepest nesting of messages. Protocol Buffers' own readers refuse more than 100 levels, too."""
+"""Deeper nesting of messages is refused; the readers of Protocol Buffers also refuse more than 100 levels."""
 
 
 def external_files(path: Path) -> set[str]:
-    """The locations, as written, of the external weights of an ONNX file; empty if it has none.
+    """Return the locations, as written, of the external weights of an ONNX file; empty if it has none.
 
     Raises EngineError if the file cannot be read or is not in the format of ONNX.
     """
@@ -46,7 +46,7 @@ def external_files(path: Path) -> set[str]:
 
 
 def _locations(data: mmap.mmap, start: int, stop: int, message: str, levels: int) -> Iterator[str]:
-    """The locations below one message, which may have this many levels of messages inside it."""
+    """Return the locations below one message, which may contain this many levels of nested messages."""
     if not levels:
         raise ValueError(f"its messages are nested more than {MAX_NESTING} deep")
     if message == "Entry":
@@ -80,7 +80,7 @@ def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """A number stored with seven bits per byte, lowest first, and the position after it."""
+    """Return a number that is stored with seven bits per byte, lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = data[at]

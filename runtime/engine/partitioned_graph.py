@@ -1,4 +1,4 @@
-"""A graph in parts: subgraphs for a compiler and our own kernels in turn, with the values between them.
+"""A graph in parts: subgraphs for a compiler alternate with our own kernels, and values pass between them.
 
 `ROLE.parts.json` lists the steps in order (`docs/parts-format.schema.json`). Values have names; `layout`
 places them for a given number of tiles in one block of memory, in which values that are needed at different
@@ -22,10 +22,10 @@ from moesr.runtime.system.json_dataclass import Form, Range
 
 SCHEMA = 2
 NHWC = ".nhwc"
-"""Suffix of the names of values that lie in memory with channels last; their dims are still NCHW."""
+"""Values whose names have this suffix lie in memory with channels last; their dims are still NCHW."""
 
 VECTOR = 8
-"""The channels of such values are a multiple of this; their type is a 16-bit float."""
+"""The channels of such values are a multiple of this number; their type is a 16-bit float."""
 
 SUFFIX = ".parts.json"
 ALIGNMENT = 256
@@ -82,7 +82,7 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class PartStep:
-    """One step: either a subgraph or a kernel."""
+    """One step, which is either a subgraph or a kernel."""
 
     plan: PlanStep | None = None
     kernel: KernelStep | None = None
@@ -133,11 +133,11 @@ class Parts:
         return TensorSpec(name, self.values[name].dtype, self.values[name].dims)
 
     def nbytes(self, name: str, batch: int) -> int:
-        """Size of a value in bytes for a number of tiles."""
+        """Return the size of a value in bytes for a number of tiles."""
         return math.prod(self.spec(name).shape(batch)) * SIZES[self.values[name].dtype]
 
     def lives(self) -> dict[str, tuple[int, int]]:
-        """The first and the last step that need each value between steps."""
+        """Return the first and the last step that need each value between steps."""
         outside, found = {*self.inputs, *self.outputs}, dict[str, tuple[int, int]]()
         for at, step in enumerate(self.steps):
             for name in (*step.taken, *step.made):
@@ -147,7 +147,7 @@ class Parts:
 
 
 def read_parts(path: Path) -> Parts:
-    """Read a file of parts; EngineError if it is damaged or of another schema."""
+    """Read a file of parts; EngineError if it is damaged or has another schema."""
     try:
         values = json_dataclass.read_json(path)
         schema = values.get("schema") if isinstance(values, dict) else None
@@ -161,24 +161,24 @@ def read_parts(path: Path) -> Parts:
 
 
 def _check(parts: Parts) -> None:
-    """ValueError if a step uses a value that is not declared or that no earlier step has made."""
+    """Raise ValueError if a step uses a value that is not declared or that no earlier step has made."""
     there = {*parts.inputs}
     for step in parts.steps:
         if missing := {*step.taken} - there:
-            raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
+            raise ValueError(f"no earlier step makes {', '.join(sorted(missing))}")
         there |= {*step.made}
     if missing := {*parts.outputs} - there:
-        raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
+        raise ValueError(f"no step makes {', '.join(sorted(missing))}")
     if missing := there - parts.values.keys():
         raise ValueError(f"values lacks {', '.join(sorted(missing))}")
     if any(step.kernel and step.kernel.constants for step in parts.steps) and parts.constants is None:
-        raise ValueError("kernels have constants, and there is no file of constants")
+        raise ValueError("kernels have constants, but there is no file of constants")
     if large := [name for name in parts.values if parts.nbytes(name, 1) > MAX_BYTES]:
-        raise ValueError(f"{', '.join(sorted(large))} cannot be so large")
+        raise ValueError(f"{', '.join(sorted(large))} are larger than allowed")
 
 
 def layout(sizes: Mapping[str, int], lives: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
-    """The offset of each value in one block, and the size of the block.
+    """Return the offset of each value in one block, and the size of the block.
 
     `sizes` are in bytes, `lives` the first and the last step that need a value. Values that are needed at the
     same time never overlap. The largest values are placed first.

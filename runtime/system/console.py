@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 BY_SIGNAL = 128
-"""A program ended by a signal exits with this plus the signal's number, as shells do: 130, 143."""
+"""The exit code of a program that a signal ended is this plus the signal's number, as in shells: 130, 143."""
 
 LINE_S = 10.0
-"""Seconds between two lines of progress on a stderr that is not a terminal."""
+"""If stderr is not a terminal, a line of progress is written each time this many seconds have passed."""
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -39,7 +39,7 @@ log = logging.getLogger("moesr")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a program's description."""
+    """A help formatter that keeps the line breaks of a program's description."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -60,12 +60,12 @@ def run_program(
     out_of_memory: str = "close other programs, or use a smaller image",
     extra: str = "",
 ) -> int:
-    """Parse `argv` and run a program's body; returns the exit code.
+    """Parse `argv`, run a program's body and return its exit code.
 
     `parser` and `work` import the large modules themselves. Log messages go to stderr as "NAME: message", and
-    every exception becomes such a line. The parsed options `quiet` and `debug` are honoured if the program
-    has them. The program goes on when a standard stream is closed or full, but exits with 1 if part of its
-    report was lost. `extra` names the optional dependencies of the program, as in moesr[EXTRA].
+    every exception becomes such a line. The parsed options `quiet` and `debug` are honored if the program has
+    them. The program continues if a standard stream is closed or full, but exits with 1 if part of its report
+    was lost. `extra` names the optional dependencies of the program, as in moesr[EXTRA].
     """
     with _sturdy_streams() as out, _signals() as stop, logging_to_stderr(logging.INFO, name):
         debug = False
@@ -80,7 +80,7 @@ def run_program(
             out.flush()
             raise SystemExit(leave.code or int(out.lost)) from None
         except BaseException as error:
-            # An interrupted import or C extension may raise something else in a signal's place.
+            # An interrupted import or C extension may raise another exception than that of the signal.
             after = interrupted() if callable(interrupted) else interrupted
             code = _report(stop.cause or error, debug, after, out_of_memory, extra)
         out.flush()
@@ -101,12 +101,12 @@ def logging_to_stderr(level: int, name: str = "moesr") -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Write a line to stdout, above the bar; see `printable`."""
+    """Write a line to stdout, above the bar, with control characters escaped as by `printable`."""
     _write(printable(text), sys.stdout)
 
 
 def printable(text: str) -> str:
-    """Text with control characters and line breaks as escapes, such as "\\x1b" and "\\n".
+    """Return text with control characters and line breaks as escapes, such as "\\x1b" and "\\n".
 
     File names and names in engines can hold terminal commands, line breaks, and marks that reverse the
     direction of writing. Everything that this module prints goes through this function.
@@ -118,10 +118,10 @@ _shown: list[tqdm] = []  # bars on the terminal
 
 
 def bar(quiet: bool = False, **options: Any) -> tqdm:
-    """A bar on stderr with the given options of tqdm; if stderr is no terminal, a line every ten seconds."""
+    """Make a bar on stderr with the given options of tqdm; without a terminal, a line every ten seconds."""
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # no thread that redraws a bar which is not updated
+    tqdm.monitor_interval = 0  # no thread redraws a bar that is not updated
     if sys.stderr.isatty():
         options |= {"mininterval": 0.1, "dynamic_ncols": True, "file": sys.stderr}
     else:
@@ -134,7 +134,7 @@ def bar(quiet: bool = False, **options: Any) -> tqdm:
 
 
 class _Lines:
-    """A stream that turns what tqdm draws, each time over the last, into lines."""
+    """A stream that turns the text with which tqdm redraws its bar into separate lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -153,7 +153,7 @@ class _Lines:
 
 
 def use_json() -> None:
-    """From now on, every line of the log on stderr is a JSON object, as those of `event` are."""
+    """Write every line of the log on stderr as a JSON object from now on, in the form of `event`."""
     for handler in log.handlers:
         if isinstance(handler, _LineHandler):
             handler.as_json = True
@@ -165,7 +165,7 @@ def event(kind: str, **values: Any) -> None:
 
 
 def _write(text: str, stream: TextIO) -> None:
-    shown = any(not bar.disable for bar in _shown)  # a closed bar is disabled
+    shown = any(not bar.disable for bar in _shown)  # a bar that is closed is disabled
     if shown:
         type(_shown[0]).write(text, file=stream)
     else:
@@ -174,12 +174,12 @@ def _write(text: str, stream: TextIO) -> None:
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """End a program as argparse does, with the user's arguments made printable."""
+    """End a program as argparse does, but with control characters in the user's arguments escaped."""
     argparse.ArgumentParser.error(parser, printable(message))
 
 
 def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: str, extra: str) -> int:
-    """Log one line about the exception that ended a program; returns the exit code."""
+    """Log one line about the exception that ended a program and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
@@ -199,7 +199,7 @@ def _report(error: BaseException, debug: bool, interrupted: str, out_of_memory: 
     if extra and isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moesr"):
         log.error("%s is not installed; install it with: pip install 'moesr[%s]'", error.name, extra)
         return UsageError.exit_code
-    hint = "" if debug else " (--debug shows where)"
+    hint = "" if debug else " (--debug shows the traceback)"
     log.error("internal error, please report it: %s: %s%s", type(error).__name__, error, hint)
     return 1
 
@@ -223,7 +223,7 @@ class _LineHandler(logging.Handler):
 
 
 class _Stream:
-    """A standard stream whose writes never fail: once it is closed or full, it drops them and sets `lost`."""
+    """A standard stream whose writes never fail: once it is closed or full, it drops text and sets `lost`."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream or io.StringIO()
@@ -232,7 +232,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         if not self._closed and not self.lost:
-            encoding = self._stream.encoding or "utf-8"  # file names may hold characters that it lacks
+            encoding = self._stream.encoding or "utf-8"  # which may lack characters of file names
             self._try(lambda: self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         self.lost |= self._closed and bool(text)
         return len(text)
@@ -247,7 +247,7 @@ class _Stream:
         except (OSError, ValueError):
             self.lost = True
             with contextlib.suppress(OSError, ValueError):
-                # Drop what is still buffered: the interpreter would fail to flush it when it ends.
+                # Drop the buffered text: the interpreter would fail to flush it at its end.
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
@@ -259,11 +259,11 @@ class _Stream:
 
 @contextlib.contextmanager
 def _sturdy_streams() -> Iterator[_Stream]:
-    """Replace the standard streams by ones that never fail, during a `with` block; yields stdout."""
+    """Replace the standard streams by streams that never fail, during a `with` block, and yield stdout."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # the next file opened, perhaps a result, would get this number and its output
+        except OSError:  # otherwise the next file opened would get this number and the output
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)
@@ -290,7 +290,7 @@ def _signals() -> Iterator[_Stop]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        if os.getpid() != owner:  # a forked worker
+        if os.getpid() != owner:  # this process is a forked worker
             os.kill(os.getpid(), number)
             return
         stop.cause = Stopped(number)

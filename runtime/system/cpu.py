@@ -10,22 +10,22 @@ from pathlib import Path
 
 
 def model() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     return _entry("model name") or platform.processor() or platform.machine()
 
 
 def extensions() -> str:
-    """The instruction sets of the CPU, as /proc/cpuinfo lists them; empty on other systems."""
+    """Return the instruction sets of the CPU from /proc/cpuinfo; an empty set on other systems."""
     return _entry("flags") or _entry("Features")
 
 
 def cores() -> int | None:
-    """Logical cores that this process may use; None if the system does not say."""
+    """Return the number of logical cores that this process may use; None if the system does not report it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def int8_may_saturate() -> bool:
-    """Whether 8-bit products are added in 16 bits, which may overflow, as on x86 CPUs without VNNI."""
+    """Return True if 8-bit products are summed in 16 bits and may overflow, as on x86 CPUs without VNNI."""
     return "avx2" in extensions() and "vnni" not in extensions()
 
 

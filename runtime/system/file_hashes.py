@@ -1,8 +1,8 @@
-"""SHA-256 of files, remembered in the user's cache for as long as a file is not touched.
+"""SHA-256 of files, cached in the user's cache as long as a file is not touched.
 
-Hashing a full-width engine takes seconds while its graphs open in tenths of a second. A remembered hash
-counts as long as size, inode, and the times of the last modification and change are the same. Damage by a
-failing disk changes none of them; `moesr-doctor` finds it, because it always reads the files.
+Hashing a full-width engine takes seconds while its graphs open in tenths of a second. A cached hash is valid
+as long as the size, the inode and the times of the last modification and change are the same. Damage by a
+failing disk changes none of these; `moesr-doctor` finds it, because it always reads the files.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from moesr.runtime.system import files, user_cache
 FOLDER = "hashes"
 
 LARGE = 4 << 20
-"""Smallest size in bytes of a file whose hash is remembered."""
+"""Hashes of files of at least this size in bytes are cached."""
 
 SETTLED_NS = 2_000_000_000
-"""The hash of a file that changed this recently is not kept: it may change again within the clock's tick."""
+"""The hash of a file that changed within this time is not cached: another change may get the same time."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """The properties of a file that differ once it was modified or replaced."""
+    """Properties of a file, at least one of which changes when the file is modified or replaced."""
 
     size: int
     inode: int
@@ -37,12 +37,15 @@ class Stamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        """The stamp of a file from its status."""
+        """Return the stamp of a file from its status."""
         return cls(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def sha256_of(path: Path, *, anew: bool = False) -> str:
-    """Hash of a file's content, hexadecimal; `anew` reads the file although its hash is remembered."""
+    """Return the hash of a file's content in hexadecimal.
+
+    With `anew` the file is read even if its hash is cached.
+    """
     stamp = Stamp.of(path.stat())
     known = None if anew else _recall(path, stamp)
     if known:
@@ -54,9 +57,9 @@ def sha256_of(path: Path, *, anew: bool = False) -> str:
 
 
 def sha256_of_stream(stream: BufferedReader, path: Path) -> str:
-    """Hash of an opened file, hexadecimal, which is read from its beginning unless the hash is remembered.
+    """Return the hash of an opened file in hexadecimal, from the cache or by reading it from its beginning.
 
-    `path` is the name under which the hash is remembered. The position in the stream afterwards is undefined.
+    `path` is the name under which the hash is cached. The position in the stream afterwards is undefined.
     """
     stamp = Stamp.of(os.fstat(stream.fileno()))
     known = _recall(path, stamp)
@@ -70,12 +73,12 @@ def sha256_of_stream(stream: BufferedReader, path: Path) -> str:
 
 
 def _name(path: Path) -> str:
-    """Name of the cache entry of a path."""
+    """Return the name of the cache entry of a path."""
     return f"{FOLDER}/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}.json"
 
 
 def _recall(path: Path, stamp: Stamp) -> str | None:
-    """The remembered hash of a file with this stamp; None if there is none."""
+    """Return the cached hash of a file with this stamp, or None."""
     if stamp.size < LARGE:
         return None
     kept, wanted = user_cache.read(_name(path)), _entry(path, stamp)

@@ -26,12 +26,12 @@ from typing import BinaryIO
 from moesr.runtime.errors import InputError, MoesrError, OutputError
 
 FOREIGN_AGE_S = 86_400
-"""Age at which temporary files of other machines or containers are removed: their process cannot be asked."""
+"""Temporary files of other machines or containers are removed at this age, as their process is unknown."""
 
 _LEFTOVER = re.compile(r"\.moesr-(?:([0-9a-f]{8})-)?(\d+)-[0-9a-f]+\.tmp")
 _NEW, _OLD = "new", "old"  # inside the temporary directory of `new_directory`
 
-_PERMISSIONS = "check the permissions of it and of the directories above it"
+_PERMISSIONS = "check its permissions and those of the directories above it"
 _CURES = {
     errno.ENAMETOOLONG: "shorten it",
     errno.EACCES: _PERMISSIONS,
@@ -42,7 +42,7 @@ _CURES = {
 
 
 def reason(error: Exception) -> str:
-    """The problem with a path in the system's words, and a cure if one is known."""
+    """Return the problem with a path in the words of the system, and a cure if one is known."""
     if isinstance(error, OSError) and error.strerror:
         cure = _CURES.get(error.errno or 0)
         return f"{error.strerror}; {cure}" if cure else error.strerror
@@ -52,7 +52,10 @@ def reason(error: Exception) -> str:
 
 
 def examine(path: Path, error: type[MoesrError] = InputError) -> os.stat_result | None:
-    """`path`'s status, with links followed; None if nothing is there. Raises `error` if it cannot be read."""
+    """Return the status of `path`, following links, or None if nothing is there.
+
+    Raises `error` if the status cannot be read.
+    """
     try:
         return os.stat(path)  # noqa: PTH116 - pathlib hides a NUL character
     except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +65,7 @@ def examine(path: Path, error: type[MoesrError] = InputError) -> os.stat_result 
 
 
 def kind_of(status: os.stat_result) -> str:
-    """The kind of a path: "file", "directory", "pipe", "socket" or "device"."""
+    """Return the kind of a path: "file", "directory", "pipe", "socket" or "device"."""
     mode = status.st_mode
     for test, name in ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "pipe")):
         if test(mode):
@@ -71,11 +74,14 @@ def kind_of(status: os.stat_result) -> str:
 
 
 def check_file(path: Path) -> os.stat_result:
-    """Status of a regular file; InputError for anything else, because reading a pipe could wait forever."""
+    """Return the status of a regular file.
+
+    InputError for anything else, as reading a pipe could wait forever.
+    """
     status = examine(path)
     if status is None:
         if path.is_symlink():
-            raise InputError(f"{path}: a link that leads nowhere (to {path.readlink()})")
+            raise InputError(f"{path}: is a link to a file that does not exist ({path.readlink()})")
         raise InputError(f"{path}: no such file")
     kind = kind_of(status)
     if kind == "directory":
@@ -86,7 +92,7 @@ def check_file(path: Path) -> os.stat_result:
 
 
 def open_input(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading; InputError if it is none or cannot be read."""
+    """Open a regular file for reading; InputError if it is not one or cannot be read."""
     check_file(path)
     try:
         stream = os.fdopen(
@@ -94,20 +100,20 @@ def open_input(path: Path) -> io.BufferedReader:
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # it was replaced since
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # it was replaced after the check
         stream.close()
         raise InputError(f"{path}: is no longer a file")
     return stream
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_writable(directory: Path) -> None:
-    """Raise OutputError if `directory` cannot be made, or no files in it; leaves no trace."""
+    """Raise OutputError if `directory` or a file in it cannot be created; nothing is left behind."""
     made: list[Path] = []
     try:
         for folder in reversed((directory, *directory.parents)):
@@ -128,7 +134,8 @@ def check_writable(directory: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name whose file becomes `path` if the block succeeds and is removed if it fails.
 
-    Makes the directories above and replaces an existing file. Raises OSError if the system refuses.
+    Creates missing directories above `path` and replaces an existing file. Raises OSError if the system
+    refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
@@ -155,7 +162,7 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
 def new_directory(target: Path, *, force: bool, marker: str, only: str | None = None) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` if the block succeeds; otherwise nothing changes.
 
-    `check_replaceable` says what may be replaced. The old directory is kept until the new one is in its
+    `check_replaceable` defines what may be replaced. The old directory is kept until the new one is in its
     place, and restored after any interruption, including Ctrl-C. Raises OSError if the system refuses.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +185,7 @@ def check_replaceable(target: Path, *, force: bool, marker: str, only: str | Non
     """Raise OutputError if a directory may not be written at `target`.
 
     An existing directory is refused without `force`. With `force` it may be replaced if it is empty, or if it
-    holds a file named `marker` and, if `only` is given, no name that this regular expression does not match.
+    holds a file named `marker` and, if `only` is given, every name in it matches this regular expression.
     """
     if not target.is_symlink() and examine(target, OutputError) is None:
         return
@@ -191,7 +198,7 @@ def check_replaceable(target: Path, *, force: bool, marker: str, only: str | Non
     except OSError as error:
         raise OutputError(f"{target}: cannot be examined: {reason(error)}") from error
     if names and marker not in names:
-        raise OutputError(f"{target}: holds files but no {marker}, so it is none of ours; choose another one")
+        raise OutputError(f"{target}: holds files but no {marker}, so moesr did not make it; choose another")
     foreign = [name for name in names if only and not re.fullmatch(only, name)]
     if foreign:
         raise OutputError(f"{target}: holds other files ({', '.join(foreign[:3])}); choose another one")
@@ -215,7 +222,7 @@ def sweep(directory: Path, *, again: bool = False) -> None:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether the process that was writing a temporary file or directory is known to be dead."""
+    """Return True if the process that was writing a temporary file or directory is known to be dead."""
     match = _LEFTOVER.fullmatch(path.name)
     if not match:
         return False
@@ -256,7 +263,7 @@ def _scratch_name() -> str:
 
 @functools.cache
 def _host() -> str:
-    """Eight characters that identify the machine, its boot and its process namespace."""
+    """Return eight characters that identify the machine, its boot and its process namespace."""
     parts = [os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -1,6 +1,6 @@
-"""Reads JSON files safely and builds frozen dataclasses from their values.
+"""Reading JSON files safely, and building frozen dataclasses from their values.
 
-Manifests, checkpoints, recipes, kernel tables and cache entries are all read here, so that one place bounds
+Manifests, checkpoints, recipes, kernel tables and cache entries are all read here, so that one place limits
 the size of a file, the depth of its nesting and the range of its numbers.
 """
 
@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal, TypeVar
 Record = TypeVar("Record")
 
 MAX_JSON_BYTES = 64 << 20
-"""Largest JSON file that is read unless the caller sets another limit; kernels.json has about 1 MB."""
+"""Larger JSON files are refused unless the caller sets another limit; kernels.json has about 1 MB."""
 
 MAX_DEPTH = 100
-"""Deepest nesting of a JSON value; manifests need eight levels."""
+"""JSON values that are nested more deeply are refused; manifests need eight levels."""
 
 INTEGERS = -(2**63), 2**64 - 1
-"""Range of an integer whose field declares none: whatever 64 bits hold, signed or not."""
+"""An integer whose field declares no range must fit in 64 bits, signed or unsigned."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ class Range:
     words: str = ""
 
     def refusal(self, value: float) -> str | None:
-        """The words for what was expected if the value is out of range; None if it is in range."""
+        """Return the words for the expected range if the value is out of range, else None."""
         in_range = self.low <= value <= self.high
         return None if in_range else self.words or f"a number from {self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
 class Form:
-    """The regular expression that a whole string must match, and the words for it."""
+    """A regular expression that a whole string must match, and the words that describe it."""
 
     pattern: str
     words: str
 
     def refusal(self, value: str) -> str | None:
-        """The words for what was expected if the string does not match; None if it does."""
+        """Return the words for the expected form if the string does not match it, else None."""
         return None if re.fullmatch(self.pattern, value) else self.words
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value that a JSON file holds.
+    """Return the value in a JSON file.
 
     Only a regular file of at most `limit` bytes is read, so that a pipe cannot block and a device cannot fill
     the memory. Raises OSError if the file cannot be read and ValueError if it is too large, is not JSON, or
@@ -69,11 +69,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; OSError or ValueError as for `read_json`."""
+    """Return the content of a regular file of at most `limit` bytes; raises as `read_json` does."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
-    except ValueError as error:  # a NUL character, or a name that cannot be encoded
+    except ValueError as error:  # the name has a NUL character or cannot be encoded
         raise OSError(errno.EINVAL, f"not a possible file name ({error})") from error
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -85,7 +85,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is not JSON or nested more deeply than MAX_DEPTH."""
+    """Return the value of a JSON text; ValueError if it is not JSON or nested more deeply than MAX_DEPTH."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -107,10 +107,10 @@ def _inside(value: Any) -> typing.Iterable[Any]:
 def build(kind: type[Record], value: Any, where: str = "", *, strict: bool = False) -> Record:
     """Build `kind`, a dataclass of scalars, tuples, dicts, literals, unions and dataclasses, from JSON.
 
-    Entries that the JSON lacks take their defaults. Unknown entries are ignored, or refused if `strict` is
+    Entries missing in the JSON take their defaults. Unknown entries are ignored, or refused if `strict` is
     set. Numbers must be in the `Range` of their field's annotation (without one: integers in INTEGERS, floats
-    finite), and strings must match its `Form`. ValueError names the entry at fault by its path below `where`,
-    what was got and what was expected.
+    finite), and strings must match its `Form`. ValueError names the invalid entry by its path below `where`,
+    its value and the expected values.
     """
     return _build(kind, value, where, strict)
 
@@ -151,12 +151,12 @@ def _build(kind: Any, value: Any, where: str, strict: bool) -> Any:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
+    except OverflowError:  # an integer that is larger than the largest float
         return False
 
 
 def _shown(value: Any) -> str:
-    """A value as an error message shows it, at most 80 characters."""
+    """Return a value as error messages show it, in at most 80 characters."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
     return f"{value!r:.80}"
@@ -174,7 +174,7 @@ def _record(kind: Any, value: dict[str, Any], where: str, strict: bool) -> Any:
     built = {k: _build(hints[k], v, _below(where, k), strict) for k, v in given.items()}
     try:
         return kind(**built)
-    except ValueError as error:  # what the class itself refuses
+    except ValueError as error:  # errors of the class itself
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
@@ -184,11 +184,11 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _takes(kind: Any, value: Any) -> bool:
-    """Whether a JSON value may be meant for this arm of a union."""
+    """Return True if a JSON value can be meant for this arm of a union."""
     origin = typing.get_origin(kind) or kind
     if origin is Annotated:
         return _takes(typing.get_args(kind)[0], value)
-    if dataclasses.is_dataclass(kind):  # of several, the one of the family that the value names
+    if dataclasses.is_dataclass(kind):  # of several classes, take the one whose family the value names
         return isinstance(value, dict) and value.get("family") == getattr(kind, "family", None)
     if origin is dict:
         return isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""Memory of this process: how much it may still take, giving it back, and errors that say it ran out."""
+"""The memory of this process: how much is available, how it is given back, and errors that say it ran out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-_CGROUPS = (  # (limit, used, statistics): version 2, then version 1
+_CGROUPS = (  # names of (limit, used, statistics) in version 2, then in version 1 of control groups
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
         "memory/memory.limit_in_bytes",
@@ -24,7 +24,7 @@ _SHORTAGE = re.compile(
     r"|(?:not enough|insufficient) (?:\w+ )?memory"
     r"|\bbad[_ ]alloc(?:ation)?\b"
     r"|\b(?:can't|cannot|can not|could not|couldn't|unable to|failed to|failure to) alloc(?:ate)?\b"
-    r"|can't start new thread"  # no memory for its stack, or too many threads
+    r"|can't start new thread"  # the thread's stack finds no memory, or there are too many threads
     r"|memory allocation"
     r"|alloc(?:ation)?[ _]fail(?:ed|ure)"
     r"|allocation of .{1,60} failed"
@@ -37,9 +37,10 @@ _SHORTAGE = re.compile(
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes free for use without swapping, within the container's limit; None if the system does not say.
+    """Return the bytes that are free for use without swapping, within the container's limit.
 
-    `proc` and `cgroup` are the mount points of the two file systems in which Linux reports memory.
+    The result is None if the system does not report it. `proc` and `cgroup` are the mount points of the two
+    file systems in which Linux reports memory.
     """
     figures = [figure for figure in (_system_bytes(proc), _container_bytes(cgroup)) if figure is not None]
     return min(figures, default=None)
@@ -63,7 +64,7 @@ def readable(count: float) -> str:
 
 
 def _system_bytes(proc: Path) -> int | None:
-    """Memory available on the machine, or half of its memory if the system does not say."""
+    """Return the memory available on the machine, or half of its memory if the system does not report it."""
     kilobytes = _entry(proc / "meminfo", "MemAvailable:")
     if kilobytes is not None:
         return kilobytes * 1024
@@ -90,7 +91,7 @@ def _windows_bytes() -> int | None:
 
 
 def _container_bytes(cgroup: Path) -> int | None:
-    """Memory that the control group leaves free; its reclaimable file cache counts as free."""
+    """Return the memory that the control group leaves free; its reclaimable file cache counts as free."""
     for limit_name, used_name, stat_name, cache_name in _CGROUPS:
         limit, used = _number(cgroup / limit_name), _number(cgroup / used_name)
         if limit is not None and used is not None:
@@ -106,7 +107,7 @@ def _number(path: Path) -> int | None:
 
 
 def _entry(path: Path, name: str) -> int | None:
-    """The number after `name` in a file of "name number" lines."""
+    """Return the number after `name` in a file of "name number" lines."""
     try:
         lines = (line.split() for line in path.read_text().splitlines())
         return next((int(words[1]) for words in lines if len(words) > 1 and words[0] == name), None)
@@ -115,11 +116,11 @@ def _entry(path: Path, name: str) -> int | None:
 
 
 def ran_out_of_memory(problem: BaseException | str, *paths: Path | str) -> bool:
-    """Whether an error, or the message of a library, says that memory of the host or a GPU ran out.
+    """Return True if an error or a library's message says that memory of the host or a GPU ran out.
 
     Only whole phrases of allocators count. Paths in the message do not: words with a slash are ignored, and
-    so are the given `paths` and their file names, which may hold any words and spaces. An OSError is judged
-    by its number alone, because its text quotes a file name.
+    so are the given `paths` and their file names, which may contain any words and spaces. An OSError is
+    judged by its number alone, because its text contains a file name.
     """
     if isinstance(problem, MemoryError):
         return True

@@ -1,4 +1,4 @@
-"""The error of one array against another, as one number."""
+"""The error of one array relative to another, as one number."""
 
 from __future__ import annotations
 

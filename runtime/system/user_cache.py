@@ -1,6 +1,6 @@
 """The user's cache directory: small JSON files with measurements and hashes, which may be deleted anytime.
 
-No result depends on them. A value that cannot be read counts as absent, and a value that cannot be written is
+No result depends on them. A file that cannot be read counts as absent, and a value that cannot be written is
 not kept.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 from moesr.runtime.system import files, json_dataclass
 
 MAX_BYTES = 1 << 20
-"""Largest file that is read back; larger ones were not written by this module."""
+"""Larger files are not read back, because this module does not write them."""
 
 log = logging.getLogger("moesr")
 
 
 def directory() -> Path | None:
-    """`$MOESR_CACHE`, `$XDG_CACHE_HOME/moesr` or `~/.cache/moesr`, existing or not; None without a home.
+    """Return `$MOESR_CACHE`, `$XDG_CACHE_HOME/moesr` or `~/.cache/moesr`, existing or not.
 
-    A variable that holds a relative path is ignored, as the XDG specification demands.
+    The result is None if there is no home directory. A variable with a relative path is ignored, as the XDG
+    specification demands.
     """
     own, shared = (Path(os.environ.get(name, "")) for name in ("MOESR_CACHE", "XDG_CACHE_HOME"))
     if own.is_absolute():
@@ -35,7 +36,7 @@ def directory() -> Path | None:
 
 
 def read(name: str) -> Any:
-    """The value kept under a name; None if there is none, or none that can be read safely."""
+    """Return the value stored under a name, or None if it is absent or cannot be read safely."""
     folder = directory()
     try:
         return json_dataclass.read_json(folder / name, MAX_BYTES) if folder else None
@@ -44,7 +45,7 @@ def read(name: str) -> Any:
 
 
 def write(name: str, value: Any) -> None:
-    """Keep a value under a name if the cache directory can be written; the log says if it cannot."""
+    """Store a value under a name; if the cache directory cannot be written, only the log says so."""
     folder = directory()
     if folder is None:
         return
@@ -52,4 +53,4 @@ def write(name: str, value: Any) -> None:
         with files.write_atomically(folder / name) as stream:
             stream.write(json.dumps(value, indent=1).encode())
     except (OSError, ValueError) as error:
-        log.info("%s is not kept: %s", folder / name, files.reason(error))
+        log.info("%s is not cached: %s", folder / name, files.reason(error))

@@ -45,4 +45,4 @@ class CompiledKernels:
             with write_atomically(self._path) as stream:
                 stream.write(data)
         except OSError as error:
-            log.info("%s is not kept: %s", self._path, reason(error))
+            log.info("%s is not cached: %s", self._path, reason(error))

@@ -198,7 +198,7 @@ def test_cache_directory_that_cannot_be_written(
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO, "moesr"):
         step(engine, backend(cache=tmp_path / "file" / "below"))
-    assert "is not kept" in caplog.text
+    assert "is not cached" in caplog.text
 
 
 def test_variant_of_the_same_precision_is_opened(tmp_path: Path):

@@ -360,7 +360,7 @@ def test_kernels_that_cannot_be_cached_are_compiled_again(tmp_path, caplog):
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO, "moesr"):
         bound(tmp_path, tmp_path / "file" / "key.bin").enqueue(1)
-    assert "is not kept: " in caplog.text
+    assert "is not cached: " in caplog.text
     bound(tmp_path, None).enqueue(1)
 
 

@@ -257,7 +257,7 @@ def test_unreadable_inputs_do_not_stop_the_others(photos: Path, monkeypatch: pyt
     wanted = (
         "is a pipe, expected a file",
         "shorten it",
-        "leads nowhere",
+        "a file that does not exist",
         "not a possible",
         "Permission denied",
     )

@@ -240,7 +240,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path):
         for name, message in {
             "pipe.png": "is a pipe, expected a file; read it as - from standard input",
             "s": "is a socket",
-            "link.png": "a link that leads nowhere",
+            "link.png": "is a link to a file that does not exist",
             "n" * 256: "File name too long; shorten it",
             "a\0b": "not a possible file name",
         }.items():
