@@ -1,1 +1,1 @@
-"""Backends: each runs graphs with one inference library."""
+"""Backends, each of which runs graphs with one inference library."""

@@ -1,7 +1,7 @@
-"""Measures which of several backends runs an engine fastest on this machine, and caches the result.
+"""Measuring which of several backends runs an engine fastest on this machine, and caching the result.
 
 Each backend is timed on one step of the engine's first expert, with one tile. A backend replaces a preferred
-one only if it is clearly faster and its result agrees with the preferred one's.
+backend only if it is clearly faster and the results of both agree.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from moesr.runtime.system import cpu, json_dataclass, user_cache
 from moesr.runtime.system.relative_error import relative_l2
 
 RUNS, BUDGET_S = 9, 1.0
-"""The number of runs after a first one that warms up, and the seconds that all of them may take together.
+"""The number of timed runs after a warm-up run, and the time limit in seconds for all of them together.
 
-The shortest run counts, since other programs disturbed it least. No further run is started once the time is
-over, so a slow backend is measured by its first run.
+The shortest run counts, since other programs disturbed it least. No further run is started after the time
+limit, so a slow backend is measured by its first run.
 """
 
 MARGIN = 0.9
-"""A less preferred backend is chosen if its time is at most this part of the preferred one's."""
+"""A less preferred backend is chosen if its time is at most this share of the preferred backend's time."""
 
 AGREEMENT = 1e-2
-"""Largest relative L2 difference of a step's result from the preferred backend's.
+"""The largest relative L2 difference of a step's result from that of the preferred backend.
 
-Float32 results differ by 1e-6 to 1e-4, because the orders of summation differ, and bfloat16 results by
-4e-3 on the bundled engines. A larger difference means that a backend computes wrongly, or too coarsely to
-be chosen by default. If the export proved the graph with a wider bound, as for bf16 and int8, that bound
+Float32 results differ by 1e-6 to 1e-4, because the orders of summation differ, and bfloat16 results by 4e-3
+on the bundled engines. A larger difference means that a backend computes wrongly, or not precisely enough to
+be chosen by default. If the export checked the graph against a wider bound, as for bf16 and int8, that bound
 is used.
 """
 
@@ -51,7 +51,7 @@ log = logging.getLogger("moesr")
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement: seconds per step, or the reason of exclusion, by the label of each backend."""
+    """A measurement: for each backend by its label, the seconds per step or the reason of its exclusion."""
 
     engine: str
     machine: str
@@ -65,7 +65,7 @@ class Measured:
         return ", ".join(parts)
 
 
-_measured: dict[str, Measured] = {}  # by file name, for when the cache directory cannot be written
+_measured: dict[str, Measured] = {}  # by file name, in case the cache directory cannot be written
 
 
 def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tuple[Backend, Measured | None]:
@@ -82,10 +82,10 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
         return found[0], None
     measured = _recall(found, manifest)
     if measured is None:
-        log.info("measuring which backend is the fastest for this engine; it is done once")
+        log.info("measuring which backend is the fastest for this engine; this is done once")
         measured = _measure(found, directory, manifest)
         if measured is None:
-            found[0].announce("none could be measured")
+            found[0].announce("no backend could be measured")
             return found[0], None
         _keep(found, manifest, measured)
     chosen = next(backend for backend in found if backend.label == measured.chosen)
@@ -94,7 +94,7 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
 
 
 def cache_name(found: Sequence[Backend], manifest: Manifest) -> str:
-    """The measurement's file name in the cache, made of everything on which the result depends."""
+    """Return the name of the measurement's cache file, a hash of all that the result depends on."""
     expert = manifest.graphs[manifest.experts[0].graph]
     facts = {
         "graphs": [file.sha256 for arrangement in expert.arrangements for file in arrangement.files],
@@ -106,12 +106,12 @@ def cache_name(found: Sequence[Backend], manifest: Manifest) -> str:
 
 
 def machine() -> str:
-    """The processor's model and how many of its logical cores this process may use."""
+    """Return the processor's model and the number of its logical cores that this process may use."""
     return f"{cpu.model()}, {cpu.cores()} logical cores"
 
 
 def _recall(found: Sequence[Backend], manifest: Manifest) -> Measured | None:
-    """An earlier measurement; None if there is none, or its chosen backend is not among those found."""
+    """Return an earlier measurement; None if it is absent or its chosen backend is not among those found."""
     name = cache_name(found, manifest)
     if name in _measured:
         return _measured[name]
@@ -157,9 +157,9 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
 
 
 def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[float, np.ndarray]:
-    """Seconds of one step of the first expert on one tile, and its result on seeded inputs.
+    """Return the seconds of one step of the first expert on one tile, and its result on seeded inputs.
 
-    The session does without the cache of prepared graphs, because the backend may not be chosen.
+    The session bypasses the cache of prepared graphs, because the backend may not be chosen.
     """
     backend = replace(backend, options=replace(backend.options, cache=None))
     expert, device = manifest.experts[0], backend.device()

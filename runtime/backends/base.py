@@ -1,8 +1,4 @@
-"""The parts that backends share: offers, the options of a session, checks of a graph, sessions on a GPU.
-
-A backend is a module of this package. Its `probe` returns what it offers on this machine, and its
-`open_session` opens one graph of an engine. `moesr.runtime.backends.selection` chooses among the backends.
-"""
+"""Common parts of the backends: offers, options of a session, checks of a graph, sessions on a GPU."""
 
 from __future__ import annotations
 
@@ -18,21 +14,21 @@ from moesr.runtime.errors import EngineError
 
 @dataclass(frozen=True)
 class Traits:
-    """Properties of a backend that the runtime has to consider and that are the same on every machine."""
+    """Properties of a backend that the runtime has to consider and that are the same on all machines."""
 
-    plain_graphs: bool = False  # it has fast convolutions of its own, so it is given plain ones on a CPU
-    runs_parts: bool = False  # on a GPU it runs graphs in parts, with our kernels between them
-    memory_per_session: bool = False  # each of its sessions has working memory of its own
+    plain_graphs: bool = False  # on a CPU it gets plain convolutions, as its own are fast
+    runs_parts: bool = False  # on a GPU it runs graphs in parts, with our kernels between the parts
+    memory_per_session: bool = False  # each of its sessions has its own working memory
     maps_prepared: bool = False  # on a CPU it maps prepared graphs from a file, so that they open at once
 
 
 @dataclass(frozen=True)
 class Offer:
-    """The devices and precisions that a backend's library provides on this machine."""
+    """The devices and precisions that the library of a backend provides on this machine."""
 
     version: str
-    devices: Mapping[str, int]  # the fastest first, each with the best number of tiles per run
-    precisions: tuple[str, ...] = ()  # of `SessionOptions.precision`, in addition to the graph's own
+    devices: Mapping[str, int]  # the best number of tiles per run of each device, the fastest device first
+    precisions: tuple[str, ...] = ()  # for `SessionOptions.precision`, besides the graph's own
     traits: Traits = Traits()
 
 
@@ -41,12 +37,12 @@ class SessionOptions:
     """The options with which a backend opens a graph."""
 
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
-    threads: int | None = None  # None: the library chooses
+    threads: int | None = None  # None: chosen by the library
     precision: str | None = None  # precision of the arithmetic; None: that of the graph
     cache: Path | None = None  # directory for compiled or prepared graphs; None: nothing is cached
     verify: bool = True  # compare the checksums of cached files
-    files: tuple[File, ...] = ()  # the files of the graph, from which the names in the cache are made
-    max_batch: int = 1  # most tiles in one run
+    files: tuple[File, ...] = ()  # the files of the graph, from which names in the cache are derived
+    max_batch: int = 1  # largest number of tiles in one run
     stream: int | None = None  # handle of the device's stream
     cuda_graphs: bool = True  # runs may be captured as CUDA graphs
 
@@ -62,7 +58,7 @@ class SessionOptions:
 
 
 class GpuSession:
-    """Base of the sessions on a GPU: the life cycle of `Session`, from `bind` over `enqueue` to `close`.
+    """Base class of sessions on a GPU, with the life cycle of `Session`: `bind`, `enqueue` and `close`.
 
     A subclass implements `_bind`, `_enqueue` and `_release`. Device memory that it allocates with `_take` is
     freed when the session is bound again or closed, after all enqueued work is done.
@@ -71,7 +67,7 @@ class GpuSession:
     capturable = True
 
     def __init__(self, path: Path, boundary: Boundary) -> None:
-        """`path` is the graph's file, which error messages name."""
+        """Make an unbound session; `path` is the graph's file, which error messages name."""
         self._path, self._boundary = path, boundary
         self._driver: Driver | None = None  # set while the session is bound
         self._blocks: list[Block] = []
@@ -130,7 +126,10 @@ class GpuSession:
 
 
 def check_boundary(path: Path, found: Boundary, declared: Boundary) -> None:
-    """EngineError if a file's boundary is not the declared one; it may lack inputs other than the first."""
+    """Raise EngineError if a file's boundary is not the declared one.
+
+    It may lack inputs other than the first.
+    """
     wanted = {spec.name: spec for spec in declared.inputs}
     first = declared.inputs[0].name
     known = all(spec.name in wanted and _agree(spec, wanted[spec.name]) for spec in found.inputs)
@@ -142,7 +141,7 @@ def check_boundary(path: Path, found: Boundary, declared: Boundary) -> None:
 
 
 def _agree(found: TensorSpec, declared: TensorSpec) -> bool:
-    """True if types and dimensions are equal; a dimension that the file leaves open fits any."""
+    """Return True if types and dimensions are equal; a dimension that the file leaves open fits any."""
     if found.dtype != declared.dtype or len(found.dims) != len(declared.dims):
         return False
     pairs = zip(found.dims, declared.dims, strict=True)

@@ -1,12 +1,12 @@
-"""Keeps graphs on disk as a library has prepared them for this machine, so that they open at once.
+"""The cache of graphs that a library has prepared for this machine, so that they open at once.
 
-An entry is a directory below `FOLDER` in the cache directory. Its name is made of everything that its content
+An entry is a directory below `FOLDER` in the cache directory. Its name is derived from all that its content
 depends on: the path, hash, size and modification time of the graph's files; the library, its version and
 options; the processor. `entry.json` repeats these and lists the entry's own files with their checksums. A
-damaged entry is removed and made again, and an entry that cannot be written is not kept.
+damaged entry is removed and made again; if an entry cannot be written, the graph is not cached.
 
-Entries are removed when the files that they were made of have gone or changed, or after `UNUSED_AGE_S`
-without use.
+Entries are removed when the files from which they were made have gone or changed, or when they have not been
+used for `UNUSED_AGE_S`.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from moesr.runtime.system.json_dataclass import Range
 FOLDER, RECORD_NAME = "prepared", "entry.json"
 
 ROOM = 8
-"""Free disk space that is required before an entry is written, as a multiple of the graph's own files.
+"""An entry is written only if free disk space is this multiple of the size of the graph's own files.
 
-Winograd's kernels are four times as large as the kernels that they are made from.
+Winograd kernels are four times as large as the kernels from which they are made.
 """
 
 UNUSED_AGE_S = 30 * 86_400
-"""Entries that were not opened for so long are removed."""
+"""Entries that have not been opened for this time are removed."""
 
 MAX_RECORD_BYTES = 1 << 20
-"""Largest entry.json that is read."""
+"""A larger entry.json is not read."""
 
 log = logging.getLogger("moesr")
 
-_verified: set[tuple[int, ...]] = set()  # files whose checksum this process has compared
+_verified: set[tuple[int, ...]] = set()  # files whose checksums this process has compared
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file by its path, with its size and the time of its last modification."""
+    """A file with its path, its size and the time of its last modification."""
 
     path: str
     size: int
@@ -70,7 +70,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that a prepared graph depends on."""
+    """All that a prepared graph depends on."""
 
     files: tuple[Stamp, ...]
     sha256: tuple[str, ...]
@@ -88,14 +88,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Entry:
-    """The content of entry.json: the origin, and the files of the entry."""
+    """The content of entry.json: the origin of the entry, and its files."""
 
     origin: Origin
     made: tuple[Made, ...]
 
 
 def origin(directory: Path, sources: Sequence[File], library: str, version: str, options: str) -> Origin:
-    """The origin of a graph whose files are in `directory`; OSError if one of them has no status."""
+    """Return the origin of a graph whose files are in `directory`; OSError if one of them has no status."""
     stamps = tuple(_stamp((directory / file.file).resolve()) for file in sources)
     hashes = tuple(file.sha256 for file in sources)
     machine = f"{cpu.model()} {cpu.extensions()}"
@@ -103,10 +103,10 @@ def origin(directory: Path, sources: Sequence[File], library: str, version: str,
 
 
 def find(cache: Path, wanted: Origin, *, verify: bool = True) -> Path | None:
-    """The directory of the entry for an origin; None if there is none, or it was damaged and is removed.
+    """Return the directory of the entry for an origin, or None; a damaged entry is removed.
 
-    Its files must be regular files of the recorded sizes and, with `verify`, of the recorded checksums. A
-    file whose checksum was compared is not read again by this process until it is touched.
+    The files of the entry must be regular files of the recorded sizes and, with `verify`, of the recorded
+    checksums. A file whose checksum was compared is not read again by this process until it is touched.
     """
     directory = cache / FOLDER / wanted.key
     if directory.is_symlink() or not directory.is_dir():
@@ -114,7 +114,7 @@ def find(cache: Path, wanted: Origin, *, verify: bool = True) -> Path | None:
     try:
         entry = _read(directory)
         _check(directory, entry, wanted, verify)
-        os.utime(directory / RECORD_NAME)  # the time of its last use
+        os.utime(directory / RECORD_NAME)  # stores the time of its last use
         return directory
     except (OSError, ValueError) as error:
         log.info("%s: removed and made again: %s", directory, files.reason(error))
@@ -123,29 +123,29 @@ def find(cache: Path, wanted: Origin, *, verify: bool = True) -> Path | None:
 
 
 def _read(directory: Path) -> Entry:
-    """The record of an entry; OSError or ValueError if there is none, or it is damaged."""
+    """Return the record of an entry; OSError or ValueError if it is missing or damaged."""
     values = json_dataclass.read_json(directory / RECORD_NAME, MAX_RECORD_BYTES)
     return json_dataclass.build(Entry, values)
 
 
 def _check(directory: Path, entry: Entry, wanted: Origin, verify: bool) -> None:
-    """ValueError or OSError if an entry is of another origin, or its files are not what was written."""
+    """Raise ValueError or OSError if an entry has another origin or its files differ from those recorded."""
     if entry.origin != wanted:
         raise ValueError(f"{RECORD_NAME} describes another graph")
     for made in entry.made:
         with _opened(directory / made.name) as stream:
             status = os.fstat(stream.fileno())
             if status.st_size != made.size:
-                raise ValueError(f"{made.name} has another size than was written")
+                raise ValueError(f"{made.name} has another size than recorded")
             stamp = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, made.crc32
             if verify and stamp not in _verified:
                 if _checksum(stream) != made.crc32:
-                    raise ValueError(f"{made.name} is not what was written")
+                    raise ValueError(f"{made.name} does not match its recorded checksum")
                 _verified.add(stamp)
 
 
 def _checksum(stream: BinaryIO) -> int:
-    """The CRC-32 of a file, which finds accidental damage at half the cost of a SHA-256."""
+    """Return the CRC-32 of a file, which finds accidental damage at half the cost of a SHA-256."""
     found = 0
     while block := stream.read(1 << 20):
         found = zlib.crc32(block, found)
@@ -153,7 +153,7 @@ def _checksum(stream: BinaryIO) -> int:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A regular file opened for reading, links not followed; ValueError or OSError for anything else."""
+    """Open a regular file for reading without following links; ValueError or OSError for anything else."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     stream = os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb")
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -163,9 +163,9 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def write(cache: Path, made_of: Origin, make: Callable[[Path], None]) -> Path | None:
-    """Have `make` write the files of an entry into an empty directory; None if it could not be kept.
+    """Call `make` to write the files of an entry into an empty directory; None if they cannot be cached.
 
-    An entry that is in the way is replaced, whatever it holds. Exceptions of `make` are passed on.
+    An existing entry is replaced, whatever it holds. Exceptions of `make` are passed on.
     """
     folder, needed = cache / FOLDER, ROOM * sum(stamp.size for stamp in made_of.files)
     directory = folder / made_of.key
@@ -193,7 +193,7 @@ def _made(directory: Path) -> Iterator[Made]:
 
 
 def remove(directory: Path) -> None:
-    """Remove an entry, or whatever else has its name, if that is possible."""
+    """Remove an entry, or any other file system entry of its name, if that is possible."""
     if directory.is_dir() and not directory.is_symlink():
         shutil.rmtree(directory, ignore_errors=True)
         return
@@ -204,16 +204,16 @@ def remove(directory: Path) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove entries whose graphs are gone or changed, that are damaged, or that were not used for long."""
+    """Remove entries that are damaged or long unused, and those whose graphs are gone or changed."""
     for directory in folder.iterdir():
-        hidden = directory.name.startswith(".")  # what another process is writing
+        hidden = directory.name.startswith(".")  # another process is writing this entry
         if not hidden and _stale(directory):
             remove(directory)
 
 
 def _stale(directory: Path) -> bool:
     if directory.is_symlink() or not directory.is_dir():
-        return False  # no entry; it is replaced if its name is needed
+        return False  # not an entry; it is replaced if its name is needed
     record = directory / RECORD_NAME
     try:
         if time.time() - record.lstat().st_mtime > UNUSED_AGE_S:

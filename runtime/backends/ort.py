@@ -21,13 +21,13 @@ from moesr.runtime.system import files, memory
 
 TRAITS = Traits(maps_prepared=True)
 
-_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest first
-_MAX_BATCH = {"cuda": 4, "cpu": 1}  # a CPU is busy with one tile, and more tiles only need more memory
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the fastest device first
+_MAX_BATCH = {"cuda": 4, "cpu": 1}  # one tile occupies a CPU; more tiles only need more memory
 _TYPES = {"tensor(float)": "float32"}
-_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 512 << 20}  # 0: it doubles
-_PREPARED = "graph.onnx"  # the file in an entry of the graph cache
-_PREPARATION = "all optimisations, prepacked weights, 2"  # a part of the cache key
-# A graph of one Identity node: the arena that sessions share shrinks at the end of a run that asks for it.
+_ARENA = {"arena_extend_strategy": 0, "initial_growth_chunk_size_bytes": 512 << 20}  # 0: each region doubles
+_PREPARED = "graph.onnx"  # file name in an entry of the graph cache
+_PREPARATION = "all optimisations, prepacked weights, 2"  # part of the cache key
+# A graph of one Identity node. The arena that sessions share shrinks at the end of a run that asks for it.
 _SMALLEST_MODEL = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01sZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02'
     b"\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
@@ -40,7 +40,7 @@ _arena_made = False
 
 
 def probe() -> Offer:
-    """The version and devices; EngineError if the library is not installed or does not load."""
+    """Return the version and the devices; EngineError if the library is not installed or does not load."""
     ort = _library()
     available = ort.get_available_providers()
     devices = {d: _MAX_BATCH[d] for d, name in _PROVIDERS.items() if name in available}
@@ -48,7 +48,7 @@ def probe() -> Offer:
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OnnxSession | CudaOnnxSession:
-    """Open an ONNX file; EngineError if it cannot be loaded or is not what was declared."""
+    """Open an ONNX file; EngineError if it cannot be loaded or its boundary is not the declared one."""
     ort = _library()
     settings = session_options(options.threads)
     _share_arena(ort, settings)
@@ -60,11 +60,11 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
     session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
     try:
         session = session or _session(ort, path, settings, provider)
-    except Exception as error:  # the library has no common base for its errors
+    except Exception as error:  # the library's errors have no common base class
         if options.kind == "cuda" and ort_cuda.is_partly_elsewhere(error):
-            raise ort_cuda.partly_elsewhere(path, "it cannot be captured as a CUDA graph") from error
+            raise ort_cuda.partly_elsewhere(path, "the graph cannot be captured as a CUDA graph") from error
         raise _explain(path, error) from error
-    if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library falls back with a warning only
+    if session.get_providers()[0] != _PROVIDERS[options.kind]:  # the library only warns
         raise EngineError(
             f"onnxruntime offers {options.kind} but cannot use it (driver, CUDA or cuDNN missing or of "
             "another version); install all with: pip install 'moesr[cuda]', or choose --device cpu"
@@ -80,14 +80,15 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
 
 
 def _session(ort: Any, path: Path, settings: Any, provider: Any) -> Any:
-    """Open a graph on one provider; an error is raised at once, without the library's retry on stdout."""
+    """Open a graph on one provider; an error is raised at once, without the library's own retry."""
     return ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
 
 
 def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
-    """A session of the prepared graph from the cache, which is filled now if need be; None without a cache.
+    """Return a session of the prepared graph from the cache, or None if there is no cache.
 
-    A prepared graph opens at once: its constants are folded and laid out, and mapped from a file.
+    The graph is prepared now if the cache lacks it. A prepared graph opens at once: its constants are folded,
+    laid out and mapped from a file.
     """
     if not (options.cache and options.files):
         return None
@@ -100,7 +101,7 @@ def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
         kept = graph_cache.find(options.cache, made_of, verify=options.verify)
         kept = kept or graph_cache.write(options.cache, made_of, partial(_prepare, ort, path))
         return kept and _session(ort, kept / _PREPARED, settings, _PROVIDERS["cpu"])
-    except Exception as error:  # a fault of the graph itself shows when it is opened without the cache
+    except Exception as error:  # an error in the graph itself is reported when it is opened without the cache
         log.info("%s: not opened as prepared: %s", path, files.reason(error))
     if kept:
         graph_cache.remove(kept)
@@ -123,17 +124,18 @@ def _prepare(ort: Any, path: Path, directory: Path) -> None:
 
 
 def session_options(threads: int | None = None) -> Any:
-    """The options of all sessions; with `threads` None the library chooses their number."""
+    """Return the options of all sessions; with `threads` None the library chooses the number of threads."""
     options = _library().SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # fatal ones; errors come as exceptions
-    # Planning which buffers to use again takes a time that grows with the square of the nodes (100 s for the
-    # full-width decoder at 512 px); the arena uses them again without a plan. So it does without the pattern
-    # of a first run, which gives later ones a block as large again, and tensors places of their own in it
-    # rather than those in the caches: a full-width step took 9 % longer, the decoder twice the memory.
+    options.log_severity_level = 4  # only fatal messages; errors are raised as exceptions
+    # Planning the reuse of buffers takes a time quadratic in the number of nodes (100 s for the full-width
+    # decoder at 512 px), and the arena reuses buffers without a plan. The memory pattern of a first run is
+    # off, too: with it, later runs allocate a second block of the same size, in which each tensor has its own
+    # place instead of memory that is still in the CPU's caches. A full-width step took 9 % longer with it,
+    # and the decoder needed twice the memory.
     options.enable_mem_reuse = False
     options.enable_mem_pattern = False
-    # One Split in place of a tensor's slices would copy all of it at once: strips are cut when they are read.
+    # A Split node in place of a tensor's slices would copy the whole tensor before its strips are read.
     options.add_session_config_entry("optimization.disable_specified_optimizers", "GatherSliceToSplitFusion")
     return options
 
@@ -142,13 +144,13 @@ def release() -> None:
     """Return working memory that no open session needs to the system."""
     if not _arena_made:
         return
-    with contextlib.suppress(Exception):  # nothing depends on it
+    with contextlib.suppress(Exception):  # no result depends on it
         _shrink_arena(_library())
     memory.return_freed()
 
 
 class OnnxSession:
-    """A loaded graph with one binding per batch size, all over the same buffers."""
+    """A loaded graph with one binding per batch size; all bindings use the same buffers."""
 
     capturable = False
 
@@ -179,7 +181,7 @@ class OnnxSession:
         """See `Session.enqueue`."""
         try:
             self._session.run_with_iobinding(self._bindings[batch - 1], self._run)
-        except Exception as error:  # the library has no common base for its errors
+        except Exception as error:  # the library's errors have no common base class
             raise _explain(self._path, error) from error
 
     def abort(self) -> None:
@@ -208,12 +210,12 @@ def _library() -> Any:
 
 
 def _share_arena(ort: Any, options: Any) -> None:
-    """Let all sessions use one CPU arena: graphs run in turn, so their peaks need not add up.
+    """Let all sessions use one CPU arena; graphs run in turn, so their peaks need not add up.
 
-    It grows by large regions, each twice the one before. What is not touched takes no memory, and in few
-    large regions tensors of different sizes follow one another, which regions as large as each request do not
-    allow. The size of the first applies once the arena has shrunk. What it held before that is never given
-    back, so the smallest graph runs first.
+    The arena grows by large regions, each twice as large as the one before. Memory that is not touched costs
+    nothing, and a few large regions can hold tensors of different sizes in turn; with one region per request
+    they could not. The configured size of the first region applies only after the arena has shrunk, and
+    memory that the arena held before is never returned, so the smallest graph runs first.
     """
     global _arena_made
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -228,7 +230,7 @@ def _share_arena(ort: Any, options: Any) -> None:
 
 
 def _shrink_arena(ort: Any) -> None:
-    """Run the smallest graph, at whose end the arena returns unused memory."""
+    """Run the smallest graph; at the end of this run the arena returns unused memory."""
     run = ort.RunOptions()
     run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     settings = session_options(1)
@@ -238,7 +240,7 @@ def _shrink_arena(ort: Any) -> None:
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:
-    """The library's inputs or outputs as ours; an open dimension is a name, or "?"."""
+    """Convert the library's inputs or outputs; an open dimension is a name, or "?"."""
     return tuple(
         TensorSpec(v.name, _TYPES.get(v.type) or str(v.type), tuple("?" if d is None else d for d in v.shape))
         for v in values
@@ -254,5 +256,7 @@ def _explain(path: Path, error: Exception) -> EngineError | MemoryLimitError:
         )
     cure = "export the engine again with moesr-export"
     if "NOT_IMPLEMENTED" in text:
-        cure = "it lacks a type of this graph, such as bfloat16: use another --backend, or export as --fp16"
+        cure = (
+            "it lacks a data type of this graph, such as bfloat16: use another --backend, or export as --fp16"
+        )
     return EngineError(f"{path}: onnxruntime cannot run it ({text:.300}); {cure}")

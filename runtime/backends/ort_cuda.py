@@ -27,7 +27,7 @@ log = logging.getLogger("moesr")
 
 
 def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
-    """The provider with its settings: our stream, convolutions in NHWC, CUDA graphs by the library."""
+    """Return the provider with its settings: our stream, NHWC convolutions, CUDA graphs by the library."""
     settings = {
         "device_id": str(options.index),
         "arena_extend_strategy": "kSameAsRequested",
@@ -42,12 +42,12 @@ def provider(options: SessionOptions) -> tuple[str, dict[str, str]]:
 
 
 def prepare(settings: Any) -> None:
-    """Have a session record the provider of each node, for `check_assignment`."""
+    """Make a session record the provider of each node, for `check_assignment`."""
     settings.add_session_config_entry(_RECORD, "1")
 
 
 def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None:
-    """EngineError if a node is on another provider: every run would copy its values to the CPU and back."""
+    """Raise EngineError if a node is on another provider, as all runs would copy its values to the CPU."""
     tell = getattr(session, "get_provider_graph_assignment_info", None)
     if tell is None:
         raise EngineError(
@@ -66,13 +66,13 @@ def check_assignment(session: Any, path: Path, provider: str = PROVIDER) -> None
 
 
 def is_partly_elsewhere(error: Exception) -> bool:
-    """True if the library refused a graph because some nodes are not on the GPU, which CUDA graphs need."""
+    """Return True if the library refused a graph because CUDA graphs need all of its nodes on the GPU."""
     text = str(error).lower()
     return ("graph capture" in text and "partitioned" in text) or ("cuda graph" in text and "node" in text)
 
 
 def partly_elsewhere(path: Path, what: str) -> EngineError:
-    """The error for a graph with nodes that are not on the GPU."""
+    """Return the error for a graph with nodes that are not on the GPU."""
     return EngineError(
         f"{path}: onnxruntime would run part of it elsewhere ({what}); export the engine with "
         "--target gpu or both, use --backend tensorrt, or choose --device cpu"
@@ -82,7 +82,8 @@ def partly_elsewhere(path: Path, what: str) -> EngineError:
 def load_libraries(ort: Any) -> None:
     """Load CUDA and cuDNN from their Python packages, in which the provider itself does not search.
 
-    A library without a package is left to the system; the provider reports the libraries that it lacks.
+    If the package of a library is missing, the system must have the library; the provider reports what is
+    missing.
     """
     preload = getattr(ort, "preload_dlls", None)
     if preload is None:
@@ -91,26 +92,26 @@ def load_libraries(ort: Any) -> None:
     with contextlib.redirect_stdout(said):  # the function prints the names of libraries that it does not find
         try:
             preload()
-        except Exception as error:  # the function has no errors of its own
+        except Exception as error:  # the function defines no errors of its own
             log.info("CUDA's libraries are not loaded beforehand: %s", error)
     for line in said.getvalue().splitlines():
         log.info("onnxruntime: %s", line)
 
 
 class CudaOnnxSession(GpuSession):
-    """See `Session`. The library captures CUDA graphs itself, so the device does not."""
+    """A `Session` on a GPU. The library captures CUDA graphs itself, so the device does not."""
 
     capturable = False
 
     def __init__(
         self, ort: Any, session: Any, path: Path, boundary: Boundary, device: tuple[str, int]
     ) -> None:
-        """`device` is the kind and the number of the device, as the library names them."""
+        """Make a session; `device` is the kind and the number of the device, as the library names them."""
         super().__init__(path, boundary)
         self._ort, self._device = ort, device
         self._session: Any = session
         self._runs: list[tuple[Any, Any]] = []  # bindings and run options by number of tiles
-        self._captured: set[int] = set()  # numbers of tiles
+        self._captured: set[int] = set()  # numbers of tiles that were run before
 
     def _bind(self, driver: Driver, buffers: Mapping[str, Buffer], max_batch: int) -> None:
         self._runs, self._captured = [], set()
@@ -131,19 +132,19 @@ class CudaOnnxSession(GpuSession):
         if batch in self._captured:
             self._run(batch)
             return
-        with capture_lock:  # the library captures in the global mode, which other threads could break
+        with capture_lock:  # the library captures in CUDA's global mode, which other threads could disturb
             self._run(batch)
         self._captured.add(batch)
 
     def _run(self, batch: int) -> None:
         try:
             self._session.run_with_iobinding(*self._runs[batch - 1])
-        except Exception as error:  # the library has no common base for its errors
+        except Exception as error:  # the library's errors have no common base class
             text = " ".join(str(error).split())
             if ran_out_of_memory(text):
                 raise MemoryLimitError(
-                    f"{self._path.name}: out of memory ({text:.200}); close what else uses the GPU, lower "
-                    "max_batch, or use an engine with smaller tiles"
+                    f"{self._path.name}: out of memory ({text:.200}); close other programs that use the GPU, "
+                    "lower max_batch, or use an engine with smaller tiles"
                 ) from error
             raise EngineError(
                 f"{self._path}: onnxruntime cannot run it ({text:.300}); see moesr-doctor"

@@ -1,8 +1,8 @@
 """OpenVINO: a backend for CPUs with convolutions of its own, and with bfloat16 if the CPU has it.
 
 A graph is compiled for one tile, and a run goes from tile to tile, so that a result does not depend on the
-batch. Compiled for a free batch it takes up to twice as long; compiled for four tiles it saves a tenth or two
-and needs four times the working memory.
+batch. A graph compiled for any batch size takes up to twice as long; compiled for four tiles it is 10 to 20 %
+faster and needs four times the working memory.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _TYPES = {"f32": "float32"}
 _HINTS = {
     None: "f32",
     "bf16": "bf16",
-}  # by precision; the library itself would choose bf16 if the CPU has it
-_COMPILED = "graph.blob"  # the file in an entry of the graph cache
+}  # by precision; by itself the library would choose bf16 if the CPU has it
+_COMPILED = "graph.blob"  # file name in an entry of the graph cache
 
 log = logging.getLogger("moesr")
 
-_process: int | None = None  # the first process, of those that fork, that opened a graph
+_process: int | None = None  # the process that opened the first graph, which its forks inherit
 
 
 def probe() -> Offer:
-    """The version and devices; EngineError if the library is not installed or does not load."""
+    """Return the version and the devices; EngineError if the library is not installed or does not load."""
     ov = _library()
     try:
         core = _core()
         found = {"cpu": 1} if "CPU" in core.available_devices else {}
         half = bool(found) and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    except Exception as error:  # the library has no base of its own for its errors
+    except Exception as error:  # the library's errors have no common base class
         if memory.ran_out_of_memory(error):
             raise _no_memory("openvino", error) from error
         raise EngineError(
@@ -57,14 +57,14 @@ def probe() -> Offer:
 
 
 def open_session(path: Path, declared: Boundary, options: SessionOptions) -> OpenVinoSession:
-    """Compile an ONNX file; EngineError if it cannot be compiled or is not what was declared."""
+    """Compile an ONNX file; EngineError if it cannot be compiled or its boundary is not the declared one."""
     _refuse_forked()
     try:
         compiled = _open_prepared(path, declared, options) or _compile(path, declared, options)
         found = Boundary(_specs(compiled.inputs, declared), _specs(compiled.outputs, declared))
     except (EngineError, MemoryLimitError):
         raise
-    except Exception as error:  # the library has no base of its own for its errors
+    except Exception as error:  # the library's errors have no common base class
         raise _explain(path, error) from error
     check_boundary(path, found, _one_tile(declared))
     memory.return_freed()
@@ -72,7 +72,7 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Ope
 
 
 def _refuse_forked() -> None:
-    """EngineError in a child of a process that opened graphs: the library would wait for threads for ever."""
+    """Raise EngineError in a fork of a process that opened graphs: the library would wait for ever."""
     global _process
     _process = _process or os.getpid()
     if _process != os.getpid():
@@ -84,7 +84,7 @@ def _refuse_forked() -> None:
 
 def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
     """Compile an ONNX file for one tile."""
-    onnx_external_data.external_files(path)  # the library would take a file of any format that it knows
+    onnx_external_data.external_files(path)  # the library would accept a file of any format that it knows
     model = _core().read_model(path)
     check_boundary(path, Boundary(_specs(model.inputs, declared), _specs(model.outputs, declared)), declared)
     shapes = {spec.name: list(spec.shape(1)) for spec in declared.inputs}
@@ -94,19 +94,19 @@ def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
 
 
 def _open_prepared(path: Path, declared: Boundary, options: SessionOptions) -> Any:
-    """The compiled graph from the cache, which is filled now if need be; None without a cache."""
+    """Return the compiled graph from the cache, which is filled now if need be, or None without a cache."""
     if not (options.cache and options.files):
         return None
     told, version = properties(options), _library().__version__
     try:
         made_of = graph_cache.origin(path.parent, options.files, "openvino", version, repr(told))
-    except OSError:  # compiling the graph reports why
+    except OSError:  # the reason is reported when the graph is compiled
         return None
     if kept := graph_cache.find(options.cache, made_of, verify=options.verify):
         try:
             blob = np.memmap(kept / _COMPILED, np.uint8, "r")
             return _core().import_model(_library().Tensor(blob), "CPU", told)
-        except Exception as error:  # the library has no base of its own for its errors
+        except Exception as error:  # the library's errors have no common base class
             log.info("%s: compiled again: %s", path, _one_line(error))
             graph_cache.remove(kept)
     made: list[Any] = []
@@ -120,7 +120,7 @@ def _open_prepared(path: Path, declared: Boundary, options: SessionOptions) -> A
 
 
 def _one_tile(declared: Boundary) -> Boundary:
-    """The inputs and outputs of the compiled graph."""
+    """Return the boundary of the compiled graph."""
     inputs, outputs = (
         tuple(replace(spec, dims=spec.shape(1)) for spec in specs)
         for specs in (declared.inputs, declared.outputs)
@@ -142,7 +142,7 @@ class OpenVinoSession:
         self._boundary, self._path = boundary, path
         self._compiled: Any = compiled
         self._request: Any = compiled.create_infer_request()
-        self._tiles: list[list[tuple[str, Any]]] = []  # per tile, its tensors by name
+        self._tiles: list[list[tuple[str, Any]]] = []  # for each tile, its tensors by name
         self._set: int | None = None  # the tile whose tensors are set in the request
         self._aborted = False
 
@@ -167,7 +167,7 @@ class OpenVinoSession:
         for tile in range(batch):
             try:
                 self._run(tile)
-            except Exception as error:  # the library has no base of its own for its errors
+            except Exception as error:  # the library's errors have no common base class
                 if not self._aborted:
                     raise _explain(self._path, error) from error
             if self._aborted:
@@ -179,7 +179,7 @@ class OpenVinoSession:
                 self._request.set_tensor(name, tensor)
             self._set = tile
         self._request.start_async()
-        if self._aborted:  # checked once the run can be cancelled, so that no abort is missed
+        if self._aborted:  # checked when the run can be canceled, so that no abort is lost
             self._request.cancel()
         self._request.wait()
 
@@ -199,7 +199,7 @@ class OpenVinoSession:
 def _library() -> Any:
     try:
         import openvino
-    except Exception as error:  # a library of another machine's may fail in any way
+    except Exception as error:  # a library that was built for another machine may fail in any way
         if memory.ran_out_of_memory(error):
             text = _one_line(error)
             raise MemoryLimitError(f"no memory to load openvino ({text}); close other programs") from error
@@ -211,12 +211,15 @@ def _library() -> Any:
 
 @functools.cache
 def _core() -> Any:
-    """The library's core object, one per process."""
+    """Return the library's core object; there is one per process."""
     return _library().Core()
 
 
 def properties(options: SessionOptions) -> dict[str, Any]:
-    """The options of a compilation. Threads are not pinned, since two processes would pin the same cores."""
+    """Return the options of a compilation.
+
+    Threads are not pinned, since two processes would pin the same cores.
+    """
     values: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
@@ -228,7 +231,7 @@ def properties(options: SessionOptions) -> dict[str, Any]:
 
 
 def _specs(ports: Any, declared: Boundary) -> tuple[TensorSpec, ...]:
-    """The library's inputs or outputs as ours; one with several names gets its declared name."""
+    """Convert the library's inputs or outputs; one that has several names gets its declared name."""
     known = {spec.name for spec in (*declared.inputs, *declared.outputs)}
     specs = []
     for port in ports:
@@ -261,7 +264,7 @@ def _no_memory(what: str, error: Exception) -> MemoryLimitError:
 
 
 def _one_line(error: Exception) -> str:
-    """The library's message without the source locations at its beginning."""
+    """Return the library's message without the source locations at its beginning."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return " ".join(told or lines) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Finds the backends that can run an engine on this machine; an explicit choice is never replaced."""
+"""Finding the backends that can run an engine on this machine; an explicit choice is never replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKENDS = {
     "onnxruntime": "moesr.runtime.backends.ort",
     "openvino": "moesr.runtime.backends.ov",
 }
-"""Module of each backend, the preferred one first."""
+"""The module of each backend, in order of preference."""
 
 log = logging.getLogger("moesr")
 
@@ -34,43 +34,43 @@ class Backend:
 
     name: str
     options: SessionOptions
-    max_batch: int  # tiles in one run
+    max_batch: int  # number of tiles in one run
     version: str = field(default="", kw_only=True)
     traits: Traits = field(default=Traits(), kw_only=True)
 
     @property
     def label(self) -> str:
-        """Its name, with the precision if that is not the graph's."""
+        """The name of the backend, with the precision if that differs from the graph's."""
         return f"{self.name} {self.options.precision}" if self.options.precision else self.name
 
     @property
     def target(self) -> str:
-        """The target of the graphs' arrangement: see `Graph.arrangement`."""
+        """The target of the graphs' arrangement; see `Graph.arrangement`."""
         if self.options.kind != "cpu":
             return "parts" if self.traits.runs_parts else "gpu"
         return "plain" if self.traits.plain_graphs else "cpu"
 
     @property
     def shares_memory(self) -> bool:
-        """True if its sessions, which run in turn, share their working memory."""
+        """Whether its sessions, which run in turn, share their working memory."""
         return not self.traits.memory_per_session
 
     @property
     def opens_at_once(self) -> bool:
-        """True if its graphs, once prepared, are mapped from a file."""
+        """Whether its graphs, once prepared, are mapped from a file."""
         mapped = self.traits.maps_prepared and self.options.kind == "cpu"
         return mapped and self.options.cache is not None
 
     def device(self, directory: Path | None = None) -> Device:
-        """The device whose buffers its sessions use; `directory` is the engine's, which may hold kernels.
+        """Open the device whose buffers its sessions use; `directory` is the engine's and may hold kernels.
 
-        EngineError if a GPU, its driver or the kernels for it are missing.
+        EngineError is raised if a GPU, its driver or the kernels for it are missing.
         """
         if self.options.kind == "cpu":
             return HostDevice()
         from moesr.runtime.devices.compiled_kernels import KernelFiles, find_kernels
         from moesr.runtime.devices.cuda import CudaDevice
-        from moesr.runtime.devices.cuda_driver import CudaDriver  # a CPU's start does not wait for these
+        from moesr.runtime.devices.cuda_driver import CudaDriver  # not imported for a CPU
 
         driver = CudaDriver(self.options.index)
         kernels = KernelFiles.of(find_kernels(directory), driver)
@@ -90,11 +90,11 @@ class Backend:
         importlib.import_module(BACKENDS[self.name]).release()
 
     def announce(self, why: str) -> None:
-        """Log that it was chosen, and why."""
+        """Log that this backend was chosen, and why."""
         log.info("backend %s %s on %s (%s)", self.label, self.version, self.options.device, why)
 
     def warn(self, precision: str) -> None:
-        """Log a warning if it may compute graphs of this precision wrongly."""
+        """Log a warning if this backend may compute graphs of this precision wrongly."""
         here = self.name == "onnxruntime" and self.options.kind == "cpu" and cpu.int8_may_saturate()
         if precision == "int8" and here:
             log.warning(
@@ -104,16 +104,16 @@ class Backend:
 
 
 def probe(name: str) -> Offer:
-    """The offer of a backend; EngineError says what to install if its library does not load."""
+    """Return the offer of a backend; EngineError says what to install if its library does not load."""
     return importlib.import_module(BACKENDS[name]).probe()
 
 
 def select_backend(
     name: str = "auto", device: str | None = None, threads: int | None = None, max_batch: int | None = None
 ) -> Backend:
-    """The preferred one of `candidates`, for callers without an engine to measure them on."""
+    """Return the preferred one of `candidates`, for callers that have no engine to measure them on."""
     backend = candidates(name, device, threads, max_batch)[0]
-    backend.announce("the first that loads" if name == "auto" else "asked for")
+    backend.announce("the first whose library loads" if name == "auto" else "asked for")
     return backend
 
 
@@ -128,11 +128,11 @@ def candidates(
     cuda_graphs: bool = True,
     verify: bool = True,
 ) -> list[Backend]:
-    """The backends to choose from, the preferred one first; at least one.
+    """Return the backends to choose from, at least one, in order of preference.
 
     "auto" stands for all of `BACKENDS` that load. Without `device` each uses its fastest device, and only the
     backends on the device of the first are kept. `precision` "auto" stands for all that a backend offers.
-    `cache` is the directory for what they compile; with `verify` its checksums are compared. Without
+    `cache` is the directory for compiled graphs; with `verify` their checksums are compared. Without
     `cuda_graphs` a GPU runs launch by launch. An explicit name, device or precision is used or refused
     (UsageError, EngineError), never replaced.
     """
@@ -162,7 +162,7 @@ def candidates(
 def _ways(
     name: str, offer: Offer, device: str | None, threads: int | None, precision: str, cache: Path | None
 ) -> Iterator[SessionOptions]:
-    """The options with which a backend may be used; EngineError if it lacks what was asked for."""
+    """Return the options with which a backend may be used; EngineError if it lacks the requested ones."""
     options = SessionOptions(device or next(iter(offer.devices)), threads, cache=cache)
     if options.kind not in offer.devices:
         names = ", ".join(offer.devices)

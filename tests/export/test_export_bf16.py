@@ -192,7 +192,7 @@ def test_backends_without_bfloat16_are_refused(typed):
     image = np.random.default_rng(5).integers(0, 256, (12, 10, 3), np.uint8)
     with (
         Upscaler(typed, backend="onnxruntime", device="cpu") as up,
-        pytest.raises(EngineError, match=r"lacks a type of this graph, such as bfloat16: use another"),
+        pytest.raises(EngineError, match=r"lacks a data type of this graph, such as bfloat16: use another"),
     ):
         up(image, steps=2)
 

@@ -1,4 +1,4 @@
-"""Opens graphs with TensorRT, in either flavour.
+"""Opening graphs with either flavor of TensorRT.
 
 Plans are read from the engine directory or the user's cache; a missing plan is built and cached.
 """
@@ -42,7 +42,7 @@ log = logging.getLogger("moesr")
 
 
 def probe() -> Offer:
-    """The library's version and devices; EngineError if the library, the driver or a GPU is missing."""
+    """Return the version and the devices; EngineError if the library, the driver or a GPU is missing."""
     library, device = load(), open_device(0)
     if library.ahead_of_time:
         capability_of(library, device_capability(device))
@@ -78,18 +78,20 @@ def open_parts(
 
 
 def release() -> None:
-    """Nothing is kept between sessions."""
+    """Do nothing, as nothing is kept between sessions."""
 
 
 def open_plan(library: Library, path: Path, key: plan_store.PlanKey, cache: Path | None) -> Any:
-    """Deserialize the plan of a graph; if none fits, one is built and written to `cache`."""
+    """Deserialize the plan of a graph; if none fits, build one and write it to `cache`."""
     folders = plan_store.plan_folders(path.parent, cache)
     data = plan_store.read_plan(key, folders)
     if data is not None:
         engine = _deserialize(library, data)
         if engine is not None:
             return engine
-        log.warning("%s: its plan does not load (%s); building anew", path.name, _complaint(library, path))
+        log.warning(
+            "%s: its plan does not load (%s); building it again", path.name, _complaint(library, path)
+        )
     for reason in plan_store.misfits(key, folders):
         log.info("%s", reason)
     data = _build(library, path, key, cache)
@@ -121,7 +123,7 @@ def _build(library: Library, path: Path, key: plan_store.PlanKey, cache: Path | 
 
 
 def _workspace_bytes() -> int:
-    """Half of the memory that is free on the GPU, at most the builder's default."""
+    """Return half of the memory that is free on the GPU, at most the builder's default."""
     try:
         return min(DEFAULT_WORKSPACE_BYTES, memory_bytes()[0] // 2)
     except EngineError:
@@ -129,7 +131,7 @@ def _workspace_bytes() -> int:
 
 
 def _logged(name: str) -> OnProgress:
-    """Log a build's progress at every quarter."""
+    """Return a function that logs the progress of a build at every quarter."""
     seen = 0
 
     def report(share: float) -> None:
@@ -142,11 +144,11 @@ def _logged(name: str) -> OnProgress:
 
 
 def _complaint(library: Library, path: Path) -> str:
-    """The library's reason why a plan did not load; MemoryLimitError if memory ran out."""
+    """Return the library's reason why a plan did not load; MemoryLimitError if memory ran out."""
     text = library.complaint()
     if ran_out_of_memory(text):
         raise MemoryLimitError(
-            f"{path.name}: no memory to open its plan ({text}); close what else uses the GPU"
+            f"{path.name}: no memory to open its plan ({text}); close other programs that use the GPU"
         )
     return text
 
@@ -157,7 +159,7 @@ def _deserialize(library: Library, data: bytes) -> Any:
 
 
 class TensorRTSession(GpuSession):
-    """See `Session`. A plan with its working memory."""
+    """A `Session` that runs a plan with its working memory."""
 
     def __init__(
         self,
@@ -167,7 +169,10 @@ class TensorRTSession(GpuSession):
         declared: Boundary,
         compiled: Path | None = None,
     ) -> None:
-        """`declared` may hold more inputs than the engine has; `compiled` is for `PlanRunner`."""
+        """Make a session.
+
+        `declared` may have more inputs than the engine, and `compiled` is for `PlanRunner`.
+        """
         super().__init__(path, declared.only({spec.name for spec in boundary_of(library, engine).inputs}))
         self._runner = PlanRunner(library, engine, path, compiled)
 

@@ -1,4 +1,4 @@
-"""Loads TensorRT in either flavour, `tensorrt` for data centres or `tensorrt_rtx`; no other module does."""
+"""Loading TensorRT in either flavor, `tensorrt` for data centers or `tensorrt_rtx`, in this module only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from moesr.runtime.errors import EngineError
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
-"""The flavours in order of preference."""
+"""The flavors in order of preference."""
 
 EXTRAS = {"tensorrt": "moesr[tensorrt]", "tensorrt_rtx": "moesr[tensorrt-rtx]"}
 
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """A loaded flavour. `errors` holds the error messages that it has logged."""
+    """A loaded flavor. `errors` holds the error messages that it has logged."""
 
     flavour: str
     version: str
@@ -32,12 +32,12 @@ class Library:
 
     @property
     def ahead_of_time(self) -> bool:
-        """True if it builds plans for GPUs that this machine need not have."""
+        """Whether it builds plans for GPUs that are not in this machine."""
         return self.flavour == "tensorrt_rtx"
 
     def complaint(self) -> str:
-        """The errors that were logged since the last call, in one line of at most 400 characters."""
-        text = "; ".join(dict.fromkeys(self.errors)) or "it gives no reason"
+        """Return the errors logged since the last call, in one line of at most 400 characters."""
+        text = "; ".join(dict.fromkeys(self.errors)) or "the library gives no reason"
         self.errors.clear()
         return f"{text:.400}"
 
@@ -47,7 +47,7 @@ class Library:
 
 @functools.cache
 def load(flavour: str | None = None) -> Library:
-    """Load a flavour by name, or the first that loads; EngineError says what to install."""
+    """Load a flavor by name, or the first one that loads; EngineError says what to install."""
     reasons = []
     for name in [flavour] if flavour else FLAVOURS:
         try:
@@ -76,7 +76,7 @@ def _tensorrt() -> Any:
 
 
 def _tensorrt_rtx() -> Any:
-    """The bindings need the symbols of two shared libraries, which their package does not load by itself."""
+    """Load the two shared libraries whose symbols the bindings need; their package does not load them."""
     try:
         return importlib.import_module("tensorrt_rtx")
     except ImportError:
@@ -84,7 +84,7 @@ def _tensorrt_rtx() -> Any:
         if found is None or not found.submodule_search_locations:
             raise
     folder = Path(next(iter(found.submodule_search_locations)))
-    if sys.platform != "win32":  # on Windows the bindings find the libraries by themselves
+    if sys.platform != "win32":  # on Windows the bindings find the libraries themselves
         for name in ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"):
             ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
     return importlib.import_module("tensorrt_rtx_bindings")

@@ -1,4 +1,4 @@
-"""Runs a graph in parts as one session: TensorRT plans and our kernels in turn, on the device's stream."""
+"""A session for a graph in parts: TensorRT plans and our kernels run in turn on the device's stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesr.runtime.engine.partitioned_graph import KernelStep, Parts, layout
 
 
 class PartsSession(GpuSession):
-    """See `Session`. The values between steps share one block of memory, which `bind` allocates.
+    """A `Session` whose values between steps share one block of memory, which `bind` allocates.
 
     `bind` raises EngineError if there is no kernel for a step.
     """
@@ -27,7 +27,7 @@ class PartsSession(GpuSession):
     def __init__(
         self, path: Path, declared: Boundary, parts: Parts, runners: Mapping[str, PlanRunner], kernels: Path
     ) -> None:
-        """`declared` may hold more inputs than the graph has.
+        """Make a session; `declared` may have more inputs than the graph.
 
         `runners` are keyed by the plans' file names; `kernels` is a directory of kernels.
         """
@@ -98,14 +98,14 @@ class PartsSession(GpuSession):
         addresses: Mapping[str, int],
         batch: int,
     ) -> list[PlanRunner | BoundLaunch]:
-        """The plans and launches of a run on `batch` tiles, in order."""
+        """Return the plans and launches of a run on `batch` tiles, in order."""
         found: list[PlanRunner | BoundLaunch] = []
         for at, step in enumerate(self._parts.steps):
             if step.plan:
                 found.append(self._runners[step.plan.file])
             elif step.kernel:
                 values = {**step.kernel.inputs, **step.kernel.outputs}
-                # a buffer that the step does not name is compiled out of its kernels
+                # the kernels were compiled without buffers that the step does not name
                 given = {b.name: addresses.get(f"{at} {b.name}", 0) for b in plans[at].buffers}
                 given |= {name: addresses[value] for name, value in values.items()}
                 scalars = _scalars(step.kernel, plans[at], batch)
@@ -126,6 +126,6 @@ class PartsSession(GpuSession):
 
 
 def _scalars(step: KernelStep, plan: OperatorPlan, batch: int) -> dict[str, int | float]:
-    """The plan's scalars, with those that the step sets itself, for `batch` tiles."""
+    """Return the scalars of the plan for `batch` tiles; those that the step sets itself take precedence."""
     own = {name: batch if value == BATCH else value for name, value in step.scalars.items()}
     return {**plan.scalars, **own}  # type: ignore[dict-item]

@@ -1,4 +1,7 @@
-"""Builds TensorRT plans from ONNX files. Plans are strongly typed: the file's types set every precision."""
+"""Building TensorRT plans from ONNX files.
+
+Plans are strongly typed: the types in the file determine every precision.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from moesr.runtime.system.files import reason, write_atomically
 from moesr.runtime.system.memory import ran_out_of_memory
 
 DEFAULT_WORKSPACE_BYTES = 8 << 30
-"""Limit of a plan's working memory; the builder decides how much of it a plan needs."""
+"""The limit of a plan's working memory; the builder decides how much of it a plan needs."""
 
 OnProgress = Callable[[float], None]
 """A function that is called with the finished share of the build, 0 to 1."""
@@ -32,8 +35,9 @@ def build_plan(
 ) -> bytes:
     """Build the plan of an ONNX file for 1 to `max_batch` tiles on a GPU of `capability` (89 for 8.9).
 
-    `timing_cache` is a file with the measurements of earlier builds; it is read and written. EngineError if
-    the library does not support the file or the capability; MemoryLimitError if memory ran out.
+    `timing_cache` is a file with the measurements of earlier builds, which is read and written. Raises
+    EngineError if the library does not support the file or the capability, and MemoryLimitError if memory ran
+    out.
     """
     trt = library.module
     library.errors.clear()
@@ -47,7 +51,7 @@ def build_plan(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.progress_monitor = _monitor(trt, on_progress)
     config.add_optimization_profile(_profile(builder, network, 1, max_batch))
-    if max_batch > 1:  # a second profile, so that a single tile gets kernels that are tuned for it
+    if max_batch > 1:  # a second profile, so that the kernels for a single tile are tuned for it
         config.add_optimization_profile(_profile(builder, network, 1, 1))
     _set_formats(trt, network)
     if library.ahead_of_time:
@@ -65,31 +69,31 @@ def build_plan(
 
 
 def capability_of(library: Library, capability: int) -> Any:
-    """The library's constant for a compute capability; EngineError if it does not build plans for it."""
+    """Return the library's constant for a compute capability; EngineError if it builds no plans for it."""
     offered = library.module.ComputeCapability
     found = getattr(offered, f"SM{capability}", None)
     if found is None:
         numbers = sorted(int(name[2:]) for name in dir(offered) if name.startswith("SM"))
         raise EngineError(
             f"{library} builds for compute capability {', '.join(map(as_text, numbers))}, not for "
-            f"{as_text(capability)}; use the other flavour of TensorRT on that GPU, or --backend onnxruntime"
+            f"{as_text(capability)}; use the other flavor of TensorRT on that GPU, or --backend onnxruntime"
         )
     return found
 
 
 def as_text(capability: int) -> str:
-    """A compute capability in its usual spelling, "8.9" for 89."""
+    """Return a compute capability in its usual spelling, "8.9" for 89."""
     return f"{capability // 10}.{capability % 10}"
 
 
 def _strongly_typed(trt: Any) -> int:
-    """The flag of strongly typed networks; 0 if the library has no other kind."""
+    """Return the flag for strongly typed networks; 0 if the library has no other kind."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _profile(builder: Any, network: Any, least: int, most: int) -> Any:
-    """A profile for batch sizes from `least` to `most`, tuned for `most`."""
+    """Return a profile for batch sizes from `least` to `most`, tuned for `most`."""
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         value = network.get_input(index)
@@ -100,7 +104,7 @@ def _profile(builder: Any, network: Any, least: int, most: int) -> Any:
 
 
 def _set_formats(trt: Any, network: Any) -> None:
-    """Set inputs and outputs whose names end in `NHWC` to channels last, and all others to planes."""
+    """Set inputs and outputs whose names end in `NHWC` to channels last, and all others to NCHW."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for value in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
         layout = trt.TensorFormat.HWC8 if value.name.endswith(NHWC) else trt.TensorFormat.LINEAR
@@ -108,7 +112,7 @@ def _set_formats(trt: Any, network: Any) -> None:
 
 
 def _monitor(trt: Any, on_progress: OnProgress) -> Any:
-    """A monitor that reduces the library's nested phases, each one step of its parent, to one share."""
+    """Return a monitor that turns the library's nested phases into one share of the whole build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -162,4 +166,4 @@ def _write_timings(config: Any, path: Path | None) -> None:
         with write_atomically(path) as stream:
             stream.write(bytes(config.get_timing_cache().serialize()))
     except OSError as error:
-        raise EngineError(f"{path}: timings cannot be kept: {reason(error)}") from error
+        raise EngineError(f"{path}: timings cannot be cached: {reason(error)}") from error

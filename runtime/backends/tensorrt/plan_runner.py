@@ -1,4 +1,4 @@
-"""Runs a TensorRT plan between fixed addresses."""
+"""Running a TensorRT plan between fixed addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 
 
 def boundary_of(library: Library, engine: Any) -> Boundary:
-    """The inputs and outputs of an engine of the library."""
+    """Return the inputs and outputs of an engine of the library."""
     sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -36,7 +36,10 @@ class PlanRunner:
     """
 
     def __init__(self, library: Library, engine: Any, path: Path, compiled: Path | None = None) -> None:
-        """`compiled` is a cache file for the kernels that the library compiles when the plan first runs."""
+        """Make a runner.
+
+        `compiled` is the cache of kernels that the library compiles when the plan first runs.
+        """
         self._compiled = CompiledKernels(compiled)
         self._library, self._path = library, path
         self._engine: Any = engine
@@ -48,7 +51,7 @@ class PlanRunner:
 
     @property
     def work_bytes(self) -> int:
-        """Size of the working memory that a run needs."""
+        """The size of the working memory that a run needs."""
         return int(self._engine.device_memory_size_v2)
 
     def bind(self, driver: Driver, addresses: Mapping[str, int], work: int) -> None:
@@ -84,7 +87,7 @@ class PlanRunner:
         return context
 
     def _settings(self) -> Any:
-        """The argument with which contexts are created: their memory is ours.
+        """Return the argument with which contexts are created, whose memory is ours.
 
         If the library can specialize kernels for a shape, it does so when a context is created.
         """
@@ -95,7 +98,7 @@ class PlanRunner:
             return strategy
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # with lazy specialization a CUDA graph would capture the slower generic kernels and keep them
+        # with lazy specialization a CUDA graph would keep the slower generic kernels for ever
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         self._compiled.attach(config)
         return config
@@ -104,8 +107,8 @@ class PlanRunner:
         text = self._library.complaint()
         if ran_out_of_memory(text):
             return MemoryLimitError(
-                f"{self._path.name}: no memory for its plan ({text}); close what else uses the GPU, or "
-                "lower max_batch"
+                f"{self._path.name}: no memory for its plan ({text}); close other programs that use the GPU, "
+                "or lower max_batch"
             )
         return EngineError(f"{self._path.name}: its plan {what} ({text}); see moesr-doctor")
 

@@ -1,7 +1,7 @@
-"""Finds, reads and writes TensorRT plans on disk.
+"""Finding, reading and writing TensorRT plans on disk.
 
 A plan is a directory `KEY` of `tensorrt/` in the engine directory or in the user's cache. It holds
-`graph.plan`, and `plan.json` with everything that the plan depends on, which also makes up the key.
+`graph.plan`, and `plan.json` with all that the plan depends on, from which the key is derived.
 `docs/plan-format.schema.json` describes `plan.json`.
 """
 
@@ -32,14 +32,14 @@ from moesr.runtime.system.json_dataclass import Form, Range, read_bytes, read_js
 PLANS_FOLDER, PLAN_NAME, RECORD_NAME = "tensorrt", "graph.plan", "plan.json"
 
 MAX_RECORD_BYTES, MAX_PLAN_BYTES = 1 << 16, 16 << 30
-"""Largest plan.json and graph.plan that are read, in bytes."""
+"""Larger files are not read: the limits in bytes for plan.json and graph.plan."""
 
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """Everything that a plan depends on."""
+    """All that a plan depends on."""
 
     graph_sha256: Sha256
     flavour: Annotated[str, Form("|".join(FLAVOURS), f"one of {', '.join(FLAVOURS)}")]
@@ -67,7 +67,7 @@ class PlanRecord(PlanKey):
 
 
 def key_of(library: Library, graph_sha256: str, capability: int, max_batch: int) -> PlanKey:
-    """The key of the plan that this library builds of a graph."""
+    """Return the key of the plan that this library builds from a graph."""
     return PlanKey(graph_sha256, library.flavour, library.version, capability, max_batch)
 
 
@@ -83,7 +83,7 @@ def graph_files(directory: Path, manifest: Manifest) -> Iterator[File]:
 
 
 def identity(path: Path, sha256: str | None = None) -> str:
-    """The hash that names the plans of an ONNX file; it includes the external weights, if there are any."""
+    """Return the hash that identifies the plans of an ONNX file; it covers the external weights, if any."""
     own = sha256 or sha256_of(path)
     beside = sorted(external_files(path))
     if not beside:
@@ -93,22 +93,22 @@ def identity(path: Path, sha256: str | None = None) -> str:
 
 
 def timings(cache: Path | None, key: PlanKey) -> Path | None:
-    """The file that keeps the timings of earlier builds on this kind of GPU."""
+    """Return the path of the file with the timings of earlier builds on this kind of GPU."""
     return cache / f"{key.flavour}-{key.version}-sm{key.capability}.timings" if cache else None
 
 
 def compiled(cache: Path | None, key: PlanKey) -> Path | None:
-    """The file that keeps the kernels that the library compiles when a plan first runs."""
+    """Return the path of the file with the kernels that the library compiles when a plan first runs."""
     return cache / "compiled" / f"{key.name}.bin" if cache else None
 
 
 def plan_folders(engine: Path, cache: Path | None) -> list[Path]:
-    """The folders that may hold plans of an engine, in the order of the search."""
+    """Return the folders that may hold plans of an engine, in the order of the search."""
     return [engine / PLANS_FOLDER, *([cache / PLANS_FOLDER] if cache else [])]
 
 
 def read_plan(key: PlanKey, folders: Sequence[Path]) -> bytes | None:
-    """The plan for a key, None if there is none; a damaged plan is logged and skipped."""
+    """Return the plan for a key, or None; a damaged plan is logged and skipped."""
     for folder in folders:
         directory = folder / key.name
         if not directory.is_dir():
@@ -126,12 +126,12 @@ def _read(directory: Path, key: PlanKey) -> bytes:
     if any(getattr(record, field.name) != getattr(key, field.name) for field in dataclasses.fields(key)):
         raise ValueError(f"{RECORD_NAME} describes another plan")
     if hashlib.sha256(data).hexdigest() != record.plan_sha256:
-        raise ValueError(f"{PLAN_NAME} is not what was built")
+        raise ValueError(f"{PLAN_NAME} does not match its recorded hash")
     return data
 
 
 def misfits(key: PlanKey, folders: Sequence[Path]) -> list[str]:
-    """Messages about plans of the same graph that were built for another library, GPU or batch size."""
+    """Return messages about plans of the same graph for another library, GPU or batch size."""
     found = []
     for folder in folders:
         for record in list_plans(folder):
@@ -141,7 +141,7 @@ def misfits(key: PlanKey, folders: Sequence[Path]) -> list[str]:
 
 
 def list_plans(folder: Path) -> list[PlanRecord]:
-    """The records of the plans in a folder; unreadable ones are skipped."""
+    """Return the records of the plans in a folder; unreadable ones are skipped."""
     found = []
     for path in sorted(folder.glob(f"*/{RECORD_NAME}")):
         try:
@@ -152,7 +152,7 @@ def list_plans(folder: Path) -> list[PlanRecord]:
 
 
 def write_plan(folder: Path, key: PlanKey, file: str, data: bytes) -> Path:
-    """Write a plan into a folder and replace one of the same key; OutputError if that fails."""
+    """Write a plan into a folder, replacing a plan of the same key; OutputError if that fails."""
     record = PlanRecord(**dataclasses.asdict(key), file=file, plan_sha256=hashlib.sha256(data).hexdigest())
     directory = folder / key.name
     try:
@@ -165,8 +165,8 @@ def write_plan(folder: Path, key: PlanKey, file: str, data: bytes) -> Path:
 
 
 def unusable(directory: Path, complaint: str) -> EngineError:
-    """The error for a plan that the library does not load."""
+    """Return the error for a plan that the library does not load."""
     return EngineError(
-        f"{directory}: the plan does not load ({complaint}); remove that folder and run again, or use "
+        f"{directory}: the plan does not load ({complaint}); remove this folder and run again, or use "
         "--backend onnxruntime"
     )

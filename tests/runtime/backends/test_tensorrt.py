@@ -205,13 +205,13 @@ def test_plan_that_does_not_load_is_built_again(graph, cache, monkeypatch, caplo
     plan_store.write_plan(graph.parent / "tensorrt", KEY, graph.name, b"of another driver")
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     assert open_plan(fake_library({b"new": "engine"}), graph, KEY, cache) == "engine"
-    assert "does not load (Serialization assertion failed); building anew" in caplog.text
+    assert "does not load (Serialization assertion failed); building it again" in caplog.text
 
 
 def test_plan_that_never_loads_is_refused(graph, cache, monkeypatch):
     monkeypatch.setattr(backend, "build_plan", lambda *a, **k: b"new")
     with pytest.raises(
-        EngineError, match=r"sm89-b4: the plan does not load \(Serialization.*remove that folder"
+        EngineError, match=r"sm89-b4: the plan does not load \(Serialization.*remove this folder"
     ):
         open_plan(fake_library(), graph, KEY, cache)
 
@@ -353,7 +353,7 @@ def test_kernels_compiled_by_the_library_are_cached_between_processes(tmp_path, 
     file.write_bytes(b"of another driver")
     with caplog.at_level(logging.INFO, "moesr"):
         bound(tmp_path, file).enqueue(1)
-    assert "kernels are compiled anew" in caplog.text and file.read_bytes() == one
+    assert "kernels are compiled again" in caplog.text and file.read_bytes() == one
 
 
 def test_kernels_that_cannot_be_cached_are_compiled_again(tmp_path, caplog):
