@@ -98,8 +98,8 @@ class Backend:
         here = self.name == "onnxruntime" and self.options.kind == "cpu" and cpu.int8_may_saturate()
         if precision == "int8" and here:
             log.warning(
-                "this CPU has no VNNI, without which onnxruntime's 8-bit products may overflow and images be "
-                "wrong; take a float32 engine, or --backend openvino"
+                "this CPU has no VNNI, without which onnxruntime's 8-bit products may overflow and "
+                "give wrong images; use a float32 engine, or --backend openvino"
             )
 
 

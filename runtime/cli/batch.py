@@ -1,4 +1,4 @@
-"""Many image files through one upscaler: read, super-resolved, written and reported."""
+"""Many image files through one upscaler: they are read, super-resolved, written and reported."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ class RunOptions:
 
     force: bool = False
     recursive: bool = False
-    size: Size | None = None  # of results; None: the engine's scale
-    suffix: str | None = None  # of names; None: the size
+    size: Size | None = None  # size of results; None: the engine's scale
+    suffix: str | None = None  # end of names of results; None: derived from the size
     extension: str = ".png"
-    quality: int | None = None  # of JPEG and WebP
+    quality: int | None = None  # quality of JPEG and WebP
     all_frames: bool = False
     preserve_times: bool = False
     compare: bool = False
     fail_fast: bool = False
-    any_seed: bool = False  # a result of another seed counts as done
+    any_seed: bool = False  # a result with another seed counts as done
     quiet: bool = False
     json_progress: bool = False
     log: Path | None = None
-    to_stdout: bool = False  # the result is for standard output, where nothing else may be printed
+    to_stdout: bool = False  # the result goes to standard output, where nothing else may be printed
     pre_clean: PreCleaner | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The part of these options that changes results, as results record it."""
+        """Return those of these options that change the pixels of results, as results record them."""
         values: dict[str, Any] = dict(self.size.recorded()) if self.size else {}
         if self.quality is not None:
             values["quality"] = self.quality
@@ -67,7 +67,7 @@ class RunOptions:
         return values
 
     def naming(self, scale: int) -> Naming:
-        """The names of results of an engine of this scale."""
+        """Return the names of results for an engine of this scale."""
         usual = f"_{self.size.name}" if self.size else f"_x{scale}"
         return Naming(usual if self.suffix is None else self.suffix, self.extension)
 
@@ -79,12 +79,12 @@ def run(
     options: Mapping[str, Any],
     how: RunOptions | None = None,
 ) -> int:
-    """Work on all inputs and report them; returns the highest exit code of all inputs.
+    """Work on all inputs, report them, and return the highest of their exit codes.
 
     `options` are those of `Upscaler.map`. Raises UsageError if there are no inputs.
     """
     how = how or RunOptions()
-    if how.size and how.size.scale == upscaler.manifest.scale:  # the size that results have anyway
+    if how.size and how.size.scale == upscaler.manifest.scale:  # results have this size anyway
         how = dataclasses.replace(how, size=None)
     wanted = describe(upscaler.manifest, options)
     wanted = dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()})
@@ -112,9 +112,9 @@ def run(
 
 
 def describe(manifest: Manifest, options: Mapping[str, Any]) -> Provenance:
-    """The record of results that `options` make with an engine; the source is not known yet.
+    """Return the record of results that `options` make with an engine, without the source.
 
-    UsageError if the engine does not support the options.
+    UsageError is raised if the engine does not support the options.
     """
     engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
     return Provenance(manifest.scale, engine, resolve(manifest, **options).recorded())
@@ -125,24 +125,24 @@ class _Flight:
     """An image, or a frame of a file, that was read and whose result has not been written yet."""
 
     task: Task
-    position: int  # of the input among all, from 1
+    position: int  # position of the input among all inputs, from 1
     frames: Frames
     image: LoadedImage
     record: Provenance
     size: tuple[int, int]  # height and width of the result
-    between: tuple[int, int] | None  # the size that a second pass enlarges, if there is one
+    between: tuple[int, int] | None  # the size that a second pass enlarges, or None
     entry: Entry
     status: os.stat_result
-    begun: bool = False  # the upscaler has given it its memory
+    begun: bool = False  # set when the upscaler has allocated its memory
 
     @property
     def area(self) -> int:
-        """Pixels of the input, which its work is proportional to."""
+        """The pixels of the input, to which its work is proportional."""
         return self.image.pixels.shape[0] * self.image.pixels.shape[1]
 
     @property
     def second(self) -> int:
-        """Pixels that a second pass enlarges."""
+        """The pixels that a second pass enlarges."""
         return self.between[0] * self.between[1] if self.between else 0
 
 
@@ -151,10 +151,13 @@ class _Stop(Exception):
 
 
 class Batch:
-    """The inputs of a plan on their way through one upscaler; one that fails leaves the others alone."""
+    """The inputs of a plan on their way through one upscaler.
+
+    An input that fails does not stop the others.
+    """
 
     def __init__(self, upscaler: Upscaler, made: OutputPlan, wanted: Provenance, how: RunOptions) -> None:
-        """OutputError if the file of `how.log` cannot be written to."""
+        """Open the files of the report; OutputError if the file of `how.log` cannot be written to."""
         self._upscaler, self._plan, self._wanted, self._how = upscaler, made, wanted, how
         self._report = Report(how.log, how.json_progress)
         count = len(made.listing.inputs)
@@ -184,7 +187,7 @@ class Batch:
             self._display.close(finished)
 
     def _images(self) -> Iterator[LoadedImage]:
-        """Decide on each input, and read it, when the upscaler has room for another image."""
+        """Yield images: decide about each input and read it when the upscaler has room for another image."""
         for position, found in enumerate(self._plan.listing.inputs, 1):
             entry = Entry(str(found.path))
             self._progress.unread -= 1
@@ -202,7 +205,7 @@ class Batch:
                 self._fail(entry, error)
 
     def _decide(self, found: Input, entry: Entry) -> Task | None:
-        """The task for an input, or None after a note if there is nothing to do."""
+        """Return the task for an input, or None after a note if there is nothing to do."""
         with self._report.collecting(entry):
             task = self._plan.decide(found)
         if isinstance(task, Task):
@@ -258,7 +261,7 @@ class Batch:
         self._display.show(position, task.source.name, stage, self._progress.fraction)
 
     def _finish(self, flight: _Flight, result: LoadedImage | Exception) -> None:
-        """Write a result, once all frames of its file are there, and report it."""
+        """Write and report a result when all frames of its file are complete."""
         if not flight.begun:
             self._progress.drop(flight.area)
         several = flight.frames
@@ -283,7 +286,7 @@ class Batch:
         self._report.write(flight.entry.line("done", flight.record))
 
     def _second_pass(self, flight: _Flight, result: LoadedImage) -> LoadedImage:
-        """Enlarge a result once more if one pass is too little for its size."""
+        """Enlarge a result a second time if one pass is not enough for its size."""
         if not flight.between:
             return result
 
@@ -320,7 +323,7 @@ class Batch:
         log.error("%s", text)
         code = 1 if isinstance(error, OSError) else MemoryLimitError.exit_code
         code = error.exit_code if isinstance(error, MoesrError) else code
-        # A UsageError of one file: the command was right, the file was not.
+        # a UsageError about one file: the command was right, the file was not
         self.code = max(self.code, 1 if code == UsageError.exit_code else code)
         self._report.write(entry.line("failed", self._wanted, text))
         if self._how.fail_fast:
@@ -335,14 +338,14 @@ def _hashed(stream: Any, path: Path) -> str:
 
 
 def _check_unchanged(stream: Any, path: Path, before: os.stat_result) -> None:
-    """Raise InputError if an opened file was written to since `before`."""
+    """Raise InputError if an opened file was modified after `before`."""
     after = os.fstat(stream.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise InputError(f"{path}: changed while it was read; run again once it is complete")
+        raise InputError(f"{path}: was modified while it was read; run again when it is complete")
 
 
 def _of_size(image: LoadedImage, size: tuple[int, int]) -> LoadedImage:
-    """The image, resampled if it is not of this size (height, width)."""
+    """Return the image, resampled if its size differs from this one (height, width)."""
     if image.pixels.shape[:2] == size:
         return image
     return reading.with_pixels(image, imresize(image.pixels, *size))

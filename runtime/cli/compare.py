@@ -1,6 +1,6 @@
-"""`moesr-run --compare`: a page that shows input, bicubic and result side by side, with a slider.
+"""`moesr-run --compare`: a page that shows input, bicubic enlargement and result side by side, with a slider.
 
-The page is one HTML file that needs nothing else: the pictures are in it, and it loads nothing.
+The page is one HTML file that contains its images and loads nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moesr.runtime.images.resize import imresize
 from moesr.runtime.system.files import reason, write_atomically
 
 LOSSLESS_PX = 4_000_000
-"""Pictures with more pixels are JPEG files of quality 92 in the page, since browsers must hold its text."""
+"""Larger images, by their number of pixels, are JPEG files of quality 92 in the page to limit its size."""
 
 ENDING = "_compare.html"
 
@@ -50,7 +50,7 @@ def write(path: Path, image: LoadedImage, result: LoadedImage, record: Provenanc
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """A picture of 8 bits per channel as a data URI."""
+    """Return an image of 8 bits per channel as a data URI."""
     if pixels.dtype == np.uint16:
         pixels = np.rint(pixels / np.float32(257.0)).astype(np.uint8)
     picture = writing.to_pil(pixels)

@@ -30,23 +30,23 @@ from moesr.runtime.system import console, memory, user_cache
 from moesr.runtime.upscaler import Upscaler
 
 _PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino", "cuda-core")
-_SMOKE_PX = 16  # side of the image of the smoke run
+_SMOKE_PX = 16  # side of the test image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `moesr-doctor`; returns the exit code."""
+    """Run `moesr-doctor` and return its exit code."""
     return console.run_program("moesr-doctor", parser, examine, argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `moesr-doctor`."""
+    """Return the parser of the command line of `moesr-doctor`."""
     p = argparse.ArgumentParser("moesr-doctor", description=__doc__, formatter_class=console.HelpFormatter)
     add_engine_options(p)
     return p
 
 
 def examine(args: argparse.Namespace) -> int:
-    """Print the findings; raises an EngineError or MemoryLimitError if the engine cannot be used."""
+    """Print the findings; raises EngineError or MemoryLimitError if the engine cannot be used."""
     check_device(args.device)
     _show_machine()
     _show_backends()
@@ -57,7 +57,7 @@ def examine(args: argparse.Namespace) -> int:
         _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
     options = engine_options(args)
-    options["verify"] = False  # the hashes were compared above
+    options["verify"] = False  # the hashes were compared before
     with Upscaler(directory, **options) as upscaler:
         _show_choice(upscaler)
         image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
@@ -100,7 +100,7 @@ def _show_engine(manifest: Manifest, where: str) -> None:
         _line("prompts", f"{followed}, away from {avoided}, guidance {manifest.guidance:g}")
     if deep := manifest.deep:
         size = memory.readable(4 * math.prod(deep.shape(1)))
-        _line("reuse", f"with --reuse N, {size} of features kept of every tile")
+        _line("reuse", f"with --reuse N, {size} of features kept per tile")
     for role, graph in manifest.graphs.items():
         for target, arrangement in (("", graph), *graph.variants.items()):
             if parity := arrangement.parity:
@@ -112,7 +112,7 @@ def _show_engine(manifest: Manifest, where: str) -> None:
 
 
 def _show_choice(upscaler: Upscaler) -> None:
-    """Print the backend and, if several were measured, their times and the place where these are kept."""
+    """Print the backend and, if several were measured, their times and the directory of the measurements."""
     backend, measured = upscaler.backend, upscaler.measured
     instead = upscaler.manifest.precision == "bf16" and backend.options.precision is None
     how = " (its bf16 graphs in float32)" if instead else ""
@@ -122,7 +122,7 @@ def _show_choice(upscaler: Upscaler) -> None:
         _line("measured, one step", f"{measured} ({measured.machine})")
         _line(
             "measurements",
-            f"{folder / autotune.FOLDER if folder else 'not kept, there is no home directory'}",
+            f"{folder / autotune.FOLDER if folder else 'not cached, as there is no home directory'}",
         )
 
 

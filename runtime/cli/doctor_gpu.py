@@ -16,15 +16,15 @@ from moesr.runtime.errors import EngineError
 from moesr.runtime.system import memory
 
 Finding = tuple[str, str]
-"""Label and text."""
+"""A label and a text."""
 
 
 def findings(
     engine: Path, manifest: Manifest, index: int = 0, cache: Path | None = None
 ) -> Iterator[Finding]:
-    """All findings for GPU number `index`; `cache` is the directory of plans besides the engine's own.
+    """Return all findings for GPU number `index`; `cache` is the directory of plans besides the engine's own.
 
-    Problems are findings too and not raised, since the engine may run on a CPU.
+    Problems are returned as findings and not raised, since the engine may run on a CPU.
     """
     capability = driver = None
     try:
@@ -65,7 +65,7 @@ def _onnxruntime() -> str:
 
 
 def kernels(directory: Path, capability: int | None, driver: str | None = None) -> str:
-    """The number of kernels, their targets, and whether a GPU and its driver can run them."""
+    """Return the number of kernels, their targets, and whether a GPU and its driver can run them."""
     try:
         content = read(directory)
     except EngineError as error:
@@ -80,11 +80,11 @@ def kernels(directory: Path, capability: int | None, driver: str | None = None) 
 
 
 def _toolkit_note(toolkit: str, driver: str | None) -> str:
-    """A warning if the kernels were assembled by a later CUDA release than the driver supports."""
+    """Return a warning if the kernels were assembled by a later CUDA release than the driver supports."""
     if not toolkit or not driver or _release(toolkit) <= _release(driver):
         return ""
     return (
-        f", but assembled by CUDA {toolkit}, later than the driver's {driver}, which may refuse them; "
+        f", but assembled by CUDA {toolkit}, later than the driver's {driver}; the driver may refuse them, "
         "update the driver"
     )
 
@@ -94,7 +94,7 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def plans_of(folders: Sequence[Path], library: Library | None, capability: int | None) -> Iterator[Finding]:
-    """The number of plans of each kind in each folder, and whether this library and GPU can run them."""
+    """Return the number of plans by kind and folder, and whether this library and GPU can run them."""
     for folder in folders:
         groups: dict[str, int] = {}
         for record in plan_store.list_plans(folder):
@@ -111,7 +111,7 @@ def plans_of(folders: Sequence[Path], library: Library | None, capability: int |
 def needed(
     engine: Path, folders: Sequence[Path], manifest: Manifest, library: Library, capability: int
 ) -> str:
-    """How many of the plans that TensorRT needs for this engine exist, and the names of the others."""
+    """Return how many of the plans that TensorRT needs for this engine exist, and the names of the others."""
     here = (library.flavour, library.version, capability)
     records = [record for folder in folders for record in plan_store.list_plans(folder)]
     there = {r.graph_sha256 for r in records if (r.flavour, r.version, r.capability) == here}

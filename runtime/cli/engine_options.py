@@ -15,7 +15,7 @@ def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> 
     group = p.add_argument_group("engine and machine")
     kind = "engine directory, or a bundled engine: demo-x4 (default) or demo-x8"
     if several:
-        names = f"one or more of these, each with a name of its own if NAME= is given: {kind}"
+        names = f"one or more of the following, each with its own name if NAME= is given: {kind}"
         group.add_argument("--engine", nargs="+", type=name_argument, metavar="[NAME=]DIR", help=names)
     else:
         group.add_argument("--engine", type=path_argument, metavar="DIR", help=kind)
@@ -66,25 +66,25 @@ def _add_start_options(group: argparse._ArgumentGroup) -> None:
 
 
 def cache_directory(args: argparse.Namespace) -> Path | None:
-    """The directory of cached plans: the one given, else the user's. `--no-cache` concerns CPUs only."""
+    """Return the directory of cached plans, given or the user's; `--no-cache` applies to CPUs only."""
     from moesr.runtime.system import user_cache
 
     return args.cache or user_cache.directory()
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of an Upscaler that these options stand for, except the engine."""
+    """Return the arguments of an Upscaler for these options, except the engine."""
     given = {name: getattr(args, name) for name in ("backend", "device", "threads", "precision", "cache")}
     return given | {"verify": not args.no_verify, "cuda_graphs": not args.no_cuda_graphs}
 
 
 def name_argument(text: str) -> str:
-    """An argument that must not be empty."""
+    """Return a name that must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected the name of a file or directory")
     return text
 
 
 def path_argument(text: str) -> Path:
-    """The name of a file or directory."""
+    """Return the path of a file or directory, which must not be empty."""
     return Path(name_argument(text))

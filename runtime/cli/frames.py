@@ -1,4 +1,4 @@
-"""Animations and files of several pages: all frames read, and results of all frames in one file."""
+"""Animations and files of several pages: all frames are read, and all results go into one file."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from moesr.runtime.system import memory
 from moesr.runtime.system.files import reason, write_atomically
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-"""Formats that hold several frames, by extension: APNG, animated WebP, and pages of TIFF."""
+"""Formats that can hold several frames, by extension: APNG, animated WebP, and pages of TIFF."""
 
 PIXEL_BYTES = 8
-"""Memory for a pixel of a result: up to four channels, as an array and as a picture for the encoder."""
+"""Memory per pixel of a result: up to four channels, as an array and as an image for the encoder."""
 
 DEFAULT_MS = 100
-"""Duration of a frame whose file gives none."""
+"""The duration of a frame if its file does not give one."""
 
 
 @dataclass
@@ -36,20 +36,20 @@ class Frames:
     """The frames of one file: how long each is shown, and the results so far."""
 
     count: int
-    durations_ms: list[int] = field(default_factory=list)  # empty for pages
-    loop: int = 0  # repetitions of an animation, 0 for ever
+    durations_ms: list[int] = field(default_factory=list)  # empty for pages of a TIFF
+    loop: int = 0  # repetitions of an animation, 0 for endless
     results: list[LoadedImage] = field(default_factory=list)
     failed: bool = False
 
 
 def count(stream: BufferedReader) -> int:
-    """The number of frames or pages of an image file; 1 if it cannot be read as such."""
+    """Return the number of frames or pages of an image file; 1 if it cannot be read as such."""
     try:
         stream.seek(0)
         with warnings.catch_warnings(action="ignore"), Image.open(stream, formats=_formats()) as image:
             several = getattr(image, "is_animated", False) and image.format != "MPO"
             return int(getattr(image, "n_frames", 1)) if several else 1
-    except Exception:  # decoders raise whatever their parsers meet; `reading.load` will explain it
+    except Exception:  # decoders raise errors of any kind; `reading.load` will explain this one
         return 1
     finally:
         stream.seek(0)
@@ -65,7 +65,7 @@ def check(target: Path, number: int) -> None:
 
 
 def check_memory(source: Path, number: int, size: tuple[int, int]) -> None:
-    """Raise MemoryLimitError if the results of all frames, of `size` (height, width), cannot be held."""
+    """Raise MemoryLimitError if the results of all frames of `size` (height, width) exceed the memory."""
     needed, free = number * size[0] * size[1] * PIXEL_BYTES, memory.available_bytes()
     if number > 1 and free is not None and needed > free:
         raise MemoryLimitError(
@@ -75,9 +75,9 @@ def check_memory(source: Path, number: int, size: tuple[int, int]) -> None:
 
 
 def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[LoadedImage]:
-    """The frames of a file in their order, each complete; their durations go into `sequence`.
+    """Yield the frames of a file in order, each complete; their durations go into `sequence`.
 
-    InputError if a frame is damaged or cannot be used.
+    InputError is raised if a frame is damaged or cannot be used.
     """
     if sequence.count == 1:
         yield reading.load(path, stream)
@@ -94,17 +94,17 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
                 if image.format != "TIFF":
                     sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
                 frame = image.copy()
-                if image.format == "PNG":  # the reader of metadata looks for its chunks
+                if image.format == "PNG":  # the reader of metadata searches for its chunks
                     frame.format = image.format
                 yield reading.from_pil(frame, name=f"{path} (frame {number + 1})")
     except (MoesrError, MemoryError):
         raise
-    except Exception as error:  # decoders raise whatever their parsers meet
+    except Exception as error:  # decoders raise errors of any kind
         raise InputError(f"{path}: a frame is truncated or damaged ({error}); get the file again") from error
 
 
 def save(path: Path, sequence: Frames, record: Provenance, quality: int | None = None) -> None:
-    """Write the results of all frames as one file, complete or not at all, with the first one's metadata.
+    """Write the results of all frames as one file, complete or not at all, with the metadata of the first.
 
     Raises OutputError if the file cannot be written.
     """
@@ -120,7 +120,7 @@ def save(path: Path, sequence: Frames, record: Provenance, quality: int | None =
     if name == "WEBP":
         options["quality"] = quality or 95
     try:
-        content = io.BytesIO()  # an encoder of pages reads what it wrote
+        content = io.BytesIO()  # the encoder of pages reads back its own output
         target: Any = content
         if name == "PNG" and carried.color:
             target = Inserting(content, b"".join(packed(*chunk) for chunk in carried.color))
@@ -129,14 +129,14 @@ def save(path: Path, sequence: Frames, record: Provenance, quality: int | None =
             stream.write(content.getbuffer())
     except MemoryError:
         raise
-    except Exception as error:  # encoders raise errors of many kinds
+    except Exception as error:  # encoders raise errors of any kind
         raise OutputError(
             f"{path}: cannot be written: {reason(error)}; name another place with -o"
         ) from error
 
 
 def _pictures(results: Sequence[LoadedImage]) -> list[Image.Image]:
-    """The results as pictures of one mode, since an animation cannot mix modes."""
+    """Return the results as images of one mode, since an animation cannot mix modes."""
     pictures = [writing.to_pil(np.ascontiguousarray(result.pixels)) for result in results]
     modes = {picture.mode for picture in pictures}
     if len(modes) == 1:

@@ -1,4 +1,4 @@
-"""`moesr-run --info`: the record in a result, and the command that makes the result again."""
+"""`moesr-run --info`: the record in a result, and the command that repeats the result."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def show(path: Path) -> None:
     check_file(path)
     record = provenance.read(path)
     if record is None:
-        raise InputError(f"{path}: holds no record of moesr; BMP files and files of other programs have none")
+        raise InputError(
+            f"{path}: holds no record of moesr; only results of moesr in other formats than BMP hold one"
+        )
     for label, text in lines(path, record):
         console.say(f"{label:<14} {text}")
 
 
 def lines(path: Path, record: Provenance) -> Iterator[tuple[str, str]]:
-    """Labels and texts of everything that a record says."""
+    """Return labels and texts of everything in a record."""
     yield "result", str(path)
     yield "input", record.source
     yield "input sha256", record.digest
@@ -53,10 +55,10 @@ def lines(path: Path, record: Provenance) -> Iterator[tuple[str, str]]:
 
 
 def command(path: Path, record: Provenance) -> str:
-    """The command line that makes a result again from its input, quoted for a shell.
+    """Return the command line that makes a result again from its input, quoted for a shell.
 
     A record holds no directories. Therefore the engine is DIR unless it is a bundled one, and the network for
-    cleaning has its file name only.
+    pre-cleaning has its file name only.
     """
     words = ["moesr-run", record.source, "-o", str(path), "--engine", _engine(record.engine)]
     for name, value in record.settings.items():
@@ -70,7 +72,7 @@ def command(path: Path, record: Provenance) -> str:
 
 
 def _engine(engine: str) -> str:
-    """The bundled engine that a record names, or DIR."""
+    """Return the bundled engine that a record names, or DIR."""
     for name in DEMO_ENGINES:
         try:
             manifest = read_manifest(engine_directory(name), verify=False)

@@ -1,4 +1,4 @@
-"""The input files of a run: files that were named, and the images of directories, each once."""
+"""The input files of a run: the files that are named and the images of directories, without repetitions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Input:
     """An input file and how it was found."""
 
     path: Path
-    listed: bool = False  # found in a directory rather than named
+    listed: bool = False  # found in a directory, not named
     folder: Path = Path()  # its directory, relative to the directory that was named
 
 
 @dataclass
 class Listing:
-    """The inputs of a run in their order, and what the user should know about everything else."""
+    """The inputs of a run in order, and messages for the user about all other files."""
 
     inputs: list[Input] = field(default_factory=list)
     failed: list[tuple[Path, MoesrError]] = field(default_factory=list)  # paths that cannot be used
@@ -48,7 +48,7 @@ def find(paths: Sequence[Path], *, recursive: bool = False, ignored: Path | None
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a path leads to a directory; False if it cannot be examined."""
+    """Return True if a path leads to a directory; False if it cannot be examined."""
     try:
         status = examine(path)
     except InputError:
@@ -90,7 +90,7 @@ class _Search:
         self._seen: dict[str, Path] = {}
 
     def expand(self, path: Path) -> Iterator[Input]:
-        """The inputs that a path stands for; InputError if it cannot be used."""
+        """Return the inputs that a path stands for; InputError if it cannot be used."""
         if is_directory(path):
             if self._is_new(path, "input"):
                 yield from self._walk(path, Path())
@@ -120,7 +120,7 @@ class _Search:
                     self._listing.failed.append((path, error))
 
     def _contents(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """The image files and the subdirectories to visit, by name; notes say what else there is."""
+        """Return the image files and the subdirectories to visit, by name; other entries are noted."""
         images: list[Path] = []
         folders: list[Path] = []
         others: list[str] = []

@@ -1,6 +1,6 @@
-"""Result files: their names, which inputs are already done, and what may be overwritten.
+"""Result files: their names, which inputs are already done, and which files may be overwritten.
 
-A result is recognised by the record in it (see `images/provenance.py`), not by its name.
+A result is recognized by the record in it (see `images/provenance.py`), not by its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moesr.runtime.system.file_hashes import Stamp
 from moesr.runtime.system.files import check_file, check_writable, examine, kind_of, reason
 
 NAME_BYTES = 255
-"""Longest file name of the usual file systems, unless the system reports another limit."""
+"""The longest file name on common file systems, unless the system reports another limit."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Naming:
     extension: str = ".png"
 
     def first(self, source: Path) -> tuple[str, str]:
-        """The usual name, and the one for inputs whose names differ in their extension only."""
+        """Return the usual name, and the name for inputs that differ from others in their extension only."""
         return self._name(source.stem), self._name(source.name.replace(".", "_"))
 
     def later(self, source: Path) -> Iterator[str]:
-        """Further names, numbered from 2."""
+        """Yield further names, numbered from 2."""
         return (self._name(source.name.replace(".", "_"), f"_{n}") for n in itertools.count(2))
 
     def _name(self, stem: str, number: str = "") -> str:
@@ -47,10 +47,9 @@ class Naming:
 
 
 def shorten(stem: str, ending: str, limit: int = NAME_BYTES) -> str:
-    """`stem` and `ending` as a file name of at most `limit` bytes.
+    """Return `stem` and `ending` as a file name of at most `limit` bytes.
 
-    A stem that is too long is cut, and eight hexadecimal digits of its hash keep the names of different stems
-    apart.
+    A stem that is too long is cut, and eight hexadecimal digits of its hash distinguish it from others.
     """
     if len(os.fsencode(stem + ending)) <= limit:
         return stem + ending
@@ -62,7 +61,7 @@ def shorten(stem: str, ending: str, limit: int = NAME_BYTES) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """An input file to work on and the place of its result.
+    """An input file and the path of its result.
 
     `digest` is the SHA-256 of the input as it was at `stamp`, if it had to be compared with a result.
     """
@@ -82,7 +81,7 @@ class OutputPlan:
     notes: list[str] = field(default_factory=list)
 
     def decide(self, found: Input) -> Task | str:
-        """The task for an input, or a line that says why its result need not be made.
+        """Return the task for an input, or a line that says why its result need not be made.
 
         The decisions depend on each other, so inputs must be passed in the order of the listing. Raises
         InputError or OutputError if the input cannot be done.
@@ -108,11 +107,13 @@ def plan(
 
     Without `output`, results go beside their inputs, as `{stem}_x{scale}.png` unless `naming` says otherwise;
     for `output` see `check_usage`. The results of a directory that is searched recursively go into the same
-    subdirectories of `output`. A complete result is not made again unless `force` is set; if it differs from
-    `wanted` (engine, settings) in more than the `ignored` settings, that is an error for an input that was
-    named. If another input or its result has the name of a result, the next free name is used
-    (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...). Any other file is only replaced with `force`: without it,
-    an input that was named is refused, and one from a directory gets the next name.
+    subdirectories of `output`.
+
+    A complete result is not made again unless `force` is set. If it differs from `wanted` (engine, settings)
+    in more than the `ignored` settings, this is an error for an input that was named. If another input or its
+    result has the name of a result, the next free name is used (`{stem}_{suffix}`, `{stem}_{suffix}_2`, ...).
+    Any other file is only replaced with `force`: without it, an input that was named is refused, and one from
+    a directory gets the next name.
     """
     naming = naming or Naming(f"_x{wanted.scale}")
     directory = check_usage(paths, output)
@@ -126,11 +127,11 @@ def plan(
 
 
 def check_usage(paths: Sequence[Path], output: str | None) -> Path | None:
-    """The directory that `output` names; None if it names a file or is None.
+    """Return the directory that `output` names; None if it names a file or is None.
 
     It names a directory if it is one, ends in a slash or has no extension, and also if it must hold several
-    results and its extension is not that of an image. Raises UsageError for a file where a directory is
-    needed and for an unknown extension, and OutputError if the directory cannot be made or written to.
+    results and its extension is not that of an image. Raises UsageError for a file in place of a directory
+    and for an unknown extension, and OutputError if the directory cannot be created or written to.
     """
     if output is None:
         return None
@@ -159,7 +160,7 @@ def check_usage(paths: Sequence[Path], output: str | None) -> Path | None:
 
 
 class OutputNames:
-    """Decides for each input of a run, in order, if there is work to do and what its result is called."""
+    """Decides for each input of a run, in order, whether there is work to do and how its result is named."""
 
     def __init__(
         self,
@@ -172,7 +173,10 @@ class OutputNames:
         one: Path | None = None,
         ignored: frozenset[str] = frozenset(),
     ) -> None:
-        """`place` is the directory of all results, and `one` the file of the only result."""
+        """Start with no names in use.
+
+        `place` is the directory of all results, `one` the file of the only result.
+        """
         self._wanted, self._naming, self._force = wanted, naming, force
         self._place, self._one, self._ignored = place, one, ignored
         self._sources = {_key(found.path) for found in listed}
@@ -181,7 +185,10 @@ class OutputNames:
         self._folders: dict[Path, OutputError | None] = {}
 
     def decide(self, found: Input) -> Task | str:
-        """The task for an input, or the line that says that it is done; OutputError if it cannot be done."""
+        """Return the task for an input, or the line that says that it is done.
+
+        OutputError if it cannot be done.
+        """
         source, folder = found.path, self._folder(found)
         stamp = Stamp.of(source.stat())
         digest = ""
@@ -204,7 +211,7 @@ class OutputNames:
         return Task(source, target, digest, stamp)
 
     def _earlier(self, source: Path, folder: Path) -> Iterator[Path]:
-        """Files that may be the result of a source from an earlier run."""
+        """Return files that may be the result of a source from an earlier run."""
         if self._one:
             yield self._one
             return
@@ -213,11 +220,11 @@ class OutputNames:
         yield from itertools.takewhile(lambda path: examine(path, OutputError) is not None, later)
 
     def _is_own(self, record: Provenance, digest: str, target: Path, source: Path) -> bool:
-        """Whether a result was made from this file, or lies beside it and names it as its source."""
+        """Return True if a result was made from this file, or lies beside it and names it as its source."""
         return self._force or record.digest == digest or _real(target.parent) == _real(source.parent)
 
     def _finished(self, found: Input, target: Path, record: Provenance, wanted: Provenance) -> str:
-        """The line that says that an input is done; "" if its result has to be made again."""
+        """Return the line that says that an input is done; "" if its result has to be made again."""
         if self._force or not provenance.is_whole(target):
             return ""
         same = {name: record.settings.get(name) for name in self._ignored if name in record.settings}
@@ -230,16 +237,16 @@ class OutputNames:
         return f"{found.path}: skipped, {target} exists{made} (--force makes it again)"
 
     def _free(self, found: Input, folder: Path) -> Path:
-        """The first name that is not in use."""
+        """Return the first name that is not in use."""
         short, long = self._naming.first(found.path)
         first = [long] if self._stems[folder / found.path.stem] > 1 else [short, long]
         names = itertools.chain(first, self._naming.later(found.path))
         return next(target for target in map(folder.joinpath, names) if self._is_free(target, found.listed))
 
     def _is_free(self, target: Path, listed: bool) -> bool:
-        """Whether this name can be used; for an input that was named, also if a foreign file has it.
+        """Return True if this name can be used; a named input may also get the name of a file not from moesr.
 
-        The user is then told about that file, while a listed input gets the next name.
+        `_check_target` then reports that file, while an input from a directory gets the next name.
         """
         if _key(target) in self._taken or _key(target) in self._sources or provenance.read(target):
             return False
@@ -256,7 +263,7 @@ class OutputNames:
         status = examine(target, OutputError)
         kind = kind_of(status) if status else "file"
         if _real(target) == _real(source):
-            raise OutputError(f"{source}: would be overwritten by its own result; name another file with -o")
+            raise OutputError(f"{source}: its own result would overwrite it; name another file with -o")
         if kind != "file":
             raise OutputError(f"{target}: is a {kind}; name another file with -o")
         if not self._force:
@@ -287,5 +294,5 @@ def _real(path: Path) -> str:
 
 
 def _key(path: Path) -> str:
-    """Equal for two paths that may name one file, including on systems that ignore capitals."""
+    """Return a key that is equal for two paths of one file, also on systems that ignore case."""
     return f"{_real(path.parent)}/{path.name}".casefold()

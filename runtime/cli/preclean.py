@@ -1,7 +1,7 @@
-"""Cleaning of severely degraded images before they are super-resolved (StableSR, appendix C).
+"""Cleaning severely degraded images before they are super-resolved (StableSR, appendix C).
 
 A super-resolution network such as Real-ESRGAN+ removes noise and blur. Its result is halved by bicubic
-resampling, so that its artefacts are not enlarged, and then given to the engine. The network is an ONNX file
+resampling, so that its artifacts are not enlarged, and then given to the engine. The network is an ONNX file
 that maps RGB in 0..1, [1, 3, h, w], to [1, 3, s h, s w]; its scale s is found by running it.
 """
 
@@ -20,27 +20,27 @@ from moesr.runtime.images.resize import imresize, reflect
 from moesr.runtime.system.files import examine, kind_of, sha256_of
 from moesr.runtime.system.memory import ran_out_of_memory
 
-TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and the number that divides its sides
-MARGIN_PX = 16  # border of a tile that is not used; beyond the image's edges it is mirrored
-PROBE_PX = 64  # side of the grey image that the network is tried on
-FARTHEST = 4.0  # a network for pixels in 0..1 yields smaller values than this for grey
+TILE_PX, MULTIPLE_PX = 192, 32  # of the input: the largest tile, and the divisor of its sides
+MARGIN_PX = 16  # border of a tile that is not used; beyond the image's edges the image is mirrored
+PROBE_PX = 64  # side of the grey image for the first run of the network
+FARTHEST = 4.0  # for grey, a network for pixels in 0..1 gives smaller values than this
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _EXPECTED = "expected a super-resolution network: RGB in 0..1, [1, 3, h, w] -> [1, 3, s h, s w], s from 2 on"
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Along one axis: the part of the image that a tile produces. It begins `MARGIN_PX` inside the tile."""
+    """The part of the image that a tile produces, along one axis. It begins `MARGIN_PX` inside the tile."""
 
     start: int
     stop: int
 
 
 class PreCleaner:
-    """An opened network that turns an image into a cleaner one of `scale / 2` times its size."""
+    """A network that makes a cleaner image of `scale / 2` times the size."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Open an ONNX file; EngineError if it is none, or not a super-resolution network."""
+        """Open an ONNX file; EngineError if it cannot be run or is not a super-resolution network."""
         self.path = path
         self._session = _open(path, threads)
         self._name, self._type, self._fixed = _declared(path, self._session)
@@ -48,7 +48,7 @@ class PreCleaner:
         self.sha256 = sha256_of(path)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Clean a uint8 or uint16 array HxW or HxWx{1,2,3,4}; same type and channels, alpha is only resized.
+        """Clean a uint8 or uint16 array HxW or HxWx{1,2,3,4}; type and channels stay, alpha is only resized.
 
         Raises InputError for another array, NonFiniteError or EngineError if the network fails on it, and
         MemoryLimitError if memory runs out.
@@ -59,7 +59,7 @@ class PreCleaner:
         return join(rgb, alpha, planes)
 
     def _clean(self, rgb: np.ndarray) -> np.ndarray:
-        """[H, W, 3] -> [s H / 2, s W / 2, 3], halves of pixels rounded up."""
+        """Clean [H, W, 3] and return [s H / 2, s W / 2, 3], with odd sizes rounded up."""
         height, width = rgb.shape[:2]
         tile = self._fixed or (_side(height), _side(width))
         rows, columns = (list(_spans(size, side)) for size, side in zip((height, width), tile, strict=True))
@@ -75,17 +75,19 @@ class PreCleaner:
         return out
 
     def _places(self, span: _Span) -> tuple[slice, slice]:
-        """The part of a halved tile that is used, and its place in the halved image."""
+        """Return the part of a halved tile that is used, and its place in the halved image."""
         scale = self.scale
         first, length = MARGIN_PX * scale // 2, -(-(span.stop - span.start) * scale // 2)
         place = span.start * scale // 2
         return slice(first, first + length), slice(place, place + length)
 
     def _halved(self, tile: np.ndarray) -> np.ndarray:
-        """Float32 [h, w, 3] in 0..1 -> the network's result, halved: [s h / 2, s w / 2, 3]."""
+        """Run the network on float32 [h, w, 3] in 0..1 and return the result halved, [s h / 2, s w / 2, 3]."""
         result = self._run(tile)
         if not np.isfinite(result).all():
-            raise NonFiniteError(f"{self.path}: NaN or infinite values for this image; use another network")
+            raise NonFiniteError(
+                f"{self.path}: gives NaN or infinite values for this image; use another network"
+            )
         odd = [(0, side % 2) for side in result.shape[:2]]
         even = np.pad(result, (*odd, (0, 0)), mode="edge")
         return imresize(even, even.shape[0] // 2, even.shape[1] // 2)
@@ -94,48 +96,50 @@ class PreCleaner:
         fed = np.ascontiguousarray(tile.transpose(2, 0, 1)[None], self._type)
         try:
             result = self._session.run(None, {self._name: fed})[0]
-        except Exception as error:  # the library has no common base for its errors
+        except Exception as error:  # the library's errors have no common base class
             raise _explain(self.path, error) from error
         return np.asarray(result, np.float32)[0].transpose(1, 2, 0)
 
     def _probe(self) -> int:
-        """The scale, from a run on grey; EngineError if this is no super-resolution network."""
+        """Return the scale, from a run on grey; EngineError if this is not a super-resolution network."""
         height, width = self._fixed or (PROBE_PX, PROBE_PX)
         grey = np.full((height, width, 3), 0.5, np.float32)
         try:
             result = self._run(grey)
         except (ValueError, IndexError) as error:
-            raise EngineError(f"{self.path}: its result has no image's axes; {_EXPECTED}") from error
+            raise EngineError(
+                f"{self.path}: its result does not have the shape of an image; {_EXPECTED}"
+            ) from error
         scale = result.shape[0] // height
         if result.shape != (scale * height, scale * width, 3) or scale < 2:
             made, given = ("x".join(map(str, array.shape)) for array in (result, grey))
-            raise EngineError(f"{self.path}: made {made} of {given} (h x w x channels); {_EXPECTED}")
+            raise EngineError(f"{self.path}: makes {made} from {given} (h x w x channels); {_EXPECTED}")
         if not np.abs(result).max() < FARTHEST:
-            raise EngineError(f"{self.path}: made {np.abs(result).max():g} of grey 0.5; {_EXPECTED}")
+            raise EngineError(f"{self.path}: gives {np.abs(result).max():g} for grey 0.5; {_EXPECTED}")
         return scale
 
 
 def _side(size: int) -> int:
-    """Side of the tiles for an image of this size."""
+    """Return the side of the tiles for an image of this size."""
     return min(TILE_PX, -(-(size + 2 * MARGIN_PX) // MULTIPLE_PX) * MULTIPLE_PX)
 
 
 def _spans(size: int, tile: int) -> Iterator[_Span]:
-    """The tiles along one axis; all begin at even positions, so that their results can be halved."""
+    """Return the tiles along one axis; all begin at even positions, so that their results can be halved."""
     stride = (tile - 2 * MARGIN_PX) // 2 * 2
     for start in range(0, size, stride):
         yield _Span(start, min(start + stride, size))
 
 
 def _shown(span: _Span, tile: int, size: int) -> np.ndarray:
-    """Positions in a line of `size` pixels that a tile shows, mirrored beyond the ends of the line."""
+    """Return the positions in a line of `size` pixels that a tile shows, mirrored beyond its ends."""
     return reflect(np.arange(span.start - MARGIN_PX, span.start - MARGIN_PX + tile), size)
 
 
 def _open(path: Path, threads: int | None) -> Any:
     from moesr.runtime.backends import ort
 
-    ort.probe()  # says what to install
+    ort.probe()  # the error says what to install
     import onnxruntime
 
     status = examine(path, EngineError)
@@ -146,12 +150,12 @@ def _open(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads, options.log_severity_level = threads or 0, 4
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library has no common base for its errors
+    except Exception as error:  # the library's errors have no common base class
         raise _explain(path, error) from error
 
 
 def _declared(path: Path, session: Any) -> tuple[str, type, tuple[int, int] | None]:
-    """Name, type and fixed sides (None: any) of the only input; EngineError if it does not take an image."""
+    """Return name, type and fixed sides (or None) of the only input; EngineError if it takes no image."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise EngineError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; {_EXPECTED}")

@@ -1,4 +1,4 @@
-"""The progress of a run over many images: the fraction that is done, shown as a bar, lines or JSON."""
+"""The progress of a run over many images: the fraction of the work done, as a bar, lines or JSON."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ EVENT_S = 1.0
 class Progress:
     """The fraction of all work that is done, from reports of the upscaler about the images it has begun.
 
-    The work on images that are not begun is estimated from their pixels, or, before they are read, from the
-    mean of the images that are. The fraction never decreases.
+    The work on other images is estimated from their pixels, or, before they are read, from the mean of the
+    images that were read. The fraction never decreases.
     """
 
     def __init__(self, count: int) -> None:
         self.fraction = 0.0
-        self.unread = count  # inputs that were not looked at yet
-        self._begun = self._waiting = self._second = self._second_done = 0  # pixels of input
+        self.unread = count  # inputs that were not examined yet
+        self._begun = self._waiting = self._second = self._second_done = 0  # pixels of inputs
         self._read = 0
         self._first = 0.0  # pixels whose first pass is done
 
     def read(self, area: int, second: int = 0) -> None:
-        """Count an image that was read; `second` are the pixels that a second pass will enlarge."""
+        """Count an image that was read; `second` is the number of pixels that a second pass will enlarge."""
         self._read += 1
         self._waiting += area
         self._second += second
 
     def begin(self, area: int) -> None:
-        """Count an image that was read as begun."""
+        """Count an image that was read before as begun."""
         self._begun += area
         self._waiting -= area
 
     def drop(self, area: int) -> None:
-        """Forget an image that was read and failed before it was begun."""
+        """Remove an image that was read and failed before it was begun."""
         self._waiting -= area
         self._read -= 1
 
     def update(self, done: float, total: float) -> float:
-        """The fraction, if `done` of `total` seconds of work on the begun images are done."""
+        """Return the fraction, given that `done` of `total` seconds of work on the begun images are done."""
         self._first = done / total * self._begun if total > 0 else 0.0
         return self._advance(self._first + self._second_done)
 
     def update_second(self, area: int, fraction: float) -> float:
-        """The fraction, if that much of a second pass over `area` pixels is done; 1 ends the pass."""
+        """Return the fraction, given the share of a second pass over `area` pixels; share 1 ends the pass."""
         if fraction >= 1.0:
             self._second_done += area
             fraction = 0.0

@@ -1,4 +1,4 @@
-"""The account of a run: one line of JSON for each file, and the warnings that belong to it."""
+"""The report of a run: one line of JSON for each file, with the warnings about that file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("moesr")
 
 @dataclass
 class Entry:
-    """One file of a run, from when work on it began."""
+    """One file of a run, from the time when work on it began."""
 
     input: str
     result: str | None = None
@@ -29,7 +29,7 @@ class Entry:
     began: float = field(default_factory=time.perf_counter)
 
     def line(self, status: str, record: Provenance, error: str | None = None) -> dict[str, Any]:
-        """The values of the entry's line; `status` is "done", "skipped" or "failed"."""
+        """Return the values of the entry's line; `status` is "done", "skipped" or "failed"."""
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "status": status,
@@ -46,11 +46,11 @@ class Entry:
 class Report(logging.Handler):
     """Appends lines to the file of `--log`, and with `--progress json` writes them to stderr.
 
-    As a handler of the log it collects the warnings that appear while `collecting` an entry.
+    It is a handler of the log, which collects the warnings that appear while `collecting` an entry.
     """
 
     def __init__(self, path: Path | None, as_events: bool = False) -> None:
-        """OutputError if the file cannot be written to."""
+        """Open the file; OutputError if it cannot be written to."""
         super().__init__(logging.WARNING)
         self._path, self._as_events = path, as_events
         self._entry: Entry | None = None
@@ -61,11 +61,11 @@ class Report(logging.Handler):
                     pass
             except (OSError, ValueError) as error:
                 raise OutputError(
-                    f"{path}: cannot be written to: {reason(error)}; name another --log"
+                    f"{path}: cannot be written to: {reason(error)}; name another file with --log"
                 ) from error
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning for the entry at work."""
+        """Keep a warning for the current entry."""
         if self._entry is not None and record.levelno == logging.WARNING:
             self._entry.warnings.append(record.getMessage())
 
@@ -81,7 +81,7 @@ class Report(logging.Handler):
             self._entry = before
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line; a file that cannot be written to any more is a warning."""
+        """Append a line; if the file cannot be written to any more, log a warning."""
         if self._as_events:
             console.event("file", **values)
         if self._path is None:

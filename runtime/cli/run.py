@@ -32,12 +32,12 @@ log = logging.getLogger("moesr")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `moesr-run`; returns the exit code."""
+    """Run `moesr-run` and return its exit code."""
     return console.run_program("moesr-run", parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say; returns the exit code."""
+    """Do what the arguments say and return the exit code."""
     import secrets
 
     from moesr.runtime import options
@@ -88,7 +88,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _named_extension(output: str | None) -> str:
-    """The usual extension of the format of an output that is named as a file; "" for other outputs."""
+    """Return the usual extension of the format of an output file; "" for other outputs."""
     from moesr.runtime.cli.inputs import is_directory
 
     if not output or output.endswith(("/", os.sep)):
@@ -127,7 +127,7 @@ def _run_options(args: argparse.Namespace, to_stdout: bool) -> RunOptions:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `moesr-run`."""
+    """Return the parser of the command line of `moesr-run`."""
     p = argparse.ArgumentParser("moesr-run", description=__doc__, formatter_class=console.HelpFormatter)
     p.add_argument(
         "inputs",

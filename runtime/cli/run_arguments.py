@@ -11,11 +11,11 @@ EXTENSIONS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 """Extensions of result files by the names of formats."""
 
 RANDOM = "random"
-"""The value of `--seed` that stands for a new seed."""
+"""The value of `--seed` that stands for a new random seed."""
 
 
 def add_output_options(p: argparse.ArgumentParser) -> None:
-    """Add the options about files: where results go, what they are called, and their format."""
+    """Add the options about files: where results go, their names and their format."""
     group = p.add_argument_group("files")
     group.add_argument(
         "-o",
@@ -26,10 +26,14 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
         "beside each input)",
     )
     group.add_argument(
-        "--recursive", action="store_true", help="include subdirectories, and make the same ones in OUT"
+        "--recursive",
+        action="store_true",
+        help="include subdirectories, and create the same subdirectories in OUT",
     )
     group.add_argument("--format", choices=EXTENSIONS, help="format of results (default: png)")
-    group.add_argument("--quality", type=int, metavar="Q", help="1 to 100, of jpg and webp (default: 95)")
+    group.add_argument(
+        "--quality", type=int, metavar="Q", help="quality of jpg and webp, 1 to 100 (default: 95)"
+    )
     group.add_argument(
         "--suffix",
         metavar="TEXT",
@@ -54,7 +58,7 @@ def add_output_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_report_options(p: argparse.ArgumentParser) -> None:
-    """Add the options about what the program tells."""
+    """Add the options about the program's messages."""
     group = p.add_argument_group("reports")
     group.add_argument(
         "--info",
@@ -78,7 +82,7 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fail-fast", action="store_true", help="stop after the first input that fails")
     group.add_argument(
-        "--quiet", action="store_true", help="print no progress and no notes, only warnings and errors"
+        "--quiet", action="store_true", help="print neither progress nor notes, only warnings and errors"
     )
 
 
@@ -132,7 +136,7 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_appearance_options(p: argparse.ArgumentParser) -> None:
-    """Add the options about what results look like."""
+    """Add the options about the look of results."""
     from moesr.runtime.images.color import COLOR_FIXES
     from moesr.runtime.options import DEFAULT_COLOR_FIX
 
@@ -144,7 +148,10 @@ def add_appearance_options(p: argparse.ArgumentParser) -> None:
         help="method that moves the result's colors towards the input's (default: %(default)s)",
     )
     group.add_argument(
-        "--fidelity", type=float, metavar="W", help="0, free, to 1, faithful (default: the engine's)"
+        "--fidelity",
+        type=float,
+        metavar="W",
+        help="from 0, a free result, to 1, one that follows the input closely (default: the engine's)",
     )
     group.add_argument(
         "--guidance",

@@ -1,4 +1,4 @@
-"""Result sizes that users ask for: a scale or an exact size, in one or two passes of the engine."""
+"""Result sizes that users ask for: a scale or an exact size, reached in one or two passes of the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_SIDE_PX = 1_000_000
 
 @dataclass(frozen=True)
 class Size:
-    """A scale, or a width and a height of which one may be None to keep the proportions of the input."""
+    """A scale, or a width and a height, one of which may be None to keep the proportions of the input."""
 
     scale: float | None = None
     width: int | None = None
@@ -24,7 +24,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """The size in a file name: "x2.5", "800x600", "w800" or "h600"."""
+        """Return the size as in a file name: "x2.5", "800x600", "w800" or "h600"."""
         if self.scale is not None:
             return f"x{self.scale:g}"
         if self.width and self.height:
@@ -32,13 +32,13 @@ class Size:
         return f"w{self.width}" if self.width else f"h{self.height}"
 
     def recorded(self) -> dict[str, float | str]:
-        """The setting as results record it: {"scale": 2.5} or {"size": "800x600"}."""
+        """Return the setting as results record it: {"scale": 2.5} or {"size": "800x600"}."""
         if self.scale is not None:
             return {"scale": self.scale}
         return {"size": f"{self.width or ''}x{self.height or ''}"}
 
     def of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the result of an image."""
+        """Return height and width of the result of an image."""
         if self.scale is not None:
             return _rounded(height * self.scale), _rounded(width * self.scale)
         if self.width and self.height:
@@ -50,7 +50,7 @@ class Size:
 
 
 def scale_argument(text: str) -> Size:
-    """The size for `--scale`, such as "2" or "2.5"."""
+    """Return the size for `--scale`, such as "2" or "2.5"."""
     try:
         scale = float(text)
     except ValueError:
@@ -63,7 +63,7 @@ def scale_argument(text: str) -> Size:
 
 
 def size_argument(text: str) -> Size:
-    """The size for `--size`, such as "1920x1080", "1920x" or "x1080"."""
+    """Return the size for `--size`, such as "1920x1080", "1920x" or "x1080"."""
     found = re.fullmatch(r"([1-9]\d{0,6})?[xX]([1-9]\d{0,6})?", text.strip(), re.ASCII)
     sides = [int(side) for side in found.groups() if side] if found else []
     if not found or not sides or max(sides) > MAX_SIDE_PX:
@@ -76,10 +76,10 @@ def size_argument(text: str) -> Size:
 
 
 def between(source: tuple[int, int], target: tuple[int, int], scale: int) -> tuple[int, int] | None:
-    """The size to which the result of a first pass is resampled before a second one; None if one is enough.
+    """Return the size to which the first pass is resampled before a second one; None if one pass is enough.
 
-    Sizes are (height, width). The second pass then reaches `target`, or a little more. InputError if two
-    passes are not enough.
+    Sizes are (height, width). The second pass then reaches `target`, or a little more. InputError is raised
+    if two passes are not enough.
     """
     if all(s * scale >= t for s, t in zip(source, target, strict=True)):
         return None

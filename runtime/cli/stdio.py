@@ -1,7 +1,7 @@
 """Images through pipes: standard input as an input file, and standard output as a result.
 
-Both are kept in a temporary directory, because the type of an image is read from its content and a result is
-written only when it is complete.
+Both are stored in a temporary directory, because the type of an image is read from its content and a result
+is written only when it is complete.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Piped:
 
     inputs: list[Path]
     output: str | None
-    result: Path | None = None  # the file that is to be sent to standard output
+    result: Path | None = None  # the file whose content is sent to standard output
 
     def send(self) -> None:
-        """Write the result to standard output; OutputError if the reader is gone."""
+        """Write the result to standard output; OutputError if its reader has closed it."""
         if self.result is None or not self.result.exists():
             return
         try:
@@ -46,7 +46,7 @@ class Piped:
 
 
 def descriptor_of(path: Path) -> int | None:
-    """The number of the open file that a path such as "-", "/dev/stdin" or "/dev/fd/3" stands for."""
+    """Return the number of the open file that a path such as "-", "/dev/stdin" or "/dev/fd/3" stands for."""
     names = {"-": 0, "/dev/stdin": 0, "/dev/stdout": 1}
     found = _DESCRIPTOR.fullmatch(str(path))
     return int(found[1] or found[2]) if found else names.get(str(path))
@@ -72,9 +72,7 @@ def piped(inputs: Sequence[Path], output: str | None, extension: str) -> Iterato
         what = "standard input" if reads else "standard output"
         raise UsageError(f"{what} can serve one image only, but there are {len(inputs)} inputs")
     if writes and sys.stdout.isatty():
-        raise UsageError(
-            "an image cannot be written to a terminal; name a file with -o, or pipe the output on"
-        )
+        raise UsageError("an image cannot be written to a terminal; name a file with -o, or use a pipe")
     with tempfile.TemporaryDirectory(prefix="moesr-") as folder:
         result = Path(folder) / f"{OUTPUT_NAME}{extension}" if writes else None
         if numbers[0] is not None:

@@ -15,16 +15,16 @@ import math
 import numpy as np
 
 INITIAL_NOISE = -1
-"""The `step` for x_T, the noise that sampling starts from."""
+"""The `step` of x_T, the noise from which sampling starts."""
 
 ENCODING_NOISE = (1 << 64) - 2
-"""The `step` for the noise with which an encoder's latent is sampled."""
+"""The `step` of the noise with which an encoder's latent is sampled."""
 
 _BLOCK_WORDS = 1 << 16  # keeps the float64 temporaries to a few MB
 
 
 def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
-    """Noise of one step for the whole latent canvas: float32 [C, H, W], written to `out` if given.
+    """Return the noise of one step for the whole latent canvas: float32 [C, H, W], in `out` if it is given.
 
     `seed` is 0 .. 2**64 - 1; `step` is `INITIAL_NOISE` or a position in the sampler's list. `out` must be a
     C-contiguous float32 array of that shape. Raises ValueError otherwise.

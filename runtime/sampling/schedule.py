@@ -1,4 +1,4 @@
-"""Noise schedule and the sampler's list of steps, computed once in float64.
+"""The noise schedule and the sampler's list of steps, computed once in float64.
 
 Symbols, as in the papers:
 
@@ -21,10 +21,10 @@ from typing import Literal
 import numpy as np
 
 Spacing = Literal["leading", "linspace", "linspace_leading"]
-"""How the sampler's S steps are spread over the T timesteps.
+"""How the S steps of the sampler are spread over the T timesteps.
 
 ================== ================================ =============================== ==============
-                   the network sees t               `alpha_bar` is taken at         the end
+                   t given to the network           t of `alpha_bar`                last alpha_bar
 ================== ================================ =============================== ==============
 leading            floor(i T / S) + 1               t                               alpha_bar[0]
 linspace           round(i (T - 1) / (S - 1))       t                               1
@@ -32,16 +32,16 @@ linspace_leading   round(i (T - 1) / (S - 1))       floor(i T / S)              
 ================== ================================ =============================== ==============
 
 The first is used by LDM's DDIM and by MoE-SR, the second by StableSR's DDPM, and the last by StableSR's DDIM,
-which tells the network of more noise than there is. Halves round to even.
+which gives the network a t with more noise than z_t has. Halves are rounded to even.
 """
 
 MAX_TIMESTEPS = 100_000
-"""Largest number of training timesteps; the published models have 1000."""
+"""The largest number of training timesteps; the published models have 1000."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Scaled-linear noise schedule: `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`.
+    """The scaled-linear noise schedule `betas = linspace(sqrt(beta_start), sqrt(beta_end), timesteps) ** 2`.
 
     Raises ValueError unless 1 <= timesteps <= MAX_TIMESTEPS and 0 < beta_start <= beta_end < 1.
     """
@@ -80,8 +80,8 @@ class StepTable:
     """The sampler's steps as columns, in the order of execution: row 0 has the highest t.
 
     `t` and `expert` are int64 [S]. `alpha_bar`, `alpha_bar_prev` (at the next, less noisy timestep), `sigma`
-    and `extrapolation` are float64 [S]. `extrapolation` is the w of a multistep sampler, by which it carries
-    x0 forward from that of the step before; 0 means not at all.
+    and `extrapolation` are float64 [S]. `extrapolation` is the w of a multistep sampler, with which x0 is
+    extrapolated from the x0 of the previous step; 0 means no extrapolation.
     """
 
     t: np.ndarray
@@ -111,7 +111,7 @@ def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> 
     if spacing != "leading":
         strides = np.full(steps, (total - 1) / max(steps - 1, 1))
         strides[0] = 0 if steps > 1 else total - 1
-        # summed like the published list, because its rounding errors decide which way halves go
+        # summed as in the published code, because its rounding errors decide how halves are rounded
         return np.cumsum(strides).round().astype(np.int64)
     offset = 1 if steps < total else 0
     return np.arange(steps, dtype=np.int64) * total // steps + offset
@@ -125,12 +125,12 @@ def step_table(
     *,
     multistep: bool = False,
 ) -> StepTable:
-    """Tables for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
+    """Return the table for one run of the sampler (DDIM, Eq. 16; eta = 1 is DDPM on the respaced timesteps).
 
     `ranges` holds one `(t_from, t_to)` per expert, `t_to` exclusive. The schedule's spacing decides where the
-    last step ends, as in the published samplers. `multistep` selects DPM-Solver++(2M), whose steps are even
-    in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError if steps or eta are out of
-    range, or if a timestep belongs to no expert or to several.
+    last step ends, as in the published samplers. `multistep` selects DPM-Solver++(2M), whose steps are evenly
+    spaced in lambda and end at alpha_bar[0], whatever the spacing. Raises ValueError if steps or eta are out
+    of range, or if a timestep belongs to no expert or to several.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in 0..1 (0 is DDIM, 1 is DDPM), got {eta}")
@@ -150,10 +150,10 @@ def step_table(
 
 
 def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
-    """Mark the steps that compute every level of their expert: bool [S], from the steps' experts, int64 [S].
+    """Mark the steps that compute all levels of their expert: bool [S], from the steps' experts, int64 [S].
 
-    These are the first step of each expert and every `interval`-th step after it. The others reuse deep
-    features of the full step before them, which is always one of the same expert.
+    These are the first step of each expert and every `interval`-th step after it. The other steps reuse the
+    deep features of the full step before them, which always belongs to the same expert.
     """
     full = np.ones(len(experts), bool)
     since = 0
@@ -164,13 +164,14 @@ def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
 
 
 def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
-    """The timesteps nearest to even steps of `lambda = log(a / (1 - a)) / 2`, ascending, none of them twice.
+    """Return the distinct timesteps nearest to evenly spaced `lambda = log(a / (1 - a)) / 2`, ascending.
 
-    They run from pure noise to one step before alpha_bar[0], at which the last step ends. With steps even in
-    t the last ones would be several times longer in lambda, which costs a sampler of higher order accuracy.
+    They run from pure noise to one step before alpha_bar[0], at which the last step ends. With steps evenly
+    spaced in t the last steps would be several times longer in lambda, which makes a sampler of higher order
+    less accurate.
     """
     order, last = np.arange(steps), len(alpha_bar) - 1
-    curve = np.log(alpha_bar / (1.0 - alpha_bar)) / 2.0  # falls with t
+    curve = np.log(alpha_bar / (1.0 - alpha_bar)) / 2.0  # decreases with t
     wanted = np.linspace(curve[0], curve[-1], steps + 1)[1:]
     right = np.clip(np.searchsorted(-curve, -wanted), 1, max(last, 1))
     nearest = right - (wanted - curve[right] > curve[right - 1] - wanted) if last else order
@@ -179,7 +180,10 @@ def _even_in_lambda(alpha_bar: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _extrapolation(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> np.ndarray:
-    """`w = h / (2 h_before)` as in `samplers`, timesteps ascending; 0 for the first and the last step."""
+    """Return `w = h / (2 h_before)` of `samplers` for ascending timesteps.
+
+    0 for the first and the last step.
+    """
     w = np.zeros(len(alpha_bar))
     now, then = (np.log(a / (1.0 - a)) for a in (alpha_bar, alpha_bar_prev[1:]))
     h = np.concatenate([[np.inf], then - now[1:]])  # the last step, here in front, is not used
@@ -188,7 +192,7 @@ def _extrapolation(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> np.ndar
 
 
 def _experts(timesteps: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Index of the range that holds each timestep: int64 [S]."""
+    """Return the index of the range that holds each timestep: int64 [S]."""
     bounds = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
     holds = (bounds[:, :1] <= timesteps) & (timesteps < bounds[:, 1:])  # [experts, S]
     owners = holds.sum(axis=0)

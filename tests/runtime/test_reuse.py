@@ -245,4 +245,4 @@ def test_doctor_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     engine = build_engine(tmp_path, reuse=True)
     assert doctor.main(["--engine", str(engine), "--backend", "onnxruntime"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reuse"))
-    assert "with --reuse N, 6 kB of features kept of every tile" in line
+    assert "with --reuse N, 6 kB of features kept per tile" in line

@@ -206,7 +206,7 @@ def test_input_modified_while_read_fails(engine, photos, tmp_path, capsys, monke
 
     monkeypatch.setattr(reading, "load", grows)
     assert run(engine, photos, "-o", tmp_path / "out") == 1
-    assert "1.png: changed while it was read" in capsys.readouterr().err
+    assert "1.png: was modified while it was read" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["0_x4.png", "2_x4.png", "3_x4.png"]
 
 

@@ -139,7 +139,7 @@ UNFIT = {
     "batches": ({"batch": 2}, "takes tensor(float) 2x3x?x?"),
     "two inputs": ({"inputs": 2}, "has 2 inputs and 1 outputs"),
     "small": ({"sides": (16, 16)}, "takes tiles of 16x16 only"),
-    "range": ({"gain": 255.0}, "made 127.5 of grey 0.5"),
+    "range": ({"gain": 255.0}, "gives 127.5 for grey 0.5"),
     "doubles": ({"kind": TensorProto.DOUBLE}, ""),
 }
 

@@ -272,7 +272,7 @@ def test_existing_files_are_not_overwritten(photos: Path):
     assert "exists and is no result of" in str(error) and "--force" in str(error)
     assert do(planned(source, force=True)) == ["a_x4.png"]
     (error,) = planned(source, output=source, force=True).failed
-    assert "overwritten by its own result" in str(error)
+    assert "its own result would overwrite it" in str(error)
     (error,) = planned(source, output=photos / "b.jpg").failed
     assert "b.jpg: exists and is no result of" in str(error)
     (photos / "a_x4.png").unlink()

@@ -106,7 +106,7 @@ def test_missing_history_is_refused_if_the_step_needs_it():
     table = step_table(Schedule(), 10, 0.0, [(0, 1000)], multistep=True)
     first, second, last = (coefficients(table, step) for step in (0, 1, 9))
     assert first.c_history == last.c_history == 0
-    with pytest.raises(ValueError, match="x0 of the step before"):
+    with pytest.raises(ValueError, match="x0 of the previous step"):
         advance(normal(0), normal(1), None, second, np.empty(SHAPE, np.float32))
 
 
