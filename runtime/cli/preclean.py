@@ -82,7 +82,7 @@ class PreCleaner:
         return slice(first, first + length), slice(place, place + length)
 
     def _halved(self, tile: np.ndarray) -> np.ndarray:
-        """Run the network on float32 [h, w, 3] in 0..1 and return the result halved, [s h / 2, s w / 2, 3]."""
+        """Return the halved result of the network, [s h / 2, s w / 2, 3], for float32 [h, w, 3] in 0..1."""
         result = self._run(tile)
         if not np.isfinite(result).all():
             raise NonFiniteError(
