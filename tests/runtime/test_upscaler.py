@@ -332,7 +332,7 @@ def test_directory_goes_before_the_bundled_engine_of_its_name(
     assert bundled == engines_module.engine_directory() and bundled.is_absolute()
     (tmp_path / "demo-x4").mkdir()
     assert engines_module.engine_directory("demo-x4") == Path("demo-x4")
-    with pytest.raises(EngineError, match=r"demo-x5: no such engine .*bundled engine of this name .demo-x4, demo-x8"):
+    with pytest.raises(EngineError, match=r"demo-x5: no such engine .*no bundled engine .*demo-x4, demo-x8"):
         Upscaler("demo-x5")
 
 
