@@ -1,4 +1,4 @@
-"""Upscalers in processes that fork: a child is told what to do, or works, and it always ends."""
+"""Upscalers in processes that fork: a child gets an error with advice, or works, and it always ends."""
 
 from __future__ import annotations
 
@@ -128,7 +128,10 @@ gc.collect()
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_fork(tmp_path: Path, threads: int):
-    """All cases in one process, as starting one takes longer than a case. The last one named has failed."""
+    """All cases run in one process, as starting one takes longer than a case.
+
+    The last name printed has failed.
+    """
     text = "".join(CASE.format(name=name, text=text) for name, text in CASES.items())
     script = tmp_path / "script.py"
     script.write_text(SETUP + text)
@@ -137,8 +140,8 @@ def test_fork(tmp_path: Path, threads: int):
     assert result.returncode == 0, result.stderr
 
 
-def test_openvino_says_that_it_cannot_be_used_after_a_fork(tmp_path: Path):
-    """It would wait for its threads in a child if the parent has closed a graph."""
+def test_openvino_is_refused_after_a_fork(tmp_path: Path):
+    """In a child it would wait for its threads for ever if the parent had closed a graph."""
     pytest.importorskip("openvino")
     engine = build_engine(tmp_path / "engine")
     text = """

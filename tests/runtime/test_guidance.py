@@ -1,4 +1,4 @@
-"""Classifier-free guidance: two predictions a tile, blended by their gains, on every device."""
+"""Classifier-free guidance: two predictions per tile, weighted s and 1 - s, on every device."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_guided_canvas_equals_the_plain_loop(manifest: Manifest, guidance: float
 
 
 @pytest.mark.parametrize(("guidance", "prompts"), [(0.0, 1), (1.0, 1), (2.5, 2)])
-def test_a_prompt_that_counts_for_nothing_is_not_run(manifest: Manifest, guidance: float, prompts: int):
+def test_prompt_of_weight_zero_is_not_run(manifest: Manifest, guidance: float, prompts: int):
     rig = Rig(manifest, expert=eps_of)
     job = guided(rig, guidance)
     rig.run(job)
@@ -72,7 +72,7 @@ def test_a_prompt_that_counts_for_nothing_is_not_run(manifest: Manifest, guidanc
     assert sum(count for role, count in job.ran.items() if role != "decoder") == 4 * 6 * prompts
 
 
-def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
+def test_result_does_not_depend_on_batch_or_other_jobs(manifest: Manifest):
     alone, together = Rig(manifest, 1, expert=eps_of), Rig(manifest, 5, expert=eps_of)
     strengths = (7.0, 1.0, 0.0)
     single, shared = ([guided(rig, s) for s in strengths] for rig in (alone, together))
@@ -98,7 +98,7 @@ def test_devices_agree(manifest: Manifest, tmp_path: Path, max_batch: int):
         np.testing.assert_allclose(job.image, want.image, rtol=1e-5, atol=1e-5)
 
 
-def test_strength_is_the_engines_unless_told(engine: Path):
+def test_default_strength_is_the_engines(engine: Path):
     lr = RNG.integers(0, 256, (16, 16, 3), np.uint8)
     with Upscaler(engine, device="cpu") as up:
         default, same, none = (up(lr, guidance=s, color_fix="none") for s in (None, 3.0, 1.0))
@@ -136,13 +136,13 @@ def test_manifests_that_cannot_guide_are_refused(manifest: Manifest, tmp_path: P
         write_manifest(replace(manifest, **entries), tmp_path)
 
 
-def test_experts_that_know_no_prompts_cannot_guide(tmp_path: Path):
+def test_experts_without_a_prompt_input_cannot_guide(tmp_path: Path):
     plain = read_manifest(build_engine(tmp_path))
     with pytest.raises(EngineError, match="expert_0 takes no prompt, though there are two"):
         write_manifest(replace(plain, prompts=PROMPTS), tmp_path)
 
 
-def test_records_name_the_strength_only_where_there_is_one(engine: Path, manifest: Manifest):
+def test_records_contain_the_strength_only_with_guidance(engine: Path, manifest: Manifest):
     options = {"steps": None, "guidance": None}
     assert describe(read_manifest(engine), options).settings["guidance"] == 3.0
     assert "guidance" not in describe(manifest, options).settings

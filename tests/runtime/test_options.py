@@ -1,4 +1,4 @@
-"""Options are refused by name, whatever their type."""
+"""Invalid options of any type are refused with a message that names them."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_whatever_is_given_ends_in_one_line(check, value: object):
+def test_invalid_values_give_one_line(check, value: object):
     with pytest.raises(UsageError, match=r"^\w+ is .*, expected ") as caught:
         check(value)
     assert len(str(caught.value)) < 200
 
 
-def test_taken():
+def test_valid_values_are_accepted():
     assert options.check_threads(None) is None
     assert options.check_threads(np.int64(2)) == 2
     assert options.check_seed(np.uint64(2**64 - 1)) == 2**64 - 1

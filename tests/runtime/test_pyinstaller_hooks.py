@@ -1,4 +1,7 @@
-"""The hook for PyInstaller: found by its entry point, and complete. The build itself was tried by hand."""
+"""The hook for PyInstaller is found by its entry point and is complete.
+
+The build itself was tried by hand.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def collect_submodules(package: str, filter) -> list[str]:
     return [module.name for module in found if filter(module.name)]
 
 
-def test_the_hook_names_modules_data_and_metadata(monkeypatch):
-    """With functions in place of PyInstaller's, which is not installed for tests."""
+def test_hook_lists_modules_data_and_metadata(monkeypatch):
+    """Functions replace those of PyInstaller, which is not installed for tests."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["pyinstaller40"]["hook-dirs"].partition(":")
     (folder,) = getattr(importlib.import_module(module), name)()

@@ -1,4 +1,4 @@
-"""Deep features reused between steps: what runs when, what is kept of which tile, and what is refused."""
+"""Deep features that are reused between steps: which graph runs when, which features are kept, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Row = Mapping[str, np.ndarray]
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return read_manifest(build_engine(tmp_path / "engine", reuse=True))  # 16 latent pixels a tile
+    return read_manifest(build_engine(tmp_path / "engine", reuse=True))  # 16 latent pixels per tile
 
 
 def full_of(k: int) -> Any:
@@ -55,7 +55,7 @@ def shallow_of(k: int) -> Any:
 FUNCTIONS = {f"expert_{k}": full_of(k) for k in range(4)} | {f"shallow_{k}": shallow_of(k) for k in range(4)}
 
 
-def test_full_steps_begin_with_every_expert():
+def test_each_expert_begins_with_a_full_step():
     experts = np.array([3, 3, 3, 3, 2, 1, 1, 1, 0, 0])
     for interval, want in ((1, "1111111111"), (2, "1010110110"), (3, "1001110010"), (9, "1000110010")):
         assert full_steps(experts, interval).tolist() == [c == "1" for c in want], interval
@@ -88,14 +88,14 @@ def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int],
     assert 0 < job.planned["shallow_3"] < job.planned["expert_3"] * 2
 
 
-def test_full_steps_alone_run_no_shallow_graph(manifest: Manifest):
+def test_full_steps_run_no_shallow_graph(manifest: Manifest):
     rig = Rig(manifest, **FUNCTIONS)
     rig.run(rig.job(16, 16, steps=8, reuse=1))
     assert not any(role.startswith("shallow") for role in rig.opened)
 
 
-def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
-    """Each image has its own interval, so that full and shallow steps of several meet."""
+def test_result_does_not_depend_on_batch_or_other_jobs(manifest: Manifest):
+    """Each image has its own interval, so that full and shallow steps of several images meet."""
     sizes, options = ((20, 40), (16, 16), (33, 16)), ({"reuse": 3}, {"reuse": 1}, {"reuse": 2, "steps": 9})
     images = []
     for max_batch in (1, 3):
@@ -116,7 +116,7 @@ def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
         np.testing.assert_array_equal(one, other)
 
 
-def test_nothing_is_read_back_and_features_are_kept_after_full_steps(manifest: Manifest):
+def test_no_readback_and_features_are_kept_after_full_steps(manifest: Manifest):
     images = []
     behind = RecordingDevice()
     for device in (None, behind):
@@ -137,9 +137,7 @@ def test_nothing_is_read_back_and_features_are_kept_after_full_steps(manifest: M
 
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("max_batch", [1, 4])
-def test_a_gpu_gives_what_the_host_gives(
-    manifest: Manifest, tmp_path: Path, max_batch: int, use_graphs: bool
-):
+def test_gpu_equals_the_host(manifest: Manifest, tmp_path: Path, max_batch: int, use_graphs: bool):
     host = Rig(manifest, max_batch, **FUNCTIONS)
     wants = alike(host, steps=9, reuse=3)
     host.run(*wants)
@@ -152,21 +150,21 @@ def test_a_gpu_gives_what_the_host_gives(
     rig.worker.close()
 
 
-def test_both_graphs_of_an_expert_stay_where_memory_is_short(manifest: Manifest):
+def test_both_graphs_of_an_expert_stay_loaded_if_memory_is_short(manifest: Manifest):
     rig = Rig(manifest, keep_all=False, **FUNCTIONS)
     rig.run(rig.job(16, 16, steps=12, reuse=2))
     order = [f"{kind}_{k}" for k in (3, 2, 1, 0) for kind in ("expert", "shallow")]
-    assert rig.opened == [*order, "decoder"]  # each once, though they take turns
+    assert rig.opened == [*order, "decoder"]  # each is opened once, though they alternate
 
 
 @pytest.mark.parametrize(("reuse", "guidance", "copies"), [(1, 1.0, 0), (2, 1.0, 1), (2, 4.0, 2)])
-def test_room_is_kept_for_the_features(manifest: Manifest, reuse: int, guidance: float, copies: int):
+def test_memory_of_the_features(manifest: Manifest, reuse: int, guidance: float, copies: int):
     settings, layout = Settings(4, "ddpm", 1, 1.0, guidance, reuse), TileLayout(manifest, 40, 23)
     tiles = len(layout.sampling)
     assert feature_bytes(layout, settings) == copies * tiles * 6 * 16 * 16 * 4
 
 
-def test_a_reservation_counts_them(manifest: Manifest, tmp_path: Path):
+def test_reservation_includes_the_features(manifest: Manifest, tmp_path: Path):
     graphs = GraphMemory(manifest, tmp_path / "engine", "cpu", 1)
     admission, layout = Admission(graphs, Residency(lambda role: None, True)), TileLayout(manifest, 40, 23)  # type: ignore[arg-type]
     plain, reused = (admission.reserve(layout, Settings(4, "ddpm", 1, 1.0, 1.0, n)) for n in (1, 2))
@@ -174,7 +172,7 @@ def test_a_reservation_counts_them(manifest: Manifest, tmp_path: Path):
 
 
 def test_end_to_end_on_files(tmp_path: Path):
-    """ONNX Runtime, between the buffers of both graphs."""
+    """ONNX Runtime runs both graphs, and the features go through their buffers."""
     engine = build_engine(tmp_path / "engine", reuse=True, steps=12)
     lr = RNG.integers(0, 256, (20, 31, 3), np.uint8)
     with Upscaler(engine, backend="onnxruntime") as up:
@@ -187,7 +185,7 @@ def test_end_to_end_on_files(tmp_path: Path):
                 up(lr, reuse=reuse)
 
 
-def test_an_engine_without_shallow_graphs_refuses(tmp_path: Path):
+def test_engine_without_shallow_graphs_is_refused(tmp_path: Path):
     with Upscaler(build_engine(tmp_path), backend="onnxruntime") as up:
         up(np.zeros((8, 8, 3), np.uint8), steps=1, reuse=1)
         with pytest.raises(UsageError, match=r"reuse is 2, but synthetic has no shallow graphs.*--reuse"):
@@ -208,11 +206,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 MISUSE = {
     "no shallow graph": (lambda v: v["graphs"].pop("shallow_2"), "no graph 'shallow_2'"),
-    "shallow graphs of some": (
+    "shallow graphs of some experts": (
         lambda v: v["experts"][1].update(shallow=None),
         "some experts have a shallow graph and some have none",
     ),
-    "nothing left to them": (
+    "experts without features": (
         lambda v: v["graphs"]["expert_0"]["outputs"].pop(),
         "expert_0 has a shallow graph and no output 'deep'",
     ),
@@ -232,7 +230,7 @@ MISUSE = {
 
 
 @pytest.mark.parametrize(("change", "message"), MISUSE.values(), ids=MISUSE)
-def test_manifests_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str):
+def test_inconsistent_manifests_are_refused(tmp_path: Path, change: Any, message: str):
     path = build_engine(tmp_path, reuse=True) / "manifest.json"
     values = json.loads(path.read_text())
     change(values)
@@ -241,7 +239,7 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path: Path, change: Any, mess
         read_manifest(tmp_path)
 
 
-def test_doctor_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_doctor_reports_the_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     engine = build_engine(tmp_path, reuse=True)
     assert doctor.main(["--engine", str(engine), "--backend", "onnxruntime"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reuse"))

@@ -1,4 +1,4 @@
-"""Handles of submitted images: results, progress, cancelling, asyncio, order, memory, errors, collection."""
+"""Handles of submitted images: results, progress, canceling, asyncio, order, memory, errors, collection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moesr.runtime.system import memory
 
 RNG = np.random.default_rng(21)
 LONG = {"steps": 1000}
-"""Options of an image that is still being worked on when a test looks at it."""
+"""Options of an image that is still in work when a test inspects it."""
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def at_work(handle: Any) -> bool:
 
 
 def idle(up: Upscaler) -> bool:
-    """Nothing is in flight and no memory is reserved."""
+    """Return True if nothing is in flight and no memory is reserved."""
     rooms = up._admission._reservations
     return not (up._worker._jobs or up._pipeline._active or any(room.stands for room in rooms))
 
 
 class Gate:
-    """Stands for a function of a module; callers wait in it until it is opened."""
+    """Replaces a function of a module; callers wait in it until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -76,7 +76,7 @@ class Gate:
         monkeypatch.setattr(module, name, wait)
 
 
-def test_the_result_is_that_of_a_call(up: Upscaler):
+def test_result_equals_that_of_a_call(up: Upscaler):
     lr = image(20, 30, 3)
     handle = up.submit(lr, steps=3, seed=4)
     assert isinstance(handle, concurrent.futures.Future)
@@ -115,8 +115,8 @@ def test_progress_goes_from_waiting_to_done(up: Upscaler, monkeypatch: pytest.Mo
     assert {stage for _, stage in seen} <= {"preparing", "sampling", "decoding", "finishing"}
 
 
-def test_seconds_left_count_the_other_images(up: Upscaler):
-    up(image(16, 16, 3), steps=20)  # measures
+def test_remaining_time_includes_the_other_images(up: Upscaler):
+    up(image(16, 16, 3), steps=20)  # measures the costs
     first = up.submit(image(64, 64, 3), **LONG)
     eventually(lambda: at_work(first))
     alone = first.progress.seconds_left
@@ -142,14 +142,14 @@ def test_statistics(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     eventually(lambda: up.statistics.active == up.statistics.waiting == up.statistics.seconds_left == 0)
 
 
-def test_cancelling_takes_effect_at_the_next_tick(up: Upscaler):
+def test_canceling_takes_effect_at_the_next_tick(up: Upscaler):
     handle, other = up.submit(image(64, 64, 3), **LONG), up.submit(image(16, 16, 3), steps=3)
     eventually(lambda: at_work(handle))
     assert handle.running() and handle.cancel()
     assert handle.cancelled() and handle.done() and not handle.running()
     with pytest.raises(concurrent.futures.CancelledError):
         handle.result(0)
-    assert handle.cancel()  # again
+    assert handle.cancel()  # a second time
     other.result(60)
     eventually(lambda: idle(up))
     assert concurrent.futures.wait([handle], timeout=1).done == {handle}
@@ -157,7 +157,7 @@ def test_cancelling_takes_effect_at_the_next_tick(up: Upscaler):
 
 
 @pytest.mark.parametrize("name", ["prepare", "finish"])
-def test_cancelling_outside_the_worker(up: Upscaler, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_canceling_outside_the_worker(up: Upscaler, monkeypatch: pytest.MonkeyPatch, name: str):
     gate = Gate(monkeypatch, processing, name)
     handle = up.submit(image(16, 16, 3), steps=1)
     assert gate.entered.wait(60)
@@ -168,13 +168,13 @@ def test_cancelling_outside_the_worker(up: Upscaler, monkeypatch: pytest.MonkeyP
 
 
 def tight(up: Upscaler, monkeypatch: pytest.MonkeyPatch, images: float, side: int = 64) -> None:
-    """Leave memory for so many images of `side` x `side` pixels."""
+    """Leave memory for this number of images of `side` x `side` pixels."""
     up(image(16, 16), steps=1)
     need = admission.image_bytes(TileLayout(up.manifest, side, side))
     monkeypatch.setattr(memory, "available_bytes", lambda: int(images * need))
 
 
-def test_images_wait_for_memory_in_order_and_can_be_cancelled(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_images_wait_for_memory_in_order_and_can_be_canceled(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     tight(up, monkeypatch, 1.5)
     ended: list[int] = []
     first = up.submit(image(64, 64), **LONG)
@@ -211,7 +211,7 @@ def test_priorities_while_waiting(up: Upscaler, monkeypatch: pytest.MonkeyPatch)
         up.submit(image(4, 4), priority="urgent")
 
 
-def test_a_failure_gives_memory_back(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_failed_image_frees_its_memory(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     jobs: list[weakref.ref] = []
     prepare = processing.prepare
 
@@ -228,10 +228,10 @@ def test_a_failure_gives_memory_back(up: Upscaler, monkeypatch: pytest.MonkeyPat
     cancelled = up.submit(image(64, 64, 3), **LONG)
     eventually(lambda: at_work(cancelled))
     cancelled.cancel()
-    eventually(lambda: idle(up) and not any(job() for job in jobs), 5)  # though the handles are kept
+    eventually(lambda: idle(up) and not any(job() for job in jobs), 5)  # even if the handles are kept
 
 
-def test_errors_are_the_handles(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_errors_are_raised_by_their_handles(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     assert isinstance(up.submit(np.zeros((4, 4)), steps=1).exception(0), InputError)  # type: ignore[arg-type]
     assert isinstance(up.submit(Image.new("L", (0, 4)), steps=1).exception(0), InputError)
     with pytest.raises(UsageError, match="steps is 0"):
@@ -273,11 +273,11 @@ def test_callbacks_may_use_the_upscaler(up: Upscaler):
     assert again[0].result(60).shape == (32, 32)
 
 
-def test_a_handle_keeps_its_upscaler_open(engine: Path):
+def test_handle_keeps_its_upscaler_open(engine: Path):
     assert Upscaler(engine, threads=1).submit(image(8, 8), steps=1).result(60).shape == (32, 32)
 
 
-def test_a_progress_function_that_raises_cancels_the_call(up: Upscaler):
+def test_progress_function_that_raises_cancels_the_call(up: Upscaler):
     def stop(done: float, *_: Any) -> None:
         if done:
             raise TimeoutError("enough")
@@ -287,7 +287,7 @@ def test_a_progress_function_that_raises_cancels_the_call(up: Upscaler):
     eventually(lambda: idle(up))
 
 
-def test_an_iterable_may_fill_one_array_again_and_again(up: Upscaler):
+def test_iterable_may_reuse_one_array(up: Upscaler):
     sources = [image(20, 20, 3) for _ in range(4)]
 
     def frames() -> Iterator[np.ndarray]:
@@ -301,10 +301,10 @@ def test_an_iterable_may_fill_one_array_again_and_again(up: Upscaler):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, MemoryError])
-def test_an_interrupted_preparation_leaves_no_reservation(
+def test_interrupted_preparation_leaves_no_reservation(
     up: Upscaler, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ):
-    """With little memory the next call would wait for it for ever."""
+    """With little memory the next call would wait for the reservation for ever."""
     tight(up, monkeypatch, 1.5)
 
     def interrupted(*_: Any) -> Any:
@@ -317,7 +317,7 @@ def test_an_interrupted_preparation_leaves_no_reservation(
     assert up.submit(image(64, 64), steps=1).result(60).shape == (256, 256)
 
 
-def test_the_worker_survives_an_error_of_the_scheduler(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_worker_survives_an_error_of_the_scheduler(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("a defect")
 
@@ -328,7 +328,7 @@ def test_the_worker_survives_an_error_of_the_scheduler(up: Upscaler, monkeypatch
     assert up.submit(image(16, 16), steps=1).result(60).shape == (64, 64)
 
 
-def test_a_thread_that_ends_ends_its_jobs(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_ending_thread_ends_its_jobs(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("a defect")
 
@@ -343,7 +343,7 @@ def test_a_thread_that_ends_ends_its_jobs(up: Upscaler, monkeypatch: pytest.Monk
 def test_memory_is_checked_before_pixels_are_touched(
     up: Upscaler, monkeypatch: pytest.MonkeyPatch, kind: Callable[[np.ndarray], Any]
 ):
-    """Taking transparency apart needs 62 bytes per pixel."""
+    """The separation of transparency needs 62 bytes per pixel."""
     lr = np.full((1000, 1000, 4), 200, np.uint8)
     lr[0, 0, 3] = 0
     monkeypatch.setattr(memory, "available_bytes", lambda: 10_000_000)
@@ -357,7 +357,7 @@ def test_memory_is_checked_before_pixels_are_touched(
         tracemalloc.stop()
 
 
-def test_an_image_that_waits_is_taken_apart_once(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
+def test_waiting_image_is_separated_into_planes_once(up: Upscaler, monkeypatch: pytest.MonkeyPatch):
     tight(up, monkeypatch, 1.5)
     calls: list[Any] = []
     split = pictures.split
@@ -367,8 +367,8 @@ def test_an_image_that_waits_is_taken_apart_once(up: Upscaler, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("thread", ["worker", "images"])
-def test_collected_in_a_thread_of_its_own(engine: Path, monkeypatch: pytest.MonkeyPatch, thread: str):
-    """An Upscaler in a reference cycle is collected wherever an allocation happens to start the collector."""
+def test_collection_in_a_thread_of_the_runtime(engine: Path, monkeypatch: pytest.MonkeyPatch, thread: str):
+    """An Upscaler in a reference cycle is collected in the thread whose allocation starts the collector."""
     module, name = (worker.Worker, "_tick") if thread == "worker" else (processing, "finish")
     complaints, collect, function = [], threading.Event(), getattr(module, name)
 

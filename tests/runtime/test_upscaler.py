@@ -1,4 +1,4 @@
-"""The Python interface: kinds, dtypes, channels and sizes in and out, options, errors, threads, memory."""
+"""The Python interface: types, channels and sizes of images, options, errors, threads, memory."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_pil_modes(up: Upscaler, mode: str, returned: str):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
-def test_the_result_is_the_image(up: Upscaler, color_fix: str, dtype: type):
-    """The synthetic decoder returns the LR image and a trace of the latent: a mixed-up layout would show."""
+def test_result_equals_the_image(up: Upscaler, color_fix: str, dtype: type):
+    """The synthetic decoder returns the LR image and a trace of the latent, so a wrong layout would show."""
     levels = np.linspace(0.2, 0.8, 24 * 36 * 3).reshape(24, 36, 3) * np.iinfo(dtype).max
     lr = levels.astype(dtype)
     sr = up(lr, color_fix=color_fix, sampler="ddim").astype(float)
@@ -86,13 +86,13 @@ def test_colors_are_corrected_over_the_whole_image(up: Upscaler, color_fix: str,
     assert (error < 1.5) == agrees
 
 
-def test_fidelity_reaches_the_decoder(up: Upscaler):
+def test_fidelity_is_passed_to_the_decoder(up: Upscaler):
     lr = np.full((16, 16, 3), 250, np.uint8)
     free, faithful = (int(up(lr, fidelity=w, color_fix="none").mean()) for w in (0.0, 1.0))
     assert free < 200 < faithful
 
 
-def test_same_seed_same_result(up: Upscaler):
+def test_same_seed_gives_the_same_result(up: Upscaler):
     lr = image(20, 30, 3)
     first, again, other = up(lr, seed=5), up(lr, seed=5), up(lr, seed=6)
     np.testing.assert_array_equal(first, again)
@@ -106,7 +106,7 @@ def test_grey_equals_grey_in_three_channels(up: Upscaler):
     assert np.abs(up(grey, color_fix="none") - luma).max() <= 1
 
 
-def test_alpha_is_resized_and_hidden_color_does_not_bleed(up: Upscaler):
+def test_alpha_is_resized_and_hidden_color_does_not_spread(up: Upscaler):
     lr = np.zeros((16, 16, 4), np.uint8)
     lr[:, 8:] = (200, 200, 200, 255)
     lr[:, :8] = (255, 0, 255, 0)  # an arbitrary color under full transparency
@@ -119,7 +119,7 @@ def test_alpha_is_resized_and_hidden_color_does_not_bleed(up: Upscaler):
 
 def test_fill_transparent():
     rgb, alpha = image(5, 7, 3), np.zeros((5, 7), np.uint8)
-    np.testing.assert_array_equal(fill_transparent(rgb, alpha), rgb)  # nothing visible to take colors from
+    np.testing.assert_array_equal(fill_transparent(rgb, alpha), rgb)  # no visible pixel to take colors from
     alpha[2, 3] = 1
     assert (fill_transparent(rgb, alpha) == rgb[2, 3]).all()
     alpha[0, 0] = 255
@@ -134,7 +134,7 @@ def test_scales(tmp_path: Path, scale: int):
             assert up(image(*size), steps=1).shape == (size[0] * scale, size[1] * scale, 3)
 
 
-def test_progress_counts_to_the_total_from_this_thread(up: Upscaler):
+def test_progress_counts_to_the_total_in_the_calling_thread(up: Upscaler):
     calls: list[tuple[float, float, str]] = []
     threads = set()
 
@@ -149,8 +149,8 @@ def test_progress_counts_to_the_total_from_this_thread(up: Upscaler):
     assert threads == {threading.get_ident()}
 
 
-def test_work_is_weighed_by_what_it_costs(tmp_path: Path):
-    """Before anything was measured by multiply-accumulates: here 16 times as many to decode a tile."""
+def test_progress_weights_work_by_its_cost(tmp_path: Path):
+    """Before a measurement the cost is in multiply-accumulates: here 16 times as many to decode a tile."""
     engine = build_engine(tmp_path, experts=1)
     manifest = read_manifest(engine)
     graphs = manifest.graphs | {"decoder": replace(manifest.graphs["decoder"], macs=16_000)}
@@ -188,8 +188,8 @@ def test_abandoned_iterator_leaves_nothing_behind(engine: Path):
         assert up._worker._jobs == []
 
 
-def test_the_next_image_is_fetched_while_one_is_worked_on(engine: Path):
-    """Reading overlaps with inference also where tiles run one at a time."""
+def test_next_image_is_read_while_one_is_processed(engine: Path):
+    """Reading overlaps with inference even if tiles run one at a time."""
     fetched: list[int] = []
 
     def source() -> Iterator[np.ndarray]:
@@ -205,7 +205,7 @@ def test_the_next_image_is_fetched_while_one_is_worked_on(engine: Path):
         assert fetched == [0, 1, 2]
 
 
-def test_images_wait_for_memory_that_others_in_flight_may_take(engine: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_wait_for_memory_reserved_by_others_in_flight(engine: Path, monkeypatch: pytest.MonkeyPatch):
     with Upscaler(engine) as up:
         up(image(64, 64), steps=1)
         need = admission.image_bytes(TileLayout(up.manifest, 64, 64))
@@ -231,8 +231,8 @@ def test_images_wait_for_memory_that_others_in_flight_may_take(engine: Path, mon
             up(image(64, 64))
 
 
-def test_a_suspended_iterator_does_not_hold_up_others(engine: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its finished images hold memory that shows as taken; nothing would ever free it by waiting."""
+def test_suspended_iterator_does_not_block_others(engine: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its finished images hold memory that counts as used, and no waiting would ever free it."""
     with Upscaler(engine) as up:
         up(image(64, 64), steps=1)
         need = admission.image_bytes(TileLayout(up.manifest, 64, 64))
@@ -269,7 +269,7 @@ def test_closing_while_a_graph_runs(engine: Path):
     assert [str(error) for error in caught] == ["this Upscaler is closed; open another"]
 
 
-def test_an_upscaler_that_is_forgotten_closes(engine: Path):
+def test_forgotten_upscaler_closes(engine: Path):
     up = Upscaler(engine)
     up(image(4, 4), steps=1)
     thread = up._worker._thread
@@ -324,9 +324,7 @@ def test_missing_bundled_engine_says_what_to_do(tmp_path: Path, monkeypatch: pyt
             Upscaler(name)
 
 
-def test_directory_goes_before_the_bundled_engine_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_directory_takes_precedence_over_the_bundled_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     bundled = engines_module.engine_directory("demo-x4")
     assert bundled == engines_module.engine_directory() and bundled.is_absolute()

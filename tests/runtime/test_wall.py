@@ -1,4 +1,4 @@
-"""The runtime imports without torch, onnx and triton, and none of its modules asks for them."""
+"""The runtime imports without torch, onnx and triton, and none of its modules imports them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUNTIME = Path(moesr.runtime.errors.__file__).parent
 MODULES = sorted(
     ".".join(("moesr.runtime", *path.relative_to(RUNTIME).with_suffix("").parts)).removesuffix(".__init__")
     for path in RUNTIME.rglob("*.py")
-    if "-" not in path.name  # hooks of PyInstaller, which are run by their file name
+    if "-" not in path.name  # hooks of PyInstaller, which are run by their file names
 )
 BLOCKED_IMPORT = """
 import importlib, sys
@@ -30,14 +30,14 @@ def _run(*modules: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_every_runtime_module_imports_behind_the_wall():
+def test_all_runtime_modules_import_without_torch():
     assert "moesr.runtime.backends.ort" in MODULES
     result = _run(*MODULES)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx", "triton", "moesr.export"])
-def test_the_wall_stands(name: str):
+def test_blocked_modules_cannot_be_imported(name: str):
     result = _run(name)
     assert result.returncode != 0
     assert "ImportError" in result.stderr or "ModuleNotFoundError" in result.stderr

@@ -1,4 +1,4 @@
-"""The GPU as a device over a simulated driver: results, order of work, CUDA graphs and use of memory."""
+"""The GPU device over a simulated driver: results, order of work, CUDA graphs and use of memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def manifest(tmp_path: Path) -> Manifest:
 @pytest.mark.parametrize("use_graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("max_batch", [1, 4])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
-def test_the_loop_gives_what_the_host_gives(manifest, tmp_path, max_batch, use_graphs, sampler):
+def test_loop_on_the_gpu_equals_the_host(manifest, tmp_path, max_batch, use_graphs, sampler):
     host = Rig(manifest, max_batch)
     wants = alike(host, sampler=sampler)
     host.run(*wants)
@@ -68,7 +68,7 @@ def test_latent_condition_and_start(tmp_path):
         np.testing.assert_allclose(job.image, want.image, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_read_or_waited_for_before_a_job_ends(manifest, tmp_path):
+def test_no_read_or_wait_before_a_job_ends(manifest, tmp_path):
     rig = CudaRig(manifest, tmp_path, 4)
     rig.run(rig.job(40, 23, steps=5))
     log = rig.driver.log
@@ -78,7 +78,7 @@ def test_nothing_is_read_or_waited_for_before_a_job_ends(manifest, tmp_path):
     assert len(reads) == 3  # two flags and the image
 
 
-def test_the_host_waits_when_it_is_too_far_ahead(manifest, tmp_path):
+def test_host_waits_when_it_is_too_far_ahead(manifest, tmp_path):
     rig = CudaRig(manifest, tmp_path)
     rig.run(rig.job(40, 40, steps=12))
     log = rig.driver.log
@@ -89,7 +89,7 @@ def test_the_host_waits_when_it_is_too_far_ahead(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
-def test_a_graph_is_captured_once_for_each_number_of_slots(manifest, tmp_path, max_batch):
+def test_graph_is_captured_once_per_number_of_slots(manifest, tmp_path, max_batch):
     rig = CudaRig(manifest, tmp_path, max_batch)
     for _ in range(3):
         rig.run(rig.job(40, 23, steps=8))  # 3 x 2 tiles
@@ -102,7 +102,7 @@ def test_a_graph_is_captured_once_for_each_number_of_slots(manifest, tmp_path, m
     assert calls == 2 * log.count("capture")  # replays do not call the session
 
 
-def test_the_eager_twin_launches_the_same_in_the_same_order(manifest, tmp_path):
+def test_eager_mode_launches_the_same_in_the_same_order(manifest, tmp_path):
     orders, images = [], []
     for use_graphs in (True, False):
         rig = CudaRig(manifest, tmp_path / str(use_graphs), 4, use_graphs)
@@ -116,7 +116,7 @@ def test_the_eager_twin_launches_the_same_in_the_same_order(manifest, tmp_path):
     np.testing.assert_array_equal(*images)
 
 
-def test_a_tick_is_gather_graph_blend_and_a_step_one_launch(manifest, tmp_path):
+def test_tick_is_gather_graph_blend_and_step_is_one_launch(manifest, tmp_path):
     rig = CudaRig(manifest, tmp_path)
     rig.run(rig.job(16, 16, steps=4))
     expert = ["tile_gather", "tile_gather", "{}", "tile_blend", "sampler_step"]
@@ -127,7 +127,7 @@ def test_a_tick_is_gather_graph_blend_and_a_step_one_launch(manifest, tmp_path):
     assert rig.driver.kernels == want
 
 
-def test_images_of_different_depth_share_a_tick(tmp_path):
+def test_images_of_different_bit_depth_share_a_tick(tmp_path):
     device, driver = simulated_device(tmp_path)
     host = HostDevice()
     spec = TensorSpec("lr", "float32", (BATCH, 3, 6, 8))
@@ -145,7 +145,7 @@ def test_images_of_different_depth_share_a_tick(tmp_path):
     got = np.empty((4, 3, 6, 8), np.float32)
     driver.copy_out(got, buffer.address)
     np.testing.assert_allclose(got[:3], want[:3], atol=1e-6)
-    assert driver.kernels.count("tile_gather") == 2  # the images of one depth together
+    assert driver.kernels.count("tile_gather") == 2  # images of the same depth together
     assert not got[3].any()
 
 
@@ -172,7 +172,7 @@ def test_means_of_different_windows_share_a_call(tmp_path):
 
 
 @pytest.mark.parametrize("step", [noise.INITIAL_NOISE, 0, noise.ENCODING_NOISE])
-def test_noise_is_that_of_the_seed_and_the_step(tmp_path, step):
+def test_noise_follows_from_seed_and_step(tmp_path, step):
     device, _ = simulated_device(tmp_path)
     for size in [(3, 4, 5), (3, 9, 7), (2, 3, 4)]:
         canvas = device.canvas(size)
@@ -180,7 +180,7 @@ def test_noise_is_that_of_the_seed_and_the_step(tmp_path, step):
         np.testing.assert_array_equal(device.download(canvas), noise.gaussian(2**64 - 1, step, size))
 
 
-def test_values_that_are_not_finite_end_their_job_alone(manifest, tmp_path):
+def test_non_finite_values_fail_their_job_only(manifest, tmp_path):
     def poisoned(row: Mapping[str, np.ndarray]) -> np.ndarray:
         return eps_of(row) + np.where(row["cond"] == 1.0, np.nan, 0.0)
 
@@ -195,8 +195,8 @@ def test_values_that_are_not_finite_end_their_job_alone(manifest, tmp_path):
     assert np.isfinite(jobs[1].image).all()
 
 
-def test_memory_of_jobs_is_used_again_and_buffers_are_taken_once(manifest, tmp_path):
-    """A cancelled job's memory is reused by the next job while its last tick may still be outstanding."""
+def test_memory_of_jobs_is_reused_and_buffers_are_allocated_once(manifest, tmp_path):
+    """The next job reuses the memory of a canceled job, whose last tick may still be outstanding."""
     rig = CudaRig(manifest, tmp_path, 2)
     rig.run(rig.job(40, 23))
     held = rig.driver._top
@@ -207,11 +207,11 @@ def test_memory_of_jobs_is_used_again_and_buffers_are_taken_once(manifest, tmp_p
         del job
         rig.run(rig.job(40, 23))
     rig.driver.synchronize()
-    assert rig.driver._top <= 2 * held  # at most the cancelled job beside the next
+    assert rig.driver._top <= 2 * held  # at most the canceled job and the next one
 
 
 @pytest.mark.parametrize("how", ["begin", "within", "end"])
-def test_a_failed_capture_runs_eagerly_and_is_tried_again(manifest, tmp_path, how):
+def test_failed_capture_runs_eagerly_and_is_retried(manifest, tmp_path, how):
     want, rig = CudaRig(manifest, tmp_path / "eager", 4, False), CudaRig(manifest, tmp_path / "graphs", 4)
     rig.driver.failing_captures.extend([how] * 2)
     images, lr = [], RNG.integers(0, 256, (160, 92, 3), np.uint8)
@@ -225,15 +225,15 @@ def test_a_failed_capture_runs_eagerly_and_is_tried_again(manifest, tmp_path, ho
         np.testing.assert_array_equal(image, images[0])
     assert rig.driver.log.count("failed capture") == 2
     assert rig.driver.log.count("capture") == sum(len({*s.batches}) for s in rig.sessions.values())
-    assert rig.driver.kernels == want.driver.kernels  # a failed capture does nothing twice
+    assert rig.driver.kernels == want.driver.kernels  # a failed capture launches nothing twice
 
 
-def test_after_three_failures_no_further_capture_is_tried(manifest, tmp_path, caplog):
+def test_no_capture_after_three_failures(manifest, tmp_path, caplog):
     rig = CudaRig(manifest, tmp_path)
     rig.driver.failing_captures.extend(["end"] * 100)
     for _ in range(2):
         rig.run(rig.job(16, 16, steps=20))
-    decoder = 1  # it runs once per image, so its second run is its only attempt
+    decoder = 1  # it runs once per image, so its second run is the only attempt
     assert rig.driver.log.count("failed capture") == 4 * MAX_FAILED_CAPTURES + decoder
     assert "capture" not in rig.driver.log and "replay" not in rig.driver.log
     assert caplog.text.count("is run without one from now on") == 4
@@ -269,7 +269,7 @@ def test_graphs_of_a_gpu_are_opened_under_the_lock(tmp_path, monkeypatch):
     assert held == [True, False]
 
 
-def test_an_interrupted_capture_is_abandoned(tmp_path):
+def test_interrupted_capture_is_abandoned(tmp_path):
     device, driver = simulated_device(tmp_path)
 
     def interrupted() -> None:
@@ -284,9 +284,9 @@ def test_an_interrupted_capture_is_abandoned(tmp_path):
     assert not lock_is_held()
 
 
-def test_an_error_of_the_session_is_that_ticks_error(manifest, tmp_path):
+def test_session_error_is_the_error_of_its_tick(manifest, tmp_path):
     rig = CudaRig(manifest, tmp_path)
-    rig.run(rig.job(16, 16, steps=4))  # every graph ran once
+    rig.run(rig.job(16, 16, steps=4))  # each graph has run once
     expert = rig.sessions["expert_3"]
     works, expert.enqueue = expert.enqueue, lambda batch: (_ for _ in ()).throw(EngineError("no run"))
     with pytest.raises(EngineError, match="no run"):
@@ -304,7 +304,7 @@ def test_sessions_that_cannot_be_captured_run_eagerly(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("op", KERNELS)
-def test_a_missing_kernel_is_refused_at_once(tmp_path, op):
+def test_missing_kernel_is_refused_at_once(tmp_path, op):
     driver = SimulatedDriver()
     files = KernelFiles(write_kernels(tmp_path, without=op), driver)
     with pytest.raises(EngineError, match=f"no fp32 kernel of {op}.*kernels.build --arch sm_90"):
@@ -337,7 +337,7 @@ def test_damaged_kernels_are_refused(tmp_path):
     [({"schema": 7}, "schema 7, expected 3"), ({"kernels": 3}, "kernels is 3, expected an object")],
     ids=["schema", "content"],
 )
-def test_other_kernels_json_are_refused(tmp_path, entries, message):
+def test_unsupported_kernels_json_is_refused(tmp_path, entries, message):
     path = write_kernels(tmp_path) / "kernels.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     with pytest.raises(EngineError, match=f"{message}; make them with"):
@@ -351,7 +351,7 @@ def test_scratch_memory_of_kernels_is_refused(tmp_path):
         KernelFiles(tmp_path, SimulatedDriver())
 
 
-def test_kernels_and_staging_are_shared_by_the_users_of_a_driver(tmp_path):
+def test_users_of_a_driver_share_kernels_and_staging(tmp_path):
     driver = SimulatedDriver()
     write_kernels(tmp_path)
     assert KernelFiles.of(tmp_path, driver) is KernelFiles.of(tmp_path / "sm_90" / "..", driver)
@@ -363,13 +363,13 @@ def test_kernels_and_staging_are_shared_by_the_users_of_a_driver(tmp_path):
 
 
 @pytest.mark.parametrize(("slots", "channels"), [(65_536, 1), (1, 65_536), (0, 1)])
-def test_grids_beyond_a_gpus_limits_are_refused(tmp_path, slots, channels):
+def test_grids_beyond_the_limits_of_a_gpu_are_refused(tmp_path, slots, channels):
     loop = LoopKernels(KernelFiles(write_kernels(tmp_path), SimulatedDriver()))
     with pytest.raises(EngineError, match=f"{channels} x {slots} blocks, .* lower max_batch"):
         loop.gather(0, 0, 0, slots, (channels, 8, 8), 4)
 
 
-def test_staged_values_arrive_however_small_the_ring(tmp_path):
+def test_staged_values_arrive_with_any_size_of_ring(tmp_path):
     driver = SimulatedDriver()
     arrays = [RNG.integers(0, 256, int(n), np.uint8) for n in RNG.integers(1, 200, 40)]
     blocks = [driver.alloc(a.nbytes) for a in arrays]
@@ -398,7 +398,7 @@ def test_expressions(expression, want):
 
 
 @pytest.mark.parametrize("expression", ["other", "w ** 2", "__import__('os')", "w.real", "1.5"])
-def test_other_expressions_are_refused(expression):
+def test_invalid_expressions_are_refused(expression):
     with pytest.raises(ValueError, match="cannot evaluate"):
         evaluate(expression, {"w": 70})
 

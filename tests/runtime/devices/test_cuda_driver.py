@@ -1,4 +1,4 @@
-"""`cuda_driver` over a fake driver library that logs the calls that reach it."""
+"""`cuda_driver` over a fake driver library that logs all calls."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ sync
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the driver's stand-in is a Linux library")
-@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the driver's stand-in")
-def test_calls_as_they_reach_the_driver(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the fake driver is a Linux library")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler for the fake driver")
+def test_calls_to_the_driver(tmp_path):
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         pytest.skip("cuda-core is not installed")
     library = tmp_path / "libcuda.so.1"
@@ -156,12 +156,12 @@ def test_calls_as_they_reach_the_driver(tmp_path):
     assert result.stderr.startswith(WANT.lstrip()), result.stderr
 
 
-def test_a_gpu_that_is_not_there_is_named():
+def test_missing_gpu_is_named():
     with pytest.raises(EngineError, match=r"no GPU cuda:99 \(.*nvidia-smi|cuda-core does not load \(.*pip"):
         cuda_driver.open_device(99)
 
 
-def test_without_the_library_the_error_names_the_package(monkeypatch):
+def test_missing_library_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(EngineError, match=r"cuda-core does not load .*pip install 'moesr\[cuda\]'"):
         cuda_driver.library()

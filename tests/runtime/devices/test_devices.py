@@ -20,7 +20,7 @@ Shape = tuple[int, int, int]
 
 
 class Blend:
-    """A mean on the host, tile by tile."""
+    """A weighted mean on the host, to which tiles are added one by one."""
 
     def __init__(
         self, shape: tuple[int, int, int], origins: list[tuple[int, int]], weights: np.ndarray
@@ -66,7 +66,7 @@ def test_gather_reads_windows_of_any_canvas():
     np.testing.assert_array_equal(buffers["fidelity"], [0.5])
 
 
-def test_a_step_adds_the_noise_of_its_number():
+def test_step_adds_the_noise_of_its_number():
     device, shape = HostDevice(), (2, 6, 7)
     z, out = device.canvas(shape), device.mean(shape, [(0, 0), (0, 1)], np.ones((6, 6), np.float32))
     device.gaussian(z, 3, noise.INITIAL_NOISE)
@@ -94,7 +94,7 @@ def test_a_step_adds_the_noise_of_its_number():
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_raise_the_flag_of_their_own_canvas(poison: float):
+def test_non_finite_values_raise_the_flag_of_their_canvas(poison: float):
     device, tile = HostDevice(), np.ones((1, 4, 4), np.float32)
     means = [device.mean((1, 4, 4), [(0, 0)], np.ones((4, 4), np.float32)) for _ in range(3)]
     output = np.stack([tile, tile, tile])
@@ -111,7 +111,7 @@ def test_tiles_cut_from_one_image_blend_to_that_image(kind, canvas, overlap):
     image = np.random.default_rng(0).standard_normal((3, *canvas)).astype(np.float32)
     origins = grid(*canvas, tile, overlap)
     blend = Blend(image.shape, origins, WEIGHTS[kind](tile))
-    for _ in range(2):  # a second round must not remember the first
+    for _ in range(2):  # a second round must not depend on the first
         blend.reset()
         for y, x in reversed(origins):
             blend.add(y, x, image[:, y : y + tile, x : x + tile])
@@ -131,7 +131,7 @@ def test_every_8_bit_level_survives_blending_of_constant_tiles(kind):
     np.testing.assert_array_equal(got, np.broadcast_to(np.arange(256)[:, None, None], got.shape))
 
 
-def test_border_and_lone_tiles_are_kept_exactly():
+def test_border_and_single_tiles_are_kept_exactly():
     tile, canvas = 16, (16, 28)
     rng = np.random.default_rng(1)
     left, right = rng.random((2, 3, tile, tile), np.float32)
@@ -187,7 +187,7 @@ def test_adding_allocates_nothing():
     [([(0, 0)], "do not cover"), ([(0, 0), (0, 5)], "leaves the canvas"), ([], "do not cover")],
     ids=["gap", "outside", "none"],
 )
-def test_unfit_tilings_are_refused(origins, message):
+def test_unsuitable_tilings_are_refused(origins, message):
     with pytest.raises(ValueError, match=message):
         Blend((3, 8, 12), origins, gaussian_weights(8))
 

@@ -34,7 +34,7 @@ def schema(name: str) -> dict[str, Any]:
     return json.loads((REPO / "docs" / f"{name}-format.schema.json").read_text())
 
 
-def test_kernels_that_are_written_are_valid(tmp_path: Path):
+def test_written_kernels_json_is_valid(tmp_path: Path):
     jsonschema.validate(json.loads((write_kernels(tmp_path) / "kernels.json").read_text()), schema("kernels"))
 
 
@@ -61,7 +61,7 @@ def index() -> KernelIndex:
     return KernelIndex(operator_plan.SCHEMA, {"rows.1": kernel}, (plan,), **details)
 
 
-def test_what_the_schema_of_kernels_refuses_is_not_read(tmp_path: Path):
+def test_kernels_json_refused_by_the_schema_is_not_read(tmp_path: Path):
     def sealed(values: Any) -> None:
         if isinstance(values.get("sha256"), str) and len(values["sha256"]) == 64:
             values = values | {"sha256": operator_plan.digest(values)}
@@ -71,7 +71,7 @@ def test_what_the_schema_of_kernels_refuses_is_not_read(tmp_path: Path):
     assert check_reader(json.loads(index().to_json()), schema("kernels"), sealed, EngineError) > 500
 
 
-def test_a_value_of_kernels_json_that_changed_is_found(tmp_path: Path):
+def test_changed_value_of_kernels_json_is_found(tmp_path: Path):
     text = index().to_json()
     (tmp_path / "kernels.json").write_text(text)
     assert read(tmp_path) == index()
@@ -117,9 +117,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["kernel first", "plan first"])
-def test_what_the_schema_of_parts_refuses_is_not_read(tmp_path: Path, turned: bool):
+def test_parts_json_refused_by_the_schema_is_not_read(tmp_path: Path, turned: bool):
     path, document = tmp_path / "decoder.parts.json", dict(PARTS)
-    if turned:  # only the first entry of a list is harmed
+    if turned:  # only the first entry of a list is changed
         kernel, plan = PARTS["steps"]
         swapped = plan | {"plan": plan["plan"] | {"inputs": ["z"], "outputs": ["a.nhwc"]}}
         after = kernel | {"kernel": kernel["kernel"] | {"inputs": {"x": "a.nhwc"}, "outputs": {"y": "image"}}}
@@ -132,7 +132,7 @@ def test_what_the_schema_of_parts_refuses_is_not_read(tmp_path: Path, turned: bo
     assert check_reader(document, schema("parts"), written, EngineError) > 150
 
 
-def test_what_the_schema_of_plans_refuses_is_not_read(tmp_path: Path):
+def test_plan_json_refused_by_the_schema_is_not_read(tmp_path: Path):
     key = plan_store.PlanKey("ab" * 32, "tensorrt_rtx", "1.7.0.53", 89, 4)
     path = plan_store.write_plan(tmp_path, key, "decoder.onnx", b"a plan") / "plan.json"
     document = json.loads(path.read_text())
@@ -145,7 +145,7 @@ def test_what_the_schema_of_plans_refuses_is_not_read(tmp_path: Path):
     assert check_reader(document, schema("plan"), written, ValueError) > 80
 
 
-def test_every_field_is_described():
+def test_all_fields_are_described():
     definitions = schema("kernels")["$defs"]
     for kind, name in (
         (CompiledKernel, "kernel"),
@@ -185,7 +185,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE)
-def test_expressions_that_cannot_be_evaluated_are_a_value_error(expression: str):
+def test_expressions_that_cannot_be_evaluated_raise_value_error(expression: str):
     with pytest.raises(ValueError):
         evaluate(expression, {"n": 3, "x": float("inf")})
 

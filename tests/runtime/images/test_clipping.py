@@ -1,4 +1,4 @@
-"""Flat white and black under every color correction: they take no part in it and are not moved by it."""
+"""Clipped white and black under every color correction: they have no influence and are not changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIXES = ["adain", "wavelet"]
 
 
 def page(height: int, width: int, paper: float) -> tuple[np.ndarray, np.ndarray]:
-    """An enlarged page [1, H, W], soft text on flat paper in its upper half, and a sharper result of it."""
+    """Return an enlarged page [1, H, W], with soft text on flat paper above, and a sharper result of it."""
     lr_up = np.full((1, height, width), paper, np.float32)
     text = RNG.random((height // 2, width), np.float32) * 1.2 - 0.6
     lr_up[0, : height // 2] = text
@@ -34,7 +34,7 @@ def test_flat_white_and_black_stay(method: str, paper: float, size: tuple[int, i
 
 
 @pytest.mark.parametrize("method", FIXES)
-def test_clipped_regions_take_no_part(method: str):
+def test_clipped_regions_have_no_influence(method: str):
     sr, lr_up = page(400, 120, 1.0)
     alone = fix_color(sr[:, :200], lr_up[:, :200], method)
     # Far from the paper the text is corrected as if there were no paper.
@@ -45,7 +45,7 @@ def test_clipped_regions_take_no_part(method: str):
 
 @pytest.mark.parametrize("method", FIXES)
 @pytest.mark.parametrize("shape", [(3, 4, 4), (3, 33, 21), (1, 1, 1)], ids=str)
-def test_an_image_that_is_white_throughout_is_the_input(method: str, shape: tuple[int, ...]):
+def test_completely_white_image_equals_the_input(method: str, shape: tuple[int, ...]):
     white = np.ones(shape, np.float32)
     np.testing.assert_array_equal(fix_color(white * np.float32(0.9), white, method), white)
 
@@ -67,11 +67,11 @@ def test_in_place_equals_out_of_place(method: str):
     np.testing.assert_array_equal(sr, want)
 
 
-def test_cells():
+def test_cells_of_clipped_pixels():
     plane = np.zeros((30, 41), np.float32)
     assert clipping.clipped_cells(plane) is None
     plane[8:20, 4:16] = 1.0
-    plane[0:4, 20:24] = 1.0  # too small
+    plane[0:4, 20:24] = 1.0  # the region is too small
     cells = clipping.clipped_cells(plane)
     assert cells is not None and cells.shape == (8, 11)
     assert np.argwhere(cells).min(0).tolist() == [2, 1] and np.argwhere(cells).max(0).tolist() == [4, 3]

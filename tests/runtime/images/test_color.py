@@ -1,4 +1,4 @@
-"""Color correction against the published results and its own definition."""
+"""Color correction compared with published results and with its own definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_adain_takes_the_statistics_of_the_style():
     got = adain(content, style[..., :31, :20])
     axes = (-2, -1)
     np.testing.assert_allclose(got.mean(axes), style[..., :31, :20].mean(axes), atol=1e-5)
-    # The 1e-5 in both variances is not quite neutral: the content's 1/12 against the style's 1/48.
+    # The 1e-5 in both variances has a small effect: the content's variance is 1/12, the style's 1/48.
     np.testing.assert_allclose(got.std(axes, ddof=1), style[..., :31, :20].std(axes, ddof=1), rtol=1e-3)
 
 
@@ -79,7 +79,7 @@ def test_in_place_equals_out_of_place(method):
 
 
 @pytest.mark.parametrize("method", ["adain", "wavelet"])
-def test_correction_towards_itself_changes_nothing(method):
+def test_correction_to_itself_changes_nothing(method):
     content = images(3, 20, 30)[0]
     np.testing.assert_allclose(fix_color(content, content, method), content, atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_none_returns_the_image_itself():
 
 
 @pytest.mark.parametrize(("method", "channels"), [("adain", 1), ("wavelet", 2.1)])
-def test_in_place_memory_is_a_few_channels(method, channels):
+def test_in_place_memory_is_limited_to_a_few_channels(method, channels):
     content, style = images(3, 600, 500)
     tracemalloc.start()
     fix_color(content, style, method, out=content)
@@ -105,6 +105,6 @@ def test_unknown_method_is_refused():
 
 
 @pytest.mark.parametrize(("method", "style_shape"), [("adain", (4, 8, 8)), ("wavelet", (3, 8, 9))])
-def test_unlike_shapes_are_refused(method, style_shape):
+def test_different_shapes_are_refused(method, style_shape):
     with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
         fix_color(np.zeros((3, 8, 8), np.float32), np.zeros(style_shape, np.float32), method)

@@ -1,4 +1,4 @@
-"""Whole runs on images that people noticed: white paper, narrow 16-bit data, grey stored as RGB."""
+"""Whole runs on difficult images: white paper, narrow 16-bit data, grey stored as RGB."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_flat_white_and_black_stay(up: Upscaler, dtype: type, color_fix: str, sh
     assert np.abs(flat - share * top).max() <= 1
 
 
-def test_12_bit_data_give_what_the_same_data_give_in_16_bits(up: Upscaler):
+def test_12_bit_data_give_the_result_of_16_bit_data(up: Upscaler):
     narrow = RNG.integers(0, 4096, (20, 24), np.uint16)
     narrow[0, 0] = 4095
     wide = up(narrow * np.uint16(16), steps=2).astype(float) / 16
-    assert np.abs(up(narrow, steps=2) - wide).max() < 1  # values above 4095 are cut off
+    assert np.abs(up(narrow, steps=2) - wide).max() < 1  # values above 4095 would be clipped
 
 
 def test_grey_stored_as_rgb_stays_grey(up: Upscaler):
@@ -47,7 +47,7 @@ def test_grey_stored_as_rgb_stays_grey(up: Upscaler):
     np.testing.assert_array_equal(result[..., :1], up(grey, steps=2))
 
 
-def test_colors_under_alpha_are_kept_if_asked_for(up: Upscaler):
+def test_colors_under_alpha_are_kept_on_request(up: Upscaler):
     image = np.full((16, 16, 4), 40, np.uint8)
     image[:, 8:] = (200, 90, 30, 0)
     options = {"steps": 2, "color_fix": "adain"}

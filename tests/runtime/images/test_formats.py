@@ -1,4 +1,4 @@
-"""Formats that Pillow reads wrongly or not at all, and what is said of those that it cannot read."""
+"""Formats that Pillow reads wrongly or not at all, and the messages about those that it cannot read."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_transparent_value_of_16_bit_grey(tmp_path: Path, suffix: str):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_transparent_value_of_grey_with_few_bits(tmp_path: Path, bits: int):
-    """The transparent value of the file has as many bits as its pixels."""
+    """The file stores the transparent value with as many bits as its pixels have."""
     transparent = (1 << bits) // 2
     values = np.arange(1 << min(bits, 3)).astype(np.uint8) * (1 << max(bits - 3, 0))
     lines = np.packbits(np.unpackbits(values[:, None], axis=1)[:, 8 - bits :].reshape(-1))
@@ -80,7 +80,7 @@ def test_transparent_value_of_16_bit_color(tmp_path: Path):
 
 
 def test_white_stored_as_zero_in_12_bits(tmp_path: Path):
-    """Two values of 12 bits in three bytes."""
+    """Two 12-bit values are packed into three bytes."""
     path = write_tiff(tmp_path / "a.tif", np.array([[0x12, 0x3F, 0xFF]], np.uint8), 0)
     data = bytearray(path.read_bytes())
     for place in range(10, 10 + 9 * 12, 12):
@@ -111,7 +111,7 @@ CURES = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_format_that_this_pillow_lacks(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_format_unsupported_by_this_pillow(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     Image.init()
     for name in ("AVIF", "HEIF", "JXL", "JPEG2000", "WEBP"):
         monkeypatch.delitem(Image.OPEN, name, raising=False)
@@ -124,7 +124,7 @@ def test_a_format_that_this_pillow_lacks(tmp_path: Path, kind: str, monkeypatch:
         reading.load(tmp_path / "a.png")
 
 
-def test_a_plug_in_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_installed_plug_in_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Image.init()
     monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])

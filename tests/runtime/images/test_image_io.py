@@ -1,4 +1,4 @@
-"""Image files of every kind a user has, read and written back."""
+"""Image files of all common kinds are read and written back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def picture(mode: str, size: tuple[int, int] = (9, 6)) -> Image.Image:
-    """Random pixels of a mode; `size` is (width, height)."""
+    """Return random pixels of a mode; `size` is (width, height)."""
     width, height = size
     if mode == "I;16":
         return Image.fromarray(RNG.integers(0, 65536, (height, width), np.uint16))
@@ -56,7 +56,7 @@ def test_modes(tmp_path: Path, mode: str, suffix: str, shape: tuple[int, ...], d
         np.testing.assert_array_equal(pixels, np.asarray(image))
 
 
-def test_palette_with_transparency_keeps_it(tmp_path: Path):
+def test_palette_keeps_its_transparency(tmp_path: Path):
     image = Image.new("P", (4, 2))
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.putpixel((1, 0), 1)
@@ -73,7 +73,7 @@ def test_odd_sizes(tmp_path: Path, size: tuple[int, int]):
     assert reading.load(tmp_path / "a.png").pixels.shape == (size[1], size[0], 3)
 
 
-def test_content_decides_not_the_name(tmp_path: Path):
+def test_content_decides_rather_than_the_file_name(tmp_path: Path):
     path = tmp_path / "really_a.jpg"
     picture("RGB").save(path, "PNG")
     assert reading.load(path).pixels.shape == (6, 9, 3)
@@ -122,7 +122,7 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path: Path):
 def test_orientation_is_applied_and_reset(tmp_path: Path):
     image = picture("RGB")
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "Maker"  # turn by 90 degrees clockwise; the camera's maker
+    exif[0x0112], exif[0x010F] = 6, "Maker"  # rotation by 90 degrees clockwise; the camera's maker
     image.save(tmp_path / "a.png", exif=exif)
     loaded = reading.load(tmp_path / "a.png")
     np.testing.assert_array_equal(loaded.pixels, np.rot90(np.asarray(image), -1))
@@ -148,7 +148,7 @@ def test_profile_and_exif_survive(tmp_path: Path, suffix: str):
         assert result.getexif().get_ifd(0x8769)[0xA002] == 36
 
 
-def test_tiff_storage_tags_do_not_travel(tmp_path: Path):
+def test_tiff_storage_tags_are_not_copied(tmp_path: Path):
     picture("RGB").save(tmp_path / "a.tif", compression="tiff_lzw", dpi=(300, 300))
     loaded = reading.load(tmp_path / "a.tif")
     assert loaded.dpi == (300, 300)
@@ -157,7 +157,7 @@ def test_tiff_storage_tags_do_not_travel(tmp_path: Path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "b.tif"))[::2], loaded.pixels)
 
 
-def test_damaged_exif_does_not_cost_the_image(tmp_path: Path):
+def test_damaged_exif_does_not_fail_the_image(tmp_path: Path):
     picture("RGB").save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert reading.load(tmp_path / "a.jpg").pixels.shape == (6, 9, 3)
 
@@ -172,7 +172,7 @@ def test_first_frame_of_an_animation_with_a_warning(tmp_path: Path, caplog: pyte
 
 
 def _png(path: Path, width: int, height: int, color: int, row: bytes, depth: int = 16) -> None:
-    """A PNG of equal rows, without filters; `color` as in its header: 2 RGB, 4 grey with alpha."""
+    """Return a PNG of equal rows, without filters; `color` as in its header: 2 RGB, 4 grey with alpha."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -205,7 +205,7 @@ def test_16_bit_grey_with_alpha_stays_grey(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("profile", ["none", "lab", "foreign"])
-def test_lab_becomes_srgb_without_its_profile(tmp_path: Path, profile: str, caplog: pytest.LogCaptureFixture):
+def test_lab_becomes_srgb_without_a_profile(tmp_path: Path, profile: str, caplog: pytest.LogCaptureFixture):
     lab = ImageCms.profileToProfile(
         Image.new("RGB", (4, 4), (200, 60, 30)),
         ImageCms.createProfile("sRGB"),
@@ -232,7 +232,7 @@ def test_files_of_known_kinds_that_cannot_be_opened(tmp_path: Path):
         reading.load(tmp_path / "cut.tif")
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path):
+def test_entries_that_are_not_files_are_refused_at_once(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("nowhere.png")
     with socket.socket(socket.AF_UNIX) as server:
@@ -275,7 +275,7 @@ def test_pil_images_that_cannot_be_decoded(tmp_path: Path):
         reading.from_pil(Image.open(tmp_path / "cut.png"))
 
 
-def test_other_pixels_with_the_same_metadata():
+def test_replacing_pixels_keeps_the_metadata():
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA002] = 9
     carried = Metadata(SRGB, exif.tobytes(), (300.0, 300.0))
@@ -287,7 +287,7 @@ def test_other_pixels_with_the_same_metadata():
     assert block.get_ifd(0x8769)[0xA002] == 36
 
 
-def test_pixels_without_a_meaning_here():
+def test_pixel_types_that_are_not_supported():
     with pytest.raises(InputError, match="floating-point"):
         reading.from_pil(Image.new("F", (2, 2)))
     with pytest.raises(InputError, match="32-bit pixels"):
@@ -315,7 +315,7 @@ def test_save_refusals(tmp_path: Path):
         writing.save(tmp_path / "file" / "a.png", picture("L"))
 
 
-def test_save_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_saved_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "a.png"
     target.write_bytes(b"earlier")
 

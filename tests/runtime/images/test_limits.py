@@ -1,4 +1,4 @@
-"""Metadata that no encoder takes, and damaged files: results are written, and reasons are right."""
+"""Metadata that encoders refuse, and damaged files: results are written, messages name the true reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(engine: Path, *arguments: object) -> int:
 
 
 def with_resolution(path: Path, numerator: int, denominator: int) -> Path:
-    """A TIFF with this fraction as its resolution."""
+    """Return a TIFF with this fraction as its resolution."""
     buffer = io.BytesIO()
     Image.fromarray(RGB).save(buffer, "TIFF", dpi=(72, 72))
     data = bytearray(buffer.getvalue())
@@ -80,7 +80,7 @@ def test_impossible_resolutions_of_pil_images(tmp_path: Path, suffix: str, dpi: 
 
 @pytest.mark.parametrize("suffix", ALL)
 def test_impossible_numbers_in_exif(tmp_path: Path, suffix: str):
-    """An EXIF block of the rationals 0/0, in the directories of the image and of the exposure."""
+    """An EXIF block has the rationals 0/0 in the directories of the image and of the exposure."""
     entries = [(282, 5, 1), (283, 5, 1)]
     block = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries) + 1)
     for tag, kind, count in entries:
@@ -128,7 +128,7 @@ def test_pixels_are_converted_if_a_profile_is_too_large(tmp_path: Path):
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "after the pixels"])
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])
-def test_a_png_with_20_mb_of_text_is_not_truncated(tmp_path: Path, kind: str, late: bool, caplog):
+def test_png_with_20_mb_of_text_is_not_truncated(tmp_path: Path, kind: str, late: bool, caplog):
     value = b"x" * 20_000_000
     data = {
         "zTXt": b"key\0\0" + zlib.compress(value),
@@ -192,7 +192,7 @@ def test_software_with_padding(engine: Path, tmp_path: Path, suffix: str, softwa
         assert Image.open(result).getexif()[0x131].startswith("Ver.1.00; moesr {")
 
 
-def test_metadata_that_an_encoder_refuses_do_not_cost_the_result(tmp_path: Path, monkeypatch, caplog):
+def test_metadata_refused_by_an_encoder_do_not_fail_the_result(tmp_path: Path, monkeypatch, caplog):
     plain = Image.Image.save
 
     def save(self, stream, kind, **options):
@@ -208,7 +208,7 @@ def test_metadata_that_an_encoder_refuses_do_not_cost_the_result(tmp_path: Path,
     assert "its metadata cannot be written and is left out (no)" in caplog.text
 
 
-def test_an_encoder_that_fails_is_no_matter_of_names(tmp_path: Path, monkeypatch):
+def test_encoder_errors_are_not_blamed_on_the_file_name(tmp_path: Path, monkeypatch):
     def save(self, stream, kind, **options):
         raise ValueError("too many colors")
 
@@ -219,7 +219,7 @@ def test_an_encoder_that_fails_is_no_matter_of_names(tmp_path: Path, monkeypatch
     assert "too many colors" in str(caught.value)
 
 
-def test_damaged_images_are_not_said_to_be_closed(tmp_path: Path):
+def test_damaged_images_are_not_reported_as_closed(tmp_path: Path):
     seen = 0
     for kind, options in (
         ("TIFF", {"compression": "tiff_lzw"}),
@@ -255,8 +255,8 @@ def test_files_without_package_metadata(monkeypatch: pytest.MonkeyPatch):
     assert record.version == "unknown" and '"moesr": "unknown"' in record.to_json()
 
 
-def test_what_the_table_promises_is_readable(tmp_path: Path, caplog):
-    """Metadata of just the largest size that the table of capacities allows comes back from the file."""
+def test_metadata_of_the_largest_size_can_be_read_back(tmp_path: Path, caplog):
+    """Metadata of the largest size that the table of capacities allows can be read back from the file."""
     for suffix in ALL[:4]:
         kind = writing.check_output(tmp_path / f"a{suffix}").name
         capacity = metadata.CAPACITIES[kind]
@@ -276,8 +276,8 @@ def test_what_the_table_promises_is_readable(tmp_path: Path, caplog):
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_color_tags_do_not_outlive_a_conversion(tmp_path: Path):
-    """Once the pixels are converted from a profile to sRGB, a gamma beside them would be wrong."""
+def test_color_tags_are_dropped_by_a_conversion(tmp_path: Path):
+    """After pixels are converted from a profile to sRGB, a gamma tag beside them would be wrong."""
     gamma = (b"gAMA", struct.pack(">I", 100_000))
     image = reading.LoadedImage(RGB, Metadata(icc=large_profile(), color=(gamma,)))
     writing.save(tmp_path / "a.png", image)

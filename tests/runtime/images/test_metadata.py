@@ -1,4 +1,4 @@
-"""Metadata on their way through a run: kept where the target holds them, scaled, or named in a warning."""
+"""Metadata are kept if the target can hold them, scaled with the image, or named in a warning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def picture(mode: str = "RGB") -> Image.Image:
 
 
 def through(source: Path, target: Path) -> Path:
-    """A result of `source`, four times as large, as a run writes it."""
+    """Return a result of `source`, four times as large, as a run writes it."""
     loaded = reading.load(source)
     pixels = loaded.pixels.repeat(4, axis=0).repeat(4, axis=1)
     writing.save(target, reading.with_pixels(loaded, pixels), RECORD)
@@ -45,7 +45,7 @@ def through(source: Path, target: Path) -> Path:
 
 
 def with_everything(path: Path) -> Path:
-    """A picture with XMP, IPTC, a comment or text, in the way of the format."""
+    """Return an image with XMP, IPTC and a comment or text, as its format stores them."""
     image = picture()
     if path.suffix == ".png":
         texts = PngImagePlugin.PngInfo()
@@ -70,7 +70,7 @@ def with_everything(path: Path) -> Path:
 
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("source", [".png", ".jpg", ".webp", ".tif"])
-def test_xmp_iptc_and_texts_stand_beside_the_record(tmp_path: Path, source: str, target: str, caplog):
+def test_xmp_iptc_and_texts_are_kept_beside_the_record(tmp_path: Path, source: str, target: str, caplog):
     caplog.set_level(logging.WARNING, "moesr")
     result = through(with_everything(tmp_path / f"a{source}"), tmp_path / f"b{target}")
     found, content = reading.load(result).metadata, result.read_bytes()
@@ -86,7 +86,7 @@ def test_xmp_iptc_and_texts_stand_beside_the_record(tmp_path: Path, source: str,
         assert ("IPTC" in caplog.text) == (target == ".webp")
 
 
-def test_texts_of_every_kind(tmp_path: Path):
+def test_all_kinds_of_text(tmp_path: Path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Author", "Anna Müller")
     texts.add_text("long", "x" * 5000, zip=True)
@@ -137,7 +137,7 @@ def test_xmp_of_gif_jpeg_2000_and_avif(tmp_path: Path):
 
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("source", [".png", ".jpg", ".tif", ".bmp"])
-def test_the_picture_keeps_its_size_on_paper(tmp_path: Path, source: str, target: str):
+def test_printed_size_stays_the_same(tmp_path: Path, source: str, target: str):
     picture().save(tmp_path / f"a{source}", dpi=(300, 150))
     through(tmp_path / f"a{source}", tmp_path / f"b{target}")
     with Image.open(tmp_path / f"b{target}") as result:
@@ -170,7 +170,7 @@ def test_sizes_in_exif(tmp_path: Path, turn: int, caplog: pytest.LogCaptureFixtu
 
 
 def geo(path: Path, **values: object) -> Path:
-    """A TIFF with a georeference; `values` are `t` and a tag's number."""
+    """Write a georeferenced TIFF; `values` are `t` and a tag's number."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags.tagtype.update({33550: 12, 33922: 12, 34264: 12, 34735: 3, 34737: 2, 50844: 12, 65000: 2})
     keys = (1, 1, 0, 2, 1024, 0, 1, 1, 1025, 0, 1, values.pop("raster", 1))
@@ -183,7 +183,7 @@ def geo(path: Path, **values: object) -> Path:
 
 @pytest.mark.parametrize("point", [False, True])
 def test_georeference(tmp_path: Path, point: bool):
-    """The places on the map of the corners of the image stay the same."""
+    """The corners of the image keep their positions on the map."""
     matrix = (10.0, 1.0, 0.0, 500.0, 2.0, -10.0, 0.0, 900.0, *([0.0] * 7), 1.0)
     ties = (3.0, 2.0, 0.0, 530.0, 880.0, 0.0)
     kind = {"raster": 2 if point else 1}
@@ -192,7 +192,7 @@ def test_georeference(tmp_path: Path, point: bool):
     before, after = (Image.open(tmp_path / name).tag_v2 for name in ("a.tif", "b.tif"))
     assert after[33550] == (2.5, 2.5, 0.0)
     assert (after[34735], after[34737]) == (before[34735], before[34737])
-    half = 0.5 if point else 0.0  # places are counted from the middle of the first pixel
+    half = 0.5 if point else 0.0  # positions are measured from the center of the first pixel
 
     def by_matrix(tags, column: float, row: float) -> np.ndarray:
         return np.reshape(tags[34264], (4, 4)) @ (column - half, row - half, 0, 1)
@@ -208,7 +208,7 @@ def test_georeference(tmp_path: Path, point: bool):
 
 
 @pytest.mark.parametrize("target", [".png", ".jpg", ".webp", ".bmp"])
-def test_a_georeference_that_is_lost_is_named(tmp_path: Path, target: str, caplog: pytest.LogCaptureFixture):
+def test_lost_georeference_is_named(tmp_path: Path, target: str, caplog: pytest.LogCaptureFixture):
     through(geo(tmp_path / "a.tif", t33550=(10.0, 10.0, 0.0)), tmp_path / f"b{target}")
     assert "georeference (TIFF can)" in caplog.text
 
@@ -226,7 +226,7 @@ def test_a_georeference_that_is_lost_is_named(tmp_path: Path, target: str, caplo
     ids=["imagej", "ome", "tifffile", "page", "rpc", "private"],
 )
 @pytest.mark.parametrize("target", [".tif", ".png"])
-def test_tags_that_describe_pixels_are_left_out(
+def test_descriptions_of_pixels_are_left_out(
     tmp_path: Path, tag: int, value, words: str, target: str, caplog
 ):
     geo(tmp_path / "a.tif", **{f"t{tag}": value})
@@ -268,7 +268,7 @@ def test_color_tags_become_a_profile(
     write_png(tmp_path / "a.png", pixels, color, tags)
     result = reading.load(through(tmp_path / "a.png", tmp_path / f"b{target}"))
     if tags == (SRGB_TAG,):
-        assert result.icc is None and not caplog.records  # a file without a profile is taken for sRGB
+        assert result.icc is None and not caplog.records  # a file without a profile is treated as sRGB
     elif tags == (PQ,):
         assert "color tags (PNG can)" in caplog.text
     elif target == ".bmp":
@@ -278,7 +278,7 @@ def test_color_tags_become_a_profile(
 
 
 def test_profiles_of_color_tags():
-    """A gamma of 1 makes the value 0.5 brighter, by as much as sRGB's curve says."""
+    """A gamma of 1 makes the value 0.5 brighter by the factor of sRGB's curve."""
     profile = icc.of_color_tags(dict([GAMMA]), grey=False)
     assert profile
     converted = icc.to_srgb(Image.new("RGB", (1, 1), (128, 128, 128)), profile)
@@ -292,7 +292,7 @@ def test_profiles_of_color_tags():
     assert converted and abs(converted.getpixel((0, 0)) - 188) <= 1  # type: ignore[operator]
 
 
-def test_our_own_results_do_not_pile_up_records(tmp_path: Path):
+def test_results_of_results_hold_one_record(tmp_path: Path):
     source = with_everything(tmp_path / "a.jpg")
     for suffix in ALL[:4]:
         source = through(source, tmp_path / f"b{suffix}")

@@ -1,4 +1,4 @@
-"""Arrays as users have them: refused with advice, or taken apart and put together again."""
+"""Arrays as users pass them: refused with advice, or split into planes and joined again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_equal_channels_stay_equal(dtype: type, channels: int):
     assert not split(image).grey
 
 
-def test_one_transparent_pixel_of_color_does_not_make_an_image_colorful():
+def test_one_transparent_color_pixel_leaves_an_image_grey():
     image = np.full((4, 4, 4), 90, np.uint8)
     image[1, 1] = (255, 0, 255, 0)
     assert split(image).grey
@@ -80,11 +80,11 @@ def test_narrow_16_bit_data_fill_the_range(bits: int, offset: int):
     np.testing.assert_array_equal(planes.rgb[..., 0], values << np.uint16(16 - bits))
     np.testing.assert_array_equal(join(planes.rgb, None, planes), values + offset)
     high = join(np.full_like(planes.rgb, 65535), None, planes)
-    assert (high == offset + 2**bits - 1).all()  # no overflow by rounding
+    assert (high == offset + 2**bits - 1).all()  # rounding does not overflow
 
 
 @pytest.mark.parametrize("values", [[0, 65535], [0, 16_384], [20_000, 65_535], [40_000, 40_000], [0, 0]])
-def test_photographs_and_flat_images_are_left_alone(values: list[int]):
+def test_photographs_and_flat_images_are_not_stretched(values: list[int]):
     image = np.array([values], np.uint16)
     planes = split(image)
     assert (planes.base, planes.shift) == (0, 0)

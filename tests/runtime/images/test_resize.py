@@ -1,4 +1,4 @@
-"""MATLAB's bicubic resize against the published results, Pillow's kernel, and a plain double loop."""
+"""MATLAB's bicubic resize compared with published results, Pillow's kernel, and a plain double loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_uint8_equals_the_published_results(golden, source, target, scale):
 def test_interior_equals_pillow(size):
     image = np.random.default_rng(0).random((40, 60)).astype(np.float32)
     want = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
-    # Only the treatment of the edges differs: leave out what the kernel reaches beyond them.
+    # Only the edges are treated differently: leave out pixels for which the kernel reaches beyond them.
     margin = [math.ceil(2 * max(out / n, 1.0)) + 1 for out, n in zip(size, image.shape, strict=True)]
     inside = tuple(slice(m, n - m) for m, n in zip(margin, size, strict=True))
     np.testing.assert_allclose(imresize(image, *size)[inside], want[inside], atol=2e-6)
@@ -64,7 +64,7 @@ def test_one_axis_equals_the_definition(size, out_size, antialias):
     np.testing.assert_allclose(imresize(image[None], 1, out_size, antialias=antialias)[0], want, atol=1e-6)
 
 
-def test_antialiasing_changes_reductions_only():
+def test_antialiasing_affects_reductions_only():
     image = np.random.default_rng(2).integers(0, 256, (24, 24, 3), np.uint8)
     assert (imresize(image, 6, 6) != imresize(image, 6, 6, antialias=False)).any()
     np.testing.assert_array_equal(imresize(image, 48, 48), imresize(image, 48, 48, antialias=False))
@@ -73,7 +73,7 @@ def test_antialiasing_changes_reductions_only():
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1, 3), (1, 9, 4), (5, 1, 1), (3, 50)], ids=str)
 @pytest.mark.parametrize("size", [(4, 4), (1, 1), (2, 37)], ids=str)
-def test_any_source_keeps_type_axes_and_constants(dtype, shape, size):
+def test_all_sources_keep_type_axes_and_constants(dtype, shape, size):
     value = 0.7 if dtype == np.float32 else np.iinfo(dtype).max
     out = imresize(np.full(shape, value, dtype), *size)
     assert out.shape == (*size, *shape[2:]) and out.dtype == dtype
@@ -81,7 +81,7 @@ def test_any_source_keeps_type_axes_and_constants(dtype, shape, size):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_integers_are_clipped_where_floats_overshoot(dtype):
+def test_integers_are_clipped_if_floats_overshoot(dtype):
     top = np.iinfo(dtype).max
     step = np.repeat(np.array([[0, top]], dtype), 8, axis=1)
     out, real = imresize(step, 1, 64), imresize(step.astype(np.float32), 1, 64)
@@ -96,7 +96,7 @@ def test_same_size_is_the_identity():
 
 @pytest.mark.parametrize("size", [(90, 70), (9, 70), (90, 7), (9, 7)], ids=str)
 @pytest.mark.parametrize("block_bytes", [1, 5000])
-def test_blocks_do_not_show(monkeypatch, size, block_bytes):
+def test_result_does_not_depend_on_blocks(monkeypatch, size, block_bytes):
     image = np.random.default_rng(4).integers(0, 256, (31, 29, 3), np.uint8)
     whole = imresize(image, *size)
     monkeypatch.setattr("moesr.runtime.images.resize._BLOCK_BYTES", block_bytes)

@@ -1,4 +1,4 @@
-"""Images read and written in rows: the pixels and the metadata are those of the whole-image functions."""
+"""Images read and written in rows have the pixels and the metadata of the whole-image functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 @pytest.fixture(params=["streamed", "held"])
 def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the packages of the extra, and as if they were not installed."""
+    """Run a test with the packages of the extra, and as if they were not installed."""
     if request.param == "held":
         monkeypatch.setattr(rows, "_pyvips", lambda: None)
         monkeypatch.setattr(rows, "_tifffile", lambda: None)
@@ -62,7 +62,7 @@ LACKING = {".png": {"CMYK"}, ".jpg": {"LA", "RGBA", "I;16", "P"}}
     ("suffix", "mode"),
     [(s, m) for s in (".png", ".tif", ".jpg", ".webp") for m in MODES if m not in LACKING.get(s, ())],
 )
-def test_rows_are_those_of_the_whole_image(tmp_path: Path, packages: str, suffix: str, mode: str):
+def test_rows_equal_the_whole_image(tmp_path: Path, packages: str, suffix: str, mode: str):
     image = Image.fromarray(RNG.integers(0, 256, (23, 31, 4), np.uint8))
     image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image
     image = (
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_whole_image(tmp_path: Path, packages: str, suffix
     np.testing.assert_array_equal(got, want[..., None] if want.ndim == 2 else want)
 
 
-def test_what_needs_more_than_decoding_is_left_to_pillow(tmp_path: Path):
+def test_images_that_need_conversion_are_left_to_pillow(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(RNG.integers(0, 256, (9, 6, 3), np.uint8)).save(tmp_path / "a.png", exif=exif)
@@ -97,9 +97,7 @@ def test_damaged_files(tmp_path: Path, packages: str, suffix: str):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_a_spool_is_written_without_loss(
-    tmp_path: Path, packages: str, suffix: str, channels: int, dtype: type
-):
+def test_spool_is_lossless(tmp_path: Path, packages: str, suffix: str, channels: int, dtype: type):
     pixels = RNG.integers(0, np.iinfo(dtype).max, (23, 31, channels), dtype, endpoint=True)
     save(tmp_path / f"a{suffix}", pixels)
     assert provenance.read(tmp_path / f"a{suffix}") == RECORD
@@ -191,7 +189,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path, suffix: str):
     assert peak_bytes < height * width * 3 / 3
 
 
-def test_without_the_packages_large_images_are_noted(tmp_path: Path, monkeypatch, caplog):
+def test_without_the_packages_a_note_tells_about_large_images(tmp_path: Path, monkeypatch, caplog):
     monkeypatch.setattr(rows, "_pyvips", lambda: None)
     monkeypatch.setattr(rows, "NOTED_FROM_BYTES", 100)
     caplog.set_level("INFO", "moesr")

@@ -1,4 +1,4 @@
-"""Memory: what does not fit a GPU is refused or waits, by what the driver says is free; which graphs stay."""
+"""Admission: images that exceed a GPU's free memory are refused or wait, and which graphs stay loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGE = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), np.uint8)
 
 
 class Rig:
-    """An admission whose graphs are all open, with so much memory free on GPU and host."""
+    """An admission whose graphs are all open, with a given amount of free memory on GPU and host."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.manifest = read_manifest(build_engine(directory))
@@ -52,19 +52,19 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     return Rig(tmp_path / "engine", monkeypatch)
 
 
-def test_an_image_that_the_gpu_has_no_room_for_is_refused(rig: Rig):
+def test_image_that_exceeds_the_gpu_is_refused(rig: Rig):
     rig.gpu = rig.need(GPU) - 1
     with pytest.raises(MemoryLimitError, match=r"64x64 to 256x256 .* of memory of the GPU, .* are free"):
         rig.admission.reserve(rig.layout)
 
 
-def test_the_host_has_to_have_room_too(rig: Rig):
+def test_host_needs_memory_too(rig: Rig):
     rig.host = rig.need(BESIDE_GPU) - 1
     with pytest.raises(MemoryLimitError, match=r"needs about .* of memory, .* are free"):
         rig.admission.reserve(rig.layout)
 
 
-def test_a_second_image_waits_for_the_first(rig: Rig):
+def test_second_image_waits_for_the_first(rig: Rig):
     rig.gpu = int(1.5 * rig.need(GPU))
     room = rig.admission.reserve(rig.layout)
     assert room and rig.admission.reserve(rig.layout) is None
@@ -72,7 +72,7 @@ def test_a_second_image_waits_for_the_first(rig: Rig):
     assert rig.admission.reserve(rig.layout)
 
 
-def test_whether_all_graphs_stay_is_for_the_gpu_to_say(rig: Rig, tmp_path: Path):
+def test_memory_of_the_gpu_decides_whether_all_graphs_stay(rig: Rig, tmp_path: Path):
     weights = sum(rig.graphs.weights.values())
     for free, want in ((int(2 * GPU.held * weights) + 2, True), (int(2 * GPU.held * weights) - 2, False)):
         rig.gpu = free
@@ -80,8 +80,8 @@ def test_whether_all_graphs_stay_is_for_the_gpu_to_say(rig: Rig, tmp_path: Path)
         assert made.keep_all is want
 
 
-def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Room for the graphs' buffers and one image at a time; then for none."""
+def test_images_wait_for_a_small_gpu_without_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """First there is memory for the graphs' buffers and one image, then for no image."""
     engine = build_engine(tmp_path / "engine")
     simulated_backend.install(monkeypatch, tmp_path / "kernels")
     with Upscaler(engine) as up:
@@ -110,14 +110,14 @@ def test_images_queue_for_a_small_gpu_and_none_crashes(tmp_path: Path, monkeypat
         with pytest.raises(MemoryLimitError, match="memory of the GPU"):
             up(IMAGE, steps=2)
         monkeypatch.setattr(up._admission, "reserve", lambda *arguments: admission.Reservation((0, 0)))
-        with pytest.raises(MemoryLimitError, match="no memory"):  # the driver's own refusal ends the image
+        with pytest.raises(MemoryLimitError, match="no memory"):  # the driver's own refusal
             up(IMAGE, steps=2)
         leave(1 << 30)
         np.testing.assert_array_equal(up(IMAGE, steps=2), want)
 
 
-def test_a_wide_graph_takes_less_over_its_weights(tmp_path, monkeypatch):
-    """Its image fits where that of a narrow one of the same size would be refused."""
+def test_wide_graph_needs_less_memory_per_weight(tmp_path, monkeypatch):
+    """Its image fits in memory in which that of a narrow graph of the same size does not."""
     directory = build_engine(tmp_path / "engine", experts=1)
     manifest = read_manifest(directory)
     need = []
@@ -131,7 +131,7 @@ def test_a_wide_graph_takes_less_over_its_weights(tmp_path, monkeypatch):
     assert need == [int(narrow), int(wide)]
 
 
-def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
+def test_large_graphs_that_open_quickly_are_not_all_kept(tmp_path, monkeypatch):
     directory = build_engine(tmp_path / "engine")
     manifest = read_manifest(directory)
     whole = GraphMemory(manifest, directory, "cpu", 1)
@@ -142,7 +142,7 @@ def test_large_graphs_that_open_at_once_are_not_all_kept(tmp_path, monkeypatch):
         assert made.keep_all is want
 
 
-def test_graphs_open_at_once_where_they_are_kept_prepared(tmp_path):
+def test_prepared_graphs_open_quickly(tmp_path):
     def opens_at_once(name: str, **options: object) -> bool:
         traits = {"openvino": ov.TRAITS, "onnxruntime": ort.TRAITS}[name]
         return Backend(name, SessionOptions(**options), 1, traits=traits).opens_at_once  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The canvases of images of any size and their tiles, for MoE-SR and for StableSR."""
+"""The canvases and tiles of images of any size, for MoE-SR and for StableSR."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RNG = np.random.default_rng(12)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiles of 64 output pixels, 16 of the latent."""
+    """Return an engine with tiles of 64 output pixels, which are 16 latent pixels."""
     return build_engine(tmp_path_factory.mktemp("engine"), framing=STABLESR)
 
 
@@ -59,7 +59,7 @@ def test_frames(size: tuple[int, int], manifest: Manifest):
 
 
 def test_factors_that_do_not_divide_the_scale(manifest: Manifest):
-    """Padding where images are padded is of whole LR pixels."""
+    """If images are padded, they are padded by whole LR pixels."""
     eight = replace(manifest, latent_factor=8, scale=4)
     assert TileLayout(eight, 17, 21).frame.canvas == (72, 88)
     assert TileLayout(replace(eight, framing=Framing()), 17, 21).frame.canvas == (72, 88)
@@ -78,13 +78,13 @@ def test_published_tiles(size: int, tile: int, overlap: int):
 
 @pytest.mark.parametrize("tile", [64, 96])
 def test_published_window(tile: int):
-    """The centre is half a pixel low down a column; in float32 it need not be scaled."""
+    """The center is half a pixel low along a column; in float32 no scaling is needed."""
     want = np.outer(*published_weights(tile))
     np.testing.assert_allclose(gaussian_weights(tile, 0.5), want / want.max(), rtol=1e-6)
     assert not np.allclose(gaussian_weights(tile), want / want.max(), rtol=1e-3)
 
 
-def test_the_manifest_says_which(manifest: Manifest):
+def test_manifest_selects_the_framing(manifest: Manifest):
     even = replace(manifest, framing=Framing())
     assert TileLayout(manifest, 20, 31).sampling[:4] == [(0, 0), (0, 8), (0, 15), (4, 0)]
     assert TileLayout(even, 20, 31).sampling[:4] == [(0, 0), (0, 7), (0, 15), (4, 0)]
@@ -95,19 +95,19 @@ def test_the_manifest_says_which(manifest: Manifest):
 
 
 @pytest.mark.parametrize("size", [(28, 36), (7, 9), (14, 31), (64, 51)], ids=str)
-def test_enlarging_as_torch_does(size: tuple[int, int]):
+def test_enlarging_as_in_torch(size: tuple[int, int]):
     image = RNG.uniform(0, 65535, (7, 9, 3)).astype(np.float32)
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
     want = F.interpolate(tensor, size=size, mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
     got = imresize(image, *size, antialias=False, convention="torch")
     np.testing.assert_allclose(got, want, atol=0.05)
     whole = imresize(image.astype(np.uint16), *size, antialias=False, convention="torch")
-    assert np.abs(whole - want.clip(0, 65535)).max() <= 1.6  # rounded, as is the source
+    assert np.abs(whole - want.clip(0, 65535)).max() <= 1.6  # rounded, as the source is
 
 
 @pytest.mark.parametrize("size", [(5, 7), (16, 16), (17, 40)], ids=str)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_an_image_in_stablesrs_frame(engine: Path, size: tuple[int, int], dtype: type):
+def test_image_with_stablesr_framing(engine: Path, size: tuple[int, int], dtype: type):
     """The synthetic decoder returns the LR image and a trace of the latent."""
     top = np.iinfo(dtype).max
     lr = (np.linspace(0.2, 0.8, size[0] * size[1] * 3).reshape(*size, 3) * top).astype(dtype)
@@ -119,7 +119,7 @@ def test_an_image_in_stablesrs_frame(engine: Path, size: tuple[int, int], dtype:
     assert np.abs(sr - want).mean() < 0.05 * top
 
 
-def test_the_model_sees_16_bits(manifest: Manifest):
+def test_model_receives_16_bits(manifest: Manifest):
     lr = RNG.integers(0, 256, (16, 20, 3), np.uint8)
     settings = Settings(steps=1, sampler="ddim", seed=0, fidelity=1.0)
     job = processing.prepare(TileLayout(manifest, 16, 20), planes.split(lr), settings)
@@ -129,7 +129,7 @@ def test_the_model_sees_16_bits(manifest: Manifest):
     assert relative_l2(job.lr / 65535, want) < 1e-4
 
 
-def test_thin_images_that_grow_too_large_are_explained(engine: Path, monkeypatch: pytest.MonkeyPatch):
+def test_error_for_thin_images_names_the_enlarged_size(engine: Path, monkeypatch: pytest.MonkeyPatch):
     with Upscaler(engine, device="cpu") as up:
         monkeypatch.setattr(memory, "available_bytes", lambda: 50_000_000)
         with pytest.raises(MemoryLimitError, match="1000x1 to 4000x4 pixels, through 64000x64, needs about"):
@@ -137,6 +137,6 @@ def test_thin_images_that_grow_too_large_are_explained(engine: Path, monkeypatch
 
 
 @pytest.mark.parametrize("overlap", [-1, 16])
-def test_overlaps_that_cannot_be(manifest: Manifest, tmp_path: Path, overlap: int):
+def test_impossible_overlaps_are_refused(manifest: Manifest, tmp_path: Path, overlap: int):
     with pytest.raises(EngineError, match=rf"framing\.overlap is {overlap}, expected 0 to 15 latent pixels"):
         write_manifest(replace(manifest, framing=Framing(overlap=overlap)), tmp_path)

@@ -1,6 +1,6 @@
-"""The scheduler: order within a flow, fair turns between flows, priorities, full ticks, few swaps of graphs.
+"""The scheduler: order within a flow, fair shares of flows, priorities, full ticks, few loads of graphs.
 
-Time is counted in tiles, and nothing is computed: jobs are told that their tiles ran.
+Time is counted in tiles, and nothing is computed: the test tells jobs that their tiles ran.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 class Waiting:
-    """The part of a job that the scheduler looks at."""
+    """The part of a job that the scheduler reads."""
 
     def __init__(self, flow: Flow, group: str, rounds: int, remaining: int) -> None:
         self.flow, self.rounds, self.planned = flow, rounds, {group: 100}
@@ -43,7 +43,7 @@ def picked(jobs: list[Any], limit: int) -> list[tuple[int, int]]:
     return [(jobs.index(batch.job), batch.count) for batch in batches]
 
 
-def test_the_oldest_job_of_a_flow_leads_and_others_fill():
+def test_oldest_job_of_a_flow_leads_and_others_fill_the_tick():
     flow = Flow()
     jobs = [Waiting(flow, "a", 5, 2), Waiting(flow, "b", 5, 1), Waiting(flow, "a", 4, 9)]
     jobs.append(Waiting(flow, "a", 5, 1))
@@ -52,17 +52,17 @@ def test_the_oldest_job_of_a_flow_leads_and_others_fill():
     assert picked(jobs, 12) == [(0, 2), (2, 9), (3, 1)]
 
 
-def test_jobs_that_began_a_little_later_catch_up():
+def test_slightly_later_jobs_catch_up():
     flow = Flow()
     late, far = Waiting(flow, "a", 6 - CATCH_UP, 1), Waiting(flow, "a", 5 - CATCH_UP, 1)
     jobs = [Waiting(flow, "b", 6, 1), late, far]
     assert picked(jobs, 4) == [(1, 1), (2, 1)]
-    assert picked(jobs, 1) == [(0, 1)]  # there is no room to win
-    assert picked([jobs[0], far], 4) == [(0, 1)]  # too far behind to wait for
+    assert picked(jobs, 1) == [(0, 1)]  # no free slots could be gained
+    assert picked([jobs[0], far], 4) == [(0, 1)]  # too far behind to wait for it
     assert picked([jobs[0], Waiting(flow, "a", 7, 1)], 4) == [(0, 1)]
 
 
-def test_tiles_that_are_under_way_are_not_handed_out_again():
+def test_tiles_in_flight_are_not_picked_again():
     """Sessions on other machines may have several ticks in flight."""
     flow = Flow()
     assert picked([Waiting(flow, "a", 0, 0), Waiting(flow, "a", 0, 3)], 2) == [(1, 2)]
@@ -70,7 +70,7 @@ def test_tiles_that_are_under_way_are_not_handed_out_again():
 
 
 class Machine:
-    """Runs the ticks that a scheduler picks, in a time of one per tile. At most `kept` graphs stay loaded."""
+    """Runs the ticks that a scheduler picks, one unit of time per tile; at most `kept` graphs stay loaded."""
 
     def __init__(self, manifest: Manifest, max_batch: int = 1, load_s: float = 0.0, kept: int = 99) -> None:
         self.manifest, self.device = manifest, HostDevice()
@@ -87,7 +87,7 @@ class Machine:
         return 0.0 if role in self.loaded else self.load_s
 
     def submit(self, side: int, flow: Flow | None = None, steps: int = 8) -> Job:
-        """An image of `side` x `side` LR pixels."""
+        """Submit an image of `side` x `side` LR pixels."""
         layout = TileLayout(self.manifest, side, side)
         lr, condition = np.zeros((*layout.frame.canvas, 3), np.uint8), np.zeros((*layout.latent, 3), np.uint8)
         job = Job(layout, lr, condition, Settings(steps, "ddim", 1, 1.0), flow)
@@ -116,13 +116,13 @@ class Machine:
         return self.time
 
 
-LARGE, SMALL = 8 * 16, 16  # LR pixels: 100 tiles, one tile
+LARGE, SMALL = 8 * 16, 16  # sides in LR pixels: 100 tiles, and one tile
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
 @pytest.mark.parametrize("side", [SMALL, 40], ids=["one-tile", "nine-tiles"])
 @pytest.mark.parametrize("before", [0, 1, 50, 333, 700])
-def test_a_small_image_behind_a_large_one_takes_at_most_three_times_as_long(
+def test_small_image_behind_a_large_one_takes_at_most_three_times_as_long(
     manifest: Manifest, max_batch: int, side: int, before: int
 ):
     alone = Machine(manifest, max_batch)
@@ -137,12 +137,12 @@ def test_a_small_image_behind_a_large_one_takes_at_most_three_times_as_long(
     assert large not in machine.ended
     passed, usual = machine.ended[small] - arrived, alone.run()
     assert passed <= 3 * usual
-    if max_batch == 1 and arrived > 2 * usual:  # the large one has had its turn
+    if max_batch == 1 and arrived > 2 * usual:  # the turn of the large one is over
         assert passed == usual
 
 
 @pytest.mark.parametrize("before", [10, 123, 400])
-def test_graphs_that_do_not_all_fit_are_not_swapped_for_fairness(manifest: Manifest, before: int):
+def test_graphs_are_not_swapped_for_fairness(manifest: Manifest, before: int):
     """Only one graph fits. The small image waits for its turn, and loading takes a fifth of the time."""
     machine = Machine(manifest, load_s=5.0, kept=1)
     machine.submit(LARGE)
@@ -155,12 +155,12 @@ def test_graphs_that_do_not_all_fit_are_not_swapped_for_fairness(manifest: Manif
     passed = machine.time - arrived
     assert (machine.loads - loads) * 5.0 <= passed / (
         PATIENCE + 1
-    ) + 5 * 5.0  # 5 graphs must be loaded anyway
+    ) + 5 * 5.0  # 5 graphs must be loaded in any case
     assert passed < 300  # the large one alone takes 900
 
 
 def test_equal_images_finish_one_after_the_other(manifest: Manifest):
-    """Taking turns would finish them all at the end."""
+    """If they took turns, all would finish at the end."""
     machine = Machine(manifest)
     jobs = [machine.submit(40) for _ in range(4)]
     total = machine.run()
@@ -175,8 +175,8 @@ def test_images_of_one_flow_finish_in_order(manifest: Manifest):
     assert list(machine.ended) == jobs
 
 
-def test_flows_share_by_time_whatever_the_number_of_their_images(manifest: Manifest):
-    """A folder of nine images and a single one, of equal size, get half of the machine each."""
+def test_flows_share_time_equally_whatever_their_number_of_images(manifest: Manifest):
+    """A folder of nine images and a single image of the same size get half of the machine each."""
     machine, folder = Machine(manifest), Flow()
     for _ in range(9):
         machine.submit(40, folder)
@@ -191,7 +191,7 @@ def test_priorities_are_weights(manifest: Manifest, priority: str):
     favoured, other = machine.submit(LARGE, Flow(priority)), machine.submit(LARGE)
     quantum = sum(other.planned.values())
     machine.scheduler._ring.clear()
-    small = machine.submit(SMALL)  # it sets the length of turns
+    small = machine.submit(SMALL)  # determines the length of turns
     machine.run(small)
     while machine.time < quantum / 2:
         small = machine.submit(SMALL) if small in machine.ended else small
@@ -200,7 +200,7 @@ def test_priorities_are_weights(manifest: Manifest, priority: str):
     assert ratio == pytest.approx(PRIORITIES[priority], rel=0.3)
 
 
-def test_equal_jobs_of_other_flows_fill_a_tick_and_larger_ones_do_not_fill_it_up(manifest: Manifest):
+def test_ticks_are_filled_with_equal_jobs_of_other_flows_but_not_larger_ones(manifest: Manifest):
     machine = Machine(manifest, max_batch=8)
     for _ in range(8):
         machine.submit(SMALL)
@@ -210,7 +210,7 @@ def test_equal_jobs_of_other_flows_fill_a_tick_and_larger_ones_do_not_fill_it_up
     assert {b.job: b.count for b in machine.scheduler.next_batches(jobs)} == dict.fromkeys(jobs, 1)
 
 
-def test_many_small_images_do_not_starve_a_large_one(manifest: Manifest):
+def test_many_small_images_do_not_block_a_large_one(manifest: Manifest):
     machine = Machine(manifest)
     large = machine.submit(LARGE)
     small = machine.submit(SMALL)
@@ -221,7 +221,7 @@ def test_many_small_images_do_not_starve_a_large_one(manifest: Manifest):
     assert machine.time < 2.5 * sum(large.planned.values())
 
 
-def test_costs_of_nothing_do_not_stop_the_turns(manifest: Manifest):
+def test_zero_costs_do_not_stop_the_turns(manifest: Manifest):
     machine = Machine(manifest)
     machine.costs._seconds = dict.fromkeys(manifest.graphs, 0.0)
     machine.submit(40), machine.submit(SMALL)

@@ -1,4 +1,4 @@
-"""Jobs and ticks: the sampler's algebra on a canvas, order, sharing, residency, failures, devices."""
+"""Jobs and ticks: sampling on a canvas, order, sharing of ticks, residency, failures, devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moesr.runtime.sampling.schedule import step_table
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return read_manifest(build_engine(tmp_path / "engine"))  # 16 latent pixels a tile
+    return read_manifest(build_engine(tmp_path / "engine"))  # 16 latent pixels per tile
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
@@ -53,7 +53,7 @@ def test_canvas_equals_the_plain_loop(manifest: Manifest, size: tuple[int, int],
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 23)], ids=str)
 def test_latent_condition_and_start(tmp_path: Path, size: tuple[int, int]):
-    """The encoder's latent conditions every step, and, noised, is what sampling starts from."""
+    """The encoder's latent conditions every step, and sampling starts from this latent with noise."""
     manifest = read_manifest(build_engine(tmp_path, encoder=True, init="latent", prediction="eps"))
     rig = Rig(manifest, max_batch=2)
     job = rig.job(*size, steps=3)
@@ -86,7 +86,7 @@ def test_latents_that_are_images_need_no_decoder(tmp_path: Path, manifest: Manif
     assert "decoder" not in job.ran
 
 
-def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
+def test_result_does_not_depend_on_batch_or_other_jobs(manifest: Manifest):
     alone, together = Rig(manifest, 1), Rig(manifest, 3)
     state = RNG.bit_generator.state
     options = {"sampler": "dpm++2m", "steps": 6}, {"seed": 2}, {"fidelity": 0.5, "sampler": "dpm++2m"}
@@ -104,7 +104,7 @@ def test_result_does_not_depend_on_batch_or_company(manifest: Manifest):
 @pytest.mark.parametrize("max_batch", [1, 3])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
 def test_nothing_is_read_back_between_ticks(manifest: Manifest, max_batch: int, sampler: str):
-    """The whole loop over a device that has done nothing yet when the host goes on."""
+    """The whole loop runs on a device that has done no work yet when the host continues."""
     state = RNG.bit_generator.state
     host = Rig(manifest, max_batch)
     jobs = [host.job(20, 40, sampler=sampler), host.job(16, 16, seed=2, sampler=sampler)]
@@ -119,18 +119,18 @@ def test_nothing_is_read_back_between_ticks(manifest: Manifest, max_batch: int, 
     log = rig.device.log
     reads = [at for at, entry in enumerate(log) if entry.startswith("READ")]
     assert [log[at] for at in reads] == 2 * ["READ finite", "READ finite", "READ download"]
-    for at in reads[::3]:  # an image's reads follow its last tick
+    for at in reads[::3]:  # the reads of an image follow its last tick
         assert log[at - 2] == "run decoder.onnx"
     ticks = [at for at, entry in enumerate(log) if entry.startswith("gather")]
-    for at in ticks:  # a tick is always the same: gather, graph, blend
+    for at in ticks:  # every tick consists of gather, graph and blend
         slots = log[at].removeprefix("gather ")
         assert log[at + 1].startswith("run ")
         assert log[at + 2] == f"blend {slots}"
     assert sum(entry == "advance" for entry in log) == 2 * 4
-    assert sum(entry.startswith("buffer") for entry in log) == 4 + 4  # one set for all experts, one to decode
+    assert sum(entry.startswith("buffer") for entry in log) == 4 + 4  # for experts and for the decoder
 
 
-def test_costs_are_measured_on_a_device_that_is_behind(manifest: Manifest):
+def test_costs_are_measured_on_an_asynchronous_device(manifest: Manifest):
     rig = Rig(manifest, 2, device=RecordingDevice(), expert=lambda row: time.sleep(0.01) or eps_of(row))
     start = time.perf_counter()
     rig.run(rig.job(24, 24, steps=4))
@@ -140,7 +140,7 @@ def test_costs_are_measured_on_a_device_that_is_behind(manifest: Manifest):
     assert not rig.worker._unmeasured
 
 
-def test_a_device_that_is_behind_tells_of_nan_at_the_end(manifest: Manifest):
+def test_asynchronous_device_reports_nan_at_the_end(manifest: Manifest):
     def expert(row: Row) -> np.ndarray:
         return np.full_like(row["z_t"], np.nan) if row["cond"].max() == -1 else eps_of(row)
 
@@ -155,10 +155,10 @@ def test_a_device_that_is_behind_tells_of_nan_at_the_end(manifest: Manifest):
     assert np.isfinite(good.image).all()
 
 
-def test_batches_fill_up_over_jobs(manifest: Manifest):
+def test_batches_are_filled_from_several_jobs(manifest: Manifest):
     rig = Rig(manifest, max_batch=4)
     jobs = [rig.job(16, 16, seed=k, fidelity=k / 4) for k in range(4)]
-    with rig.worker.lock:  # nothing runs before all are in flight
+    with rig.worker.lock:  # nothing runs before all jobs are in flight
         for job in jobs:
             rig.worker.submit(job)
     for job in jobs:
@@ -166,8 +166,8 @@ def test_batches_fill_up_over_jobs(manifest: Manifest):
     assert all(session.batches == [4] for session in rig.sessions.values())
 
 
-def test_one_value_a_run_is_never_mixed(tmp_path: Path):
-    """Graphs of the first manifest schema take one fidelity for all tiles of a run."""
+def test_different_fidelities_are_not_mixed_if_a_run_has_one_value(tmp_path: Path):
+    """Graphs of schema 1 take one fidelity for all tiles of a run."""
     manifest = read_manifest(build_engine(tmp_path))
     decoder = manifest.graphs["decoder"]
     inputs = tuple(replace(i, dims=(1,)) if i.name == "fidelity" else i for i in decoder.inputs)
@@ -177,7 +177,7 @@ def test_one_value_a_run_is_never_mixed(tmp_path: Path):
     assert rig.sessions["decoder"].batches == [1, 1]
 
 
-def test_every_planned_tile_runs(manifest: Manifest):
+def test_all_planned_tiles_run(manifest: Manifest):
     rig = Rig(manifest)
     job = rig.job(40, 23, steps=6)
     rig.run(job)
@@ -185,7 +185,7 @@ def test_every_planned_tile_runs(manifest: Manifest):
     assert len(TileLayout(manifest, 40, 23).sampling) == 6
 
 
-def test_only_visited_experts_are_loaded(manifest: Manifest):
+def test_only_used_experts_are_loaded(manifest: Manifest):
     rig = Rig(manifest)
     rig.run(rig.job(16, 16, steps=1))
     assert set(rig.opened) == {"expert_0", "decoder"}
@@ -211,7 +211,7 @@ def test_residency(manifest: Manifest, keep_all: bool, most: int):
     assert all(s.closed for s in rig.sessions.values())
 
 
-def test_failed_load_reaches_the_job_and_may_be_tried_again(manifest: Manifest):
+def test_failed_load_fails_the_job_and_can_be_retried(manifest: Manifest):
     rig = Rig(manifest)
     working, failing = rig.residency._open, [True]
 
@@ -227,7 +227,7 @@ def test_failed_load_reaches_the_job_and_may_be_tried_again(manifest: Manifest):
 
 
 @pytest.mark.parametrize("keep_all", [True, False])
-def test_a_graph_that_could_not_be_loaded_ahead_is_loaded_when_needed(manifest: Manifest, keep_all: bool):
+def test_graph_that_cannot_be_loaded_ahead_is_loaded_when_needed(manifest: Manifest, keep_all: bool):
     """If memory is short, the next graph fits only after the previous one is released."""
     rig = Rig(manifest, keep_all=keep_all)
     working, failed = rig.residency._open, []
@@ -262,8 +262,8 @@ def test_non_finite_output_fails_one_job_and_names_the_graph(tmp_path: Path, max
     assert np.isfinite(good.image).all()
 
 
-def test_memory_that_one_image_lacks_is_its_own_error(manifest: Manifest):
-    """Room for the pixels is taken when decoding begins."""
+def test_out_of_memory_fails_only_its_image(manifest: Manifest):
+    """The memory for pixels is allocated when decoding begins."""
 
     class Small(HostDevice):
         def mean(self, shape: tuple[int, int, int], *arguments: Any) -> Any:
@@ -280,7 +280,7 @@ def test_memory_that_one_image_lacks_is_its_own_error(manifest: Manifest):
     rig.wait(small)
 
 
-def test_a_defect_reaches_the_images_that_it_concerns(manifest: Manifest):
+def test_internal_error_fails_only_the_images_concerned(manifest: Manifest):
     def decoder(row: Row) -> np.ndarray:
         if row["fidelity"] == 0:
             raise ZeroDivisionError("a defect")
@@ -295,7 +295,7 @@ def test_a_defect_reaches_the_images_that_it_concerns(manifest: Manifest):
         rig.wait(bad)
 
 
-def test_submitting_and_cancelling_do_not_wait_for_a_graph(manifest: Manifest):
+def test_submitting_and_canceling_do_not_wait_for_a_graph(manifest: Manifest):
     started, go_on = threading.Event(), threading.Event()
 
     def expert(row: Row) -> np.ndarray:
@@ -320,7 +320,7 @@ def test_submitting_and_cancelling_do_not_wait_for_a_graph(manifest: Manifest):
             rig.wait(job)
 
 
-def test_closing_ends_what_is_in_flight(manifest: Manifest):
+def test_closing_ends_jobs_in_flight(manifest: Manifest):
     started = threading.Event()
     rig = Rig(manifest, expert=lambda row: started.set() or eps_of(row))
     job = rig.job(16, 16, steps=1000)
@@ -344,12 +344,12 @@ def test_threads_share_one_worker(manifest: Manifest):
     assert all(job.done and job.error is None and job.ran == job.planned for job in jobs)
 
 
-def test_costs_start_from_macs_and_follow_what_was_measured(manifest: Manifest):
+def test_costs_start_from_macs_and_follow_measurements(manifest: Manifest):
     decoder = replace(manifest.graphs["decoder"], macs=10_000)
     costs = Costs(manifest.graphs | {"decoder": decoder})
     work = {"expert_0": 20, "decoder": 1}
     assert costs.seconds({"decoder": 1}) == pytest.approx(10 * costs.seconds({"expert_0": 1}))
-    costs.observe("expert_3", 4, 2.0)  # half a second a tile
+    costs.observe("expert_3", 4, 2.0)  # half a second per tile
     assert costs.seconds({"expert_3": 1}) == pytest.approx(0.5)
     assert costs.seconds(work) == pytest.approx(20 * 0.5 + 5.0)
     costs.observe("decoder", 2, 30.0)
@@ -357,7 +357,7 @@ def test_costs_start_from_macs_and_follow_what_was_measured(manifest: Manifest):
 
 
 @pytest.mark.parametrize("macs", [-1, 10**19, 10**400], ids=["negative", "20 digits", "400 digits"])
-def test_impossible_numbers_of_multiply_accumulates_are_an_engines_error(manifest: Manifest, macs: int):
+def test_impossible_numbers_of_macs_are_refused(manifest: Manifest, macs: int):
     harmed = {"decoder": replace(manifest.graphs["decoder"], macs=macs)}
     with pytest.raises(EngineError, match=r"graph 'decoder': .* \(macs\) outside 0 to 1e18; export"):
         Costs(manifest.graphs | harmed)

@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md, run against a server."""
+"""The examples of docs/serving.md run against a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def example(language: str) -> str:
 
 
 def commands(url: str) -> dict[str, tuple[list[str], str]]:
-    """The command of each example, and the file that it writes."""
+    """Return the command of each example and the file that it writes."""
     modules = 'import { readFile, writeFile } from "node:fs/promises";\n'
     return {
         "bash": (["bash", "-euc", f"URL={url}\n{example('bash')}"], "large.png"),

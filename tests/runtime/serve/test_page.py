@@ -1,4 +1,4 @@
-"""The page in headless Chromium, at desktop and phone size: drop, slider, download, errors, keyboard."""
+"""The page in headless Chromium, in desktop and phone size: drop, slider, download, errors, keyboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
 SIZES = {"desktop": (1280, 900), "phone": (390, 800)}
-SHOTS = os.environ.get("MOESR_SCREENSHOTS")  # a directory, to look at every state
+SHOTS = os.environ.get("MOESR_SCREENSHOTS")  # a directory for screenshots of all states
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def shot(page: playwright.Page, name: str) -> None:
 
 
 def until(page: playwright.Page, expression: str) -> None:
-    """Wait until an expression is true; the page's policy forbids playwright's own way of it."""
+    """Wait until an expression is true; the page's policy forbids playwright's own function for this."""
     limit = time.monotonic() + 60
     while not page.evaluate(expression):
         assert time.monotonic() < limit, expression
@@ -74,7 +74,7 @@ def drop(page: playwright.Page, data: bytes, name: str, kind: str) -> None:
     page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
 
 
-def test_from_a_dropped_picture_to_the_download(page, process, tiny_upscaler, tmp_path):
+def test_from_a_dropped_image_to_the_download(page, process, tiny_upscaler, tmp_path):
     server, data = process(), picture(60, 80)
     page.goto(server.url)
     page.wait_for_selector("#engine option", state="attached")
@@ -122,7 +122,7 @@ def test_from_a_dropped_picture_to_the_download(page, process, tiny_upscaler, tm
     assert not overflow, "the page is wider than the window"
 
 
-def test_errors_are_told_in_words(page, process):
+def test_errors_are_explained(page, process):
     server = process()
     page.goto(server.url)
     page.wait_for_selector("#engine option", state="attached")
@@ -138,7 +138,7 @@ def test_errors_are_told_in_words(page, process):
     until(page, "document.getElementById('error').textContent.includes('does not answer')")
 
 
-def test_by_keyboard_alone_with_a_token_and_cancelling(page, process, tmp_path):
+def test_keyboard_token_and_canceling(page, process, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     server = process("--token-file", str(tmp_path / "token"))
     page.goto(server.url)

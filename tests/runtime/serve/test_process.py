@@ -1,4 +1,4 @@
-"""`moesr-serve` as a process: what survives a kill, an orderly end, and connections that only cost."""
+"""`moesr-serve` as a process: kills, orderly shutdown, and slow or hostile connections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finished(client, names: list[str]) -> list[dict]:
         time.sleep(0.05)
 
 
-def test_accepted_jobs_survive_a_kill_and_finish_once(process, tiny_upscaler):
+def test_accepted_jobs_survive_a_kill_and_run_once(process, tiny_upscaler):
     first = process()
     data = [picture(100, 100, seed=k) for k in range(3)]
     names = [first.client.post("/v1/jobs?steps=60", content=one).json()["id"] for one in data]
@@ -36,14 +36,14 @@ def test_accepted_jobs_survive_a_kill_and_finish_once(process, tiny_upscaler):
     assert first.stop(signal.SIGKILL) == -signal.SIGKILL
     second = process()
     assert all(state["status"] == "done" for state in finished(second.client, names))
-    assert f"job {names[0]} goes on" not in second.text(), "what was done is not done again"
+    assert f"job {names[0]} goes on" not in second.text(), "finished jobs are not repeated"
     for one, name in zip(data, names, strict=True):
         result = second.client.get(f"/v1/jobs/{name}/result").content
         want = tiny_upscaler(Image.fromarray(pixels_of(one)), steps=60)
         np.testing.assert_array_equal(pixels_of(result), np.asarray(want))
 
 
-def test_sigterm_finishes_what_runs_and_keeps_the_rest(process):
+def test_sigterm_finishes_running_jobs_and_keeps_the_others(process):
     first = process("--grace", "60", "--log-format", "json")
     names = [
         first.client.post("/v1/jobs?steps=100", content=picture(100, 100, seed=k)).json()["id"]
@@ -54,11 +54,11 @@ def test_sigterm_finishes_what_runs_and_keeps_the_rest(process):
     assert sum(line.get("status") == 202 for line in lines) == 12
     second = process()
     going_on = second.text().count("goes on")
-    assert 0 < going_on < 12, "some were finished, some kept"
+    assert 0 < going_on < 12, "some jobs are finished and some are kept"
     assert all(state["status"] == "done" for state in finished(second.client, names))
 
 
-def test_a_client_that_goes_away_cancels_its_image(process):
+def test_disconnected_client_cancels_its_image(process):
     server = process()
     with socket.create_connection(server.address) as connection:
         data = picture(300, 300)
@@ -77,7 +77,7 @@ def metric(server, name: str, value: float) -> None:
         time.sleep(0.05)
 
 
-def test_slow_and_silent_connections_are_cut_off(process):
+def test_slow_and_silent_connections_are_closed(process):
     server = process("--idle", "1")
     silent = [socket.create_connection(server.address) for _ in range(200)]
     slow = socket.create_connection(server.address)
@@ -93,7 +93,7 @@ def test_slow_and_silent_connections_are_cut_off(process):
     slow.close()
 
 
-def test_huge_headers_and_no_http(process):
+def test_huge_headers_and_invalid_http(process):
     server = process()
     for sent in (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"\x16\x03\x01 no http\r\n\r\n"):
         with socket.create_connection(server.address) as connection:
@@ -114,13 +114,13 @@ def test_huge_headers_and_no_http(process):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_options_end_in_one_line(options, code, message, tmp_path, capsys):
+def test_wrong_options_give_one_line(options, code, message, tmp_path, capsys):
     assert cli.main(["--state", str(tmp_path), *options]) == code
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
 
 
-def test_an_address_that_is_taken(process, tiny_engine, tmp_path, capsys):
+def test_address_in_use(process, tiny_engine, tmp_path, capsys):
     _, port = process().address
     assert (
         cli.main(["--state", str(tmp_path / "other"), "--engine", str(tiny_engine), "--port", str(port)]) == 1

@@ -1,4 +1,4 @@
-"""The routes: results equal the Upscaler's, jobs, limits, tokens, and clear problems for wrong requests."""
+"""The routes: results equal those of the Upscaler, jobs, limits, tokens, and problems for wrong requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wait_for(client, job: dict) -> dict:
     return state
 
 
-def test_a_result_is_the_upscalers(serve, tiny_upscaler):
+def test_result_equals_the_upscaler(serve, tiny_upscaler):
     data = picture()
     want = tiny_upscaler(Image.open(io.BytesIO(data)), steps=3, seed=7, color_fix="none")
     with serve() as client:
@@ -48,7 +48,7 @@ def test_a_result_is_the_upscalers(serve, tiny_upscaler):
         ("image/webp", "&format=tiff", "TIFF"),
     ],
 )
-def test_the_format_is_as_asked(serve, accept, query, kind):
+def test_requested_format(serve, accept, query, kind):
     with serve() as client:
         answer = client.post(f"/v1/upscale?steps=1{query}", content=picture(), headers={"Accept": accept})
     assert Image.open(io.BytesIO(answer.content)).format == kind
@@ -61,7 +61,7 @@ def test_results_carry_the_record(serve, tmp_path):
     assert record and record.settings["steps"] == 2 and len(record.digest) == 64
 
 
-def test_a_job_from_its_acceptance_to_its_end(serve, tiny_upscaler):
+def test_life_of_a_job(serve, tiny_upscaler):
     data = picture(40, 30)
     with serve() as client:
         answer = client.post("/v1/jobs?steps=4&seed=1", content=data)
@@ -92,7 +92,7 @@ def test_events_end_with_the_job(serve):
     assert fractions == sorted(fractions)
 
 
-def test_a_cancelled_job_gives_its_place_back(serve):
+def test_canceled_job_frees_its_place_in_the_queue(serve):
     with serve(queue=1) as client:
         job = client.post("/v1/jobs?steps=1000", content=picture(200, 200)).json()
         refused = client.post("/v1/jobs", content=picture())
@@ -105,7 +105,7 @@ def test_a_cancelled_job_gives_its_place_back(serve):
     assert "moesr_queue 0.0" in text and "moesr_ticks_total" in text
 
 
-def test_requests_at_the_same_time_do_not_exceed_the_queue(serve, monkeypatch):
+def test_simultaneous_requests_do_not_exceed_the_queue(serve, monkeypatch):
     with serve(queue=1) as client:
         accept = client.service.store.accept
         monkeypatch.setattr(client.service.store, "accept", lambda *a: (time.sleep(0.5), accept(*a))[1])
@@ -125,7 +125,7 @@ def test_results_expire(serve):
 
 
 def bomb() -> bytes:
-    """A small PNG that declares 100,000 x 100,000 pixels."""
+    """Return a small PNG that declares 100,000 x 100,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -160,10 +160,10 @@ WRONG = {
 
 @pytest.mark.parametrize("route", ["/v1/upscale", "/v1/jobs"])
 @pytest.mark.parametrize(("data", "query", "status"), WRONG.values(), ids=WRONG)
-def test_wrong_requests_get_a_problem_and_leave_nothing(serve, tmp_path, route, data, query, status):
+def test_wrong_requests_get_a_problem_and_leave_no_files(serve, tmp_path, route, data, query, status):
     with serve(upload_bytes=200_000, input_px=10_000) as client:
         answer = client.post(route + query, content=data)
-        if answer.status_code == 202:  # only decoding finds the damage
+        if answer.status_code == 202:  # the damage is found only by decoding
             state = wait_for(client, answer.json())
             assert state["status"] == "failed" and state["problem"]["status"] == status
             return
@@ -187,8 +187,8 @@ def test_damaged_forms(serve, content):
     assert answer.status_code == 400 and answer.headers["content-type"] == PROBLEM
 
 
-def test_an_upload_is_counted_not_believed(serve):
-    """Content-Length is what the client says; a form is counted too."""
+def test_upload_limit_counts_the_received_bytes(serve):
+    """Content-Length is the client's claim, and the bytes of a form are counted as well."""
     with serve(upload_bytes=1000) as client:
         form = client.post("/v1/upscale", files={"image": ("a.png", bytes(5000))})
 
@@ -208,7 +208,7 @@ def test_no_path_reaches_the_file_system(serve, path):
         assert client.get(path).status_code == 404
 
 
-def test_a_token_is_required_where_there_is_one(serve):
+def test_token_is_required_if_one_is_set(serve):
     with serve(token="secret") as client:
         for path in ("/healthz", "/readyz", "/", "/static/page.js"):
             assert client.get(path).status_code == 200
@@ -220,7 +220,7 @@ def test_a_token_is_required_where_there_is_one(serve):
         assert client.get("/v1/engines", headers=right).json()[0]["name"] == "tiny"
 
 
-def test_every_answer_has_a_strict_policy(serve):
+def test_all_responses_have_a_strict_policy(serve):
     with serve() as client:
         for path in ("/", "/static/page.js", "/v1/engines", "/nothing"):
             headers = client.get(path).headers
@@ -228,7 +228,7 @@ def test_every_answer_has_a_strict_policy(serve):
             assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_large_headers_and_addresses_are_refused_even_if_they_arrive_at_once(serve):
+def test_large_headers_and_addresses_are_refused_even_in_one_packet(serve):
     with serve() as client:
         assert client.get("/healthz", headers={"X": "a" * 20_000}).status_code == 431
         assert client.get("/healthz?" + "a" * 20_000).status_code == 431
@@ -243,5 +243,5 @@ def test_openapi_describes_the_options(serve):
     assert "multipart/form-data" in post["requestBody"]["content"]
 
 
-def test_messages_name_no_file_of_the_server():
+def test_messages_name_no_files_of_the_server():
     assert without_paths("/tmp/x/incoming/ab/input: is damaged") == "the image: is damaged"
