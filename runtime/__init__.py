@@ -1,4 +1,4 @@
-"""The deployment runtime: `Upscaler`, loaded when it is first named, and its errors."""
+"""The deployment runtime: `Upscaler`, which is loaded when it is first named, and its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load `Upscaler`; programs import this package before they can answer to Ctrl-C."""
+    """Load `Upscaler` at its first use; programs import this package before they can handle Ctrl-C."""
     if name != "Upscaler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from moesr.runtime.upscaler import Upscaler

@@ -1,8 +1,7 @@
-"""The exceptions for everything that a user can cause or cure.
+"""The exceptions for everything that a user can cause or repair.
 
-A message names the value at fault, the expected one and the remedy. Command-line programs print it on one
-line and exit with the `exit_code` of its class: 1 some inputs failed, 2 usage, 3 engine unusable, 4 out of
-memory.
+A message names the wrong value, the expected value and the remedy. Command-line programs print it on one line
+and exit with the `exit_code` of its class: 1 some inputs failed, 2 usage, 3 engine unusable, 4 out of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import ClassVar
 
 
 class MoesrError(Exception):
-    """Base of all errors raised on purpose."""
+    """The base class of all errors raised on purpose."""
 
     exit_code: ClassVar[int] = 1
 

@@ -1,4 +1,4 @@
-"""The Python interface: an engine opened once, images in, larger images out.
+"""The Python interface: an engine is opened once and super-resolves images.
 
 from moesr.runtime import Upscaler
 
@@ -50,10 +50,10 @@ __all__ = ["Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscal
 
 
 class Upscaler:
-    """Super-resolution with one engine. Threads may share it: their images are worked on together.
+    """Super-resolution with one engine. Threads may share it, and their images are then processed together.
 
-    Processes may not: after a fork, open an Upscaler in the child. One that has done nothing before the fork
-    may be used in the child as well, if it runs on a CPU.
+    Processes may not share it: after a fork, open an Upscaler in the child. An Upscaler that was not used
+    before the fork may be used in the child as well, if it runs on a CPU.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Upscaler:
     ) -> None:
         """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
 
-        `backend` "auto" takes the one that was measured as the fastest, once per engine and machine.
+        `backend` "auto" takes the fastest one, as measured once per engine and machine.
         `threads` and `max_batch` (tiles per run) default to the backend's choice. `verify` compares the
         hashes of the engine's files. `precision` of the arithmetic is "graph", "bf16" if the backend can, or
         "auto": the faster of the two, which is also the default for an engine in bf16. `cache` is the
@@ -93,7 +93,7 @@ class Upscaler:
         found = choose(precision=precision)
         self.directory = engine_directory(engine)
         self.manifest = read_manifest(self.directory, verify=verify)
-        if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 arithmetic serves it as well
+        if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 gives the same results
             found = choose(precision="auto")
         log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
         self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
@@ -101,7 +101,7 @@ class Upscaler:
         self._open()
 
     def _open(self) -> None:
-        """Make the parts that work on images."""
+        """Make the parts that process images."""
         manifest, directory, backend = self.manifest, self.directory, self.backend
         device = backend.device(directory)
         self._costs = Costs(manifest.graphs)
@@ -140,8 +140,8 @@ class Upscaler:
 
         Returns the same kind, dtype and channels (grey stays grey, alpha is kept), `scale` times the size;
         PIL images come back as L, LA, RGB, RGBA or I;16. For the options see `Options`. `progress` is called
-        from this thread while the work goes on; an exception that it raises cancels the image and is raised
-        here, and so does Ctrl-C. To cancel from another thread, or to set a time limit, use `submit`. Raises
+        from this thread during the work; an exception that it raises cancels the image and is raised here,
+        and so does Ctrl-C. To cancel from another thread, or to set a time limit, use `submit`. Raises
         InputError, UsageError, MemoryLimitError or EngineError.
         """
         return next(self.map([image], progress=progress, **options))
@@ -155,20 +155,20 @@ class Upscaler:
 
             handle = up.submit(image, steps=50)
             handle.progress  # JobProgress(fraction=0.3, stage="sampling", seconds_left=4.2, position=0)
-            sr = handle.result(timeout=60)  # after 60 s a TimeoutError, but the work goes on
+            sr = handle.result(timeout=60)  # after 60 s a TimeoutError, but the work continues
             handle.cancel()  # the work stops at the next tick, and its memory is free
 
-        In asyncio, a time limit cancels the work too:
+        In asyncio, a time limit cancels the work:
 
             sr = await asyncio.wait_for(asyncio.wrap_future(up.submit(image)), timeout=60)
 
         (Cancelling `asyncio.to_thread(up, image)` has no effect on the work.)
 
         Images share the machine fairly by estimated seconds, so a small image does not wait for a large one
-        to finish. An image of `priority` "high" gets four times the part of one of "normal", which gets four
-        times that of "low". Images that do not fit into memory yet wait for it in order, where one of higher
-        priority passes at most 16 others. Any number of images can be submitted; the caller's image is kept,
-        and must not be changed, until it is prepared.
+        to finish. An image of `priority` "high" gets four times the share of a "normal" one, which gets four
+        times the share of a "low" one. Images that do not fit into memory yet wait in order, except that an
+        image of higher priority passes at most 16 others. Any number of images can be submitted; the caller's
+        image is kept, and must not be changed, until it is prepared.
 
         Raises UsageError for a wrong option or if this Upscaler is closed. Whatever is wrong with the image
         (InputError, MemoryLimitError, EngineError) is raised by the handle.
@@ -187,11 +187,11 @@ class Upscaler:
     ) -> Iterator[Any]:
         """Super-resolve many images in order, several in flight; options and results as for one image.
 
-        The next image is fetched while the one before it is worked on. All images together get the part of
-        the machine that a single one of `submit` gets. With `return_errors`, the MoesrError or MemoryError of
-        one image is yielded in its place and the others go on; if the engine cannot be used at all, the error
-        is raised. `progress` counts the images in flight and those before them; `begun` is called with each
-        image from which on it is counted. Closing the iterator cancels the images in flight.
+        The next image is fetched while the previous one is processed. All images together get the share of
+        the machine that a single image of `submit` gets. With `return_errors`, the MoesrError or MemoryError
+        of one image is yielded in its place and the others continue; if the engine cannot be used at all, the
+        error is raised. `progress` counts the images in flight and those before them; `begun` is called with
+        each image when it begins to count. Closing the iterator cancels the images in flight.
         """
         settings, flow = self._settings(options), _flow(priority)
         submit = partial(self._submit, settings=settings, flow=flow)
@@ -202,11 +202,11 @@ class Upscaler:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts of images and ticks, for monitoring; any thread may ask for them."""
+        """Return counts of images and ticks, for monitoring; any thread may call this."""
         return self._pipeline.statistics
 
     def _submit(self, image: Any, *, settings: Settings, flow: Flow) -> InFlight:
-        """Take an image; if it cannot be used there is no ticket, and the handle has the error."""
+        """Accept an image; if it cannot be used there is no ticket, and the handle has the error."""
         try:
             source = Picture(image)
         except (MoesrError, MemoryError) as error:
@@ -218,7 +218,7 @@ class Upscaler:
         return self._pipeline.submit(source, layout, settings, flow, owner=self)
 
     def _settings(self, options: Options) -> Settings:
-        """The settings that options ask for; UsageError if this is closed or an option is wrong."""
+        """Return the settings for these options; UsageError if this is closed or an option is wrong."""
         if self._pipeline.refusal:
             raise UsageError(self._pipeline.refusal)
         return resolve(self.manifest, **options)

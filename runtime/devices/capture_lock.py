@@ -1,9 +1,9 @@
-"""One lock that keeps the opening of graphs and the capture of CUDA graphs apart.
+"""A lock that keeps the opening of graphs and the capture of CUDA graphs apart.
 
 A library that opens a graph may allocate memory or synchronize the device, and either can invalidate a
-capture that another thread has begun on the same GPU. Whoever opens a graph for a GPU, or has a library
-capture one, holds `capture_lock`. A device that wants to capture tries to take it and, if that fails, runs
-without a CUDA graph for once.
+capture that another thread has begun on the same GPU. A thread that opens a graph for a GPU, or lets a
+library capture one, holds `capture_lock`. A device that wants to capture tries to acquire it and, if that
+fails, runs this tick without a CUDA graph.
 """
 
 from __future__ import annotations

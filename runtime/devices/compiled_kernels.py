@@ -1,4 +1,4 @@
-"""Loads kernels that were compiled ahead of time: `kernels.json` and the files beside it, on one GPU.
+"""Loading kernels that were compiled ahead of time: `kernels.json` and the files beside it, on one GPU.
 
 `python -m moesr.kernels.build` writes such a directory; `operator_plan` describes its index.
 """
@@ -35,26 +35,26 @@ _CACHE_FOLDER = "cubins"
 BUILD = "make them with: python -m moesr.kernels.build --arch sm_{0} -o {1}"
 
 MAX_FILE_BYTES = 64 << 20
-"""Largest file of a kernel or table that is read; the largest that is built has 2 MB."""
+"""A larger file of a kernel or table is not read; the largest file that is built has 2 MB."""
 
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
-"""Largest grid of a launch along each axis (CUDA programming guide, technical specifications)."""
+"""The largest grid of a launch along each axis (CUDA programming guide, technical specifications)."""
 
 EXACT_FROM = 90
-"""From this compute capability on Triton compiles for one architecture only (sm_90a, sm_100a, sm_120a).
+"""From this compute capability on, Triton compiles for one architecture only (sm_90a, sm_100a, sm_120a).
 
-Such a file loads on no other architecture, not even on a later minor version; those take the PTX.
+Such a file loads on no other architecture, not even on a later minor version; GPUs of those use the PTX.
 """
 
 PTX_FROM = 89
-"""The compute capability that the PTX is compiled for; the driver compiles it for any later one."""
+"""The compute capability for which the PTX is compiled; the driver compiles it for any later one."""
 
 
 @dataclass(frozen=True)
 class BoundLaunch:
     """A loaded kernel with its grid and arguments. Equal launches do the same work."""
 
-    kernel: Any = field(hash=False)  # the driver's
+    kernel: Any = field(hash=False)  # the driver's object
     name: str
     grid: tuple[int, ...]
     threads: int
@@ -67,10 +67,10 @@ class BoundLaunch:
 
 
 class KernelFiles:
-    """A directory of kernels on one GPU. A kernel is loaded when it is first bound."""
+    """A directory of kernels on one GPU; each kernel is loaded when it is first bound."""
 
     def __init__(self, directory: Path, driver: Driver) -> None:
-        """EngineError if the directory is absent, damaged, or compiled for other GPUs."""
+        """Read the directory; EngineError if it is absent, damaged, or compiled for other GPUs."""
         self._directory, self._driver = directory, driver
         self._content = read(directory)
         self._loaded: dict[str, tuple[Any, KernelTarget]] = {}
@@ -79,7 +79,7 @@ class KernelFiles:
 
     @classmethod
     def of(cls, directory: Path, driver: Driver) -> KernelFiles:
-        """The kernels of a directory, which all users of a driver share: each is loaded once."""
+        """Return the kernels of a directory, which are loaded once for all users of a driver."""
         key = cls, directory.resolve()
         if key not in driver.shared:
             driver.shared[key] = cls(directory, driver)
@@ -91,7 +91,7 @@ class KernelFiles:
         return self._target(next(iter(self._content.kernels.values())))
 
     def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan:
-        """The plan of an operator whose shape includes `shape`; EngineError if this GPU has none."""
+        """Return the plan of an operator whose shape includes `shape`; EngineError if this GPU has none."""
         for plan in self._content.plans:
             same = all(plan.shape.get(name, 0) == value for name, value in shape.items())
             named = plan.op == op and plan.dtype == dtype and same
@@ -103,9 +103,9 @@ class KernelFiles:
     def bind(
         self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
     ) -> BoundLaunch:
-        """A launch between buffers, given by their addresses; the same object for the same values.
+        """Return a launch between buffers, given by their addresses; equal arguments give the same object.
 
-        EngineError if the kernel cannot be loaded or the grid exceeds MAX_GRID.
+        EngineError is raised if the kernel cannot be loaded or the grid exceeds MAX_GRID.
         """
         key = step, tuple(buffers.values()), tuple(scalars.values())
         if key not in self._bound:
@@ -136,7 +136,7 @@ class KernelFiles:
         return grid
 
     def table(self, buffer: PlanBuffer) -> bytes:
-        """The bytes of a constant buffer."""
+        """Return the bytes of a constant buffer."""
         return self._read(buffer.file or "", buffer.sha256 or "")
 
     def _load(self, name: str) -> tuple[Any, KernelTarget]:
@@ -171,14 +171,14 @@ class KernelFiles:
         except (OSError, ValueError) as error:
             raise EngineError(f"{path}: {reason(error)}; {self._cure()}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise EngineError(f"{path}: is not what was built; {self._cure()}")
+            raise EngineError(f"{path}: does not match its recorded hash; {self._cure()}")
         return data
 
 
 def find_kernels(engine: Path | None) -> Path:
-    """The directory of kernels for an engine: its own, else the installation's, else the user's cache.
+    """Return the directory of kernels for an engine: its own, the installation's, or the user's cache.
 
-    If none of them has kernels, the last one is returned, whose absence `read` reports.
+    If none of them has kernels, the last one is returned, and `read` reports that it has none.
     """
     installed, cache = Path(__file__).parents[1] / KERNELS_FOLDER, user_cache.directory()
     places = [engine / KERNELS_FOLDER] if engine else []
@@ -187,13 +187,13 @@ def find_kernels(engine: Path | None) -> Path:
 
 
 def read(directory: Path) -> KernelIndex:
-    """The content of a kernels.json; EngineError if it is absent, damaged or of another schema."""
+    """Return the content of a kernels.json; EngineError if it is absent, damaged or of another schema."""
     path = directory / KERNELS_NAME
     cure = BUILD.format("XX", directory)
     try:
         value = json_dataclass.read_json(path)
     except (OSError, ValueError) as error:
-        raise EngineError(f"{path}: no kernels there ({reason(error)}); {cure}") from error
+        raise EngineError(f"{path}: there are no kernels ({reason(error)}); {cure}") from error
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA or isinstance(schema, bool):
         raise EngineError(f"{path}: schema {schema!r:.20}, expected {SCHEMA}; {cure}")
@@ -202,14 +202,14 @@ def read(directory: Path) -> KernelIndex:
     except ValueError as error:
         raise EngineError(f"{path}: {error}; {cure}") from error
     if value.get("sha256") != digest(value):
-        raise EngineError(f"{path}: is not what was built: its values do not have its sha256; {cure}")
+        raise EngineError(f"{path}: its values do not match its recorded hash; {cure}")
     return index
 
 
 def choose(targets: Sequence[str], capability: int) -> str | None:
-    """The target among "sm_80", .., "ptx" that a GPU runs; None if it can run none of them.
+    """Return the target among "sm_80", .., "ptx" for a GPU; None if it can run none of them.
 
-    It is the GPU's own architecture, below EXACT_FROM else the nearest earlier minor version, else the PTX.
+    It is the GPU's own architecture, else, below EXACT_FROM, the nearest earlier minor version, else the PTX.
     """
     own = [int(name[3:]) for name in targets if name.startswith("sm_")]
     if capability >= EXACT_FROM:

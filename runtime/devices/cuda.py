@@ -1,9 +1,9 @@
 """A GPU as a device: canvases and buffers in its memory, our kernels around the graphs, ticks as CUDA graphs.
 
-All work is enqueued on one stream, so it is done in the order in which the host asks for it, and nothing is
-read back between ticks. The kernels around a graph reach the canvases through tables only, so that the
-launches are the same from tick to tick: gather, graph and blend are captured once as a CUDA graph for each
-graph of the engine and number of slots. A table is copied from pinned memory ahead of the tick that reads it.
+All work is enqueued on one stream, so it runs in the order in which the host enqueues it, and nothing is read
+back between ticks. The kernels around a graph access the canvases only through tables, so that the launches
+are the same from tick to tick: gather, graph and blend are captured once as a CUDA graph for each graph of
+the engine and number of slots. A table is copied from pinned memory before the tick that reads it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from moesr.runtime.sampling import tiles
 from moesr.runtime.sampling.samplers import Coefficients
 
 AHEAD = 64
-"""How many ticks and steps the host may be ahead of the GPU."""
+"""The number of ticks and steps by which the host may be ahead of the GPU."""
 
 MAX_FAILED_CAPTURES = 3
-"""After so many failed captures of the same work it is run without a CUDA graph from then on."""
+"""After this many failed captures, the same work is always run without a CUDA graph."""
 
 TABLE_BYTES = 1 << 17  # 256 slots of a graph with ten inputs
 _STEP_BYTES = STEP_COLUMNS * 8 + COEFFICIENTS * 4
-_TABLES_BYTES = 1 << 20  # pinned memory for tables that are being copied
+_TABLES_BYTES = 1 << 20  # pinned memory for tables whose copies are outstanding
 
 log = logging.getLogger("moesr")
 
@@ -58,7 +58,7 @@ class Array:
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """Memory for an input or output of a graph, `batch` tiles long, on the stream of `driver`."""
+    """Memory for an input or output of a graph for `batch` tiles, on the stream of `driver`."""
 
     array: Array
     spec: TensorSpec
@@ -73,15 +73,15 @@ class Buffer:
 
 @dataclass
 class _Capture:
-    """The CUDA graph of one kind of tick, once it could be captured."""
+    """The CUDA graph of one kind of tick, once it has been captured."""
 
     graph: Any = None
-    ran: bool = False  # it ran once without a graph, when libraries initialize
+    ran: bool = False  # it ran once without a graph, during which libraries initialize themselves
     failures: int = 0
 
 
 class CudaDevice:
-    """See `Device`. Buffers are `Buffer`, canvases hold `Array`."""
+    """A `Device` on a GPU. Buffers are `Buffer`, canvases hold `Array`."""
 
     synchronous = False
 
@@ -95,10 +95,13 @@ class CudaDevice:
         return self._driver.free_bytes() + sum(block.nbytes for block in self._dead.copy())
 
     def __init__(self, driver: Driver, kernels: KernelFiles, *, use_graphs: bool = True) -> None:
-        """Without `use_graphs` the same launches are enqueued one by one in the same order."""
+        """Open the device.
+
+        Without `use_graphs` the same launches are enqueued one by one in the same order.
+        """
         self._driver, self._use_graphs = driver, use_graphs
         self._loop = LoopKernels(kernels)
-        self._dead: deque[Block] = deque()  # blocks without references, which any thread may append
+        self._dead: deque[Block] = deque()  # blocks that nothing refers to, which any thread may append
         self._graphs: weakref.WeakKeyDictionary[Session, dict[Any, _Capture]] = weakref.WeakKeyDictionary()
         self._weights: dict[bytes, Array] = {}
         self._staging = Staging(driver, _TABLES_BYTES, AHEAD)
@@ -124,7 +127,7 @@ class CudaDevice:
         weights: np.ndarray,
         factor: int = 1,
     ) -> Mean:
-        """See `Device.mean`; `state` is an int32 that `tile_blend` sets for values that are not finite."""
+        """See `Device.mean`; `state` is an int32 that `tile_blend` sets if a value is not finite."""
         pixels = [(y * factor, x * factor) for y, x in origins]
         weight_sum = self._copied(tiles.weight_sum(shape[1], shape[2], pixels, weights))
         flag, window = self._filled((1,), np.int32), self._window(weights)
@@ -135,7 +138,7 @@ class CudaDevice:
         return replace(mean, weights=self._window(weights))
 
     def _window(self, weights: np.ndarray) -> Array:
-        """The window in device memory; equal windows share it, and with it their launches."""
+        """Return a window in device memory; equal windows share the memory, and thus the launches."""
         key = weights.tobytes()
         if key not in self._weights:
             self._weights[key] = self._copied(weights)
@@ -146,7 +149,7 @@ class CudaDevice:
         return Canvas(self._copied(image), factor)
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
-        """See `Device.gaussian`: a sampler's step whose only term is the noise."""
+        """See `Device.gaussian`; it is a sampler step whose only term is the noise."""
         c = Coefficients(*map(np.float32, (0.0, 0.0, 1.0)))
         self._take_step(canvas.data, self._cleared(canvas.data).address, c, seed, step)
 
@@ -181,7 +184,7 @@ class CudaDevice:
             self._replay(session, (len(slots), *before, *after), enqueue)
         else:
             enqueue()
-        for i, slot in enumerate(slots):  # not captured, since the places differ from tick to tick
+        for i, slot in enumerate(slots):  # not captured, since the addresses differ from tick to tick
             for name, canvas in slot.keeps.items():
                 size = canvas.data.nbytes
                 self._driver.copy(canvas.data.address, buffers[name].address + i * size, size)
@@ -193,7 +196,7 @@ class CudaDevice:
         self._take_step(z.data, out.data.address, c, seed, step, history.data.address if history else 0)
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
-        """See `Device.mix`: a step without noise, over a copy that it may clear."""
+        """See `Device.mix`; it is a step without noise, over a copy that the step may clear."""
         copy = self._cleared(z.data)
         self._driver.copy(copy.address, other.data.address, z.data.nbytes)
         c = Coefficients(np.float32(c_z), np.float32(c_other), np.float32(0.0))
@@ -220,7 +223,7 @@ class CudaDevice:
         self._driver.close()
 
     def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[BoundLaunch]:
-        """One launch per input that is read from canvases, or several if their pixels differ in type."""
+        """Return one launch per input that is read from canvases, or several if pixel types differ."""
         launches = []
         for name in slots[0].sources:
             buffer, canvases = buffers[name], [slot.sources[name] for slot in slots]
@@ -235,7 +238,7 @@ class CudaDevice:
         return launches
 
     def _blending(self, slots: Sequence[Slot], output: Buffer) -> list[BoundLaunch]:
-        """One launch, or several if the slots differ in their windows."""
+        """Return one launch, or several if the slots have different windows."""
         rows, launches, start, size = list(map(_blend_row, slots)), [], 0, output.spec.shape(1)[1:]
         for weights, run in groupby(slot.target.weights.address for slot in slots):
             count = len(list(run))
@@ -246,7 +249,7 @@ class CudaDevice:
         return launches
 
     def _send(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> None:
-        """Copy the table and the inputs that are numbers, ahead of the launches that read them."""
+        """Copy the table and the scalar inputs before the launches that read them."""
         parts = [(self._table.address, self._table.content)]
         for name in slots[0].scalars if buffers else ():
             given = slots if buffers[name].spec.per_tile else slots[:1]
@@ -258,10 +261,10 @@ class CudaDevice:
             launch.enqueue(self._driver)
 
     def _replay(self, session: Session, key: Hashable, enqueue: Callable[[], None]) -> None:
-        """Enqueue as a CUDA graph from the second time on; libraries prepare themselves at the first.
+        """Enqueue work as a CUDA graph from its second run on; libraries initialize themselves in the first.
 
-        Without a graph the work is enqueued launch by launch: while another thread opens a graph, or if the
-        capture failed. A later tick tries again, up to MAX_FAILED_CAPTURES times.
+        The work is enqueued launch by launch while another thread opens a graph and if the capture failed. A
+        later tick tries again, up to MAX_FAILED_CAPTURES times.
         """
         capture = self._graphs.setdefault(session, {}).setdefault(key, _Capture())
         if capture.graph is None and capture.ran and capture.failures < MAX_FAILED_CAPTURES:
@@ -273,7 +276,7 @@ class CudaDevice:
             self._driver.replay(capture.graph)
 
     def _capture(self, capture: _Capture, enqueue: Callable[[], None]) -> None:
-        """Try to capture a graph; after a failure nothing of it is enqueued."""
+        """Try to capture a graph; after a failure none of its work is enqueued."""
         if not capture_lock.acquire(blocking=False):
             return  # another thread opens a graph, which could invalidate the capture
         try:
@@ -287,9 +290,12 @@ class CudaDevice:
         except MoesrError as error:
             capture.failures += 1
             last = capture.failures == MAX_FAILED_CAPTURES
-            then = "is run without one from now on" if last else "will be tried again"
+            then = "it is not tried again" if last else "it will be tried again"
             log.log(
-                logging.WARNING if last else logging.INFO, "a CUDA graph was not made, %s: %s", then, error
+                logging.WARNING if last else logging.INFO,
+                "a CUDA graph was not captured, %s: %s",
+                then,
+                error,
             )
         finally:
             capture_lock.release()
@@ -306,13 +312,13 @@ class CudaDevice:
         self._loop.step(at).enqueue(self._driver)
 
     def _cleared(self, like: Array) -> Array:
-        """Zeros of at least that size, which a step clears again; the memory is reused."""
+        """Return zeros of at least that size, which a step clears again; the memory is reused."""
         if self._zeros.nbytes < like.nbytes:
             self._zeros = self._filled(like.shape)
         return self._zeros
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An uninitialized array, whose memory is freed some time after its last reference is gone."""
+        """Return an uninitialized array, whose memory is freed some time after its last reference is gone."""
         self._collect()
         array_dtype = np.dtype(dtype)
         block = self._driver.alloc(max(math.prod(shape) * array_dtype.itemsize, 1))
@@ -321,7 +327,7 @@ class CudaDevice:
         return array
 
     def _filled(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-        """Zeros."""
+        """Return zeros."""
         array = self._empty(shape, dtype)
         if array.nbytes:
             self._driver.clear(array.address, array.nbytes)
@@ -333,13 +339,13 @@ class CudaDevice:
         return array
 
     def _collect(self) -> None:
-        """Free the blocks without references: on this thread, stream-ordered and outside of captures."""
+        """Free the blocks that nothing refers to, on this thread, stream-ordered and outside of captures."""
         while self._dead:
             self._driver.free(self._dead.popleft())
 
 
 def _strides(shape: tuple[int, ...], latent: bool) -> tuple[int, int]:
-    """Strides of planes and rows in elements: of a latent [C, H, W], or of an image [H, W, C]."""
+    """Return the strides of planes and rows in elements, of a latent [C, H, W] or of an image [H, W, C]."""
     return (shape[1] * shape[2], shape[2]) if latent else (1, shape[1] * shape[2])
 
 

@@ -1,4 +1,4 @@
-"""The CUDA driver: the one module that uses `cuda.core`."""
+"""The CUDA driver. No other module uses `cuda.core`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from moesr.runtime.system import memory
 
 INSTALL = "install it with: pip install 'moesr[cuda]' (or 'moesr[tensorrt]', 'moesr[tensorrt-rtx]')"
 _NO_MEMORY = "OUT_OF_MEMORY"  # part of the driver's error name
-_NO_GRAPH = "a CUDA graph could not be made; run with --no-cuda-graphs"
-_FREE_MEMORY_ADVICE = "close what else uses the GPU, lower max_batch, or use an engine with smaller tiles"
+_NO_GRAPH = "a CUDA graph could not be captured; run with --no-cuda-graphs"
+_FREE_MEMORY_ADVICE = "close other programs on the GPU, lower max_batch, or use an engine with smaller tiles"
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that any kernel may use
 
 
 def library() -> Any:
-    """The `cuda.core` package; EngineError if it is not installed."""
+    """Return the `cuda.core` package; EngineError if it is not installed."""
     try:
         return importlib.import_module("cuda.core")
     except ImportError as error:
@@ -30,7 +30,7 @@ def library() -> Any:
 
 
 def open_device(index: int) -> Any:
-    """The library's handle of a GPU, made current in the calling thread; EngineError says what is missing."""
+    """Open a GPU and make it current in the calling thread; EngineError says what is missing."""
     core = library()
     try:
         device = core.Device(index)
@@ -44,35 +44,38 @@ def open_device(index: int) -> Any:
 
 
 def device_capability(device: Any) -> int:
-    """The compute capability of an opened GPU as one number: 89 for 8.9, 120 for 12.0."""
-    with _explained("the GPU does not tell its compute capability"):
+    """Return the compute capability of an opened GPU as one number: 89 for 8.9, 120 for 12.0."""
+    with _explained("the GPU does not report its compute capability"):
         major, minor = device.compute_capability
     return 10 * int(major) + int(minor)
 
 
 def driver_version() -> str:
-    """The latest CUDA release that the driver supports, such as "13.2"; a device must have been opened."""
+    """Return the latest CUDA release that the driver supports, such as "13.2".
+
+    A device must have been opened before.
+    """
     driver = importlib.import_module("cuda.bindings.driver")
     status, number = driver.cuDriverGetVersion()
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"the driver does not tell its version ({status.name}); install it anew")
+        raise EngineError(f"the driver does not report its version ({status.name}); install it again")
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def memory_bytes() -> tuple[int, int]:
-    """The free and the total bytes of the GPU that is current in the calling thread."""
+    """Return the free and the total bytes of the GPU that is current in the calling thread."""
     try:
         driver = importlib.import_module("cuda.bindings.driver")
         status, free, total = driver.cuMemGetInfo()
     except (ImportError, RuntimeError) as error:
-        raise EngineError(f"no driver tells how much memory is free ({error}); {INSTALL}") from error
+        raise EngineError(f"there is no driver that reports the free memory ({error}); {INSTALL}") from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise EngineError(f"the driver tells no free memory ({status.name}); see moesr-doctor")
+        raise EngineError(f"the driver does not report the free memory ({status.name}); see moesr-doctor")
     return int(free), int(total)
 
 
 class _Block:
-    """A buffer of the library with its address at hand."""
+    """A buffer of the library with its address."""
 
     def __init__(self, buffer: Any) -> None:
         self.buffer, self.address, self.nbytes = buffer, int(buffer.handle), int(buffer.size)
@@ -82,7 +85,7 @@ class CudaDriver:
     """See `moesr.runtime.devices.driver.Driver`."""
 
     def __init__(self, index: int = 0) -> None:
-        """Open GPU number `index`; EngineError if there is none."""
+        """Open GPU number `index`; EngineError if there is no such GPU."""
         self._core, self._device = library(), open_device(index)
         self.shared: dict[Any, Any] = {}
         self._threads = threading.local()  # thread numbers are reused, so they cannot tell threads apart
@@ -98,7 +101,7 @@ class CudaDriver:
         self.capability = device_capability(self._device)
 
     def _on(self) -> Any:
-        """The stream, with the device current in the calling thread."""
+        """Return the stream, after making the device current in the calling thread."""
         if not getattr(self._threads, "current", False):
             with _explained():
                 self._device.set_current()
@@ -112,11 +115,11 @@ class CudaDriver:
             return _Block(self._pool.allocate(nbytes, stream=stream))
 
     def free_bytes(self) -> int:
-        """See `Driver.free_bytes`: the driver's free memory and the part of the pool that is unused.
+        """See `Driver.free_bytes`; the driver's free memory plus the unused part of the pool.
 
-        The driver forbids these questions while any thread captures in the global mode, as ONNX Runtime
-        does, and would end that capture; a thread in the relaxed mode may ask. If the driver still refuses,
-        the answer before is returned.
+        The driver forbids these queries while any thread captures in the global mode, as ONNX Runtime does,
+        and would end that capture; a thread in the relaxed mode may make them. If the driver still refuses,
+        the previous answer is returned.
         """
         self._on()
         try:
@@ -170,7 +173,7 @@ class CudaDriver:
         """See `Driver.load`."""
         self._on()
         make = self._core.ObjectCode.from_ptx if ptx else self._core.ObjectCode.from_cubin
-        with _explained(f"{entry}: the driver does not take this kernel"):
+        with _explained(f"{entry}: the driver does not accept this kernel"):
             kernel = make(code).get_kernel(entry)
             if shared_bytes > _SHARED_WITHOUT_ASKING:
                 self._allow_shared(kernel, shared_bytes)
@@ -198,7 +201,7 @@ class CudaDriver:
             self._core.launch(self._builder or self._on(), config, kernel, *arguments)
 
     def begin_capture(self) -> None:
-        """See `Driver.begin_capture`. The relaxed mode lets other threads go on using the driver."""
+        """See `Driver.begin_capture`. In the relaxed mode other threads can still use the driver."""
         with _explained(_NO_GRAPH):
             builder = self._on().create_graph_builder()
             try:
@@ -260,14 +263,14 @@ class CudaDriver:
 
 
 def _close(builder: Any) -> None:
-    """End a capture; the errors of one that is invalid are known by then."""
+    """End a capture; the errors of an invalid capture have been reported before."""
     with contextlib.suppress(Exception):
         builder.close()
 
 
 @contextlib.contextmanager
 def _relaxed() -> Iterator[None]:
-    """Put the calling thread into the relaxed capture mode for the time of a `with` block."""
+    """Put the calling thread into the relaxed capture mode during a `with` block."""
     driver = importlib.import_module("cuda.bindings.driver")
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     status, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
@@ -280,7 +283,7 @@ def _relaxed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(what: str = "the GPU failed", no_memory: str = "no memory free on the GPU") -> Iterator[None]:
-    """Turn the library's errors, which have no base class of their own, into ours."""
+    """Convert the library's errors, which have no common base class, into ours."""
     try:
         yield
     except (EngineError, MemoryLimitError):

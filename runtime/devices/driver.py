@@ -1,4 +1,4 @@
-"""The operations that the runtime needs of the CUDA driver: one GPU, one stream, addresses.
+"""The operations of the CUDA driver that the runtime needs: one GPU, one stream, addresses.
 
 All work is enqueued on the stream and done in order; only `copy_out`, `wait` and `synchronize` wait for it.
 `devices.cuda_driver` is the real driver. Addresses are integers, so that tests can simulate a GPU.
@@ -49,23 +49,23 @@ class Driver(Protocol):
 
     @property
     def shared(self) -> dict[Any, Any]:
-        """Objects that the users of this driver share, such as loaded kernels; `close` drops them."""
+        """Objects that all users of this driver share, such as loaded kernels; `close` drops them."""
         ...
 
     def alloc(self, nbytes: int) -> Block:
-        """Allocate uninitialized memory in the order of the stream."""
+        """Allocate uninitialized memory in stream order."""
         ...
 
     def free_bytes(self) -> int:
-        """The bytes that could still be allocated. Any thread may ask, during a capture too."""
+        """Return the bytes that can still be allocated. Any thread may call this, even during a capture."""
         ...
 
     def free(self, block: Any) -> None:
-        """Free a block in the order of the stream."""
+        """Free a block in stream order."""
         ...
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Pinned host memory, uint8 [nbytes], from which `copy_in` copies while the host goes on."""
+        """Return pinned host memory, uint8 [nbytes], from which `copy_in` copies while the host continues."""
         ...
 
     def clear(self, address: int, nbytes: int) -> None:
@@ -73,7 +73,10 @@ class Driver(Protocol):
         ...
 
     def copy_in(self, address: int, source: np.ndarray) -> None:
-        """Copy pinned memory to the device; it must not change before an event that is recorded later."""
+        """Copy pinned memory to the device.
+
+        It must not change before an event that is recorded after this call.
+        """
         ...
 
     def copy(self, address: int, source: int, nbytes: int) -> None:
@@ -81,11 +84,11 @@ class Driver(Protocol):
         ...
 
     def copy_out(self, target: np.ndarray, address: int) -> None:
-        """Copy to any host array, and wait for it."""
+        """Copy to any host array, and wait for the copy."""
         ...
 
     def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> Any:
-        """Load the kernel `entry` of a cubin, or of PTX."""
+        """Load the kernel `entry` from a cubin or from PTX."""
         ...
 
     def launch(
@@ -100,7 +103,7 @@ class Driver(Protocol):
         ...
 
     def begin_capture(self) -> None:
-        """Record what is enqueued from now on into a graph, without doing it."""
+        """Record what is enqueued from now on into a graph, without running it."""
         ...
 
     def end_capture(self) -> Any:
@@ -108,7 +111,7 @@ class Driver(Protocol):
         ...
 
     def abandon_capture(self) -> None:
-        """End a capture that failed; nothing that was recorded is done. It raises nothing."""
+        """End a capture that failed; nothing that was recorded is run. This raises no error."""
         ...
 
     def replay(self, graph: Any) -> None:
@@ -116,7 +119,7 @@ class Driver(Protocol):
         ...
 
     def record(self) -> Any:
-        """An event after everything that is enqueued."""
+        """Record an event after all work that is enqueued."""
         ...
 
     def wait(self, event: Any) -> None:
@@ -124,9 +127,9 @@ class Driver(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything that is enqueued."""
+        """Wait for all work that is enqueued."""
         ...
 
     def close(self) -> None:
-        """Wait, then release the stream and the pinned memory."""
+        """Wait for all work, then release the stream and the pinned memory."""
         ...

@@ -1,4 +1,4 @@
-"""Evaluates the integer expressions of kernels.json: numbers, names, + - * //, cdiv, min and max."""
+"""Evaluation of the integer expressions of kernels.json: numbers, names, + - * //, cdiv, min and max."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import operator
 from collections.abc import Callable, Mapping
 
 MAX_LENGTH = 200
-"""Longest expression in characters. It bounds the nesting, too."""
+"""The largest length of an expression in characters, which also limits its nesting."""
 
 MAX_VALUE = 2**62
-"""Largest magnitude of a value."""
+"""The largest magnitude of a value."""
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -22,10 +22,10 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {"cdiv": lambda a, b: -(-a // b), "m
 
 
 def evaluate(expression: str | int, names: Mapping[str, int | float]) -> int:
-    """The value of an expression, in which `names` give the values of its names.
+    """Return the value of an expression, with the values of its names from `names`.
 
-    ValueError if it is not such an expression, a name is missing, it divides by zero, or a value exceeds
-    MAX_VALUE.
+    ValueError is raised if it is not such an expression, a name is missing, it divides by zero, or a value
+    exceeds MAX_VALUE.
     """
     text = str(expression) if isinstance(expression, str) or abs(expression) <= MAX_VALUE else ""
     if not 0 < len(text) <= MAX_LENGTH:

@@ -1,4 +1,4 @@
-"""The host as a device: NumPy arrays, and every call is complete when it returns."""
+"""The host as a device: it computes with NumPy arrays, and every call is complete when it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moesr.runtime.sampling.samplers import Coefficients
 
 @dataclass
 class _State:
-    """The host's state of a mean."""
+    """The state of a mean on the host."""
 
     normalised_weights: np.ndarray  # [tile, tile]
     scratch: np.ndarray  # [C, tile, tile]
@@ -25,7 +25,7 @@ class _State:
 
 
 class HostDevice:
-    """See `Device`. Buffers and canvases are NumPy arrays."""
+    """A `Device` on the host. Buffers and canvases are NumPy arrays."""
 
     synchronous, stream, free_bytes = True, None, None
 
@@ -59,7 +59,7 @@ class HostDevice:
         return replace(mean, weights=weights)
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
-        """See `Device.upload`: the array itself is kept."""
+        """See `Device.upload`; the array itself is kept."""
         return Canvas(image, factor)
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
@@ -95,7 +95,7 @@ class HostDevice:
         self.keep(slots, buffers)
 
     def keep(self, slots: Sequence[Slot], buffers: Mapping[str, np.ndarray]) -> None:
-        """Copy further outputs to the canvases that the slots name."""
+        """Copy the further outputs to the canvases that the slots name."""
         for i, slot in enumerate(slots):
             for name, canvas in slot.keeps.items():
                 canvas.data[...] = buffers[name][i]
@@ -119,7 +119,7 @@ class HostDevice:
         return mean.state.finite
 
     def download(self, canvas: Canvas) -> np.ndarray:
-        """See `Device.download`: the array itself."""
+        """See `Device.download`; the array itself is returned."""
         return canvas.data
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class HostDevice:
         self._scratch = np.empty(0, np.float32)
 
     def _two_like(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two work arrays of that shape; only a canvas larger than any before makes them anew."""
+        """Return two work arrays of that shape; they are allocated again only for a larger canvas."""
         if self._scratch.size < 2 * array.size:
             self._scratch = np.empty(2 * array.size, np.float32)
         first, second = self._scratch[: array.size], self._scratch[array.size : 2 * array.size]
@@ -135,7 +135,7 @@ class HostDevice:
 
 
 def _window(canvas: Canvas, slot: Slot, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """Rows and columns of a slot's tile on a canvas, for a tile [C, h, w]."""
+    """Return the rows and columns of a slot's tile on a canvas, for a tile [C, h, w]."""
     top, left = slot.y * canvas.factor, slot.x * canvas.factor
     return slice(top, top + shape[1]), slice(left, left + shape[2])
 

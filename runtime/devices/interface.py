@@ -34,7 +34,7 @@ class Canvas:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mean(Canvas):
-    """A canvas made of tiles: their mean, weighted by `weights` [tile, tile] over `weight_sum` [H, W].
+    """A canvas made of tiles, as their mean with weights `weights` [tile, tile] over `weight_sum` [H, W].
 
     `state` is private to the device; it includes a flag that is set if a value is not finite.
     """
@@ -49,7 +49,7 @@ class Slot:
     """A row of a tick's table: the sources of one tile's inputs, and the target of its output.
 
     `sources` and `scalars` are keyed by the graph's inputs; (y, x) is the tile's origin on the latent grid.
-    `keeps` maps further outputs of the graph to the canvases of this tile that they are copied to.
+    `keeps` maps further outputs of the graph to the canvases of this tile to which they are copied.
     """
 
     sources: Mapping[str, Canvas]
@@ -65,12 +65,12 @@ class Device(Protocol):
 
     @property
     def synchronous(self) -> bool:
-        """True if every call is complete when it returns, so that results can be read between ticks."""
+        """Whether every call is complete when it returns, so that results can be read between ticks."""
         ...
 
     @property
     def stream(self) -> int | None:
-        """Handle of the stream on which sessions enqueue their runs; None if a run is a plain call."""
+        """The handle of the stream on which sessions enqueue their runs; None if a run is a plain call."""
         ...
 
     @property
@@ -101,7 +101,7 @@ class Device(Protocol):
         ...
 
     def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
-        """The same canvas for tiles with other `weights`, over the same sum of weights."""
+        """Return the same canvas for tiles with other `weights`, over the same sum of weights."""
         ...
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
@@ -141,11 +141,14 @@ class Device(Protocol):
         ...
 
     def finite(self, mean: Mean) -> bool:
-        """True if all values that were blended so far are finite. Waits for the device."""
+        """Return True if all values that were blended so far are finite. Waits for the device."""
         ...
 
     def download(self, canvas: Canvas) -> np.ndarray:
-        """The canvas as a host array, float32 [C, H, W], that the caller may change. Waits for the device."""
+        """Return the canvas as a host array, float32 [C, H, W], that the caller may change.
+
+        Waits for the device.
+        """
         ...
 
     def close(self) -> None:
@@ -154,7 +157,7 @@ class Device(Protocol):
 
 
 class Session(Protocol):
-    """A graph that is ready to run. It knows nothing of jobs, and one thread at a time uses it."""
+    """A graph that is ready to run. It has no access to jobs, and one thread at a time uses it."""
 
     @property
     def boundary(self) -> Boundary:
@@ -163,7 +166,7 @@ class Session(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """True if `enqueue` only adds work to the device's stream, so that it can be captured."""
+        """Whether `enqueue` only adds work to the device's stream, so that it can be captured."""
         ...
 
     def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 STEP_COLUMNS, COEFFICIENTS = 7, 6
 
-_ALIGNMENT = 16  # of every buffer of a kernel, in bytes
+_ALIGNMENT = 16  # alignment of each buffer of a kernel, in bytes
 
 
 class Table:
@@ -45,5 +45,5 @@ class Table:
 def step_row(
     z: int, sums: int, coefficients: int, size: int, seed: int, step: int, history: int = 0
 ) -> np.ndarray:
-    """The row of a sampler's step, uint64 [STEP_COLUMNS]. Step -1 stands for the initial noise."""
+    """Return the row of a sampler's step, uint64 [STEP_COLUMNS]. Step -1 stands for the initial noise."""
     return np.array([z, sums, coefficients, size, seed, (step + 1) % (1 << 64), history], np.uint64)

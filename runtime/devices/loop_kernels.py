@@ -1,4 +1,4 @@
-"""Binds the kernels that surround a graph: `tile_gather`, `tile_blend` and `sampler_step`."""
+"""Binding of the kernels that surround a graph: `tile_gather`, `tile_blend` and `sampler_step`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PIXEL_BYTES = (4, 2, 1)
 
 
 class LoopKernels:
-    """The plans of the loop's kernels, looked up at once, so that a missing one is reported at the start."""
+    """The plans of the loop's kernels, looked up together, so that a missing one is reported at the start."""
 
     def __init__(self, kernels: KernelFiles) -> None:
-        """EngineError if one of the plans is missing."""
+        """Look up the plans; EngineError if one is missing."""
         self._kernels = kernels
         self._gather = {n: self._only("tile_gather", pixel_bytes=n) for n in PIXEL_BYTES}
         self._blend, self._step = self._only("tile_blend"), self._only("sampler_step")
@@ -25,19 +25,19 @@ class LoopKernels:
     def gather(
         self, slots: int, tiles: int, t: int, count: int, size: tuple[int, ...], pixel_bytes: int
     ) -> BoundLaunch:
-        """A launch over `count` rows at `slots` that fills tiles of `size` (C, h, w) at `tiles`, and `t`."""
+        """Return a launch over `count` rows at `slots` that fills `t` and tiles of `size` (C, h, w)."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "t": t}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._gather[pixel_bytes], buffers, scalars)
 
     def blend(self, slots: int, tiles: int, weights: int, count: int, size: tuple[int, ...]) -> BoundLaunch:
-        """A launch over `count` rows at `slots` that adds tiles of `size`, weighted by a window."""
+        """Return a launch over `count` rows at `slots` that adds tiles of `size`, weighted by a window."""
         channels, height, width = size
         buffers = {"slots": slots, "tiles": tiles, "weights": weights}
         scalars = {"slots": count, "channels": channels, "height": height, "width": width}
         return self._kernels.bind(self._blend, buffers, scalars)
 
     def step(self, jobs: int) -> BoundLaunch:
-        """A launch of the sampler's step for the job whose row is at `jobs`."""
+        """Return a launch of the sampler's step for the job whose row is at `jobs`."""
         return self._kernels.bind(self._step, {"jobs": jobs}, {"jobs": 1})

@@ -1,4 +1,4 @@
-"""The contents of `kernels.json`: kernels compiled ahead of time, and the plans that say how to launch them.
+"""The contents of `kernels.json`: kernels compiled ahead of time, and the plans for launching them.
 
 An operator plan describes one operator at one shape and data type: its buffers, its scalars and its launches
 in order. The build (`moesr.kernels.build`) writes these dataclasses as JSON, and the runtime reads them back.
@@ -34,7 +34,7 @@ Name = Annotated[str, Form(r"[A-Za-z_][\w.]{0,199}", "a name of letters, digits,
 Expression = Annotated[str, Form(rf"[\w+\-*/(), ]{{1,{MAX_LENGTH}}}", "an expression of numbers and names")]
 Target = Annotated[str, Form(r"sm_[0-9]{2,3}|ptx", "an architecture such as sm_90, or ptx")]
 Argument = Annotated[
-    str, Form(rf"\*({'|'.join(SIZES)})|i32|fp32", "i32, fp32, or a star and the data type that is pointed to")
+    str, Form(rf"\*({'|'.join(SIZES)})|i32|fp32", "i32, fp32, or a star and the data type of a pointer")
 ]
 ToolkitVersion = Annotated[str, Form(r"([0-9]{2,3}\.[0-9]{1,2})?", "a CUDA release such as 12.8")]
 Integer = Annotated[int, Range(-(2**31), 2**31 - 1)]
@@ -57,15 +57,15 @@ class KernelTarget:
     hidden: dict[str, Annotated[int, Range(0, 0, "0, since scratch memory of a kernel is not supported")]]
     registers: Index = 0  # per thread
     spill_bytes: Index = 0  # per thread, the larger of stores and loads
-    tensor_core: Index = 0  # tensor-core instructions
-    local_in_loops: Index = 0  # loads and stores of local memory inside loops
-    barriers: Index = 0  # barriers of the block
-    instructions: Index = 0  # all instructions
+    tensor_core: Index = 0  # number of tensor-core instructions
+    local_in_loops: Index = 0  # number of loads and stores of local memory inside loops
+    barriers: Index = 0  # number of barriers of the block
+    instructions: Index = 0  # number of all instructions
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One function at fixed argument types and constants, compiled for every architecture in `targets`.
+    """One function at fixed argument types and constants, compiled for all architectures in `targets`.
 
     `arguments` are "*fp16" for a pointer (or another data type after the star), "i32" or "fp32".
     """
@@ -86,7 +86,7 @@ class PlanBuffer:
     shape: tuple[Annotated[int, Range(0, MAX_COUNT)] | Expression, ...]
     role: Annotated[str, Form("|".join(ROLES), f"one of {', '.join(ROLES)}")]
     file: RelativePath | None = None  # for a table: the file that holds its bytes
-    sha256: Sha256 | None = None  # of that file
+    sha256: Sha256 | None = None  # hash of that file
 
     def __post_init__(self) -> None:
         if self.dtype not in SIZES or self.role not in ROLES:
@@ -95,11 +95,11 @@ class PlanBuffer:
             raise ValueError(f"buffer {self.name!r} has a file without a sha256, or the reverse")
 
     def dims(self, scalars: Mapping[str, Scalar]) -> tuple[int, ...]:
-        """Its shape at these scalars."""
+        """Return the shape for these scalars."""
         return tuple(evaluate(size, scalars) for size in self.shape)
 
     def nbytes(self, scalars: Mapping[str, Scalar]) -> int:
-        """Its size in bytes at these scalars; ValueError if that is negative or above MAX_BYTES."""
+        """Return the size in bytes for these scalars; ValueError if it is negative or above MAX_BYTES."""
         sizes = self.dims(scalars)
         found = SIZES[self.dtype] * math.prod(sizes)
         if min(sizes, default=0) < 0 or found > MAX_BYTES:
@@ -127,7 +127,7 @@ class OperatorPlan:
     op: Name
     dtype: DataType
     shape: dict[str, Index]
-    scalars: dict[str, Integer | Number]  # at this shape: an integer is an int32 argument, a float a float32
+    scalars: dict[str, Integer | Number]  # at this shape; integers are int32 arguments, floats float32
     buffers: tuple[PlanBuffer, ...]
     launches: tuple[KernelLaunch, ...]
     targets: tuple[Target, ...] = ()
@@ -136,29 +136,29 @@ class OperatorPlan:
 
 @dataclass(frozen=True)
 class KernelIndex:
-    """Everything that a `kernels.json` holds."""
+    """All contents of a `kernels.json`."""
 
     schema: int
     kernels: dict[str, CompiledKernel]
     plans: tuple[OperatorPlan, ...]
     triton: Text = ""  # version of the compiler
     toolkit: ToolkitVersion = ""  # the CUDA release of the assembler
-    alignment: Annotated[int, Range(16, 16)] = 16  # of every buffer, in bytes
+    alignment: Annotated[int, Range(16, 16)] = 16  # alignment of each buffer, in bytes
     architectures: tuple[Target, ...] = ()
-    sources: dict[str, Sha256] | None = None  # sha256 of each operator's kernel.py
+    sources: dict[str, Sha256] | None = None  # hash of each operator's kernel.py
 
     def __post_init__(self) -> None:
-        """ValueError if a plan launches a kernel that is not there, or with other arguments than it has."""
+        """Raise ValueError if a plan launches a kernel that is missing, or with wrong arguments."""
         for plan in self.plans:
             named = {buffer.name for buffer in plan.buffers} | plan.scalars.keys()
             for launch in plan.launches:
                 kernel = self.kernels.get(launch.kernel)
                 if kernel is None or len(kernel.arguments) != len(launch.arguments):
                     raise ValueError(
-                        f"plan of {plan.op!r}: {launch.kernel!r} is no kernel with these arguments"
+                        f"plan of {plan.op!r}: there is no kernel {launch.kernel!r} with these arguments"
                     )
                 if unknown := {*launch.arguments} - named:
-                    raise ValueError(f"plan of {plan.op!r}: no buffer or scalar {min(unknown)!r}")
+                    raise ValueError(f"plan of {plan.op!r}: there is no buffer or scalar {min(unknown)!r}")
             if not plan.launches:
                 raise ValueError(f"plan of {plan.op!r} has no launches")
 
@@ -169,7 +169,7 @@ class KernelIndex:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 of the values of a kernels.json but for its own `sha256`, whatever their order and spacing."""
+    """Return the SHA-256 of the values of a kernels.json, except `sha256`, in any order and spacing."""
     rest = {name: value for name, value in values.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

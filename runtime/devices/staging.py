@@ -1,4 +1,4 @@
-"""Copies host arrays to a GPU through pinned memory that is filled while earlier copies still run."""
+"""Copies of host arrays to a GPU through pinned memory that is filled while earlier copies still run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 from moesr.runtime.devices.driver import Driver
 
 UPLOAD_BYTES = 32 << 20
-"""Size of the ring that a driver's users share for images and weights."""
+"""The size of the ring that the users of a driver share for images and weights."""
 
 _ALIGNMENT = 16
-_PIECES = 4  # a large array is sent in pieces of a quarter of the ring, so that filling and copying overlap
+_PIECES = 4  # a large array is sent in quarters of the ring, so that filling and copying overlap
 
 
 class Staging:
-    """A ring of pinned bytes. A byte is filled again only once the device has read it."""
+    """A ring of pinned bytes. A byte is overwritten only after the device has read it."""
 
     def __init__(self, driver: Driver, nbytes: int, ahead: int | None = None) -> None:
-        """`ahead` bounds the sends that may be outstanding before the host waits for the device."""
+        """Allocate the ring; `ahead` limits the outstanding sends before the host waits for the device."""
         self._driver, self._ring, self._ahead = driver, driver.pinned(nbytes), ahead
-        self._held: deque[tuple[int, Any]] = deque()  # start of each send, and the event that ends it
-        self._at = 0  # bytes sent so far; the place in the ring is the remainder
+        self._held: deque[tuple[int, Any]] = deque()  # start of each send, and the event at its end
+        self._at = 0  # bytes sent so far; the remainder is the position in the ring
 
     @classmethod
     def of(cls, driver: Driver) -> Staging:
-        """The ring for images and weights, which all users of a driver share."""
+        """Return the ring for images and weights, which all users of a driver share."""
         if cls not in driver.shared:
             driver.shared[cls] = cls(driver, UPLOAD_BYTES)
         return driver.shared[cls]
@@ -51,10 +51,10 @@ class Staging:
             self.send([(address + start, flat[start : start + piece])])
 
     def _take(self, nbytes: int) -> int:
-        """The start of a contiguous part of the ring that no outstanding copy reads."""
+        """Return the start of a contiguous part of the ring that no outstanding copy reads."""
         size = len(self._ring)
         if nbytes > size:
-            raise ValueError(f"{nbytes} bytes to send at once through a ring of {size}")
+            raise ValueError(f"{nbytes} bytes cannot be sent at once through a ring of {size}")
         rest = size - self._at % size
         if rest < nbytes:
             self._at += rest

@@ -53,7 +53,7 @@ def test_machine_without_gpu_and_libraries(engine):
     found = dict(findings(engine))
     assert found["gpu"] == "none usable: no open_device (0,)"
     assert found["tensorrt_rtx"] == "unusable: no load ('tensorrt_rtx',)"
-    assert "no kernels there" in found["kernels"] and "moesr.kernels.build" in found["kernels"]
+    assert "there are no kernels" in found["kernels"] and "moesr.kernels.build" in found["kernels"]
     assert found["plans"].startswith("none in ")
 
 

@@ -110,12 +110,12 @@ capture 2
 end
 1002000 free
 MemoryLimitError no 2.1 GB free on Fake GPU
-EngineError step: the driver does not take this kernel
+EngineError step: the driver does not accept this kernel
 capture 2
 EngineError a kernel could not be launched
 end
 end
-EngineError a CUDA graph could not be made; run with --no-cuda-graphs
+EngineError a CUDA graph could not be captured; run with --no-cuda-graphs
 capture 2
 end
 capture 0
@@ -125,7 +125,7 @@ current
 1002000 free during a capture
 current
 1002000 free during a capture
-EngineError a CUDA graph could not be made; run with --no-cuda-graphs
+EngineError a CUDA graph could not be captured; run with --no-cuda-graphs
 end
 CUDA_SUCCESS
 launch 4 2 1, 64 threads, 0 bytes: 42 -7 2.5

@@ -76,7 +76,7 @@ def test_changed_value_of_kernels_json_is_found(tmp_path: Path):
     (tmp_path / "kernels.json").write_text(text)
     assert read(tmp_path) == index()
     (tmp_path / "kernels.json").write_text(text.replace("cdiv(batch, 4)", "cdiv(batch, 8)"))
-    with pytest.raises(EngineError, match="is not what was built"):
+    with pytest.raises(EngineError, match="do not match its recorded hash"):
         read(tmp_path)
 
 
