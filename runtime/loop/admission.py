@@ -1,4 +1,4 @@
-"""Admits images to memory: an estimate before any work, and a reservation for each image in flight."""
+"""Admission of images to memory: an estimate before any work, and a reservation for each image in flight."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from moesr.runtime.system import memory
 
 @dataclass(eq=False)
 class Reservation:
-    """Memory that an image may take. It stands until it is released."""
+    """Memory that is reserved for an image until it is released."""
 
     counts: tuple[int, ...]  # bytes of each pool
     stands: bool = True
 
     def release(self) -> None:
-        """Give the memory back; any thread may do so, more than once."""
+        """Release the memory; any thread may do so, more than once."""
         self.stands = False
 
 
 class Admission:
-    """Decides whether one more image fits into memory. Call it under one lock.
+    """Decides whether one more image fits into memory. It must be called under one lock.
 
-    `warm` is to be set once the graphs have taken their working memory.
+    `warm` must be set once the graphs have allocated their working memory.
     """
 
     def __init__(self, graphs: GraphMemory, residency: Residency) -> None:
@@ -40,7 +40,7 @@ class Admission:
     def reserve(self, layout: TileLayout, settings: Settings | None = None) -> Reservation | None:
         """Reserve memory for an image; None if it has to wait for those in flight.
 
-        `settings` tell whether features are reused. Raises MemoryLimitError if the image would not fit with
+        `settings` say whether features are reused. Raises MemoryLimitError if the image would not fit with
         nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
@@ -63,12 +63,12 @@ class Admission:
 
 
 def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
-    """Estimate of the memory that an image takes beside the graphs."""
+    """Return an estimate of the memory that an image needs besides that of the graphs."""
     return pool.pixel_bytes * math.prod(layout.frame.canvas)
 
 
 def feature_bytes(layout: TileLayout, settings: Settings | None) -> int:
-    """Bytes of the deep features that are kept per tile and prompt if steps reuse them."""
+    """Return the bytes of the deep features, which are stored per tile and prompt if steps reuse them."""
     deep = layout.manifest.deep if settings and settings.reuse > 1 else None
     if not (deep and settings):
         return 0

@@ -1,4 +1,4 @@
-"""Estimates of the seconds that a tile of each graph takes, first from its work, then from measurements."""
+"""Estimates of the seconds per tile of each graph, first from its work, then from measurements."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.errors import EngineError
 
 MAX_MACS = 10**18
-"""Largest number of multiply-accumulates per tile that is believed; StableSR's decoder has 4e12."""
+"""A larger number of multiply-accumulates per tile is refused; StableSR's decoder has 4e12."""
 
 FIRST_RATE = 1e-11
-"""Seconds per multiply-accumulate that are assumed before anything has run."""
+"""The seconds per multiply-accumulate that are assumed before anything has run."""
 
 
 class Costs:
     """Seconds per tile by role. Threads may share it."""
 
     def __init__(self, graphs: Mapping[str, Graph]) -> None:
-        """EngineError if a graph's multiply-accumulates are out of range."""
+        """Start from the manifest; EngineError if a graph's multiply-accumulates are out of range."""
         self._macs = {role: max(macs_of(role, graph), 1) for role, graph in graphs.items()}
         self._tiles: Counter[str] = Counter()
         self._seconds: dict[str, float] = dict.fromkeys(graphs, 0.0)
@@ -41,16 +41,16 @@ class Costs:
                 self.observe(role, count, seconds * count * per_tile[role] / estimate)
 
     def seconds(self, tiles: Mapping[str, int]) -> float:
-        """Estimate for a number of tiles by role.
+        """Return an estimate for a number of tiles by role.
 
         A graph that has not run yet is assumed to do as many multiply-accumulates per second as those that
-        have; before any has run, FIRST_RATE is assumed.
+        have run; before any graph has run, FIRST_RATE is assumed.
         """
         per_tile = self.per_tile()
         return sum(count * per_tile[role] for role, count in tiles.items())
 
     def per_tile(self) -> dict[str, float]:
-        """Estimated seconds per tile of every role."""
+        """Return the estimated seconds per tile of all roles."""
         with self._lock:
             measured = sum(self._macs[role] * count for role, count in self._tiles.items())
             rate = sum(self._seconds.values()) / measured if measured else FIRST_RATE
@@ -61,7 +61,7 @@ class Costs:
 
 
 def macs_of(role: str, graph: Graph) -> int:
-    """Multiply-accumulates of one tile as the manifest gives them; EngineError if they are out of range."""
+    """Return the multiply-accumulates of one tile from the manifest; EngineError if they are out of range."""
     if not 0 <= graph.macs <= MAX_MACS:
         raise EngineError(
             f"graph {role!r}: the manifest gives a number of multiply-accumulates (macs) outside 0 to 1e18; "

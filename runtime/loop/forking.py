@@ -1,6 +1,6 @@
-"""Makes `os.fork` safe: a child process neither uses nor destroys what its parent opened.
+"""Safe use of `os.fork`: a child process neither uses nor destroys what its parent opened.
 
-Threads do not exist in a forked child, so a library's session that has threads of its own waits for them for
+Threads do not exist in a forked child, so a library's session with threads of its own would wait for them for
 ever when it is destroyed. In a child these objects are therefore kept alive until the process ends, and the
 child ends without the exit handlers of C libraries, some of which (ONNX Runtime's) wait in the same way.
 """
@@ -29,14 +29,14 @@ def keep_for_ever(value: Any) -> None:
 
 
 def skip_exit_handlers() -> None:
-    """Have this process end without the exit handlers that C libraries registered before; Linux only.
+    """Make this process end without the exit handlers that C libraries registered before; Linux only.
 
-    Python's own (`atexit`, flushing of its streams) run as usual, and the exit code is the same.
+    Python's own handlers (`atexit`, flushing of its streams) run as usual, and the exit code is the same.
     """
     global _leave_at_once
     if _leave_at_once:
         return
-    with contextlib.suppress(AttributeError, OSError):  # a C library without `on_exit`
+    with contextlib.suppress(AttributeError, OSError):  # the C library has no `on_exit`
         library = ctypes.CDLL(None)
         library.on_exit(library._exit, None)  # handlers are called in reverse order, with the exit code
         _leave_at_once = True

@@ -1,4 +1,4 @@
-"""Estimates of the memory that an engine's graphs take, and whether all of them may stay in memory."""
+"""Estimates of the memory that an engine's graphs need, and whether all of them may stay in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moesr.runtime.system import memory
 
 @dataclass(frozen=True)
 class MemoryPool:
-    """A memory that graphs and images take up, with the factors that estimate how much.
+    """A memory that graphs and images use, with the factors that estimate how much.
 
-    An open graph takes `held` times the bytes of its weights, and `opening` times while it is being opened.
-    An image takes `pixel_bytes` per pixel of its canvas.
+    An open graph needs `held` times the bytes of its weights, and `opening` times while it is being opened.
+    An image needs `pixel_bytes` per pixel of its canvas.
     """
 
     name: str
@@ -29,29 +29,33 @@ class MemoryPool:
 HOST = MemoryPool("memory", 2.0, 3.5, 40)
 """A CPU that runs graphs and keeps transformed kernels, measured on full-width networks with ONNX Runtime.
 
-A pixel is in the resized LR image, the decoded sums, their weights, one color plane, the result and latents.
+Each pixel counts in the resized LR image, the decoded sums, their weights, one color plane, the result and
+the latents.
 """
 
 WIDE, WIDE_BYTES = MemoryPool("memory", 1.5, 2.25, 40), 1 << 30
-"""A CPU, for a graph with more bytes of weights than WIDE_BYTES: few of its kernels are kept transformed.
+"""A CPU, for a graph with more than WIDE_BYTES of weights: few of its kernels are kept in transformed form.
 
 StableSR's expert was measured at 1.35 and 2.0 with ONNX Runtime.
 """
 
 SMALL = 1 << 30
-"""Graphs that together take at most this many bytes stay in memory even if they open at once."""
+"""Graphs that together need at most this many bytes stay in memory even if they open at once."""
 
 BESIDE_GPU = MemoryPool("memory", 0.0, 1.0, 40)
 """The host beside a GPU that runs the graphs; it only reads their files."""
 
 GPU = MemoryPool("memory of the GPU", 1.25, 1.5, 24)
-"""Estimated, not measured. A pixel is in the 16-bit LR image, the decoded sums, their weights and latents."""
+"""Estimated, not measured.
+
+Each pixel counts in the 16-bit LR image, the decoded sums, their weights and the latents.
+"""
 
 
 class GraphMemory:
     """The memory of an engine's graphs on the pools where they run.
 
-    `pools` are those that graphs and images take memory from, first the one where graphs run. `keep_all` says
+    `pools` are the pools that graphs and images use, starting with that of the graphs. `keep_all` says
     whether all graphs may stay in memory.
     """
 
@@ -66,8 +70,11 @@ class GraphMemory:
         at_once: bool = False,
         gpu_bytes: Callable[[], int] | None = None,
     ) -> None:
-        """`shared`: all graphs use one working memory. `at_once`: graphs open so fast that large ones need
-        not stay. `gpu_bytes` tells the free memory of the GPU that runs the graphs; None if the CPU does.
+        """Estimate the memory of all graphs.
+
+        If `shared`, all graphs use one working memory. If `at_once`, graphs open so fast that large ones need
+        not stay in memory. `gpu_bytes` returns the free memory of the GPU that runs the graphs; it is None if
+        the CPU runs them.
         """
         self.weights = {r: _weight_bytes(manifest, directory, r, target) for r in manifest.graphs}
         self._gpu_bytes = gpu_bytes
@@ -80,13 +87,13 @@ class GraphMemory:
         self.work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
 
     def free_bytes(self, pool: MemoryPool) -> int | None:
-        """Free bytes of a pool; None if that cannot be told."""
+        """Return the free bytes of a pool; None if they are unknown."""
         return self._gpu_bytes() if pool is GPU and self._gpu_bytes else memory.available_bytes()
 
     def needed(self, pool: MemoryPool, loaded: frozenset[str], *, warm: bool) -> int:
-        """Bytes of a pool that the graphs have yet to take.
+        """Return the bytes of a pool that the graphs still have to allocate.
 
-        `loaded` are the roles in memory; `warm` says that the working memory is taken already.
+        `loaded` are the roles in memory; `warm` says that the working memory is allocated already.
         """
         sizes = sorted(size for role, size in self.weights.items() if role not in loaded)
         coming = [(pool_of(size, pool), size) for size in (sizes if self.keep_all else sizes[-2:])]
@@ -97,12 +104,12 @@ class GraphMemory:
 
 
 def pool_of(size: int, pool: MemoryPool) -> MemoryPool:
-    """The factors that apply to a graph with `size` bytes of weights."""
+    """Return the factors that apply to a graph with `size` bytes of weights."""
     return WIDE if pool is HOST and size > WIDE_BYTES else pool
 
 
 def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -> int:
-    """Bytes of a graph's weights as a session holds them: float32 unless the graph computes in less."""
+    """Return the bytes of a graph's weights in a session: float32 unless the graph has lower precision."""
     graph = manifest.graphs[role]
     arrangement = graph.arrangement(target)
     size = sum((directory / file.file).stat().st_size for file in arrangement.files)
@@ -113,9 +120,9 @@ def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -
 
 
 def _activation_bytes(manifest: Manifest, role: str, batch: int) -> int:
-    """Estimate of the working memory of a graph, for `batch` tiles.
+    """Return an estimate of the working memory of a graph for `batch` tiles.
 
-    A network that spends M multiply-accumulates per pixel is about sqrt(M) channels wide, however these are
+    A network that needs M multiply-accumulates per pixel is about sqrt(M) channels wide, however these are
     spread over its levels. That many float32 values per pixel is near the peak of the published networks.
     """
     graph = manifest.graphs[role]

@@ -1,4 +1,4 @@
-"""The handle of a submitted image: a future that can be cancelled at any time and knows its progress."""
+"""The handle of a submitted image: a future that can be canceled at any time and reports its progress."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 class JobProgress:
     """The progress of one image.
 
-    `stage` is "waiting" (for memory), "preparing", "encoding", "sampling", "decoding" or "finishing", and in
-    the end "done", "failed" or "cancelled". `fraction`, 0 to 1, is the part of the estimated work that is
+    `stage` is "waiting" (for memory), "preparing", "encoding", "sampling", "decoding" or "finishing", and at
+    the end "done", "failed" or "cancelled". `fraction`, 0 to 1, is the share of the estimated work that is
     done. `seconds_left` is an estimate that takes the other images in flight into account. `position` is 1
     for the image that gets memory next, 2 for the one after it, and so on; 0 once it has memory. `seconds` is
     the time that the image has spent in each stage so far, in the order of the stages; "running" is the wait
@@ -31,46 +31,46 @@ class JobProgress:
 
 
 class Handle(Future[Result]):
-    """An image on its way. `Upscaler.submit` returns it.
+    """An image in work, as returned by `Upscaler.submit`.
 
     It is a `concurrent.futures.Future`: `result(timeout)`, `exception(timeout)`, `done()`, `cancelled()`,
     `add_done_callback(function)`, `concurrent.futures.wait` and `as_completed` work as documented there, and
-    `asyncio.wrap_future(handle)` makes it awaitable. Cancelling the asyncio future, as a timeout of
+    `asyncio.wrap_future(handle)` makes it awaitable. To cancel the asyncio future, as a timeout of
     `asyncio.wait_for` does, cancels the image.
 
-    Unlike other futures a handle can be cancelled while it is running. Dropping it does not cancel the image.
-    Callbacks are called from one of the runtime's threads and should return quickly.
+    Unlike other futures a handle can be canceled while it is running. If it is dropped, the image is not
+    canceled. Callbacks are called from one of the runtime's threads and should return quickly.
     """
 
     def __init__(self, progress: Callable[[], JobProgress]) -> None:
         super().__init__()
         self._progress = progress
         self._cancelling = threading.Lock()
-        self.owner: object = None  # is kept alive while the image is in flight
+        self.owner: object = None  # keeps the Upscaler alive while the image is in flight
 
     def cancel(self) -> bool:
-        """Cancel the image whether it waits or runs; False if it has a result or an error already.
+        """Cancel the image, whether it waits or runs; False if it already has a result or an error.
 
         `result` raises CancelledError at once. The machine stops working on the image at the next tick, which
         is one run of one graph, and then the image's memory is free again.
         """
-        if not super().cancel():  # the state of a future that runs elsewhere stays "pending"
+        if not super().cancel():  # a future that runs elsewhere stays in the state "pending"
             return False
-        if self._cancelling.acquire(blocking=False):  # once; it tells `concurrent.futures.wait`
+        if self._cancelling.acquire(blocking=False):  # called once; it informs `concurrent.futures.wait`
             self.set_running_or_notify_cancel()
         return True
 
     def running(self) -> bool:
-        """Whether the image is being worked on: it has memory and is not done."""
+        """Return True if the image has memory and is not done."""
         return not self.done() and self.progress.stage != "waiting"
 
     def fail_in_child(self, error: BaseException) -> None:
-        """Fail in a forked child, in which the image is not worked on; the old lock may be held for ever."""
+        """Fail in a forked child, which does not process the image; the old lock may be held for ever."""
         self._condition = threading.Condition()
         if not self.done():
             self.set_exception(error)
 
     @property
     def progress(self) -> JobProgress:
-        """The present progress. It can be asked for at any time and from any thread."""
+        """The current progress, which any thread may read at any time."""
         return self._progress()

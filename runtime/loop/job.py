@@ -1,4 +1,4 @@
-"""One image in the worker: its inputs, the passes that it goes through, and its state."""
+"""One image in the worker: its inputs, its passes and its state."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling.samplers import SAMPLERS
 
 PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
-"""Weights of flows by the name of their priority: one of weight 4 gets 4 times the seconds of one of 1."""
+"""Weights of flows by the name of their priority: a flow of weight 4 gets 4 times the seconds of weight 1."""
 
 
 @dataclass(eq=False)
 class Flow:
-    """Jobs that together get one fair part of the machine, such as all images of one `Upscaler.map`."""
+    """Jobs that together get one fair share of the machine, such as all images of one `Upscaler.map`."""
 
     priority: str = "normal"
-    credit: float = 0.0  # seconds; the scheduler's
+    credit: float = 0.0  # seconds; used by the scheduler
 
     @property
     def weight(self) -> float:
-        """The weight of its priority."""
+        """The weight of the flow's priority."""
         return PRIORITIES[self.priority]
 
 
@@ -50,7 +50,7 @@ class Job:
         settings: Settings,
         flow: Flow | None = None,
     ) -> None:
-        """`lr` [H, W, 3] is the input at output size, `condition` [h, w, 3] that on the latent grid.
+        """Make a job of `lr` [H, W, 3] at output size and `condition` [h, w, 3] on the latent grid.
 
         Both have the size of the layout's canvas and are uint8 or uint16. The condition is None if an encoder
         makes it. Jobs of one `flow` share one part of the machine; by default a job has a flow of its own.
@@ -64,8 +64,8 @@ class Job:
         self.ran: Counter[str] = Counter()
         self.stage = Encoding.stage if ENCODER in self.planned else Sampling.stage
         self.begun: dict[str, float] = {}  # clock of time.monotonic at the beginning of each stage
-        self.rounds = 0  # sampling steps and other passes that are complete
-        self.finished = False  # every tile ran
+        self.rounds = 0  # number of complete sampling steps and other passes
+        self.finished = False  # all tiles have run
         self.cancelled = False  # set by any thread; the worker ends the job before its next tick
         self.done = False
         self.error: BaseException | None = None
@@ -76,12 +76,12 @@ class Job:
 
     @property
     def current(self) -> Pass:
-        """The pass that the job is in; call `begin` first."""
+        """The pass that the job is in; `begin` must be called first."""
         return self._entered[-1]
 
     @property
     def upcoming(self) -> str | None:
-        """The graph that the job needs after the present one."""
+        """The graph that the job needs after the current one."""
         if self.current.upcoming or self.stage == Decoding.stage:
             return self.current.upcoming
         if self.stage == Encoding.stage:
@@ -120,7 +120,7 @@ class Job:
                 raise NonFiniteError(_not_finite(entered.graph))
 
     def _go_through(self, device: Device) -> Iterator[Pass]:
-        """The passes in order; each begins when the one before is done."""
+        """Yield the passes in order; each begins when the previous one is done."""
         layout, settings = self.layout, self.settings
         m = layout.manifest
         lr = device.upload(self.lr, m.latent_factor)
@@ -157,7 +157,10 @@ class Job:
 
 
 def planned_tiles(layout: TileLayout, settings: Settings) -> Counter[str]:
-    """Tiles of an image by graph, in the order of the passes; ValueError as for `Job`."""
+    """Return the number of tiles of an image by graph, in the order of the passes.
+
+    ValueError as for `Job`.
+    """
     m, plan = layout.manifest, Counter[str]()
     table = SAMPLERS[settings.sampler].table(m.schedule, settings.steps, m.expert_ranges)
     sampled = len(layout.sampling) * len(prompt_gains(settings.guidance))

@@ -28,8 +28,8 @@ from moesr.runtime.sampling.schedule import StepTable, full_steps
 class Pass(ABC):
     """Tiles of one image that need a graph, in rounds: a round runs every tile once.
 
-    `taken` counts the tiles of this round that were handed out to ticks, `cursor` those that are blended.
-    They differ while ticks are under way.
+    `taken` counts the tiles of this round that were given to ticks, `cursor` those that are blended. They
+    differ while ticks are in flight.
     """
 
     stage: ClassVar[str]
@@ -42,7 +42,7 @@ class Pass(ABC):
         sources: dict[str, Canvas],
         scalars: dict[str, float],
     ) -> None:
-        """`sources` and `scalars` are all values that the pass can feed to its graphs, by input."""
+        """Make a pass; `sources` and `scalars` are all values that it can feed to its graphs, by input."""
         self.tiles, self.target, self.done = tiles, target, False
         self.taken = self.cursor = 0
         self._manifest, self._sources, self._scalars = manifest, sources, scalars
@@ -54,7 +54,7 @@ class Pass(ABC):
 
     @property
     def upcoming(self) -> str | None:
-        """The graph that this pass needs next; None if it needs no other one."""
+        """The graph that this pass needs next; None if it needs no other graph."""
         return None
 
     @property
@@ -64,22 +64,22 @@ class Pass(ABC):
 
     @property
     def group(self) -> Hashable:
-        """Tiles of equal group may share a tick: the same graph, and equal values of its per-run inputs."""
+        """Tiles of equal group may share a tick: they need the same graph and have equal per-run inputs."""
         single = (i.name for i in self.graph.inputs if not i.per_tile)
         return self.role, *(self._scalars[name] for name in single)
 
     @property
     def remaining(self) -> int:
-        """Tiles of this round that can still be handed out."""
+        """The number of tiles of this round that can still be taken."""
         return len(self.tiles) - self.taken
 
     def take(self, count: int) -> range:
-        """Hand out the next `count` tiles; returns their positions in `tiles`."""
+        """Take the next `count` tiles and return their positions in `tiles`."""
         self.taken += count
         return range(self.taken - count, self.taken)
 
     def slot(self, tile: int) -> Slot:
-        """The row of a tick's table for one tile."""
+        """Return the row of a tick's table for one tile."""
         needed = [spec.name for spec in self.graph.inputs]
         sources = {name: self._sources[name] for name in needed if name in self._sources}
         scalars = {name: self._scalars[name] for name in needed if name in self._scalars}
@@ -97,12 +97,12 @@ class Pass(ABC):
 
 
 class Encoding(Pass):
-    """From the image to the latent that conditions the sampler: `target`."""
+    """The pass from the image to the latent that conditions the sampler, `target`."""
 
     stage = "encoding"
 
     def __init__(self, layout: TileLayout, device: Device, lr: Canvas, seed: int) -> None:
-        """`lr` is the input at output size."""
+        """Make the pass; `lr` is the input at output size."""
         m, grid = layout.manifest, layout.coding
         shape = (m.latent_channels, *layout.latent)
         weights = tiles.feather_weights(m.latent_tile, m.latent_tile // CODING_OVERLAP)
@@ -114,19 +114,19 @@ class Encoding(Pass):
 
     @property
     def role(self) -> str:
-        """The encoder."""
+        """The role of the encoder."""
         return ENCODER
 
 
 class Sampling(Pass):
-    """From noise, or from the noised condition, to a clean latent: `z`."""
+    """The passes from noise, or from the noised condition, to a clean latent, `z`."""
 
     stage = "sampling"
 
     def __init__(
         self, layout: TileLayout, device: Device, table: StepTable, cond: Canvas, settings: Settings
     ) -> None:
-        """`cond` is the condition on the latent canvas."""
+        """Make the pass; `cond` is the condition on the latent canvas."""
         m, gains = layout.manifest, prompt_gains(settings.guidance)
         shape, weights = (m.latent_channels, *layout.latent), sampling_window(m)
         self.z = device.canvas(shape)
@@ -154,12 +154,12 @@ class Sampling(Pass):
 
     @property
     def upcoming(self) -> str | None:
-        """The graph of the first later step that needs another one than the current step."""
+        """The graph of the first later step that needs another graph than the current step."""
         later = self._roles[self._step :]
         return next((role for role in later if role != later[0]), None)
 
     def slot(self, tile: int) -> Slot:
-        """The row for one tile and prompt; all tiles of a prompt come before those of the next."""
+        """Return the row for one tile and prompt; all tiles of a prompt come before those of the next."""
         prompt = list(self._targets)[tile * len(self._targets) // len(self.tiles)]
         self._scalars["prompt"] = float(prompt)
         if not self._deep:
@@ -180,12 +180,12 @@ class Sampling(Pass):
 
 
 class Decoding(Pass):
-    """From a clean latent to pixels: `target`."""
+    """The pass from a clean latent to pixels, `target`."""
 
     stage = "decoding"
 
     def __init__(self, layout: TileLayout, device: Device, z: Canvas, lr: Canvas, fidelity: float) -> None:
-        """`z` is the latent canvas, `lr` the input at output size."""
+        """Make the pass; `z` is the latent canvas, `lr` the input at output size."""
         m, grid, factor = layout.manifest, layout.coding, layout.manifest.latent_factor
         weights = tiles.feather_weights(m.tile, m.latent_tile // CODING_OVERLAP * factor)
         target = device.mean((3, *layout.frame.canvas), grid, weights, factor)
@@ -193,19 +193,22 @@ class Decoding(Pass):
 
     @property
     def role(self) -> str:
-        """The decoder."""
+        """The role of the decoder."""
         return DECODER
 
 
 def step_roles(manifest: Manifest, table: StepTable, reuse: int) -> list[str]:
-    """The graph of every step. One step in `reuse` is full; without shallow graphs `reuse` must be 1."""
+    """Return the graph of each step.
+
+    One step in `reuse` is full; without shallow graphs `reuse` must be 1.
+    """
     experts = [manifest.experts[k] for k in table.expert]
     full = full_steps(table.expert, reuse)
     return [e.graph if f else e.shallow or e.graph for e, f in zip(experts, full, strict=True)]
 
 
 def prompt_gains(guidance: float) -> dict[int, float]:
-    """Weights of the predictions by prompt, 0 to follow and 1 to avoid; a prompt of weight 0 is left out.
+    """Return the weights of the predictions by prompt, 0 to follow and 1 to avoid, without weights of 0.
 
     `out = out_1 + guidance * (out_0 - out_1)` (Ho and Salimans, 2021; StableSR, Eq. 8).
     """

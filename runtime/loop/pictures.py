@@ -1,4 +1,4 @@
-"""Images as callers have them, and how each kind becomes a job and its result an image of the same kind."""
+"""How images of each type become jobs, and how results become images of the same type."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Source(Protocol):
 
     @property
     def size(self) -> Size:
-        """Height and width in pixels, found without touching the pixels."""
+        """Height and width in pixels, found without reading the pixels."""
         ...
 
     def prepare(self, layout: TileLayout, settings: Settings) -> Job:
-        """Read the pixels and make a job of them, once there is memory for it."""
+        """Read the pixels and make a job of them; memory must be reserved before."""
         ...
 
     def finish(self, job: Job) -> Any:
-        """Make the result of a job that is done, in the caller's kind of image."""
+        """Make the result of a job that is done, as an image of the caller's type."""
         ...
 
 
@@ -42,7 +42,7 @@ class Picture:
     """An image in memory: a NumPy array, a PIL image or a LoadedImage."""
 
     def __init__(self, image: Any) -> None:
-        """InputError if the image has a type, shape or dtype that is not supported."""
+        """Take an image; InputError if its type, shape or dtype is not supported."""
         self._image: Any = image
         self._loaded = image if isinstance(image, LoadedImage) else None
         self._planes: Planes | None = None
@@ -64,7 +64,7 @@ class Picture:
             keep_colors_under_alpha=settings.keep_colors_under_alpha,
         )
         height, width = planes.rgb.shape[:2]
-        if (height, width) != self.size:  # a PIL image was turned upright
+        if (height, width) != self.size:  # a PIL image was rotated upright
             layout = TileLayout(layout.manifest, height, width)
         job = processing.prepare(layout, planes, settings)
         alpha = None if planes.alpha is None else planes.alpha.copy()

@@ -1,8 +1,8 @@
-"""Takes images from `submit` to their results: wait for memory, prepare, run in the worker, finish.
+"""The way of images from `submit` to their results: wait for memory, prepare, run in the worker, finish.
 
-Images wait for memory in the order in which they came, priorities apart; none overtakes another because it is
-smaller, so none starves. A few threads prepare images and finish them (resizing, color correction) while the
-worker's thread runs graphs. No thread of a caller ever computes anything.
+Images wait for memory in the order in which they came, apart from priorities; none overtakes another because
+it is smaller, so none waits for ever. A few threads prepare images and finish them (resizing, color
+correction) while the worker's thread runs graphs. No thread of a caller ever computes anything.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.loop.worker import CLOSED, Worker, own_thread
 
 THREADS = 2
-"""Threads that prepare and finish images: one of them can be busy with a large image."""
+"""The number of threads that prepare and finish images: one of them can be busy with a large image."""
 
 OVERTAKES = {"low": -16.5, "normal": 0.0, "high": 16.5}
-"""Images of normal priority that one passes while it waits for memory; if negative, they pass it."""
+"""The number of images of normal priority that an image of this priority passes while it waits for memory.
+
+If it is negative, they pass it.
+"""
 
 FORKED = (
     "this Upscaler was used before the process was forked, and its threads do not exist in the child; "
     "open an Upscaler in each process, or start processes by the method 'spawn'"
 )
 
-_LONGEST_NAP_S = 0.5  # other programs may free memory without telling
+_LONGEST_NAP_S = 0.5  # other programs may free memory without notice
 
 log = logging.getLogger("moesr")
 
@@ -52,9 +55,9 @@ log = logging.getLogger("moesr")
 class Statistics:
     """The work of an Upscaler, for monitoring.
 
-    `waiting` images have no memory yet; `active` ones have. `ticks` and `tiles` (slots filled) count what ran
-    since the engine was opened, of at most `max_batch` tiles per tick. `seconds_left` estimates the time
-    until all images in flight are done. `loaded` are the roles of the graphs in memory.
+    `waiting` images have no memory yet; `active` ones have it. `ticks` and `tiles` (slots filled) count what
+    ran since the engine was opened, with at most `max_batch` tiles per tick. `seconds_left` estimates the
+    time until all images in flight are done. `loaded` are the roles of the graphs in memory.
     """
 
     waiting: int
@@ -67,22 +70,22 @@ class Statistics:
 
 
 class Pipeline:
-    """Images in flight of one Upscaler. All methods may be called from any thread."""
+    """The images in flight of one Upscaler. All methods may be called from any thread."""
 
     def __init__(self, worker: Worker, admission: Admission, costs: Costs) -> None:
         self._worker, self._admission, self._costs = worker, admission, costs
         self._lock, self._ticked, self._ended = worker.lock, worker.ticked, worker.ended
         self._waiting: list[Ticket] = []  # in the order in which they get memory
-        self._active: list[Ticket] = []  # with memory, the oldest first
+        self._active: list[Ticket] = []  # those with memory, the oldest first
         self._handles: dict[Ticket, Handle[Any]] = {}
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
-        self._refusal: str | None = None  # why no further image is taken
+        self._refusal: str | None = None  # the reason why no further image is accepted
         forking.call_in_child(self, "_in_child")
 
     @property
     def refusal(self) -> str | None:
-        """Why no further image is taken; None while images are."""
+        """The error why no further image is accepted; None while images are accepted."""
         return self._refusal
 
     def submit(
@@ -93,14 +96,14 @@ class Pipeline:
         flow: Flow,
         owner: object = None,
     ) -> tuple[Ticket, Handle[Any]]:
-        """Take an image; returns at once. UsageError if the pipeline is closed.
+        """Accept an image and return at once; UsageError if the pipeline is closed.
 
         `owner` is kept alive until the image has ended.
         """
         ticket = Ticket(source, layout, settings, flow, next(self._numbers) - OVERTAKES[flow.priority])
         handle: Handle[Any] = Handle(partial(self.progress, ticket))
         handle.owner = owner
-        handle.add_done_callback(partial(self._hear, ticket))  # the first callback, before any caller's
+        handle.add_done_callback(partial(self._hear, ticket))  # the first callback, before those of callers
         with self._lock:
             if self._refusal:
                 raise UsageError(self._refusal)
@@ -117,14 +120,14 @@ class Pipeline:
             thread = threading.Thread(target=self._serve, name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no memory for its stack: fewer threads do the same work
+            except RuntimeError:  # no memory for the thread's stack: fewer threads do the same work
                 if not self._threads:
                     raise
                 return
             self._threads.append(thread)
 
     def wait(self, ticket: Ticket, report: Callable[[], None], enough: Callable[[], bool]) -> None:
-        """Wait until `ticket` ended or `enough` holds, calling `report` whenever work went on."""
+        """Wait until `ticket` ended or `enough` holds, calling `report` whenever there was progress."""
         seen = -1
         while True:
             with self._ticked:
@@ -137,7 +140,7 @@ class Pipeline:
 
     @property
     def statistics(self) -> Statistics:
-        """The present work; see `Statistics`."""
+        """Return the current work; see `Statistics`."""
         with self._lock:
             tickets, worker = [*self._waiting, *self._active], self._worker
             left = sum((ticket.planned - ticket.ran for ticket in tickets), Counter[str]())
@@ -145,11 +148,11 @@ class Pipeline:
             return Statistics(*counts, self._costs.seconds(left), tuple(sorted(worker.loaded)))
 
     def seconds(self, tiles: Counter[str]) -> float:
-        """Estimated seconds of a number of tiles by role."""
+        """Return the estimated seconds of a number of tiles by role."""
         return self._costs.seconds(tiles)
 
     def progress(self, ticket: Ticket) -> JobProgress:
-        """The progress of an image; see `JobProgress`."""
+        """Return the progress of an image; see `JobProgress`."""
         with self._lock:
             per_tile = self._costs.per_tile()
             position = self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
@@ -164,14 +167,14 @@ class Pipeline:
                     older = other.flow is ticket.flow and other.rank < ticket.rank
                     total += theirs if older else 0.0 if other.flow is ticket.flow else min(theirs, fair)
             fraction = 1.0 if ticket.stage == "done" else done / whole
-            ticket.fraction = max(ticket.fraction, min(fraction, 1.0))  # estimates change, this never falls
+            ticket.fraction = max(ticket.fraction, min(fraction, 1.0))  # it never decreases
             left = total if left else 0.0
             return JobProgress(ticket.fraction, ticket.shown_stage, left, position, ticket.seconds)
 
     def close(self) -> None:
         """Fail all images in flight with UsageError and release all memory; waits as `Worker.close` does."""
         with self._lock:
-            if self._refusal == FORKED:  # nothing that the parent opened may be touched
+            if self._refusal == FORKED:  # objects that the parent opened must not be touched
                 return
             self._refusal = CLOSED
             tickets = [*self._waiting, *self._active]
@@ -184,14 +187,14 @@ class Pipeline:
                 thread.join()
 
     def _serve(self) -> None:
-        """The function of a thread that prepares and finishes images."""
+        """Prepare and finish images; this is the function of a thread."""
         while True:
             try:
                 step = self._next_step()
                 if step is None:
                     return
                 step()
-            except BaseException as error:  # a defect, or no memory at all: the other images go on
+            except BaseException as error:  # a defect, or no memory at all: the other images continue
                 log.error("internal error: %s: %s", type(error).__name__, error)
 
     def _next_step(self) -> Callable[[], None] | None:
@@ -209,7 +212,7 @@ class Pipeline:
                     first.room = self._admission.reserve(first.layout, first.settings)
                 except BaseException as error:
                     return partial(self._end, first, error=error)
-                if first.ended:  # cancelled by the garbage collector, in this very thread
+                if first.ended:  # canceled by the garbage collector, in this very thread
                     continue
                 if first.room:
                     self._waiting.remove(first)
@@ -220,7 +223,7 @@ class Pipeline:
         return None
 
     def _prepare(self, ticket: Ticket) -> None:
-        """Make the job of an image that has memory, and hand it to the worker."""
+        """Make the job of an image that has memory, and pass it to the worker."""
         try:
             assert ticket.source
             job = ticket.source.prepare(ticket.layout, ticket.settings)
@@ -233,7 +236,7 @@ class Pipeline:
                 self._worker.submit(job)
                 self._ticked.notify_all()
         except BaseException as error:
-            job = None  # the error keeps this frame
+            job = None  # the error holds this frame
             self._end(ticket, error=error)
 
     def _finish(self, ticket: Ticket) -> None:
@@ -247,14 +250,14 @@ class Pipeline:
             self._admission.warm = True
             result = source.finish(job)
         except BaseException as error:
-            job = source = None  # the error keeps this frame
+            job = source = None  # the error holds this frame
             self._end(ticket, error=error)
         else:
             job = source = None
             self._end(ticket, result=result)
 
     def _hear(self, ticket: Ticket, handle: Future[Any]) -> None:
-        """Called when a handle is done: have an image that was cancelled end as soon as nothing uses it."""
+        """End a canceled image as soon as nothing uses it; called when a handle is done."""
         if not handle.cancelled():
             return
         with self._lock:
@@ -266,7 +269,10 @@ class Pipeline:
             self._end(ticket, error=CancelledError())
 
     def _end(self, ticket: Ticket, *, result: Any = None, error: BaseException | None = None) -> None:
-        """Give the image's memory back and tell its handle; only the first call for an image counts."""
+        """Release the image's memory and inform its handle.
+
+        Only the first call for an image has an effect.
+        """
         with self._lock:
             if ticket.ended:
                 return
@@ -289,11 +295,11 @@ class Pipeline:
                 handle.set_exception(error)
             else:
                 handle.set_result(result)
-        except InvalidStateError:  # it was cancelled at this moment
+        except InvalidStateError:  # it was canceled at this moment
             pass
 
     def _in_child(self) -> None:
-        """Called in a forked child: what was never used works on, everything else is left alone."""
+        """Handle a fork in the child: an unused pipeline works on, and a used one is left alone."""
         forking.skip_exit_handlers()
         used = self._threads or not self._worker.survives_fork
         self._worker.renew_locks()
@@ -316,7 +322,7 @@ def _seconds(tiles: Counter[str], per_tile: dict[str, float]) -> float:
 
 
 def _forget_locals(error: BaseException) -> None:
-    """Drop the variables of the frames that an error passed through: they hold images."""
+    """Drop the variables of the frames through which an error passed, as they hold images."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link and id(link) not in seen:

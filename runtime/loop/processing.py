@@ -34,12 +34,12 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
 
 
 def _apart(array: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The array, copied if it may share memory with the other."""
+    """Return the array, copied if it may share memory with the other."""
     return array.copy() if np.may_share_memory(array, other) else array
 
 
 def _deep(manifest: Manifest, rgb: np.ndarray) -> np.ndarray:
-    """The image with 16 bits per channel if the model was trained on values that were not rounded to 8."""
+    """Return the image with 16 bits per channel if the model was trained on values not rounded to 8 bits."""
     if manifest.framing.resize == "matlab" or rgb.dtype == np.uint16:
         return rgb
     return rgb.astype(np.uint16) * np.uint16(257)
@@ -56,7 +56,7 @@ def finish(planes: Planes, job: Job) -> np.ndarray:
     top = np.iinfo(planes.rgb.dtype).max
     rgb = np.empty((height, width, 3), planes.rgb.dtype)
     style = np.empty((rows, columns), np.float32)
-    for channel in range(3):  # one at a time: a plane of an 8K image takes 130 MB
+    for channel in range(3):  # one plane at a time: a plane of an 8K image takes 130 MB
         plane = job.image[channel, :rows, :columns]
         if job.settings.color_fix != "none":
             to_unit(job.lr[:rows, :columns, channel], style)

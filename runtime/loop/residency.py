@@ -1,4 +1,4 @@
-"""The graphs of an engine that are in memory: each is loaded when first needed, the next one ahead of use."""
+"""The graphs of an engine in memory: each is loaded when first needed, and the next one ahead of its use."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from moesr.runtime.devices.interface import Session
 
 THREAD_PREFIX = "moesr-loop-"
-"""Names of the threads that an Upscaler starts begin with it."""
+"""The names of all threads that an Upscaler starts begin with this."""
 
 
 class Residency:
-    """Sessions by role. One thread at a time asks for them; loading runs in a thread of its own."""
+    """Sessions by role. One thread at a time may ask for them; loading runs in its own thread."""
 
     def __init__(self, open_graph: Callable[[str], Session], keep_all: bool) -> None:
-        """`keep_all`: never drop a loaded graph; otherwise only the one in use and the next one stay."""
+        """Start empty.
+
+        With `keep_all` no loaded graph is dropped, else only the current and the next one stay.
+        """
         self._open = open_graph
         self._keep_all = keep_all
-        self._loads: dict[str, Future[Session]] = {}  # by role; complete or under way
+        self._loads: dict[str, Future[Session]] = {}  # by role; complete or in progress
         self._load_s: dict[str, float] = {}  # duration of the last load, by role
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{THREAD_PREFIX}load")
 
@@ -29,16 +32,19 @@ class Residency:
         return frozenset(self._loads)
 
     def reload_s(self, role: str) -> float:
-        """Seconds that loading a role is expected to take; 0 if it is in memory or no other is dropped."""
+        """Return the expected seconds for loading a role.
+
+        0 if it is in memory or no other graph is dropped for it.
+        """
         if self._keep_all or role in self._loads:
             return 0.0
         return self._load_s.get(role, max(self._load_s.values(), default=0.0))
 
     def get(self, role: str, upcoming: str | None) -> Session:
-        """The session of a role, after waiting for it if need be; begins to load `upcoming` meanwhile.
+        """Return the session of a role, waiting for it if needed, and begin to load `upcoming` meanwhile.
 
-        Loading ahead may fail if there is no room beside the graph before it. Then the graph is loaded once
-        more on its own. Raises the error of the second attempt.
+        Loading ahead may fail if there is no memory beside the previous graph. Then the graph is loaded again
+        on its own. Raises the error of the second attempt.
         """
         ahead = role in self._loads
         if not self._keep_all:
@@ -56,7 +62,7 @@ class Residency:
         try:
             return self._loads[role].result()
         except BaseException:
-            self._drop({role})  # so that it can be tried again
+            self._drop({role})  # so that the load can be tried again
             raise
 
     def _request(self, role: str) -> None:

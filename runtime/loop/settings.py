@@ -25,13 +25,13 @@ from moesr.runtime.sampling.samplers import SAMPLERS
 
 
 class Options(TypedDict, total=False):
-    """Options of one image. An option that is left out or None has its default.
+    """Options of one image. An option that is left out or None takes its default.
 
-    `steps` (1 to the schedule's number of timesteps), `sampler` ("ddpm", "ddim" or "dpm++2m"), `fidelity`
-    (0, free, to 1, faithful to the LR image) and `guidance` (0 to 100, for engines with a negative prompt)
-    default to the engine's values. `seed` (0 to 2**64 - 1) defaults to 42 and `color_fix` ("adain", "wavelet"
-    or "none") to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one step in N,
-    and the other steps reuse those features; the engine must have been exported for that.
+    `steps` (1 to the schedule's number of timesteps), `sampler` ("ddpm", "ddim" or "dpm++2m"), `fidelity` (0,
+    a free result, to 1, one that follows the LR image) and `guidance` (0 to 100, for engines with a negative
+    prompt) default to the engine's values. `seed` (0 to 2**64 - 1) defaults to 42 and `color_fix` ("adain",
+    "wavelet" or "none") to "adain". With `reuse` N, 1 by default, an expert computes its deep levels at one
+    step in N, and the other steps reuse those features; the engine must have been exported for that.
     `keep_colors_under_alpha` (False by default) keeps the colors of fully transparent pixels, for textures
     that have a mask in alpha.
     """
@@ -48,19 +48,19 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options with their defaults filled in and checked. `resolve` makes them."""
+    """Options with their defaults filled in and checked, as `resolve` makes them."""
 
     steps: int
     sampler: str
     seed: int
     fidelity: float
-    guidance: float = 1.0  # strength of classifier-free guidance; 1 is none
-    reuse: int = 1  # every level is computed at one step in `reuse`
+    guidance: float = 1.0  # strength of classifier-free guidance; 1 means none
+    reuse: int = 1  # all levels are computed at one step in `reuse`
     color_fix: str = DEFAULT_COLOR_FIX
     keep_colors_under_alpha: bool = False
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as results record them: those that do nothing are left out, as older versions did."""
+        """Return the settings as results record them: those without effect are left out, as in older versions."""
         values = asdict(self)
         for name in ("guidance", "reuse"):
             if values[name] == 1:
@@ -75,14 +75,14 @@ _CHECKS = {"seed": check_seed, "fidelity": check_fidelity, "guidance": check_gui
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Check the options that can be checked without an engine; UsageError names the one that is wrong."""
+    """Check the options that can be checked without an engine; UsageError names the wrong option."""
     for name, check in _CHECKS.items():
         if options.get(name) is not None:
             check(options[name])
 
 
 def resolve(manifest: Manifest, **options: Unpack[Options]) -> Settings:
-    """Fill in an engine's defaults and check every option; UsageError names the option that is wrong."""
+    """Fill in an engine's defaults and check all options; UsageError names the wrong option."""
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := given.keys() - set(OPTION_NAMES):
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}, expected {', '.join(OPTION_NAMES)}")
@@ -108,7 +108,7 @@ def check_settings(manifest: Manifest, settings: Settings) -> None:
     m = manifest
     if settings.guidance != 1.0 and not m.guided:
         raise UsageError(
-            f"guidance is {settings.guidance:g}, but {m.name} knows no negative prompt: export the engine "
+            f"guidance is {settings.guidance:g}, but {m.name} has no negative prompt: export the engine "
             "with moesr-export --guidance S, or leave guidance at 1"
         )
     if settings.reuse > 1 and not m.deep:

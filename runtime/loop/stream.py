@@ -1,4 +1,4 @@
-"""Many images in order, a few of them in flight at a time."""
+"""Many images in order, with a few of them in flight at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from moesr.runtime.loop.pipeline import Pipeline
 from moesr.runtime.loop.ticket import Ticket
 
 Progress = Callable[[float, float, str], None]
-"""Called with the work done and the work in all, both in estimated seconds, and the stage.
+"""A function of the work done and the total work, both in estimated seconds, and of the stage.
 
-The stage is "encoding", "sampling" or "decoding". Estimates start from multiply-accumulates and follow what
-this process measures, so the work in all may change on the way.
+The stage is "encoding", "sampling" or "decoding". Estimates start from multiply-accumulates and follow the
+measurements of this process, so the total may change during the work.
 """
 
 InFlight = tuple[Ticket | None, Handle[Any]]
-"""An image in flight; without a ticket if it could not be used, and then the handle has the error."""
+"""An image in flight; if it could not be used, it has no ticket, and the handle has the error."""
 
 
 class ImageStream:
     """Submits the images of an iterable one after the other and yields their results in order.
 
-    The next image is fetched when the pixels of the one before have been read, so the iterable may fill the
+    The next image is fetched when the pixels of the previous one have been read, so the iterable may fill the
     same array again and again.
     """
 
@@ -38,15 +38,15 @@ class ImageStream:
         progress: Progress | None = None,
         begun: Callable[[Any], None] | None = None,
     ) -> None:
-        """At most `most` images are in flight. The other arguments are those of `Upscaler.map`."""
+        """Start with at most `most` images in flight. The other arguments are those of `Upscaler.map`."""
         self._pipeline, self._submit, self._most = pipeline, submit, most
         self._return_errors, self._progress, self._begun = return_errors, progress, begun
         self._flight: deque[InFlight] = deque()
-        self._finished: Counter[str] = Counter()  # tiles of images that have left
+        self._finished: Counter[str] = Counter()  # tiles of images that have been yielded
         self._exhausted = False
 
     def results(self, images: Iterable[Any]) -> Iterator[Any]:
-        """The results; closing the iterator cancels the images in flight."""
+        """Yield the results; closing the iterator cancels the images in flight."""
         coming = iter(images)
         try:
             while True:
@@ -70,7 +70,7 @@ class ImageStream:
                 handle.cancel()
 
     def _may_fetch(self) -> bool:
-        """Whether the next image may be fetched: there is one, it has room, and the one before is read."""
+        """Return True if there is another image, there is room for it, and the previous one has been read."""
         if self._exhausted or len(self._flight) >= self._most:
             return False
         return all(ticket is None or ticket.prepared for ticket, _ in self._flight)
@@ -92,7 +92,7 @@ class ImageStream:
 
 
 def _spares_others(error: BaseException) -> bool:
-    """Whether other images can still be done after this error."""
+    """Return True if other images can still be done after this error."""
     if isinstance(error, NonFiniteError):
         return True
     return isinstance(error, (MoesrError, MemoryError)) and not isinstance(error, (EngineError, UsageError))

@@ -28,9 +28,9 @@ class Ticket:
         self._work_stage = "encoding" if ENCODER in self.planned else "sampling"
         self.room: Reservation | None = None
         self.job: Job | None = None
-        self.prepared = False  # the caller's image is not read any more
+        self.prepared = False  # the pixels of the caller's image have been read
         self.cancelled = self.ended = False
-        self.fraction = 0.0  # the largest that was shown
+        self.fraction = 0.0  # the largest fraction that was shown
 
     @property
     def stage(self) -> str:
@@ -55,11 +55,11 @@ class Ticket:
 
     @property
     def work_stage(self) -> str:
-        """The present pass, or the first or last one if the image is not in the worker."""
+        """The current pass, or the first or last one if the image is not in the worker."""
         return self.job.stage if self.job else self._work_stage
 
     def let_go(self) -> None:
-        """Drop the image and the job, and give their memory back."""
+        """Drop the image and the job, and release their memory."""
         self._work_stage = self.work_stage
         self._begun.update(self.job.begun if self.job else {})
         self.source = self.job = None
@@ -68,7 +68,7 @@ class Ticket:
 
     @property
     def shown_stage(self) -> str:
-        """The stage by name, as `JobProgress` has it."""
+        """The stage by name, as in `JobProgress`."""
         if self.cancelled:
             return "cancelled"
         return self.work_stage if self.stage == "running" else self.stage

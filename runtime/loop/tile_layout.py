@@ -1,4 +1,4 @@
-"""How an image of any size becomes a canvas of tiles, as the engine's manifest says."""
+"""The division of an image of any size into a canvas of tiles, according to the engine's manifest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.sampling import tiles
 
 SAMPLING_OVERLAP = 4
-"""While sampling, neighbouring tiles share a quarter of a tile, unless the manifest gives an overlap."""
+"""While sampling, neighboring tiles share a quarter of a tile, unless the manifest gives an overlap."""
 
 CODING_OVERLAP = 8
-"""While encoding and decoding, which visit every tile once, neighbouring tiles share an eighth."""
+"""While encoding and decoding, which run each tile once, neighboring tiles share an eighth."""
 
 Grid = list[tuple[int, int]]
 """Origins (y, x) of tiles, in latent pixels."""
@@ -34,9 +34,10 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class TileLayout:
-    """The canvas of one image and the tiles on it, computed once and shared by everything that needs them.
+    """The canvas of one image and the tiles on it, computed once and shared by all that need them.
 
-    `height` and `width` are those of the input in LR pixels. ValueError if one of them is not positive.
+    `height` and `width` are those of the input in LR pixels. ValueError is raised if one of them is not
+    positive.
     """
 
     manifest: Manifest
@@ -49,9 +50,9 @@ class TileLayout:
 
     @cached_property
     def frame(self) -> Frame:
-        """Sizes in output pixels. The canvas holds at least one tile and a whole number of latent pixels.
+        """The sizes in output pixels. The canvas holds at least one tile and a whole number of latent pixels.
 
-        Small images are padded, in whole LR pixels, or enlarged until their shorter side fills a tile.
+        Small images are padded by whole LR pixels, or enlarged until their shorter side fills a tile.
         """
         m, factor = self.manifest, self.manifest.latent_factor
         sides = self.height * m.scale, self.width * m.scale
@@ -66,31 +67,31 @@ class TileLayout:
 
     @property
     def result(self) -> Size:
-        """Size of the result in output pixels."""
+        """The size of the result in output pixels."""
         return self.height * self.manifest.scale, self.width * self.manifest.scale
 
     @property
     def latent(self) -> Size:
-        """Size of the latent canvas in latent pixels."""
+        """The size of the latent canvas in latent pixels."""
         factor = self.manifest.latent_factor
         return self.frame.canvas[0] // factor, self.frame.canvas[1] // factor
 
     @cached_property
     def sampling(self) -> Grid:
-        """Tiles that every sampling step visits."""
+        """The tiles that every sampling step visits."""
         framing, tile = self.manifest.framing, self.manifest.latent_tile
         overlap = tile // SAMPLING_OVERLAP if framing.overlap is None else framing.overlap
         return tiles.grid(*self.latent, tile, overlap, strided=framing.tiling == "stablesr")
 
     @cached_property
     def coding(self) -> Grid:
-        """Tiles to encode or decode."""
+        """The tiles to encode or decode."""
         tile = self.manifest.latent_tile
         return tiles.grid(*self.latent, tile, tile // CODING_OVERLAP)
 
 
 def sampling_window(manifest: Manifest) -> np.ndarray:
-    """Weights of a tile while sampling: float32 [tile, tile] in latent pixels."""
+    """The weights of a tile while sampling: float32 [tile, tile] in latent pixels."""
     lowered = 0.5 if manifest.framing.tiling == "stablesr" else 0.0
     return tiles.gaussian_weights(manifest.latent_tile, lowered)
 

@@ -1,7 +1,7 @@
-"""The thread that owns an engine's sessions and device, and runs tick after tick for all jobs in flight.
+"""The thread that owns an engine's sessions and device and runs ticks for all jobs in flight.
 
-Submitting and cancelling only change a list, so they never wait for a graph that runs. The thread survives
-every error: an error ends the jobs that it concerns, and the next jobs are run as before.
+Submitting and canceling only change a list, so they never wait for a graph that runs. The thread survives
+every error: an error ends the jobs that it concerns, and the next jobs run as before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Worker:
         max_batch: int,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        """`release` is called at the end, when sessions and device are closed."""
+        """Make a worker; `release` is called at the end, when sessions and device are closed."""
         self._device, self._residency = device, residency
         self._costs, self.max_batch, self._release = costs, max_batch, release
         self._scheduler = Scheduler(costs, residency.reload_s, max_batch)
@@ -54,7 +54,7 @@ class Worker:
         self._running: Session | None = None
         self._thread: threading.Thread | None = None
         self.ticks = self.tiles = 0
-        self._unmeasured: Counter[str] = Counter()  # tiles since an asynchronous device was last waited for
+        self._unmeasured: Counter[str] = Counter()  # tiles since the last wait for an asynchronous device
         self._since = 0.0
 
     @property
@@ -70,30 +70,30 @@ class Worker:
 
     @property
     def survives_fork(self) -> bool:
-        """Whether a forked child could use the worker: on a CPU, before its thread has started."""
+        """Return True if a forked child can use the worker: on a CPU, before its thread has started."""
         return self._thread is None and self._device.synchronous
 
     def submit(self, job: Job) -> None:
-        """Put a job in flight; UsageError once the worker is closed."""
+        """Put a job in flight; UsageError if the worker is closed."""
         with self.lock:
             if self._closed:
                 raise UsageError(CLOSED)
             if self._thread is None:
                 thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}worker", daemon=True)
-                thread.start()  # without memory for its stack this is a RuntimeError
+                thread.start()  # RuntimeError if there is no memory for its stack
                 self._thread = thread
             self._jobs.append(job)
             self._wanted.notify()
 
     def cancel(self, job: Job) -> None:
-        """End a job with CancelledError before the next tick; nothing happens if it is done."""
-        job.cancelled = True  # the thread looks at it before every tick, so there is nothing to wake
+        """End a job with CancelledError before the next tick; this has no effect if it is done."""
+        job.cancelled = True  # the thread checks it before every tick, so it need not be woken
 
     def close(self) -> None:
-        """End the run under way, fail the jobs in flight with UsageError, and release all memory.
+        """End the current run, fail the jobs in flight with UsageError, and release all memory.
 
-        It waits for the thread, unless one of the runtime's own threads calls it, as the garbage collector
-        may have them do.
+        It waits for the thread, unless it is called from one of the runtime's own threads, as the garbage
+        collector may do.
         """
         with self.lock:
             first, self._closed = not self._closed, True
@@ -107,7 +107,7 @@ class Worker:
             self._thread.join()
 
     def _work(self) -> None:
-        """The thread's function."""
+        """Run turns until the worker is closed; this is the thread's function."""
         try:
             while self._turn():
                 pass
@@ -129,7 +129,7 @@ class Worker:
             jobs = list(self._jobs)
         try:
             self._tick(jobs)
-        except BaseException as error:  # a defect of the scheduler: no job can go on
+        except BaseException as error:  # a defect of the scheduler: no job can continue
             self._end(jobs, error)
         with self.lock:
             self._jobs = [job for job in self._jobs if not job.done]
@@ -142,7 +142,7 @@ class Worker:
             self.ended.notify_all()
 
     def _shut(self, *, used: bool) -> None:
-        """Close sessions and device, whatever else fails."""
+        """Close sessions and device, even if one of them fails."""
         steps = (self._residency.close, self._buffers.clear, self._device.close, self._release)
         for step in steps if used else steps[:3]:
             try:
@@ -151,7 +151,7 @@ class Worker:
                 log.warning("closing an engine: %s", error)
 
     def _tick(self, jobs: list[Job]) -> None:
-        """Run one batch. An error ends the jobs that it concerns, and no other."""
+        """Run one batch. An error ends only the jobs that it concerns."""
         self._end([job for job in jobs if job.cancelled], CancelledError())
         begun = [j for j in jobs if not j.done and self._alone(j, lambda j=j: j.begin(self._device))]
         batches = self._scheduler.next_batches(begun)
@@ -159,14 +159,14 @@ class Worker:
             return
         try:
             self._run(batches)
-        except BaseException as error:  # closing aborts the run, which is no fault of the engine
+        except BaseException as error:  # closing aborts the run, which is not an error of the engine
             self._end([batch.job for batch in batches], UsageError(CLOSED) if self._closed else error)
             return
         for batch in batches:
             self._alone(batch.job, lambda batch=batch: self._accept(batch))
 
     def _run(self, batches: list[TileBatch]) -> None:
-        """Gather, run the graph, blend."""
+        """Gather, run the graph and blend."""
         first = batches[0].job
         role = first.current.role
         session = self._session(role, first.upcoming)
@@ -196,7 +196,7 @@ class Worker:
             job.finish()
 
     def _session(self, role: str, upcoming: str | None) -> Session:
-        """The session of a role, bound to buffers that it shares with graphs of the same boundary."""
+        """Return the session of a role, bound to buffers that it shares with graphs of the same boundary."""
         session = self._residency.get(role, upcoming)
         with self.lock:
             if self._closed:
@@ -212,7 +212,7 @@ class Worker:
         return session
 
     def _alone(self, job: Job, step: Callable[[], None]) -> bool:
-        """Take a step for one job; False if it failed, which ends that job."""
+        """Do a step for one job; False if it failed, which ends that job."""
         try:
             step()
         except BaseException as error:
@@ -227,5 +227,5 @@ class Worker:
 
 
 def own_thread() -> bool:
-    """Whether the current thread is one of the runtime's own, of any Upscaler."""
+    """Return True if the current thread is one of the runtime's own, of any Upscaler."""
     return threading.current_thread().name.startswith(THREAD_PREFIX)

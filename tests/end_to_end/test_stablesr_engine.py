@@ -184,7 +184,7 @@ def _copied(values: np.ndarray, out: np.ndarray | None) -> np.ndarray:
 @pytest.mark.parametrize(
     ("engine", "flags", "code", "message"),
     [
-        ("v", ("--guidance", "7"), 2, "knows no negative prompt: export the engine with moesr-export"),
+        ("v", ("--guidance", "7"), 2, "has no negative prompt: export the engine with moesr-export"),
         ("eps", ("--guidance", "-1"), 2, "guidance is -1.0, expected a number from 0 to 100"),
         ("eps", ("--steps", "1001"), 2, "steps is 1001, expected a whole number from 1 to 1000"),
     ],
