@@ -134,7 +134,7 @@ class Scheduler:
         return leads[flow]
 
     def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:
-        """Return tiles by job for a tick of the leader's group: first its own, then those of the oldest jobs."""
+        """Return tiles by job for a tick of the leader's group: first its own, then the oldest jobs'."""
         room = self._max_batch
         counts = {leader: min(room, leader.current.remaining)}
         room -= counts[leader]

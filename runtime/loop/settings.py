@@ -60,7 +60,7 @@ class Settings:
     keep_colors_under_alpha: bool = False
 
     def recorded(self) -> dict[str, Any]:
-        """Return the settings as results record them: those without effect are left out, as in older versions."""
+        """Return the settings as results record them, without those that have no effect, as before."""
         values = asdict(self)
         for name in ("guidance", "reuse"):
             if values[name] == 1:

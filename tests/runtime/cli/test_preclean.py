@@ -134,7 +134,7 @@ def test_half_precision(tmp_path):
 
 
 UNFIT = {
-    "no scale": ({"scale": 1}, "made 64x64x3 of 64x64x3"),
+    "no scale": ({"scale": 1}, "makes 64x64x3 from 64x64x3"),
     "grey": ({"channels": 1}, "takes tensor(float) 1x1x?x?"),
     "batches": ({"batch": 2}, "takes tensor(float) 2x3x?x?"),
     "two inputs": ({"inputs": 2}, "has 2 inputs and 1 outputs"),
