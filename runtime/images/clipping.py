@@ -1,10 +1,10 @@
-"""Regions of flat white or black, which a color correction must leave alone.
+"""Regions of flat white or black, which a color correction must not change.
 
-A scanned page is mostly paper at 255. Matching the mean and deviation of the whole image would turn that
+A scanned page is mostly paper at 255. To match the mean and deviation of the whole image would turn that
 paper grey, because the text is sharper than in the enlarged input and its deviation larger. Clipped values
-also say nothing about the color that lies beyond the limit, so they are no use as statistics.
+also say nothing about the color beyond the limit, so they are excluded from the statistics.
 
-The enlarged input is looked at in cells of 4x4 pixels. A cell is clipped if all its pixels are within two of
+The enlarged input is divided into cells of 4x4 pixels. A cell is clipped if all its pixels are within two of
 255 levels of white (or of black), and if it belongs to a square of 3x3 such cells.
 """
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 CELL_PX = 4
-TOLERANCE = 2 * 2.0 / 255.0  # two levels of 8 bits, where the range is [-1, 1]
+TOLERANCE = 2 * 2.0 / 255.0  # two levels of 8 bits, for a range of [-1, 1]
 _FADE_CELLS = 8  # outside a clipped region, the correction grows to its full size over this distance
 _ROWS_PER_BLOCK = 64 * CELL_PX
 
 
 def clipped_cells(plane: np.ndarray) -> np.ndarray | None:
-    """The clipped cells of an enlarged input [H, W] in [-1, 1]: bool [ceil(H / 4), ceil(W / 4)].
+    """Return the clipped cells of an enlarged input [H, W] in [-1, 1]: bool [ceil(H / 4), ceil(W / 4)].
 
-    None if there are none.
+    The result is None if there are none.
     """
     columns = np.arange(0, plane.shape[1], CELL_PX)
     white, black = [], []
@@ -38,40 +38,43 @@ def clipped_cells(plane: np.ndarray) -> np.ndarray | None:
 
 
 def expand(cells: np.ndarray, rows: slice, width: int) -> np.ndarray:
-    """The value of each pixel's cell: [h, w] -> [rows, width]; `rows` begins at a multiple of `CELL_PX`."""
+    """Return the value of each pixel's cell, [h, w] -> [rows, width].
+
+    `rows` begins at a multiple of `CELL_PX`.
+    """
     part = cells[rows.start // CELL_PX : -(-rows.stop // CELL_PX)]
     return part.repeat(CELL_PX, axis=0)[: rows.stop - rows.start].repeat(CELL_PX, axis=1)[:, :width]
 
 
 class Protection:
-    """How far each pixel of an image is kept from a correction, and how far it takes the input's value."""
+    """For each pixel, its share of the correction, and how far it is replaced by the input's value."""
 
     def __init__(self, cells: np.ndarray, shape: tuple[int, ...]) -> None:
-        """`cells` [h, w] are the clipped ones of an image of `shape` [H, W]."""
+        """Compute both from `cells` [h, w], the clipped cells of an image of `shape` [H, W]."""
         self._cells, (self._height, self._width) = cells, shape
         self._free = _distance(_grown(cells), _FADE_CELLS)
         self._pinned = cells.astype(np.float32)
 
     def clipped(self, rows: slice) -> np.ndarray:
-        """Whether each pixel of `rows` is clipped: bool [rows, W]."""
+        """Return which pixels of `rows` are clipped: bool [rows, W]."""
         return expand(self._cells, rows, self._width)
 
     def apply(
         self, rows: slice, content: np.ndarray, correction: np.ndarray, style: np.ndarray, out: np.ndarray
     ) -> None:
-        """Write `rows` of `content` plus the correction as far as allowed to `out`; `correction` is changed.
+        """Write `rows` of `content` plus the permitted share of the correction to `out`.
 
-        `content`, `style` and `out` are whole images [H, W], `correction` is [rows, W]. `out` may be
-        `content`.
+        `correction` is changed. `content`, `style` and `out` are whole images [H, W], `correction` is [rows,
+        W]. `out` may be `content`.
         """
         correction *= self._interpolated(self._free, rows)
         correction += content[rows]
-        # The input takes over from the edge of a clipped cell to its center, and not at all outside.
+        # From the edge of a clipped cell to its center the result changes to the input; outside it does not.
         pinned = np.maximum(2 * self._interpolated(self._pinned, rows) - 1, 0)
         np.add(correction, (style[rows] - correction) * pinned, out=out[rows])
 
     def _interpolated(self, cells: np.ndarray, rows: slice) -> np.ndarray:
-        """Float32 [rows, W] of values at the centers of cells, linear in between."""
+        """Return float32 [rows, W], values at the centers of cells with linear interpolation between them."""
         top, below, part = _neighbours(np.arange(rows.start, rows.stop), len(cells))
         lines = cells[top] * (1 - part[:, None]) + cells[below] * part[:, None]
         left, right, part = _neighbours(np.arange(self._width), cells.shape[1])
@@ -79,14 +82,14 @@ class Protection:
 
 
 def _neighbours(position: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two cells whose centers surround each pixel, and the weight of the second one."""
+    """Return the two cells whose centers surround each pixel, and the weight of the second one."""
     place = np.clip((position + 0.5) / CELL_PX - 0.5, 0, count - 1)
     first = place.astype(np.intp)
     return first, np.minimum(first + 1, count - 1), (place - first).astype(np.float32)
 
 
 def _distance(cells: np.ndarray, limit: int) -> np.ndarray:
-    """0 inside the cells, growing to 1 at a distance of `limit` cells; float32."""
+    """Return 0 inside the cells, growing to 1 at a distance of `limit` cells, as float32."""
     total = np.zeros(cells.shape, np.float32)
     for _ in range(limit):
         total += ~cells
@@ -95,7 +98,7 @@ def _distance(cells: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _grown(cells: np.ndarray) -> np.ndarray:
-    """The cells and their eight neighbours."""
+    """Return the cells together with their eight neighbors."""
     for axis in (0, 1):
         padded = np.pad(cells, [(1, 1) if axis == a else (0, 0) for a in (0, 1)])
         cells = np.logical_or.reduce([_cut(padded, axis, i, cells.shape[axis]) for i in range(3)])
@@ -103,7 +106,10 @@ def _grown(cells: np.ndarray) -> np.ndarray:
 
 
 def _shrunk(cells: np.ndarray) -> np.ndarray:
-    """The cells whose eight neighbours are in the region too; beyond the image everything is."""
+    """Return the cells whose eight neighbors are all in the region.
+
+    Cells beyond the image count as inside.
+    """
     return ~_grown(~cells)
 
 

@@ -2,7 +2,7 @@
 
 Both methods come from StableSR (Section 3.1): matching of channel statistics (Eq. 2) and exchange of the low
 wavelet band (Eq. 3-5). Images are float32 [..., H, W] in [-1, 1]. The leading axes are channels; each channel
-is corrected alone, so working memory is needed for one channel at a time.
+is corrected separately, so working memory is needed for one channel at a time.
 
 `adain` and `wavelet` are the published methods. `fix_color` also protects clipped regions (see `clipping`).
 """
@@ -16,7 +16,7 @@ import numpy as np
 from moesr.runtime.images import clipping
 
 COLOR_FIXES = ("adain", "wavelet", "none")
-"""Names that `fix_color` takes."""
+"""The names of methods for `fix_color`."""
 
 _VARIANCE_EPS = 1e-5  # added to the variance by the published code
 _ROWS_PER_BLOCK = 64
@@ -25,7 +25,7 @@ _ROWS_PER_BLOCK = 64
 def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray | None = None) -> np.ndarray:
     """Correct `sr` by `method` (one of `COLOR_FIXES`) towards `lr_up`, the input resized to the same size.
 
-    Regions where `lr_up` is flat white or black take no part in the statistics and are not moved by them;
+    Regions where `lr_up` is flat white or black are excluded from the statistics and not changed by them;
     inside such a region the result is `lr_up`. "none" returns `sr` itself, or a copy in `out`. `out` may be
     `sr`. Raises ValueError for an unknown method or unequal shapes.
     """
@@ -49,7 +49,7 @@ def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray
 
 
 def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
-    """Give each channel of `content` the mean and standard deviation of `style`'s (StableSR, Eq. 2).
+    """Give each channel of `content` the mean and standard deviation of that of `style` (StableSR, Eq. 2).
 
     Both are float32 [..., H, W] with equal leading axes; `style` may have another height and width. The
     variance is the unbiased one plus 1e-5. The result is written to `out` if given, which may be `content`.
@@ -68,10 +68,10 @@ def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = No
 def wavelet(
     content: np.ndarray, style: np.ndarray, levels: int = 5, *, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Keep the high frequencies of `content`, take the low ones of `style` (StableSR, Eq. 3-5).
+    """Combine the high frequencies of `content` with the low frequencies of `style` (StableSR, Eq. 3-5).
 
     The detail bands sum to `content - low(content)`, and the low-pass filter is linear (with replicated edges
-    too), so the result is `content + low(style - content)`: one cascade of blurs in place of two. Both images
+    too), so the result is `content + low(style - content)`: one cascade of blurs instead of two. Both images
     are float32 [..., H, W] of equal shape. The result is written to `out` if given, which may be `content`
     but not `style`. Working memory is two channels. Raises ValueError if the shapes differ.
     """
@@ -121,7 +121,7 @@ def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, cel
 
 
 def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:
-    """Blur [H, W] in place `levels` times, with taps 1, 2, 4, ... pixels apart; returns it."""
+    """Blur [H, W] in place `levels` times, with taps 1, 2, 4, ... pixels apart, and return it."""
     scratch = np.empty_like(plane)
     for level in range(levels):
         _blur_rows(plane, scratch, 2**level)
@@ -130,9 +130,9 @@ def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:
 
 
 def _blur_rows(source: np.ndarray, out: np.ndarray, dilation: int) -> None:
-    """[1 2 1] / 4 down the first axis, taps `dilation` apart, edges replicated.
+    """Apply [1 2 1] / 4 along the first axis, with taps `dilation` apart and replicated edges.
 
-    Run along both axes this is the 3x3 kernel of StableSR's Eq. 4.
+    Applied along both axes this is the 3x3 kernel of StableSR's Eq. 4.
     """
     reach = min(dilation, len(source))
     np.multiply(source, np.float32(2.0), out=out)
@@ -146,7 +146,7 @@ def _blur_rows(source: np.ndarray, out: np.ndarray, dilation: int) -> None:
 def _gain_and_offset(
     content: np.ndarray, style: np.ndarray, cells: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Factor and summand that give `content` the mean and deviation of `style`, outside `cells` if given."""
+    """Return the factor and offset that give `content` the mean and deviation of `style`, outside `cells`."""
     content_mean, content_std = _statistics(content, cells)
     style_mean, style_std = _statistics(style, cells)
     gain = style_std / content_std
@@ -154,7 +154,7 @@ def _gain_and_offset(
 
 
 def _statistics(plane: np.ndarray, cells: np.ndarray | None = None) -> tuple[float, float]:
-    """Mean and standard deviation of [H, W] in float64, by blocks of rows, without the pixels in `cells`."""
+    """Return the mean and deviation of [H, W] in float64, by blocks of rows, without pixels in `cells`."""
     if cells is None:
         count, mean = plane.size, float(np.mean(plane, dtype=np.float64))
     else:
@@ -165,12 +165,12 @@ def _statistics(plane: np.ndarray, cells: np.ndarray | None = None) -> tuple[flo
     for values in _outside(plane, cells):
         values -= mean
         squares += float(np.vdot(values, values))
-    variance = squares / max(count - 1, 1)  # a single pixel has no spread
+    variance = squares / max(count - 1, 1)  # a single pixel has no deviation
     return mean, float(np.sqrt(variance + _VARIANCE_EPS))
 
 
 def _outside(plane: np.ndarray, cells: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Float64 copies of the pixels outside `cells`, by blocks of rows."""
+    """Yield float64 copies of the pixels outside `cells`, by blocks of rows."""
     for rows in _blocks(len(plane)):
         block = plane[rows]
         if cells is not None:
@@ -179,5 +179,5 @@ def _outside(plane: np.ndarray, cells: np.ndarray | None) -> Iterator[np.ndarray
 
 
 def _blocks(rows: int) -> Iterator[slice]:
-    """Slices of rows that begin at multiples of a cell's side."""
+    """Yield slices of rows that begin at multiples of the side of a cell."""
     return (slice(start, min(start + _ROWS_PER_BLOCK, rows)) for start in range(0, rows, _ROWS_PER_BLOCK))

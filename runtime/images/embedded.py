@@ -1,4 +1,4 @@
-"""Metadata read from an open image, by the places where each format keeps it."""
+"""Reading the metadata of an open image from the places where its format stores them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _JP2_IPTC = bytes.fromhex("33c7a4d2b81d4723a0baf1a3e097ad38")
 
 @dataclass
 class _Found:
-    """The findings of one reader: fields of `Metadata`, and names of what it had to leave out."""
+    """The results of one reader: fields of `Metadata`, and names of the parts that were left out."""
 
     values: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
 
 def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple[Metadata, int]:
-    """The metadata of an image that is not decoded yet, and its orientation (1 is upright).
+    """Return the metadata of an image that is not decoded yet, and its orientation (1 is upright).
 
     `source` is the file, if the image was opened from a copy without its texts. Damaged parts are left out
     with a warning that names the file.
@@ -52,7 +52,7 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
     reader = _READERS.get(image.format or "", _read_info)
     try:
         reader(image, source or _stream_of(image), found)
-    except Exception as error:  # a damaged part may hold anything; the picture is good without it
+    except Exception as error:  # a damaged part may hold anything; the pixels can be used without it
         log.warning("%s: some of its metadata is damaged and left out (%s)", name, brief(error))
     block, turn = None, 1
     try:
@@ -62,7 +62,7 @@ def read(image: Image.Image, name: str, source: BinaryIO | None = None) -> tuple
         log.warning("%s: its EXIF block is damaged and left out (%s)", name, brief(error))
     dpi = image.info.get("dpi")
     if image.format == "TIFF" and 282 not in image.tag_v2:  # type: ignore[attr-defined]
-        dpi = None  # Pillow takes one pixel per inch for a file that says nothing
+        dpi = None  # Pillow reports one pixel per inch for a file without a resolution
     metadata = Metadata(icc=image.info.get("icc_profile") or None, exif=block, dpi=resolution(dpi))
     metadata = _turned(replace(metadata, **found.values), turn)
     if dpi and metadata.dpi is None and dpi != (0, 0):
@@ -78,7 +78,7 @@ def _turned(m: Metadata, turn: int) -> Metadata:
 
 
 def _stream_of(image: Image.Image) -> BinaryIO | None:
-    """The open file of an image, if there is one in which one can go back."""
+    """Return the open file of an image if it is seekable."""
     stream = getattr(image, "fp", None)
     if stream is None or getattr(stream, "closed", False) or not hasattr(stream, "seek"):
         return None
@@ -91,7 +91,7 @@ def _keep_xmp(packet: bytes | str | None, found: _Found) -> None:
     data = packet.encode() if isinstance(packet, str) else bytes(packet)
     data = data.strip(b"\0")
     if xmp.needs_other_parts(data):
-        found.left_out.append("parts of its XMP data that lie outside of the packet")
+        found.left_out.append("the parts of its XMP data outside of the packet")
     found.values["xmp"] = data
 
 
@@ -102,7 +102,7 @@ def _keep_comment(comment: Any, found: _Found) -> None:
 
 
 def _read_info(image: Image.Image, stream: BinaryIO | None, found: _Found) -> None:
-    """Formats whose metadata Pillow, or a plug-in of it, puts into `info`: WebP, AVIF, HEIC, JPEG XL, TGA."""
+    """Read formats whose metadata Pillow or its plug-ins store in `info`: WebP, AVIF, HEIC, JPEG XL, TGA."""
     _keep_xmp(image.info.get("xmp"), found)
     _keep_comment(image.info.get("comment") or image.info.get("id_section"), found)
 
@@ -142,7 +142,7 @@ def _read_png(image: Image.Image, stream: BinaryIO | None, found: _Found) -> Non
 
 
 def _keep_raw_profile(kind: str, text: str, found: _Found) -> None:
-    """ImageMagick's way to keep other metadata in a PNG: a name, a length, and hexadecimal digits."""
+    """Read ImageMagick's form of other metadata in a PNG: a name, a length, and hexadecimal digits."""
     data = bytes.fromhex("".join(text.split("\n")[3:]))
     if kind in ("iptc", "8bim"):
         _keep_iptc(_resource(data.removeprefix(b"Photoshop 3.0\0"), IPTC_RESOURCE) or data, found)
@@ -156,7 +156,7 @@ def _keep_iptc(records: Any, found: _Found) -> None:
 
 
 def _resource(data: bytes, wanted: int) -> bytes | None:
-    """The content of one of Photoshop's image resources."""
+    """Return the content of one of Photoshop's image resources."""
     place = 0
     while data[place : place + 4] == b"8BIM":
         number, length_of_name = struct.unpack(">HB", data[place + 4 : place + 7])
@@ -190,7 +190,7 @@ def _read_tiff(image: Image.Image, stream: BinaryIO | None, found: _Found) -> No
     _keep_xmp(_raw(ifd.get(tiff_tags.XMP)), found)
     records = _raw(ifd.get(tiff_tags.IPTC))
     if ifd.tagtype.get(tiff_tags.IPTC) == 4 and isinstance(ifd.get(tiff_tags.IPTC), (tuple, int)):
-        values = ifd[tiff_tags.IPTC]  # bytes that were declared as numbers of 32 bits
+        values = ifd[tiff_tags.IPTC]  # bytes that were declared as 32-bit numbers
         values = values if isinstance(values, tuple) else (values,)
         order = "<" if ifd._endian == "<" else ">"
         records = struct.pack(f"{order}{len(values)}I", *values).rstrip(b"\0")
@@ -201,7 +201,7 @@ def _read_tiff(image: Image.Image, stream: BinaryIO | None, found: _Found) -> No
 
 
 def _raw(value: Any) -> bytes | None:
-    """Bytes of a TIFF tag that Pillow gives as bytes, text or a tuple."""
+    """Return the bytes of a TIFF tag for which Pillow returns bytes, text or a tuple."""
     if isinstance(value, tuple) and value and isinstance(value[0], bytes):
         value = value[0]
     if isinstance(value, tuple) and all(isinstance(v, int) and 0 <= v < 256 for v in value):
@@ -247,7 +247,7 @@ def _read_jpeg_2000(image: Image.Image, stream: BinaryIO | None, found: _Found) 
 
 
 def _boxes(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Types and contents of the boxes at the top level of a JP2 file, without those of pixels."""
+    """Yield types and contents of the boxes at the top level of a JP2 file, except those of pixels."""
     stream.seek(0)
     while len(head := stream.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)

@@ -1,4 +1,4 @@
-"""Metadata as options of Pillow's encoders, with our own record beside it."""
+"""Writing metadata through the options of Pillow's encoders, together with our own record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTE, _UNDEFINED = 1, 7  # types of TIFF tags
 
 
 def options(m: Metadata, format_name: str, record: Provenance | None) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `Image.save` for a format, and names of what it could not take after all.
+    """Return the arguments of `Image.save` for a format, and names of metadata that it could not hold.
 
     `m` has been fitted to the format.
     """
@@ -44,7 +44,7 @@ def _png(m: Metadata, record: Provenance | None) -> dict[str, Any]:
 
 
 def png_texts(m: Metadata, record: Provenance | None) -> PngInfo:
-    """The text chunks of a PNG: the record, texts, XMP and IPTC."""
+    """Return the text chunks of a PNG: the record, texts, XMP and IPTC."""
     chunks = PngInfo()
     if record:
         chunks.add_text(KEY, record.to_json())
@@ -52,7 +52,7 @@ def png_texts(m: Metadata, record: Provenance | None) -> PngInfo:
         if text.language or text.translated:
             chunks.add_itxt(text.key, text.value, text.language, text.translated)
         else:
-            chunks.add_text(text.key, text.value)  # as iTXt if it is not Latin-1
+            chunks.add_text(text.key, text.value)  # as iTXt unless it is Latin-1
     if m.xmp:
         chunks.add_itxt(XMP_KEYWORD, m.xmp.decode("utf-8", "replace"))
     if m.iptc:
@@ -68,7 +68,7 @@ def _jpeg(m: Metadata, record: Provenance | None) -> dict[str, Any]:
 
 
 def jpeg_segments(m: Metadata, record: Provenance | None) -> bytes:
-    """The segments of a JPEG for XMP, IPTC, comments and the record."""
+    """Return the segments of a JPEG for XMP, IPTC, comments and the record."""
     segments = b""
     if m.xmp:
         segments += segment(_APP1, XMP_SEGMENT + m.xmp)
@@ -76,23 +76,23 @@ def jpeg_segments(m: Metadata, record: Provenance | None) -> bytes:
         segments += segment(_APP13, b"Photoshop 3.0\0" + resources(m.iptc))
     if record:
         segments += segment(_COM, f"{KEY} {record.to_json()}".encode())
-    for comment in m.comments:  # after the record, since many programs show the last one
+    for comment in m.comments:  # after the record, since many programs show the last comment
         segments += segment(_COM, comment)
     return segments
 
 
 def segment(marker: int, data: bytes) -> bytes:
-    """A segment of a JPEG with its length."""
+    """Return a segment of a JPEG with its length."""
     return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
 
 
 def resources(records: bytes) -> bytes:
-    """IPTC records as one of Photoshop's image resources."""
+    """Return IPTC records as one of Photoshop's image resources."""
     return b"8BIM" + struct.pack(">HHI", IPTC_RESOURCE, 0, len(records)) + records + bytes(len(records) % 2)
 
 
 def tiff_tags_of(m: Metadata, block: bytes | None) -> tuple[ImageFileDirectory_v2, list[str]]:
-    """The tags of a TIFF beside those of its storage, and names of what it cannot hold."""
+    """Return the tags of a TIFF besides those of its storage, and names of metadata that it cannot hold."""
     tags, lost = ImageFileDirectory_v2(), []
     if block:
         values, lost = exif.for_tiff(block)

@@ -1,4 +1,4 @@
-"""EXIF blocks: the tags that may travel to another file, and how they follow the size of the image."""
+"""EXIF blocks: the tags that are copied to another file, and their changes with the size of the image."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SUB_NAMES = {_DETAILS: "exposure data", _POSITION: "position"}
 
 
 def read(image: Image.Image) -> tuple[bytes | None, int, list[str]]:
-    """The EXIF block, the orientation (1 is upright), and names of what had to be left out.
+    """Return the EXIF block, the orientation (1 is upright), and names of the parts that were left out.
 
-    The block has neither the orientation, nor tags of storage, nor our own record. Any error of Pillow's
+    The block contains neither the orientation, nor tags of storage, nor our own record. Any error of Pillow's
     means that the block is damaged.
     """
-    exif = Image.Image.getexif(image)  # that of a PNG would decode the image first
+    exif = Image.Image.getexif(image)  # for a PNG, Pillow would decode the image first
     turn = int(exif.get(_ORIENTATION, 1))
     copy = _copied(exif)
     left_out = _without_foreign_tags(copy, is_tiff=image.format == "TIFF")
@@ -42,7 +42,7 @@ def read(image: Image.Image) -> tuple[bytes | None, int, list[str]]:
 
 
 def _copied(exif: Image.Exif) -> Image.Exif:
-    """A copy of the block of an open image, whose own values stay as they are."""
+    """Return a copy of the block of an open image, whose own values stay unchanged."""
     directories = _directories(exif)
     before = [dict(ifd) for ifd in directories]
     for ifd in directories:
@@ -56,7 +56,7 @@ def _copied(exif: Image.Exif) -> Image.Exif:
 
 
 def _without_foreign_tags(block: Image.Exif, is_tiff: bool) -> list[str]:
-    """Delete tags that describe how the file stores its pixels, or may do so; returns names for a message."""
+    """Delete tags that describe the storage of the pixels, or may do so; returns names for a message."""
     left_out = []
     for tag in sorted(block):
         if tag in tiff_tags.STORAGE or tag in tiff_tags.GEO | tiff_tags.COLOR:
@@ -78,7 +78,10 @@ def _without(ifd: MutableMapping[int, Any], names: dict[int, str]) -> list[str]:
 
 
 def resized(exif: bytes | None, width: int, height: int, x: float = 1.0, y: float = 1.0) -> bytes | None:
-    """EXIF of an image enlarged by `x` and `y` to `width` x `height`: sizes, places and resolutions."""
+    """Return the EXIF block of an image enlarged by `x` and `y` to `width` x `height`.
+
+    Its sizes, positions and resolutions are changed.
+    """
     if not exif:
         return None
     block = _loaded(exif)
@@ -100,7 +103,7 @@ def _replace(ifd: MutableMapping[int, Any], values: dict[int, int]) -> None:
 
 
 def _scale(ifd: MutableMapping[int, Any], factors: dict[int, float]) -> None:
-    """Multiply resolutions; a value that is no number any more (0/0, or too large) is deleted."""
+    """Multiply resolutions; a value that is not a valid number (0/0, or too large) is deleted."""
     for tag, factor in factors.items():
         if tag not in ifd:
             continue
@@ -115,13 +118,13 @@ def _scale(ifd: MutableMapping[int, Any], factors: dict[int, float]) -> None:
 
 
 def _rational(value: float) -> IFDRational:
-    """A positive number as the fraction of 32-bit numbers that is closest to it."""
+    """Return the fraction of 32-bit numbers that is closest to a positive number."""
     fraction = Fraction(value).limit_denominator(max(1, int(2**31 / max(value, 1.0))))
     return IFDRational(fraction.numerator, fraction.denominator)
 
 
 def _scale_places(details: MutableMapping[int, Any], x: float, y: float) -> None:
-    """The subject: column, row, and the diameter of a circle or the width and height of a rectangle."""
+    """Scale the subject: column, row, and the diameter of a circle or the width and height of a rectangle."""
     for tag in (_SUBJECT_AREA, _SUBJECT_LOCATION):
         values = details.get(tag)
         if not isinstance(values, tuple) or not 2 <= len(values) <= 4:
@@ -135,14 +138,14 @@ def _scale_places(details: MutableMapping[int, Any], x: float, y: float) -> None
 
 
 def marked(exif: bytes | None, record: Provenance) -> bytes:
-    """EXIF whose Software tag holds `record` too."""
+    """Return EXIF whose Software tag also holds `record`."""
     block = _loaded(exif)
     block[tiff_tags.SOFTWARE] = to_software(block.get(tiff_tags.SOFTWARE), record)
     return _packed(block)
 
 
 def with_description(exif: bytes | None, text: str) -> bytes | None:
-    """EXIF with a description; None if it has one already."""
+    """Return EXIF with a description; None if it already has one."""
     block = _loaded(exif)
     if block.get(tiff_tags.DESCRIPTION):
         return None
@@ -151,7 +154,7 @@ def with_description(exif: bytes | None, text: str) -> bytes | None:
 
 
 def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
-    """EXIF with a resolution in pixels per inch, unless it has one."""
+    """Return EXIF with a resolution in pixels per inch, unless it has one."""
     block = _loaded(exif)
     if _X_RESOLUTION not in block:
         for tag, value in zip((_X_RESOLUTION, _Y_RESOLUTION), dpi, strict=True):
@@ -161,7 +164,7 @@ def with_resolution(exif: bytes | None, dpi: tuple[float, float]) -> bytes:
 
 
 def shortened(exif: bytes, limit_bytes: int) -> bytes | None:
-    """EXIF without the maker's note and the user's comment if that makes it fit; None if nothing does."""
+    """Return EXIF without the maker's note and the user's comment if it then fits; None if it does not."""
     block = _loaded(exif)
     for tag in (_MAKER_NOTE, _USER_COMMENT):
         if _DETAILS in block:
@@ -173,7 +176,7 @@ def shortened(exif: bytes, limit_bytes: int) -> bytes | None:
 
 
 def for_tiff(exif: bytes) -> tuple[Image.Exif, list[str]]:
-    """EXIF without its sub-directories, which Pillow cannot write into a compressed TIFF, and their names."""
+    """Return EXIF without sub-directories, which Pillow cannot write into a compressed TIFF, and their names."""
     block = _loaded(exif)
     lost = [tag for tag in _SUB_NAMES if tag in block]
     for tag in lost:
@@ -203,7 +206,7 @@ def _directories(block: Image.Exif) -> list[MutableMapping[int, Any]]:
 
 
 def _texts_to_bytes(ifd: MutableMapping[int, Any]) -> None:
-    """Texts beyond ASCII as the bytes they were read from; Pillow would write question marks."""
+    """Convert texts beyond ASCII to their original bytes; Pillow would write question marks."""
     for tag, value in list(ifd.items()):
         if isinstance(value, str) and not value.isascii():
             ifd[tag] = _bytes_of(value)
@@ -211,6 +214,6 @@ def _texts_to_bytes(ifd: MutableMapping[int, Any]) -> None:
 
 def _bytes_of(text: str) -> bytes:
     try:
-        return text.encode("latin-1")  # the encoding that Pillow reads texts in
+        return text.encode("latin-1")  # the encoding in which Pillow reads texts
     except UnicodeEncodeError:
         return text.encode()

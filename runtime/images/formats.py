@@ -17,11 +17,11 @@ import PIL
 from PIL import Image
 
 READ_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
-"""Pillow's names of the formats that are read with Pillow alone."""
+"""Pillow's names of the formats that Pillow itself reads."""
 
 _SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .bmp .dib .gif .ico .tga .avif .avifs"
 READ_SUFFIXES = frozenset(f"{_SUFFIXES} .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .heic .heif .hif .jxl".split())
-"""File names taken from a directory; a file named directly may have any suffix."""
+"""Suffixes of files that are taken from a directory; a file that is named directly may have any suffix."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -31,7 +31,7 @@ _JXL_HEADS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 @dataclass(frozen=True)
 class Addition:
-    """A format that Pillow may lack. `name` is what it is called, `formats` are Pillow's names of it."""
+    """A format that Pillow may lack. `name` is its usual name, and `formats` are Pillow's names of it."""
 
     name: str
     formats: tuple[str, ...]
@@ -49,7 +49,7 @@ _WEBP = Addition("WebP", ("WEBP",), (), "install a Pillow built with WebP")
 
 
 def addition(head: bytes) -> Addition | None:
-    """The format of a file that begins with `head` (32 bytes), if it is one that Pillow may lack."""
+    """Return the format that Pillow may lack and in which a file begins with `head` (32 bytes), or None."""
     if head.startswith(_JXL_HEADS):
         return _JXL
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -58,7 +58,7 @@ def addition(head: bytes) -> Addition | None:
         return _JP2
     if head[4:8] != b"ftyp":
         return None
-    # The major brand comes first; "mif1" may stand before "avif" in the list of compatible brands.
+    # The major brand comes first; "mif1" may precede "avif" in the list of compatible brands.
     brands = [head[8:12], *(head[i : i + 4] for i in range(16, 32, 4))]
     if any(brand in _AVIF_BRANDS for brand in brands):
         return _AVIF
@@ -66,7 +66,7 @@ def addition(head: bytes) -> Addition | None:
 
 
 def readable(head: bytes) -> list[str]:
-    """Pillow's names of the formats to try for a file that begins with `head`."""
+    """Return Pillow's names of the formats to try for a file that begins with `head`."""
     Image.init()
     more = addition(head)
     if more and not _known(more):
@@ -85,7 +85,7 @@ def _import(more: Addition) -> None:
     for name in more.modules:
         try:
             module = importlib.import_module(name)
-        except Exception:  # a package that does not fit this Pillow raises whatever it meets
+        except Exception:  # a package that does not fit this Pillow may raise any error
             continue
         register = getattr(module, "register_heif_opener", None)
         if register:
@@ -93,13 +93,13 @@ def _import(more: Addition) -> None:
 
 
 def brief(error: Exception) -> str:
-    """An error of a decoder on one line, of bounded length, without control characters from the file."""
+    """Return a decoder's error on one line of bounded length, without control characters from the file."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def unidentified(stream: BinaryIO, head: bytes) -> str:
-    """Why Pillow does not know a file: not an image, or one of a known kind that it cannot open."""
+    """Return why Pillow cannot open a file: it is not an image, or its known format is not supported."""
     if head.startswith(PNG_SIGNATURE) and len(head) >= 24:
         width, height = struct.unpack(">II", head[16:24])
         if not width or not height:

@@ -1,4 +1,4 @@
-"""ICC profiles: of the color tags of a PNG, for formats that hold a profile but not the tags; and to sRGB.
+"""ICC profiles: made from the color tags of a PNG for formats without such tags, and converted to sRGB.
 
 A profile made here has the primaries as a matrix and one curve for all channels (ICC.1:2001-04, section 6.3).
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageCms
 
-SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # white, red, green, blue: x and y
+SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of white, red, green and blue
 _PRIMARIES = {  # by their number in ITU-T H.273
     1: SRGB_PRIMARIES,
     5: (0.3127, 0.3290, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
@@ -20,14 +20,14 @@ _PRIMARIES = {  # by their number in ITU-T H.273
     9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
 }
-_GAMMA = {4: 2.2, 5: 2.8, 8: 1.0}  # of transfer functions by number; 13 is sRGB's
+_GAMMA = {4: 2.2, 5: 2.8, 8: 1.0}  # of transfer functions by number; 13 is that of sRGB
 _SRGB_TRANSFER = 13
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _D50 = np.array([0.9642, 1.0, 0.8249])
 
 
 def of_color_tags(tags: Mapping[bytes, bytes], grey: bool) -> bytes | None:
-    """The profile that the color tags of a PNG describe; None if they cannot be expressed as one.
+    """Return the profile that the color tags of a PNG describe; None if no profile can express them.
 
     Of several tags the one with the highest rank counts: cICP, sRGB, then gAMA with cHRM.
     """
@@ -54,13 +54,13 @@ def of_color_tags(tags: Mapping[bytes, bytes], grey: bool) -> bytes | None:
 
 
 def is_srgb(tags: Mapping[bytes, bytes]) -> bool:
-    """Whether the color tags of a PNG say what a file without a profile is taken for anyway."""
+    """Return True if the color tags of a PNG describe sRGB, as is assumed for a file without a profile."""
     if b"cICP" in tags:
         return tags[b"cICP"][:2] == bytes((1, _SRGB_TRANSFER))
     if b"sRGB" in tags:
         return True
     if len(tags.get(b"gAMA", b"")) != 4:
-        return b"gAMA" not in tags  # primaries alone mean nothing
+        return b"gAMA" not in tags  # primaries without a transfer function have no effect
     (gamma,) = struct.unpack(">I", tags[b"gAMA"])
     chromaticities = tags.get(b"cHRM", b"")
     primaries = SRGB_PRIMARIES
@@ -70,7 +70,7 @@ def is_srgb(tags: Mapping[bytes, bytes]) -> bool:
 
 
 def to_srgb(image: Image.Image, icc: bytes) -> Image.Image | None:
-    """An 8-bit image without alpha converted from its profile to sRGB; None if that is not possible."""
+    """Convert an 8-bit image without alpha from its profile to sRGB; None if that is not possible."""
     if image.mode not in ("L", "RGB"):
         return None
     try:
@@ -82,7 +82,7 @@ def to_srgb(image: Image.Image, icc: bytes) -> Image.Image | None:
 
 
 def _profile(primaries: tuple[float, ...], gamma: float | None, grey: bool) -> bytes:
-    """A display profile; `gamma` None is sRGB's curve."""
+    """Return a display profile; `gamma` None stands for sRGB's curve."""
     curve = _curve(gamma)
     white = _xyz(*primaries[:2])
     adapted = _adaptation(white)
@@ -103,7 +103,7 @@ def _profile(primaries: tuple[float, ...], gamma: float | None, grey: bool) -> b
 
 
 def _assembled(tags: Mapping[bytes, bytes], space: bytes) -> bytes:
-    """The file: a header of 128 bytes, a table of tags and their data, each at a multiple of 4."""
+    """Return the file: a header of 128 bytes, a table of tags, and their data aligned to 4 bytes."""
     table, data = struct.pack(">I", len(tags)), b""
     start = 132 + 12 * len(tags)
     for name, value in tags.items():
@@ -117,7 +117,7 @@ def _assembled(tags: Mapping[bytes, bytes], space: bytes) -> bytes:
 
 
 def _curve(gamma: float | None) -> bytes:
-    """A curve tag: a power, or 1024 samples of sRGB's curve."""
+    """Return a curve tag: a power, or 1024 samples of sRGB's curve."""
     if gamma is not None:
         return struct.pack(">4sIIH", b"curv", 0, 1, min(round(gamma * 256), 0xFFFF))
     x = np.linspace(0.0, 1.0, 1024)
@@ -126,22 +126,22 @@ def _curve(gamma: float | None) -> bytes:
 
 
 def _description(text: str) -> bytes:
-    """A textDescriptionType with its ASCII part only."""
+    """Return a textDescriptionType with its ASCII part only."""
     ascii_text = text.encode("ascii") + b"\0"
     return b"desc" + bytes(4) + struct.pack(">I", len(ascii_text)) + ascii_text + bytes(78)
 
 
 def _numbers(values: np.ndarray) -> bytes:
-    """An XYZ tag of s15Fixed16 numbers."""
+    """Return an XYZ tag of s15Fixed16 numbers."""
     return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(float(value) * 65536) for value in values))
 
 
 def _xyz(x: float, y: float) -> np.ndarray:
-    """XYZ of a chromaticity with luminance 1."""
+    """Return the XYZ of a chromaticity with luminance 1."""
     return np.array([x / y, 1.0, (1.0 - x - y) / y])
 
 
 def _adaptation(white: np.ndarray) -> np.ndarray:
-    """The Bradford matrix that takes `white` to D50, the white of profiles."""
+    """Return the Bradford matrix that maps `white` to D50, the white of profiles."""
     gains = (_BRADFORD @ _D50) / (_BRADFORD @ white)
     return np.linalg.inv(_BRADFORD) @ (gains[:, None] * _BRADFORD)

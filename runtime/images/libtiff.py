@@ -1,4 +1,4 @@
-"""Silences libtiff, which writes to stderr about damaged files; Pillow raises the same as errors."""
+"""Silencing libtiff, which writes to stderr about damaged files; Pillow raises the same as errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import PIL
 @functools.cache
 def silence() -> None:
     """Remove the handlers that print, for this process. If libtiff cannot be found, nothing happens."""
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # drops warnings unless the user asks for them
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # drops warnings by default
     with contextlib.suppress(OSError, AttributeError):
         path = _library()
         if path:
@@ -26,7 +26,7 @@ def silence() -> None:
 
 
 def _library() -> str | None:
-    """Path of the libtiff that this process has loaded."""
+    """Return the path of the libtiff that this process has loaded."""
     if sys.platform == "linux":
         from PIL import _imaging  # noqa: F401 - loads it
 

@@ -1,7 +1,7 @@
-"""Everything that travels with the pixels of an image, and the table of what each format can hold.
+"""All metadata of an image, and the table of what each format can hold.
 
 `Metadata` is independent of formats: `embedded.py` reads it from a file, `encoding.py` writes it into one.
-`resized` follows a change of the size; `fitted` leaves out what the target cannot hold, and warns of it.
+`resized` adapts it to a new size; `fitted` leaves out what the target cannot hold, with a warning.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from moesr.runtime.images.tiff_tags import Tag
 
 log = logging.getLogger("moesr")
 
-_METRE_IN = 0.0254  # inches to metres: some formats count pixels per metre, as whole numbers
+_METRE_IN = 0.0254  # meters per inch: some formats count pixels per meter, as whole numbers
 _SEGMENT_BYTES = 65_533  # largest content of a JPEG segment
 _UNLIMITED = 2**31 - 1
-_ALL_TEXTS_BYTES = 32 << 20  # Pillow reads up to 64 MiB in all, XMP and the record among it
+_ALL_TEXTS_BYTES = 32 << 20  # Pillow reads up to 64 MiB in total, including XMP and the record
 _PILLOW_TEXT_BYTES = 1 << 20  # Pillow cannot read a PNG with a longer compressed text or profile
 
 
@@ -42,15 +42,15 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The largest size of each kind of metadata that a format holds, in bytes; 0 if it holds none."""
+    """The largest size of each kind of metadata in a format, in bytes; 0 if it cannot hold that kind."""
 
     icc: int = 0
     exif: int = 0
     xmp: int = 0
     iptc: int = 0
-    text: int = 0  # each text and comment
+    text: int = 0  # of each text and comment
     text_as: Literal["chunks", "segments", "description", ""] = ""
-    dpi: tuple[float, float] = (math.inf, 0.0)  # lowest and highest that can be written
+    dpi: tuple[float, float] = (math.inf, 0.0)  # lowest and highest value that can be written
     dpi_in_exif: bool = False
     color: bool = False  # color tags
     tags: bool = False  # georeference
@@ -97,11 +97,11 @@ CAPACITIES = {
     ),
     "BMP": Capacity(dpi=(0.5 * _METRE_IN, _UNLIMITED * _METRE_IN)),
 }
-"""The metadata that each written format can hold, by Pillow's name of it."""
+"""The metadata that each written format can hold, by Pillow's name of the format."""
 
 
 def resolution(dpi: object) -> tuple[float, float] | None:
-    """A resolution as two finite positive numbers; None for anything else (0/0, infinite, negative)."""
+    """Return a resolution as two finite positive numbers; None for other values (0/0, infinite, negative)."""
     if not isinstance(dpi, (tuple, list)) or len(dpi) != 2:
         return None
     try:
@@ -112,9 +112,9 @@ def resolution(dpi: object) -> tuple[float, float] | None:
 
 
 def resized(metadata: Metadata, before: tuple[int, int], after: tuple[int, int]) -> Metadata:
-    """The metadata of an image whose size, (width, height), changes from `before` to `after`.
+    """Return the metadata of an image whose size, (width, height), changes from `before` to `after`.
 
-    The picture keeps its size on paper and on the map: there are more pixels per inch, and each covers less
+    The image keeps its size on paper and on the map: it has more pixels per inch, and each covers less
     ground.
     """
     x, y = after[0] / before[0], after[1] / before[1]
@@ -129,10 +129,10 @@ def resized(metadata: Metadata, before: tuple[int, int], after: tuple[int, int])
 
 
 def fitted(metadata: Metadata, format_name: str, name: str, *, grey: bool) -> Metadata:
-    """The part of the metadata that a format can hold; a warning for file `name` says what is left out.
+    """Return the metadata that a format can hold; a warning for file `name` says what is left out.
 
-    The color profile is not looked at: the pixels can be converted in place of it. Color tags become a
-    profile if the format has no place for them.
+    The color profile is kept, because the pixels can be converted instead. Color tags become a profile if the
+    format has no place for them.
     """
     capacity, lost = CAPACITIES[format_name], []
     m = _with_color(metadata, capacity, grey, lost)
@@ -161,7 +161,7 @@ def _with_color(m: Metadata, capacity: Capacity, grey: bool, lost: list[str]) ->
     if not m.color or capacity.color:
         return m
     tags = dict(m.color)
-    if icc.is_srgb(tags) or (m.icc and b"cICP" not in tags):  # the default; or outranked by the profile
+    if icc.is_srgb(tags) or (m.icc and b"cICP" not in tags):  # the default, or replaced by the profile
         return replace(m, color=())
     profile = icc.of_color_tags(tags, grey)
     if profile is None:
@@ -182,7 +182,7 @@ def _with_resolution(m: Metadata, capacity: Capacity, lost: list[str]) -> Metada
 
 
 def _with_texts(m: Metadata, capacity: Capacity, lost: list[str]) -> Metadata:
-    """Texts and comments in the form that the format has for them."""
+    """Return texts and comments in the form of the format."""
     if not m.texts and not m.comments:
         return m
     if capacity.text_as == "chunks":
@@ -205,7 +205,7 @@ def _with_texts(m: Metadata, capacity: Capacity, lost: list[str]) -> Metadata:
 
 
 def _up_to(texts: tuple[Text, ...], limit_bytes: int) -> tuple[Text, ...]:
-    """The texts that are no longer than the limit, as far as a reader takes them all together."""
+    """Return the texts up to the limit of one text, as long as a reader accepts them in total."""
     kept, total = [], 0
     for text in texts:
         size = len(text.value.encode(errors="replace"))
@@ -220,7 +220,7 @@ def _line(text: Text) -> str:
 
 
 def decoded(comment: bytes) -> str:
-    """The text of a comment, which has no declared encoding."""
+    """Return the text of a comment, whose encoding is not declared."""
     try:
         return comment.decode()
     except UnicodeDecodeError:

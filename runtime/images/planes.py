@@ -1,4 +1,4 @@
-"""Arrays as users have them: taken apart into color and alpha, and put together again."""
+"""Arrays as users pass them: they are split into color and alpha, and joined again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from moesr.runtime.errors import InputError
 
-_FREE_BITS = 2  # 16-bit data with so many unused bits are stretched
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+_FREE_BITS = 2  # 16-bit data with at least this number of unused bits are stretched
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # luma weights of ITU-R BT.601
 
 log = logging.getLogger("moesr")
 
@@ -25,10 +25,10 @@ _CURES = {
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """An image in parts; `rgb` [H, W, 3] and `alpha` [H, W] or None have one type, uint8 or uint16.
+    """An image in parts: `rgb` [H, W, 3] and `alpha` [H, W] or None, both uint8 or both uint16.
 
-    `grey` images have three equal channels in `rgb`. `channels` and `ndim` describe the array that came in.
-    The values of `rgb` are `(value - base) << shift` of those that came in (see `_used_range`).
+    `grey` images have three equal channels in `rgb`. `channels` and `ndim` describe the original array. The
+    values of `rgb` are `(value - base) << shift` of the original values (see `_used_range`).
     """
 
     rgb: np.ndarray
@@ -41,13 +41,13 @@ class Planes:
 
 
 def split(image: Any, *, keep_colors_under_alpha: bool = False) -> Planes:
-    """Take apart a uint8 or uint16 array of shape HxW or HxWxC; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
+    """Split a uint8 or uint16 array HxW or HxWxC; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
 
-    An image whose channels are equal everywhere is grey, also if it has three of them. Colors of fully
-    transparent pixels are arbitrary as a rule; they are replaced by those of visible pixels nearby, so that
-    they cannot bleed into them. `keep_colors_under_alpha` leaves them as they are, for textures that keep a
-    mask in alpha. 16-bit values that use a quarter of the range or less are stretched. Raises InputError for
-    anything that is not such an array.
+    An image whose channels are equal everywhere is grey, even if it has three channels. Colors of fully
+    transparent pixels are usually arbitrary; they are replaced by those of visible pixels nearby, so that
+    they cannot spread to these. `keep_colors_under_alpha` keeps them, for textures with a mask in alpha.
+    16-bit values that use a quarter of the range or less are stretched. Raises InputError for anything that
+    is not such an array.
     """
     image = checked(image)
     channels = image.shape[2] if image.ndim == 3 else 1
@@ -65,13 +65,13 @@ def split(image: Any, *, keep_colors_under_alpha: bool = False) -> Planes:
 
 
 def _used_range(rgb: np.ndarray) -> tuple[int, int]:
-    """Lowest value, and bits that are free above the others, of 16-bit data that use part of the range.
+    """Return the lowest value and the number of unused bits of 16-bit data that use part of the range.
 
-    Instruments deliver 10, 12 or 14 bits in files of 16. A model sees such data as an almost black image and
-    errs by as much as in a bright one, which is a large part of the range in use. Photographs use more than a
-    quarter of the range and are left alone. The lowest value is taken off only from data that lie together
-    far from 0, such as signed values with an offset; otherwise it is 0, so that 12-bit data give what the
-    same data give when they are stored 16 times as large.
+    Instruments deliver 10, 12 or 14 bits in 16-bit files. A model sees such data as an almost black image,
+    and its error is as large as in a bright one, which is a large part of the range in use. Photographs use
+    more than a quarter of the range and are not changed. The lowest value is subtracted only from data in a
+    narrow range far from 0, such as signed values with an offset; otherwise it is 0, so that 12-bit data give
+    the same result as the same data stored 16 times as large.
     """
     if rgb.dtype != np.uint16:
         return 0, 0
@@ -80,17 +80,17 @@ def _used_range(rgb: np.ndarray) -> tuple[int, int]:
     shift = 16 - (high - base).bit_length()
     if shift < _FREE_BITS or high == base:
         return 0, 0
-    log.info("16-bit values lie within %d..%d: they are stretched for the work, and scaled back", low, high)
+    log.info("16-bit values lie within %d..%d: they are stretched for the model, and scaled back", low, high)
     return base, shift
 
 
 def _is_neutral(rgb: np.ndarray) -> bool:
-    """Whether red, green and blue are equal everywhere."""
+    """Return True if red, green and blue are equal everywhere."""
     return bool((rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 1] == rgb[..., 2]).all())
 
 
 def checked(image: Any) -> np.ndarray:
-    """The image as a plain array that `split` can take; no pixel is copied. InputError as for `split`."""
+    """Return the image as a plain array for `split`, without copying pixels; InputError as for `split`."""
     image = _plain(image)
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or image.size == 0:
@@ -101,7 +101,7 @@ def checked(image: Any) -> np.ndarray:
 
 
 def _plain(image: Any) -> np.ndarray:
-    """A plain array of uint8 or uint16; for anything else an InputError that says what to do."""
+    """Return a plain array of uint8 or uint16; otherwise raise an InputError that says what to do."""
     if isinstance(image, np.ma.MaskedArray):
         raise InputError("got a masked array, expected a plain one; pass image.filled(0), or image.data")
     if isinstance(image, np.matrix):
@@ -118,7 +118,7 @@ def _plain(image: Any) -> np.ndarray:
 
 
 def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:
-    """Put a result together in the layout, and in the range of values, of the array `like` came from."""
+    """Join a result in the layout, and in the range of values, of the array from which `like` was split."""
     color = grey_of(rgb)[..., None] if like.grey else rgb
     if like.shift:
         color = _scaled_back(color, like)
@@ -130,7 +130,7 @@ def join(rgb: np.ndarray, alpha: np.ndarray | None, like: Planes) -> np.ndarray:
 
 
 def _scaled_back(values: np.ndarray, like: Planes) -> np.ndarray:
-    """Undo the stretch of `split`, rounded, and no further than the bits that were in use."""
+    """Undo the stretch of `split`, with rounding, and limited to the bits that were in use."""
     values = (values.astype(np.uint32) + (1 << (like.shift - 1))) >> like.shift
     top = min((1 << (16 - like.shift)) - 1, 0xFFFF - like.base)
     return (np.minimum(values, top) + like.base).astype(np.uint16)
@@ -143,14 +143,15 @@ def to_unit(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def grey_of(rgb: np.ndarray) -> np.ndarray:
-    """Luma of uint8 or uint16 [H, W, 3], rounded: [H, W] of the same type."""
+    """Return the rounded luma of uint8 or uint16 [H, W, 3]: [H, W] of the same type."""
     return np.rint(rgb @ _LUMA).astype(rgb.dtype)
 
 
 def fill_transparent(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Replace colors where `alpha` is 0 by means over ever wider surroundings; others stay as they are.
+    """Replace colors where `alpha` is 0 by means over increasing neighborhoods; others stay as they are.
 
-    [H, W, 3] and [H, W]; returns a new array. An image without a visible pixel is returned unchanged.
+    Takes [H, W, 3] and [H, W] and returns a new array. An image without a visible pixel is returned
+    unchanged.
     """
     visible = alpha > 0
     if not visible.any():
@@ -160,7 +161,7 @@ def fill_transparent(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _fill(color: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Pull known colors down a pyramid of 2x2 means, and push them back into the gaps."""
+    """Average known colors down a pyramid of 2x2 means, and fill the gaps from it upwards."""
     if weight.all():
         return color
     height, width = weight.shape

@@ -17,7 +17,7 @@ from moesr.runtime.images.formats import PNG_SIGNATURE
 
 COLOR_TAGS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
 HEADER_BYTES = len(PNG_SIGNATURE) + 25
-"""Size of the signature and the first chunk, IHDR."""
+"""The size of the signature and the first chunk, IHDR."""
 
 MAX_DECOMPRESSED_BYTES = 64 << 20
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -46,7 +46,7 @@ class Contents:
 
 
 def chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Types and data of the chunks after the signature, up to IEND; ValueError if one is damaged."""
+    """Yield types and data of the chunks after the signature, up to IEND; ValueError if one is damaged."""
     kind = b""
     while kind != b"IEND":
         head = stream.read(8)
@@ -60,7 +60,10 @@ def chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def headers(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Type, length and place of the data of each chunk, without reading it; ends if the file does."""
+    """Yield type, length and position of the data of each chunk, without reading it.
+
+    Ends if the file does.
+    """
     stream.seek(len(PNG_SIGNATURE))
     while len(head := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
@@ -72,7 +75,7 @@ def headers(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def contents(stream: BinaryIO) -> Contents:
-    """Texts, color tags and profile of a PNG; the stream is left where it was."""
+    """Return texts, color tags and profile of a PNG; the position in the stream is restored."""
     before = stream.tell()
     texts: list[Text] = []
     color: dict[bytes, bytes] = {}
@@ -104,7 +107,7 @@ def contents(stream: BinaryIO) -> Contents:
 
 
 def _text(kind: bytes, data: bytes) -> Text:
-    """The content of a text chunk; ValueError or zlib.error if it is damaged or too large."""
+    """Return the content of a text chunk; ValueError or zlib.error if it is damaged or too large."""
     key, _, rest = data.partition(b"\0")
     name = key.decode("latin-1").strip()
     if kind == b"tEXt":
@@ -125,7 +128,7 @@ def _inflated(data: bytes) -> bytes:
 
 
 def stripped(stream: BinaryIO) -> io.BytesIO:
-    """A copy of a PNG in memory with the chunks that its pixels, size and EXIF block need, and no others."""
+    """Return a copy of a PNG in memory with only the chunks for its pixels, its size and its EXIF block."""
     copy = io.BytesIO()
     copy.write(PNG_SIGNATURE)
     for kind, length, place in headers(stream):
@@ -137,7 +140,7 @@ def stripped(stream: BinaryIO) -> io.BytesIO:
 
 
 class Inserting:
-    """A stream that puts bytes into what is written to it, behind its first `at` bytes.
+    """A stream that inserts bytes after the first `at` bytes written to it.
 
     `skip` bytes that follow there are dropped.
     """
@@ -147,7 +150,7 @@ class Inserting:
         self._head: bytearray | None = bytearray()
 
     def write(self, data: bytes) -> int:
-        """Pass `data` on, once the place of the insertion has been reached."""
+        """Pass `data` on, and insert the bytes when their position has been reached."""
         if self._head is None:
             self._stream.write(data)
             return len(data)
@@ -158,10 +161,10 @@ class Inserting:
         return len(data)
 
     def flush(self) -> None:
-        """Flush the stream behind."""
+        """Flush the underlying stream."""
         self._stream.flush()
 
 
 def packed(kind: bytes, data: bytes) -> bytes:
-    """A chunk with its length and checksum."""
+    """Return a chunk with its length and checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,7 +1,7 @@
-"""The record in every result: the input, the engine and the settings that it was made of.
+"""The record in every result: the input, the engine and the settings with which it was made.
 
-The record is a line of JSON. It is the text chunk "moesr" of a PNG, a comment of its own in a JPEG, and the
-end of the Software tag of TIFF and WebP, beside whatever else is there. BMP has no place for it.
+The record is a line of JSON. It is the text chunk "moesr" of a PNG, a separate comment of a JPEG, and the end
+of the Software tag of TIFF and WebP, after its other content. BMP has no place for it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _KINDS = ((b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"
 
 @functools.cache
 def _version() -> str:
-    """The version of this package; a copy without package metadata does not know it."""
+    """Return the version of this package; a copy without package metadata has none."""
     try:
         return importlib.metadata.version("moesr") or UNKNOWN_VERSION
-    except Exception:  # not installed, or its metadata is damaged
+    except Exception:  # not installed, or its metadata are damaged
         return UNKNOWN_VERSION
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The ingredients of a result. `digest` is the SHA-256 of the input file, `source` its name."""
+    """How a result was made. `digest` is the SHA-256 of the input file, `source` its name."""
 
     scale: int
     engine: str
@@ -50,18 +50,21 @@ class Provenance:
     version: str = field(default_factory=_version)
 
     def of(self, source: str, digest: str) -> Provenance:
-        """The same for a result of this source."""
+        """Return the same record for a result of this source."""
         return replace(self, source=source, digest=digest)
 
     def to_json(self) -> str:
-        """One line of ASCII."""
+        """Return the record as one line of ASCII."""
         values = {KEY: self.version, "source": self.source, "source_sha256": self.digest}
         return json.dumps(
             values | {"scale": self.scale, "engine": self.engine, "settings": dict(self.settings)}
         )
 
     def differences(self, wanted: Provenance) -> str:
-        """The differences to what is wanted, as in "steps 20 (now 50), ..."; "" if there are none."""
+        """Return the differences to the wanted record, as in "steps 20 (now 50), ...".
+
+        "" if there are none.
+        """
         before = {"engine": self.engine, **self.settings}
         after = {"engine": wanted.engine, **wanted.settings}
         changed = [k for k in before | after if before.get(k) != after.get(k)]
@@ -72,7 +75,7 @@ class Provenance:
 
 
 def to_software(earlier: Any, record: Provenance) -> str:
-    """Text of a Software tag that holds the record after what was there.
+    """Return the text of a Software tag that holds the record after its previous content.
 
     Cameras pad fixed fields with NUL characters, at which readers would stop.
     """
@@ -82,30 +85,30 @@ def to_software(earlier: Any, record: Provenance) -> str:
 
 
 def without_mark(text: str) -> str:
-    """A Software tag as it was before `to_software`, without NUL characters."""
+    """Return a Software tag as it was before `to_software`, without NUL characters."""
     parts = (part.strip() for part in _MARK.sub("", text).split("\0"))
     return " ".join(part for part in parts if part)
 
 
 def is_record(comment: bytes) -> bool:
-    """Whether a comment is our own record."""
+    """Return True if a comment is our own record."""
     return _MARK.fullmatch(comment.decode("latin-1")) is not None
 
 
 def read(path: Path) -> Provenance | None:
-    """The record of a result, from the head of the file; None if it is no result, or is damaged there."""
+    """Return the record of a result from the head of the file; None if there is none or it is damaged."""
     try:
         check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             text = _png_text(stream) if head == PNG_SIGNATURE else _other_text(stream, head)
         return _parse(text) if text else None
-    except Exception:  # decoders raise whatever they meet
+    except Exception:  # decoders raise errors of any kind
         return None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a result can be read to its end: a PNG by its checksums, others by decoding them."""
+    """Return True if a result can be read to its end: a PNG by its checksums, others by decoding them."""
     try:
         check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
@@ -152,11 +155,11 @@ def _other_text(stream: BinaryIO, head: bytes) -> str | None:
 
 
 def _open(stream: BinaryIO, head: bytes) -> Image.Image | None:
-    """The file as Pillow reads it, whatever its size: results are larger than the limit for inputs."""
+    """Open the file with Pillow, whatever its size: results may exceed the limit for inputs."""
     stream.seek(0)
     libtiff.silence()
     Image.init()
     for signature, name in _KINDS:
         if head.startswith(signature) and name in Image.OPEN:
-            return Image.OPEN[name][0](stream, "")  # not Image.open, which has a limit on pixels
+            return Image.OPEN[name][0](stream, "")  # not Image.open, which limits the number of pixels
     return None

@@ -1,6 +1,6 @@
-"""Image files and PIL images in: any bit depth and color model that Pillow reads, turned upright.
+"""Reading image files and PIL images of any bit depth and color model of Pillow, turned upright.
 
-The content of a file decides how it is read, never its name. Metadata is read as well (see `metadata.py`).
+The content of a file decides how it is read, never its name. Metadata are read as well (see `metadata.py`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _load(path: Path, stream: BinaryIO) -> LoadedImage:
     except OSError as error:
         text = f"cannot be read: {reason(error)}" if error.errno else _damaged(error)
         raise InputError(f"{path}: {text}") from error
-    except Exception as error:  # decoders raise whatever their parsers meet
+    except Exception as error:  # decoders raise errors of any kind
         raise InputError(f"{path}: {_damaged(error)}") from error
 
 
@@ -95,7 +95,7 @@ def _decoded(stream: BinaryIO, head: bytes, path: Path) -> LoadedImage:
     known = formats.readable(head)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is `MAX_INPUT_PX`
-        warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the image itself counts
+        warnings.simplefilter("ignore", UserWarning)  # about damaged metadata
         inverted = tiff_tags.inverted_photometric(stream) if "TIFF" in known else None
         try:
             with _opened(inverted or stream, known) as image:
@@ -103,13 +103,13 @@ def _decoded(stream: BinaryIO, head: bytes, path: Path) -> LoadedImage:
         except ValueError as error:
             if not head.startswith(formats.PNG_SIGNATURE) or not _is_about_text(error):
                 raise
-        # Pillow refuses the whole file for a long text or profile; these are read without it.
+        # Pillow refuses the whole file for a long text or profile; these are read separately.
         with _opened(png_chunks.stripped(stream), ["PNG"]) as image:
             return _take(image, str(path), source=stream)
 
 
 def _is_about_text(error: ValueError) -> bool:
-    """Whether Pillow refuses a PNG for the size of its texts or profile, rather than for its pixels."""
+    """Return True if Pillow refuses a PNG for the size of its texts or profile, not for its pixels."""
     return "MAX_TEXT" in str(error) or "too large" in str(error).lower()
 
 
@@ -130,13 +130,13 @@ def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
         return _take(image, name)
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # decoders raise whatever their parsers meet
+    except Exception as error:  # decoders raise errors of any kind
         text = "is closed; open it again, and keep it open until it is done" if closed else _damaged(error)
         raise InputError(f"{name}: {text}") from error
 
 
 def _is_closed(image: Image.Image) -> bool:
-    """Whether pixels of an image are still to be read from a file that is not open any more."""
+    """Return True if pixels of an image have not been read yet and its file is closed."""
     if not isinstance(image, ImageFile.ImageFile):
         return False
     stream = getattr(image, "fp", None)
@@ -146,7 +146,10 @@ def _is_closed(image: Image.Image) -> bool:
 def _take(
     image: Image.Image, name: str, *, source: BinaryIO | None = None, inverted: bool = False
 ) -> LoadedImage:
-    """`source` is the file if `image` is opened from a part of it; `inverted` if white is stored as zero."""
+    """Convert a decoded image.
+
+    `source` is the file if `image` is opened from a part of it; `inverted` says that white is stored as zero.
+    """
     if image.width * image.height > MAX_INPUT_PX:
         raise InputError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     if not image.width or not image.height:
@@ -156,7 +159,7 @@ def _take(
     grey = _grey_and_alpha_16(image)
     if grey or _loses_depth(image):
         what = "grey with alpha" if grey else "color"
-        log.warning("%s: 16-bit %s is read with 8 bits a channel; only 16-bit grey is kept", name, what)
+        log.warning("%s: 16-bit %s is read with 8 bits per channel; only 16-bit grey is kept", name, what)
     inverted = inverted or _stores_white_as_zero(image)
     carried, turn = embedded.read(image, name, source)
     transparent = _transparent_value(image)
@@ -179,12 +182,12 @@ def _take(
 
 
 def _stores_white_as_zero(image: Image.Image) -> bool:
-    """Whether an image is a TIFF of more than 8 bits that is stored as a negative, which Pillow overlooks."""
+    """Return True for a TIFF of more than 8 bits that stores white as zero, which Pillow overlooks."""
     return image.mode.startswith("I") and image.format == "TIFF" and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
 
 
 def with_pixels(like: LoadedImage, pixels: np.ndarray) -> LoadedImage:
-    """Other pixels with the metadata of `like`, which follows the change of size."""
+    """Return other pixels with the metadata of `like`, which is adapted to the change of size."""
     height, width = like.pixels.shape[:2]
     after = pixels.shape[1], pixels.shape[0]
     return LoadedImage(pixels, metadata.resized(like.metadata, (width, height), after))
@@ -199,18 +202,18 @@ def _damaged(error: Exception) -> str:
 
 
 def _tile_modes(image: Image.Image) -> list[str]:
-    """Pillow's names for the layout of the pixels in the file of an image that is not decoded yet."""
+    """Return Pillow's names for the layout of the pixels in the file of an image that is not decoded yet."""
     tile = getattr(image, "tile", None) or []
     return [str(part) for entry in tile for part in np.atleast_1d(np.array(entry[3], dtype=object))]
 
 
 def _grey_and_alpha_16(image: Image.Image) -> bool:
-    """Whether Pillow is about to make RGBA of 16-bit grey with alpha, for which it has no mode."""
+    """Return True if Pillow would convert 16-bit grey with alpha, for which it has no mode, to RGBA."""
     return any(mode.startswith("LA;16") for mode in _tile_modes(image))
 
 
 def _loses_depth(image: Image.Image) -> bool:
-    """Whether Pillow is about to drop the low bytes of 16-bit color: its RGB modes have 8 bits a channel."""
+    """Return True if Pillow would drop the low bytes of 16-bit color, as its RGB modes have 8 bits."""
     if image.mode not in ("RGB", "RGBA", "LA", "CMYK"):
         return False
     if image.format == "TIFF":
@@ -219,14 +222,14 @@ def _loses_depth(image: Image.Image) -> bool:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits of each sample of a TIFF."""
+    """Return the bits of each sample of a TIFF."""
     return int(max(image.tag_v2.get(258, (8,))))  # type: ignore[attr-defined]
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """The grey value or color that a PNG declares transparent, in the depth that Pillow gives its pixels.
+    """Return the grey value or color that a PNG declares transparent, in the depth of Pillow's pixels.
 
-    The file has it in the depth of its samples, and Pillow leaves it so.
+    The file stores it in the depth of its samples, and Pillow does not convert it.
     """
     value, modes = image.info.get("transparency"), _tile_modes(image)
     if image.format != "PNG":
@@ -239,7 +242,10 @@ def _transparent_value(image: Image.Image) -> Any:
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
-    """Convert CMYK or Lab by the embedded profile; without one, by the plain formula or as CIE Lab of D50."""
+    """Convert CMYK or Lab with the embedded profile.
+
+    Without one, with the plain formula or as CIE Lab of D50.
+    """
     lab = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
     if icc:
         try:
@@ -262,7 +268,7 @@ def _by_profile(image: Image.Image, source: Any) -> Image.Image:
 
 
 def _pixels(image: Image.Image, name: str) -> np.ndarray:
-    """The pixels of an image of any mode but CMYK and Lab: uint8, or uint16 for 16-bit grey."""
+    """Return the pixels of an image of any mode but CMYK and Lab: uint8, or uint16 for 16-bit grey."""
     mode = image.mode
     if mode.startswith("I;16"):
         return _with_transparent_value(np.asarray(image).astype(np.uint16), image.info.get("transparency"))
@@ -281,7 +287,7 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _with_transparent_value(values: np.ndarray, transparent: Any) -> np.ndarray:
-    """16-bit grey [H, W]; [H, W, 2] with alpha if one of the values is declared transparent."""
+    """Return 16-bit grey [H, W], or [H, W, 2] with alpha if one of the values is declared transparent."""
     if not isinstance(transparent, int):
         return values
     alpha = np.where(values == transparent, 0, 0xFFFF).astype(np.uint16)

@@ -20,7 +20,7 @@ Convention = Literal["matlab", "torch"]
 
 _A: dict[str, float] = {"matlab": -0.5, "torch": -0.75}  # parameter of Keys' kernel
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
-_BLOCK_BYTES = 32 << 20  # target size of one block's float64 intermediate
+_BLOCK_BYTES = 32 << 20  # target size of the float64 intermediate of one block
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class _Taps:
         return _Taps(self.index[start:stop], self.weight[start:stop])
 
     def window(self) -> tuple[_Taps, slice]:
-        """The slice of the source that is used, and the taps with positions relative to its start."""
+        """Return the slice of the source that is used, and the taps with positions relative to its start."""
         first, last = int(self.index.min()), int(self.index.max())
         return _Taps(self.index - first, self.weight), slice(first, last + 1)
 
@@ -70,7 +70,7 @@ def imresize(
     between = image.dtype if convention == "matlab" else np.dtype(np.float64)
     out = np.empty((height, width, channels), image.dtype)
     rows_per_block = max(1, _BLOCK_BYTES // (8 * channels * max(in_width, width)))
-    # A reduction reads many source rows for each row made: let those fill the block instead.
+    # A reduction reads many source rows per output row, so the source rows should fill the block instead.
     rows_per_block = max(1, min(rows_per_block, math.ceil(rows_per_block * height / in_height)))
     for start in range(0, height, rows_per_block):
         stop = min(start + rows_per_block, height)
@@ -106,7 +106,7 @@ def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> 
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' kernel (IEEE Trans. ASSP 29(6), 1981, Eq. 8)."""
+    """Return Keys' kernel (IEEE Trans. ASSP 29(6), 1981, Eq. 8)."""
     x = np.abs(x)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
     far = ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a
@@ -114,7 +114,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
-    """Weighted sums of whole rows: [N, ...] -> float64 [out, ...]."""
+    """Return weighted sums of whole rows: [N, ...] -> float64 [out, ...]."""
     shape = (len(taps.index), *source.shape[1:])
     total, term = np.zeros(shape), np.empty(shape)
     for tap in range(taps.index.shape[1]):
@@ -125,7 +125,7 @@ def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
 
 
 def _resample_columns(source: np.ndarray, taps: _Taps) -> np.ndarray:
-    """`_resample` along the second axis, on a transposed copy so that whole lines are gathered."""
+    """Apply `_resample` along the second axis, on a transposed copy so that whole lines are gathered."""
     return _resample(np.ascontiguousarray(source.swapaxes(0, 1)), taps).swapaxes(0, 1)
 
 

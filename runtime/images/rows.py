@@ -1,4 +1,4 @@
-"""Images in rows: read and written part by part, so that memory does not grow with the image.
+"""Images in rows: they are read and written part by part, so that memory does not grow with the image.
 
 `open_rows` reads the rows of a file in order. A result is collected in a `Spool`, a memory-mapped file of the
 output's own type, whose rows a second pass can still change; `save_spool` encodes it. PNG and JPEG are read
@@ -31,7 +31,7 @@ from moesr.runtime.system.files import check_file, new_file, reason, write_atomi
 log = logging.getLogger("moesr")
 
 NOTED_FROM_BYTES = 256 << 20
-"""Images of at least this size, in memory for lack of the packages, are noted in the log."""
+"""If the packages are missing, images of at least this size are reported in the log."""
 
 _INSTALL = "pip install moesr[large] reads and writes it in rows"
 _STREAMED = ("PNG", "JPEG", "TIFF")
@@ -43,7 +43,7 @@ _PHYS_BYTES = 21  # the chunk of a resolution, which pyvips always writes
 
 
 class Rows(Protocol):
-    """An image file whose rows are read in order, once."""
+    """An image file whose rows are read once, in order."""
 
     height: int
     width: int
@@ -52,7 +52,10 @@ class Rows(Protocol):
     metadata: Metadata
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` rows, or as many as are left: [rows, W, channels]. InputError if it is damaged."""
+        """Return the next `count` rows, or all that are left: [rows, W, channels].
+
+        InputError if it is damaged.
+        """
         ...
 
     def close(self) -> None:
@@ -61,7 +64,7 @@ class Rows(Protocol):
 
 
 class HeldRows:
-    """Rows of an image that is in memory."""
+    """The rows of an image that is in memory."""
 
     def __init__(self, image: LoadedImage) -> None:
         pixels = image.pixels
@@ -125,7 +128,7 @@ def open_rows(path: Path) -> Rows:
 
 
 def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
-    """The rows by pyvips; None for a file that is left to Pillow, which also explains errors."""
+    """Return the rows by pyvips; None for a file that is left to Pillow, which also explains errors."""
     try:
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             with Image.open(stream, formats=_STREAMED) as head:
@@ -138,17 +141,20 @@ def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
             if turn != 1:
                 return None
         image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error")
-    except Exception:  # `reading.load` says what is wrong
+    except Exception:  # `reading.load` explains the error
         return None
     known = image.format in _TYPES and 1 <= image.bands <= 4 and (image.width, image.height) == head.size
     return VipsRows(path, image, vips.Region.new(image), carried) if known else None
 
 
 class Spool:
-    """A result on disk while it is made: `pixels` [H, W, C] are mapped from a file that has no other use."""
+    """A result on disk while it is made: `pixels` [H, W, C] are mapped from a temporary file."""
 
     def __init__(self, folder: Path, height: int, width: int, channels: int, dtype: Any) -> None:
-        """`folder` should be on the disk of the result. OutputError if the file cannot be made."""
+        """Create the file in `folder`, which should be on the disk of the result.
+
+        OutputError if that fails.
+        """
         try:
             self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".moesr-", suffix=".spool")  # noqa: SIM115
         except OSError as error:
@@ -177,9 +183,9 @@ def save_spool(
     record: Provenance | None = None,
     quality: int | None = None,
 ) -> None:
-    """Encode a spool as the suffix of `path` says, with metadata and record, like `writing.save`.
+    """Encode a spool in the format of the suffix of `path`, with metadata and record, like `writing.save`.
 
-    16 bits are kept in a PNG and a TIFF, with color and alpha too. Raises UsageError for the suffix,
+    16 bits are kept in a PNG and a TIFF, also with color and alpha. Raises UsageError for the suffix,
     OutputError if the file cannot be written.
     """
     height, width, channels = spool.pixels.shape
@@ -240,7 +246,7 @@ def _write_jpeg(
     for number, part in enumerate(parts, 1):
         inserted += encoding.segment(0xE2, b"ICC_PROFILE\0" + bytes((number, len(parts))) + part)
     inserted += encoding.jpeg_segments(m, record)
-    target = png_chunks.Inserting(stream, inserted, at=2)  # behind the marker that starts the file
+    target = png_chunks.Inserting(stream, inserted, at=2)  # after the marker that starts the file
     _as_vips(spool, vips).jpegsave_target(
         _vips_target(target, vips), keep="none", Q=quality, subsample_mode="off"
     )
@@ -277,7 +283,7 @@ def _write_tiff(
 
 
 def _counted(value: Any, kind: int) -> tuple[int, Any]:
-    """Number of values and the values of a tag, as tifffile wants them."""
+    """Return the number of values and the values of a tag, in tifffile's form."""
     if isinstance(value, (bytes, str)):
         data = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
         return len(data) + (kind == 2), data + (b"\0" if kind == 2 else b"")
@@ -310,7 +316,7 @@ def _note(name: str, nbytes: int, for_lack_of_packages: bool) -> None:
 
 
 def _pyvips() -> Any:
-    """The module, or None if it is not installed or finds no libvips."""
+    """Return the module, or None if it is not installed or finds no libvips."""
     try:
         import pyvips
     except Exception:  # it raises OSError if it finds no library
@@ -320,7 +326,7 @@ def _pyvips() -> Any:
 
 
 def _tifffile() -> Any:
-    """The module, or None if it is not installed."""
+    """Return the module, or None if it is not installed."""
     try:
         import tifffile
     except ImportError:

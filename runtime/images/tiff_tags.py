@@ -17,19 +17,19 @@ PAGE_NUMBER = 297
 _RESOLUTION = (282, 283, 296)
 DESCRIPTIVE = frozenset(
     (269, DESCRIPTION, 271, 272, 285, SOFTWARE, 306, 315, 316, 18246, 18249, 33432, *range(40091, 40096))
-).union(_RESOLUTION, (34665, 34853))  # and the directories of EXIF and of the position
-"""Tags about the picture, which every EXIF block can hold."""
+).union(_RESOLUTION, (34665, 34853))  # and the directories of EXIF and of the GPS position
+"""Tags about the image, which every EXIF block can hold."""
 
 _KEPT_ELSEWHERE = (XMP, IPTC, PHOTOSHOP, 34675)
 STORAGE = frozenset(
     (254, 255, *range(256, 267), 273, 274, *range(277, 282), 284, *range(290, 294), 317, *range(320, 335))
 ).union((336, *range(337, 342), 347, *range(512, 533), 559, 32997, 34925, 37439, 50674), _KEPT_ELSEWHERE)
-"""Tags about how the pixels of a file are stored, and those kept elsewhere; a new file has its own."""
+"""Tags about the storage of pixels, and tags that are kept elsewhere; a new file has its own."""
 
 COLOR = frozenset((318, 319))  # white point and primaries
 PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS = 33550, 33922, 34264, 34735
 GEO = frozenset((PIXEL_SCALE, TIE_POINTS, TRANSFORMATION, GEO_KEYS, 34736, 34737, 42112, 42113))
-"""The georeference (and GDAL's metadata), which TIFF alone can hold."""
+"""The georeference (and GDAL's metadata), which only TIFF can hold."""
 
 _RASTER_TYPE, _PIXEL_IS_POINT = 1025, 2  # a GeoKey and its value
 _NAMES = {
@@ -50,20 +50,20 @@ class Tag:
 
 
 def name_of(tag: int) -> str:
-    """The name of a tag for a message."""
+    """Return the name of a tag for a message."""
     return _NAMES.get(tag, f"tag {tag}")
 
 
 def describes_pixels(description: str) -> bool:
-    """Whether an ImageDescription holds sizes or page counts, as of ImageJ, OME-XML and tifffile."""
+    """Return True if an ImageDescription holds sizes or page counts, as of ImageJ, OME-XML and tifffile."""
     return bool(_SIZES_IN_TEXT.search(description))
 
 
 def resized(tags: Mapping[int, Tag], x: float, y: float) -> dict[int, Tag]:
-    """Georeference of an image enlarged by `x` and `y`: pixels are smaller, and their places further apart.
+    """Return the georeference of an image enlarged by `x` and `y`: each pixel covers less ground.
 
-    If pixels are points rather than areas (GTRasterTypeGeoKey), places are counted from the middle of the
-    first pixel, which lies elsewhere in the enlarged image.
+    If pixels are points rather than areas (GTRasterTypeGeoKey), positions are measured from the center of the
+    first pixel, which moves when the image is enlarged.
     """
     point = _is_point(tags)
     changed = dict(tags)
@@ -102,7 +102,7 @@ def _tie_points(values: list[float], x: float, y: float, point: bool) -> list[fl
 
 
 def _transformation(values: list[float], x: float, y: float, point: bool) -> list[float]:
-    """A matrix of 4x4 that takes column, row, 0, 1 to a place."""
+    """Return a 4x4 matrix that maps column, row, 0, 1 to a position."""
     half = 0.5 if point else 0.0
     for row in range(0, len(values) - 3, 4):
         a, b = values[row], values[row + 1]
@@ -112,10 +112,10 @@ def _transformation(values: list[float], x: float, y: float, point: bool) -> lis
 
 
 def inverted_photometric(stream: BinaryIO) -> io.BytesIO | None:
-    """A copy of a TIFF that stores white as zero in more than 8 bits, declared the other way round.
+    """Return a copy of a TIFF that stores white as zero in more than 8 bits, declared the other way round.
 
-    Pillow reads such files without inverting them, or not at all in the other byte order. None for any other
-    file. The stream is left where it was.
+    Pillow reads such files without inverting them, or not at all in the other byte order. The result is None
+    for any other file. The position in the stream is restored.
     """
     before = stream.tell()
     try:
@@ -137,7 +137,7 @@ def inverted_photometric(stream: BinaryIO) -> io.BytesIO | None:
 
 
 def _first_directory(stream: BinaryIO) -> dict[int, tuple[int, int, str]]:
-    """Place, value and struct format of the SHORT tags in the first directory of a TIFF or BigTIFF."""
+    """Return position, value and struct format of the SHORT tags in a TIFF's first directory."""
     head = stream.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 8:

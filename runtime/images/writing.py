@@ -1,6 +1,6 @@
-"""Image files and PIL images out: 8 bits, 16-bit grey, alpha, and the metadata that the format can hold.
+"""Writing image files and PIL images: 8 bits, 16-bit grey, alpha, and the metadata that the format can hold.
 
-The suffix decides the format. A file is written whole or not at all: to a temporary file in the same
+The suffix decides the format. A file is written completely or not at all: to a temporary file in the same
 directory, which is then renamed.
 """
 
@@ -24,14 +24,14 @@ from moesr.runtime.system.files import reason, write_atomically
 
 log = logging.getLogger("moesr")
 
-_METADATA_KEY = "moesr.metadata"  # in the `info` of PIL images that `to_pil` makes
+_METADATA_KEY = "moesr.metadata"  # key in the `info` of PIL images that `to_pil` makes
 
 
 @dataclass(frozen=True)
 class _Format:
     name: str
     alpha: bool
-    deep: bool  # takes 16-bit grey
+    deep: bool  # can hold 16-bit grey
     max_side_px: int | None
     options: dict[str, Any]
 
@@ -48,7 +48,7 @@ WRITE_FORMATS = {
     ".tiff": _TIFF,
     ".bmp": _Format("BMP", False, False, None, {}),
 }
-"""How to write a file, by suffix in lower case."""
+"""The format of a file, by its suffix in lower case."""
 
 
 def to_pil(pixels: np.ndarray, like: LoadedImage | None = None) -> Image.Image:
@@ -66,7 +66,7 @@ def to_pil(pixels: np.ndarray, like: LoadedImage | None = None) -> Image.Image:
 
 
 def _resized(like: LoadedImage, pixels: np.ndarray) -> Metadata:
-    """The metadata of `like` for other pixels."""
+    """Return the metadata of `like` for other pixels."""
     before, after = like.pixels.shape[1::-1], pixels.shape[1::-1]
     return metadata.resized(like.metadata, (before[0], before[1]), (after[0], after[1]))
 
@@ -78,7 +78,7 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 
 def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
-    """The format that a file name asks for; UsageError for an unknown suffix or a size it cannot hold."""
+    """Return the format of a file name; UsageError for an unknown suffix or a size that it cannot hold."""
     kind = WRITE_FORMATS.get(path.suffix.lower())
     if kind is None:
         raise UsageError(
@@ -87,7 +87,7 @@ def check_output(path: Path, width: int = 1, height: int = 1) -> _Format:
     if kind.max_side_px and max(width, height) > kind.max_side_px:
         raise UsageError(
             f"{path}: {width}x{height} pixels are more than {kind.name} can hold "
-            f"({kind.max_side_px} a side); write PNG or TIFF"
+            f"({kind.max_side_px} per side); write PNG or TIFF"
         )
     return kind
 
@@ -98,10 +98,10 @@ def save(
     record: Provenance | None = None,
     quality: int | None = None,
 ) -> None:
-    """Write an image as its suffix says, with `record` and its metadata; replaces an existing file.
+    """Write an image in the format of the suffix, with `record` and its metadata; replaces an existing file.
 
-    A warning names the metadata that the format cannot hold. Alpha that the format lacks is flattened on
-    white, and 16 bits that it lacks are reduced to 8, also with a warning. `quality`, 1 to 100, is that of
+    A warning names the metadata that the format cannot hold. Alpha that the format cannot hold is flattened
+    on white, and 16 bits are reduced to 8 if needed, also with a warning. `quality`, 1 to 100, is that of
     JPEG and WebP (95 by default). Raises UsageError for the suffix, OutputError if the file cannot be
     written.
     """
@@ -111,7 +111,7 @@ def save(
     if quality is not None and "quality" in kind.options:
         kind = replace(kind, options={**kind.options, "quality": quality})
     if isinstance(image, LoadedImage) and image.pixels.dtype == np.uint16 and image.pixels.ndim == 3:
-        log.warning("%s: 16-bit pixels with alpha or color are written with 8 bits a channel", path)
+        log.warning("%s: 16-bit pixels with alpha or color are written with 8 bits per channel", path)
     if picture.mode in ("LA", "RGBA") and not kind.alpha:
         log.warning("%s: %s has no transparency; flattened on white", path, kind.name)
         picture = _flatten(picture)
@@ -125,7 +125,7 @@ def save(
 
 
 def _parts(image: LoadedImage | Image.Image) -> tuple[Image.Image, Metadata]:
-    """A picture without `info`, which Pillow's encoders would look into, and its metadata."""
+    """Return an image without `info`, which Pillow's encoders would read, and its metadata."""
     if isinstance(image, LoadedImage):
         return _picture(image.pixels), image.metadata
     carried = image.info.get(_METADATA_KEY)
@@ -139,7 +139,7 @@ def _parts(image: LoadedImage | Image.Image) -> tuple[Image.Image, Metadata]:
 def _with_profile(
     picture: Image.Image, carried: Metadata, format_name: str, path: Path
 ) -> tuple[Image.Image, Metadata]:
-    """The picture converted to sRGB if the format cannot hold its color profile."""
+    """Return the image, converted to sRGB if the format cannot hold its color profile."""
     if not carried.icc or len(carried.icc) <= CAPACITIES[format_name].icc:
         return picture, carried
     alpha = picture.getchannel("A") if picture.mode in ("LA", "RGBA") else None
@@ -159,7 +159,7 @@ def _with_profile(
 def _write(
     path: Path, picture: Image.Image, kind: _Format, carried: Metadata, record: Provenance | None
 ) -> None:
-    """Write the file; if the encoder fails on the metadata, without them."""
+    """Write the file; if the encoder fails because of the metadata, write it without them."""
     options, lost = encoding.options(carried, kind.name, record)
     if lost:
         log.warning("%s: %s cannot hold %s; PNG can", path, kind.name, ", ".join(lost))
@@ -183,7 +183,7 @@ def _write(
 
 
 def _is_of_the_system(error: Exception) -> bool:
-    """Whether an error came from the file system rather than from an encoder."""
+    """Return True if an error came from the file system, not from an encoder."""
     return isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None)
 
 

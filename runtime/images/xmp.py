@@ -1,7 +1,7 @@
-"""XMP packets: sizes and places in pixels follow the image, the orientation is that of upright pixels.
+"""XMP packets: sizes and positions in pixels follow the image, and the orientation becomes upright.
 
-XMP is RDF in XML (ISO 16684-1). A property stands either as an attribute, `GPano:FullPanoWidthPixels="32"`,
-or as an element. Values are replaced in the text; everything else stays to the byte.
+XMP is RDF in XML (ISO 16684-1). A property is either an attribute, `GPano:FullPanoWidthPixels="32"`, or an
+element. Values are replaced in the text; all other bytes stay the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _APPLIED = re.compile(r"AppliedToDimensions\b[^<>]*(?:/?>|>.*?AppliedToDimension
 
 
 def decoded(packet: bytes) -> str | None:
-    """The text of a packet in UTF-8, UTF-16 or UTF-32; None if it is none of them."""
+    """Return the text of a packet in UTF-8, UTF-16 or UTF-32; None for any other encoding."""
     for encoding in ("utf-8-sig", "utf-16", "utf-32"):
         try:
             text = packet.decode(encoding)
@@ -47,12 +47,12 @@ def decoded(packet: bytes) -> str | None:
 
 
 def upright(packet: bytes) -> bytes:
-    """The packet with an orientation of 1, which pixels have once they are turned upright."""
+    """Return the packet with an orientation of 1, which pixels have once they are turned upright."""
     return _replaced(packet, [(_TIFF, "Orientation", lambda _: "1")])
 
 
 def resized(packet: bytes, x: float, y: float) -> bytes:
-    """The packet with sizes and places in pixels multiplied by `x` across and `y` down."""
+    """Return the packet with sizes and positions in pixels multiplied by `x` across and `y` down."""
     changes = []
     for table, factor in ((_ACROSS, x), (_DOWN, y)):
         changes += [(space, name, _multiply(factor)) for space, names in table for name in names.split()]
@@ -60,7 +60,7 @@ def resized(packet: bytes, x: float, y: float) -> bytes:
 
 
 def needs_other_parts(packet: bytes) -> bool:
-    """Whether the packet refers to data outside of it: extended XMP, or a gain map in a second image."""
+    """Return True if the packet refers to data outside of it (extended XMP, or a second image)."""
     return b"HasExtendedXMP" in packet or _GAIN_MAP.encode() in packet
 
 
@@ -85,7 +85,7 @@ def _replaced(
 
 
 def _property(text: str, name: str, change: Callable[[str], str]) -> str:
-    """`text` with the value of a property changed, be it an attribute or an element."""
+    """Return `text` with the value of a property changed, which is an attribute or an element."""
     attribute = rf"""((?<![\w:.-]){re.escape(name)}\s*=\s*["'])([^"']*)"""
     element = rf"(<{re.escape(name)}(?:\s[^<>]*)?>)([^<>]*)(?=</{re.escape(name)})"
     for pattern in (attribute, element):
@@ -94,7 +94,7 @@ def _property(text: str, name: str, change: Callable[[str], str]) -> str:
 
 
 def _multiply(factor: float) -> Callable[[str], str]:
-    """Multiplies an integer, a decimal or a fraction; any other text stays."""
+    """Multiply an integer, a decimal or a fraction; any other text is kept."""
 
     def change(value: str) -> str:
         fraction = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*(/\s*\d+)?\s*", value)
@@ -108,7 +108,7 @@ def _multiply(factor: float) -> Callable[[str], str]:
 
 
 def _scaled_dimensions(x: float, y: float) -> Callable[[str, dict[str, str]], str]:
-    """Scales the size that face regions (Metadata Working Group) are relative to."""
+    """Scale the size to which face regions (Metadata Working Group) are relative."""
 
     def change(text: str, prefixes: dict[str, str]) -> str:
         prefix = prefixes.get(_DIMENSIONS)
