@@ -36,7 +36,7 @@ log = logging.getLogger("moesr")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the files of a run are found, named, written and reported."""
+    """The options for finding, naming, writing and reporting the files of a run."""
 
     force: bool = False
     recursive: bool = False

@@ -1,4 +1,4 @@
-"""How an image is divided into tiles for the sampler of a model."""
+"""The division of an image into tiles for the sampler of a model."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def shortened(exif: bytes, limit_bytes: int) -> bytes | None:
 
 
 def for_tiff(exif: bytes) -> tuple[Image.Exif, list[str]]:
-    """Return EXIF without sub-directories, which Pillow cannot write into compressed TIFFs, and their names."""
+    """Return EXIF without the sub-directories that compressed TIFFs cannot hold, and their names."""
     block = _loaded(exif)
     lost = [tag for tag in _SUB_NAMES if tag in block]
     for tag in lost:

@@ -40,7 +40,7 @@ def _version() -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a result was made. `digest` is the SHA-256 of the input file, `source` its name."""
+    """The record of how a result was made. `digest` is the SHA-256 of the input file, `source` its name."""
 
     scale: int
     engine: str

@@ -1,4 +1,4 @@
-"""How images of each type become jobs, and how results become images of the same type."""
+"""Images of several types as sources of jobs; a result becomes an image of the same type."""
 
 from __future__ import annotations
 

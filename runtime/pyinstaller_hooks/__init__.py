@@ -1,4 +1,4 @@
-"""Hooks with which PyInstaller finds the backends and the bundled engines; it looks here by itself."""
+"""Hooks with which PyInstaller finds the backends and the bundled engines; it finds the hooks by itself."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def directories() -> list[str]:
-    """The directories of hooks, as PyInstaller's entry point `hook-dirs` expects them."""
+    """Return the directories of hooks, for PyInstaller's entry point `hook-dirs`."""
     return [str(Path(__file__).parent)]

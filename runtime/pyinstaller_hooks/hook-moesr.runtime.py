@@ -1,4 +1,4 @@
-"""Modules that are imported by name, data files and metadata of `moesr.runtime`, for PyInstaller."""
+"""The data files, the metadata and the modules imported by name of `moesr.runtime`, for PyInstaller."""
 
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError

@@ -1,4 +1,4 @@
-"""The routes of the service: images, jobs, what the service is doing, and the page."""
+"""The routes of the service: images, jobs, the state of the service, and the page."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from moesr.runtime.serve.store import INPUT, Job
 from moesr.runtime.serve.upload import FORMATS, SUFFIXES, check_options, receive, settings_of
 
 STATIC = Path(__file__).parent / "static"
-EVENT_S = 0.25  # between two looks at a job's progress
+EVENT_S = 0.25  # seconds between two checks of a job's progress
 
 
 @dataclass
 class Received:
-    """A request that is complete and valid: its directory, options, and the image's size in pixels."""
+    """A complete and valid request: its directory, its options, and the image's size in pixels."""
 
     directory: Path
     options: dict[str, Any]
@@ -44,7 +44,7 @@ class Received:
 
 
 def make_app(service: Service, token: str | None = None) -> FastAPI:
-    """The application; with a `token` every request to /v1 and /metrics has to carry it."""
+    """Make the application; with a `token`, every request to /v1 and /metrics must carry it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,7 +56,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         title="moesr",
         description=documentation.ABOUT,
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # the page of the framework loads scripts from other servers
         redoc_url=None,
         openapi_url="/v1/openapi.json",
     )
@@ -74,7 +74,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
 
 
 async def _answer(_: Request, error: Exception) -> Response:
-    """An error as problem details."""
+    """Return an error as problem details."""
     if isinstance(error, HTTPException):
         problem = Problem(error.status_code, str(error.detail), dict(error.headers or {}))
     elif isinstance(error, RequestValidationError):
@@ -85,7 +85,7 @@ async def _answer(_: Request, error: Exception) -> Response:
 
 
 async def _received(request: Request, service: Service) -> Received:
-    """Read and check a whole request. Nothing is left of it if anything is wrong."""
+    """Read and check a whole request. If anything is wrong with it, its files are removed."""
     service.check_room()
     directory = service.store.incoming()
     try:
@@ -100,7 +100,7 @@ async def _received(request: Request, service: Service) -> Received:
 
 
 def _check_settings(service: Service, options: dict[str, Any]) -> None:
-    """Problem 400 if the engine does not support the options."""
+    """Raise Problem 400 if the engine does not support the options."""
     if options.get("priority", "normal") not in PRIORITIES:
         raise Problem(400, f"priority is expected to be one of {', '.join(PRIORITIES)}")
     try:
@@ -130,14 +130,14 @@ def _add_image_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _unless_gone(request: Request, work: asyncio.Task[None], limit_s: float) -> None:
-    """Wait for the work; cancel it if the client goes away or the time is over."""
+    """Wait for the work; cancel it if the client disconnects or the time is over."""
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((work, gone), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             await work
         elif gone.done():
-            raise Problem(400, "the client went away")
+            raise Problem(400, "the client disconnected")
         else:
             raise Problem(504, f"the image took longer than {limit_s:.0f} seconds; send it to /v1/jobs")
     finally:
@@ -205,7 +205,7 @@ def _found(service: Service, job_id: str) -> Job:
 
 
 async def _events(request: Request, service: Service, job: Job) -> AsyncIterator[dict[str, str]]:
-    """The status of a job whenever it changes, until the job ends."""
+    """Yield the status of a job whenever it changes, until the job ends."""
     before = None
     while not service.closing:
         known = await asyncio.to_thread(service.store.find, job.id)

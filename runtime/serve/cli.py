@@ -1,7 +1,8 @@
 """Serve engines over HTTP: images and jobs under /v1, a page for people at /, metrics at /metrics.
 
-Jobs that were accepted are kept in the state directory and go on after a restart. SIGTERM stops taking
-requests, finishes what is at work within --grace seconds, and keeps the rest for the next start.
+Accepted jobs are kept in the state directory and continue after a restart. On SIGTERM the server stops
+accepting requests, finishes the running images within --grace seconds, and keeps the others for the next
+start.
 Exit codes: 0 stopped, 1 the address or the state directory cannot be used, 2 usage, 3 engine unusable.
 """
 
@@ -23,23 +24,33 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `moesr-serve`; returns the exit code."""
+    """Run `moesr-serve` and return its exit code."""
     return console.run_program("moesr-serve", parser, run, argv, interrupted="stopped", extra="serve")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `moesr-serve`."""
+    """Return the parser of the command line of `moesr-serve`."""
     from moesr.runtime.cli.engine_options import add_engine_options
     from moesr.runtime.serve.limits import MEGA, Limits
 
     p = argparse.ArgumentParser("moesr-serve", description=__doc__, formatter_class=console.HelpFormatter)
     add = p.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
-    add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one (default: %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=8080,
+        help="port to listen on; 0 selects a free one (default: %(default)s)",
+    )
     add("--token-file", type=Path, metavar="FILE", help="file with the bearer token that requests must carry")
-    text = "directory of jobs and results (default: serve/ in the user's cache)"
+    text = "directory for jobs and results (default: serve/ in the user's cache)"
     add("--state", type=Path, metavar="DIR", help=text)
-    add("--log-format", choices=("text", "json"), default="text", help="of the log (default: %(default)s)")
+    add(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="format of the log (default: %(default)s)",
+    )
     group = p.add_argument_group("limits")
     for flag, default, value, text in _limits(Limits(), MEGA):
         kind = type(default)
@@ -51,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _limits(limits: Limits, mega: int) -> list[tuple[str, int | float, str, str]]:
-    """Flag, default, metavariable and help of each limit."""
+    """Return flag, default, metavariable and help of each limit."""
     return [
         ("--max-megapixels", limits.input_px / mega, "N", "largest image, in megapixels"),
         ("--max-upload", limits.upload_bytes / mega, "MB", "largest request"),
-        ("--queue", limits.queue, "N", "images that may wait or run at the same time"),
+        ("--queue", limits.queue, "N", "number of images that may wait or run at the same time"),
         ("--time-limit", limits.request_s, "S", "seconds after which an image of /v1/upscale is cancelled"),
-        ("--keep", limits.keep_s, "S", "seconds to keep the results of jobs"),
-        ("--grace", limits.grace_s, "S", "seconds to finish images on SIGTERM"),
-        ("--idle", limits.idle_s, "S", "seconds of silence after which a connection is cut off"),
-        ("--connections", limits.connections, "N", "connections open at the same time"),
+        ("--keep", limits.keep_s, "S", "seconds for which results of jobs are kept"),
+        ("--grace", limits.grace_s, "S", "seconds for finishing images on SIGTERM"),
+        ("--idle", limits.idle_s, "S", "seconds of silence after which a connection is closed"),
+        ("--connections", limits.connections, "N", "number of connections open at the same time"),
     ]
 
 
@@ -93,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
-    """The limits that the options ask for; UsageError names one that is out of range."""
+    """Return the limits of the options; UsageError names a limit that is out of range."""
     from moesr.runtime.errors import UsageError
     from moesr.runtime.serve.limits import MEGA, Limits
 
@@ -116,7 +127,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token in a file; UsageError if the file cannot be read or holds none."""
+    """Return the token in a file; UsageError if the file cannot be read or holds none."""
     from moesr.runtime.errors import UsageError
 
     if path is None:
@@ -126,12 +137,12 @@ def read_token(path: Path | None) -> str | None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a token ({error})") from error
     if not token:
-        raise UsageError(f"{path}: is empty; write a token into it, such as one of: openssl rand -hex 32")
+        raise UsageError(f"{path}: is empty; write a token into it, e.g. the output of: openssl rand -hex 32")
     return token
 
 
 def named_engines(given: Sequence[str]) -> dict[str, Path]:
-    """Engine directories by name: NAME=DIR, or a directory that is called by its own name."""
+    """Return engine directories by name, from NAME=DIR or from the names of the directories."""
     from moesr.runtime.errors import UsageError
 
     found: dict[str, Path] = {}
@@ -142,13 +153,13 @@ def named_engines(given: Sequence[str]) -> dict[str, Path]:
         if not name or not directory:
             raise UsageError(f"--engine {text}: expected NAME=DIR or DIR")
         if name in found:
-            raise UsageError(f"--engine: two engines are called {name!r}; give them names, as NAME=DIR")
+            raise UsageError(f"--engine: two engines are called {name!r}; name them as NAME=DIR")
         found[name] = Path(directory)
     return found
 
 
 def _set_log_format(kind: str) -> None:
-    """Have every handler of the log write lines of this kind."""
+    """Make every handler of the log write lines of this format."""
     from moesr.runtime.serve.server import JsonLines, TextLines
 
     handler = logging.StreamHandler()

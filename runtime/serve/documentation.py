@@ -1,4 +1,4 @@
-"""The words of the OpenAPI description: what each route takes and answers, with examples."""
+"""The texts of the OpenAPI description: what each route accepts and returns, with examples."""
 
 from __future__ import annotations
 
@@ -33,17 +33,24 @@ OPTIONS = [
     _option("steps", "integer", "Sampling steps; default: the engine's", 20, minimum=1),
     _option("sampler", "string", "Sampler; default: the engine's", "ddpm", enum=list(SAMPLERS)),
     _option("seed", "integer", "Seed of the noise: the same seed gives the same result", 42, minimum=0),
-    _option("fidelity", "number", "0, free, to 1, faithful to the input", 1.0, minimum=0, maximum=1),
+    _option(
+        "fidelity",
+        "number",
+        "From 0 (free) to 1 (close to the input)",
+        1.0,
+        minimum=0,
+        maximum=1,
+    ),
     _option("guidance", "number", "Strength of the prompts, for engines that have them", 1.0, minimum=0),
-    _option("reuse", "integer", "Deep features are computed at one step in so many", 1, minimum=1),
+    _option("reuse", "integer", "Interval of the steps that compute deep features", 1, minimum=1),
     _option("color_fix", "string", "Correction towards the input's colors", "adain", enum=list(COLOR_FIXES)),
     _option(
-        "priority", "string", "Part of the machine against other images", "normal", enum=list(PRIORITIES)
+        "priority", "string", "Share of the machine relative to other images", "normal", enum=list(PRIORITIES)
     ),
     _option(
         "format",
         "string",
-        "Format of the result; default: as Accept asks, else PNG",
+        "Format of the result; default: that of the header Accept, else PNG",
         "png",
         enum=list(FORMATS),
     ),
@@ -79,9 +86,9 @@ def _problem(text: str) -> dict[str, Any]:
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: _problem("An option is wrong, or the request holds no image"),
     401: _problem("A bearer token is needed"),
-    408: _problem("The upload came too slowly"),
+    408: _problem("The upload was too slow"),
     413: _problem("The request, or the image's size in pixels, is larger than allowed"),
-    415: _problem("The file is no image that can be read"),
+    415: _problem("The file is not an image of a supported format"),
     422: _problem("The image is damaged"),
     503: _problem("The queue is full; see the header Retry-After"),
 }
@@ -98,7 +105,7 @@ _STATE = {"description": "The job", "content": {"application/json": {"example": 
 _NO_JOB = {404: _problem("No such job")}
 
 UPSCALE: dict[str, Any] = {
-    "summary": "Super-resolve an image and answer with the result",
+    "summary": "Super-resolve an image and return the result",
     "openapi_extra": _BODY,
     "responses": {**_REFUSALS, 200: _RESULT, 504: _problem("The image took too long")},
 }
@@ -118,16 +125,16 @@ RESULT: dict[str, Any] = {
 }
 CANCEL: dict[str, Any] = {
     "summary": "Cancel a job, or remove one that has ended",
-    "responses": {**_NO_JOB, 204: {"description": "The job is gone"}},
+    "responses": {**_NO_JOB, 204: {"description": "The job is removed"}},
 }
-HEALTH: dict[str, Any] = {"summary": "Whether the process answers"}
-READY: dict[str, Any] = {"summary": "Whether images are taken, and the backend of each engine"}
+HEALTH: dict[str, Any] = {"summary": "Report that the process responds"}
+READY: dict[str, Any] = {"summary": "Report whether images are accepted, and the backend of each engine"}
 ENGINES: dict[str, Any] = {"summary": "The engines and their defaults"}
 METRICS: dict[str, Any] = {"summary": "Metrics for Prometheus"}
 
 
 def facts(name: str, upscaler: Upscaler) -> dict[str, Any]:
-    """The facts about an engine that clients need."""
+    """Return the facts about an engine that clients need."""
     m = upscaler.manifest
     return {
         "name": name,

@@ -16,7 +16,7 @@ from moesr.runtime.serve.problems import MEDIA_TYPE, Problem
 from moesr.runtime.serve.service import Service
 
 OPEN = ("/healthz", "/readyz", "/", "/static/", "/favicon.ico")
-"""Paths that need no token: the page itself holds nothing that is secret."""
+"""Paths that need no token, because the page itself contains no secrets."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -31,7 +31,7 @@ HEADERS = {
 }
 
 HEADER_BYTES = 16_384
-"""Largest size of a request's address and headers together."""
+"""The largest size of a request's address and headers together."""
 
 log = logging.getLogger("moesr.requests")
 
@@ -73,7 +73,7 @@ class Guard:
             self._note(scope, seen, time.monotonic() - begin, identifier)
 
     def _refusal(self, scope: Scope) -> Problem | None:
-        """The problem of a request that goes no further; None if it may."""
+        """Return the problem for which a request is refused; None if it is allowed."""
         sizes = (len(name) + len(value) for name, value in scope["headers"])
         if len(scope["raw_path"]) + len(scope["query_string"]) + sum(sizes) > HEADER_BYTES:
             return Problem(431, f"address and headers are larger than {HEADER_BYTES} bytes")
@@ -82,7 +82,7 @@ class Guard:
         return None
 
     def _admits(self, scope: Scope) -> bool:
-        """Whether a request needs no token or carries the right one; compared in constant time."""
+        """Return True if a request needs no token or carries the right one, compared in constant time."""
         path = scope["path"]
         if self._token is None or path in OPEN or path.startswith("/static/"):
             return True

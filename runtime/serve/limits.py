@@ -22,20 +22,20 @@ KINDS = "PNG, JPEG, WebP, TIFF, GIF, BMP, JPEG 2000 and AVIF"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of one request and of all together.
+    """The limits of one request and of all requests together.
 
     A request beyond a limit is refused before it costs more than that limit.
     """
 
-    upload_bytes: int = 64 * MEGA  # of a request's body, counted while it arrives
-    input_px: int = 16 * MEGA  # pixels of an image, as its header declares them
-    queue: int = 32  # images that wait or run, over all engines; further ones get 503
-    request_s: float = 600.0  # an image of /v1/upscale that takes longer is cancelled
-    idle_s: float = 10.0  # a connection or an upload that sends nothing for so long is cut off
-    least_bytes_per_s: float = 4096.0  # average rate of an upload, after the first `idle_s` seconds
-    connections: int = 1024  # open at the same time
-    keep_s: float = 3600.0  # results and errors of jobs are removed after this
-    grace_s: float = 30.0  # time that SIGTERM leaves for what is at work
+    upload_bytes: int = 64 * MEGA  # size of a request's body, counted while it arrives
+    input_px: int = 16 * MEGA  # number of pixels of an image, as its header declares them
+    queue: int = 32  # number of images that wait or run, over all engines; further ones get 503
+    request_s: float = 600.0  # an image of /v1/upscale that takes longer is canceled
+    idle_s: float = 10.0  # a connection or an upload that sends nothing for this time is closed
+    least_bytes_per_s: float = 4096.0  # least average rate of an upload, after the first `idle_s` seconds
+    connections: int = 1024  # number of connections open at the same time
+    keep_s: float = 3600.0  # results and errors of jobs are removed after this time
+    grace_s: float = 30.0  # time for finishing running images after SIGTERM
 
 
 async def counted(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[bytes]:
@@ -61,9 +61,9 @@ async def counted(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator
 
 
 def check_header(path: Path, limits: Limits) -> tuple[int, int]:
-    """Width and height that an image file declares, in pixels; no pixel is decoded.
+    """Return the width and height that an image file declares, in pixels; no pixel is decoded.
 
-    Problem 415 if the file is no image that moesr reads, 413 if it declares more pixels than allowed.
+    Problem 415 is raised if the file is not an image that moesr reads, 413 if it declares too many pixels.
     """
     with path.open("rb") as stream:
         head = stream.read(32)
@@ -79,7 +79,7 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
             raise Problem(413, _too_many(limits)) from None
         except UnidentifiedImageError:
             raise Problem(415, f"the file is not an image of a known kind; send one of {KINDS}") from None
-        except Exception:  # decoders raise whatever their parsers meet
+        except Exception:  # decoders raise errors of any kind
             raise Problem(422, "the image's header is damaged; send the file again") from None
     if width * height > min(limits.input_px, MAX_INPUT_PX):
         raise Problem(413, f"the image has {width}x{height} pixels; {_too_many(limits)}")
@@ -87,4 +87,4 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
 
 
 def _too_many(limits: Limits) -> str:
-    return f"this service takes images of up to {limits.input_px / MEGA:g} megapixels"
+    return f"this service accepts images of up to {limits.input_px / MEGA:g} megapixels"

@@ -12,11 +12,11 @@ from prometheus_client.registry import Collector
 
 from moesr.runtime.upscaler import Upscaler
 
-BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # seconds
+BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # bounds in seconds
 
 
 class Metrics(Collector):
-    """Counters that the service raises, and figures that are read when they are asked for."""
+    """Counters that the service increments, and values that are read when metrics are requested."""
 
     def __init__(
         self,
@@ -24,7 +24,10 @@ class Metrics(Collector):
         in_queue: Callable[[], int],
         stages: Callable[[], list[str]],
     ) -> None:
-        """`in_queue` counts the images that wait or run; `stages` has the stage of each job at work."""
+        """Start all counters at 0.
+
+        `in_queue` counts the images that wait or run; `stages` has the stage of each job in work.
+        """
         self._engines, self._in_queue, self._stages = engines, in_queue, stages
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -45,7 +48,7 @@ class Metrics(Collector):
         )
 
     def collect(self) -> Iterator[Metric]:
-        """Figures of the present moment."""
+        """Return the current values."""
         yield GaugeMetricFamily("moesr_queue", "Images that wait or run", self._in_queue())
         yield GaugeMetricFamily("moesr_resident_bytes", "Memory of the process", resident_bytes())
         ticks = CounterMetricFamily("moesr_ticks", "Runs of a graph", labels=["engine"])
@@ -56,19 +59,19 @@ class Metrics(Collector):
             tiles.add_metric([name], done.tiles)
         yield ticks
         yield tiles
-        left = GaugeMetricFamily("moesr_jobs_by_stage", "Jobs at work by their stage", labels=["stage"])
+        left = GaugeMetricFamily("moesr_jobs_by_stage", "Jobs in work by their stage", labels=["stage"])
         stages = self._stages()
         for stage in sorted(set(stages)):
             left.add_metric([stage], stages.count(stage))
         yield left
 
     def text(self) -> bytes:
-        """All metrics as a page."""
+        """Return all metrics as a page."""
         return generate_latest(self.registry)
 
 
 def resident_bytes() -> float:
-    """Memory of this process that lies in RAM; 0 where the system does not tell."""
+    """Return the memory of this process that lies in RAM; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Errors of the service, as JSON problem details (RFC 9457) that name no file and no internal."""
+"""Errors of the service, as JSON problem details (RFC 9457) that reveal no file names and no internals."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ _PATHS = re.compile(r"(?<![\w/])/(?:[^\s:;,'\"()]+/)*[^\s:;,'\"()]*")
 
 
 class Problem(Exception):
-    """An answer with an error status. `detail` is for the client to read; `headers` go into the answer."""
+    """A response with an error status.
+
+    `detail` is for the client's user; `headers` are added to the response.
+    """
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The problem as the values of its JSON object."""
+        """Return the problem as the values of its JSON object."""
         title = HTTPStatus(self.status).phrase
         return {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail}
 
 
 def of_error(error: BaseException) -> Problem:
-    """The problem that an error of the runtime is for a client."""
+    """Return the problem with which a client is told about an error of the runtime."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, CancelledError):
@@ -40,10 +43,10 @@ def of_error(error: BaseException) -> Problem:
     if isinstance(error, InputError):
         return Problem(422, without_paths(str(error)))
     if isinstance(error, MoesrError):
-        return Problem(500, "the engine failed on this image; the server's log says why")
-    return Problem(500, "internal error; the server's log says why")
+        return Problem(500, "the engine failed on this image; the reason is in the server's log")
+    return Problem(500, "internal error; the reason is in the server's log")
 
 
 def without_paths(text: str) -> str:
-    """A message without the server's file names: "/tmp/x: is damaged" becomes "the image: is damaged"."""
+    """Return a message without the server's file names: "the image: is damaged" for "/tmp/x: is damaged"."""
     return _PATHS.sub("the image", text)

@@ -1,4 +1,4 @@
-"""The server process: uvicorn with limits on connections and headers, structured logs, and an orderly end."""
+"""The server process: uvicorn with limits on connections and headers, structured logs, and a clean end."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ log = logging.getLogger("moesr")
 
 
 class GuardedProtocol(H11Protocol):
-    """A connection that is closed if it sends no request in time, or if there are too many."""
+    """A connection that is closed if it sends no request in time, or if there are too many connections."""
 
     idle_s = 10.0
     most = 1024
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or close it at once."""
+        """Accept a connection, or close it at once."""
         super().connection_made(transport)
         if len(self.connections) > self.most:
             transport.abort()
@@ -42,13 +42,13 @@ class GuardedProtocol(H11Protocol):
         self.loop.call_later(self.idle_s, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
-        """Close the connection if it has not sent a whole request's headers yet."""
+        """Close the connection if it has not sent all headers of a request yet."""
         if self.cycle is None and self.transport and not self.transport.is_closing():
             self.transport.close()
 
 
 class Server(uvicorn.Server):
-    """Stops taking images as soon as a signal arrives."""
+    """A server that stops accepting images as soon as a signal arrives."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals while the server runs. A stop that was asked for is no failure of the process."""
+        """Handle signals while the server runs. A requested stop is not a failure of the process."""
         before = {
             number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and say where."""
+        """Begin to listen, and log the address."""
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:
@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
                 log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note the signal."""
+        """Record the signal."""
         self._service.closing = True
         super().handle_exit(sig, frame)
 
@@ -84,7 +84,7 @@ class JsonLines(logging.Formatter):
     """Log records as one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Return the line of a record."""
         values: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{record.msecs:03.0f}Z",
@@ -101,13 +101,13 @@ class TextLines(logging.Formatter):
     """Log records as text, with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Return the line of a record."""
         text = printable(f"{record.levelname.lower()}: {record.getMessage()}")
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address; OutputError if that is not possible."""
+    """Return a socket that listens on an address; OutputError if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -119,7 +119,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server_of(app: FastAPI, service: Service) -> Server:
-    """The server of an application; `run(sockets=[listen(..)])` runs it."""
+    """Return the server of an application, which `run(sockets=[listen(..)])` runs."""
     limits = service.limits
     protocol = type("Protocol", (GuardedProtocol,), {"idle_s": limits.idle_s, "most": limits.connections})
     config = uvicorn.Config(

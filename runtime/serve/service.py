@@ -1,4 +1,4 @@
-"""The service behind the routes: engines, the queue, and images on their way through them.
+"""The service behind the routes: engines, the queue, and the processing of images.
 
 Everything here runs in the event loop's thread, except that images are decoded and encoded in a small pool of
 threads. The sampling loop runs in each Upscaler's own thread.
@@ -26,8 +26,8 @@ from moesr.runtime.serve.upload import SUFFIXES, settings_of
 from moesr.runtime.system.files import sha256_of
 from moesr.runtime.upscaler import Handle, JobProgress, Upscaler
 
-POOL = 4  # threads that decode and encode
-DECODED = 8  # images held decoded at the same time; the others wait as files
+POOL = 4  # number of threads that decode and encode
+DECODED = 8  # number of decoded images held at the same time; the others wait as files
 WAITING = JobProgress(0.0, "queued", 0.0, 0)
 
 log = logging.getLogger("moesr")
@@ -35,7 +35,7 @@ log = logging.getLogger("moesr")
 
 @dataclass(eq=False)
 class Running:
-    """A job of this process: the task that works on it, and its handle once it is submitted."""
+    """A job of this process: the task that processes it, and its handle once it is submitted."""
 
     task: asyncio.Task[None]
     handle: Handle[Any] | None = None
@@ -43,36 +43,36 @@ class Running:
 
     @property
     def progress(self) -> JobProgress:
-        """The progress of the job. The fraction never falls, though estimates of the whole work may rise."""
+        """The progress of the job. The fraction never decreases, though the estimate of the work may rise."""
         found = self.handle.progress if self.handle else WAITING
         self.furthest = max(self.furthest, found.fraction)
         return replace(found, fraction=self.furthest)
 
 
 class Service:
-    """Takes images and jobs, and works on them."""
+    """Accepts images and jobs and processes them."""
 
     def __init__(self, engines: Mapping[str, Upscaler], store: Store, limits: Limits) -> None:
         self.engines, self.store, self.limits = dict(engines), store, limits
         self.metrics = Metrics(self.engines, lambda: self.in_queue, self._stages)
         self.closing = False
-        self.in_queue = 0  # images that wait or run
+        self.in_queue = 0  # number of images that wait or run
         self.running: dict[str, Running] = {}  # jobs by identifier
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="moesr-serve")
         self._decoded = asyncio.Semaphore(DECODED)
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Go on with the jobs that an earlier process accepted, and begin to remove old results."""
+        """Continue the jobs that an earlier process accepted, and begin to remove old results."""
         for job in await asyncio.to_thread(lambda: list(self.store.jobs())):
             if job.ended is None:
-                log.info("job %s goes on", job.id)
+                log.info("job %s continues", job.id)
                 self.reserve()
                 self.begin(job)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self, grace_s: float) -> None:
-        """Finish what is at work within `grace_s` seconds; all else stays on disk for the next start."""
+        """Finish the running images within `grace_s` seconds; all others stay on disk for the next start."""
         self.closing = True
         if self._sweeper:
             self._sweeper.cancel()
@@ -89,7 +89,7 @@ class Service:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """A place in the queue; Problem 503 with Retry-After if it is full or the service is closing."""
+        """Hold a place in the queue; Problem 503 with Retry-After if it is full or the service is closing."""
         self.check_room()
         self.reserve()
         try:
@@ -98,15 +98,15 @@ class Service:
             self.release()
 
     def reserve(self) -> None:
-        """Take a place in the queue; to be called right after `check_room`, before anything is awaited."""
+        """Take a place in the queue; must be called right after `check_room`, before anything is awaited."""
         self.in_queue += 1
 
     def release(self) -> None:
-        """Give a place in the queue back."""
+        """Release a place in the queue."""
         self.in_queue -= 1
 
     def check_room(self) -> None:
-        """Raise Problem 503 if no further image can be taken now."""
+        """Raise Problem 503 if no further image can be accepted now."""
         if self.closing:
             raise Problem(503, "the service is shutting down; try again later", {"Retry-After": "30"})
         if self.in_queue >= self.limits.queue:
@@ -115,14 +115,17 @@ class Service:
             raise Problem(503, f"the queue is full; try again in {wait} seconds", {"Retry-After": wait})
 
     def retry_after(self) -> int:
-        """Seconds after which a place in the queue is likely: the time of the job that ends first."""
+        """Return the seconds until a place in the queue is likely: the time until the first job ends."""
         left = [one.progress.seconds_left for one in self.running.values() if one.handle]
         return int(min(max(min(left, default=5.0), 1.0), 600.0))
 
     async def upscale(
         self, path: Path, options: Mapping[str, Any], target: Path, running: Running | None = None
     ) -> None:
-        """Super-resolve the image file `path` into the file `target`; cancelling cancels the image."""
+        """Super-resolve the image file `path` into the file `target`.
+
+        If this task is canceled, so is the image.
+        """
         upscaler = self.engines[options["engine"]]
         settings = settings_of(options)
         loop, begin = asyncio.get_running_loop(), time.monotonic()
@@ -145,7 +148,7 @@ class Service:
         self.metrics.seconds.labels(options["engine"]).observe(time.monotonic() - begin)
 
     def begin(self, job: Job) -> None:
-        """Begin to work on an accepted job, which has a place in the queue and gives it back at its end."""
+        """Begin to process an accepted job, which has a place in the queue and releases it at its end."""
         task = asyncio.create_task(self._work(job))
         self.running[job.id] = Running(task)
         task.add_done_callback(lambda _: self._ended(job))
@@ -155,8 +158,8 @@ class Service:
         self.running.pop(job.id, None)
 
     async def _work(self, job: Job) -> None:
-        """Do a job and record how it ended; a job that is cancelled by `stop` stays as it is."""
-        await asyncio.sleep(0)  # let `begin` note the task
+        """Process a job and record how it ended; a job that is canceled by `stop` stays as it is."""
+        await asyncio.sleep(0)  # lets `begin` store the task
         try:
             if job.options["engine"] not in self.engines:
                 raise Problem(404, f"the engine {job.options['engine']!r} is not served any more")
@@ -179,15 +182,15 @@ class Service:
         await asyncio.to_thread(self.store.remove, job)
 
     async def _sweep(self) -> None:
-        """Remove old results again and again."""
+        """Remove old results periodically."""
         while True:
             await asyncio.to_thread(self.store.expire, self.limits.keep_s)
             await asyncio.sleep(min(max(self.limits.keep_s / 10, 0.5), 60.0))
 
     def status(self, job: Job) -> dict[str, Any]:
-        """A job as a client sees it."""
+        """Return a job as clients see it."""
         one = self.running.get(job.id)
-        error, ended = (None, None) if one else (job.error, job.ended)  # what runs needs no look at the disk
+        error, ended = (None, None) if one else (job.error, job.ended)  # no file is read for running jobs
         values: dict[str, Any] = {
             "id": job.id,
             "status": "failed" if error else "done" if ended else "queued",
@@ -216,10 +219,13 @@ class Service:
         return values
 
     def _stages(self) -> list[str]:
-        """The stage of every job at work."""
+        """Return the stage of every job in work."""
         return [one.progress.stage for one in self.running.values()]
 
     def _position(self, job: Job) -> int:
-        """Place among the jobs that have no handle yet: 1 is the next one; 0 if the job has one."""
+        """Return the position among the jobs that have no handle yet: 1 is the next one.
+
+        0 if the job has one.
+        """
         waiting = [name for name, one in self.running.items() if one.handle is None]
         return waiting.index(job.id) + 1 if job.id in waiting else 0

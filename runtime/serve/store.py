@@ -1,7 +1,7 @@
-"""Jobs on disk. A job's directory is written whole before the client hears of it, so a kill loses nothing.
+"""Jobs on disk. A job's directory is complete before the client is told about it, so a kill loses no job.
 
 STATE/incoming/ID/   a request while it arrives
-STATE/jobs/ID/       an accepted job: `input`, `request.json`, and in the end `result.SUFFIX` or `error.json`
+STATE/jobs/ID/       an accepted job: `input`, `request.json`, and at the end `result.SUFFIX` or `error.json`
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """The result; it exists once the job is done."""
+        """The result, which exists once the job is done."""
         return self.directory / f"result{SUFFIXES[self.options['format']]}"
 
     @property
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """The problem that the job ended with, if it did."""
+        """The problem with which the job ended, or None."""
         try:
             return json.loads((self.directory / ERROR).read_text("utf-8"))
         except (OSError, ValueError):
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def ended(self) -> float | None:
-        """When the job was done or failed, in seconds since the epoch; None before that."""
+        """The time when the job was done or failed, in seconds since the epoch; None before that."""
         for path in (self.result, self.directory / ERROR):
             try:
                 return path.stat().st_mtime
@@ -71,7 +71,7 @@ class Job:
         return None
 
     def fail(self, problem: Problem) -> None:
-        """Record the problem that the job ended with."""
+        """Record the problem with which the job ended."""
         with write_atomically(self.directory / ERROR) as stream:
             stream.write(json.dumps(problem.body()).encode())
 
@@ -80,13 +80,13 @@ class Store:
     """The directory that holds all jobs."""
 
     def __init__(self, state: Path) -> None:
-        """Make the directory; OutputError if it cannot be made or written."""
+        """Create the directory; OutputError if it cannot be created or written."""
         self.state = state
         check_writable(state)
         try:
             for name in ("incoming", "jobs"):
                 (state / name).mkdir(parents=True, exist_ok=True)
-            for left in (state / "incoming").iterdir():  # of requests that a killed server was receiving
+            for left in (state / "incoming").iterdir():  # requests that a killed server was receiving
                 _remove(left)
         except OSError as error:
             raise OutputError(
@@ -94,17 +94,17 @@ class Store:
             ) from error
 
     def incoming(self) -> Path:
-        """A new directory for a request that arrives."""
+        """Create a directory for a request that arrives."""
         directory = self.state / "incoming" / secrets.token_hex(16)
         directory.mkdir()
         return directory
 
     def discard(self, directory: Path) -> None:
-        """Remove what a request has left in its directory."""
+        """Remove the remaining files of a request."""
         _remove(directory)
 
     def accept(self, directory: Path, options: dict[str, Any], size: tuple[int, int]) -> Job:
-        """Make a received request a job that survives a kill; returns it once it is on disk."""
+        """Make a received request a job that survives a kill; return it once it is on disk."""
         job = Job(directory.name, self.state / "jobs" / directory.name, options, *size)
         values = {key: value for key, value in asdict(job).items() if key not in ("id", "directory")}
         (directory / REQUEST).write_text(json.dumps(values), encoding="utf-8")
@@ -115,7 +115,7 @@ class Store:
         return job
 
     def find(self, name: str) -> Job | None:
-        """The job of that identifier, or None. No other text of a client reaches the file system."""
+        """Return the job with that identifier, or None. No other text of a client reaches the file system."""
         if not _ID.fullmatch(name):
             return None
         directory = self.state / "jobs" / name
@@ -125,7 +125,7 @@ class Store:
             return None
 
     def jobs(self) -> Iterator[Job]:
-        """All jobs, the oldest first."""
+        """Return all jobs, the oldest first."""
         found = (self.find(path.name) for path in (self.state / "jobs").iterdir())
         yield from sorted((job for job in found if job), key=lambda job: job.accepted)
 
@@ -134,7 +134,7 @@ class Store:
         _remove(job.directory)
 
     def expire(self, keep_s: float) -> int:
-        """Remove jobs that ended more than `keep_s` seconds ago; returns how many."""
+        """Remove jobs that ended more than `keep_s` seconds ago; return their number."""
         old = [job for job in self.jobs() if job.ended is not None and time.time() - job.ended > keep_s]
         for job in old:
             self.remove(job)
@@ -142,10 +142,10 @@ class Store:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file or directory to its disk."""
+    """Make the system write a file or directory to its disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no directories
+    except OSError:  # directories cannot be opened on Windows
         return
     try:
         os.fsync(descriptor)

@@ -25,15 +25,15 @@ FORMATS = {
 """Formats of results, by the name in `format`, with their media types."""
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif"}
-FIELDS = 32  # of a form
+FIELDS = 32  # most fields of a form
 _NUMBERS = {"steps": int, "seed": int, "reuse": int, "fidelity": float, "guidance": float}
 _OTHERS = ("engine", "format", "quality", "priority")
 
 
 async def receive(request: Request, path: Path, limits: Limits) -> dict[str, str]:
-    """Write the image of a request to `path` while it arrives; returns the options that came with it.
+    """Write the image of a request to `path` while it arrives; return the options that came with it.
 
-    Options are query parameters, or fields of a multipart form. Problem says what is wrong.
+    Options are query parameters, or fields of a multipart form. A Problem is raised if the request is wrong.
     """
     options = dict(request.query_params)
     chunks = counted(request.stream(), limits)
@@ -53,7 +53,7 @@ async def receive(request: Request, path: Path, limits: Limits) -> dict[str, str
 
 
 async def _form(request: Request, chunks: Any, path: Path) -> dict[str, str]:
-    """Read a multipart form; its one file goes to `path`."""
+    """Read a multipart form; its only file is written to `path`."""
     parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=FIELDS)
     try:
         form = await parser.parse()
@@ -78,15 +78,15 @@ def _copy(upload: UploadFile, path: Path) -> None:
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a request's options that are options of `Upscaler.submit`."""
+    """Return those options of a request that are options of `Upscaler.submit`."""
     return {name: options[name] for name in OPTION_NAMES if name in options}
 
 
 def check_options(given: Mapping[str, str], accept: str, engines: Mapping[str, object]) -> dict[str, Any]:
-    """The options of a request as values: those of the command line, with engine, format and priority.
+    """Return the options of a request as values: those of the command line, with engine, format and priority.
 
-    Problem 400 names an option that is unknown or has no such value; 404 an engine that is not served; 406 if
-    no format of results is acceptable.
+    Problem 400 is raised for an option that is unknown or has an invalid value, 404 for an engine that is not
+    served, and 406 if no format of results is acceptable.
     """
     values: dict[str, Any] = {}
     for name, text in given.items():
@@ -99,7 +99,7 @@ def check_options(given: Mapping[str, str], accept: str, engines: Mapping[str, o
         values[key] = _number(key, text, _NUMBERS[key]) if key in _NUMBERS else text[:200]
     values.setdefault("engine", next(iter(engines)))
     if values["engine"] not in engines:
-        raise Problem(404, f"no engine {values['engine'][:40]!r} here; GET /v1/engines lists them")
+        raise Problem(404, f"there is no engine {values['engine'][:40]!r} here; GET /v1/engines lists them")
     values["format"] = _format(values.get("format"), accept)
     if "quality" in values:
         values["quality"] = _number("quality", values["quality"], int)
@@ -119,7 +119,7 @@ def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float:
 
 
 def _format(asked: str | None, accept: str) -> str:
-    """The format of the result: the option, or the first of `Accept` that can be written, or PNG."""
+    """Return the format of the result: the option, or the first of `Accept` that can be written, or PNG."""
     if asked is not None:
         name = {"jpg": "jpeg", "tif": "tiff"}.get(asked.lower(), asked.lower())
         if name not in FORMATS:
@@ -132,4 +132,4 @@ def _format(asked: str | None, accept: str) -> str:
                 return name
     if not accept or any(media in ("*/*", "image/*", "application/json", "") for media in wanted):
         return "png"
-    raise Problem(406, f"a result can be {', '.join(FORMATS.values())}")
+    raise Problem(406, f"the possible formats of a result are {', '.join(FORMATS.values())}")

@@ -36,7 +36,7 @@ def test_accepted_jobs_survive_a_kill_and_run_once(process, tiny_upscaler):
     assert first.stop(signal.SIGKILL) == -signal.SIGKILL
     second = process()
     assert all(state["status"] == "done" for state in finished(second.client, names))
-    assert f"job {names[0]} goes on" not in second.text(), "finished jobs are not repeated"
+    assert f"job {names[0]} continues" not in second.text(), "finished jobs are not repeated"
     for one, name in zip(data, names, strict=True):
         result = second.client.get(f"/v1/jobs/{name}/result").content
         want = tiny_upscaler(Image.fromarray(pixels_of(one)), steps=60)
@@ -53,8 +53,8 @@ def test_sigterm_finishes_running_jobs_and_keeps_the_others(process):
     lines = [json.loads(line) for line in first.text().splitlines()]
     assert sum(line.get("status") == 202 for line in lines) == 12
     second = process()
-    going_on = second.text().count("goes on")
-    assert 0 < going_on < 12, "some jobs are finished and some are kept"
+    continued = second.text().count("continues")
+    assert 0 < continued < 12, "some jobs are finished and some are kept"
     assert all(state["status"] == "done" for state in finished(second.client, names))
 
 
