@@ -32,7 +32,7 @@ def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> 
         "--precision",
         choices=PRECISIONS,
         default="graph",
-        help="precision of the arithmetic: graph, as the engine's graphs say; bf16, with openvino on CPUs "
+        help="precision of the arithmetic: graph, that of the engine's graphs; bf16, with openvino on CPUs "
         "that have it; auto, the faster of the two (default: %(default)s)",
     )
     _add_start_options(group)
@@ -44,7 +44,7 @@ def _add_start_options(group: argparse._ArgumentGroup) -> None:
         "--cache",
         type=path_argument,
         metavar="DIR",
-        help="directory for graphs as backends prepare them, so that later runs start faster (default: "
+        help="directory for prepared graphs, with which later runs start faster (default: "
         "$MOESR_CACHE or ~/.cache/moesr)",
     )
     group.add_argument(
@@ -52,12 +52,12 @@ def _add_start_options(group: argparse._ArgumentGroup) -> None:
         action="store_const",
         const=False,
         dest="cache",
-        help="keep no prepared graphs of a CPU; at full width they take twice the engine's size",
+        help="store no prepared graphs for a CPU; at full width they are twice as large as the engine",
     )
     group.add_argument(
         "--no-cuda-graphs",
         action="store_true",
-        help="launch each GPU operation by itself: the same results, slower, for debugging",
+        help="launch each GPU operation separately: same results, but slower, for debugging",
     )
     group.add_argument(
         "--no-verify", action="store_true", help="start faster without comparing the engine's hashes"

@@ -268,7 +268,7 @@ class OutputNames:
             raise OutputError(f"{target}: is a {kind}; name another file with -o")
         if not self._force:
             raise OutputError(
-                f"{target}: exists and is no result of {source}; "
+                f"{target}: exists and is not a result of {source}; "
                 "pass --force to overwrite it, or name another file with -o"
             )
 

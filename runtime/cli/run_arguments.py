@@ -164,7 +164,7 @@ def add_appearance_options(p: argparse.ArgumentParser) -> None:
         "--pre-clean",
         type=path_argument,
         metavar="FILE",
-        help="clean severely degraded inputs first, with this super-resolution network (ONNX, any scale, RGB "
+        help="clean severely degraded inputs first with this super-resolution network (ONNX, any scale, RGB "
         "in 0..1); results have the same size as without",
     )
     group.add_argument(

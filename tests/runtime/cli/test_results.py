@@ -269,12 +269,12 @@ def test_existing_files_are_not_overwritten(photos: Path):
     result, source = photos / "a_x4.png", photos / "a.png"
     result.write_bytes(b"precious")
     (error,) = planned(source).failed
-    assert "exists and is no result of" in str(error) and "--force" in str(error)
+    assert "exists and is not a result of" in str(error) and "--force" in str(error)
     assert do(planned(source, force=True)) == ["a_x4.png"]
     (error,) = planned(source, output=source, force=True).failed
     assert "its own result would overwrite it" in str(error)
     (error,) = planned(source, output=photos / "b.jpg").failed
-    assert "b.jpg: exists and is no result of" in str(error)
+    assert "b.jpg: exists and is not a result of" in str(error)
     (photos / "a_x4.png").unlink()
     for make, kind in ((Path.mkdir, "directory"), (os.mkfifo, "pipe")):
         make(photos / "a_x4.png")
