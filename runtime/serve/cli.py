@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def _limits(limits: Limits, mega: int) -> list[tuple[str, int | float, str, str]
     return [
         ("--max-megapixels", limits.input_px / mega, "N", "largest image, in megapixels"),
         ("--max-upload", limits.upload_bytes / mega, "MB", "largest request"),
+        ("--max-uploads", limits.uploads_bytes / mega, "MB", "all requests together that are arriving"),
         ("--queue", limits.queue, "N", "number of images that may wait or run at the same time"),
         ("--time-limit", limits.request_s, "S", "seconds after which an image of /v1/upscale is cancelled"),
         ("--keep", limits.keep_s, "S", "seconds for which results of jobs are kept"),
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     store = Store(args.state or (user_cache.directory() or Path(tempfile.gettempdir(), "moesr")) / "serve")
     _set_log_format(args.log_format)
     with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
         listening = stack.enter_context(listen(args.host, args.port))
         options = engine_options(args)
         engines = {
@@ -108,22 +111,24 @@ def limits_of(args: argparse.Namespace) -> Limits:
     from moesr.runtime.errors import UsageError
     from moesr.runtime.serve.limits import MEGA, Limits
 
-    values = {
-        "upload_bytes": int(args.max_upload * MEGA),
-        "input_px": int(args.max_megapixels * MEGA),
-        "queue": args.queue,
-        "request_s": args.time_limit,
-        "idle_s": args.idle,
-        "connections": args.connections,
-        "keep_s": args.keep,
-        "grace_s": args.grace,
+    given = {
+        "upload_bytes": ("--max-upload", args.max_upload * MEGA),
+        "uploads_bytes": ("--max-uploads", args.max_uploads * MEGA),
+        "input_px": ("--max-megapixels", args.max_megapixels * MEGA),
+        "queue": ("--queue", args.queue),
+        "request_s": ("--time-limit", args.time_limit),
+        "idle_s": ("--idle", args.idle),
+        "connections": ("--connections", args.connections),
+        "keep_s": ("--keep", args.keep),
+        "grace_s": ("--grace", args.grace),
     }
-    for name, value in values.items():
-        if (not value > 0 and name != "grace_s") or not value >= 0:
-            raise UsageError(f"{name} is {value:g}, expected more than 0")
+    for name, (flag, value) in given.items():
+        if not (value > 0 or (name == "grace_s" and value == 0)) or value == math.inf:
+            raise UsageError(f"{flag} is {value:g}, expected more than 0")
     if not 0 <= args.port < 65536:
         raise UsageError(f"--port is {args.port}, expected 0 to 65535")
-    return Limits(**values)
+    kinds = {name: type(default) for name, default in vars(Limits()).items()}
+    return Limits(**{name: kinds[name](value) for name, (_, value) in given.items()})
 
 
 def read_token(path: Path | None) -> str | None:

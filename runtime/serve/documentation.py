@@ -7,7 +7,7 @@ from typing import Any
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.loop.job import PRIORITIES
 from moesr.runtime.sampling.samplers import SAMPLERS
-from moesr.runtime.serve.upload import FORMATS
+from moesr.runtime.serve.result_format import FORMATS
 from moesr.runtime.upscaler import Upscaler
 
 ABOUT = (
@@ -86,11 +86,14 @@ def _problem(text: str) -> dict[str, Any]:
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: _problem("An option is wrong, or the request holds no image"),
     401: _problem("A bearer token is needed"),
+    404: _problem("No engine of that name is served"),
+    406: _problem("No format of results is acceptable to the client"),
     408: _problem("The upload was too slow"),
     413: _problem("The request, or the image's size in pixels, is larger than allowed"),
     415: _problem("The file is not an image of a supported format"),
     422: _problem("The image is damaged"),
-    503: _problem("The queue is full; see the header Retry-After"),
+    503: _problem("The queue is full, or too much is being uploaded; see the header Retry-After"),
+    507: _problem("The server's disk is full"),
 }
 _JOB = {
     "id": "0123456789abcdef0123456789abcdef",

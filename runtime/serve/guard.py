@@ -30,6 +30,15 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
+HEAD = "moesr.head"
+"""Key in the scope of a HEAD request, which is served as GET without the body."""
+
+RANGES = (b"range", b"if-range")
+"""Request headers that are ignored: results are always sent whole."""
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+"""Methods that are labels of metrics. Clients could send any number of other ones."""
+
 HEADER_BYTES = 16_384
 """The largest size of a request's address and headers together."""
 
@@ -50,6 +59,9 @@ class Guard:
             return
         begin, identifier = time.monotonic(), secrets.token_hex(8)
         seen: dict[str, Any] = {"status": 0, "bytes": 0}
+        inner = {**scope, "headers": [one for one in scope["headers"] if one[0] not in RANGES]}
+        if scope["method"] == "HEAD":
+            inner |= {"method": "GET", HEAD: True}
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -58,6 +70,8 @@ class Guard:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers["X-Request-Id"] = identifier
+                if "accept-ranges" in headers:
+                    headers["Accept-Ranges"] = "none"
             elif message["type"] == "http.response.body":
                 seen["bytes"] += len(message.get("body", b""))
             await send(message)
@@ -65,12 +79,12 @@ class Guard:
         try:
             problem = self._refusal(scope)
             if problem is None:
-                await self._app(scope, receive, answer)
+                await self._app(inner, receive, answer)
             else:
                 refusal = JSONResponse(problem.body(), problem.status, problem.headers, MEDIA_TYPE)
                 await refusal(scope, receive, answer)
         finally:
-            self._note(scope, seen, time.monotonic() - begin, identifier)
+            self._note(inner, scope["method"], seen, time.monotonic() - begin, identifier)
 
     def _refusal(self, scope: Scope) -> Problem | None:
         """Return the problem for which a request is refused; None if it is allowed."""
@@ -79,6 +93,9 @@ class Guard:
             return Problem(431, f"address and headers are larger than {HEADER_BYTES} bytes")
         if not self._admits(scope):
             return Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        site = Headers(scope=scope).get("sec-fetch-site", "none")
+        if scope["method"] not in ("GET", "HEAD") and site not in ("none", "same-origin"):
+            return Problem(403, "a page of another site may not use this service")
         return None
 
     def _admits(self, scope: Scope) -> bool:
@@ -87,18 +104,21 @@ class Guard:
         if self._token is None or path in OPEN or path.startswith("/static/"):
             return True
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)  # the bytes that were sent
         return right and kind.lower() == "bearer"
 
-    def _note(self, scope: Scope, seen: dict[str, Any], seconds: float, identifier: str) -> None:
+    def _note(self, scope: Scope, method: str, seen: dict[str, Any], seconds: float, identifier: str) -> None:
         """Count the request and write its line to the log."""
         route = getattr(scope.get("route"), "path", "other")
-        self._service.metrics.requests.labels(scope["method"], route, str(seen["status"])).inc()
+        metrics, known = self._service.metrics, method if method in METHODS else "other"
+        metrics.requests.labels(known, route, str(seen["status"])).inc()
+        if seen["status"] == 503 and scope["method"] == "POST":
+            metrics.rejected.inc()
         client = scope.get("client") or ("", 0)
         values = {
             "request": identifier,
             "client": client[0],
-            "method": scope["method"],
+            "method": method[:40],
             "path": scope["path"][:200],
             "status": seen["status"],
             "bytes": seen["bytes"],

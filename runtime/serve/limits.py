@@ -1,23 +1,24 @@
-"""Limits of the service, and the reading of request bodies and image headers within them."""
+"""Limits of the service, and the check of an image's header against them."""
 
 from __future__ import annotations
 
-import asyncio
-import time
+import mmap
 import warnings
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from moesr.runtime.images import formats
 from moesr.runtime.images.reading import MAX_INPUT_PX
 from moesr.runtime.serve.problems import Problem
-from moesr.runtime.system import memory
 
 MEGA = 1_000_000
 KINDS = "PNG, JPEG, WebP, TIFF, GIF, BMP, JPEG 2000 and AVIF"
+
+JPEG_SCANS = 200
+"""Largest number of scans in a JPEG. Each one costs a pass over all pixels; usual files have up to 11."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,42 +29,22 @@ class Limits:
     """
 
     upload_bytes: int = 64 * MEGA  # size of a request's body, counted while it arrives
-    input_px: int = 16 * MEGA  # number of pixels of an image, as its header declares them
-    queue: int = 32  # number of images that wait or run, over all engines; further ones get 503
-    request_s: float = 600.0  # an image of /v1/upscale that takes longer is canceled
-    idle_s: float = 10.0  # a connection or an upload that sends nothing for this time is closed
-    least_bytes_per_s: float = 4096.0  # least average rate of an upload, after the first `idle_s` seconds
+    uploads_bytes: int = 1024 * MEGA  # size of all bodies together that are arriving
+    input_px: int = 16 * MEGA  # pixels of an image, as its header declares them
+    queue: int = 32  # images that wait or run, over all engines; further images get 503
+    request_s: float = 600.0  # an image of /v1/upscale that takes longer is cancelled
+    idle_s: float = 10.0  # a connection or an upload that sends nothing for this long is closed
+    least_bytes_per_s: float = 4096.0  # average rate of an upload, after the first `idle_s` seconds
     connections: int = 1024  # number of connections open at the same time
-    keep_s: float = 3600.0  # results and errors of jobs are removed after this time
-    grace_s: float = 30.0  # time for finishing running images after SIGTERM
-
-
-async def counted(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[bytes]:
-    """Pass a request's body through and count it; Problem 413 beyond the limit, 408 if it is too slow."""
-    total, begin = 0, time.monotonic()
-    source = aiter(chunks)
-    while True:
-        try:
-            chunk = await asyncio.wait_for(anext(source), limits.idle_s)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise Problem(408, f"the upload sent nothing for {limits.idle_s:.0f} seconds") from None
-        total += len(chunk)
-        if total > limits.upload_bytes:
-            raise Problem(
-                413, f"the request is larger than {memory.readable(limits.upload_bytes)}; send less"
-            )
-        late = time.monotonic() - begin - limits.idle_s
-        if late > 0 and total < late * limits.least_bytes_per_s:
-            raise Problem(408, f"the upload is slower than {limits.least_bytes_per_s:.0f} bytes per second")
-        yield chunk
+    keep_s: float = 3600.0  # results and errors of jobs are removed after this
+    grace_s: float = 30.0  # time that SIGTERM leaves for what is at work
 
 
 def check_header(path: Path, limits: Limits) -> tuple[int, int]:
     """Return the width and height that an image file declares, in pixels; no pixel is decoded.
 
-    Problem 415 is raised if the file is not an image that moesr reads, 413 if it declares too many pixels.
+    Problem 415 is raised if the file is not an image that moesr reads, 413 if it declares too many pixels,
+    and 422 if the header is damaged or decoding would take hours.
     """
     with path.open("rb") as stream:
         head = stream.read(32)
@@ -83,7 +64,20 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
             raise Problem(422, "the image's header is damaged; send the file again") from None
     if width * height > min(limits.input_px, MAX_INPUT_PX):
         raise Problem(413, f"the image has {width}x{height} pixels; {_too_many(limits)}")
+    if head.startswith(b"\xff\xd8"):
+        with path.open("rb") as stream:
+            _check_scans(stream)
     return width, height
+
+
+def _check_scans(stream: BinaryIO) -> None:
+    """Raise Problem 422 if a JPEG has so many scans that decoding it would keep a thread busy for hours."""
+    scans, place = 0, 0
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while (place := data.find(b"\xff\xda", place) + 1) > 0:  # in data of pixels 0xFF is followed by 0
+            scans += 1
+            if scans > JPEG_SCANS:
+                raise Problem(422, f"the JPEG has more than {JPEG_SCANS} scans; save it again")
 
 
 def _too_many(limits: Limits) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 from http import HTTPStatus
 from typing import Any
 
-from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, UsageError
+from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, OutputError, UsageError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -38,6 +38,8 @@ def of_error(error: BaseException) -> Problem:
         return Problem(409, "the image was cancelled")
     if isinstance(error, (MemoryLimitError, MemoryError)):
         return Problem(413, "the image needs more memory than this machine has free; send a smaller image")
+    if isinstance(error, (OSError, OutputError)):
+        return Problem(507, "the server cannot store the image or its result; the server's log says why")
     if isinstance(error, UsageError):
         return Problem(400, without_paths(str(error)))
     if isinstance(error, InputError):

@@ -9,26 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moesr.runtime.cli.batch import describe
 from moesr.runtime.images import reading, writing
+from moesr.runtime.serve.arrivals import Arrivals, closing
 from moesr.runtime.serve.limits import Limits
 from moesr.runtime.serve.metrics import Metrics
 from moesr.runtime.serve.problems import Problem, of_error
+from moesr.runtime.serve.result_format import SUFFIXES
 from moesr.runtime.serve.store import Job, Store
-from moesr.runtime.serve.upload import SUFFIXES, settings_of
+from moesr.runtime.serve.upload import settings_of
 from moesr.runtime.system.files import sha256_of
 from moesr.runtime.upscaler import Handle, JobProgress, Upscaler
 
 POOL = 4  # number of threads that decode and encode
 DECODED = 8  # number of decoded images held at the same time; the others wait as files
 WAITING = JobProgress(0.0, "queued", 0.0, 0)
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("moesr")
 
@@ -54,8 +58,9 @@ class Service:
 
     def __init__(self, engines: Mapping[str, Upscaler], store: Store, limits: Limits) -> None:
         self.engines, self.store, self.limits = dict(engines), store, limits
-        self.metrics = Metrics(self.engines, lambda: self.in_queue, self._stages)
-        self.closing = False
+        self.arrivals = Arrivals(limits)
+        self.metrics = Metrics(self)
+        self.deadline: float | None = None  # of the grace, on the clock of time.monotonic
         self.in_queue = 0  # number of images that wait or run
         self.running: dict[str, Running] = {}  # jobs by identifier
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="moesr-serve")
@@ -64,28 +69,47 @@ class Service:
 
     async def start(self) -> None:
         """Continue the jobs that an earlier process accepted, and begin to remove old results."""
-        for job in await asyncio.to_thread(lambda: list(self.store.jobs())):
+        for job in list(self.store.jobs.values()):
             if job.ended is None:
                 log.info("job %s continues", job.id)
                 self.reserve()
                 self.begin(job)
         self._sweeper = asyncio.create_task(self._sweep())
 
-    async def stop(self, grace_s: float) -> None:
-        """Finish the running images within `grace_s` seconds; all others stay on disk for the next start."""
-        self.closing = True
+    @property
+    def closing(self) -> bool:
+        """Whether no further image is accepted."""
+        return self.deadline is not None
+
+    def close(self) -> None:
+        """Accept no further image. Images in work have the grace to finish."""
+        self.arrivals.closing = True
+        self.deadline = self.deadline or time.monotonic() + self.limits.grace_s
+
+    def keep_waiting(self) -> None:
+        """Stop the jobs that are not in work yet; they stay on disk for the next start."""
+        for one in self.running.values():
+            if one.handle is None:
+                one.task.cancel()
+
+    async def stop(self) -> None:
+        """Finish the images in work within the grace; all others stay on disk for the next start."""
+        self.close()
         if self._sweeper:
             self._sweeper.cancel()
-        waiting = [one for one in self.running.values() if one.handle is None]
-        for one in waiting:
-            one.task.cancel()
+        self.keep_waiting()
         tasks = [one.task for one in self.running.values()]
         if tasks:
-            await asyncio.wait(tasks, timeout=grace_s)
-        for one in list(self.running.values()):
-            one.task.cancel()
+            await asyncio.wait(tasks, timeout=self.grace_left())
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._pool.shutdown(cancel_futures=True)
+        self.store.close()
+
+    def grace_left(self) -> float:
+        """Return the seconds until images in work are canceled; infinite while the service is not closing."""
+        return max(self.deadline - time.monotonic(), 0.0) if self.deadline is not None else float("inf")
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -108,9 +132,8 @@ class Service:
     def check_room(self) -> None:
         """Raise Problem 503 if no further image can be accepted now."""
         if self.closing:
-            raise Problem(503, "the service is shutting down; try again later", {"Retry-After": "30"})
+            raise closing()
         if self.in_queue >= self.limits.queue:
-            self.metrics.rejected.inc()
             wait = str(self.retry_after())
             raise Problem(503, f"the queue is full; try again in {wait} seconds", {"Retry-After": wait})
 
@@ -126,26 +149,60 @@ class Service:
 
         If this task is canceled, so is the image.
         """
-        upscaler = self.engines[options["engine"]]
-        settings = settings_of(options)
-        loop, begin = asyncio.get_running_loop(), time.monotonic()
+        try:
+            await self._upscale(path, options, target, running)
+        except asyncio.CancelledError:
+            self.metrics.cancelled.inc()
+            raise
+
+    async def _upscale(
+        self, path: Path, options: Mapping[str, Any], target: Path, running: Running | None
+    ) -> None:
+        name = options["engine"]
+        upscaler, settings, begin = self.engines[name], settings_of(options), time.monotonic()
         async with self._decoded:
-            loaded = await loop.run_in_executor(self._pool, reading.load, path)
+            self.metrics.stage(name, "queued", time.monotonic() - begin)
+            loaded = await self._in_pool(name, "reading", lambda: reading.load(path))
             handle = upscaler.submit(loaded, priority=options.get("priority", "normal"), **settings)
+            del loaded
             if running:
                 running.handle = handle
             try:
                 result = await asyncio.wrap_future(handle)
             except asyncio.CancelledError:
                 handle.cancel()
-                self.metrics.cancelled.inc()
                 raise
-            digest = await loop.run_in_executor(self._pool, sha256_of, path)
-            record = describe(upscaler.manifest, settings).of("upload", digest)
-            await loop.run_in_executor(
-                self._pool, lambda: writing.save(target, result, record, options.get("quality"))
-            )
-        self.metrics.seconds.labels(options["engine"]).observe(time.monotonic() - begin)
+            for stage, seconds in handle.progress.seconds.items():
+                self.metrics.stage(name, stage, seconds)
+
+            def write() -> None:
+                record = describe(upscaler.manifest, settings).of("upload", sha256_of(path))
+                writing.save(target, result, record, options.get("quality"))
+
+            await self._in_pool(name, "writing", write)
+        self.metrics.seconds.labels(name).observe(time.monotonic() - begin)
+
+    async def _in_pool(self, engine: str, stage: str, step: Callable[[], Result]) -> Result:
+        """Run `step` in the pool of threads that decode and encode, and record its time."""
+        begin = time.monotonic()
+        done = await asyncio.get_running_loop().run_in_executor(self._pool, step)
+        self.metrics.stage(engine, stage, time.monotonic() - begin)
+        return done
+
+    async def accept(self, directory: Path, options: dict[str, Any], size: tuple[int, int]) -> Job:
+        """Make a received request a job and begin to process it; Problem 503 if the queue is full.
+
+        It must not be canceled, or a job could be on disk that is not processed before the next start.
+        """
+        self.check_room()
+        self.reserve()
+        try:
+            job = await asyncio.to_thread(self.store.accept, directory, options, size)
+        except BaseException:
+            self.release()
+            raise
+        self.begin(job)
+        return job
 
     def begin(self, job: Job) -> None:
         """Begin to process an accepted job, which has a place in the queue and releases it at its end."""
@@ -164,6 +221,7 @@ class Service:
             if job.options["engine"] not in self.engines:
                 raise Problem(404, f"the engine {job.options['engine']!r} is not served any more")
             await self.upscale(job.input, job.options, job.result, self.running.get(job.id))
+            await asyncio.to_thread(self.store.finish, job)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -171,7 +229,7 @@ class Service:
             if problem.status >= 500:
                 log.error("job %s: %s", job.id, error, exc_info=problem.detail.startswith("internal"))
             self.metrics.failed.inc()
-            await asyncio.to_thread(job.fail, problem)
+            await asyncio.to_thread(self.store.fail, job, problem)
 
     async def cancel(self, job: Job) -> None:
         """Cancel a job if it is not done, and remove it."""
@@ -189,36 +247,30 @@ class Service:
 
     def status(self, job: Job) -> dict[str, Any]:
         """Return a job as clients see it."""
-        one = self.running.get(job.id)
-        error, ended = (None, None) if one else (job.error, job.ended)  # no file is read for running jobs
         values: dict[str, Any] = {
             "id": job.id,
-            "status": "failed" if error else "done" if ended else "queued",
+            "status": "failed" if job.error else "done" if job.ended else "queued",
             "width": job.width,
             "height": job.height,
             "options": job.options,
             "accepted": job.accepted,
         }
-        if error:
-            values["problem"] = error
-        elif ended is None:
-            progress = one.progress if one else WAITING
-            values |= {
-                "status": "running" if progress.stage not in ("queued", "waiting") else "queued",
-                "stage": progress.stage,
-                "fraction": round(progress.fraction, 4),
-                "seconds_left": round(progress.seconds_left, 1),
-                "position": progress.position or self._position(job),
-            }
-        else:
-            values |= {
-                "fraction": 1.0,
-                "media_type": job.media_type,
-                "suffix": SUFFIXES[job.options["format"]],
-            }
-        return values
+        if job.error:
+            return values | {"problem": job.error}
+        if job.ended:
+            end = {"media_type": job.media_type, "suffix": SUFFIXES[job.options["format"]]}
+            return values | {"fraction": 1.0, "seconds_left": 0.0, "ended": job.ended, **end}
+        one = self.running.get(job.id)
+        progress = one.progress if one else WAITING
+        return values | {
+            "status": "running" if progress.stage not in ("queued", "waiting") else "queued",
+            "stage": progress.stage,
+            "fraction": round(progress.fraction, 4),
+            "seconds_left": round(progress.seconds_left, 1),
+            "position": progress.position or self._position(job),
+        }
 
-    def _stages(self) -> list[str]:
+    def stages(self) -> list[str]:
         """Return the stage of every job in work."""
         return [one.progress.stage for one in self.running.values()]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +13,68 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from moesr.runtime.loop.settings import OPTION_NAMES
-from moesr.runtime.serve.limits import Limits, counted
+from moesr.runtime.serve.arrivals import Arrival
 from moesr.runtime.serve.problems import Problem
 
-FORMATS = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "tiff": "image/tiff",
-}
-"""Formats of results, by the name in `format`, with their media types."""
-
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 FIELDS = 32  # most fields of a form
-_NUMBERS = {"steps": int, "seed": int, "reuse": int, "fidelity": float, "guidance": float}
+FIELD_BYTES = 4096  # size of a field that is not a file
+BLOCK_BYTES = 1 << 18  # size of the blocks in which a body is written
+_KINDS = {"steps": int, "seed": int, "reuse": int, "quality": int, "fidelity": float, "guidance": float}
 _OTHERS = ("engine", "format", "quality", "priority")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
+_REAL = re.compile(r"[+-]?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
 
 
-async def receive(request: Request, path: Path, limits: Limits) -> dict[str, str]:
+async def receive(request: Request, path: Path, arrival: Arrival) -> dict[str, str]:
     """Write the image of a request to `path` while it arrives; return the options that came with it.
 
     Options are query parameters, or fields of a multipart form. A Problem is raised if the request is wrong.
     """
     options = dict(request.query_params)
-    chunks = counted(request.stream(), limits)
+    chunks = arrival.counted(request.stream())
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "multipart/form-data":
             options |= await _form(request, chunks, path)
         else:
-            with path.open("wb") as file:
-                async for chunk in chunks:
-                    file.write(chunk)
+            await _write(chunks, path)
     except ClientDisconnect:
         raise Problem(400, "the connection ended before the whole image had arrived") from None
-    except OSError as error:
-        raise Problem(507, f"the image cannot be stored ({os.strerror(error.errno or 0)})") from error
     return options
+
+
+async def _write(chunks: AsyncIterator[bytes], path: Path) -> None:
+    """Write a body to a file in blocks; the event loop never waits for the disk."""
+    with path.open("wb") as file:
+        block = bytearray()
+        async for chunk in chunks:
+            block += chunk
+            if len(block) >= BLOCK_BYTES:
+                await asyncio.to_thread(file.write, block)
+                block = bytearray()
+        await asyncio.to_thread(file.write, block)
 
 
 async def _form(request: Request, chunks: Any, path: Path) -> dict[str, str]:
     """Read a multipart form; its only file is written to `path`."""
-    parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=FIELDS)
+    parser = MultiPartParser(
+        request.headers, chunks, max_files=1, max_fields=FIELDS, max_part_size=FIELD_BYTES
+    )
+    parser.spool_max_size = BLOCK_BYTES
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, AssertionError) as error:
         if isinstance(error.__cause__, Problem):
             raise error.__cause__ from None
-        raise Problem(400, "the multipart form is damaged; send one file and at most 32 fields") from None
+        raise Problem(
+            400, f"the multipart form is damaged; send one file and at most {FIELDS} short fields"
+        ) from None
     try:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise Problem(400, "the form holds no file; send the image as a file in the field image")
         await asyncio.to_thread(_copy, files[0], path)
-        return {name: value for name, value in form.items() if isinstance(value, str)}
+        return {name: value for name, value in form.multi_items() if isinstance(value, str)}
     finally:
         await form.close()
 
@@ -82,11 +90,11 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in OPTION_NAMES if name in options}
 
 
-def check_options(given: Mapping[str, str], accept: str, engines: Mapping[str, object]) -> dict[str, Any]:
+def check_options(given: Mapping[str, str], engines: Mapping[str, object]) -> dict[str, Any]:
     """Return the options of a request as values: those of the command line, with engine, format and priority.
 
-    Problem 400 is raised for an option that is unknown or has an invalid value, 404 for an engine that is not
-    served, and 406 if no format of results is acceptable.
+    Problem 400 is raised for an option that is unknown or has an invalid value, and 404 for an engine that is
+    not served.
     """
     values: dict[str, Any] = {}
     for name, text in given.items():
@@ -94,42 +102,19 @@ def check_options(given: Mapping[str, str], accept: str, engines: Mapping[str, o
         if key not in OPTION_NAMES and key not in _OTHERS:
             known = ", ".join((*OPTION_NAMES, *_OTHERS))
             raise Problem(400, f"unknown option {name[:40]!r}; the options are {known}")
-        if text == "":
+        if text.strip() == "":
             continue
-        values[key] = _number(key, text, _NUMBERS[key]) if key in _NUMBERS else text[:200]
+        values[key] = _number(key, text, _KINDS[key]) if key in _KINDS else text[:200]
     values.setdefault("engine", next(iter(engines)))
     if values["engine"] not in engines:
         raise Problem(404, f"there is no engine {values['engine'][:40]!r} here; GET /v1/engines lists them")
-    values["format"] = _format(values.get("format"), accept)
-    if "quality" in values:
-        values["quality"] = _number("quality", values["quality"], int)
-        if not 1 <= values["quality"] <= 100:
-            raise Problem(400, "quality is expected to be a whole number from 1 to 100")
+    if not 1 <= values.get("quality", 1) <= 100:
+        raise Problem(400, "quality is expected to be a whole number from 1 to 100")
     return values
 
 
 def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float:
-    try:
-        if len(text) > 40:
-            raise ValueError
-        return kind(text)
-    except ValueError:
+    if not (_WHOLE if kind is int else _REAL).fullmatch(text.strip()):
         what = "a whole number" if kind is int else "a number"
-        raise Problem(400, f"{name} is {text[:40]!r}, expected {what}") from None
-
-
-def _format(asked: str | None, accept: str) -> str:
-    """Return the format of the result: the option, or the first of `Accept` that can be written, or PNG."""
-    if asked is not None:
-        name = {"jpg": "jpeg", "tif": "tiff"}.get(asked.lower(), asked.lower())
-        if name not in FORMATS:
-            raise Problem(400, f"format is {asked[:40]!r}, expected one of {', '.join(FORMATS)}")
-        return name
-    wanted = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    for media in wanted:
-        for name, media_type in FORMATS.items():
-            if media == media_type:
-                return name
-    if not accept or any(media in ("*/*", "image/*", "application/json", "") for media in wanted):
-        return "png"
-    raise Problem(406, f"the possible formats of a result are {', '.join(FORMATS.values())}")
+        raise Problem(400, f"{name} is {text[:40]!r}, expected {what}")
+    return kind(text)

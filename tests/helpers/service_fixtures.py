@@ -61,7 +61,8 @@ class Process:
     """A process that runs `moesr-serve`."""
 
     def __init__(self, engine: Path, state: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "moesr.runtime.serve.cli", "--engine", f"tiny={engine}"]
+        command = [sys.executable, "-m", "moesr.runtime.serve.cli"]
+        command += [] if "--engine" in options else ["--engine", f"tiny={engine}"]
         command += ["--port", "0", "--state", str(state), "--threads", "1", *options]
         self.log = state.parent / "serve.log"
         self._out = self.log.open("a")
@@ -90,6 +91,16 @@ class Process:
         self.client.close()
         self._out.close()
         return code
+
+
+@pytest.fixture(scope="module")
+def strict_process(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One server for the tests of a module, in which a connection may be silent for half a second."""
+    state = tmp_path_factory.mktemp("strict") / "state"
+    state.mkdir()
+    one = Process(tiny_engine, state, "--idle", "0.5", "--max-upload", "0.2")
+    yield one
+    one.stop(signal.SIGKILL)
 
 
 @pytest.fixture

@@ -5,11 +5,16 @@ import { Compare } from "./compare.js";
 
 const $ = (id) => document.getElementById(id);
 const stages = {
-  queued: "Waiting for its turn", waiting: "Waiting for memory", preparing: "Preparing", encoding: "Encoding",
-  sampling: "Sampling", decoding: "Decoding", finishing: "Finishing",
+  sending: "Sending the picture", queued: "Waiting for its turn", waiting: "Waiting for memory", preparing: "Preparing",
+  running: "Starting", encoding: "Encoding", sampling: "Sampling", decoding: "Decoding", finishing: "Finishing",
+  lost: "The connection is lost; trying again", fetching: "Fetching the result",
 };
-const compare = new Compare($("compare"), $("zoomed"), $("before"), $("handle"), $("zoom-value"));
-let file = null, engines = [], job = null, following = null, urls = [];
+const compare = new Compare({
+  box: $("compare"), picture: $("picture"), before: $("before"), after: $("after"), handle: $("handle"),
+  changed: (percent) => { $("zoom-value").textContent = `${percent} %`; },
+});
+let file = null, engines = [], job = null, working = null;
+const urls = {}; // object URLs by the image that shows them
 
 function show(part) {
   for (const id of ["progress", "result"]) $(id).hidden = id !== part;
@@ -18,9 +23,17 @@ function show(part) {
 function complain(text) {
   $("error").textContent = text;
   $("error").hidden = !text;
+  if (text) $("error").scrollIntoView({ block: "nearest" });
 }
 
-function take(chosen) {
+// Show data in an image; false if this browser cannot display it.
+async function display(id, blob) {
+  if (urls[id]) URL.revokeObjectURL(urls[id]);
+  $(id).src = urls[id] = URL.createObjectURL(blob);
+  return $(id).decode().then(() => true, () => false);
+}
+
+async function take(chosen) {
   if (!chosen) return;
   if (chosen.type && !chosen.type.startsWith("image/")) {
     complain(`${chosen.name || "This"} is not a picture. Choose a file such as a PNG, a JPEG or a WebP.`);
@@ -29,8 +42,18 @@ function take(chosen) {
   file = chosen;
   complain("");
   $("drop-title").textContent = chosen.name || "Pasted picture";
-  $("drop-text").textContent = `${(chosen.size / 1e6).toFixed(2)} MB. Choose, drop or paste another to replace it.`;
-  $("start").disabled = !engines.length;
+  const size = bytes(chosen.size), hint = "Choose, drop or paste another to replace it.";
+  $("drop-text").textContent = `${size}. ${hint}`;
+  setStart();
+  const shown = await display("preview", chosen);
+  if (file !== chosen) return; // another was chosen meanwhile
+  $("preview").hidden = !shown;
+  const [width, height] = [$("preview").naturalWidth, $("preview").naturalHeight];
+  if (shown) $("drop-text").textContent = `${width} × ${height} pixels, ${size}. ${hint}`;
+}
+
+function setStart() {
+  $("start").disabled = !file || !engines.length || Boolean(working);
 }
 
 function setDefaults() {
@@ -46,13 +69,16 @@ async function loadEngines() {
   try {
     engines = await api.engines();
   } catch (error) {
-    $("token-row").hidden = error.status !== 401;
-    complain(error.status === 401 ? "This server asks for a token. Type it into the field Token." : error.message);
+    const asked = error.status === 401;
+    const wrong = asked && $("token").value ? "This token is not the right one. " : "";
+    $("token-row").hidden = !asked;
+    complain(asked ? `${wrong}This server asks for a token. Type it into the field Token.` : error.message);
+    if (asked) $("token").focus();
     return;
   }
   complain("");
-  $("engine").replaceChildren(...engines.map((one) => new Option(`${one.name} (x${one.scale})`, one.name)));
-  $("start").disabled = !file;
+  $("engine").replaceChildren(...engines.map((one) => new Option(`${one.name} (×${one.scale})`, one.name)));
+  setStart();
   setDefaults();
 }
 
@@ -65,67 +91,87 @@ function report(state) {
 }
 
 function duration(seconds) {
-  return seconds < 90 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
+  if (seconds < 90) return `${seconds} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
+
+const bytes = (size) => (size < 1e5 ? `${Math.ceil(size / 1e3)} kB` : `${(size / 1e6).toFixed(size < 1e7 ? 1 : 0)} MB`);
 
 async function start(event) {
   event.preventDefault();
+  if (working || !file) return;
   complain("");
   const options = Object.fromEntries(["engine", "steps", "fidelity", "format", "seed"].map((id) => [id, $(id).value]));
-  const began = performance.now();
-  $("start").disabled = true;
+  const began = performance.now(), sent = file, mine = new AbortController();
+  working = mine;
+  job = null;
+  setStart();
   show("progress");
-  report({ stage: "queued", fraction: 0, status: "queued", position: 0 });
+  report({ stage: "sending", fraction: 0 });
+  $("cancel").focus({ preventScroll: true });
+  $("progress").scrollIntoView({ block: "nearest" });
   try {
-    job = await api.submit(file, options);
-    following = new AbortController();
-    const state = await api.follow(job.id, report, following.signal);
-    if (state.status === "failed") throw new api.ServiceError(state.problem.status, state.problem.detail);
-    if (state.status !== "done") return show(null);
-    await present(await api.result(job.id), state, (performance.now() - began) / 1000);
+    job = await api.submit(sent, options, mine.signal);
+    const state = await api.follow(job.id, report, mine.signal);
+    if (state.status === "failed") throw new api.ServiceError(state.problem.status, api.sentence(state.problem.detail));
+    if (state.status !== "done") throw new api.ServiceError(0, "The picture was cancelled on the server.");
+    report({ stage: "fetching", fraction: 1 });
+    const result = await api.result(job.id, mine.signal);
+    await present(sent, result, state, (performance.now() - began) / 1000);
   } catch (error) {
     show(null);
     if (error.name !== "AbortError") complain(error.message);
   } finally {
-    $("start").disabled = !file;
-    following = null;
+    working = null;
+    setStart();
+    if ($("result").hidden) $("start").focus({ preventScroll: true });
   }
 }
 
-async function present(blob, state, seconds) {
-  urls.forEach(URL.revokeObjectURL);
-  urls = [URL.createObjectURL(file), URL.createObjectURL(blob)];
-  [$("before").src, $("after").src] = urls;
-  const name = (file.name || "picture").replace(/\.[^.]*$/, "");
+async function present(sent, blob, state, seconds) {
+  const name = (sent.name || "picture").replace(/\.[^.]*$/, "");
   const scale = engines.find((one) => one.name === state.options.engine)?.scale ?? 1;
-  $("download").href = urls[1];
+  const [seen, original] = await Promise.all([display("after", blob), display("before", sent)]);
+  $("download").href = urls.after;
   $("download").download = `${name}_x${scale}${state.suffix}`;
-  const size = `${state.width * scale} x ${state.height * scale} pixels`;
-  $("facts").textContent = `${size}, ${(blob.size / 1e6).toFixed(2)} MB, in ${duration(Math.ceil(seconds))}.`;
+  const [width, height] = seen ? [$("after").naturalWidth, $("after").naturalHeight] : [state.width * scale, state.height * scale];
+  $("facts").textContent = `${width} x ${height} pixels, ${bytes(blob.size)}, done in ${duration(Math.ceil(seconds))}.`;
   show("result");
-  await Promise.allSettled([$("before").decode(), $("after").decode()]);
-  compare.scale(1);
+  document.querySelector(".frame").hidden = $("zooms").hidden = !seen;
+  for (const one of [$("before"), $("handle"), ...document.querySelectorAll(".tag")]) one.hidden = !original;
+  $("unseen").hidden = seen && original;
+  $("unseen").textContent = seen
+    ? "This browser cannot show the picture as it was sent, so only the result is shown."
+    : "This browser cannot show pictures of this format. Download the result, or enlarge again as PNG.";
+  if (seen) compare.fit();
   compare.move(50);
-  $("handle").focus({ preventScroll: true });
+  (seen && original ? $("handle") : $("download")).focus({ preventScroll: true });
   $("result").scrollIntoView({ block: "nearest" });
 }
 
 async function cancel() {
-  following?.abort();
+  working?.abort();
   show(null);
   if (job) await api.remove(job.id).catch(() => {});
   job = null;
 }
 
-$("file").addEventListener("change", (event) => take(event.target.files[0]));
-$("drop").addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
-$("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
-$("drop").addEventListener("drop", (event) => {
+function again() {
+  show(null);
+  $("file").value = "";
+  $("file").focus();
+  $("file").click();
+}
+
+addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
+addEventListener("dragleave", (event) => event.relatedTarget || $("drop").classList.remove("over"));
+addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
   take(event.dataTransfer.files[0]);
 });
 document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+$("file").addEventListener("change", (event) => take(event.target.files[0]));
 $("engine").addEventListener("change", setDefaults);
 $("fidelity").addEventListener("input", () => { $("fidelity-value").textContent = Number($("fidelity").value).toFixed(2); });
 $("options").addEventListener("submit", start);
@@ -133,6 +179,7 @@ $("token").addEventListener("change", () => { api.setToken($("token").value); lo
 $("cancel").addEventListener("click", cancel);
 $("zoom-in").addEventListener("click", () => compare.scale(compare.zoom * 1.5));
 $("zoom-out").addEventListener("click", () => compare.scale(compare.zoom / 1.5));
-$("again").addEventListener("click", () => { show(null); $("file").value = ""; $("file").click(); });
-addEventListener("resize", () => compare.move(compare.border));
+$("zoom-fit").addEventListener("click", () => compare.fit());
+$("again").addEventListener("click", again);
+addEventListener("resize", () => $("result").hidden || compare.zoom > compare.least || compare.fit());
 loadEngines();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import shutil
 import time
@@ -112,6 +113,13 @@ def test_from_a_dropped_image_to_the_download(page, process, tiny_upscaler, tmp_
     page.click("#zoom-out")
     assert page.inner_text("#zoom-value") == "100 %"
 
+    page.click("#zoom-in")
+    page.click("#zoom-fit")
+    assert page.inner_text("#zoom-value") == "100 %"
+    if page.size == "phone":
+        touch(page, "#handle", -60)
+        assert 60 < float(page.get_attribute("#handle", "aria-valuenow")) < 98
+
     with page.expect_download() as waiting:
         page.click("#download")
     assert waiting.value.suggested_filename == "holiday_x4.png"
@@ -120,6 +128,53 @@ def test_from_a_dropped_image_to_the_download(page, process, tiny_upscaler, tmp_
     np.testing.assert_array_equal(pixels_of((tmp_path / "got.png").read_bytes()), np.asarray(want))
     overflow = page.evaluate("document.documentElement.scrollWidth > innerWidth")
     assert not overflow, "the page is wider than the window"
+
+
+def touch(page: playwright.Page, selector: str, distance: int) -> None:
+    """Drag an element sideways by a finger."""
+    page.locator(selector).scroll_into_view_if_needed()
+    box = page.locator(f"{selector} .knob").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    device = page.context.new_cdp_session(page)
+
+    def send(kind: str, *points: tuple[float, float]) -> None:
+        touched = [{"x": one[0], "y": one[1]} for one in points]
+        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touched})
+
+    send("touchStart", (x, y))
+    for step in range(1, 6):
+        send("touchMove", (x + distance * step / 5, y))
+    send("touchEnd")
+
+
+def test_a_pasted_picture_and_formats_that_a_browser_cannot_show(page, strict_process):
+    page.goto(strict_process.url)
+    page.wait_for_selector("#engine option", state="attached")
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(out, "TIFF")
+    page.evaluate(
+        """(text) => {
+            const data = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([data], "scan.tif", { type: "image/tiff" }));
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: transfer }));
+        }""",
+        base64.b64encode(out.getvalue()).decode(),
+    )
+    until(page, "document.getElementById('drop-title').textContent === 'scan.tif'")
+    page.fill("#steps", "1")
+    page.click("#start")
+    page.wait_for_selector("#unseen:not([hidden])")
+    assert page.is_visible("#after") and page.is_hidden("#handle")
+    page.select_option("#format", "tiff")
+    page.click("#start")
+    until(page, "document.getElementById('facts').textContent.includes('64 x 64')")
+    until(page, "document.getElementById('unseen').textContent.includes('of this format')")
+    shot(page, "unseen")
+    assert page.is_hidden("#after")
+    with page.expect_download() as waiting:
+        page.click("#download")
+    assert waiting.value.suggested_filename == "scan_x4.tif"
 
 
 def test_errors_are_explained(page, process):

@@ -93,20 +93,59 @@ def test_slow_and_silent_connections_are_closed(process):
     slow.close()
 
 
-def test_huge_headers_and_invalid_http(process):
-    server = process()
-    for sent in (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"\x16\x03\x01 no http\r\n\r\n"):
-        with socket.create_connection(server.address) as connection:
-            connection.settimeout(30)
-            connection.sendall(sent)
-            assert connection.recv(100).startswith(b"HTTP/1.1 400")
-    assert server.client.get("/healthz").json() == {"status": "ok"}
+def test_sigterm_ends_uploads_at_once(process):
+    server = process("--grace", "60", "--idle", "60")
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nabc")
+        metric(server, "moesr_uploads_bytes", 3.0)
+        begin = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - begin < 30
+        assert b" 503 " in connection.recv(1000)
+
+
+def test_what_outlasts_the_grace_goes_on_at_the_next_start(process):
+    first = process("--grace", "0.5")
+    name = first.client.post("/v1/jobs?steps=1000", content=picture(60, 60)).json()["id"]
+    with socket.create_connection(first.address) as connection:
+        data = picture(300, 300)
+        head = f"POST /v1/upscale?steps=1000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        metric(first, "moesr_queue", 2.0)
+        begin = time.monotonic()
+        assert first.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - begin < 30
+        assert b" 503 " in connection.recv(1000)
+    second = process()
+    assert f"job {name} continues" in second.text()
+    assert finished(second.client, [name])[0]["status"] == "done"
+
+
+def test_a_job_of_an_engine_that_is_gone_fails_with_words(process, tiny_engine):
+    first = process("--grace", "0")
+    name = first.client.post("/v1/jobs?steps=1000", content=picture(300, 300)).json()["id"]
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    second = process("--engine", f"other={tiny_engine}")
+    (state,) = finished(second.client, [name])
+    assert state["status"] == "failed" and "not served any more" in state["problem"]["detail"]
+    assert second.client.get(f"/v1/jobs/{name}/result").status_code == 404
+    assert second.client.delete(f"/v1/jobs/{name}").status_code == 204
+
+
+def test_a_directory_of_jobs_that_another_server_uses(process, tiny_engine, tmp_path, capsys):
+    process()
+    options = ["--state", str(tmp_path / "state"), "--engine", str(tiny_engine), "--port", "0"]
+    assert cli.main(options) == 1
+    assert "is used by another moesr-serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--queue", "0"], 2, "queue is 0"),
+        (["--queue", "0"], 2, "--queue is 0"),
+        (["--max-upload", "nan"], 2, "--max-upload is nan"),
+        (["--max-uploads", "inf"], 2, "--max-uploads is inf"),
+        (["--grace", "-1"], 2, "--grace is -1"),
         (["--port", "99999"], 2, "--port is 99999"),
         (["--engine", "a=demo-x4", "a=demo-x8"], 2, "two engines are called 'a'"),
         (["--token-file", "/nonexistent"], 2, "cannot be read as a token"),

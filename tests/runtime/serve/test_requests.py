@@ -1,0 +1,264 @@
+"""Details of requests and answers: formats, methods, headers, events, metrics, and a disk that fails."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+
+import pytest
+from pictures import picture
+from PIL import Image
+
+from moesr.runtime.errors import OutputError
+from moesr.runtime.serve.problems import Problem
+from moesr.runtime.serve.result_format import choose
+from moesr.runtime.serve.store import Store
+
+PROBLEM = "application/problem+json"
+
+ACCEPTED = {
+    "": "png",
+    "*/*": "png",
+    "image/*": "png",
+    "image/webp": "webp",
+    "IMAGE/WEBP": "webp",
+    "image/webp;q=0.1, image/png;q=0.9": "png",
+    "image/webp;q=0.1, image/jpeg;q=0.5": "jpeg",
+    "image/png;q=0, */*": "jpeg",
+    "image/*;q=0.5, image/tiff": "tiff",
+    "image/jpeg, image/webp": "jpeg",
+    "image/avif,image/webp,image/apng,*/*;q=0.8": "webp",
+    "text/html, */*;q=0.1": "png",
+    "image/webp;q=x, image/tiff;q=0.2": "tiff",
+    "image/webp; q=0.3; x=y, image/tiff;level=1;q=0.2": "webp",
+}
+
+
+@pytest.mark.parametrize(("accept", "name"), ACCEPTED.items())
+def test_the_format_follows_the_weights(accept, name):
+    assert choose(None, accept) == name
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/bmp", "*/*;q=0", "image/png;q=0", "application/json"])
+def test_nothing_that_is_acceptable(accept):
+    with pytest.raises(Problem) as caught:
+        choose(None, accept)
+    assert caught.value.status == 406
+    assert choose("webp", accept) == "webp", "the option wins"
+
+
+def test_a_client_of_jobs_that_accepts_json_gets_a_png():
+    assert choose(None, "application/json", described=True) == "png"
+
+
+def test_methods(serve):
+    with serve() as client:
+        head = client.head("/v1/engines")
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == client.get("/v1/engines").headers["content-length"]
+        assert client.head("/").status_code == 200
+        refused = client.put("/v1/upscale")
+        assert refused.status_code == 405 and refused.headers["content-type"] == PROBLEM
+        assert refused.headers["allow"] == "OPTIONS, POST"
+        allowed = client.options("/v1/jobs/" + "0" * 32)
+        assert allowed.status_code == 204 and allowed.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"
+        assert client.request("BREW", "/v1/jobs").status_code == 405
+        assert client.get("/v1/jobs/", follow_redirects=False).status_code == 404
+        text = client.get("/metrics").text
+    assert 'method="HEAD"' in text and "BREW" not in text
+
+
+def test_ranges_are_not_served(serve):
+    with serve() as client:
+        answer = client.get("/static/page.js", headers={"Range": "bytes=0-1,1-2"})
+    assert answer.status_code == 200 and answer.headers["accept-ranges"] == "none"
+
+
+def test_pages_of_other_sites_are_refused(serve):
+    with serve() as client:
+        sites = ("cross-site", "same-site", "same-origin", "none")
+        statuses = [
+            client.post(
+                "/v1/upscale?steps=1", content=picture(), headers={"Sec-Fetch-Site": site}
+            ).status_code
+            for site in sites
+        ]
+    assert statuses == [403, 403, 200, 200]
+
+
+def test_a_token_beyond_ascii(serve):
+    with serve(token="schlüssel") as client:
+        for given, status in (("schlüssel", 200), ("schl", 401), ("schlüssel2", 401)):
+            headers = {b"Authorization": f"Bearer {given}".encode()}
+            assert client.get("/v1/engines", headers=headers).status_code == status
+
+
+def test_events_can_be_taken_up_again(serve):
+    with serve() as client:
+        job = client.post("/v1/jobs?steps=2", content=picture()).json()
+        path = f"/v1/jobs/{job['id']}/events"
+        lines = client.get(path, headers={"Last-Event-ID": "41"}).text.splitlines()
+        names = [line.removeprefix("id: ") for line in lines if line.startswith("id: ")]
+        assert names[-1] == "end" and names[0] in ("42", "end")
+        assert client.get(path, headers={"Last-Event-ID": "end"}).status_code == 204
+        assert client.get(path, headers={"Last-Event-ID": "../x"}).text.splitlines()
+        head = client.head(path)
+        assert head.status_code == 200 and head.headers["content-type"].startswith("text/event-stream")
+
+
+def test_jobs_that_are_not_there(serve):
+    with serve() as client:
+        job = client.post("/v1/jobs?steps=1", content=picture()).json()
+        path = f"/v1/jobs/{job['id']}"
+        assert [client.delete(path).status_code for _ in range(2)] == [204, 404]
+        assert client.delete("/v1/jobs/" + "0" * 32).status_code == 404
+        assert client.delete("/v1/jobs/..%2f..%2fetc").status_code == 404
+
+
+def test_what_is_asked_of_ended_jobs_reads_no_disk(serve):
+    with serve() as client:
+        job = client.post("/v1/jobs?steps=1", content=picture()).json()
+        path = f"/v1/jobs/{job['id']}"
+        while client.get(path).json()["status"] != "done":
+            pass
+        kept = client.service.store.jobs[job["id"]]
+        assert not kept.input.exists(), "it is not needed any more"
+        kept.result.unlink()
+        assert client.get(path).json()["status"] == "done"
+        assert client.get(path + "/result").status_code == 404
+
+
+def test_all_uploads_together_are_bounded(serve):
+    with serve(uploads_bytes=1000) as client:
+        refused = client.post("/v1/upscale", content=bytes(5000))
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+        form = client.post("/v1/jobs", files={"image": ("a.png", bytes(5000))})
+        assert form.status_code == 503
+        assert client.service.arrivals.bytes == 0
+        assert client.post("/v1/upscale?steps=1", content=picture(8, 8)).status_code == 200
+        assert "moesr_rejected_total 2.0" in client.get("/metrics").text
+
+
+def test_every_metric_moves(serve):
+    with serve() as client:
+        client.post("/v1/upscale?steps=3", content=picture())
+        job = client.post("/v1/jobs?steps=1000", content=picture(200, 200)).json()
+        while client.get(f"/v1/jobs/{job['id']}").json()["status"] != "running":
+            pass
+        during = client.get("/metrics").text
+        client.delete(f"/v1/jobs/{job['id']}")
+        failed = client.post("/v1/jobs", content=picture()[:-200]).json()
+        while client.get(f"/v1/jobs/{failed['id']}").json()["status"] != "failed":
+            pass
+        text = client.get("/metrics").text
+    assert "moesr_queue 1.0" in during and 'moesr_jobs_by_stage{stage="' in during
+    assert 'moesr_active{engine="tiny"} 1.0' in during
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    stages = ("receiving", "queued", "reading", "waiting", "preparing", "running", "sampling", "decoding")
+    for stage in (*stages, "finishing", "writing"):
+        assert float(values[f'moesr_stage_seconds_count{{engine="tiny",stage="{stage}"}}']) >= 1, stage
+    assert float(values['moesr_stage_seconds_sum{engine="tiny",stage="sampling"}']) > 0
+    moved = ["ticks_total", "slots_total", "slots_limit", "image_seconds_count", "image_seconds_sum"]
+    assert all(float(values[f'moesr_{name}{{engine="tiny"}}']) > 0 for name in moved)
+    assert float(values["moesr_resident_bytes"]) > 1e6 and float(values["moesr_queue_limit"]) == 32
+    assert values["moesr_cancelled_total"] == values["moesr_failed_total"] == "1.0"
+
+
+@pytest.mark.parametrize("step", ["incoming", "accept"])
+def test_a_full_disk_is_said_and_leaves_nothing(serve, tmp_path, monkeypatch, step):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with serve() as client:
+        monkeypatch.setattr(client.service.store, step, full)
+        answer = client.post("/v1/jobs", content=picture())
+        assert client.service.in_queue == 0 and not client.service.store.jobs
+    assert answer.status_code == 507 and answer.headers["content-type"] == PROBLEM
+    assert not [p for kind in ("incoming", "jobs") for p in (tmp_path / "state" / kind).iterdir()]
+
+
+def test_a_result_that_cannot_be_stored_fails_the_job(serve, monkeypatch):
+    def full(*_: object) -> None:
+        raise OutputError("/state/x: No space left on device")
+
+    monkeypatch.setattr("moesr.runtime.images.writing.save", full)
+    with serve() as client:
+        assert client.post("/v1/upscale?steps=1", content=picture()).status_code == 507
+        job = client.post("/v1/jobs?steps=1", content=picture()).json()
+        while (state := client.get(f"/v1/jobs/{job['id']}").json())["status"] != "failed":
+            pass
+    assert state["problem"]["status"] == 507 and "/state" not in json.dumps(state)
+
+
+def test_one_process_per_directory(tmp_path):
+    first = Store(tmp_path)
+    with pytest.raises(OutputError, match="another moesr-serve"):
+        Store(tmp_path)
+    first.close()
+    Store(tmp_path).close()
+
+
+def test_a_jpeg_of_many_scans_is_refused(serve):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : data.rindex(b"\xff\xd9")]
+    with serve() as client:
+        assert client.post("/v1/upscale?steps=1", content=data).status_code == 200
+        answer = client.post("/v1/upscale", content=data[:-2] + scan * 500 + data[-2:])
+    assert answer.status_code == 422 and "scans" in answer.json()["detail"]
+
+
+WRONG = {
+    "underscores": ("seed=1_000", 400),
+    "other digits": ("steps=\uff13", 400),
+    "real number of steps": ("steps=3.0", 400),
+    "exponent": ("fidelity=1e999", 400),
+    "hexadecimal": ("steps=0x10", 400),
+    "huge seed": ("seed=99999999999999999999", 400),
+    "zero byte": ("engine=tiny%00", 404),
+    "priority of another type": ("priority=4", 400),
+    "header in a value": ("format=png%0d%0aX:1", 400),
+}
+
+
+@pytest.mark.parametrize(("query", "status"), WRONG.values(), ids=WRONG)
+def test_values_of_another_form(serve, query, status):
+    with serve() as client:
+        answer = client.post(f"/v1/jobs?{query}", content=picture())
+    assert answer.status_code == status and answer.headers["content-type"] == PROBLEM
+
+
+def test_a_size_that_the_format_cannot_hold_is_refused_before_the_work(serve):
+    with serve() as client:
+        answer = client.post("/v1/jobs?format=webp", content=picture(8, 4200))
+    assert answer.status_code == 400 and "WEBP can hold" in answer.json()["detail"]
+
+
+def form(*parts: bytes) -> bytes:
+    return b"".join(b"--x\r\n" + part + b"\r\n" for part in parts) + b"--x--\r\n"
+
+
+FILE = b'Content-Disposition: form-data; name="image"; filename="../../etc/passwd"\r\n\r\n' + picture()
+FIELD = b'Content-Disposition: form-data; name="%s"\r\n\r\n%s'
+FORMS = {
+    "a name that is a path": (form(FILE, FIELD % (b"steps", b"1")), 200),
+    "two files": (form(FILE, FILE), 400),
+    "a huge field": (form(FIELD % (b"steps", b"1" * 100_000), FILE), 400),
+    "many fields": (form(*[FIELD % (b"steps", b"1")] * 50, FILE), 400),
+    "a huge header": (form(b"X: " + b"a" * 100_000 + b"\r\n" + FILE), 400),
+    "many headers": (form(b"X: a\r\n" * 1000 + FILE), 400),
+    "no name": (form(b"Content-Disposition: form-data\r\n\r\nabc"), 400),
+    "an unknown field": (form(FIELD % (b"stepz", b"1"), FILE), 400),
+    "a field named image": (form(FIELD % (b"image", b"abc")), 400),
+    "no end": (form(FILE)[:-8], 400),
+}
+
+
+@pytest.mark.parametrize(("content", "status"), FORMS.values(), ids=FORMS)
+def test_forms(serve, content, status):
+    with serve() as client:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        answer = client.post("/v1/upscale", content=content, headers=headers)
+    assert answer.status_code == status, answer.text
