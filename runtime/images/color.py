@@ -4,7 +4,8 @@ Both methods come from StableSR (Section 3.1): matching of channel statistics (E
 wavelet band (Eq. 3-5). Images are float32 [..., H, W] in [-1, 1]. The leading axes are channels; each channel
 is corrected separately, so working memory is needed for one channel at a time.
 
-`adain` and `wavelet` are the published methods. `fix_color` also protects clipped regions (see `clipping`).
+`adain` and `wavelet` are the published methods. `fix_color` also keeps the level of flat regions (see
+`flat_regions`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moesr.runtime.images import clipping
+from moesr.runtime.images import flat_regions
+from moesr.runtime.images.flat_regions import LEVEL, Protection, Regions
 
 COLOR_FIXES = ("adain", "wavelet", "none")
 """The names of methods for `fix_color`."""
@@ -25,27 +27,29 @@ _ROWS_PER_BLOCK = 64
 def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray | None = None) -> np.ndarray:
     """Correct `sr` by `method` (one of `COLOR_FIXES`) towards `lr_up`, the input resized to the same size.
 
-    Regions where `lr_up` is flat white or black are excluded from the statistics and not changed by them;
-    inside such a region the result is `lr_up`. "none" returns `sr` itself, or a copy in `out`. `out` may be
-    `sr`. Raises ValueError for an unknown method or unequal shapes.
+    Regions where `lr_up` is flat white or black become `lr_up` whatever the method; "none" does nothing else,
+    and returns `sr` itself if there are none and no `out`. The other methods also leave the level of flat
+    regions as it is (see `flat_regions`). `out` may be `sr`. Raises ValueError for an unknown method or
+    unequal shapes.
     """
     if method not in COLOR_FIXES:
         raise ValueError(f"unknown color correction {method!r}; choose one of {', '.join(COLOR_FIXES)}")
-    if method == "none" and (out is None or out is sr):
-        return sr
     _check_shapes(sr, lr_up)
-    out = np.empty_like(sr) if out is None else out
-    if method == "none":
-        out[...] = sr
-        return out
+    correct = {"adain": _adain_around, "wavelet": _wavelet_around, "none": _pinned}[method]
+    find = flat_regions.find_clipped if method == "none" else flat_regions.find
     for channel in np.ndindex(sr.shape[:-2]):
-        content, style, plane = sr[channel], lr_up[channel], out[channel]
-        cells = clipping.clipped_cells(style)
-        if cells is None:
-            (_adain_plane if method == "adain" else _wavelet_plane)(content, style, plane)
+        content, style = sr[channel], lr_up[channel]
+        regions = find(style)
+        if regions is None and method == "none" and (out is None or out is sr):
+            continue
+        out = (sr.copy() if method == "none" else np.empty_like(sr)) if out is None else out
+        if regions is not None:
+            correct(content, style, out[channel], regions)
+        elif method == "none":
+            out[channel] = content
         else:
-            (_adain_around if method == "adain" else _wavelet_around)(content, style, plane, cells)
-    return out
+            (_adain_plane if method == "adain" else _wavelet_plane)(content, style, out[channel])
+    return sr if out is None else out
 
 
 def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -88,18 +92,30 @@ def _check_shapes(content: np.ndarray, style: np.ndarray) -> None:
 
 
 def _adain_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray) -> None:
-    gain, offset = _gain_and_offset(content, style)
+    gain, offset, _ = _gain_and_offset(content, style)
     np.multiply(content, np.float32(gain), out=out)
     out += np.float32(offset)
 
 
-def _adain_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, cells: np.ndarray) -> None:
-    """`_adain_plane` with statistics of the pixels outside `cells` [h, w], which are protected."""
-    gain, offset = _gain_and_offset(content, style, cells)
-    weights = clipping.Protection(cells, content.shape)
+def _adain_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Regions) -> None:
+    """`_adain_plane` with the level of flat regions kept, and statistics of what is not near white or black.
+
+    An image of one level has no other deviation than the one that its correction takes away.
+    """
+    gain, offset, deviation = _gain_and_offset(content, style, regions.near)
+    if deviation < LEVEL:
+        regions = regions.without_steady
+    protection = Protection(regions, content, style)
     for rows in _blocks(len(content)):
         correction = content[rows] * np.float32(gain - 1.0) + np.float32(offset)
-        weights.apply(rows, content, correction, style, out)
+        protection.apply(rows, correction, out)
+
+
+def _pinned(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Regions) -> None:
+    """`content` with the pinned regions of `style`."""
+    protection = Protection(regions, content, style)
+    for rows in _blocks(len(content)):
+        protection.pin(rows, out)
 
 
 def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, levels: int = 5) -> None:
@@ -108,16 +124,17 @@ def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, leve
     np.add(content, _low_band(low, levels), out=out)
 
 
-def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, cells: np.ndarray) -> None:
-    """`_wavelet_plane` with no difference inside `cells` [h, w], which are protected."""
+def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Regions) -> None:
+    """`_wavelet_plane` with pinned regions of `style`, whose difference does not spread to what is around."""
+    regions = regions.without_steady
     low = np.empty(content.shape, np.float32)
     np.subtract(style, content, out=low)
-    weights = clipping.Protection(cells, content.shape)
+    protection = Protection(regions, content, style)
     for rows in _blocks(len(content)):
-        low[rows][weights.clipped(rows)] = 0.0
+        low[rows][flat_regions.expand(regions.pinned, rows, content.shape[1])] = 0.0
     _low_band(low, 5)
     for rows in _blocks(len(content)):
-        weights.apply(rows, content, low[rows], style, out)
+        protection.apply(rows, low[rows], out)
 
 
 def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:
@@ -145,12 +162,15 @@ def _blur_rows(source: np.ndarray, out: np.ndarray, dilation: int) -> None:
 
 def _gain_and_offset(
     content: np.ndarray, style: np.ndarray, cells: np.ndarray | None = None
-) -> tuple[float, float]:
-    """Return the factor and offset that give `content` the mean and deviation of `style`, outside `cells`."""
+) -> tuple[float, float, float]:
+    """Return the factor and offset that give `content` the mean and deviation of `style`, and that deviation.
+
+    Pixels in `cells` do not count.
+    """
     content_mean, content_std = _statistics(content, cells)
     style_mean, style_std = _statistics(style, cells)
     gain = style_std / content_std
-    return gain, style_mean - content_mean * gain
+    return gain, style_mean - content_mean * gain, style_std
 
 
 def _statistics(plane: np.ndarray, cells: np.ndarray | None = None) -> tuple[float, float]:
@@ -174,7 +194,7 @@ def _outside(plane: np.ndarray, cells: np.ndarray | None) -> Iterator[np.ndarray
     for rows in _blocks(len(plane)):
         block = plane[rows]
         if cells is not None:
-            block = block[~clipping.expand(cells, rows, plane.shape[1])]
+            block = block[~flat_regions.expand(cells, rows, plane.shape[1])]
         yield block.astype(np.float64)
 
 

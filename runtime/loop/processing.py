@@ -58,9 +58,8 @@ def finish(planes: Planes, job: Job) -> np.ndarray:
     style = np.empty((rows, columns), np.float32)
     for channel in range(3):  # one plane at a time: a plane of an 8K image takes 130 MB
         plane = job.image[channel, :rows, :columns]
-        if job.settings.color_fix != "none":
-            to_unit(job.lr[:rows, :columns, channel], style)
-            fix_color(plane, style, job.settings.color_fix, out=plane)
+        to_unit(job.lr[:rows, :columns, channel], style)
+        fix_color(plane, style, job.settings.color_fix, out=plane)
         if (rows, columns) != (height, width):
             plane = imresize(plane, height, width)
         np.add(plane, np.float32(1.0), out=plane)

@@ -20,7 +20,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upscaler]:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("color_fix", ["adain", "wavelet"])
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
 @pytest.mark.parametrize("share", [0, 1], ids=["black", "white"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_flat_white_and_black_stay(up: Upscaler, dtype: type, color_fix: str, share: int, channels: int):
@@ -30,6 +30,16 @@ def test_flat_white_and_black_stay(up: Upscaler, dtype: type, color_fix: str, sh
     result = up(image, steps=2, color_fix=color_fix)
     flat = result[:, 18 * 4 :, :3].astype(int)
     assert np.abs(flat - share * top).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("level", [250, 242, 9])
+def test_paper_that_is_nearly_white_or_black_stays(up: Upscaler, dtype: type, level: int):
+    image = RNG.integers(0, 256, (40, 48, 3), np.uint8)
+    image[:, 16:] = level
+    image = image.astype(dtype) * dtype(np.iinfo(dtype).max // 255)
+    flat = up(image, steps=2)[:, 21 * 4 :].astype(int)
+    assert np.abs(flat - int(image[0, -1, 0])).max() <= 1
 
 
 def test_12_bit_data_give_the_result_of_16_bit_data(up: Upscaler):
