@@ -30,6 +30,7 @@ RUNTIME = {
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",
     ),
+    "cluster": (*("backends", "cli", "devices", "engine", "errors", "images", "loop", "system", "upscaler"),),
     "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
 }
 """The packages that each package of the runtime imports, lowest level first: imports name earlier entries."""

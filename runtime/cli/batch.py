@@ -78,16 +78,14 @@ def run(
     output: str | None,
     options: Mapping[str, Any],
     how: RunOptions | None = None,
+    report: Report | None = None,
 ) -> int:
     """Work on all inputs, report them, and return the highest of their exit codes.
 
-    `options` are those of `Upscaler.map`. Raises UsageError if there are no inputs.
+    `options` are those of `Upscaler.map`. The account of every file goes to `report`, by default to the file
+    that `how` names. Raises UsageError if there are no inputs.
     """
-    how = how or RunOptions()
-    if how.size and how.size.scale == upscaler.manifest.scale:  # results have this size anyway
-        how = dataclasses.replace(how, size=None)
-    wanted = describe(upscaler.manifest, options)
-    wanted = dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()})
+    wanted, how = prepared(upscaler.manifest, options, how or RunOptions())
     made = plan(
         paths,
         output,
@@ -101,14 +99,26 @@ def run(
         log.info("%s", note)
     if not (made.listing.inputs or made.listing.failed):
         raise UsageError(f"no images in {', '.join(map(str, paths))}")
-    batch = Batch(upscaler, made, wanted, how)
+    batch = Batch(upscaler, made, wanted, how, report)
     batch.run(options)
     counts = {"done": batch.done, "skipped": batch.skipped, "failed": batch.failed}
     if left := len(made.listing.inputs) + len(made.listing.failed) - sum(counts.values()):
         counts["not begun"] = left
-    if sum(counts.values()) > 1:
-        log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
+    summary(counts)
     return batch.code
+
+
+def prepared(
+    manifest: Manifest, options: Mapping[str, Any], how: RunOptions
+) -> tuple[Provenance, RunOptions]:
+    """The record of results whose source is not known yet, and `how` without a size that is the usual one.
+
+    UsageError if the engine does not support the options.
+    """
+    if how.size and how.size.scale == manifest.scale:  # the size that results have anyway
+        how = dataclasses.replace(how, size=None)
+    wanted = describe(manifest, options)
+    return dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()}), how
 
 
 def describe(manifest: Manifest, options: Mapping[str, Any]) -> Provenance:
@@ -156,10 +166,17 @@ class Batch:
     An input that fails does not stop the others.
     """
 
-    def __init__(self, upscaler: Upscaler, made: OutputPlan, wanted: Provenance, how: RunOptions) -> None:
-        """Open the files of the report; OutputError if the file of `how.log` cannot be written to."""
+    def __init__(
+        self,
+        upscaler: Upscaler,
+        made: OutputPlan,
+        wanted: Provenance,
+        how: RunOptions,
+        report: Report | None = None,
+    ) -> None:
+        """Open the report, by default the file of `how.log`; OutputError if it cannot be written to."""
         self._upscaler, self._plan, self._wanted, self._how = upscaler, made, wanted, how
-        self._report = Report(how.log, how.json_progress)
+        self._report = report or Report(how.log, how.json_progress)
         count = len(made.listing.inputs)
         self._progress = Progress(count)
         self._display = Display(count, quiet=how.quiet, as_events=how.json_progress)
@@ -315,19 +332,31 @@ class Batch:
     def _fail(self, entry: Entry, error: Exception) -> None:
         """Report an input's error; the exit code of the batch becomes the highest one."""
         self.failed += 1
-        text = reason(error) if isinstance(error, OSError) else str(error)
-        if isinstance(error, MemoryError):
-            text = f"out of memory{f' ({text})' if text else ''}; use a smaller image"
-        if entry.input not in text:
-            text = f"{entry.input}: {text}"
+        text, code = account_of(error, entry.input)
         log.error("%s", text)
-        code = 1 if isinstance(error, OSError) else MemoryLimitError.exit_code
-        code = error.exit_code if isinstance(error, MoesrError) else code
-        # a UsageError about one file: the command was right, the file was not
-        self.code = max(self.code, 1 if code == UsageError.exit_code else code)
+        self.code = max(self.code, code)
         self._report.write(entry.line("failed", self._wanted, text))
         if self._how.fail_fast:
             raise _Stop
+
+
+def account_of(error: Exception, name: str) -> tuple[str, int]:
+    """The message about the input `name` that failed with an error, and the exit code that it stands for."""
+    text = reason(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, MemoryError):
+        text = f"out of memory{f' ({text})' if text else ''}; use a smaller image"
+    if name not in text:
+        text = f"{name}: {text}"
+    code = 1 if isinstance(error, OSError) else MemoryLimitError.exit_code
+    code = error.exit_code if isinstance(error, MoesrError) else code
+    # A UsageError of one file: the command was right, the file was not.
+    return text, 1 if code == UsageError.exit_code else code
+
+
+def summary(counts: Mapping[str, int]) -> None:
+    """Log how many inputs were done, skipped and failed, if there is more than one."""
+    if sum(counts.values()) > 1:
+        log.info("%s", ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
 def _hashed(stream: Any, path: Path) -> str:

@@ -227,14 +227,7 @@ class OutputNames:
         """Return the line that says that an input is done; "" if its result has to be made again."""
         if self._force or not provenance.is_whole(target):
             return ""
-        same = {name: record.settings.get(name) for name in self._ignored if name in record.settings}
-        differences = record.differences(replace(wanted, settings={**wanted.settings, **same}))
-        if differences and not found.listed:
-            raise OutputError(
-                f"{found.path}: {target} exists, made with {differences}; pass --force to make it again"
-            )
-        made = f", made with {differences}" if differences else ""
-        return f"{found.path}: skipped, {target} exists{made} (--force makes it again)"
+        return skip_line(str(found.path), str(target), record, wanted, self._ignored, named=not found.listed)
 
     def _free(self, found: Input, folder: Path) -> Path:
         """Return the first name that is not in use."""
@@ -287,6 +280,30 @@ class OutputNames:
         problem = self._folders[folder]
         if problem:
             raise problem
+
+
+def skip_line(
+    source: str,
+    target: str,
+    record: Provenance,
+    wanted: Provenance,
+    ignored: frozenset[str] = frozenset(),
+    *,
+    named: bool = False,
+) -> str:
+    """The line that says that `source` is skipped because its result `target` exists.
+
+    A result that differs from `wanted` in more than the `ignored` settings is an OutputError if the source
+    was `named` rather than found in a directory.
+    """
+    same = {name: record.settings.get(name) for name in ignored if name in record.settings}
+    differences = record.differences(replace(wanted, settings={**wanted.settings, **same}))
+    if differences and named:
+        raise OutputError(
+            f"{source}: {target} exists, made with {differences}; pass --force to make it again"
+        )
+    made = f", made with {differences}" if differences else ""
+    return f"{source}: skipped, {target} exists{made} (--force makes it again)"
 
 
 def _real(path: Path) -> str:

@@ -65,10 +65,13 @@ class Progress:
 
 
 class Display:
-    """Shows the progress of a run on stderr: a bar or lines (see `console.bar`), or events of JSON."""
+    """Shows the progress of a run on stderr: a bar or lines (see `console.bar`), or events of JSON.
+
+    `count` is the number of inputs, which may grow while they are listed.
+    """
 
     def __init__(self, count: int, *, quiet: bool = False, as_events: bool = False) -> None:
-        self._count, self._quiet, self._as_events = count, quiet, as_events
+        self.count, self._quiet, self._as_events = count, quiet, as_events
         self._bar: tqdm | None = None
         self._began = self._last = time.monotonic()
 
@@ -83,7 +86,7 @@ class Display:
                 left = (now - self._began) * (1 - fraction) / fraction if fraction else None
                 self._event(position, name, stage, fraction, left)
             return
-        text = console.printable(f"{position}/{self._count} {name}")[-40:]
+        text = console.printable(f"{position}/{self.count} {name}")[-40:]
         if self._bar is None:
             self._bar = console.bar(self._quiet, total=1.0, bar_format=BAR, desc=f"{text}: ")
         self._bar.set_description(text, refresh=False)
@@ -95,7 +98,7 @@ class Display:
             "progress",
             fraction=round(fraction, 4),
             position=position,
-            count=self._count,
+            count=self.count,
             input=name,
             stage=stage,
             remaining_s=None if left is None else round(left, 1),

@@ -12,6 +12,7 @@ Exit codes: 0 all done, 1 some inputs failed, 2 wrong usage, 3 engine unusable, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesr.runtime.cli import run_arguments
-from moesr.runtime.cli.engine_options import add_engine_options, engine_options, path_argument
+from moesr.runtime.cli.engine_options import add_engine_options, engine_options, name_argument
 from moesr.runtime.cli.run_arguments import EXTENSIONS, RANDOM
 from moesr.runtime.errors import UsageError
 from moesr.runtime.system import console
 
 if TYPE_CHECKING:
     from moesr.runtime.cli.batch import RunOptions
+
+CLUSTER = "moesr.runtime.cluster.run"
 
 log = logging.getLogger("moesr")
 
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.info:
         info.show(args.info)
         return 0
+    run_arguments.settle_inputs(args)
     _check(args)
     if args.progress == "json":
         console.use_json()
@@ -58,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     check_options(settings)
     options.check_threads(args.threads)
     options.check_device(args.device)
+    if args.ray is not None:
+        # The cluster imports this package, so it is looked up by name, as backends are.
+        return importlib.import_module(CLUSTER).run(args, settings, _run_options(args, to_stdout=False))
     with stdio.piped(args.inputs, args.output, _extension(args)) as paths:
         outputs.check_usage(paths.inputs, paths.output)
         how = _run_options(args, to_stdout=paths.result is not None)
@@ -132,15 +139,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "inputs",
         nargs="*",
-        type=path_argument,
+        type=name_argument,
         metavar="INPUT",
-        help="image file, directory of images, or - for standard input",
+        help="image file, directory of images, or - for standard input; with --ray also a URL",
     )
     run_arguments.add_output_options(p)
     run_arguments.add_size_options(p)
     run_arguments.add_sampling_options(p)
     run_arguments.add_appearance_options(p)
     run_arguments.add_report_options(p)
+    run_arguments.add_cluster_options(p)
     add_engine_options(p)
     return p
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 from moesr.runtime.cli.engine_options import name_argument, path_argument
 from moesr.runtime.cli.sizes import scale_argument, size_argument
+from moesr.runtime.errors import UsageError
 
 EXTENSIONS = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tif": ".tif"}
 """Extensions of result files by the names of formats."""
@@ -84,6 +87,56 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quiet", action="store_true", help="print neither progress nor notes, only warnings and errors"
     )
+
+
+def add_cluster_options(p: argparse.ArgumentParser) -> None:
+    """Add the options about running on many machines."""
+    group = p.add_argument_group("cluster")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a cluster of Ray: auto, HOST:PORT or ray://HOST:PORT (default: $RAY_ADDRESS, or this "
+        "machine). INPUT and OUT may be URLs: s3://, gs://, az://, file://. See docs/cluster.md",
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="most workers, each with the engine (default: what fits)"
+    )
+    group.add_argument(
+        "--cpus-per-worker", type=float, metavar="N", help="cores of a worker (default: --threads, or 1)"
+    )
+    group.add_argument(
+        "--gpus-per-worker", type=float, metavar="N", help="GPUs of a worker, such as 0.5 (default: 0)"
+    )
+    group.add_argument(
+        "--memory-per-worker",
+        type=float,
+        metavar="GB",
+        help="memory of a worker (default: an estimate for the engine and images of one megapixel)",
+    )
+
+
+_ADDRESS = re.compile(r"auto|local|ray://.+|[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
+
+
+def settle_inputs(args: argparse.Namespace) -> None:
+    """Make paths of the inputs, apart from URLs, which are for --ray.
+
+    A word after --ray that is no address is an input. UsageError for a URL without --ray.
+    """
+    if args.ray and not _ADDRESS.fullmatch(args.ray):
+        args.inputs.insert(0, args.ray)
+        args.ray = ""
+    if args.ray is not None:
+        return
+    for name in ("workers", "cpus_per_worker", "gpus_per_worker", "memory_per_worker"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for runs with --ray")
+    for name in (*args.inputs, args.output or ""):
+        if re.match(r"(s3|gs|az|file)://", name):
+            raise UsageError(f"{name}: is a URL; add --ray to read and write URLs")
+    args.inputs = [Path(name) for name in args.inputs]
 
 
 def add_size_options(p: argparse.ArgumentParser) -> None:

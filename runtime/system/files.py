@@ -152,6 +152,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """Yield an empty directory that is removed at the end; `sweep` removes that of a killed process."""
+    scratch = parent / _scratch_name()
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        _discard(scratch)
+
+
+@contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary stream whose content becomes `path` if the block succeeds; see `new_file`."""
     with new_file(path) as scratch, scratch.open("xb") as stream:

@@ -1,0 +1,1 @@
+"""Many machines: folders, buckets and large images on a cluster of Ray."""

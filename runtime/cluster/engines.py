@@ -1,0 +1,64 @@
+"""Engines on every node: a directory that all nodes have, a bundled engine, or a URL that nodes copy once."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from moesr.runtime.cluster.places import Bucket, is_url, missing, place_of
+from moesr.runtime.engine.locate import demo_name, engine_directory
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME
+from moesr.runtime.errors import EngineError, MoesrError
+from moesr.runtime.system import user_cache
+from moesr.runtime.system.files import new_directory, reason
+
+
+def name_for_nodes(engine: Path | str | None) -> str:
+    """The engine as every node finds it: a URL, the name of a bundled engine, or an absolute path."""
+    if is_url(str(engine or "")):
+        return str(engine)
+    return demo_name(engine) or str(engine_directory(engine).absolute())
+
+
+def engine_on_this_node(name: str) -> Path:
+    """The directory of an engine that `name_for_nodes` names.
+
+    The files behind a URL are copied into the user's cache, under the hash of the manifest, by one process of
+    a node at a time. EngineError if that is not possible.
+    """
+    if not is_url(name):
+        return engine_directory(name)
+    place = place_of(name.rstrip("/"))
+    if not isinstance(place, Bucket):
+        return engine_directory(place.name("").rstrip("/"))
+    try:
+        from filelock import FileLock
+    except ImportError as error:
+        raise missing("filelock") from error
+    base = (user_cache.directory() or Path(tempfile.gettempdir(), "moesr")) / "engines"
+    try:
+        with tempfile.TemporaryDirectory(prefix="moesr-") as folder:
+            manifest, _ = place.fetch(MANIFEST_NAME, Path(folder))
+            digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+        base.mkdir(parents=True, exist_ok=True)
+        target = base / digest
+        with FileLock(base / f"{digest}.lock"):
+            if not target.exists():
+                _copy(place, target)
+        return target
+    except OSError as error:
+        raise EngineError(f"{name}: cannot be copied to {base}: {reason(error)}") from error
+    except MoesrError as error:
+        raise EngineError(f"{name}: {error}; name the URL of an engine directory") from error
+
+
+def _copy(place: Bucket, target: Path) -> None:
+    """Copy all files of an engine; the directory is there when all of them are."""
+    with new_directory(target, force=False, marker=MANIFEST_NAME) as scratch:
+        for key, _ in place.entries(recursive=True):
+            folder = scratch / PurePosixPath(key).parent
+            if ".." in PurePosixPath(key).parts:
+                raise EngineError(f"{place.name(key)}: leads out of the engine")
+            folder.mkdir(parents=True, exist_ok=True)
+            place.fetch(key, folder)

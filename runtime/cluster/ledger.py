@@ -1,0 +1,43 @@
+"""The one actor that knows which inputs are at work: how often each was begun, and how many are listed.
+
+It holds the inputs in flight only. An input that was begun before, and whose row has not reached the driver,
+has lost its worker, perhaps after its result was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The progress of a listing."""
+
+    listed: int
+    complete: bool  # the listing is at its end
+
+
+class Ledger:
+    """Run as an actor without processors beside the driver, so that it lives as long as the run."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[str, int] = {}
+        self._listed, self._complete = 0, False
+
+    def begin(self, name: str) -> int:
+        """Count an attempt at an input; 1 is the first."""
+        self._attempts[name] = self._attempts.get(name, 0) + 1
+        return self._attempts[name]
+
+    def end(self, name: str) -> None:
+        """Forget an input whose report row has reached the driver."""
+        self._attempts.pop(name, None)
+
+    def listed(self, count: int, complete: bool = False) -> None:
+        """Note that so many inputs are listed; a listing that is repeated after a loss counts once."""
+        self._listed = max(self._listed, count)
+        self._complete |= complete
+
+    def counts(self) -> Counts:
+        """The number of inputs that are listed."""
+        return Counts(self._listed, self._complete)

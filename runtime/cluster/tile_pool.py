@@ -1,0 +1,182 @@
+"""Actors that run graphs on tiles for one image, and the queue between them and the worker thread.
+
+Ray starts the actors and restarts those that die. A tile that was sent to an actor that died goes to another
+one at once, because Ray would keep it for the actor's next life.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moesr.runtime.backends import autotune
+from moesr.runtime.backends.selection import candidates
+from moesr.runtime.cluster.engines import engine_on_this_node
+from moesr.runtime.devices.host import HostDevice
+from moesr.runtime.devices.interface import Session
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.errors import EngineError
+
+Tiles = Mapping[str, np.ndarray]
+"""The inputs of a run by name, each [tiles, ...], or [1, ...] if one value serves the run."""
+
+IN_FLIGHT = 2
+"""Runs that an actor is sent before the first of them is back, so that it does not wait for the network."""
+
+PATIENCE_S = 600.0
+"""Seconds to wait for a first actor, or for a new one if all have died."""
+
+
+class TileRunner:
+    """The actor: an engine whose graphs are opened when they are first needed and then stay open."""
+
+    def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
+        """`options` are those of an Upscaler that `candidates` takes."""
+        self._directory = engine_on_this_node(engine)
+        self._manifest = read_manifest(self._directory)
+        self._backend, _ = autotune.choose(candidates(**options), self._directory, self._manifest)
+        self._device = HostDevice()
+        self._open: dict[str, tuple[Session, dict[str, np.ndarray]]] = {}
+
+    def tiles_per_run(self) -> int:
+        """The backend's number of tiles per run."""
+        return self._backend.max_batch
+
+    def run(self, role: str, tiles: Tiles, count: int) -> list[np.ndarray]:
+        """Run a graph on so many tiles; returns its outputs, each [count, ...]."""
+        session, buffers = self._session(role)
+        for name, values in tiles.items():
+            buffers[name][: len(values)] = values
+        session.enqueue(count)
+        return [buffers[spec.name][:count].copy() for spec in session.boundary.outputs]
+
+    def _session(self, role: str) -> tuple[Session, dict[str, np.ndarray]]:
+        if role not in self._open:
+            session = self._backend.open(self._directory, self._manifest.graphs[role])
+            specs = (*session.boundary.inputs, *session.boundary.outputs)
+            buffers = {spec.name: self._device.buffer(spec, self._backend.max_batch) for spec in specs}
+            session.bind(buffers, self._backend.max_batch)
+            self._open[role] = session, buffers
+        return self._open[role]
+
+
+class TilePool:
+    """Runs graphs on actors. One thread at a time calls `run`; any thread may call `close`.
+
+    `ran` counts the tiles of each actor, `runs` and `sent_bytes` what went to all of them and came back.
+    """
+
+    def __init__(self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]):
+        import ray
+
+        runner: Any = ray.remote(TileRunner)
+        made = runner.options(max_restarts=-1, max_task_retries=0, **resources)
+        self._actors: list[Any] = [made.remote(engine, dict(options)) for _ in range(workers)]
+        self._returning: dict[Any, int] = {a.tiles_per_run.remote(): n for n, a in enumerate(self._actors)}
+        self._free: list[int] = []  # actors by number, once for each run that they may be sent
+        self._closed = False
+        self.per_run = 0
+        self.ran: Counter[int] = Counter()
+        self.runs = self.sent_bytes = 0
+        self._await_first()
+
+    @property
+    def capacity(self) -> int:
+        """Tiles of a tick that keeps all actors busy."""
+        return len(self._actors) * IN_FLIGHT * self.per_run
+
+    def run(self, role: str, parts: Sequence[tuple[Tiles, int]]) -> list[list[np.ndarray]]:
+        """Run a graph on each part, which is tiles and their number; returns the outputs of each.
+
+        EngineError if no actor is left for PATIENCE_S seconds, or once the pool is closed.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        waiting, flying = deque(range(len(parts))), dict[Any, tuple[int, int]]()
+        results: list[list[np.ndarray]] = [[] for _ in parts]
+        idle_since = time.monotonic()
+        while waiting or flying:
+            while waiting and self._free:
+                actor, part = self._free.pop(0), waiting.popleft()
+                flying[self._actors[actor].run.remote(role, *parts[part])] = actor, part
+            for done in self._first_of([*flying, *self._returning], idle_since):
+                idle_since = time.monotonic()
+                if done in self._returning:
+                    self._welcome(done)
+                    continue
+                actor, part = flying.pop(done)
+                try:
+                    answer: Any = ray.get(done)
+                    results[part] = answer
+                except RayActorError:
+                    waiting.appendleft(part)
+                    self._lose(actor)
+                    continue
+                except RayTaskError as error:
+                    raise error.cause from error
+                self._free.append(actor)
+                self._count(actor, parts[part], results[part])
+        return results
+
+    def _count(self, actor: int, part: tuple[Tiles, int], outputs: list[np.ndarray]) -> None:
+        self.ran[actor] += part[1]
+        self.runs += 1
+        self.sent_bytes += sum(a.nbytes for a in part[0].values()) + sum(a.nbytes for a in outputs)
+
+    def _first_of(self, refs: list[Any], idle_since: float) -> list[Any]:
+        """Those of some references that are ready, or none after a while."""
+        import ray
+
+        if self._closed:
+            raise EngineError("the image was stopped")
+        if time.monotonic() - idle_since > PATIENCE_S:
+            raise EngineError(f"no worker of the cluster has answered for {PATIENCE_S:.0f} seconds")
+        return ray.wait(refs, num_returns=1, timeout=0.5)[0]
+
+    def _lose(self, actor: int) -> None:
+        """Send nothing to an actor until it answers again."""
+        self._free = [free for free in self._free if free != actor]
+        if actor not in self._returning.values():
+            self._returning[self._actors[actor].tiles_per_run.remote()] = actor
+
+    def _welcome(self, answer: Any) -> None:
+        """Send tiles to an actor that has answered."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        actor = self._returning.pop(answer)
+        try:
+            found: Any = ray.get(answer)
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayActorError as error:
+            if "creation task" in str(error):  # the engine cannot be opened there; Ray does not try again
+                raise EngineError(f"a worker: {str(error).strip().splitlines()[-1]}") from error
+            self._lose(actor)
+            return
+        self.per_run = min(self.per_run, found) if self.per_run else found
+        self._free += [actor] * IN_FLIGHT
+
+    def _await_first(self) -> None:
+        began = time.monotonic()
+        while not self._free:
+            for answer in self._first_of(list(self._returning), began):
+                self._welcome(answer)
+
+    def abort(self) -> None:
+        """Make a run that is under way, and all later ones, end with EngineError."""
+        self._closed = True
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        self._closed = True
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []

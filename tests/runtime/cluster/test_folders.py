@@ -1,0 +1,122 @@
+"""Folders and buckets on a cluster: the same files, names, reports and exit codes as a local run."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster_rig import has_results, kill_a_worker, picture, tree, when
+from PIL import Image
+
+from moesr.runtime.cli.outputs import Naming
+from moesr.runtime.cli.run import main
+from moesr.runtime.cluster import listing
+from moesr.runtime.cluster.listing import Sources, with_twins
+from moesr.runtime.images import provenance
+
+
+def test_a_bucket_becomes_a_bucket_as_folders_do_locally_though_a_worker_is_killed(
+    bucket, moesr, engine, tmp_path, capfd
+):
+    source, target = bucket("a.png", "b.png", "b.jpg", "deep/c.tif"), bucket()
+    (source / "bad.png").write_bytes(b"no image")
+    (source / "note.txt").write_text("no image either")
+    places = f"s3://{source.name}", "-o", f"s3://{target.name}/large", "--recursive", "--steps", "100"
+    with when(has_results(target), kill_a_worker) as killed:
+        made = moesr(*places, "--workers", "1")
+    assert killed
+    results = ["a_x4.png", "b_jpg_x4.png", "b_png_x4.png", "deep/c_x4.png"]
+    assert made.code == 1 and tree(target / "large") == results
+    assert {name: line["status"] for name, line in made.lines.items()} == dict.fromkeys(
+        ("a.png", "b.png", "b.jpg", "c.tif"), "done"
+    ) | {"bad.png": "failed"}
+    assert made.lines["a.png"]["result"] == f"s3://{target.name}/large/a_x4.png"
+    assert made.lines["bad.png"]["error"].startswith(f"s3://{source.name}/bad.png: not an image")
+    said = capfd.readouterr()
+    assert "4 done, 0 skipped, 1 failed" in said.err and "Traceback" not in said.err
+
+    local = tmp_path / "local"
+    assert main(["--engine", str(engine), str(source), "-o", str(local), *places[3:]]) == 1
+    assert tree(local) == results
+    for name in results:
+        here, there = (np.asarray(Image.open(folder / name)) for folder in (local, target / "large"))
+        np.testing.assert_array_equal(here, there)
+        assert provenance.read(local / name) == provenance.read(target / "large" / name)
+
+    (target / "large/b_png_x4.png").unlink()
+    again = moesr(*places)
+    assert [name for name, line in again.lines.items() if line["status"] == "done"] == ["b.png"]
+    assert sum(line["status"] == "skipped" for line in again.lines.values()) == 3
+    assert tree(target / "large") == results
+
+
+@pytest.mark.slow
+def test_folders_and_named_files(moesr, tmp_path, capfd):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "in/sub/b.png")
+    made = moesr(tmp_path / "in/a.png", f"file://{tmp_path}/in/sub", "-o", tmp_path / "out", "--scale", "2")
+    assert made.code == 0 and tree(tmp_path / "out") == ["a_x2.png", "b_x2.png"]
+    other = moesr(tmp_path / "in/a.png", "-o", tmp_path / "out", "--scale", "2", "--steps", "3")
+    assert other.code == 1 and "made with steps 2 (now 3)" in other.lines["a.png"]["error"]
+    folder = moesr(tmp_path / "in", "-o", tmp_path / "out", "--scale", "2", "--steps", "3")
+    assert folder.code == 0 and folder.lines["a.png"]["status"] == "skipped"
+    assert "made with steps 2 (now 3)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, tmp_path):
+    source, store = bucket("a.png"), bucket()
+    for path in engine.iterdir():
+        (store / path.name).write_bytes(path.read_bytes())
+    made = moesr(f"s3://{source.name}", "-o", tmp_path / "out", "--engine", f"s3://{store.name}")
+    assert made.code == 0 and tree(tmp_path / "out") == ["a_x4.png"]
+
+
+def test_a_listing_streams():
+    """Neither a million keys nor what lies behind them are held."""
+    read = itertools.count()
+    entries = ((f"{next(read):07d}.frame.png", 0.0) for _ in range(1_000_000))
+    rows = with_twins(entries)
+    next(rows)
+    assert next(read) < 10
+    tracemalloc.start()
+    assert all(alone for _, _, alone in itertools.islice(rows, 20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_names_that_differ_in_the_extension_only_are_told_apart():
+    keys = ["a.avif", "a.b.jpg", "a.b.png", "a.d/x.png", "a.png", "b.png", "c/a.png"]
+    found = [(key, alone) for key, _, alone in with_twins((key, 0.0) for key in keys)]
+    assert sorted(key for key, _ in found) == keys
+    assert sorted(key for key, alone in found if alone) == ["a.d/x.png", "b.png", "c/a.png"]
+
+
+def test_results_in_the_source_are_no_inputs(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "out/a_x4.png")
+    sources = Sources((str(tmp_path),), Naming("_x4"), True, f"{tmp_path}/out/")
+    assert [row.key for row in sources.rows()] == ["a.png"]
+    assert list(listing.images(listing.place_of(str(tmp_path)), False)) != []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s3://a/b", "-o", "x"], "s3://a/b: is a URL; add --ray"),
+        (["a.png", "--workers", "2"], "--workers is for runs with --ray"),
+        (["a.png", "--ray"], "name a folder or URL with -o"),
+        (["--ray", "a.png"], "name a folder or URL with -o"),
+        (["a.png", "-o", "b", "--compare", "--ray"], "--compare is not available with --ray"),
+        (["s3://a", "-o", "s3://a", "--ray"], "is also an input"),
+        (["ftp://a", "-o", "b", "--ray"], "expected a folder, or a URL of s3://"),
+        (["a", "-o", "b", "--workers", "0", "--ray"], "--workers is 0, expected 1 or more"),
+    ],
+)
+def test_wrong_usage(arguments, message, capfd):
+    assert main(arguments) == 2
+    assert message in capfd.readouterr().err
