@@ -1,4 +1,4 @@
-"""The service under load: many clients of mixed sizes against one image at a time, and hostile clients.
+"""Measure the service under load: many clients with images of mixed sizes, and hostile clients.
 
 Starts `moesr-serve` as a process of its own on 127.0.0.1 and sends requests to that address alone. Measures
 throughput, latencies, slots filled per tick and memory over time below, at and above the capacity of the
@@ -30,7 +30,7 @@ SIZES = ((48, 64), (96, 128), (64, 64), (192, 144))
 
 PAGE = Path(__file__).parent / "results" / "serving.md"
 BELOW = 0.5
-"""Rate of the load below capacity, as a part of the rate of serving one by one."""
+"""Rate of the load below capacity, as a fraction of the rate of serving one by one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def measure(server: Server, args: argparse.Namespace, results: Results, watch: W
 
 
 def kinds(clients: int, over: int) -> list[Kind]:
-    """The loads in their order."""
+    """Return the loads in their order."""
     many = f"{clients} clients"
     return [
         Kind("1 client", 1, 0.1),
@@ -100,7 +100,7 @@ def picture(height: int, width: int, seed: int) -> bytes:
 
 
 def allow_open_files(wanted: int) -> None:
-    """Let this process have more files open, as far as the system allows."""
+    """Raise the limit of open files of this process, as far as the system allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -112,7 +112,7 @@ def allow_open_files(wanted: int) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--engine", default="demo-x4", metavar="DIR", help="engine directory or name (default: %(default)s)")
@@ -120,7 +120,13 @@ def parser() -> argparse.ArgumentParser:
     text = "clients of the load above capacity; the queue holds two images more than --clients"
     add("--over", type=int, default=16, metavar="N", help=f"{text} (default: %(default)s)")
     add("--steps", type=int, default=5, metavar="N", help="sampling steps (default: %(default)s)")
-    add("--minutes", type=float, default=30.0, metavar="M", help="of all loads (default: %(default)g)")
+    add(
+        "--minutes",
+        type=float,
+        default=30.0,
+        metavar="M",
+        help="minutes for all loads (default: %(default)g)",
+    )
     text = "page of results (default: benchmarks/results/serving.md)"
     add("-o", "--output", type=Path, default=PAGE, metavar="FILE", help=text)
     return p

@@ -78,9 +78,8 @@ def arrows(depth: int, top: str = "") -> dict[str, set[str]]:
     """Return the imports between packages of one depth below `top`."""
     found: dict[str, set[str]] = {}
     for module, targets in imports().items():
-        if (
-            not module.startswith(top) or module == "runtime"
-        ):  # runtime/__init__.py only re-exports the public names
+        # runtime/__init__.py only re-exports the public names
+        if not module.startswith(top) or module == "runtime":
             continue
         place = module.split(".")[depth]
         found.setdefault(place, set())

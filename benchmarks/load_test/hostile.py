@@ -1,4 +1,4 @@
-"""Requests of hostile clients, each with the answer that it gets."""
+"""Requests of hostile clients, and the answers to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUT = "cut off"
 
 
 class Hostile:
-    """Sends hostile requests one after the other, again and again, in a thread of its own."""
+    """Sends hostile requests one after the other, repeatedly, in a thread of its own."""
 
     def __init__(self, server: Server, image: bytes) -> None:
         self._server, self._image = server, image
@@ -49,7 +49,7 @@ class Hostile:
             self._round()
 
     def _round(self, *, whole: bool = False) -> None:
-        """Send each request once; unless it has to be a whole round, end when this is stopped."""
+        """Send each request once; unless the round must be complete, end when the thread is stopped."""
         for name, attempt in attempts(self._server, self._image).items():
             try:
                 answer = attempt()
@@ -61,7 +61,7 @@ class Hostile:
 
     @property
     def unrefused(self) -> dict[str, Counter[str]]:
-        """The requests that were neither refused with a 4xx nor cut off, with their answers."""
+        """Return the requests that were neither refused with a 4xx status nor cut off, with their answers."""
         return {
             name: bad
             for name, answers in self.answers.items()
@@ -70,7 +70,7 @@ class Hostile:
 
 
 def attempts(server: Server, image: bytes) -> dict[str, Callable[[], str]]:
-    """Every kind of hostile request: a function that sends it and returns the status of the answer."""
+    """Return, for every kind of hostile request, a function that sends it and returns the answer's status."""
 
     def post(path: str, body: bytes, **headers: str) -> str:
         return _post(server, path, body, headers)
@@ -157,7 +157,7 @@ def _idle(server: Server) -> str:
     """Open connections that send nothing; "cut off" if the server closes all of them in a minute."""
     connections: list[socket.socket] = []
     try:
-        with suppress(OSError):  # at the limit of connections, or of this process
+        with suppress(OSError):  # the service or this process has reached its limit of connections
             for _ in range(IDLE):
                 connections.append(socket.create_connection((server.host, server.port), timeout=10))
         end = time.monotonic() + 60

@@ -45,12 +45,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Images per second."""
+        """Return the number of images per second."""
         return len(self.latencies) / self.seconds if self.seconds else 0.0
 
     @property
     def slots_per_tick(self) -> float:
-        """Mean number of tiles in a run of a graph."""
+        """Return the mean number of tiles per run of a graph."""
         return self.slots / self.ticks if self.ticks else 0.0
 
     def quantile(self, percent: float, which: int | None = None) -> float:
@@ -69,7 +69,7 @@ class Clients:
         self._lock = threading.Lock()
 
     def run(self, kind: Kind, seconds: float) -> Load:
-        """Send images for so many seconds; the images on their way at the end are waited for."""
+        """Send images for this many seconds, then wait for the answers that are still due."""
         load, turn = Load(kind), threading.Lock()
         before, begin = self._server.metrics(), time.monotonic()
         threads = [
@@ -97,7 +97,7 @@ class Clients:
             if start >= end:
                 return
             with turn if kind.in_turns else nullcontext():
-                if time.monotonic() >= end:  # its turn came too late
+                if time.monotonic() >= end:  # the client got its turn too late
                     return
                 status, got = self._server.upscale(self._images[which], self._steps)
             self._note(load, which, status, got, time.monotonic() - start)

@@ -16,7 +16,7 @@ HEADS = (
     *("load", "images", "images per s", "p50 (s)", "p95 (s)", "p99 (s)", "slots per tick"),
     *("refused (503)", "wrong"),
 )
-POINTS = 12  # of the table of memory
+POINTS = 12  # rows of the table of memory
 
 
 @dataclass
@@ -62,7 +62,7 @@ def _row(load: Load) -> list[str]:
 
 
 def _by_size(results: Results) -> list[str]:
-    """The median and the 95th percentile of the latency for each input."""
+    """Return the median and the 95th percentile of the latency for each input."""
     heads = ["p50 / p95 (s)", *(f"{width}x{height}" for height, width in results.sizes)]
     rows = [
         [
@@ -75,7 +75,7 @@ def _by_size(results: Results) -> list[str]:
 
 
 def _comparison(loads: Sequence[Load]) -> list[str]:
-    """Throughput of each load over serving one by one, in a sentence each."""
+    """Compare the throughput of each load with serving one by one, in one sentence each."""
     base = next((load for load in loads if load.kind.in_turns and load.rate), None)
     if base is None:
         return []
@@ -91,7 +91,7 @@ def _comparison(loads: Sequence[Load]) -> list[str]:
 
 
 def _memory(samples: Sequence[tuple[float, float]]) -> list[str]:
-    """Resident memory of the server at equal distances of time, the maximum of each stretch."""
+    """Return the largest resident memory of the server in each of several equal spans of time."""
     if not samples:
         return []
     stride = -(-len(samples) // POINTS)
@@ -105,7 +105,7 @@ def _memory(samples: Sequence[tuple[float, float]]) -> list[str]:
 
 
 def _hostile(answers: Mapping[str, Counter[str]]) -> list[str]:
-    """The answers to each kind of hostile request, and how often each came."""
+    """Return the answers to each kind of hostile request and their numbers."""
     if not answers:
         return []
     rows = [

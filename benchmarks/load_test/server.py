@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 LISTENING = re.compile(r"listening on http://([\d.]+):(\d+)")
-TIMEOUT_S = 600.0  # of one request
+TIMEOUT_S = 600.0  # per request
 
 
 class Server:
@@ -51,7 +51,7 @@ class Server:
 
 @contextmanager
 def served(options: Sequence[str]) -> Iterator[Server]:
-    """Run `moesr-serve` with these options on a free port of this machine, for the time of a block."""
+    """Run `moesr-serve` with these options on a free port of this machine, within a `with` block."""
     command = [sys.executable, "-m", "moesr.runtime.serve.cli", "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr

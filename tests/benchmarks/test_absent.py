@@ -14,12 +14,8 @@ PROGRAMS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "parse_args("
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_message_of_a_missing_package_names_the_cure(program):
-    bare = [
-        sys.executable,
-        "-S",
-        str(BENCHMARKS / f"{program}.py"),
-        "--help",
-    ]  # only the standard library is found
+    # only the standard library is found
+    bare = [sys.executable, "-S", str(BENCHMARKS / f"{program}.py"), "--help"]
     found = subprocess.run(bare, capture_output=True, text=True)
     assert found.returncode == 1
     assert found.stderr.startswith(f"{program}: ") and found.stderr.count("\n") == 1

@@ -117,9 +117,8 @@ def test_counts_by_the_full_convention(costs, by_name):
     row = by_name["MoE-SR", "full"]
     image = sum(parts[n] for n in ("decode without FFTs", "decode: FFTs", "LR encoder, whole"))
     assert row.total_t == pytest.approx(200 * parts["step"] + image)
-    assert by_name["LDM", "full"].total_t == pytest.approx(
-        33.80, abs=5e-3
-    )  # it has neither LR encoder nor filter
+    # LDM has neither LR encoder nor filter
+    assert by_name["LDM", "full"].total_t == pytest.approx(33.80, abs=5e-3)
 
 
 def test_ffts_are_counted_by_the_stated_formula():

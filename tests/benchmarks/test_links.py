@@ -42,7 +42,7 @@ def test_both_tables_with_a_first_stage(model, originals, tmp_path, capsys):
     errors = table[names.index("Expert") + 1 :]
     assert [cells[0] for cells in errors] == ["0"] * 3 + ["1"] * 3
     assert [int(cells[1]) for cells in errors] == [0, 249, 499, 500, 749, 999]
-    # at the last timestep an expert knows hardly more than the LR image
+    # the estimate from the LR image alone is x0 at the last timestep
     assert errors[-1][3] == errors[0][4]
 
 

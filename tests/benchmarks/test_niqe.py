@@ -50,9 +50,8 @@ def test_halving_equals_imresize():
     halved = niqe.halved(plane)
     assert halved.shape == (48, 64)
     rounded = imresize(plane.astype(np.uint8), 48, 64)
-    np.testing.assert_allclose(
-        halved.clip(0, 255), rounded, atol=1.01
-    )  # the reference is rounded after each axis
+    # the reference is rounded after each axis
+    np.testing.assert_allclose(halved.clip(0, 255), rounded, atol=1.01)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("normal", 2.0), ("laplace", 1.0)])

@@ -140,9 +140,8 @@ def test_gpu_graphs_have_no_strips(kind, expert, decoder):
         )
     assert _cuts(fine) and _foldable(fine)
     assert not _cuts(plain) and not _foldable(plain)
-    assert all(
-        node.input[-1] for node in plain.model.graph.node
-    )  # TensorRT refuses unnamed optional inputs at the end
+    # TensorRT refuses unnamed optional inputs at the end
+    assert all(node.input[-1] for node in plain.model.graph.node)
 
 
 def _cuts(graph: BuiltGraph) -> int:
@@ -240,7 +239,7 @@ def test_half_precision_storage_of_half_precision_weights_is_nearly_exact(expert
 
 @torch.inference_mode()
 def test_weight_beyond_the_range_of_half_precision():
-    """Such a weight is refused in half-precision graphs, and stored in float32 in float32 graphs."""
+    """Such a weight is refused in half-precision graphs; float32 graphs store it in float32."""
     network = random_expert(0)
     network.get_parameter("middle_block.0.out_layers.3.weight").data[0, 0, 0, 0] = 1e6
     with pytest.raises(EngineError, match="not finite as float16; export without --fp16"):

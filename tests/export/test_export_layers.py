@@ -84,7 +84,7 @@ def test_macs_of_a_plain_convolution():
 @pytest.mark.parametrize("choices", [CPU, GPU], ids=["cpu", "gpu"])
 @torch.inference_mode()
 def test_upsampling_convolution_equals_upsampling_and_convolution(choices):
-    """The kernels are summed in the graph for CPUs, and before the export for GPUs."""
+    """The kernels are summed in the graph for CPUs, and during the export for GPUs."""
     conv = random_network(nn.Conv2d(4, 6, 3, padding=1), 1)
     x = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(2))
     g = GraphBuilder("up", choices)

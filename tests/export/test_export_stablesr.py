@@ -24,11 +24,8 @@ from moesr.export.lowering import CPU, lowering
 from moesr.runtime.engine.graph_io import DECODER, ENCODER, boundary_of
 from moesr.training.networks import Autoencoder, StableSRUNet, StructureEncoder
 
-SIDE, CODED, SCALE = (
-    16,
-    8,
-    NARROW.latent_scale,
-)  # sides in latent pixels: of a tile, and of an image to encode or decode
+# sides in latent pixels: of a tile, and of an image to encode or decode
+SIDE, CODED, SCALE = 16, 8, NARROW.latent_scale
 FINE = replace(CPU, strip_bytes=1 << 16, score_bytes=1 << 15, strip_tiles=24)
 LOWERINGS = {
     "cpu": (CPU, 2e-5),

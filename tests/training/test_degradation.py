@@ -164,9 +164,8 @@ def test_poisson_noise_has_the_variance_of_counts():
     noise = degradation.poisson_noise(x, vector(1.0, 0.5), torch.tensor([False, True]), seeded()) - x
     middle = slice(64, 192)  # away from black and white, since clipping changes the statistics there
     variance = noise[..., middle].square().mean(dim=2) / x[:, :, 0, middle]  # per grey level
-    assert variance[0].mean() * 256 == pytest.approx(
-        1.0, rel=0.03
-    )  # with 256 levels the variance is value / 256
+    # with 256 levels the variance is value / 256
+    assert variance[0].mean() * 256 == pytest.approx(1.0, rel=0.03)
     assert variance[1].mean() * 256 == pytest.approx(0.25, rel=0.03)
     assert torch.equal(noise[1, 0], noise[1, 2]) and not torch.equal(noise[0, 0], noise[0, 2])
 
@@ -174,9 +173,8 @@ def test_poisson_noise_has_the_variance_of_counts():
 def test_poisson_counts_follow_the_levels_of_each_image():
     few = torch.tensor([0.4, 0.5, 0.6]).repeat(100 * 40).reshape(1, 1, 100, 120).expand(1, 3, -1, -1)
     noise = degradation.poisson_noise(few, vector(0.1), torch.tensor([False]), seeded()) - few
-    assert noise.var() == pytest.approx(
-        0.5 / 4 * 0.1**2, rel=0.05
-    )  # an image of three values is given four counts for white
+    # an image of three values is given four counts for white
+    assert noise.var() == pytest.approx(0.5 / 4 * 0.1**2, rel=0.05)
 
 
 def test_noise_stays_in_range():

@@ -118,9 +118,8 @@ def test_gradient_loss_equals_the_benchmarks_gradient_similarity():
         edge[:] = 90.0  # flat borders, so that padding does not matter
     pred, target = images[:1], images[1:]
     y_pred, y_target = (metrics.luma(image[0].permute(1, 2, 0).numpy()) for image in (pred, target))
-    dissimilar = (
-        (1.0 - metrics.gradient_similarity(y_pred, y_target)) * 20 * 14
-    )  # the similarity is a mean over the image at half size
+    # the similarity is a mean over the image at half size
+    dissimilar = (1.0 - metrics.gradient_similarity(y_pred, y_target)) * 20 * 14
     got = gradient_loss(pred / 127.5 - 1.0, target / 127.5 - 1.0)
     assert float(got) * 18 * 12 == pytest.approx(dissimilar, rel=1e-6)
 

@@ -52,9 +52,8 @@ def test_stages_end_in_a_complete_model(chain):
     assert whole.config.decoder == recipe.model.decoder and whole.config.unet == experts.config.unet
     assert tiny.same(experts.decoder().state_dict(), first.decoder().state_dict())
     plain, decoder = first.decoder().state_dict(), whole.decoder().state_dict()
-    assert all(
-        torch.equal(decoder[key], plain[key]) for key in plain
-    )  # only fusion and refinement are trained
+    # only fusion and refinement are trained
+    assert all(torch.equal(decoder[key], plain[key]) for key in plain)
     z, lr = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
         assert whole.decoder().decode(z, lr).isfinite().all()
@@ -75,9 +74,8 @@ def test_all_stages_in_one_command(chain, tmp_path, capsys):
     """`all`, also with --from, makes the latents itself and gives the weights of single stages."""
     whole = arguments(chain, "all", "-o", tmp_path / "whole")
     assert main(whole) == 0
-    assert (
-        capsys.readouterr().err.count("broken.png: skipped") == 1
-    )  # the folder is scanned once for all stages
+    # the folder is scanned once for all stages
+    assert capsys.readouterr().err.count("broken.png: skipped") == 1
     got = load_checkpoint(tmp_path / "whole/decoder/checkpoint")
     first = load_checkpoint(chain / "autoencoder/checkpoint")
     assert tiny.same(

@@ -25,7 +25,7 @@ BATCH = 2  # per process
 
 
 def changes(batch: int) -> dict[str, dict[str, object]]:
-    """Return a recipe that uses every collective operation between the processes."""
+    """Return changes of the recipe with which training uses every collective operation."""
     common = {"batch": batch, "accumulate": 2, "steps": 3, "val_every": 2, "val_samples": 3}
     return {
         "autoencoder": {**common, "quantise_from": 2},

@@ -118,9 +118,8 @@ def test_refitted_codes_are_latents():
     codes = network.quantize.embedding.weight
     assert float(torch.cdist(codes, vectors).amin(dim=1).max()) == 0
     assert len(codes.unique(dim=0)) == len(codes)
-    refit_codebook(
-        network, latents[:1, :, :1, :2], seed=1
-    )  # with fewer vectors than codes, the other codes are kept
+    # with fewer vectors than codes, the other codes are kept
+    refit_codebook(network, latents[:1, :, :1, :2], seed=1)
     assert len(codes.unique(dim=0)) >= len(codes) - 2
 
 

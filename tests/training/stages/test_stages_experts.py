@@ -181,9 +181,8 @@ def test_all_processes_make_the_pool_if_one_lacks_it(photos, start, tmp_path, mo
     objective, encoded = objective_of(recipe, start), []
     encode = objective.encode
     monkeypatch.setattr(objective, "encode", lambda batch: (encoded.append(1), encode(batch))[1])
-    monkeypatch.setattr(
-        distributed, "any_process", lambda flag, device: True
-    )  # as if another process lacked it
+    # as if another process lacked it
+    monkeypatch.setattr(distributed, "any_process", lambda flag, device: True)
     experts.make_pool(objective, tiny.crops(photos), tiny.run(tmp_path), tmp_path / "latents.pt")
     assert encoded
 
