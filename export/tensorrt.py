@@ -10,8 +10,8 @@ from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.backends.tensorrt.backend import MAX_BATCH
 from moesr.runtime.backends.tensorrt.library import Library, load
 from moesr.runtime.backends.tensorrt.plan_builder import as_text, build_plan, capability_of
-from moesr.runtime.devices.compiled_kernels import KERNELS_FOLDER
 from moesr.runtime.devices.cuda_driver import device_capability, open_device
+from moesr.runtime.devices.kernel_search import KERNELS_FOLDER
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, KernelStep, read_parts
 from moesr.runtime.errors import EngineError, OutputError, UsageError

@@ -11,12 +11,14 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -60,8 +62,27 @@ class Deployment:
 
 
 def source_hash(op: str) -> str:
-    """Return the sha256 of the operator's kernel.py, which imports nothing but triton."""
-    return hashlib.sha256((Path(__file__).parent / op / "kernel.py").read_bytes()).hexdigest()
+    """Return the sha256 of the code in the operator's kernel.py, which imports nothing but triton.
+
+    Comments, docstrings and empty lines do not count, since the compiled kernels do not depend on them.
+    """
+    return hashlib.sha256(
+        code_of((Path(__file__).parent / op / "kernel.py").read_bytes()).encode()
+    ).hexdigest()
+
+
+def code_of(source: bytes) -> str:
+    """Return the tokens of Python source, one per line, without comments, docstrings and empty lines."""
+    found: list[str] = []
+    begins = prose = False  # whether the next token begins a statement, and whether this one is a docstring
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        prose = (begins and token.type == tokenize.STRING) or (prose and token.type == tokenize.NEWLINE)
+        if not prose and token.type != tokenize.ENCODING:
+            found.append(f"{tokenize.tok_name[token.type]} {token.string.strip()}")
+        begins = token.type in (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return "\n".join(found)
 
 
 def deployments(ops: Iterable[Op], architectures: Iterable[int]) -> Iterator[Deployment]:

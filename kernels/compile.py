@@ -29,7 +29,7 @@ class Job:
     num_warps: int
     num_stages: int
     fp_fusion: bool
-    source: str  # sha256 of the operator's kernel.py
+    source: str  # sha256 of the operator's kernel.py without its prose
 
     @property
     def name(self) -> str:

@@ -14,4 +14,7 @@ from moesr.kernels.vq_nearest.op import OP as VQ_NEAREST
 
 DECODER = (AFF_FILTER, GROUP_NORM_SILU, INVERTED_RESIDUAL, ATTENTION, VQ_NEAREST)
 LOOP = (TILE_GATHER, TILE_BLEND, SAMPLER_STEP)
+SHIPPED = LOOP
+"""The operators whose kernels are installed with the package (see `ship`)."""
+
 OPS: dict[str, Op] = {op.name: op for op in DECODER + LOOP}

@@ -68,12 +68,12 @@ class Backend:
         """
         if self.options.kind == "cpu":
             return HostDevice()
-        from moesr.runtime.devices.compiled_kernels import KernelFiles, find_kernels
         from moesr.runtime.devices.cuda import CudaDevice
         from moesr.runtime.devices.cuda_driver import CudaDriver  # not imported for a CPU
+        from moesr.runtime.devices.kernel_search import Kernels
 
         driver = CudaDriver(self.options.index)
-        kernels = KernelFiles.of(find_kernels(directory), driver)
+        kernels = Kernels.of(directory, driver)
         log.info("on %s with kernels for %s", driver.name, kernels.architecture)
         return CudaDevice(driver, kernels, use_graphs=self.options.cuda_graphs)
 

@@ -9,8 +9,9 @@ from moesr.runtime.backends.selection import probe
 from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.backends.tensorrt.library import FLAVOURS, Library, load
 from moesr.runtime.backends.tensorrt.plan_builder import as_text
-from moesr.runtime.devices.compiled_kernels import BUILD, choose, find_kernels, read
+from moesr.runtime.devices.compiled_kernels import BUILD, choose, read
 from moesr.runtime.devices.cuda_driver import device_capability, driver_version, memory_bytes, open_device
+from moesr.runtime.devices.kernel_search import build_folder, find_kernels
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import memory
@@ -47,7 +48,8 @@ def findings(
             yield flavour, f"unusable: {error}"
     if capability is not None:
         yield "onnxruntime cuda", _onnxruntime()
-    yield "kernels", kernels(find_kernels(engine), capability, driver)
+    for folder in find_kernels(engine):
+        yield "kernels", kernels(folder, capability, driver)
     folders = plan_store.plan_folders(engine, cache)
     yield from plans_of(folders, libraries[0] if libraries else None, capability)
     if libraries and capability is not None:
@@ -76,7 +78,7 @@ def kernels(directory: Path, capability: int | None, driver: str | None = None) 
         return text
     if all(choose(tuple(kernel.targets), capability) for kernel in content.kernels.values()):
         return f"{text}: fit{_toolkit_note(content.toolkit, driver)}"
-    return f"{text}: NOT for this GPU; {BUILD.format(capability, directory)}"
+    return f"{text}: NOT for this GPU; {BUILD.format(capability, build_folder(capability))}"
 
 
 def _toolkit_note(toolkit: str, driver: str | None) -> str:

@@ -27,11 +27,10 @@ from moesr.runtime.devices.operator_plan import (
     digest,
 )
 from moesr.runtime.errors import EngineError
-from moesr.runtime.system import json_dataclass, user_cache
+from moesr.runtime.system import json_dataclass
 from moesr.runtime.system.files import reason
 
-KERNELS_NAME, KERNELS_FOLDER = "kernels.json", "kernels"
-_CACHE_FOLDER = "cubins"
+KERNELS_NAME = "kernels.json"
 BUILD = "make them with: python -m moesr.kernels.build --arch sm_{0} -o {1}"
 
 MAX_FILE_BYTES = 64 << 20
@@ -90,15 +89,28 @@ class KernelFiles:
         """The architecture whose files are used on this GPU, such as "sm_90", or "ptx"."""
         return self._target(next(iter(self._content.kernels.values())))
 
-    def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan:
-        """Return the plan of an operator whose shape includes `shape`; EngineError if this GPU has none."""
+    def find_plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan | None:
+        """Return the plan of an operator whose shape includes `shape`; None if this GPU has none."""
         for plan in self._content.plans:
             same = all(plan.shape.get(name, 0) == value for name, value in shape.items())
             named = plan.op == op and plan.dtype == dtype and same
             if named and self._target(self._content.kernels[plan.launches[0].kernel]) in plan.targets:
                 return plan
-        sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
-        raise EngineError(f"{self._directory}: no {dtype} kernel of {op} with {sizes}; {self._cure()}")
+        return None
+
+    def plan(self, op: str, dtype: str, shape: Mapping[str, int]) -> OperatorPlan:
+        """See `find_plan`; EngineError if there is none."""
+        if found := self.find_plan(op, dtype, shape):
+            return found
+        raise no_plan(str(self._directory), op, dtype, shape, self._cure())
+
+    def holds(self, table: PlanBuffer) -> bool:
+        """True if the file of a constant buffer is in the directory."""
+        return (self._directory / (table.file or "")).is_file()
+
+    def has(self, kernel: str) -> bool:
+        """True if a kernel of this name is in the directory."""
+        return kernel in self._content.kernels
 
     def bind(
         self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
@@ -175,17 +187,6 @@ class KernelFiles:
         return data
 
 
-def find_kernels(engine: Path | None) -> Path:
-    """Return the directory of kernels for an engine: its own, the installation's, or the user's cache.
-
-    If none of them has kernels, the last one is returned, and `read` reports that it has none.
-    """
-    installed, cache = Path(__file__).parents[1] / KERNELS_FOLDER, user_cache.directory()
-    places = [engine / KERNELS_FOLDER] if engine else []
-    places += [installed, *([cache / _CACHE_FOLDER] if cache else [])]
-    return next((path for path in places if (path / KERNELS_NAME).is_file()), places[-1])
-
-
 def read(directory: Path) -> KernelIndex:
     """Return the content of a kernels.json; EngineError if it is absent, damaged or of another schema."""
     path = directory / KERNELS_NAME
@@ -219,6 +220,12 @@ def choose(targets: Sequence[str], capability: int) -> str | None:
     if fitting:
         return f"sm_{max(fitting)}"
     return "ptx" if "ptx" in targets and capability >= PTX_FROM else None
+
+
+def no_plan(where: str, op: str, dtype: str, shape: Mapping[str, int], cure: str) -> EngineError:
+    """The error for an operator that was not compiled for this GPU."""
+    sizes = "".join(f" {name} {value}," for name, value in shape.items()).rstrip(",")
+    return EngineError(f"{where}: no {dtype} kernel of {op}{' with' + sizes if sizes else ''}; {cure}")
 
 
 def _argument(kind: str, value: Scalar) -> np.generic:

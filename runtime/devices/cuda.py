@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.devices.capture_lock import capture_lock
-from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
+from moesr.runtime.devices.compiled_kernels import BoundLaunch
 from moesr.runtime.devices.driver import Block, Driver
 from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
+from moesr.runtime.devices.kernel_search import AnyKernels
 from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
@@ -94,7 +95,7 @@ class CudaDevice:
         """See `Device.free_bytes`: memory that the worker's next call frees counts as free."""
         return self._driver.free_bytes() + sum(block.nbytes for block in self._dead.copy())
 
-    def __init__(self, driver: Driver, kernels: KernelFiles, *, use_graphs: bool = True) -> None:
+    def __init__(self, driver: Driver, kernels: AnyKernels, *, use_graphs: bool = True) -> None:
         """Open the device.
 
         Without `use_graphs` the same launches are enqueued one by one in the same order.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
+from moesr.runtime.devices.compiled_kernels import BoundLaunch
+from moesr.runtime.devices.kernel_search import AnyKernels
 from moesr.runtime.devices.operator_plan import KernelLaunch
 
 PIXEL_BYTES = (4, 2, 1)
@@ -12,7 +13,7 @@ PIXEL_BYTES = (4, 2, 1)
 class LoopKernels:
     """The plans of the loop's kernels, looked up together, so that a missing one is reported at the start."""
 
-    def __init__(self, kernels: KernelFiles) -> None:
+    def __init__(self, kernels: AnyKernels) -> None:
         """Look up the plans; EngineError if one is missing."""
         self._kernels = kernels
         self._gather = {n: self._only("tile_gather", pixel_bytes=n) for n in PIXEL_BYTES}

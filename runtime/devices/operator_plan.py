@@ -145,7 +145,7 @@ class KernelIndex:
     toolkit: ToolkitVersion = ""  # the CUDA release of the assembler
     alignment: Annotated[int, Range(16, 16)] = 16  # alignment of each buffer, in bytes
     architectures: tuple[Target, ...] = ()
-    sources: dict[str, Sha256] | None = None  # hash of each operator's kernel.py
+    sources: dict[str, Sha256] | None = None  # hash of the code in each operator's kernel.py
 
     def __post_init__(self) -> None:
         """Raise ValueError if a plan launches a kernel that is missing, or with wrong arguments."""

@@ -71,6 +71,6 @@ def release() -> None:
 def install(monkeypatch: pytest.MonkeyPatch, kernels: Path, memory_bytes: int | None = None) -> None:
     """Make the simulated GPU the only GPU and this backend the only backend; writes `kernels`."""
     write_kernels(kernels)
-    monkeypatch.setattr("moesr.runtime.devices.compiled_kernels.find_kernels", lambda engine: kernels)
+    monkeypatch.setattr("moesr.runtime.devices.kernel_search.find_kernels", lambda engine: [kernels])
     monkeypatch.setattr(cuda_driver, "CudaDriver", lambda index: SimulatedDriver(memory_bytes=memory_bytes))
     monkeypatch.setattr(selection, "BACKENDS", {"simulated": __name__})

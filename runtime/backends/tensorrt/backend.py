@@ -23,7 +23,6 @@ from moesr.runtime.backends.tensorrt.plan_builder import (
     capability_of,
 )
 from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner, boundary_of
-from moesr.runtime.devices.compiled_kernels import find_kernels
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.cuda_driver import device_capability, memory_bytes, open_device
 from moesr.runtime.devices.driver import Driver
@@ -74,7 +73,7 @@ def open_parts(
             key = plan_store.key_of(library, step.plan.sha256, capability, options.max_batch)
             engine = open_plan(library, file, key, options.cache)
             runners[file.name] = PlanRunner(library, engine, file, plan_store.compiled(options.cache, key))
-    return PartsSession(path, declared, parts, runners, find_kernels(path.parent))
+    return PartsSession(path, declared, parts, runners)
 
 
 def release() -> None:

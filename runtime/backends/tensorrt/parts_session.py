@@ -9,9 +9,10 @@ import numpy as np
 
 from moesr.runtime.backends.base import GpuSession
 from moesr.runtime.backends.tensorrt.plan_runner import PlanRunner
-from moesr.runtime.devices.compiled_kernels import BoundLaunch, KernelFiles
+from moesr.runtime.devices.compiled_kernels import BoundLaunch
 from moesr.runtime.devices.cuda import Buffer
 from moesr.runtime.devices.driver import Driver
+from moesr.runtime.devices.kernel_search import Kernels
 from moesr.runtime.devices.operator_plan import OperatorPlan
 from moesr.runtime.devices.staging import Staging
 from moesr.runtime.engine.graph_spec import BATCH, Boundary
@@ -25,18 +26,18 @@ class PartsSession(GpuSession):
     """
 
     def __init__(
-        self, path: Path, declared: Boundary, parts: Parts, runners: Mapping[str, PlanRunner], kernels: Path
+        self, path: Path, declared: Boundary, parts: Parts, runners: Mapping[str, PlanRunner]
     ) -> None:
         """Make a session; `declared` may have more inputs than the graph.
 
-        `runners` are keyed by the plans' file names; `kernels` is a directory of kernels.
+        `runners` are keyed by the plans' file names.
         """
         super().__init__(path, declared.only(set(parts.inputs)))
-        self._parts, self._runners, self._kernel_path = parts, dict(runners), kernels
+        self._parts, self._runners = parts, dict(runners)
         self._runs: dict[int, list[PlanRunner | BoundLaunch]] = {}
 
     def _bind(self, driver: Driver, buffers: Mapping[str, Buffer], max_batch: int) -> None:
-        kernels = KernelFiles.of(self._kernel_path, driver)
+        kernels = Kernels.of(self._path.parent, driver)
         plans = {
             at: kernels.plan(step.kernel.op, step.kernel.dtype, step.kernel.shape)
             for at, step in enumerate(self._parts.steps)
@@ -71,9 +72,7 @@ class PartsSession(GpuSession):
         block = self._take(driver, total)
         return {name: block.address + offset for name, offset in offsets.items()}
 
-    def _upload(
-        self, driver: Driver, kernels: KernelFiles, plans: Mapping[int, OperatorPlan]
-    ) -> dict[str, int]:
+    def _upload(self, driver: Driver, kernels: Kernels, plans: Mapping[int, OperatorPlan]) -> dict[str, int]:
         """Copy the kernels' weights and tables to the GPU; return their addresses by step and buffer."""
         file = self._parts.constants
         data = (self._path.parent / file).read_bytes() if file else b""
@@ -93,7 +92,7 @@ class PartsSession(GpuSession):
 
     def _steps(
         self,
-        kernels: KernelFiles,
+        kernels: Kernels,
         plans: Mapping[int, OperatorPlan],
         addresses: Mapping[str, int],
         batch: int,

@@ -29,6 +29,7 @@ from moesr.kernels.registry import LOOP, OPS
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.tensorrt import backend, plan_store
 from moesr.runtime.backends.tensorrt.library import Library
+from moesr.runtime.devices import kernel_search
 from moesr.runtime.devices.compiled_kernels import KernelFiles
 from moesr.runtime.devices.cuda import CudaDevice
 from moesr.runtime.devices.operator_plan import digest
@@ -263,7 +264,7 @@ def test_run_is_captured_and_replayed(engine, precision, monkeypatch):
 
 def test_missing_kernel_names_the_cure(engine, precision, monkeypatch, tmp_path):
     rig = Rig(engine, precision, monkeypatch)
-    rig.session._kernel_path = write_kernels(tmp_path)
+    monkeypatch.setattr(kernel_search, "find_kernels", lambda engine: [write_kernels(tmp_path)])
     with pytest.raises(
         EngineError,
         match=rf"no {precision} kernel of (attention|aff_filter|inverted_residual) with .*kernels\.build",

@@ -15,7 +15,7 @@ from fake_tensorrt import fake_library
 from moesr.runtime.backends.base import Offer
 from moesr.runtime.backends.tensorrt import plan_store
 from moesr.runtime.cli import doctor, doctor_gpu
-from moesr.runtime.devices import compiled_kernels
+from moesr.runtime.devices import compiled_kernels, kernel_search
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system import user_cache
@@ -53,7 +53,7 @@ def test_machine_without_gpu_and_libraries(engine):
     found = dict(findings(engine))
     assert found["gpu"] == "none usable: no open_device (0,)"
     assert found["tensorrt_rtx"] == "unusable: no load ('tensorrt_rtx',)"
-    assert "there are no kernels" in found["kernels"] and "moesr.kernels.build" in found["kernels"]
+    assert str(kernel_search.SHIPPED) in found["kernels"]
     assert found["plans"].startswith("none in ")
 
 
@@ -68,8 +68,9 @@ def test_plans_and_kernels_that_fit_or_do_not(engine, monkeypatch):
     gpu = "Fake GPU, compute capability 8.9, driver for CUDA 13.2, 3.0 GB of 24.0 GB free"
     assert ("gpu", gpu) in found
     assert ("tensorrt_rtx", "9.9") in found
-    kernels = dict(found)["kernels"]
-    assert kernels.endswith(": fit") and "for sm_86, sm_90" in kernels
+    kernels = [text for label, text in found if label == "kernels"]
+    assert len(kernels) == 2 and all(text.endswith(": fit") for text in kernels)
+    assert "for sm_86, sm_90" in kernels[0] and str(kernel_search.SHIPPED) in kernels[1]
     assert any("capability 8.9, up to 4 tiles: fit" in text for text in texts)
     assert any("capability 8.6, up to 4 tiles: stale, this is tensorrt_rtx 9.9 on 8.9" in t for t in texts)
     with_gpu(monkeypatch, (7, 5))
