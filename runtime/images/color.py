@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moesr.runtime.images import flat_regions
-from moesr.runtime.images.flat_regions import LEVEL, Protection, Regions
+from moesr.runtime.images.flat_regions import LEVEL, Protection, Regions, Search
 
 COLOR_FIXES = ("adain", "wavelet", "none")
 """The names of methods for `fix_color`."""
@@ -36,10 +36,9 @@ def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray
         raise ValueError(f"unknown color correction {method!r}; choose one of {', '.join(COLOR_FIXES)}")
     _check_shapes(sr, lr_up)
     correct = {"adain": _adain_around, "wavelet": _wavelet_around, "none": _pinned}[method]
-    find = flat_regions.find_clipped if method == "none" else flat_regions.find
     for channel in np.ndindex(sr.shape[:-2]):
         content, style = sr[channel], lr_up[channel]
-        regions = find(style)
+        regions = _regions(content, style, method)
         if regions is None and method == "none" and (out is None or out is sr):
             continue
         out = (sr.copy() if method == "none" else np.empty_like(sr)) if out is None else out
@@ -50,6 +49,14 @@ def fix_color(sr: np.ndarray, lr_up: np.ndarray, method: str, *, out: np.ndarray
         else:
             (_adain_plane if method == "adain" else _wavelet_plane)(content, style, out[channel])
     return sr if out is None else out
+
+
+def _regions(content: np.ndarray, style: np.ndarray, method: str) -> Regions | None:
+    """Return the regions of `style` [H, W] whose level `method` keeps; None if there are none."""
+    search = Search()
+    for rows in _blocks(len(style)):
+        search.add(style[rows], content[rows])
+    return search.clipped() if method == "none" else search.flat()
 
 
 def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -105,17 +112,17 @@ def _adain_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, regio
     gain, offset, deviation = _gain_and_offset(content, style, regions.near)
     if deviation < LEVEL:
         regions = regions.without_steady
-    protection = Protection(regions, content, style)
+    protection = Protection(regions, content.shape[1])
     for rows in _blocks(len(content)):
         correction = content[rows] * np.float32(gain - 1.0) + np.float32(offset)
-        protection.apply(rows, correction, out)
+        protection.apply(rows, content[rows], correction, style[rows], out[rows])
 
 
 def _pinned(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Regions) -> None:
     """`content` with the pinned regions of `style`."""
-    protection = Protection(regions, content, style)
+    protection = Protection(regions, content.shape[1])
     for rows in _blocks(len(content)):
-        protection.pin(rows, out)
+        protection.pin(rows, content[rows], style[rows], out[rows])
 
 
 def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, levels: int = 5) -> None:
@@ -129,12 +136,12 @@ def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, reg
     regions = regions.without_steady
     low = np.empty(content.shape, np.float32)
     np.subtract(style, content, out=low)
-    protection = Protection(regions, content, style)
+    protection = Protection(regions, content.shape[1])
     for rows in _blocks(len(content)):
         low[rows][flat_regions.expand(regions.pinned, rows, content.shape[1])] = 0.0
     _low_band(low, 5)
     for rows in _blocks(len(content)):
-        protection.apply(rows, low[rows], out)
+        protection.apply(rows, content[rows], low[rows], style[rows], out[rows])
 
 
 def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:

@@ -13,7 +13,6 @@ The enlarged input is divided into cells of 4x4 pixels, which are examined in sq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,39 +26,64 @@ _NEAR = 32 * LEVEL  # from white or black: steady if the values differ by `_NOIS
 _NOISY = 8.5 * LEVEL
 _EVEN = 1.5 * LEVEL  # any values that differ by no more are steady
 _FADE_CELLS = 8  # outside a steady region, the correction grows to its full size over this distance
-_ROWS_PER_BLOCK = 64 * CELL_PX
 
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """The flat regions of a plane: bool [ceil(H / 4), ceil(W / 4)] each, one value per cell."""
+    """The flat regions of a plane, with one value per cell: bool [ceil(H / 4), ceil(W / 4)] each.
+
+    `differences` (float32) are the means of `style - content` in all cells.
+    """
 
     pinned: np.ndarray
-    near: np.ndarray  # takes no part in the statistics; includes `pinned`
+    near: np.ndarray  # left out of the statistics; includes `pinned`
     steady: np.ndarray  # includes `near`
+    differences: np.ndarray
 
     @property
     def without_steady(self) -> Regions:
         """Only the pinned regions."""
-        return Regions(self.pinned, self.pinned, self.pinned)
+        return Regions(self.pinned, self.pinned, self.pinned, self.differences)
 
 
-def find(plane: np.ndarray) -> Regions | None:
-    """Return the flat regions of an enlarged input [H, W] in [-1, 1]; None if there are none."""
-    low, high = _extremes(plane)
-    lowest, highest = _around(low, np.minimum), _around(high, np.maximum)
-    spread = highest - lowest
-    pinned = _clipped(low, high)
-    pinned |= _grown((spread <= _FLAT) & _within(lowest, highest, _CLOSE))
-    near = pinned | _grown((spread <= _NOISY) & _within(lowest, highest, _NEAR))
-    steady = near | _grown(spread <= _EVEN)
-    return Regions(pinned, near, steady) if steady.any() else None
+class Search:
+    """Finds the flat regions of an enlarged input, the style, which is passed in blocks of rows."""
 
+    def __init__(self) -> None:
+        self._parts: tuple[list[np.ndarray], ...] = ([], [], [])
 
-def find_clipped(plane: np.ndarray) -> Regions | None:
-    """Return the white and black regions of an enlarged input [H, W] in [-1, 1]; None if there are none."""
-    cells = _clipped(*_extremes(plane))
-    return Regions(cells, cells, cells) if cells.any() else None
+    def add(self, style: np.ndarray, content: np.ndarray) -> None:
+        """Add the next rows of the style and of the image to be corrected: [rows, W] in [-1, 1].
+
+        The number of rows is a multiple of `CELL_PX`, except in the last block.
+        """
+        rows, columns = np.arange(0, len(style), CELL_PX), np.arange(0, style.shape[1], CELL_PX)
+
+        def reduced(values: np.ndarray, how: np.ufunc) -> np.ndarray:
+            return how.reduceat(how.reduceat(values, rows, axis=0), columns, axis=1)
+
+        heights, widths = np.diff(np.append(rows, len(style))), np.diff(np.append(columns, style.shape[1]))
+        mean = reduced(style - content, np.add) / np.outer(heights, widths).astype(np.float32)
+        found = reduced(style, np.minimum), reduced(style, np.maximum), mean
+        for parts, values in zip(self._parts, found, strict=True):
+            parts.append(values)
+
+    def clipped(self) -> Regions | None:
+        """Return the white and black regions of the rows so far; None if there are none."""
+        low, high, differences = map(np.concatenate, self._parts)
+        cells = _clipped(low, high)
+        return Regions(cells, cells, cells, differences) if cells.any() else None
+
+    def flat(self) -> Regions | None:
+        """Return all flat regions of the rows so far; None if there are none."""
+        low, high, differences = map(np.concatenate, self._parts)
+        lowest, highest = _around(low, np.minimum), _around(high, np.maximum)
+        spread = highest - lowest
+        pinned = _clipped(low, high)
+        pinned |= _grown((spread <= _FLAT) & _within(lowest, highest, _CLOSE))
+        near = pinned | _grown((spread <= _NOISY) & _within(lowest, highest, _NEAR))
+        steady = near | _grown(spread <= _EVEN)
+        return Regions(pinned, near, steady, differences) if steady.any() else None
 
 
 def expand(cells: np.ndarray, rows: slice, width: int) -> np.ndarray:
@@ -72,36 +96,33 @@ def expand(cells: np.ndarray, rows: slice, width: int) -> np.ndarray:
 
 
 class Protection:
-    """Keeps the level of flat regions while an image is corrected."""
+    """Keeps the level of flat regions while an image is corrected, in blocks of rows."""
 
-    def __init__(self, regions: Regions, content: np.ndarray, style: np.ndarray) -> None:
-        """`content` [H, W] is to be corrected towards `style`, the enlarged input, which has the regions."""
-        self._content, self._style, self._width = content, style, content.shape[1]
+    def __init__(self, regions: Regions, width: int) -> None:
+        self._width = width
         self._free = _distance(_grown(regions.steady), _FADE_CELLS)
         self._pinned = regions.pinned.astype(np.float32)
-        self._difference = _spread(_differences(style, content), regions.steady)
+        self._difference = _spread(regions.differences, regions.steady)
 
-    def apply(self, rows: slice, correction: np.ndarray, out: np.ndarray) -> None:
-        """Write `rows` of the content plus the correction, as far as it is allowed, to `out`.
+    def apply(
+        self, rows: slice, content: np.ndarray, correction: np.ndarray, style: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write `content` plus the permitted share of the correction to `out`; `correction` is changed.
 
-        `correction` is [rows, W] and is changed. `out` is a whole image [H, W] and may be the content, since
-        each pixel is read before it is written. In steady regions the difference of the local means is the
-        correction; pinned regions become the style.
+        All arrays are the `rows` of an image, [rows, W]; `out` may be `content`. In steady regions the
+        correction is the difference of the local means; pinned regions become the style.
         """
         free = self._interpolated(self._free, rows)
         correction *= free
         correction += self._interpolated(self._difference, rows) * (1 - free)
-        correction += self._content[rows]
-        self._pin(rows, correction, out)
+        correction += content
+        self.pin(rows, correction, style, out)
 
-    def pin(self, rows: slice, out: np.ndarray) -> None:
-        """Write `rows` of the content without any correction, with pinned regions of the style, to `out`."""
-        self._pin(rows, self._content[rows].copy(), out)
-
-    def _pin(self, rows: slice, result: np.ndarray, out: np.ndarray) -> None:
+    def pin(self, rows: slice, content: np.ndarray, style: np.ndarray, out: np.ndarray) -> None:
+        """Write `content`, with pinned regions of the style, to `out`; arrays as for `apply`."""
         # From the edge of a pinned cell to its center the result changes to the input; outside it does not.
         pinned = np.maximum(2 * self._interpolated(self._pinned, rows) - 1, 0)
-        np.add(result, (self._style[rows] - result) * pinned, out=out[rows])
+        np.add(content, (style - content) * pinned, out=out)
 
     def _interpolated(self, cells: np.ndarray, rows: slice) -> np.ndarray:
         """Return float32 [rows, W], values at the centers of cells with linear interpolation between them."""
@@ -109,35 +130,6 @@ class Protection:
         lines = cells[top] * (1 - part[:, None]) + cells[below] * part[:, None]
         left, right, part = _neighbours(np.arange(self._width), cells.shape[1])
         return lines[:, left] * (1 - part) + lines[:, right] * part
-
-
-def _blocks(plane: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield blocks of rows, with the first row of each cell in a block and the first column of each cell."""
-    columns = np.arange(0, plane.shape[1], CELL_PX)
-    for start in range(0, len(plane), _ROWS_PER_BLOCK):
-        rows = slice(start, min(start + _ROWS_PER_BLOCK, len(plane)))
-        yield rows, np.arange(0, rows.stop - rows.start, CELL_PX), columns
-
-
-def _extremes(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest and the highest value in each cell: [h, w] each."""
-    found: list[list[np.ndarray]] = [[], []]
-    for rows, first, columns in _blocks(plane):
-        for values, reduce in zip(found, (np.minimum.reduceat, np.maximum.reduceat), strict=True):
-            values.append(reduce(reduce(plane[rows], first, axis=0), columns, axis=1))
-    return np.concatenate(found[0]), np.concatenate(found[1])
-
-
-def _differences(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """Return the mean of `style - content` in each cell: float32 [h, w]."""
-    parts = []
-    for rows, first, columns in _blocks(style):
-        difference = style[rows] - content[rows]
-        total = np.add.reduceat(np.add.reduceat(difference, first, axis=0), columns, axis=1)
-        heights = np.diff(np.append(first, len(difference)))
-        widths = np.diff(np.append(columns, style.shape[1]))
-        parts.append(total / np.outer(heights, widths).astype(np.float32))
-    return np.concatenate(parts)
 
 
 def _clipped(low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -124,14 +124,21 @@ def test_an_image_of_one_level_is_corrected_as_published():
 
 def test_cells_of_flat_pixels():
     plane = np.tile(np.linspace(-0.5, 0.5, 41, dtype=np.float32), (30, 1))
-    assert flat_regions.find_clipped(plane) is None and flat_regions.find(plane) is None
+
+    def found() -> list[flat_regions.Regions | None]:
+        search = flat_regions.Search()
+        for start in range(0, 30, 12):
+            search.add(plane[start : start + 12], plane[start : start + 12] - 0.25)
+        return [search.clipped(), search.flat()]
+
+    assert found() == [None, None]
     plane[8:20, 4:16] = 1.0
     plane[0:4, 20:24] = 1.0  # the region is too small
-    for find in (flat_regions.find_clipped, flat_regions.find):
-        regions = find(plane)
+    for regions in found():
         assert regions is not None and regions.pinned.shape == (8, 11)
+        np.testing.assert_allclose(regions.differences, 0.25, atol=1e-6)
         for cells in (regions.pinned, regions.near, regions.steady):
             assert np.argwhere(cells).min(0).tolist() == [2, 1]
             assert np.argwhere(cells).max(0).tolist() == [4, 3]
     plane[9, 9] = 0.6
-    assert flat_regions.find_clipped(plane) is None and flat_regions.find(plane) is None
+    assert found() == [None, None]
