@@ -1,4 +1,4 @@
-"""The dataset of a run: a listing that streams, a pool of workers, report rows."""
+"""The dataset of a run: a listing in a stream, a pool of workers, and report rows."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.tile_layout import TileLayout
 
 TYPICAL_SIDE = 1024
-"""Side in pixels of the images that a worker's memory is estimated for."""
+"""The memory of a worker is estimated for images with sides of this many pixels."""
 
 AT_ONCE = 2
-"""Images at work in a worker: one is fetched and prepared, or delivered, while another is computed."""
+"""The number of images in work per worker: one is fetched, prepared or delivered during another's work."""
 
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray reserves per worker, and the number of workers; None stands for as many as fit."""
+    """The resources that Ray reserves per worker, and the number of workers; None means as many as fit."""
 
     cpus: float
     gpus: float
@@ -42,14 +42,14 @@ class Resources:
 
     @classmethod
     def of(cls, args: argparse.Namespace, manifest: Manifest, directory: Path) -> Resources:
-        """The resources that the arguments ask for; the memory is estimated if it is not given."""
+        """Return the resources that the arguments ask for; the memory is estimated if it is not given."""
         cpus = args.cpus_per_worker if args.cpus_per_worker is not None else float(args.threads or 1)
         memory = int(args.memory_per_worker * 1e9) if args.memory_per_worker is not None else None
         return cls(cpus, args.gpus_per_worker or 0.0, memory or estimate(manifest, directory), args.workers)
 
 
 def estimate(manifest: Manifest, directory: Path) -> int:
-    """Bytes of a worker with all graphs open and AT_ONCE images of TYPICAL_SIDE, as on a CPU."""
+    """Return the bytes of a worker with all graphs open and AT_ONCE images of TYPICAL_SIDE, as on a CPU."""
     graphs = GraphMemory(manifest, directory, "cpu", 1)
     layout = TileLayout(manifest, TYPICAL_SIDE, TYPICAL_SIDE)
     return graphs.needed(graphs.pools[0], frozenset(), warm=False) + AT_ONCE * image_bytes(layout)
@@ -57,7 +57,10 @@ def estimate(manifest: Manifest, directory: Path) -> int:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Be a driver of the cluster at an address during a `with` block; UsageError if there is none."""
+    """Make this process a driver of the cluster at an address during a `with` block.
+
+    UsageError without one.
+    """
     try:
         import ray
         import ray.data
@@ -65,8 +68,8 @@ def connected(address: str) -> Iterator[None]:
         raise missing(error.name or "ray") from error
     own = not ray.is_initialized()
     if own:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notes would go to the terminal
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its messages would go to the terminal
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here sends no statistics
         try:
             ray.init(
                 address or None,
@@ -88,7 +91,7 @@ class ReportRows:
 
     def __init__(self, rows: Iterator[dict[str, Any]], ledger: Any) -> None:
         self._rows, self._ledger = rows, ledger
-        self._counts: Counts | None = None  # once the run is over
+        self._counts: Counts | None = None  # set once the run is over
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -99,7 +102,7 @@ class ReportRows:
             raise cause_of(error) from error
 
     def counts(self) -> Counts:
-        """The progress of the listing."""
+        """Return the progress of the listing."""
         import ray
 
         counts: Any = self._counts or ray.get(self._ledger.counts.remote())
@@ -136,7 +139,7 @@ def report_rows(sources: Sources, work: Work, resources: Resources) -> ReportRow
         max_concurrent_calls_per_actor=AT_ONCE,
         enable_true_multi_threading=True,
     )
-    worker: Any = Worker  # Ray Data makes an actor of the class
+    worker: Any = Worker  # Ray Data makes an actor from the class
     made = ray.data.read_datasource(ListingSource(sources, ledger), num_cpus=0).map(
         worker,
         fn_constructor_args=(work, ledger),
@@ -149,7 +152,7 @@ def report_rows(sources: Sources, work: Work, resources: Resources) -> ReportRow
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error of ours that an exception of Ray carries, or one that says what Ray said."""
+    """Return the error of ours inside an exception of Ray, or an error with Ray's message."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MoesrError):
@@ -158,5 +161,5 @@ def cause_of(error: BaseException) -> BaseException:
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
     text = str(error).strip().splitlines()
     return EngineError(
-        f"the cluster gave up: {text[-1] if text else type(error).__name__}; run again to go on"
+        f"the cluster has stopped: {text[-1] if text else type(error).__name__}; run again to continue"
     )

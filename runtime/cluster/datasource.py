@@ -1,4 +1,4 @@
-"""The listing of a run as a datasource of Ray Data: one task, whose blocks are taken as workers need them."""
+"""The listing of a run as a datasource of Ray Data: one task, whose blocks are read as workers need them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ray.data.block import BlockMetadata
 from moesr.runtime.cluster.listing import Sources
 
 REPORT_EVERY = 100
-"""Rows between two counts of the listing that are sent to the ledger."""
+"""The listing is counted for the ledger each time this many rows have been listed."""
 
 
 class ListingSource(Datasource):
-    """Rows of inputs; see `listing.rows`."""
+    """The rows of inputs as a datasource; see `listing.rows`."""
 
     def __init__(self, sources: Sources, ledger: Any) -> None:
         self._sources, self._ledger = sources, ledger
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before the listing is read."""
+        """Return None, as the size is unknown before the listing is read."""
         return None
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """The one task that lists; it runs as far ahead of the workers as Ray Data lets it."""
+        """Return the only task, which lists; it runs as far ahead of the workers as Ray Data allows."""
         sources, ledger = self._sources, self._ledger
 
         def read() -> Iterator[pyarrow.Table]:

@@ -1,4 +1,4 @@
-"""Engines on every node: a directory that all nodes have, a bundled engine, or a URL that nodes copy once."""
+"""Engines on every node: a directory that all nodes share, a bundled one, or a URL that is copied once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from moesr.runtime.system.files import new_directory, reason
 
 
 def name_for_nodes(engine: Path | str | None) -> str:
-    """The engine as every node finds it: a URL, the name of a bundled engine, or an absolute path."""
+    """Return the name by which every node finds the engine: a URL, a bundled engine, or an absolute path."""
     if is_url(str(engine or "")):
         return str(engine)
     return demo_name(engine) or str(engine_directory(engine).absolute())
 
 
 def engine_on_this_node(name: str) -> Path:
-    """The directory of an engine that `name_for_nodes` names.
+    """Return the directory of an engine named by `name_for_nodes`.
 
     The files behind a URL are copied into the user's cache, under the hash of the manifest, by one process of
-    a node at a time. EngineError if that is not possible.
+    a node at a time. EngineError is raised if that is not possible.
     """
     if not is_url(name):
         return engine_directory(name)
@@ -54,11 +54,11 @@ def engine_on_this_node(name: str) -> Path:
 
 
 def _copy(place: Bucket, target: Path) -> None:
-    """Copy all files of an engine; the directory is there when all of them are."""
+    """Copy all files of an engine; the directory exists only when all of them are complete."""
     with new_directory(target, force=False, marker=MANIFEST_NAME) as scratch:
         for key, _ in place.entries(recursive=True):
             folder = scratch / PurePosixPath(key).parent
             if ".." in PurePosixPath(key).parts:
-                raise EngineError(f"{place.name(key)}: leads out of the engine")
+                raise EngineError(f"{place.name(key)}: lies outside of the engine")
             folder.mkdir(parents=True, exist_ok=True)
             place.fetch(key, folder)

@@ -1,4 +1,4 @@
-"""Named images that are too large for one worker: all workers share their tiles, image after image."""
+"""Named images that are too large for one worker: all workers share the tiles of one image at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moesr.runtime.loop.tile_layout import TileLayout
 
 
 def split(sources: Sources, manifest: Manifest, resources: Resources) -> tuple[list[Row], Sources]:
-    """The named images that take more memory than a worker has, and the sources without them."""
+    """Return the named images that need more memory than a worker has, and the sources without them."""
     rows = {name: sources.named(name) for name in sources.names}
     large = {
         name: row for name, row in rows.items() if row and bytes_of(row, manifest) > resources.memory_bytes
@@ -34,7 +34,7 @@ def split(sources: Sources, manifest: Manifest, resources: Resources) -> tuple[l
 
 
 def bytes_of(row: Row, manifest: Manifest) -> int:
-    """Memory that an image takes; 0 if it cannot be read, which is for a worker to report."""
+    """Return the memory that an image needs; 0 if it cannot be read, which a worker will report."""
     try:
         with tempfile.TemporaryDirectory(prefix="moesr-") as folder:
             width, height = size_of(place_of(row.source).fetch(row.key, Path(folder))[0])
@@ -44,19 +44,19 @@ def bytes_of(row: Row, manifest: Manifest) -> int:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height that the header of an image declares; 0 x 0 if there is none."""
+    """Return the width and height in the header of an image; 0 x 0 if it has none."""
     try:
         with path.open("rb") as stream, warnings.catch_warnings(action="ignore"):
             known = formats.readable(stream.read(32))
             stream.seek(0)
             with Image.open(stream, formats=known) as image:
                 return image.size
-    except Exception:  # decoders raise whatever they meet
+    except Exception:  # decoders raise errors of any kind
         return 0, 0
 
 
 def report_rows(rows: Sequence[Row], work: Work, resources: Resources) -> Iterator[dict[str, Any]]:
-    """The report rows of large images. All workers of the cluster are at work on one image."""
+    """Yield the report rows of large images. All workers of the cluster process one image at a time."""
     if not rows:
         return
     import ray

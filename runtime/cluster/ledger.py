@@ -1,7 +1,7 @@
-"""The one actor that knows which inputs are at work: how often each was begun, and how many are listed.
+"""An actor that records which inputs are in work, how often each was begun, and how many are listed.
 
-It holds the inputs in flight only. An input that was begun before, and whose row has not reached the driver,
-has lost its worker, perhaps after its result was written.
+It holds only the inputs in flight. If an input was begun before and its row has not reached the driver, its
+worker was lost, perhaps after its result was written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Counts:
     """The progress of a listing."""
 
     listed: int
-    complete: bool  # the listing is at its end
+    complete: bool  # True when the listing has ended
 
 
 class Ledger:
@@ -25,7 +25,7 @@ class Ledger:
         self._listed, self._complete = 0, False
 
     def begin(self, name: str) -> int:
-        """Count an attempt at an input; 1 is the first."""
+        """Count an attempt at an input and return its number, from 1."""
         self._attempts[name] = self._attempts.get(name, 0) + 1
         return self._attempts[name]
 
@@ -34,10 +34,13 @@ class Ledger:
         self._attempts.pop(name, None)
 
     def listed(self, count: int, complete: bool = False) -> None:
-        """Note that so many inputs are listed; a listing that is repeated after a loss counts once."""
+        """Record that this number of inputs is listed.
+
+        A listing that is repeated after a loss counts once.
+        """
         self._listed = max(self._listed, count)
         self._complete |= complete
 
     def counts(self) -> Counts:
-        """The number of inputs that are listed."""
+        """Return the number of inputs that are listed."""
         return Counts(self._listed, self._complete)

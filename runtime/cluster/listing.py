@@ -18,16 +18,16 @@ from moesr.runtime.images.reading import READ_SUFFIXES
 
 @dataclass(frozen=True)
 class Row:
-    """An input of a run as it travels to a worker; the pixels stay where they are."""
+    """An input of a run as it is sent to a worker; its pixels stay where they are."""
 
     source: str  # path or URL of a place
     key: str
-    seconds: float  # of its last change
+    seconds: float  # time of its last change
     target: str  # key of the result
-    listed: bool  # found in a place rather than named
+    listed: bool  # found in a place, not named
 
     def values(self) -> dict[str, Any]:
-        """The columns of a table of rows."""
+        """Return the columns of a table of rows."""
         return asdict(self)
 
 
@@ -41,9 +41,9 @@ class Sources:
     skipped: str | None = None
 
     def rows(self) -> Iterator[Row]:
-        """The images of all sources in their order.
+        """Yield the images of all sources in their order.
 
-        Raises InputError if a source cannot be listed or does not list its keys in order.
+        InputError is raised if a source cannot be listed or does not list its keys in order.
         """
         for name in self.names:
             row = self.named(name)
@@ -57,7 +57,7 @@ class Sources:
                 yield Row(name, key, seconds, str(path.parent / (short if alone else long)), True)
 
     def named(self, name: str) -> Row | None:
-        """The row of a source that is a single file; None for a folder or prefix."""
+        """Return the row of a source that is a single file; None for a folder or prefix."""
         single = parent_of(name)
         if not single:
             return None
@@ -68,7 +68,7 @@ class Sources:
 
 
 def images(place: Place, recursive: bool, skipped: str | None = None) -> Iterator[tuple[str, float]]:
-    """The keys of a place that have the ending of an image, without hidden ones."""
+    """Yield the keys of a place that have the suffix of an image, without hidden ones."""
     for key, seconds in place.entries(recursive):
         name = key.rpartition("/")[2]
         hidden = key.startswith(".") or "/." in key
@@ -79,14 +79,15 @@ def images(place: Place, recursive: bool, skipped: str | None = None) -> Iterato
 
 
 def with_twins(entries: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float, bool]]:
-    """Entries in their order, each with whether no other one differs from it in the extension only.
+    """Yield entries in order, each with whether another entry differs from it only in the extension.
 
-    Names with the stem s lie between "s." and "s/" in an ordered listing, so only stems that a later name may
-    share are held: as many as dots in one name. Raises InputError if names of a directory are not in order.
+    Names with the stem s lie between "s." and "s/" in an ordered listing, so only the stems that a later name
+    may share are held: as many as one name has dots. Raises InputError if names of a directory are not in
+    order.
     """
     open_stems: dict[
         str, list[tuple[str, float]]
-    ] = {}  # by directory and stem; each begins with those before
+    ] = {}  # by directory and stem; each begins with the previous ones
     last = ""
     for key, seconds in entries:
         stem = key.rpartition(".")[0]

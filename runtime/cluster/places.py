@@ -28,7 +28,7 @@ from moesr.runtime.system.files import check_writable, examine, kind_of, reason,
 SCHEMES = ("s3", "gs", "az", "file")
 
 HEAD_BYTES = 1 << 16
-"""Bytes at the beginning of a PNG that are read first, in search of its record."""
+"""The number of bytes at the beginning of a PNG in which its record is searched first."""
 
 CHUNK = 8 << 20
 
@@ -37,16 +37,16 @@ RETRIES: dict[str, Any] = {
     "retry_timeout": timedelta(minutes=3),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=15), "base": 2},
 }
-"""A request that a store answers with 5xx or 429, or not at all, is repeated for up to three minutes."""
+"""A request to which a store answers 5xx or 429, or not at all, is repeated for up to three minutes."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file of a place. `seconds` is when it was last changed, as the place tells it."""
+    """A file of a place. `seconds` is the time of its last change, as the place reports it."""
 
-    record: Provenance | None  # None: it is no result
+    record: Provenance | None  # None: the file is not a result
     seconds: float
 
 
@@ -55,47 +55,48 @@ class Place(Protocol):
 
     @property
     def keeps_dates(self) -> bool:
-        """Whether a file can have a date from before it came here, so that its date proves nothing."""
+        """Whether a file can have an older date than its arrival here, so that its date proves nothing."""
         ...
 
     def name(self, key: str) -> str:
-        """The path or URL of a key, for people."""
+        """Return the path or URL of a key, for messages."""
         ...
 
     def entries(self, recursive: bool) -> Iterator[tuple[str, float]]:
-        """Keys with the seconds of their last change, as they are read from the place.
+        """Yield keys with the seconds of their last change, as they are read from the place.
 
-        Keys that share a directory are in the order of their names. InputError if the place cannot be listed.
+        Keys that share a directory are in the order of their names. InputError is raised if the place cannot
+        be listed.
         """
         ...
 
     def fetch(self, key: str, folder: Path) -> tuple[Path, str]:
-        """A file with the content and name of a key, and a text that changes when the key does.
+        """Return a file with the content and name of a key, and a text that changes when the key changes.
 
         The file is the original or a copy in `folder`. Raises InputError.
         """
         ...
 
     def version(self, key: str) -> str:
-        """The text that `fetch` returned, as it is now."""
+        """Return the text that `fetch` returned, for the current state."""
         ...
 
     def find(self, key: str) -> Found | None:
-        """What is known of a key; None if there is none. Raises OutputError."""
+        """Return the facts about a key, or None if it does not exist. Raises OutputError."""
         ...
 
     def deliver(self, path: Path, key: str) -> None:
-        """Copy a file to a key: whole or not at all. Raises OutputError or OSError."""
+        """Copy a file to a key, completely or not at all. Raises OutputError or OSError."""
         ...
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL rather than a path."""
+    """Return True if a text is a URL rather than a path."""
     return _URL.match(text) is not None
 
 
 def place_of(text: str) -> Place:
-    """The place that a path or URL names; UsageError for a URL of another scheme."""
+    """Return the place of a path or URL; UsageError for a URL of another scheme."""
     match = _URL.match(text)
     if not match:
         return Folder(Path(text).absolute())
@@ -107,7 +108,7 @@ def place_of(text: str) -> Place:
 
 
 def parent_of(text: str) -> tuple[Place, str] | None:
-    """The place and key of a single file that a path or URL names; None if it names a folder or prefix."""
+    """Return the place and key of a single file at a path or URL; None for a folder or prefix."""
     if not is_url(text) or text.startswith("file:"):
         folder = place_of(text)
         assert isinstance(folder, Folder)
@@ -123,7 +124,7 @@ def parent_of(text: str) -> tuple[Place, str] | None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that every node sees under the same path."""
+    """A folder that all nodes see under the same path."""
 
     path: Path
     keeps_dates = True
@@ -153,14 +154,14 @@ class Folder:
 
     def fetch(self, key: str, folder: Path) -> tuple[Path, str]:
         """See `Place.fetch`."""
-        return self.path / key, ""  # whoever reads it notices if the file changes meanwhile
+        return self.path / key, ""  # the reader notices if the file changes meanwhile
 
     def version(self, key: str) -> str:
         """See `Place.version`."""
         return ""
 
     def find(self, key: str) -> Found | None:
-        """See `Place.find`; a result that is not whole counts as empty space."""
+        """See `Place.find`; an incomplete result counts as absent."""
         path = self._inside(key)
         status = examine(path, OutputError)
         if status is None or (kind_of(status) == "file" and status.st_size == 0):
@@ -176,9 +177,9 @@ class Folder:
             shutil.copyfileobj(source, target, CHUNK)
 
     def _inside(self, key: str) -> Path:
-        """The path of a key; OutputError if it would lie outside of the folder."""
+        """Return the path of a key; OutputError if it would lie outside of the folder."""
         if ".." in PurePosixPath(key).parts or key.startswith("/"):
-            raise OutputError(f"{key}: leads out of {self.path}; rename the input")
+            raise OutputError(f"{key}: lies outside of {self.path}; rename the input")
         return self.path / key
 
 
@@ -198,7 +199,7 @@ class Bucket:
         return _open_store(self.url)
 
     def entries(self, recursive: bool) -> Iterator[tuple[str, float]]:
-        """See `Place.entries`: one page of the store's listing is in memory at a time."""
+        """See `Place.entries`; one page of the store's listing is in memory at a time."""
         obstore = _obstore()
         try:
             for page in obstore.list(self._store, chunk_size=1000):
@@ -230,7 +231,7 @@ class Bucket:
             raise InputError(f"{self.name(key)}: cannot be read: {said(error)}") from error
 
     def find(self, key: str) -> Found | None:
-        """See `Place.find`; the head of a PNG is read, and other formats as a whole."""
+        """See `Place.find`; the head of a PNG is read, and files of other formats are read completely."""
         try:
             found = _obstore().get(self._store, key)
             seconds = found.meta["last_modified"].timestamp()
@@ -251,7 +252,7 @@ class Bucket:
             raise OutputError(f"{self.name(key)}: cannot be examined: {said(error)}") from error
 
     def deliver(self, path: Path, key: str) -> None:
-        """See `Place.deliver`: a large file goes in parts, and the store shows it after the last one."""
+        """See `Place.deliver`; a large file is sent in parts, and the store shows it after the last part."""
         try:
             _obstore().put(self._store, key, path)
         except _errors() as error:
@@ -259,7 +260,7 @@ class Bucket:
 
 
 def check_place(place: Place) -> None:
-    """Raise OutputError if nothing can be written to a place, as far as that can be told."""
+    """Raise OutputError if nothing can be written to a place, as far as this is known beforehand."""
     if isinstance(place, Folder):
         check_writable(place.path)
     else:
@@ -267,7 +268,7 @@ def check_place(place: Place) -> None:
 
 
 def said(error: Exception) -> str:
-    """The first line of an object store's message, which is followed by pages of details."""
+    """Return the first line of an object store's message, without the pages of details."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     return f"{lines[0].split(': <')[0].rstrip(': ')}{f' ({code[1]})' if code else ''}"
@@ -300,7 +301,7 @@ def _open_store(url: str) -> Any:
         try:
             _stores[url] = open_url(url, retry_config=RETRIES)
         except _errors() as error:
-            raise UsageError(f"{url}: is no usable URL of an object store: {said(error)}") from error
+            raise UsageError(f"{url}: is not a usable URL of an object store: {said(error)}") from error
     return _stores[url]
 
 
@@ -308,5 +309,5 @@ _stores: dict[str, Any] = {}  # a store keeps its connections
 
 
 def missing(library: str, extra: str = "ray") -> UsageError:
-    """The error that says which extra a library comes with."""
+    """Return the error that says with which extra a library comes."""
     return UsageError(f"{library} is not installed; install it with: pip install 'moesr[{extra}]'")

@@ -1,8 +1,8 @@
 """One image on many workers: an Upscaler whose graphs run in actors.
 
-Canvases, gather, blend and the sampler's step stay in this process; only a tile's inputs and outputs travel,
-0.2 MB for a step of the sampler against half a second of work at full width. Each actor runs the tiles in the
-groups in which a local backend would run them, so the result is the local one on equal processors.
+Canvases, gather, blend and the sampler's step stay in this process; only the inputs and outputs of tiles are
+sent, 0.2 MB per sampling step and tile against half a second of work at full width. Each actor runs the tiles
+in the same groups as a local backend, so the result is the local one on equal processors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moesr.runtime.upscaler import Upscaler
 
 
 class RemoteSession:
-    """See `Session`: a graph that runs in the actors of a pool."""
+    """A `Session` of a graph that runs in the actors of a pool."""
 
     capturable = False
 
@@ -43,7 +43,7 @@ class RemoteSession:
         self._buffers = buffers
 
     def enqueue(self, batch: int) -> None:
-        """See `Session.enqueue`: sends the tiles in parts to all actors, and waits for the last part."""
+        """See `Session.enqueue`; it sends the tiles in parts to all actors, and waits for the last part."""
         size = self._pool.per_run
         ranges = [(start, min(start + size, batch)) for start in range(0, batch, size)]
         outputs = self._pool.run(self._role, [(self._inputs(*ends), ends[1] - ends[0]) for ends in ranges])
@@ -52,7 +52,7 @@ class RemoteSession:
                 self._buffers[spec.name][start:end] = values
 
     def _inputs(self, start: int, end: int) -> dict[str, np.ndarray]:
-        """The inputs of some tiles of the batch."""
+        """Return the inputs of some tiles of the batch."""
         return {
             spec.name: self._buffers[spec.name][start:end] if spec.per_tile else self._buffers[spec.name]
             for spec in self._boundary.inputs
@@ -82,17 +82,17 @@ class RemoteBackend(Backend):
         return RemoteSession(self.pool, self.roles[graph.file], graph.boundary)
 
     def release(self) -> None:
-        """See `Backend.release`: ends the actors."""
+        """See `Backend.release`; it ends the actors."""
         self.pool.close()
 
 
 class RemoteUpscaler(Upscaler):
-    """An Upscaler for large images on a cluster that this process is a driver of."""
+    """An Upscaler for large images on a cluster of which this process is a driver."""
 
     def __init__(
         self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]
     ) -> None:
-        """Start `workers` actors, each with these `resources` of Ray; returns when one of them is ready.
+        """Start `workers` actors, each with these `resources` of Ray, and return when one of them is ready.
 
         `options` are those of `candidates`.
         """

@@ -1,4 +1,4 @@
-"""`moesr-run --ray`: the driver, which hands inputs to workers by Ray Data and reports what comes back.
+"""`moesr-run --ray`: the driver, which sends inputs to workers with Ray Data and reports their results.
 
 Ray schedules, retries and scales. Rows hold names and report lines, never pixels.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger("moesr")
 
 
 def run(args: argparse.Namespace, options: Mapping[str, Any], how: RunOptions) -> int:
-    """Do what the arguments of `moesr-run` say on a cluster; returns the exit code."""
+    """Do what the arguments of `moesr-run` say on a cluster and return the exit code."""
     check_usage(args)
     report = Report(how.log, how.json_progress)
     name = name_for_nodes(args.engine)
@@ -91,7 +91,7 @@ class Driver:
         self._code = 0
 
     def run(self, rows: dataset.ReportRows | None) -> int:
-        """Report all rows; returns the highest exit code. UsageError if there are no inputs."""
+        """Report all rows and return the highest exit code; UsageError if there are no inputs."""
         if rows is not None and not (self._how.fail_fast and self._counts["failed"]):
             self._follow(rows)
         if not sum(self._counts.values()):
@@ -110,7 +110,7 @@ class Driver:
                 counts, total = rows.counts(), sum(self._counts.values()) - before
                 display.count = max(counts.listed, total)
                 name = PurePosixPath(json.loads(row["line"])["input"]).name
-                stage = "" if counts.complete else "listing goes on"
+                stage = "" if counts.complete else "listing continues"
                 display.show(total, name, stage, total / display.count)
                 if self._how.fail_fast and self._counts["failed"]:
                     log.error("stopped after the first failure (--fail-fast)")
@@ -140,7 +140,7 @@ class Driver:
 
 
 class _WithoutRay:
-    """A stream that drops what Ray's own threads print: lost workers are in the report."""
+    """A stream that drops the output of Ray's own threads; lost workers are in the report."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -156,7 +156,7 @@ class _WithoutRay:
 
 @contextlib.contextmanager
 def _quiet_ray() -> Iterator[None]:
-    """Keep Ray's notes off the terminal during a `with` block; its log files have them."""
+    """Keep Ray's messages off the terminal during a `with` block; its log files hold them."""
     loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
     before = [logger.level for logger in loggers], sys.stdout, sys.stderr
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""Actors that run graphs on tiles for one image, and the queue between them and the worker thread.
+"""Actors that run graphs on tiles of one image, and the queue between them and the worker thread.
 
-Ray starts the actors and restarts those that die. A tile that was sent to an actor that died goes to another
-one at once, because Ray would keep it for the actor's next life.
+Ray starts the actors and restarts those that die. A tile that was sent to an actor that died is sent to
+another one at once, because Ray would keep it until the actor is restarted.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Tiles = Mapping[str, np.ndarray]
 """The inputs of a run by name, each [tiles, ...], or [1, ...] if one value serves the run."""
 
 IN_FLIGHT = 2
-"""Runs that an actor is sent before the first of them is back, so that it does not wait for the network."""
+"""The number of runs that an actor is sent before the first returns, so that it need not wait for data."""
 
 PATIENCE_S = 600.0
 """Seconds to wait for a first actor, or for a new one if all have died."""
 
 
 class TileRunner:
-    """The actor: an engine whose graphs are opened when they are first needed and then stay open."""
+    """An actor with an engine, whose graphs are opened when they are first needed and then stay open."""
 
     def __init__(self, engine: str, options: Mapping[str, Any]) -> None:
-        """`options` are those of an Upscaler that `candidates` takes."""
+        """Open the engine; `options` are the options of an Upscaler that `candidates` accepts."""
         self._directory = engine_on_this_node(engine)
         self._manifest = read_manifest(self._directory)
         self._backend, _ = autotune.choose(candidates(**options), self._directory, self._manifest)
@@ -43,11 +43,11 @@ class TileRunner:
         self._open: dict[str, tuple[Session, dict[str, np.ndarray]]] = {}
 
     def tiles_per_run(self) -> int:
-        """The backend's number of tiles per run."""
+        """Return the backend's number of tiles per run."""
         return self._backend.max_batch
 
     def run(self, role: str, tiles: Tiles, count: int) -> list[np.ndarray]:
-        """Run a graph on so many tiles; returns its outputs, each [count, ...]."""
+        """Run a graph on `count` tiles and return its outputs, each [count, ...]."""
         session, buffers = self._session(role)
         for name, values in tiles.items():
             buffers[name][: len(values)] = values
@@ -67,7 +67,8 @@ class TileRunner:
 class TilePool:
     """Runs graphs on actors. One thread at a time calls `run`; any thread may call `close`.
 
-    `ran` counts the tiles of each actor, `runs` and `sent_bytes` what went to all of them and came back.
+    `ran` counts the tiles of each actor, `runs` and `sent_bytes` the runs of all actors and the bytes sent
+    and returned.
     """
 
     def __init__(self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]):
@@ -77,7 +78,7 @@ class TilePool:
         made = runner.options(max_restarts=-1, max_task_retries=0, **resources)
         self._actors: list[Any] = [made.remote(engine, dict(options)) for _ in range(workers)]
         self._returning: dict[Any, int] = {a.tiles_per_run.remote(): n for n, a in enumerate(self._actors)}
-        self._free: list[int] = []  # actors by number, once for each run that they may be sent
+        self._free: list[int] = []  # actors by number, one entry per run that they may be sent
         self._closed = False
         self.per_run = 0
         self.ran: Counter[int] = Counter()
@@ -86,13 +87,13 @@ class TilePool:
 
     @property
     def capacity(self) -> int:
-        """Tiles of a tick that keeps all actors busy."""
+        """The number of tiles in a tick that keeps all actors busy."""
         return len(self._actors) * IN_FLIGHT * self.per_run
 
     def run(self, role: str, parts: Sequence[tuple[Tiles, int]]) -> list[list[np.ndarray]]:
-        """Run a graph on each part, which is tiles and their number; returns the outputs of each.
+        """Run a graph on each part, which is tiles and their number, and return the outputs of each.
 
-        EngineError if no actor is left for PATIENCE_S seconds, or once the pool is closed.
+        EngineError is raised if no actor is left for PATIENCE_S seconds, or if the pool is closed.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -129,7 +130,7 @@ class TilePool:
         self.sent_bytes += sum(a.nbytes for a in part[0].values()) + sum(a.nbytes for a in outputs)
 
     def _first_of(self, refs: list[Any], idle_since: float) -> list[Any]:
-        """Those of some references that are ready, or none after a while."""
+        """Return the references that are ready, or none after a time limit."""
         import ray
 
         if self._closed:
@@ -139,13 +140,13 @@ class TilePool:
         return ray.wait(refs, num_returns=1, timeout=0.5)[0]
 
     def _lose(self, actor: int) -> None:
-        """Send nothing to an actor until it answers again."""
+        """Send nothing to an actor until it responds again."""
         self._free = [free for free in self._free if free != actor]
         if actor not in self._returning.values():
             self._returning[self._actors[actor].tiles_per_run.remote()] = actor
 
     def _welcome(self, answer: Any) -> None:
-        """Send tiles to an actor that has answered."""
+        """Send tiles to an actor that has responded."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -169,7 +170,7 @@ class TilePool:
                 self._welcome(answer)
 
     def abort(self) -> None:
-        """Make a run that is under way, and all later ones, end with EngineError."""
+        """Make the current run, and all later ones, end with EngineError."""
         self._closed = True
 
     def close(self) -> None:

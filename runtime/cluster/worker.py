@@ -1,4 +1,4 @@
-"""A worker of the pool: one Upscaler, rows of inputs in, report rows out.
+"""A worker of the pool: one Upscaler, which turns rows of inputs into report rows.
 
 Every row goes through the same code as a file of a local run. Errors are values of the report rows, because
 an exception would end the whole dataset.
@@ -31,20 +31,20 @@ from moesr.runtime.system.files import scratch_directory, sha256_of, sweep
 from moesr.runtime.upscaler import Upscaler
 
 ATTEMPTS = 3
-"""Times that an input may be begun. One that ends its worker so often is a failure of its own."""
+"""An input is begun at most this many times; if it ends its worker each time, it counts as failed."""
 
 SETTLED_S = 60.0
-"""A source that was last changed this long before its result was written is not read to compare them."""
+"""A source that was last changed this long before its result was written is not read for comparison."""
 
 SCRATCH = Path(tempfile.gettempdir())
-"""Where inputs are copied to and results are made, $TMPDIR of the node."""
+"""The directory for copies of inputs and for results in work, $TMPDIR of the node."""
 
 log = logging.getLogger("moesr")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all workers of a run do, as they receive it."""
+    """The task of all workers of a run, as they receive it."""
 
     engine: str  # see `engines.name_for_nodes`
     upscaler: Mapping[str, Any]  # options of an Upscaler
@@ -56,7 +56,7 @@ class Work:
 
 
 class RowReport(Report):
-    """Keeps the line of one file, with the warnings of its own thread."""
+    """Stores the line of one file, with the warnings of its own thread."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -64,12 +64,12 @@ class RowReport(Report):
         self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning of this thread."""
+        """Store a warning of this thread."""
         if record.thread == self._thread:
             super().emit(record)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Keep the line."""
+        """Store the line."""
         self.line = values
 
 
@@ -94,7 +94,7 @@ class Worker:
         self._changed = threading.Condition()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The report row of one input."""
+        """Return the report row of one input."""
         import ray
 
         given = Row(**row)
@@ -107,7 +107,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _turn(self, *, alone: bool) -> Iterator[None]:
-        """Work on an input, `alone` if it may be one that ends its worker, so that no other one is blamed."""
+        """Process an input, `alone` if it may end its worker, so that no other input is blamed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone and not (alone and self._at_work))
             self._at_work, self._alone = self._at_work + 1, alone
@@ -123,11 +123,11 @@ class Worker:
         try:
             if attempt > ATTEMPTS:
                 raise InputError(
-                    f"{name}: its worker died {ATTEMPTS} times while it was at work; look into the logs of "
+                    f"{name}: its worker died {ATTEMPTS} times during its work; see the logs of "
                     "the cluster, or give workers more memory (--memory-per-worker)"
                 )
             if attempt > 1:
-                entry.warnings.append(f"a worker died while this was at work; attempt {attempt}")
+                entry.warnings.append(f"a worker died during this work; attempt {attempt}")
             source, found = place_of(row.source), self._target.find(row.target)
             if found and not self._how.force:
                 note = self._check_existing(row, source, name, found)
@@ -142,12 +142,12 @@ class Worker:
             return {"line": json.dumps(line), "code": code, "note": ""}
 
     def _check_existing(self, row: Row, source: Place, name: str, found: Found) -> str:
-        """The line that says that an input is done; OutputError if its result's name is taken."""
+        """Return the line that says that an input is done; OutputError if its result's name is taken."""
         target, file_name = self._target.name(row.target), PurePosixPath(row.key).name
         record, wanted = found.record, self._work.wanted
         if record is None:
             raise OutputError(
-                f"{name}: {target} exists and is no result; pass --force to overwrite it, or name another "
+                f"{name}: {target} exists and is not a result; pass --force to overwrite it, or name another "
                 "place with -o"
             )
         if (record.source, record.scale) != (file_name, wanted.scale):
@@ -162,14 +162,17 @@ class Worker:
         return skip_line(name, target, record, wanted.of(file_name, digest), ignored, named=not row.listed)
 
     def _existing(self, entry: Entry, row: Row, note: str, attempt: int) -> dict[str, Any]:
-        """The row of an input that has a result; one that a lost worker had just written counts as done."""
+        """Return the row of an input that has a result.
+
+        A result just written by a lost worker counts as done.
+        """
         if attempt > 1 and ", made with " not in note:
             entry.result = self._target.name(row.target)
             return {"line": json.dumps(entry.line("done", self._work.wanted)), "code": 0, "note": ""}
         return {"line": json.dumps(entry.line("skipped", self._work.wanted)), "code": 0, "note": note}
 
     def _upscale(self, row: Row, source: Place, name: str) -> tuple[dict[str, Any], int]:
-        """Make and deliver a result; returns the values of its line and the exit code."""
+        """Make and deliver a result; return the values of its line and the exit code."""
         with scratch_directory(SCRATCH) as folder:
             inputs, results = folder / "in", folder / "out"
             inputs.mkdir()
@@ -183,7 +186,7 @@ class Worker:
             line["warnings"] = [warning.replace(str(path), name) for warning in line["warnings"]]
             if line["status"] == "done":
                 if source.version(row.key) != version:
-                    raise InputError(f"{name}: changed while it was read; run again once it is complete")
+                    raise InputError(f"{name}: was modified while it was read; run again when it is complete")
                 self._target.deliver(made, row.target)
                 line["result"] = self._target.name(row.target)
         return line, code

@@ -21,7 +21,7 @@ SLOWLY = ("--steps", "250")
 
 
 def check_whole(made, target: Path, names: list[str] = NAMES) -> None:
-    """Every input has one line and one whole result."""
+    """Check that every input has one line and one complete result."""
     assert made.code == 0
     assert {name: line["status"] for name, line in made.lines.items()} == dict.fromkeys(names, "done")
     assert tree(target) == [f"{Path(name).stem}_x4.png" for name in names]
@@ -29,7 +29,7 @@ def check_whole(made, target: Path, names: list[str] = NAMES) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed(bucket, moesr):
+def test_killed_worker(bucket, moesr):
     source, target = bucket(*NAMES), bucket()
 
     with when(has_results(target), kill_a_worker) as killed:
@@ -37,11 +37,11 @@ def test_a_worker_that_is_killed(bucket, moesr):
     assert killed
     check_whole(made, target)
     warnings = [warning for line in made.lines.values() for warning in line["warnings"]]
-    assert any("a worker died while this was at work; attempt 2" in warning for warning in warnings)
+    assert any("a worker died during this work; attempt 2" in warning for warning in warnings)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_removed(bucket, moesr, nodes):
+def test_removed_node(bucket, moesr, nodes):
     source, target = bucket(*NAMES), bucket()
     try:
         with when(has_results(target, 2), nodes.remove) as removed:
@@ -53,7 +53,7 @@ def test_a_node_that_is_removed(bucket, moesr, nodes):
 
 
 @pytest.mark.slow
-def test_a_store_that_answers_503_for_a_while(bucket, moesr, s3):
+def test_store_that_answers_503_for_a_while(bucket, moesr, s3):
     source, target, proxy = bucket(*NAMES), bucket(), s3.proxy
     proxy.refused = 0
 
@@ -69,10 +69,10 @@ def test_a_store_that_answers_503_for_a_while(bucket, moesr, s3):
 
 
 @pytest.mark.slow
-def test_an_input_that_ends_its_worker_every_time(bucket, moesr):
-    """It becomes a failure of its own after three attempts, and nothing else is blamed."""
+def test_input_that_always_ends_its_worker(bucket, moesr):
+    """It fails after three attempts, and no other input is blamed."""
     source, target = bucket("0.png", "1.png", "3.png"), bucket()
-    picture(source / "2.png", 60, 60)  # its work takes long enough to be caught in the act
+    picture(source / "2.png", 60, 60)  # its work takes long enough for the test to act meanwhile
     over = []
 
     def kill_whoever_works_at_it() -> bool:
@@ -93,7 +93,7 @@ def test_an_input_that_ends_its_worker_every_time(bucket, moesr):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB."""
+    """Return a file system of 64 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
@@ -104,8 +104,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(bucket, moesr, small_disk):
-    """Results that do not fit are reported; once there is room, a second run makes them."""
+def test_full_disk(bucket, moesr, small_disk):
+    """Results that do not fit are reported; when there is room, a second run makes them."""
     source = bucket("0.png", "1.png", "2.png", "3.png", size=(40, 40))
     arguments = f"s3://{source.name}", "-o", small_disk / "out", "--workers", "1"
     (small_disk / "ballast").write_bytes(bytes(20_000))

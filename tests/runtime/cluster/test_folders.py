@@ -18,7 +18,7 @@ from moesr.runtime.cluster.listing import Sources, with_twins
 from moesr.runtime.images import provenance
 
 
-def test_a_bucket_becomes_a_bucket_as_folders_do_locally_though_a_worker_is_killed(
+def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
     bucket, moesr, engine, tmp_path, capfd
 ):
     source, target = bucket("a.png", "b.png", "b.jpg", "deep/c.tif"), bucket()
@@ -67,7 +67,7 @@ def test_folders_and_named_files(moesr, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_an_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, tmp_path):
+def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, tmp_path):
     source, store = bucket("a.png"), bucket()
     for path in engine.iterdir():
         (store / path.name).write_bytes(path.read_bytes())
@@ -75,8 +75,8 @@ def test_an_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, t
     assert made.code == 0 and tree(tmp_path / "out") == ["a_x4.png"]
 
 
-def test_a_listing_streams():
-    """Neither a million keys nor what lies behind them are held."""
+def test_listing_is_streamed():
+    """Neither a million keys nor their files are held in memory."""
     read = itertools.count()
     entries = ((f"{next(read):07d}.frame.png", 0.0) for _ in range(1_000_000))
     rows = with_twins(entries)
@@ -89,14 +89,14 @@ def test_a_listing_streams():
     assert peak < 100_000
 
 
-def test_names_that_differ_in_the_extension_only_are_told_apart():
+def test_names_that_differ_only_in_the_extension():
     keys = ["a.avif", "a.b.jpg", "a.b.png", "a.d/x.png", "a.png", "b.png", "c/a.png"]
     found = [(key, alone) for key, _, alone in with_twins((key, 0.0) for key in keys)]
     assert sorted(key for key, _ in found) == keys
     assert sorted(key for key, alone in found if alone) == ["a.d/x.png", "b.png", "c/a.png"]
 
 
-def test_results_in_the_source_are_no_inputs(tmp_path: Path):
+def test_results_in_the_source_are_not_inputs(tmp_path: Path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "out/a_x4.png")
     sources = Sources((str(tmp_path),), Naming("_x4"), True, f"{tmp_path}/out/")

@@ -18,7 +18,7 @@ from moesr.runtime.errors import EngineError
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """An engine's, the package's and the cache's directory, all of them empty."""
+    """Return the directories of the engine, the package and the cache, which are empty."""
     monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kernel_search, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "engine" / "kernels", tmp_path / "shipped", tmp_path / "cache" / "cubins"
@@ -37,7 +37,7 @@ def test_operators_are_merged_from_all_places(tmp_path, places):
     assert device.download(canvas).any()
 
 
-def test_the_engines_kernels_come_first_and_the_packages_second(tmp_path, places):
+def test_kernels_of_the_engine_precede_those_of_the_package(tmp_path, places):
     for place in (*places[:2], places[2] / "sm_90"):
         write_kernels(place)
     assert find_kernels(tmp_path / "engine") == [*places[:2], places[2] / "sm_90"]
@@ -50,7 +50,7 @@ def test_the_engines_kernels_come_first_and_the_packages_second(tmp_path, places
     device.gaussian(device.canvas((3, 4, 4)), 0, 0)
 
 
-def test_kernels_for_another_gpu_are_passed_over(tmp_path, places, caplog):
+def test_kernels_for_another_gpu_are_skipped(tmp_path, places, caplog):
     write_kernels(places[0], ["sm_80"])
     write_kernels(places[1], ["sm_90"])
     driver = SimulatedDriver(90)
@@ -59,7 +59,7 @@ def test_kernels_for_another_gpu_are_passed_over(tmp_path, places, caplog):
     assert "compiled for sm_80, but Simulated GPU is sm_90" in caplog.text
 
 
-def test_without_kernels_for_a_gpu_the_folder_that_is_searched_is_named(tmp_path, places):
+def test_error_names_the_searched_folder(tmp_path, places):
     write_kernels(places[1], ["sm_80"])
     folder = rf"kernels\.build --arch sm_103 -o .*{places[2].name}/sm_103"
     with pytest.raises(EngineError, match="compiled for sm_80"):
@@ -80,8 +80,8 @@ def test_tables_come_from_the_directory_that_has_them(tmp_path, places):
     assert tables and all(kernels.table(buffer) for buffer in tables)
 
 
-def test_what_is_shipped_serves_the_loop_of_every_architecture():
-    """The index alone: the files hold machine code, which no simulation runs."""
+def test_shipped_kernels_suffice_for_the_loop_on_all_architectures():
+    """Only the index is read: the files hold machine code, which no simulation runs."""
     for capability in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         driver = SimulatedDriver(capability)
         kernels = Kernels([kernel_search.SHIPPED], driver)
