@@ -35,9 +35,9 @@ from moesr.runtime.loop.job import PRIORITIES, Flow
 from moesr.runtime.loop.pictures import Picture
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
 from moesr.runtime.loop.residency import Residency
+from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Options, Settings, resolve
 from moesr.runtime.loop.stream import ImageStream, InFlight, Progress
-from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.loop.worker import Worker
 from moesr.runtime.options import one_of
 from moesr.runtime.system import user_cache
@@ -96,6 +96,7 @@ class Upscaler:
         if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 gives the same results
             found = choose(precision="auto")
         log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
+        self._cache = kept or user_cache.directory()
         self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
         self.backend.warn(self.manifest.precision)
         self._open()
@@ -116,9 +117,11 @@ class Upscaler:
         )
         opener = partial(_open_graph, backend, directory, manifest, device.stream)
         residency = Residency(opener, graphs.keep_all)
-        self._worker = Worker(device, residency, self._costs, backend.max_batch, backend.release)
+        again = partial(_open_float32, backend, directory, manifest)
+        self._worker = Worker(device, residency, self._costs, backend.max_batch, backend.release, again)
         self._admission = Admission(graphs, residency)
-        self._pipeline = Pipeline(self._worker, self._admission, self._costs)
+        saved = SavedLatents(self._cache, _identity(manifest, backend)) if self._cache else None
+        self._pipeline = Pipeline(self._worker, self._admission, self._costs, saved)
         self._release = weakref.finalize(self, self._pipeline.close)
 
     def __enter__(self) -> Upscaler:
@@ -209,12 +212,12 @@ class Upscaler:
         """Accept an image; if it cannot be used there is no ticket, and the handle has the error."""
         try:
             source = Picture(image)
+            layout = settings.layout(self.manifest, *source.size)
         except (MoesrError, MemoryError) as error:
             failed = JobProgress(0.0, "failed", 0.0, 0)
             handle: Handle[Any] = Handle(lambda: failed)
             handle.set_exception(error)
             return None, handle
-        layout = TileLayout(self.manifest, *source.size)
         return self._pipeline.submit(source, layout, settings, flow, owner=self)
 
     def _settings(self, options: Options) -> Settings:
@@ -228,7 +231,17 @@ def _flow(priority: str) -> Flow:
     return Flow(one_of("priority", priority, PRIORITIES))
 
 
+def _identity(manifest: Manifest, backend: Backend) -> str:
+    """A text that differs between engines, backends and versions whose results may differ."""
+    hashes = [graph.arrangement(backend.target).sha256 for graph in manifest.graphs.values()]
+    return " ".join([manifest.name, manifest.checkpoint_sha256, backend.label, backend.version, *hashes])
+
+
 def _open_graph(
     backend: Backend, directory: Path, manifest: Manifest, stream: int | None, role: str
 ) -> Session:
     return backend.open(directory, manifest.graphs[role], stream)
+
+
+def _open_float32(backend: Backend, directory: Path, manifest: Manifest, role: str) -> Session | None:
+    return backend.open_float32(directory, manifest.graphs[role])

@@ -41,6 +41,7 @@ class SessionOptions:
     precision: str | None = None  # precision of the arithmetic; None: that of the graph
     cache: Path | None = None  # directory for compiled or prepared graphs; None: nothing is cached
     verify: bool = True  # compare the checksums of cached files
+    float32: bool = False  # every value is float32, whatever the graph says; for CPUs
     files: tuple[File, ...] = ()  # the files of the graph, from which names in the cache are derived
     max_batch: int = 1  # largest number of tiles in one run
     stream: int | None = None  # handle of the device's stream

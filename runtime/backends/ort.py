@@ -15,6 +15,7 @@ import numpy as np
 from moesr.runtime.backends import graph_cache, ort_cuda
 from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
 from moesr.runtime.backends.ort_cuda import CudaOnnxSession
+from moesr.runtime.engine import onnx_float32
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import files, memory
@@ -59,7 +60,10 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
         ort_cuda.prepare(settings)
     session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
     try:
-        session = session or _session(ort, path, settings, provider)
+        source = onnx_float32.derive(path) if options.float32 else str(path)
+        session = session or _session(ort, source, settings, provider)
+    except (EngineError, MemoryLimitError):
+        raise
     except Exception as error:  # the library's errors have no common base class
         if options.kind == "cuda" and ort_cuda.is_partly_elsewhere(error):
             raise ort_cuda.partly_elsewhere(path, "the graph cannot be captured as a CUDA graph") from error
@@ -79,9 +83,9 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
     return OnnxSession(ort, session, path, boundary)
 
 
-def _session(ort: Any, path: Path, settings: Any, provider: Any) -> Any:
-    """Open a graph on one provider; an error is raised at once, without the library's own retry."""
-    return ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
+def _session(ort: Any, source: str | bytes, settings: Any, provider: Any) -> Any:
+    """Open a file or a model on one provider; an error is raised at once, without the library's own retry."""
+    return ort.InferenceSession(source, settings, providers=[provider], enable_fallback=0)
 
 
 def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
@@ -100,7 +104,7 @@ def _open_prepared(ort: Any, path: Path, options: SessionOptions) -> Any:
         made_of = graph_cache.origin(path.parent, options.files, "onnxruntime", ort.__version__, _PREPARATION)
         kept = graph_cache.find(options.cache, made_of, verify=options.verify)
         kept = kept or graph_cache.write(options.cache, made_of, partial(_prepare, ort, path))
-        return kept and _session(ort, kept / _PREPARED, settings, _PROVIDERS["cpu"])
+        return kept and _session(ort, str(kept / _PREPARED), settings, _PROVIDERS["cpu"])
     except Exception as error:  # an error in the graph itself is reported when it is opened without the cache
         log.info("%s: not opened as prepared: %s", path, files.reason(error))
     if kept:
@@ -119,7 +123,7 @@ def _prepare(ort: Any, path: Path, directory: Path) -> None:
         ("save_external_prepacked_constant_initializers", "1"),
     ):
         settings.add_session_config_entry(f"session.{name}", value)
-    _session(ort, path, settings, _PROVIDERS["cpu"])
+    _session(ort, str(path), settings, _PROVIDERS["cpu"])
     memory.return_freed()
 
 

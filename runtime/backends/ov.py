@@ -19,7 +19,7 @@ import numpy as np
 
 from moesr.runtime.backends import graph_cache
 from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_boundary
-from moesr.runtime.engine import onnx_external_data
+from moesr.runtime.engine import onnx_external_data, onnx_float32
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import memory
@@ -85,7 +85,7 @@ def _refuse_forked() -> None:
 def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
     """Compile an ONNX file for one tile."""
     onnx_external_data.external_files(path)  # the library would accept a file of any format that it knows
-    model = _core().read_model(path)
+    model = _core().read_model(onnx_float32.derive(path) if options.float32 else path)
     check_boundary(path, Boundary(_specs(model.inputs, declared), _specs(model.outputs, declared)), declared)
     shapes = {spec.name: list(spec.shape(1)) for spec in declared.inputs}
     known = [next(name for name in port.names if name in shapes) for port in model.inputs]

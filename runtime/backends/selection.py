@@ -85,6 +85,24 @@ class Backend:
         with capture_lock if options.kind != "cpu" else contextlib.nullcontext():
             return module.open_session(path, graph.boundary, options)
 
+    def open_float32(self, directory: Path, graph: Graph) -> Session | None:
+        """Open a graph of an engine so that every value is float32; None if `open` does that already.
+
+        The engine's float32 variant is used if it has one. Otherwise a graph is derived from its file, which
+        is not cached. EngineError if it cannot be opened, or if the device is no CPU.
+        """
+        if self.options.kind != "cpu":
+            raise EngineError("graphs are run again in float32 on CPUs only")
+        used = graph.arrangement(self.target)
+        others = (graph, *(variant for target, variant in graph.variants.items() if target != "parts"))
+        plain = next((each for each in (used, *others) if each.precision == "fp32"), None)
+        if plain is used and self.options.precision is None:
+            return None
+        options = replace(self.options, precision=None, max_batch=1)
+        options = replace(options, files=plain.files) if plain else replace(options, float32=True, cache=None)
+        module, path = importlib.import_module(BACKENDS[self.name]), directory / (plain or used).file
+        return module.open_session(path, graph.boundary, options)
+
     def release(self) -> None:
         """Free the memory that the library keeps for further sessions."""
         importlib.import_module(BACKENDS[self.name]).release()

@@ -21,7 +21,7 @@ from moesr.runtime.cli.report import Entry, Report
 from moesr.runtime.cli.sizes import Size
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, UsageError
-from moesr.runtime.images import reading, writing
+from moesr.runtime.images import reading, wrapping, writing
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.images.resize import imresize
@@ -264,6 +264,13 @@ class Batch:
             return self._how.size.of(height, width)
         return height * self._wanted.scale, width * self._wanted.scale
 
+    def _of_size(self, image: LoadedImage, size: tuple[int, int]) -> LoadedImage:
+        """The image, resampled if it is not of this size (height, width)."""
+        if image.pixels.shape[:2] == size:
+            return image
+        resize = wrapping.resize if self._options.get("tileable") else imresize
+        return reading.with_pixels(image, resize(image.pixels, *size))
+
     def _begin(self, image: LoadedImage) -> None:
         flight = next(flight for flight in self._flight if flight.image is image)
         flight.begun = True
@@ -288,7 +295,8 @@ class Batch:
             with self._report.collecting(flight.entry):
                 if isinstance(result, Exception):
                     raise result
-                several.results.append(_of_size(self._second_pass(flight, result), flight.size))
+                flight.entry.warnings += result.warnings
+                several.results.append(self._of_size(self._second_pass(flight, result), flight.size))
                 if len(several.results) < several.count:
                     return
                 self._write(flight)
@@ -311,9 +319,10 @@ class Batch:
             self._progress.update_second(flight.second, min(done / total, 0.999) if total else 0.0)
             self._show(flight.position, flight.task, f"{stage}, second pass")
 
-        middle = _of_size(result, flight.between)
+        middle = self._of_size(result, flight.between)
         final = self._upscaler(middle, progress=progress, **self._options)
         self._progress.update_second(flight.second, 1.0)
+        flight.entry.warnings += final.warnings
         return final
 
     def _write(self, flight: _Flight) -> None:
@@ -328,6 +337,8 @@ class Batch:
         if self._how.compare:
             page = target.with_name(shorten(target.stem, compare.ENDING))
             compare.write(page, flight.image, results[-1], flight.record)
+        for result in results:
+            result.written()
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         """Report an input's error; the exit code of the batch becomes the highest one."""
@@ -371,10 +382,3 @@ def _check_unchanged(stream: Any, path: Path, before: os.stat_result) -> None:
     after = os.fstat(stream.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise InputError(f"{path}: was modified while it was read; run again when it is complete")
-
-
-def _of_size(image: LoadedImage, size: tuple[int, int]) -> LoadedImage:
-    """Return the image, resampled if its size differs from this one (height, width)."""
-    if image.pixels.shape[:2] == size:
-        return image
-    return reading.with_pixels(image, imresize(image.pixels, *size))

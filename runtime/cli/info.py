@@ -22,6 +22,8 @@ _OPTIONS = {
     "fidelity": "--fidelity",
     "guidance": "--guidance",
     "reuse": "--reuse",
+    "start_step": "--start-step",
+    "tiling": "--tiling",
     "quality": "--quality",
     "scale": "--scale",
     "size": "--size",
@@ -61,7 +63,8 @@ def command(path: Path, record: Provenance) -> str:
     pre-cleaning has its file name only.
     """
     words = ["moesr-run", record.source, "-o", str(path), "--engine", _engine(record.engine)]
-    for name, value in record.settings.items():
+    tiling = {"tiling": "overlap"}  # left out of records, as in those of versions that knew no other
+    for name, value in (tiling | dict(record.settings)).items():
         if name in _OPTIONS:
             words += [_OPTIONS[name], str(value)]
         elif name == "pre_clean":

@@ -13,6 +13,7 @@ from typing import Any
 
 from moesr.runtime.errors import OutputError
 from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.loop.residency import THREAD_PREFIX
 from moesr.runtime.system import console
 from moesr.runtime.system.files import reason
 
@@ -65,7 +66,9 @@ class Report(logging.Handler):
                 ) from error
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning for the current entry."""
+        """Keep a warning for the current entry; warnings of the runtime's own threads come with results."""
+        if (record.threadName or "").startswith(THREAD_PREFIX):
+            return
         if self._entry is not None and record.levelno == logging.WARNING:
             self._entry.warnings.append(record.getMessage())
 

@@ -159,6 +159,7 @@ def add_size_options(p: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(p: argparse.ArgumentParser) -> None:
     """Add the options about the steps of the sampler."""
+    from moesr.runtime.loop.tile_layout import TILINGS
     from moesr.runtime.options import DEFAULT_SEED
     from moesr.runtime.sampling.samplers import SAMPLERS
 
@@ -185,6 +186,29 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compute the deep levels of an expert at one step in N and reuse their features in between: "
         "faster, less exact; needs an engine of moesr-export --reuse (default: %(default)s, at every step)",
+    )
+    group.add_argument(
+        "--start-step",
+        type=int,
+        default=0,
+        metavar="K",
+        help="leave out the first K steps and begin with the noised latent of the input: faster, and closer "
+        "to the input; experts that no step needs are not loaded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="save the latent in the cache after every N steps; after a kill the same command goes on there, "
+        "with the same result (default: %(default)s, never)",
+    )
+    group.add_argument(
+        "--tiling",
+        choices=TILINGS,
+        help="tiles of large images: overlap, the wide overlap of the published samplers; shifted, a narrow "
+        "overlap on a grid that moves from step to step, which needs fewer tiles (default: shifted, or the "
+        "engine's own overlap if it defines one)",
     )
 
 
@@ -219,6 +243,11 @@ def add_appearance_options(p: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="clean severely degraded inputs first with this super-resolution network (ONNX, any scale, RGB "
         "in 0..1); results have the same size as without",
+    )
+    group.add_argument(
+        "--tileable",
+        action="store_true",
+        help="for seamless textures: opposite sides of the input meet, and so do those of the result",
     )
     group.add_argument(
         "--keep-colors-under-alpha",

@@ -28,7 +28,7 @@ from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Tabl
 from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.staging import Staging
 from moesr.runtime.engine.graph_spec import TensorSpec
-from moesr.runtime.errors import MoesrError
+from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.sampling import tiles
 from moesr.runtime.sampling.samplers import Coefficients
 
@@ -127,8 +127,15 @@ class CudaDevice:
         origins: Sequence[tuple[int, int]],
         weights: np.ndarray,
         factor: int = 1,
+        *,
+        wraps: bool = False,
     ) -> Mean:
-        """See `Device.mean`; `state` is an int32 that `tile_blend` sets if a value is not finite."""
+        """See `Device.mean`; `state` is an int32 that `tile_blend` sets if a value is not finite.
+
+        The kernels know no canvases that wrap around.
+        """
+        if wraps:
+            raise UsageError("tileable results are made on a CPU only; choose --device cpu")
         pixels = [(y * factor, x * factor) for y, x in origins]
         weight_sum = self._copied(tiles.weight_sum(shape[1], shape[2], pixels, weights))
         flag, window = self._filled((1,), np.int32), self._window(weights)
@@ -137,6 +144,12 @@ class CudaDevice:
     def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
         """See `Device.with_weights`."""
         return replace(mean, weights=self._window(weights))
+
+    def with_origins(self, mean: Mean, origins: Sequence[tuple[int, int]], weights: np.ndarray) -> Mean:
+        """See `Device.with_origins`."""
+        pixels = [(y * mean.factor, x * mean.factor) for y, x in origins]
+        rows, columns = mean.data.shape[1:]
+        return replace(mean, weight_sum=self._copied(tiles.weight_sum(rows, columns, pixels, weights)))
 
     def _window(self, weights: np.ndarray) -> Array:
         """Return a window in device memory; equal windows share the memory, and thus the launches."""
@@ -148,6 +161,10 @@ class CudaDevice:
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """See `Device.upload`."""
         return Canvas(self._copied(image), factor)
+
+    def fill(self, canvas: Canvas, values: np.ndarray) -> None:
+        """See `Device.fill`."""
+        self._large.send_large(canvas.data.address, np.ascontiguousarray(values, np.float32))
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
         """See `Device.gaussian`; it is a sampler step whose only term is the noise."""

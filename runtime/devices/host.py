@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,21 +46,31 @@ class HostDevice:
         origins: Sequence[tuple[int, int]],
         weights: np.ndarray,
         factor: int = 1,
+        *,
+        wraps: bool = False,
     ) -> Mean:
         """See `Device.mean`."""
-        pixels = [(y * factor, x * factor) for y, x in origins]
-        weight_sum = tiles.weight_sum(shape[1], shape[2], pixels, weights)
+        weight_sum = tiles.weight_sum(*shape[1:], _pixels(origins, factor), weights, wraps=wraps)
         state = _State(np.empty_like(weights), np.empty((shape[0], *weights.shape), np.float32))
         data = np.zeros(shape, np.float32)
-        return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state)
+        return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state, wraps=wraps)
 
     def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
         """See `Device.with_weights`."""
         return replace(mean, weights=weights)
 
+    def with_origins(self, mean: Mean, origins: Sequence[tuple[int, int]], weights: np.ndarray) -> Mean:
+        """See `Device.with_origins`."""
+        pixels, sides = _pixels(origins, mean.factor), mean.data.shape[1:]
+        return replace(mean, weight_sum=tiles.weight_sum(*sides, pixels, weights, wraps=mean.wraps))
+
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """See `Device.upload`; the array itself is kept."""
         return Canvas(image, factor)
+
+    def fill(self, canvas: Canvas, values: np.ndarray) -> None:
+        """See `Device.fill`."""
+        canvas.data[...] = values
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
         """See `Device.gaussian`."""
@@ -80,12 +90,13 @@ class HostDevice:
             mean, state = slot.target, slot.target.state
             if not (math.isfinite(float(tile.min())) and math.isfinite(float(tile.max()))):
                 state.finite = False
-            rows, columns = _window(mean, slot, tile.shape)
-            # Dividing here needs no second canvas, and w / w is exactly 1 for pixels that one tile covers.
-            np.divide(mean.weights, mean.weight_sum[rows, columns], out=state.normalised_weights)
-            np.multiply(tile, state.normalised_weights, out=state.scratch)
-            window = mean.data[:, rows, columns]
-            np.add(window, state.scratch, out=window)
+            for (rows, columns), part in _pieces(mean, slot, tile.shape, mean.data.shape[1:]):
+                # Dividing here needs no second canvas, and w / w is exactly 1 for pixels of one tile alone.
+                weights, scratch = state.normalised_weights[part], state.scratch[:, *part]
+                np.divide(mean.weights[part], mean.weight_sum[rows, columns], out=weights)
+                np.multiply(tile[:, *part], weights, out=scratch)
+                window = mean.data[:, rows, columns]
+                np.add(window, scratch, out=window)
 
     def tick(self, slots: Sequence[Slot], session: Session, buffers: Mapping[str, np.ndarray]) -> None:
         """See `Device.tick`."""
@@ -134,15 +145,27 @@ class HostDevice:
         return first.reshape(array.shape), second.reshape(array.shape)
 
 
-def _window(canvas: Canvas, slot: Slot, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """Return the rows and columns of a slot's tile on a canvas, for a tile [C, h, w]."""
-    top, left = slot.y * canvas.factor, slot.x * canvas.factor
-    return slice(top, top + shape[1]), slice(left, left + shape[2])
+def _pixels(origins: Sequence[tuple[int, int]], factor: int) -> list[tuple[int, int]]:
+    return [(y * factor, x * factor) for y, x in origins]
+
+
+def _pieces(
+    canvas: Canvas, slot: Slot, shape: tuple[int, ...], sides: tuple[int, ...]
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Rows and columns of a canvas under a slot's tile [C, h, w], and the part of the tile there.
+
+    There are several such pieces if the tile goes on at the opposite side of the canvas.
+    """
+    rows = tiles.runs(slot.y * canvas.factor, shape[1], sides[0])
+    columns = tiles.runs(slot.x * canvas.factor, shape[2], sides[1])
+    return (((r, c), (of_r, of_c)) for r, of_r in rows for c, of_c in columns)
 
 
 def _read(canvas: Canvas, slot: Slot, out: np.ndarray) -> None:
-    rows, columns = _window(canvas, slot, out.shape)
-    if canvas.data.dtype == np.float32:
-        out[...] = canvas.data[:, rows, columns]
-    else:
-        to_unit(canvas.data[rows, columns].transpose(2, 0, 1), out)
+    latent = canvas.data.dtype == np.float32
+    sides = canvas.data.shape[1:] if latent else canvas.data.shape[:2]
+    for (rows, columns), part in _pieces(canvas, slot, out.shape, sides):
+        if latent:
+            out[:, *part] = canvas.data[:, rows, columns]
+        else:
+            to_unit(canvas.data[rows, columns].transpose(2, 0, 1), out[:, *part])

@@ -36,12 +36,14 @@ class Canvas:
 class Mean(Canvas):
     """A canvas made of tiles, as their mean with weights `weights` [tile, tile] over `weight_sum` [H, W].
 
-    `state` is private to the device; it includes a flag that is set if a value is not finite.
+    `state` is private to the device; it includes a flag that is set if a value is not finite. With `wraps`
+    tiles go on at the opposite side of the canvas.
     """
 
     weights: Any
     weight_sum: Any
     state: Any
+    wraps: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +94,13 @@ class Device(Protocol):
         origins: Sequence[tuple[int, int]],
         weights: np.ndarray,
         factor: int = 1,
+        *,
+        wraps: bool = False,
     ) -> Mean:
         """Allocate a canvas [C, H, W] for tiles at `origins` on the latent grid.
 
-        `weights` are float32 [tile, tile], positive. Raises ValueError if the tiles leave the canvas or do
-        not cover it.
+        `weights` are float32 [tile, tile], positive. Raises ValueError if the tiles do not cover the canvas,
+        or leave it unless it `wraps`; UsageError if it wraps and the device knows no such canvases.
         """
         ...
 
@@ -104,8 +108,19 @@ class Device(Protocol):
         """Return the same canvas for tiles with other `weights`, over the same sum of weights."""
         ...
 
+    def with_origins(self, mean: Mean, origins: Sequence[tuple[int, int]], weights: np.ndarray) -> Mean:
+        """The same canvas for tiles at other `origins`, with `weights` as they were given to `mean`.
+
+        ValueError as for `mean`. The canvas holds no sums at this time.
+        """
+        ...
+
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """Copy an image [H, W, C] of uint8 or uint16. The array may be kept, so it must not change."""
+        ...
+
+    def fill(self, canvas: Canvas, values: np.ndarray) -> None:
+        """Copy a host array into a latent of the same shape, float32 [C, H, W]."""
         ...
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:

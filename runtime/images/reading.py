@@ -5,11 +5,11 @@ The content of a file decides how it is read, never its name. Metadata are read 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,10 +36,20 @@ class LoadedImage:
     """Upright pixels and their metadata.
 
     `pixels` are uint8 [H, W] or [H, W, C] with C of 2 to 4, or uint16 [H, W] or [H, W, 2] (grey and alpha).
+    A result has the `warnings` that were logged while it was made, and names the files of its `unfinished`
+    state, which `written` removes.
     """
 
     pixels: np.ndarray
     metadata: Metadata = field(default_factory=Metadata)
+    warnings: tuple[str, ...] = ()
+    unfinished: tuple[Path, ...] = ()
+
+    def written(self) -> None:
+        """Remove saved steps, which nothing needs once the result has been written."""
+        for path in self.unfinished:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     @property
     def icc(self) -> bytes | None:
@@ -113,7 +123,7 @@ def _is_about_text(error: ValueError) -> bool:
     return "MAX_TEXT" in str(error) or "too large" in str(error).lower()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(stream: BinaryIO, known: list[str]) -> Iterator[Image.Image]:
     stream.seek(0)
     with Image.open(stream, formats=known) as image:
@@ -190,7 +200,7 @@ def with_pixels(like: LoadedImage, pixels: np.ndarray) -> LoadedImage:
     """Return other pixels with the metadata of `like`, which is adapted to the change of size."""
     height, width = like.pixels.shape[:2]
     after = pixels.shape[1], pixels.shape[0]
-    return LoadedImage(pixels, metadata.resized(like.metadata, (width, height), after))
+    return replace(like, pixels=pixels, metadata=metadata.resized(like.metadata, (width, height), after))
 
 
 def _too_large(size: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,14 +13,20 @@ import numpy as np
 from moesr.runtime.devices.interface import Canvas, Device
 from moesr.runtime.engine.graph_io import DECODER, ENCODER
 from moesr.runtime.engine.graph_spec import Graph
+from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import NonFiniteError
+from moesr.runtime.images.planes import to_unit
 from moesr.runtime.loop.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
+from moesr.runtime.loop.saved_steps import SavedLatents, SavedSteps
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling.samplers import SAMPLERS
+from moesr.runtime.sampling.schedule import StepTable
 
 PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
 """Weights of flows by the name of their priority: a flow of weight 4 gets 4 times the seconds of weight 1."""
+
+log = logging.getLogger("moesr")
 
 
 @dataclass(eq=False)
@@ -57,7 +64,7 @@ class Job:
         ValueError if the settings do not fit the schedule.
         """
         m = layout.manifest
-        self._table = SAMPLERS[settings.sampler].table(m.schedule, settings.steps, m.expert_ranges)
+        self._table = step_table(m, settings)
         self.layout, self.settings, self.flow = layout, settings, flow or Flow()
         self._condition, self.lr = condition, lr
         self.planned = planned_tiles(layout, settings)
@@ -70,6 +77,8 @@ class Job:
         self.done = False
         self.error: BaseException | None = None
         self.image: np.ndarray | None = None  # float32 [3, H, W], about [-1, 1]
+        self.warnings: list[str] = []  # about this image, for its report
+        self.saved: SavedSteps | None = None  # where steps are saved, if they are
         self._passes: Iterator[Pass] | None = None
         self._entered: list[Pass] = []
         self._result: Canvas | None = None
@@ -87,6 +96,11 @@ class Job:
         if self.stage == Encoding.stage:
             return list(self.planned)[1]
         return DECODER if DECODER in self.planned else None
+
+    def keep_steps(self, latents: SavedLatents | None) -> None:
+        """Save steps as the settings say; call it before the worker gets the job."""
+        if latents and self.settings.checkpoint_every:
+            self.saved = latents.of(self.settings, self.lr, self._condition)
 
     def begin(self, device: Device) -> None:
         """Allocate the first pass, unless that has happened already."""
@@ -113,11 +127,22 @@ class Job:
         else:
             self.finished = True
 
+    def ran_in_float32(self) -> None:
+        """Record, once per graph, that tiles ran again in float32 after NaN or infinity."""
+        graph = self.current.graph
+        warning = (
+            f"{graph.file}: NaN or infinite values in its output (precision {graph.precision}); the "
+            + ("tiles at fault ran once more in float32")
+        )
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            log.warning("%s", warning)
+
     def check_finite(self) -> None:
         """Raise NonFiniteError if a graph gave NaN or infinity for this image. Waits for the device."""
         for entered in self._entered:
             if not self._device.finite(entered.target):
-                raise NonFiniteError(_not_finite(entered.graph))
+                raise NonFiniteError(_not_finite(entered.graph, again=self._device.synchronous))
 
     def _go_through(self, device: Device) -> Iterator[Pass]:
         """Yield the passes in order; each begins when the previous one is done."""
@@ -132,6 +157,18 @@ class Job:
             assert self._condition is not None
             cond = device.upload(self._condition)
         sampling = Sampling(layout, device, self._table, cond, settings)
+        if settings.start_step:
+            latent = cond
+            if m.condition == "image":  # without an encoder the enlarged image stands for its latent
+                assert self._condition is not None
+                latent = device.canvas((3, *layout.latent))
+                planes = self._condition.transpose(2, 0, 1)
+                device.fill(latent, to_unit(planes, np.empty(planes.shape, np.float32)))
+            sampling.start_from(latent)
+        if self.saved:
+            for role in sampling.keep(self.saved):
+                self.ran[role] += len(sampling.tiles)
+                self.rounds += 1
         yield sampling
         result: Canvas = sampling.z
         if DECODER in m.graphs:
@@ -156,13 +193,20 @@ class Job:
         self.done = True
 
 
+def step_table(manifest: Manifest, settings: Settings) -> StepTable:
+    """The steps of one run, from the start step on; ValueError as for `Job`."""
+    sampler = SAMPLERS[settings.sampler]
+    whole = sampler.table(manifest.schedule, settings.steps, manifest.expert_ranges)
+    return whole.after(settings.start_step)
+
+
 def planned_tiles(layout: TileLayout, settings: Settings) -> Counter[str]:
     """Return the number of tiles of an image by graph, in the order of the passes.
 
     ValueError as for `Job`.
     """
     m, plan = layout.manifest, Counter[str]()
-    table = SAMPLERS[settings.sampler].table(m.schedule, settings.steps, m.expert_ranges)
+    table = step_table(m, settings)
     sampled = len(layout.sampling) * len(prompt_gains(settings.guidance))
     if m.condition == "latent":
         plan[ENCODER] = len(layout.coding)
@@ -173,10 +217,10 @@ def planned_tiles(layout: TileLayout, settings: Settings) -> Counter[str]:
     return plan
 
 
-def _not_finite(graph: Graph) -> str:
-    cure = (
-        "the engine or its weights are damaged: export it again"
-        if graph.precision == "fp32"
-        else f"export the engine in float32 (moesr-export without --{graph.precision}) and use that"
-    )
+def _not_finite(graph: Graph, *, again: bool) -> str:
+    """The message for an image that failed; `again` says that its tiles also ran in float32."""
+    cure = "the engine or its weights are damaged: export it again"
+    if graph.precision != "fp32":
+        cure = f"export the engine in float32 (moesr-export without --{graph.precision}) and use that"
+        cure = f"a second run in float32 did not help; {cure}" if again else cure
     return f"{graph.file}: NaN or infinite values in its output (precision {graph.precision}); {cure}"

@@ -2,9 +2,9 @@
 
 Encoding makes the latent that conditions the sampler, if the model has an encoder; every tile runs once.
 Sampling visits all tiles of the latent canvas at every step, blends their predictions, then moves the whole
-canvas by one step of the sampler (StableSR's progressive aggregation). With guidance it visits every tile
-once per prompt. Decoding runs every tile once and blends in pixels. A pass allocates its canvases when it
-begins, and only the worker's thread uses it.
+canvas by one step of the sampler (StableSR's progressive aggregation). The grid of tiles may move from step
+to step. With guidance it visits every tile once per prompt. Decoding runs every tile once and blends in
+pixels. A pass allocates its canvases when it begins, and only the worker's thread uses it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from moesr.runtime.devices.interface import Canvas, Device, Mean, Slot
 from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_size
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.loop.saved_steps import SavedSteps, State
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import CODING_OVERLAP, Grid, TileLayout, sampling_window
-from moesr.runtime.sampling import noise, samplers, tiles
+from moesr.runtime.loop.tile_layout import Grid, TileLayout
+from moesr.runtime.sampling import noise, samplers
 from moesr.runtime.sampling.schedule import StepTable, full_steps
 
 
@@ -105,12 +106,12 @@ class Encoding(Pass):
         """Make the pass; `lr` is the input at output size."""
         m, grid = layout.manifest, layout.coding
         shape = (m.latent_channels, *layout.latent)
-        weights = tiles.feather_weights(m.latent_tile, m.latent_tile // CODING_OVERLAP)
+        target = device.mean(shape, grid, layout.coding_window(1), wraps=layout.wraps)
         sources = {"image": lr}
         if any(spec.name == "noise" for spec in m.graphs[ENCODER].inputs):
             sources["noise"] = device.canvas(shape)
             device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
-        super().__init__(m, grid, device.mean(shape, grid, weights), sources, {})
+        super().__init__(m, grid, target, sources, {})
 
     @property
     def role(self) -> str:
@@ -128,24 +129,58 @@ class Sampling(Pass):
     ) -> None:
         """Make the pass; `cond` is the condition on the latent canvas."""
         m, gains = layout.manifest, prompt_gains(settings.guidance)
-        shape, weights = (m.latent_channels, *layout.latent), sampling_window(m)
+        self._shape = shape = (m.latent_channels, *layout.latent)
+        grid = layout.sampling
         self.z = device.canvas(shape)
-        target = device.mean(shape, layout.sampling, weights)
-        sources, visited = {"z_t": self.z, "cond": cond}, layout.sampling * len(gains)
-        super().__init__(m, visited, target, sources, {"t": float(table.t[0])})
-        self._targets = {
-            prompt: target if gain == 1.0 else device.with_weights(target, weights.dtype.type(gain) * weights)
-            for prompt, gain in gains.items()
-        }
+        target = device.mean(shape, grid, layout.window, wraps=layout.wraps)
+        sources = {"z_t": self.z, "cond": cond}
+        super().__init__(m, grid * len(gains), target, sources, {"t": float(table.t[0])})
         self._device, self._table, self._seed, self._step = device, table, settings.seed, 0
+        self._layout, self._gains = layout, gains
+        self._targets = self._weighted(device, target)
+        self._saved: SavedSteps | None = None
+        self._last_saved = 0
+        # features that later steps reuse belong to tiles, so the grid moves only at full steps
+        self._moves = full_steps(table.expert, settings.reuse).cumsum() - 1
         self._history = device.canvas(shape) if table.extrapolation.any() else None
         self._roles = step_roles(m, table, settings.reuse)
         deep = m.deep if settings.reuse > 1 else None
         self._deep = [device.canvas(deep_size(deep), 0) for _ in self.tiles] if deep else []
         device.gaussian(self.z, settings.seed, noise.INITIAL_NOISE)
-        if m.init == "latent":
-            signal = float(m.schedule.alpha_bar[-1])
-            device.mix(self.z, cond, math.sqrt(1.0 - signal), math.sqrt(signal))
+        if m.init == "latent" and not table.first:
+            self._add(cond, float(m.schedule.alpha_bar[-1]))
+
+    def start_from(self, latent: Canvas) -> None:
+        """Begin with this latent of the LR image, with as much noise as the first step expects."""
+        self._add(latent, float(self._table.alpha_bar[0]))
+
+    def keep(self, saved: SavedSteps) -> list[str]:
+        """Save steps from now on, and go on after those that were saved; returns the roles of these."""
+        self._saved = saved
+        state = saved.load(tuple(self._shape), len(self._table), history=self._history is not None)
+        if state is None:
+            return []
+        self._device.fill(self.z, state.z)
+        if self._history is not None and state.history is not None:
+            self._device.fill(self._history, state.history)
+        self._step = self._last_saved = state.steps
+        self._scalars["t"] = float(self._table.t[self._step])
+        self._move()
+        return self._roles[: self._step]
+
+    def _save(self) -> None:
+        """Save the present step if it is due. Reused features are not saved, so it must be a full step."""
+        if self._saved is None or self._step - self._last_saved < self._saved.every:
+            return
+        if self._moves[self._step] == self._moves[self._step - 1]:
+            return
+        history = self._device.download(self._history) if self._history is not None else None
+        self._saved.save(State(self._step, self._device.download(self.z), history))
+        self._last_saved = self._step
+
+    def _add(self, latent: Canvas, signal: float) -> None:
+        """Add a latent of that share of the power to the initial noise."""
+        self._device.mix(self.z, latent, math.sqrt(1.0 - signal), math.sqrt(signal))
 
     @property
     def role(self) -> str:
@@ -169,14 +204,34 @@ class Sampling(Pass):
         keeps = {DEEP: self._deep[tile]} if leaves else {}
         return replace(super().slot(tile), target=self._targets[prompt], keeps=keeps)
 
+    def _weighted(self, device: Device, target: Mean) -> dict[int, Mean]:
+        """The target by prompt, each with the window times the weight of that prompt."""
+        window = self._layout.window
+        return {
+            prompt: target if gain == 1.0 else device.with_weights(target, window.dtype.type(gain) * window)
+            for prompt, gain in self._gains.items()
+        }
+
+    def _move(self) -> None:
+        """Move the grid to its place at the present step."""
+        grid = self._layout.sampling_at(int(self._moves[self._step]))
+        if grid == self.tiles[: len(grid)]:
+            return
+        self.tiles = grid * len(self._gains)
+        self.target = self._device.with_origins(self.target, grid, self._layout.window)
+        self._targets = self._weighted(self._device, self.target)
+
     def _end_round(self) -> None:
         """Move the canvas by one step of the sampler."""
         c = samplers.coefficients(self._table, self._step, self._manifest.prediction)
-        self._device.advance(self.z, self.target, c, self._seed, self._step, self._history)
+        position = self._table.first + self._step
+        self._device.advance(self.z, self.target, c, self._seed, position, self._history)
         self._step += 1
         self.done = self._step == len(self._table)
         if not self.done:
             self._scalars["t"] = float(self._table.t[self._step])
+            self._move()
+            self._save()
 
 
 class Decoding(Pass):
@@ -187,8 +242,8 @@ class Decoding(Pass):
     def __init__(self, layout: TileLayout, device: Device, z: Canvas, lr: Canvas, fidelity: float) -> None:
         """Make the pass; `z` is the latent canvas, `lr` the input at output size."""
         m, grid, factor = layout.manifest, layout.coding, layout.manifest.latent_factor
-        weights = tiles.feather_weights(m.tile, m.latent_tile // CODING_OVERLAP * factor)
-        target = device.mean((3, *layout.frame.canvas), grid, weights, factor)
+        window = layout.coding_window(factor)
+        target = device.mean((3, *layout.frame.canvas), grid, window, factor, wraps=layout.wraps)
         super().__init__(m, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
 
     @property

@@ -65,7 +65,7 @@ class Picture:
         )
         height, width = planes.rgb.shape[:2]
         if (height, width) != self.size:  # a PIL image was rotated upright
-            layout = TileLayout(layout.manifest, height, width)
+            layout = settings.layout(layout.manifest, height, width)
         job = processing.prepare(layout, planes, settings)
         alpha = None if planes.alpha is None else planes.alpha.copy()
         self._planes = replace(planes, rgb=np.empty((0, 0, 3), planes.rgb.dtype), alpha=alpha)
@@ -77,6 +77,12 @@ class Picture:
         """See `Source.finish`."""
         assert self._planes
         pixels = processing.finish(self._planes, job)
+        if job.saved and (self._from_pil or self._loaded is None):
+            job.saved.remove()  # the caller has the result; that of a file is kept until it is written
         if self._from_pil:
             return writing.to_pil(pixels, self._loaded)
-        return reading.with_pixels(self._loaded, pixels) if self._loaded else pixels
+        if self._loaded is None:
+            return pixels
+        unfinished = (*self._loaded.unfinished, *([job.saved.path] if job.saved else []))
+        result = reading.with_pixels(self._loaded, pixels)
+        return replace(result, warnings=tuple(job.warnings), unfinished=unfinished)

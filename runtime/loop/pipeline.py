@@ -27,6 +27,7 @@ from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.job import Flow
 from moesr.runtime.loop.pictures import Source
 from moesr.runtime.loop.residency import THREAD_PREFIX
+from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.ticket import Ticket
 from moesr.runtime.loop.tile_layout import TileLayout
@@ -72,7 +73,11 @@ class Statistics:
 class Pipeline:
     """The images in flight of one Upscaler. All methods may be called from any thread."""
 
-    def __init__(self, worker: Worker, admission: Admission, costs: Costs) -> None:
+    def __init__(
+        self, worker: Worker, admission: Admission, costs: Costs, saved: SavedLatents | None = None
+    ) -> None:
+        """`saved` keeps the latents of unfinished images; without it none are saved."""
+        self._saved = saved
         self._worker, self._admission, self._costs = worker, admission, costs
         self._lock, self._ticked, self._ended = worker.lock, worker.ticked, worker.ended
         self._waiting: list[Ticket] = []  # in the order in which they get memory
@@ -227,6 +232,7 @@ class Pipeline:
         try:
             assert ticket.source
             job = ticket.source.prepare(ticket.layout, ticket.settings)
+            job.keep_steps(self._saved)
             with self._lock:
                 ticket.prepared = True
                 if ticket.cancelled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.images import wrapping
 from moesr.runtime.images.color import fix_color
 from moesr.runtime.images.planes import Planes, join, to_unit
 from moesr.runtime.images.resize import imresize, reflect_pad
@@ -19,7 +20,11 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
     The job shares no memory with `planes`.
     """
     m, frame = layout.manifest, layout.frame
-    if m.framing.small == "pad":
+    if layout.wraps:
+        source = lr = wrapping.resize(_deep(m, planes.rgb), *frame.canvas, convention=m.framing.resize)
+        if layout.latent == planes.rgb.shape[:2]:
+            source = planes.rgb
+    elif m.framing.small == "pad":
         rows, columns = frame.canvas
         source, _ = reflect_pad(planes.rgb, rows // m.scale, columns // m.scale, axes=(0, 1))
         lr = imresize(source, *frame.canvas, convention=m.framing.resize)
@@ -28,7 +33,8 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
         source = lr = reflect_pad(enlarged, *frame.canvas, axes=(0, 1))[0]
     condition = None
     if m.condition == "image":
-        condition = source if source.shape[:2] == layout.latent else imresize(source, *layout.latent)
+        resize = wrapping.resize if layout.wraps else imresize
+        condition = source if source.shape[:2] == layout.latent else resize(source, *layout.latent)
         condition = _apart(condition, planes.rgb)
     return Job(layout, _apart(lr, planes.rgb), condition, settings)
 
@@ -59,12 +65,16 @@ def finish(planes: Planes, job: Job) -> np.ndarray:
     for channel in range(3):  # one plane at a time: a plane of an 8K image takes 130 MB
         plane = job.image[channel, :rows, :columns]
         to_unit(job.lr[:rows, :columns, channel], style)
-        fix_color(plane, style, job.settings.color_fix, out=plane)
+        if job.layout.wraps:
+            plane = wrapping.fix_color(plane, style, job.settings.color_fix)
+        else:
+            fix_color(plane, style, job.settings.color_fix, out=plane)
         if (rows, columns) != (height, width):
             plane = imresize(plane, height, width)
         np.add(plane, np.float32(1.0), out=plane)
         np.multiply(plane, np.float32(top / 2.0), out=plane)
         np.rint(plane, out=plane)
         rgb[..., channel] = np.clip(plane, 0, top, out=plane)
-    alpha = None if planes.alpha is None else imresize(planes.alpha, height, width)
+    resize = wrapping.resize if job.layout.wraps else imresize
+    alpha = None if planes.alpha is None else resize(planes.alpha, height, width)
     return join(rgb, alpha, planes)

@@ -18,6 +18,7 @@ from weakref import WeakSet
 from moesr.runtime.devices.interface import Device, Session
 from moesr.runtime.errors import UsageError
 from moesr.runtime.loop.cost_model import Costs
+from moesr.runtime.loop.float32_retry import CheckedSession, Float32Retry, Opener
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.residency import THREAD_PREFIX, Residency
 from moesr.runtime.loop.scheduler import Scheduler, TileBatch
@@ -41,9 +42,14 @@ class Worker:
         costs: Costs,
         max_batch: int,
         release: Callable[[], None] = lambda: None,
+        open_float32: Opener = lambda role: None,
     ) -> None:
-        """Make a worker; `release` is called at the end, when sessions and device are closed."""
+        """Make a worker; `release` is called at the end, when sessions and device are closed.
+
+        `open_float32` opens graphs for tiles that run again after NaN or infinity.
+        """
         self._device, self._residency = device, residency
+        self._retry = Float32Retry(device, open_float32)
         self._costs, self.max_batch, self._release = costs, max_batch, release
         self._scheduler = Scheduler(costs, residency.reload_s, max_batch)
         self._jobs: list[Job] = []  # the oldest first
@@ -143,8 +149,9 @@ class Worker:
 
     def _shut(self, *, used: bool) -> None:
         """Close sessions and device, even if one of them fails."""
-        steps = (self._residency.close, self._buffers.clear, self._device.close, self._release)
-        for step in steps if used else steps[:3]:
+        sessions = (self._retry.close, self._residency.close)
+        steps = (*sessions, self._buffers.clear, self._device.close, self._release)
+        for step in steps if used else steps[:-1]:
             try:
                 step()
             except Exception as error:
@@ -175,7 +182,14 @@ class Worker:
         start = time.perf_counter()
         if not self._unmeasured:
             self._since = start
-        self._device.tick(slots, session, buffers)
+        if self._device.synchronous:
+            checked = CheckedSession(session, role, buffers, self._retry)
+            self._device.tick(slots, checked, buffers)
+            jobs = [batch.job for batch in batches for _ in batch.tiles]
+            for job in {jobs[tile] for tile in checked.repaired}:
+                job.ran_in_float32()
+        else:
+            self._device.tick(slots, session, buffers)
         self.ticks, self.tiles = self.ticks + 1, self.tiles + len(slots)
         if self._device.synchronous:
             self._costs.observe(role, len(slots), time.perf_counter() - start)

@@ -81,7 +81,8 @@ class StepTable:
 
     `t` and `expert` are int64 [S]. `alpha_bar`, `alpha_bar_prev` (at the next, less noisy timestep), `sigma`
     and `extrapolation` are float64 [S]. `extrapolation` is the w of a multistep sampler, with which x0 is
-    extrapolated from the x0 of the previous step; 0 means no extrapolation.
+    extrapolated from the x0 of the previous step; 0 means no extrapolation. Row 0 is the step
+    at position `first` of the sampler's list.
     """
 
     t: np.ndarray
@@ -90,9 +91,24 @@ class StepTable:
     alpha_bar_prev: np.ndarray
     sigma: np.ndarray
     extrapolation: np.ndarray
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.t)
+
+    def after(self, count: int) -> StepTable:
+        """The table without its first `count` steps; ValueError if no step would be left.
+
+        The new first step has no step before it, so its extrapolation is 0.
+        """
+        if not 0 <= count < len(self):
+            raise ValueError(f"{count} of {len(self)} steps cannot be left out; at least one has to run")
+        if not count:
+            return self
+        columns = (self.t, self.expert, self.alpha_bar, self.alpha_bar_prev, self.sigma, self.extrapolation)
+        kept = [column[count:].copy() for column in columns]
+        kept[-1][0] = 0.0
+        return StepTable(*map(_read_only, kept), first=self.first + count)
 
 
 def respaced_timesteps(total: int, steps: int, spacing: Spacing = "leading") -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.loop.job import PRIORITIES
+from moesr.runtime.loop.tile_layout import TILINGS
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.serve.result_format import FORMATS
 from moesr.runtime.upscaler import Upscaler
@@ -43,6 +44,13 @@ OPTIONS = [
     ),
     _option("guidance", "number", "Strength of the prompts, for engines that have them", 1.0, minimum=0),
     _option("reuse", "integer", "Interval of the steps that compute deep features", 1, minimum=1),
+    _option("start_step", "integer", "Steps to leave out, from the noised input", 0, minimum=0),
+    _option("checkpoint_every", "integer", "Steps after which the latent is saved", 0, minimum=0),
+    _option(
+        "tiling", "string", "Tiles of large images; default: the engine's", "shifted", enum=list(TILINGS)
+    ),
+    _option("tileable", "boolean", "Opposite sides of the image meet, in the result too", False),
+    _option("keep_colors_under_alpha", "boolean", "Keep colors of transparent pixels", False),
     _option("color_fix", "string", "Correction towards the input's colors", "adain", enum=list(COLOR_FIXES)),
     _option(
         "priority", "string", "Share of the machine relative to other images", "normal", enum=list(PRIORITIES)

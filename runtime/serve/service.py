@@ -178,6 +178,7 @@ class Service:
             def write() -> None:
                 record = describe(upscaler.manifest, settings).of("upload", sha256_of(path))
                 writing.save(target, result, record, options.get("quality"))
+                result.written()
 
             await self._in_pool(name, "writing", write)
         self.metrics.seconds.labels(name).observe(time.monotonic() - begin)

@@ -19,7 +19,12 @@ from moesr.runtime.serve.problems import Problem
 FIELDS = 32  # most fields of a form
 FIELD_BYTES = 4096  # size of a field that is not a file
 BLOCK_BYTES = 1 << 18  # size of the blocks in which a body is written
-_KINDS = {"steps": int, "seed": int, "reuse": int, "quality": int, "fidelity": float, "guidance": float}
+_KINDS = {
+    **dict.fromkeys(("steps", "seed", "reuse", "start_step", "checkpoint_every", "quality"), int),
+    **dict.fromkeys(("fidelity", "guidance"), float),
+}
+_FLAGS = ("tileable", "keep_colors_under_alpha")
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _OTHERS = ("engine", "format", "quality", "priority")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
 _REAL = re.compile(r"[+-]?([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
@@ -104,13 +109,22 @@ def check_options(given: Mapping[str, str], engines: Mapping[str, object]) -> di
             raise Problem(400, f"unknown option {name[:40]!r}; the options are {known}")
         if text.strip() == "":
             continue
-        values[key] = _number(key, text, _KINDS[key]) if key in _KINDS else text[:200]
+        if key in _FLAGS:
+            values[key] = _flag(key, text)
+        else:
+            values[key] = _number(key, text, _KINDS[key]) if key in _KINDS else text[:200]
     values.setdefault("engine", next(iter(engines)))
     if values["engine"] not in engines:
         raise Problem(404, f"there is no engine {values['engine'][:40]!r} here; GET /v1/engines lists them")
     if not 1 <= values.get("quality", 1) <= 100:
         raise Problem(400, "quality is expected to be a whole number from 1 to 100")
     return values
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in _TRUTH:
+        raise Problem(400, f"{name} is {text[:40]!r}, expected true or false")
+    return _TRUTH[text.lower()]
 
 
 def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float:

@@ -100,16 +100,27 @@ class RecordingDevice:
         origins: Sequence[tuple[int, int]],
         weights: np.ndarray,
         factor: int = 1,
+        *,
+        wraps: bool = False,
     ) -> Mean:
-        handle = self._handle("mean", lambda: self.host.mean(shape, origins, weights, factor))
+        handle = self._handle("mean", lambda: self.host.mean(shape, origins, weights, factor, wraps=wraps))
         return Mean(handle, factor, weights=None, weight_sum=None, state=None)
 
     def with_weights(self, mean: Mean, weights: np.ndarray) -> Mean:
         handle = self._handle("with_weights", lambda: self.host.with_weights(mean.data.made, weights))
         return Mean(handle, mean.factor, weights=None, weight_sum=None, state=None)
 
+    def with_origins(self, mean: Mean, origins: Sequence[tuple[int, int]], weights: np.ndarray) -> Mean:
+        handle = self._handle(
+            "with_origins", lambda: self.host.with_origins(mean.data.made, origins, weights)
+        )
+        return Mean(handle, mean.factor, weights=None, weight_sum=None, state=None)
+
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         return Canvas(self._handle("upload", lambda: self.host.upload(image, factor)), factor)
+
+    def fill(self, canvas: Canvas, values: np.ndarray) -> None:
+        self._later("fill", lambda: self.host.fill(Canvas(canvas.data.made.data), values))
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
         self._later("gaussian", lambda: self.host.gaussian(canvas.data.made, seed, step))

@@ -21,7 +21,7 @@ from moesr.runtime.images import planes
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.loop import processing
 from moesr.runtime.loop.settings import Settings
-from moesr.runtime.loop.tile_layout import Frame, TileLayout, sampling_window
+from moesr.runtime.loop.tile_layout import Frame, TileLayout
 from moesr.runtime.sampling.tiles import gaussian_weights, tile_origins, weight_sum
 from moesr.runtime.system import memory
 
@@ -88,10 +88,10 @@ def test_manifest_selects_the_framing(manifest: Manifest):
     even = replace(manifest, framing=Framing())
     assert TileLayout(manifest, 20, 31).sampling[:4] == [(0, 0), (0, 8), (0, 15), (4, 0)]
     assert TileLayout(even, 20, 31).sampling[:4] == [(0, 0), (0, 7), (0, 15), (4, 0)]
-    grids = [(manifest, TileLayout(manifest, 41, 77).sampling), (even, TileLayout(even, 41, 77).sampling)]
-    for given, grid in grids:
-        assert weight_sum(41, 77, grid, sampling_window(given)).min() > 0
-    assert len(grids[0][1]) > len(grids[1][1])
+    strided, evenly = TileLayout(manifest, 41, 77), TileLayout(even, 41, 77)
+    for layout in (strided, evenly):
+        assert weight_sum(41, 77, layout.sampling, layout.window).min() > 0
+    assert len(strided.sampling) > len(evenly.sampling)
 
 
 @pytest.mark.parametrize("size", [(28, 36), (7, 9), (14, 31), (64, 51)], ids=str)

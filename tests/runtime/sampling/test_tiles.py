@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from moesr.runtime.images.resize import reflect_pad
-from moesr.runtime.sampling.tiles import feather_weights, gaussian_weights, grid, tile_origins
+from moesr.runtime.sampling.tiles import (
+    feather_weights,
+    gaussian_weights,
+    grid,
+    runs,
+    shifted_origins,
+    tile_origins,
+    weight_sum,
+    wrapped_origins,
+)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(128, 32), (128, 0), (7, 3), (5, 4), (1, 0)])
@@ -94,3 +103,58 @@ def test_padding_takes_channels_last_and_leaves_large_images():
     assert reflect_pad(image, 2, 3, axes=(0, 1))[0] is image
     with pytest.raises(ValueError, match="empty image"):
         reflect_pad(np.zeros((3, 0, 4), np.float32), 8, 8)
+
+
+PHASES = [k * 49471 % 65536 / 65536 for k in range(50)]
+
+
+@pytest.mark.parametrize(("tile", "overlap", "room"), [(76, 4, 9), (16, 1, 2), (7, 0, 1), (64, 8, 8)])
+def test_shifted_origins_cover_and_move(tile, overlap, room):
+    for size in range(tile, 4 * tile, 3):
+        grids = [shifted_origins(size, tile, overlap, room, phase) for phase in PHASES]
+        assert len(set(map(len, grids))) == 1
+        for origins in grids:
+            assert origins[0] == 0 and origins[-1] == size - tile
+            assert (np.diff(origins) >= 0).all() and (np.diff(origins) <= tile - overlap).all()
+        inner = np.array(grids)[:, 1:-1]
+        reach = min(room, size - tile) * 0.9 - 1
+        assert inner.size == 0 or (np.ptp(inner, axis=0) >= reach).all()
+
+
+def test_a_shifted_grid_needs_fewer_tiles():
+    assert len(tile_origins(256, 76, 19)) == 5 and len(shifted_origins(256, 76, 4, 9, 0.5)) == 4
+    assert len(tile_origins(2500, 76, 19)) == 44 and len(shifted_origins(2500, 76, 4, 9, 0.5)) == 35
+    assert shifted_origins(76, 76, 4, 9, 0.7) == [0]
+    with pytest.raises(ValueError, match="pad it first"):
+        shifted_origins(75, 76, 4, 9, 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 17, 40, 100])
+def test_tiles_on_a_circle_cover_it_evenly(size):
+    for phase in PHASES[:9]:
+        origins = wrapped_origins(size, 16, 4, phase)
+        gaps = np.diff([*origins, origins[0] + size])
+        assert len(set(origins)) == len(origins) and origins[0] >= 0 and origins[-1] < size
+        assert gaps.max() <= 12 or len(origins) == 1
+        assert gaps.max() - gaps.min() <= 1
+    with pytest.raises(ValueError, match="overlap"):
+        wrapped_origins(40, 16, 16)
+
+
+@pytest.mark.parametrize(("start", "length", "size"), [(0, 4, 9), (7, 4, 9), (3, 20, 6), (5, 1, 6)])
+def test_runs_on_a_circle(start, length, size):
+    circle, tile = np.arange(size), np.empty(length, int)
+    for there, here in runs(start, length, size):
+        tile[here] = circle[there]
+    np.testing.assert_array_equal(tile, (start + np.arange(length)) % size)
+
+
+def test_weights_on_a_circle_sum_to_those_of_all_tiles():
+    weights = gaussian_weights(16)
+    total = weight_sum(10, 40, [(0, 0), (0, 30), (5, 13)], weights, wraps=True)
+    assert total.min() > 0 and total.sum() == pytest.approx(3 * weights.sum(), rel=1e-5)
+    np.testing.assert_allclose(
+        np.roll(total, 7, 1), weight_sum(10, 40, [(0, 7), (0, 37), (5, 20)], weights, wraps=True), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="leaves the canvas"):
+        weight_sum(40, 40, [(30, 0)], weights)
