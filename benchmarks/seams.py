@@ -35,7 +35,7 @@ from moesr.runtime.upscaler import Upscaler
 FLOOR = 1e-5
 """Gradient, of a range of 1, that is added to both sides of the comparison: 0.0026 levels of 8 bits."""
 
-REACH = 6
+REACH = 4
 """Latent pixels on either side of a border from which the other lines come."""
 
 MEGAPIXELS = (0.25, 1, 4, 16, 100)

@@ -21,20 +21,20 @@ def scene(kind: str) -> np.ndarray:
     if kind == "noisy":
         return rng.integers(20000, 45000, (160, 160, 3), np.uint16)
     y, x = np.mgrid[:160, :160] / 160
-    waves = 0.2 * np.sin(9 * x + 4 * y) + 0.1 * np.cos(31 * y) * (kind == "natural")
+    waves = 0.2 * np.sin(9 * x + 4 * y) + 0.1 * np.cos(13 * y) * (kind == "natural")
     plane = np.full((160, 160), 0.5) if kind == "flat" else 0.5 + waves
     return np.repeat(np.rint(plane * 65535)[..., None], 3, 2).astype(np.uint16)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("flat", 100.0), ("natural", 1.5), ("noisy", 1.1)])
+@pytest.mark.parametrize(("kind", "least"), [("flat", 100.0), ("natural", 1.5), ("noisy", 1.3)])
 def test_steps_at_borders_are_found(kind: str, least: float):
     image = scene(kind)
     clean = seams.seam(image, 1, [40, 80], PERIOD)
-    assert all(0.8 < value < 1.1 for value in clean)
-    image[:, 40:] += 2000 if kind == "noisy" else 1000
+    assert all(0.7 < value < 1.2 for value in clean)
+    image[:, 40:] += 12000 if kind == "noisy" else 1000
     first, second = seams.seam(image, 1, [40, 80], PERIOD)
     assert first > least and second == pytest.approx(clean[1])
-    assert max(seams.seam(image, 0, [40, 80], PERIOD)) < 1.1
+    assert max(seams.seam(image, 0, [40, 80], PERIOD)) < 1.2
     assert seams.across_the_wrap(image) > least
 
 
@@ -55,7 +55,7 @@ def test_the_page_has_a_row_for_every_tiling(
     assert seams.main(given) == 0
     page = (tmp_path / "out/seams.md").read_text("utf-8")
     assert page.strip() == capsys.readouterr().out.strip()
-    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 1 + 6 + 1 + 2
     for row in rows[1:7]:
         assert all(0.5 < float(cell) < 1.5 for cell in row[7:10])

@@ -187,7 +187,7 @@ def test_textures_have_no_seam_across_the_wrap(method: str):
     with Upscaler("demo-x4", backend="onnxruntime", threads=1) as up:
         tileable, plain = (up(lr, steps=1, color_fix=method, tileable=wraps) for wraps in (True, False))
     assert tileable.shape == plain.shape == (76, 92, 3)
-    assert seams.across_the_wrap(tileable) < 1.15 < seams.across_the_wrap(plain)
+    assert seams.across_the_wrap(tileable) < 1.3 < 2 < seams.across_the_wrap(plain)
 
 
 def test_resizing_and_color_of_textures_are_periodic():

@@ -266,10 +266,10 @@ def test_out_of_memory_fails_only_its_image(manifest: Manifest):
     """The memory for pixels is allocated when decoding begins."""
 
     class Small(HostDevice):
-        def mean(self, shape: tuple[int, int, int], *arguments: Any) -> Any:
+        def mean(self, shape: tuple[int, int, int], *arguments: Any, **more: Any) -> Any:
             if shape[1] > 100:
                 raise MemoryError
-            return super().mean(shape, *arguments)
+            return super().mean(shape, *arguments, **more)
 
     rig = Rig(manifest, max_batch=4, device=Small())
     large, small = rig.job(32, 32), rig.job(16, 16)
