@@ -23,6 +23,9 @@ from moesr.runtime.errors import EngineError, MemoryLimitError
 Opener = Callable[[str], "Session | None"]
 """Opens the float32 form of a role's graph; None if the graph that is open computes in float32 already."""
 
+LARGEST = 1e30
+"""Larger values count as infinite. OpenVINO makes the largest float32 number of an infinite 8-bit range."""
+
 log = logging.getLogger("moesr")
 
 
@@ -97,6 +100,8 @@ class CheckedSession:
         boundary, buffers = self.boundary, self._buffers
         bad = [tile for tile in range(batch) if not finite(boundary, buffers, tile)]
         self.repaired = [tile for tile in bad if self._retry.run(self._role, boundary, buffers, tile)]
+        for tile in set(bad) - set(self.repaired):
+            buffers[boundary.outputs[0].name][tile] = np.nan  # so that its image fails
 
     def bind(self, buffers: Mapping[str, Any], max_batch: int) -> None:
         """See `Session.bind`."""
@@ -112,6 +117,6 @@ class CheckedSession:
 
 
 def finite(boundary: Boundary, buffers: Mapping[str, np.ndarray], tile: int) -> bool:
-    """Whether all outputs of one tile are finite. The least and greatest value show NaN, too."""
+    """Whether all outputs of one tile are numbers below LARGEST. NaN fails both comparisons."""
     outputs = (buffers[spec.name][tile] for spec in boundary.outputs)
-    return all(bool(np.isfinite(output.min()) and np.isfinite(output.max())) for output in outputs)
+    return all(bool(-LARGEST < output.min() and output.max() < LARGEST) for output in outputs)

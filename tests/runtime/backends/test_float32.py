@@ -138,17 +138,18 @@ def test_bfloat16_and_external_weights(tmp_path: Path):
 def test_activations_are_not_quantized_in_float32(
     tmp_path: Path, backend: str, caplog: pytest.LogCaptureFixture
 ):
-    """A scale of infinity makes 8-bit activations NaN; the float32 form leaves the pair out."""
+    """A scale of infinity makes 8-bit activations infinite; the float32 form leaves the pair out."""
     latent = ["B", 3, SIDE, SIDE]
     weights = [
-        numpy_helper.from_array(np.array(np.inf, np.float32), "scale"),
+        numpy_helper.from_array(np.array(0.01, np.float32), "scale"),
+        numpy_helper.from_array(np.array(np.inf, np.float32), "wrong"),
         numpy_helper.from_array(np.array(0, np.int8), "zero"),
         numpy_helper.from_array(np.array([[[[2]]], [[[2]]], [[[2]]]], np.int8), "kernel"),
         numpy_helper.from_array(np.array(0.25, np.float32), "step"),
     ]
     nodes = [
         helper.make_node("QuantizeLinear", ["cond", "scale", "zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["q", "wrong", "zero"], ["d"]),
         helper.make_node("DequantizeLinear", ["kernel", "step", "zero"], ["w"]),
         helper.make_node("Conv", ["d", "w"], ["c"], group=3),
         helper.make_node("Mul", ["z_t", "step"], ["z"]),
