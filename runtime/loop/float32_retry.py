@@ -119,4 +119,4 @@ class CheckedSession:
 def finite(boundary: Boundary, buffers: Mapping[str, np.ndarray], tile: int) -> bool:
     """Whether all outputs of one tile are numbers below LARGEST. NaN fails both comparisons."""
     outputs = (buffers[spec.name][tile] for spec in boundary.outputs)
-    return all(bool(-LARGEST < output.min() and output.max() < LARGEST) for output in outputs)
+    return all(bool(output.min() > -LARGEST and output.max() < LARGEST) for output in outputs)
