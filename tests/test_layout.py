@@ -30,8 +30,10 @@ RUNTIME = {
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",
     ),
-    "cluster": (*("backends", "cli", "devices", "engine", "errors", "images", "loop", "system", "upscaler"),),
     "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
+    "cluster": (
+        *("backends", "cli", "devices", "engine", "errors", "images", "loop", "serve", "system", "upscaler"),
+    ),
 }
 """The packages that each package of the runtime imports, lowest level first: imports name earlier entries."""
 

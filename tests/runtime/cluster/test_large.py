@@ -1,0 +1,57 @@
+"""One image over many workers: the result of a local run to the bit, though a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster_rig import picture, tree
+from PIL import Image
+
+from moesr.runtime import Upscaler
+from moesr.runtime.cluster.remote import RemoteUpscaler
+
+OPTIONS = {"name": "onnxruntime", "device": "cpu", "threads": 1}
+
+
+@pytest.mark.slow
+def test_tiles_on_two_workers_though_one_is_killed(nodes, engine):
+    pixels = np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8)
+    with Upscaler(engine, backend="onnxruntime", threads=1) as local:
+        expected = local(pixels, steps=60)
+    with RemoteUpscaler(str(engine), OPTIONS, 2, {"num_cpus": 1}) as up:
+        victims = []
+
+        def progress(done: float, total: float, stage: str) -> None:
+            if done > total / 3 and not victims:
+                victims.extend(runner_pids()[:1])
+                os.kill(victims[0], signal.SIGKILL)
+
+        np.testing.assert_array_equal(up(pixels, steps=60, progress=progress), expected)
+        assert victims and up.pool.ran.total() == up.statistics.tiles
+        assert set(up.pool.ran) == {0, 1}, "both workers took part"
+
+
+def runner_pids() -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and b"ray::TileRunner" in (entry / "cmdline").read_bytes():
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_named_image_that_is_larger_than_a_worker(moesr, engine, tmp_path):
+    picture(tmp_path / "in/big.png", 60, 40)
+    picture(tmp_path / "in/small.png")
+    names = tmp_path / "in/big.png", tmp_path / "in/small.png"
+    made = moesr(*names, "-o", tmp_path / "out", "--memory-per-worker", "0.0005", "--backend", "onnxruntime")
+    assert made.code == 0 and tree(tmp_path / "out") == ["big_x4.png", "small_x4.png"]
+    with Upscaler(engine, backend="onnxruntime", threads=1) as local:
+        expected = local(np.asarray(Image.open(names[0])))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/big_x4.png")), expected)
+    again = moesr(names[0], "-o", tmp_path / "out", "--memory-per-worker", "0.0005")
+    assert again.lines["big.png"]["status"] == "skipped"
