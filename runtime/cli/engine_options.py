@@ -18,7 +18,7 @@ def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> 
         names = f"one or more of the following, each with its own name if NAME= is given: {kind}"
         group.add_argument("--engine", nargs="+", type=name_argument, metavar="[NAME=]DIR", help=names)
     else:
-        group.add_argument("--engine", type=path_argument, metavar="DIR", help=kind)
+        group.add_argument("--engine", type=engine_argument, metavar="DIR", help=kind)
     group.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
@@ -83,6 +83,11 @@ def name_argument(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected the name of a file or directory")
     return text
+
+
+def engine_argument(text: str) -> Path | str:
+    """Return the directory of an engine; a URL, which only runs on a cluster can use, stays as it is."""
+    return name_argument(text) if "://" in text else path_argument(text)
 
 
 def path_argument(text: str) -> Path:

@@ -130,15 +130,26 @@ def kill_a_worker() -> int:
     return pid
 
 
-def ray_processes(folder: str) -> list[str]:
-    """Command lines of the processes that belong to the cluster with its sockets in `folder`."""
-    found = []
+def ray_processes(folder: str) -> dict[int, str]:
+    """Command lines, by number, of Ray's processes whose sockets or environment are in `folder`."""
+    found = {}
     for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and folder in line:
-                found.append(line)
+        with contextlib.suppress(OSError, ValueError):
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+            mentions = folder.encode() in line or folder.encode() in (entry / "environ").read_bytes()
+            if b"ray" in line and mentions and int(entry.name) not in (os.getpid(), os.getppid()):
+                found[int(entry.name)] = line.decode(errors="replace")
     return found
+
+
+def stop(folder: str) -> None:
+    """As `ray stop`, which ends the processes of every cluster of the machine, but for one cluster."""
+    deadline = time.monotonic() + 20
+    while (left := ray_processes(folder)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM if time.monotonic() < deadline - 10 else signal.SIGKILL)
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

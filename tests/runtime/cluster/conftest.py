@@ -36,7 +36,7 @@ def nodes(s3: SimpleNamespace) -> Iterator[Any]:
     yield made
     ray.shutdown()
     made.close()
-    assert ray_processes(made.folder) == []
+    assert ray_processes(made.folder) == {}
 
 
 @pytest.fixture(scope="session")

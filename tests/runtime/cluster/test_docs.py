@@ -11,20 +11,32 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import cluster_rig
 import pytest
-from cluster_rig import free_port, picture, ray_processes, tree
+from cluster_rig import free_port, picture, ray_processes, stop, tree
+from PIL import Image
 
 from moesr.runtime.engine.locate import engine_directory
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/cluster.md"
 
-PROGRAMS = {  # the programs of this environment, and limits for a small machine
-    "pip": 'test "$1" = install',
-    "moesr-run": f'"{sys.executable}" -m moesr.runtime.cli.run "$@" --backend onnxruntime',
-    "ray": 'case $1 in start) set -- "$@" --num-cpus 1 --object-store-memory 80000000 '
-    '--include-dashboard false;; esac; "$PYTHON" -c '
-    "'import sys; from ray.scripts.scripts import main; sys.exit(main())' \"$@\"",
+PROGRAMS = """
+cp() {
+    sed -e "s|/var/lib/moesr|$PWD/state|" -e "s|num_cpus: 4|num_cpus: 0.5|" \\
+        -e "s|8000|$SERVE_PORT|" -e "s|backend: auto|backend: onnxruntime, threads: 1|" "$1" > "$2"
 }
+serve() { "$PYTHON" -c 'from ray.serve.scripts import cli; cli()' "$@"; }
+pip() { test "$1" = install; }
+moesr-run() { "$PYTHON" -m moesr.runtime.cli.run "$@" --backend onnxruntime; }
+ray() {
+    case $1 in
+        start) set -- "$@" --num-cpus 1 --object-store-memory 80000000 --include-dashboard false ;;
+        stop) "$PYTHON" -c 'import sys, cluster_rig; cluster_rig.stop(sys.argv[1])' "$RAY_TMPDIR"; return ;;
+    esac
+    "$PYTHON" -c 'import sys; from ray.scripts.scripts import main; sys.exit(main())' "$@"
+}
+"""
+"""The programs of this environment, with limits for a small machine and an end for this cluster only."""
 
 
 def blocks() -> list[str]:
@@ -36,7 +48,9 @@ def sockets() -> Iterator[str]:
     """A directory with a short path for Ray's sockets."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     yield folder
-    assert ray_processes(folder) == []
+    left = ray_processes(folder)
+    stop(folder)
+    assert left == {}
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -47,26 +61,34 @@ def test_every_command_of_the_page_works(s3, tmp_path, sockets):
     (s3.folder / "photos/2024/bad.png").write_bytes(b"no image")
     (s3.folder / "results").mkdir()
     shutil.copytree(engine_directory("demo-x8"), s3.folder / "engines/mine")
+    picture(tmp_path / "scan.png", 16, 12)
+    serve_port = str(free_port())
     variables = {
+        "MOESR": str(PAGE.parents[1]),
+        "SERVE_PORT": serve_port,
+        "URL": f"http://127.0.0.1:{serve_port}",
         "PORT": str(free_port()),
         "HEAD": "127.0.0.1",
         "PYTHON": sys.executable,
         "RAY_TMPDIR": sockets,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(Path(cluster_rig.__file__).parent),
     }
-    functions = "\n".join(f"{name}() {{ {body}; }}" for name, body in PROGRAMS.items())
     done = subprocess.run(
-        ["bash", "-uo", "pipefail", "-c", "\n".join([functions, *blocks()])],
+        ["bash", "-uo", "pipefail", "-c", "\n".join([PROGRAMS, *blocks()])],
         cwd=tmp_path,
         env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=400,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
     results = s3.folder / "results"
     assert tree(results / "2024") == ["a_x4.png", "deep/b_x4.png"]
     assert tree(results / "again") == ["a_x8.png"]
+    assert tree(results / "scans") == ["scan_x4.png"]
+    assert Image.open(tmp_path / "scan_x4.png").size == (64, 48)
     said = done.stderr
     assert said.count("2 done, 0 skipped, 1 failed") == 1 and "0 done, 2 skipped, 1 failed" in said, said
     assert '"error": "s3://photos/2024/bad.png: not an image' in done.stdout
