@@ -71,12 +71,13 @@ def connected(address: str) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its messages would go to the terminal
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here sends no statistics
         try:
-            ray.init(
-                address or None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False if not address else None,
-            )
+            with _silent_libraries():
+                ray.init(
+                    address or None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    include_dashboard=False if not address else None,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(f"--ray {address}: no cluster answers there: {error}") from error
     try:
@@ -84,6 +85,19 @@ def connected(address: str) -> Iterator[None]:
     finally:
         if own:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Drop what C++ code writes to stderr during a `with` block."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 class ReportRows:
@@ -119,8 +133,8 @@ class ReportRows:
         ray.kill(self._ledger)
 
 
-def report_rows(sources: Sources, work: Work, resources: Resources) -> ReportRows:
-    """Start the run; its errors are raised by the iterator."""
+def report_rows(sources: Sources, work: Work, resources: Resources, worker: Any = Worker) -> ReportRows:
+    """Start the run; its errors are raised by the iterator. Ray Data makes actors of the class `worker`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -139,7 +153,6 @@ def report_rows(sources: Sources, work: Work, resources: Resources) -> ReportRow
         max_concurrent_calls_per_actor=AT_ONCE,
         enable_true_multi_threading=True,
     )
-    worker: Any = Worker  # Ray Data makes an actor from the class
     made = ray.data.read_datasource(ListingSource(sources, ledger), num_cpus=0).map(
         worker,
         fn_constructor_args=(work, ledger),

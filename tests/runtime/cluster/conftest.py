@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cluster_rig import Nodes, UnsteadyProxy, picture, ray_processes, s3_server, store_variables
+from benchlib.local_store import s3_server, store_variables
+from cluster_rig import Nodes, UnsteadyProxy, picture, ray_processes
 from engines import build_engine
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import cluster_rig
 import pytest
-from cluster_rig import free_port, picture, ray_processes, stop, tree
+from benchlib.local_store import free_port
+from cluster_rig import picture, ray_processes, stop, tree
 from PIL import Image
 
 from moesr.runtime.engine.locate import engine_directory
@@ -30,7 +31,10 @@ pip() { test "$1" = install; }
 moesr-run() { "$PYTHON" -m moesr.runtime.cli.run "$@" --backend onnxruntime; }
 ray() {
     case $1 in
-        start) set -- "$@" --num-cpus 1 --object-store-memory 80000000 --include-dashboard false ;;
+        start)
+            [[ $2 = --head ]] && set -- "$@" --include-dashboard false
+            set -- "$@" --num-cpus 1 --object-store-memory 80000000
+            ;;
         stop) "$PYTHON" -c 'import sys, cluster_rig; cluster_rig.stop(sys.argv[1])' "$RAY_TMPDIR"; return ;;
     esac
     "$PYTHON" -c 'import sys; from ray.scripts.scripts import main; sys.exit(main())' "$@"
@@ -83,6 +87,7 @@ def test_every_command_of_the_page_works(s3, tmp_path, sockets):
         timeout=400,
     )
     print(done.stdout, done.stderr)
+    assert done.stdout.count("Ray runtime started") == 2
     assert done.returncode == 0
     results = s3.folder / "results"
     assert tree(results / "2024") == ["a_x4.png", "deep/b_x4.png"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cluster_rig import free_port, picture
+from benchlib.local_store import free_port
+from cluster_rig import picture
 from PIL import Image
 
 CONFIG = Path(__file__).resolve().parents[3] / "docs/serving/ray-serve.yaml"

@@ -1,0 +1,1 @@
+"""Costs of a run on a cluster, and a simulation with them."""

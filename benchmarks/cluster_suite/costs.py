@@ -1,0 +1,149 @@
+"""Measurements on a cluster of this machine: listing, rows through the driver, restarts, bytes, tiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchlib.local_store import s3_server, store_variables
+
+from moesr.runtime.cli.outputs import Naming
+from moesr.runtime.cli.report import Entry
+from moesr.runtime.cluster import dataset
+from moesr.runtime.cluster.dataset import Resources
+from moesr.runtime.cluster.listing import Row, Sources
+from moesr.runtime.cluster.remote import RemoteUpscaler
+from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.upscaler import Upscaler
+
+SETTINGS = {"steps": 50, "sampler": "ddpm", "seed": 42, "fidelity": 1.0, "color_fix": "adain"}
+
+
+@contextmanager
+def cluster(cpus: int) -> Iterator[None]:
+    """A cluster of one node; its sockets lie in a directory with a short path."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    os.environ |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+    store = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    ray.init(num_cpus=cpus, log_to_driver=False, logging_level="ERROR", **store)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def keys_per_s(count: int) -> float:
+    """Rate at which a bucket of so many keys is listed, with names of results."""
+    with tempfile.TemporaryDirectory(prefix="moesr-") as folder:
+        (Path(folder) / "bucket").mkdir()
+        for number in range(count):
+            (Path(folder) / f"bucket/{number:08d}.png").touch()
+        with s3_server(Path(folder)) as address:
+            os.environ |= store_variables(address)
+            start = time.perf_counter()
+            listed = sum(1 for _ in Sources(("s3://bucket",), Naming("_x4")).rows())
+            seconds = time.perf_counter() - start
+    assert listed == count
+    return count / seconds
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Inputs that are nowhere."""
+
+    count: int
+
+    def rows(self) -> Iterator[Row]:
+        """As `Sources.rows`."""
+        return (Row("/", f"{k}.png", 0.0, f"{k}_x4.png", True) for k in range(self.count))
+
+
+class Instant:
+    """A worker that computes nothing."""
+
+    def __init__(self, work: Any, ledger: Any) -> None:
+        self._engine, self._ledger = Upscaler(work, threads=1) if work else None, ledger
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """As `Worker.__call__`, after the same question to the ledger."""
+        import ray
+
+        ray.get(self._ledger.begin.remote(row["key"]))
+        if self._engine:
+            time.sleep(0.2)
+        line = Entry(row["key"]).line("done", Provenance(4, "engine", SETTINGS))
+        return {"line": json.dumps(line | {"pid": os.getpid()}), "code": 0, "note": ""}
+
+
+def row_costs(count: int, workers: int) -> tuple[float, float]:
+    """Rows per second of workers that compute nothing, and seconds of the driver's processor per row."""
+    rows = _rows(count, None, workers)
+    next(rows)
+    start, busy = time.perf_counter(), time.process_time()
+    seen = sum(1 for _ in rows)
+    return seen / (time.perf_counter() - start), (time.process_time() - busy) / seen
+
+
+def restart_s(engine: str) -> float:
+    """Seconds from the death of the only worker to the first row of the next one, with an engine opened."""
+    rows, gaps = _rows(24, engine, 1), []
+    pid = json.loads(next(rows)["line"])["pid"]
+    killed = time.perf_counter()
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    for row in rows:
+        if json.loads(row["line"])["pid"] != pid:
+            gaps.append(time.perf_counter() - killed - 0.5)
+    return gaps[0]
+
+
+def _rows(count: int, engine: Any, workers: int) -> Iterator[dict[str, Any]]:
+    sources: Any = Numbers(count)
+    rows = dataset.report_rows(sources, engine, Resources(1.0, 0.0, 1, workers), Instant)
+    yield from rows
+    rows.close()
+
+
+def line_bytes() -> int:
+    """Bytes of one line of the log, with names of 60 characters."""
+    entry = Entry("s3://photographs-of-the-archive/2024/07/31/IMG_20240731.jpg")
+    entry.result = "s3://results-of-the-archive/2024/07/31/IMG_20240731_x4.png"
+    return len(json.dumps(entry.line("done", Provenance(4, "moesr-x4 fp32 0123abcd", SETTINGS)))) + 1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One image on some workers."""
+
+    workers: int
+    seconds: float
+    runs: int
+    bytes: int
+
+
+def tiles(engine: str, sides: tuple[int, int], steps: int) -> tuple[list[Tiles], bool]:
+    """One image on one and on two workers of one core each, and whether the two results are equal."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
+    options = {"name": "onnxruntime", "device": "cpu", "threads": 1}
+    found, results = [], []
+    for workers in (1, 2):
+        with RemoteUpscaler(engine, options, workers, {"num_cpus": 1}) as up:
+            up(pixels, steps=1)  # opens the graphs
+            runs, sent, start = up.pool.runs, up.pool.sent_bytes, time.perf_counter()
+            results.append(up(pixels, steps=steps))
+            seconds = time.perf_counter() - start
+            found.append(Tiles(workers, seconds, up.pool.runs - runs, up.pool.sent_bytes - sent))
+    return found, bool(np.array_equal(*results))
