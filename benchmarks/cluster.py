@@ -2,7 +2,7 @@
 
   python benchmarks/cluster.py --tiles ENGINE -o benchmarks/results/cluster.md
 
-A cluster of one node is started on this machine. `--tiles` also computes one image of an engine on one and
+A cluster of one node is started on this machine. `--tiles` also runs an expert of an engine on one and
 on two workers of one core each. The curves come from the simulation in cluster_suite/simulation.py, in which
 only the lifetime of a worker is assumed.
 """
@@ -39,7 +39,7 @@ def page(args: argparse.Namespace) -> str:
     with costs.cluster(2):
         rate, driver = costs.row_costs(args.rows, 2)
         restart = costs.restart_s("demo-x4")
-        tiles = costs.tiles(args.tiles, (args.height, args.width), args.steps) if args.tiles else None
+        tiles = costs.tiles(args.tiles, args.count) if args.tiles else None
     found = Costs(listing, driver, restart)
     lines = [
         "# A run on a cluster: costs and a simulation\n",
@@ -68,8 +68,8 @@ def _tile_lines(args: argparse.Namespace, found: list[costs.Tiles], equal: bool)
     same = "equal to the bit" if equal else "DIFFERENT"
     return [
         "",
-        f"One image of {args.width}x{args.height} px, {args.steps} steps, `{Path(args.tiles).name}`; the "
-        f"results of one and two workers are {same}:\n",
+        f"One step on {args.count} tiles of one image, engine `{Path(args.tiles).name}`; the results of one "
+        f"and two workers are {same}:\n",
         "| workers of one core | seconds | speed-up | runs of a graph | bytes per run |",
         "| --- | --- | --- | --- | --- |",
         *(
@@ -87,10 +87,8 @@ def parser() -> argparse.ArgumentParser:
     add("--keys", type=int, default=20_000, help="keys of the listing (default: %(default)s)")
     add("--rows", type=int, default=1000, help="rows through the driver (default: %(default)s)")
     add("--rounds", type=int, default=40, help="images per worker in the simulation (default: %(default)s)")
-    add("--tiles", metavar="ENGINE", help="compute one image of this engine on one and two workers")
-    add("--height", type=int, default=128, help="height of that image in pixels (default: %(default)s)")
-    add("--width", type=int, default=224, help="width of that image in pixels (default: %(default)s)")
-    add("--steps", type=int, default=4, help="sampling steps of that image (default: %(default)s)")
+    add("--tiles", metavar="ENGINE", help="run an expert of this engine on one and two workers")
+    add("--count", type=int, default=12, help="tiles of that run (default: %(default)s)")
     add("-o", "--output", type=Path, metavar="FILE", help="page of results")
     return p
 

@@ -23,7 +23,8 @@ from moesr.runtime.cli.report import Entry
 from moesr.runtime.cluster import dataset
 from moesr.runtime.cluster.dataset import Resources
 from moesr.runtime.cluster.listing import Row, Sources
-from moesr.runtime.cluster.remote import RemoteUpscaler
+from moesr.runtime.cluster.tile_pool import TilePool
+from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.upscaler import Upscaler
 
@@ -126,7 +127,7 @@ def line_bytes() -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One image on some workers."""
+    """One step of the sampler on a set of tiles, by some workers."""
 
     workers: int
     seconds: float
@@ -134,16 +135,29 @@ class Tiles:
     bytes: int
 
 
-def tiles(engine: str, sides: tuple[int, int], steps: int) -> tuple[list[Tiles], bool]:
-    """One image on one and on two workers of one core each, and whether the two results are equal."""
-    pixels = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
+def tiles(engine: str, count: int) -> tuple[list[Tiles], bool]:
+    """Time an expert on so many tiles, on one and on two workers of one core each.
+
+    Also returns whether the two results are equal to the bit.
+    """
+    manifest = read_manifest(Path(engine), verify=False)
+    role, rng = manifest.experts[0].graph, np.random.default_rng(0)
+    specs = manifest.graphs[role].inputs
+    parts = [
+        ({s.name: np.asarray(rng.standard_normal(s.shape(1)), s.dtype) for s in specs}, 1)
+        for _ in range(count)
+    ]
     options = {"name": "onnxruntime", "device": "cpu", "threads": 1}
     found, results = [], []
     for workers in (1, 2):
-        with RemoteUpscaler(engine, options, workers, {"num_cpus": 1}) as up:
-            up(pixels, steps=1)  # opens the graphs
-            runs, sent, start = up.pool.runs, up.pool.sent_bytes, time.perf_counter()
-            results.append(up(pixels, steps=steps))
-            seconds = time.perf_counter() - start
-            found.append(Tiles(workers, seconds, up.pool.runs - runs, up.pool.sent_bytes - sent))
-    return found, bool(np.array_equal(*results))
+        pool = TilePool(str(engine), options, workers, {"num_cpus": 1})
+        pool.run(role, parts[: 2 * workers])  # opens the graph
+        while len(pool.ran) < workers:
+            pool.run(role, parts[: 2 * workers])
+        runs, sent, start = pool.runs, pool.sent_bytes, time.perf_counter()
+        results.append(pool.run(role, parts))
+        seconds = time.perf_counter() - start
+        found.append(Tiles(workers, seconds, pool.runs - runs, pool.sent_bytes - sent))
+        pool.close()
+    pairs = [pair for one, two in zip(*results, strict=True) for pair in zip(one, two, strict=True)]
+    return found, all(np.array_equal(a, b) for a, b in pairs)
