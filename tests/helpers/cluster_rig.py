@@ -87,6 +87,14 @@ def ray_processes(folder: str) -> dict[int, str]:
     return found
 
 
+def left_over(folder: str, patience_s: float = 20.0) -> dict[int, str]:
+    """Return the processes that are still there after a while: a worker ends when it misses its node."""
+    deadline = time.monotonic() + patience_s
+    while (found := ray_processes(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
 def stop(folder: str) -> None:
     """As `ray stop`, which ends the processes of every cluster of the machine, but for one cluster."""
     deadline = time.monotonic() + 20

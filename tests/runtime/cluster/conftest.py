@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from benchlib.local_store import s3_server, store_variables
-from cluster_rig import Nodes, UnsteadyProxy, picture, ray_processes
+from cluster_rig import Nodes, UnsteadyProxy, left_over, picture
 from engines import build_engine
 
 
@@ -37,7 +37,7 @@ def nodes(s3: SimpleNamespace) -> Iterator[Any]:
     yield made
     ray.shutdown()
     made.close()
-    assert ray_processes(made.folder) == {}
+    assert left_over(made.folder) == {}
 
 
 @pytest.fixture(scope="session")

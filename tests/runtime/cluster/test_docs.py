@@ -14,7 +14,7 @@ from pathlib import Path
 import cluster_rig
 import pytest
 from benchlib.local_store import free_port
-from cluster_rig import picture, ray_processes, stop, tree
+from cluster_rig import left_over, picture, stop, tree
 from PIL import Image
 
 from moesr.runtime.engine.locate import engine_directory
@@ -52,7 +52,7 @@ def sockets() -> Iterator[str]:
     """A directory with a short path for Ray's sockets."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     yield folder
-    left = ray_processes(folder)
+    left = left_over(folder)
     stop(folder)
     assert left == {}
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -11,10 +13,15 @@ import pytest
 from cluster_rig import has_results, kill_a_worker, picture, tree, when
 from PIL import Image
 
+from moesr.runtime import Upscaler
+from moesr.runtime.cli import batch
+from moesr.runtime.cli.batch import RunOptions
 from moesr.runtime.cli.outputs import Naming
 from moesr.runtime.cli.run import main
 from moesr.runtime.cluster import listing
 from moesr.runtime.cluster.listing import Sources, with_twins
+from moesr.runtime.cluster.worker import Work, Worker
+from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.images import provenance
 
 
@@ -46,11 +53,30 @@ def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
         np.testing.assert_array_equal(here, there)
         assert provenance.read(local / name) == provenance.read(target / "large" / name)
 
-    (target / "large/b_png_x4.png").unlink()
-    again = moesr(*places)
-    assert [name for name, line in again.lines.items() if line["status"] == "done"] == ["b.png"]
-    assert sum(line["status"] == "skipped" for line in again.lines.values()) == 3
-    assert tree(target / "large") == results
+
+def test_second_run_makes_what_is_missing(bucket, engine):
+    """A worker decides by the record in a result, without a cluster."""
+    source, target = bucket("a.png", "b.png"), bucket()
+    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
+    work = Work(str(engine), {}, f"s3://{target.name}", {}, how, wanted)
+    with Upscaler(engine, threads=1) as up:
+        worker = Worker(work, upscaler=up)
+
+        def statuses(worker: Worker = worker) -> list[str]:
+            rows = Sources((f"s3://{source.name}",), Naming("_x4")).rows()
+            lines = [json.loads(worker(row.values())["line"]) for row in rows]
+            return [f"{line['status']} {line['error'] or ''}".strip() for line in lines]
+
+        assert statuses() == ["done", "done"]
+        (target / "b_x4.png").unlink()
+        assert statuses() == ["skipped", "done"]
+        picture(source / "a.png")  # is newer than its result now
+        assert statuses() == ["skipped", "skipped"]
+        (target / "b_x4.png").write_bytes(b"something else")
+        (failure,) = (line for line in statuses() if "failed" in line)
+        assert "exists and is not a result; pass --force to overwrite it" in failure
+        forced = Worker(dataclasses.replace(work, how=dataclasses.replace(how, force=True)), upscaler=up)
+        assert statuses(forced) == ["done", "done"]
 
 
 @pytest.mark.slow
