@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,9 +32,11 @@ from moesr.runtime.serve.guard import HEAD, Guard
 from moesr.runtime.serve.limits import check_header
 from moesr.runtime.serve.problems import MEDIA_TYPE, Problem, of_error
 from moesr.runtime.serve.result_format import FORMATS, SUFFIXES, choose
-from moesr.runtime.serve.service import Service
+from moesr.runtime.serve.service import Service, Work
 from moesr.runtime.serve.store import INPUT, Job
 from moesr.runtime.serve.upload import check_options, receive, settings_of
+
+log = logging.getLogger("moesr")
 
 STATIC = Path(__file__).parent / "static"
 EVENT_S = 0.25  # seconds between two checks of a job's progress
@@ -93,6 +96,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         problem = Problem(400, "the request does not have the form that /v1/openapi.json describes")
     else:
         problem = of_error(error)
+        if problem.status in (500, 507) and (cause := error.__cause__):
+            log.error("%s %s: %s: %s", request.method, request.url.path, type(cause).__name__, cause)
     return JSONResponse(problem.body(), problem.status, problem.headers, MEDIA_TYPE)
 
 
@@ -143,10 +148,8 @@ def _add_image_routes(app: FastAPI, service: Service) -> None:
         target = received.directory / f"result{SUFFIXES[received.options['format']]}"
         try:
             async with service.slot():
-                work = asyncio.create_task(
-                    service.upscale(received.directory / INPUT, received.options, target)
-                )
-                await _unless_over(request, service, work)
+                work = Work(received.directory / INPUT, target, received.options, received.size)
+                await _unless_over(request, service, asyncio.create_task(service.upscale(work)))
         except BaseException as error:
             await asyncio.to_thread(service.store.discard, received.directory)
             if isinstance(error, Exception):

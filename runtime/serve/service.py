@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,8 @@ from moesr.runtime.system.files import sha256_of
 from moesr.runtime.upscaler import Handle, JobProgress, Upscaler
 
 POOL = 4  # number of threads that decode and encode
-DECODED = 8  # number of decoded images held at the same time; the others wait as files
+DECODED = 8  # number of large decoded images held at the same time; further ones wait as files
+SMALL_PX = 1_000_000  # images of up to this size do not wait for large ones
 WAITING = JobProgress(0.0, "queued", 0.0, 0)
 
 Result = TypeVar("Result")
@@ -53,6 +54,21 @@ class Running:
         return replace(found, fraction=self.furthest)
 
 
+@dataclass(frozen=True)
+class Work:
+    """An image to super-resolve from the file `path` into the file `target`."""
+
+    path: Path
+    target: Path
+    options: Mapping[str, Any]
+    size: tuple[int, int]  # width and height of the image in pixels
+
+    @property
+    def engine(self) -> str:
+        """The name of the engine."""
+        return self.options["engine"]
+
+
 class Service:
     """Accepts images and jobs and processes them."""
 
@@ -64,7 +80,7 @@ class Service:
         self.in_queue = 0  # number of images that wait or run
         self.running: dict[str, Running] = {}  # jobs by identifier
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="moesr-serve")
-        self._decoded = asyncio.Semaphore(DECODED)
+        self._large = asyncio.Semaphore(DECODED)
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -89,7 +105,7 @@ class Service:
     def keep_waiting(self) -> None:
         """Stop the jobs that are not in work yet; they stay on disk for the next start."""
         for one in self.running.values():
-            if one.handle is None:
+            if one.handle is None or one.progress.fraction == 0.0:
                 one.task.cancel()
 
     async def stop(self) -> None:
@@ -142,46 +158,40 @@ class Service:
         left = [one.progress.seconds_left for one in self.running.values() if one.handle]
         return int(min(max(min(left, default=5.0), 1.0), 600.0))
 
-    async def upscale(
-        self, path: Path, options: Mapping[str, Any], target: Path, running: Running | None = None
-    ) -> None:
-        """Super-resolve the image file `path` into the file `target`.
-
-        If this task is canceled, so is the image.
-        """
+    async def upscale(self, work: Work, running: Running | None = None) -> None:
+        """Super-resolve an image file; if this task is canceled, so is the image."""
+        large = work.size[0] * work.size[1] > SMALL_PX
+        begin = time.monotonic()
         try:
-            await self._upscale(path, options, target, running)
+            async with self._large if large else nullcontext():
+                self.metrics.stage(work.engine, "queued", time.monotonic() - begin)
+                await self._upscale(work, running)
+            self.metrics.seconds.labels(work.engine).observe(time.monotonic() - begin)
         except asyncio.CancelledError:
             self.metrics.cancelled.inc()
             raise
 
-    async def _upscale(
-        self, path: Path, options: Mapping[str, Any], target: Path, running: Running | None
-    ) -> None:
-        name = options["engine"]
-        upscaler, settings, begin = self.engines[name], settings_of(options), time.monotonic()
-        async with self._decoded:
-            self.metrics.stage(name, "queued", time.monotonic() - begin)
-            loaded = await self._in_pool(name, "reading", lambda: reading.load(path))
-            handle = upscaler.submit(loaded, priority=options.get("priority", "normal"), **settings)
-            del loaded
-            if running:
-                running.handle = handle
-            try:
-                result = await asyncio.wrap_future(handle)
-            except asyncio.CancelledError:
-                handle.cancel()
-                raise
-            for stage, seconds in handle.progress.seconds.items():
-                self.metrics.stage(name, stage, seconds)
+    async def _upscale(self, work: Work, running: Running | None) -> None:
+        upscaler, settings = self.engines[work.engine], settings_of(work.options)
+        loaded = await self._in_pool(work.engine, "reading", lambda: reading.load(work.path))
+        handle = upscaler.submit(loaded, priority=work.options.get("priority", "normal"), **settings)
+        del loaded
+        if running:
+            running.handle = handle
+        try:
+            result = await asyncio.wrap_future(handle)
+        except asyncio.CancelledError:
+            handle.cancel()
+            raise
+        for stage, seconds in handle.progress.seconds.items():
+            self.metrics.stage(work.engine, stage, seconds)
 
-            def write() -> None:
-                record = describe(upscaler.manifest, settings).of("upload", sha256_of(path))
-                writing.save(target, result, record, options.get("quality"))
-                result.written()
+        def write() -> None:
+            record = describe(upscaler.manifest, settings).of("upload", sha256_of(work.path))
+            writing.save(work.target, result, record, work.options.get("quality"))
+            result.written()
 
-            await self._in_pool(name, "writing", write)
-        self.metrics.seconds.labels(name).observe(time.monotonic() - begin)
+        await self._in_pool(work.engine, "writing", write)
 
     async def _in_pool(self, engine: str, stage: str, step: Callable[[], Result]) -> Result:
         """Run `step` in the pool of threads that decode and encode, and record its time."""
@@ -221,7 +231,8 @@ class Service:
         try:
             if job.options["engine"] not in self.engines:
                 raise Problem(404, f"the engine {job.options['engine']!r} is not served any more")
-            await self.upscale(job.input, job.options, job.result, self.running.get(job.id))
+            work = Work(job.input, job.result, job.options, (job.width, job.height))
+            await self.upscale(work, self.running.get(job.id))
             await asyncio.to_thread(self.store.finish, job)
         except asyncio.CancelledError:
             raise

@@ -98,7 +98,7 @@ def strict_process(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) 
     """One server for the tests of a module, in which a connection may be silent for half a second."""
     state = tmp_path_factory.mktemp("strict") / "state"
     state.mkdir()
-    one = Process(tiny_engine, state, "--idle", "0.5", "--max-upload", "0.2")
+    one = Process(tiny_engine, state, "--idle", "0.5", "--max-upload", "0.2", "--connections", "50")
     yield one
     one.stop(signal.SIGKILL)
 

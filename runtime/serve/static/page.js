@@ -42,18 +42,23 @@ async function take(chosen) {
   file = chosen;
   complain("");
   $("drop-title").textContent = chosen.name || "Pasted picture";
-  const size = bytes(chosen.size), hint = "Choose, drop or paste another to replace it.";
+  const size = bytes(chosen.size), hint = "Choose another to replace it.";
   $("drop-text").textContent = `${size}. ${hint}`;
+  $("preview").hidden = true;
   setStart();
   const shown = await display("preview", chosen);
   if (file !== chosen) return; // another was chosen meanwhile
   $("preview").hidden = !shown;
   const [width, height] = [$("preview").naturalWidth, $("preview").naturalHeight];
   if (shown) $("drop-text").textContent = `${width} × ${height} pixels, ${size}. ${hint}`;
+  setStart();
 }
 
 function setStart() {
   $("start").disabled = !file || !engines.length || Boolean(working);
+  const scale = engines.find((one) => one.name === $("engine").value)?.scale;
+  const [width, height] = [$("preview").naturalWidth * scale, $("preview").naturalHeight * scale];
+  $("start").textContent = width && !$("preview").hidden ? `Enlarge to ${width} × ${height}` : "Enlarge";
 }
 
 function setDefaults() {
@@ -63,6 +68,7 @@ function setDefaults() {
   $("steps").max = engine.most_steps;
   $("fidelity").value = engine.fidelity;
   $("fidelity-value").textContent = engine.fidelity.toFixed(2);
+  setStart();
 }
 
 async function loadEngines() {
@@ -78,7 +84,6 @@ async function loadEngines() {
   }
   complain("");
   $("engine").replaceChildren(...engines.map((one) => new Option(`${one.name} (×${one.scale})`, one.name)));
-  setStart();
   setDefaults();
 }
 
@@ -135,7 +140,7 @@ async function present(sent, blob, state, seconds) {
   $("download").href = urls.after;
   $("download").download = `${name}_x${scale}${state.suffix}`;
   const [width, height] = seen ? [$("after").naturalWidth, $("after").naturalHeight] : [state.width * scale, state.height * scale];
-  $("facts").textContent = `${width} x ${height} pixels, ${bytes(blob.size)}, done in ${duration(Math.ceil(seconds))}.`;
+  $("facts").textContent = `${width} × ${height} pixels, ${bytes(blob.size)}, done in ${duration(Math.ceil(seconds))}.`;
   show("result");
   document.querySelector(".frame").hidden = $("zooms").hidden = !seen;
   for (const one of [$("before"), $("handle"), ...document.querySelectorAll(".tag")]) one.hidden = !original;

@@ -114,3 +114,20 @@ def test_pipelined_requests_are_answered_in_order(strict_process):
     with socket.create_connection(strict_process.address) as connection:
         connection.sendall(GET * 5)
         assert received(connection).count(b"HTTP/1.1 200 ") == 5
+
+
+def test_connections_beyond_the_limit_are_closed_at_once(strict_process):
+    held = [socket.create_connection(strict_process.address) for _ in range(80)]
+    time.sleep(0.2)
+    closed = 0
+    for connection in held:
+        connection.setblocking(False)
+        try:
+            closed += connection.recv(1) == b""
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            closed += 1
+        connection.close()
+    assert closed >= 30
+    assert strict_process.client.get("/healthz").status_code == 200

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_from_a_dropped_image_to_the_download(page, process, tiny_upscaler, tmp_
     assert page.is_disabled("#start")
     drop(page, data, "holiday.png", "image/png")
     assert "holiday.png" in page.inner_text("#drop-title")
+    until(page, "document.getElementById('start').textContent === 'Enlarge to 320 × 240'")
     page.fill("#steps", "40")
     shot(page, "chosen")
     page.click("#start")
@@ -91,7 +93,7 @@ def test_from_a_dropped_image_to_the_download(page, process, tiny_upscaler, tmp_
     page.wait_for_selector("#result:not([hidden])", timeout=60_000)
     until(page, "document.getElementById('after').naturalWidth === 320")
     shot(page, "result")
-    assert "320 x 240 pixels" in page.inner_text("#facts")
+    assert "320 × 240 pixels" in page.inner_text("#facts")
 
     before = float(page.get_attribute("#handle", "aria-valuenow"))
     page.locator("#handle").scroll_into_view_if_needed()
@@ -168,7 +170,7 @@ def test_a_pasted_picture_and_formats_that_a_browser_cannot_show(page, strict_pr
     assert page.is_visible("#after") and page.is_hidden("#handle")
     page.select_option("#format", "tiff")
     page.click("#start")
-    until(page, "document.getElementById('facts').textContent.includes('64 x 64')")
+    until(page, "document.getElementById('facts').textContent.includes('64 × 64')")
     until(page, "document.getElementById('unseen').textContent.includes('of this format')")
     shot(page, "unseen")
     assert page.is_hidden("#after")
@@ -217,3 +219,19 @@ def test_keyboard_token_and_canceling(page, process, tmp_path):
     headers = {"Authorization": "Bearer secret"}
     page.wait_for_timeout(500)
     assert "moesr_cancelled_total 1.0" in server.client.get("/metrics", headers=headers).text
+
+
+@pytest.mark.parametrize("page", ["desktop"], indirect=True)
+def test_progress_continues_after_a_restart_of_the_server(page, process):
+    server = process()
+    page.goto(server.url)
+    page.wait_for_selector("#engine option", state="attached")
+    drop(page, picture(60, 60), "a.png", "image/png")
+    page.fill("#steps", "1000")
+    page.click("#start")
+    until(page, "document.getElementById('bar').value > 0")
+    server.stop(signal.SIGKILL)
+    until(page, "document.getElementById('stage').textContent.includes('connection is lost')")
+    shot(page, "lost")
+    process("--port", str(server.address[1]))
+    page.wait_for_selector("#result:not([hidden])", timeout=60_000)

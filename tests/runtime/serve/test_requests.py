@@ -107,6 +107,61 @@ def test_events_can_be_taken_up_again(serve):
         assert head.status_code == 200 and head.headers["content-type"].startswith("text/event-stream")
 
 
+def test_small_images_do_not_wait_for_places_of_large_ones(serve, monkeypatch):
+    monkeypatch.setattr("moesr.runtime.serve.service.DECODED", 1)
+    monkeypatch.setattr("moesr.runtime.serve.service.SMALL_PX", 1000)
+    with serve() as client:
+        large = [client.post("/v1/jobs?steps=1000", content=picture(200, 200)).json()["id"] for _ in range(2)]
+        assert client.post("/v1/upscale?steps=1", content=picture()).status_code == 200
+        states = [client.get(f"/v1/jobs/{one}").json() for one in large]
+        assert states[1]["stage"] == "queued" and states[1]["position"] == 1
+        for one in large:
+            client.delete(f"/v1/jobs/{one}")
+
+
+def test_an_image_that_takes_too_long_is_canceled(serve):
+    with serve(request_s=0.3) as client:
+        answer = client.post("/v1/upscale?steps=1000", content=picture(300, 300))
+        assert answer.status_code == 504 and "/v1/jobs" in answer.json()["detail"]
+        assert client.service.in_queue == 0
+        assert "moesr_cancelled_total 1.0" in client.get("/metrics").text
+
+
+def declared(kind: str) -> bytes:
+    """Return a small image whose header declares about 65,000 x 65,000 pixels."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, kind)
+    data = bytearray(out.getvalue())
+    if kind == "GIF":
+        data[6:10] = b"\xff\xff\xff\xff"
+    elif kind == "BMP":
+        data[18:26] = (65_000).to_bytes(4, "little") * 2
+    elif kind == "JPEG":
+        frame = data.index(b"\xff\xc0")
+        data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
+    elif kind == "TIFF":
+        for tag in (256, 257):  # width and length of the image
+            entry = data.index(tag.to_bytes(2, "little") + b"\x04\x00\x01\x00\x00\x00")
+            data[entry + 8 : entry + 12] = (65_000).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "JPEG", "TIFF"])
+def test_declared_sizes_are_checked_before_pixels_are_decoded(serve, kind):
+    with serve() as client:
+        answer = client.post("/v1/jobs", content=declared(kind))
+    assert answer.status_code == 413, answer.text
+
+
+def test_only_the_first_frame_of_an_animation_is_decoded(serve):
+    out = io.BytesIO()
+    frames = [Image.new("P", (64, 64), k % 256) for k in range(2000)]
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
+    with serve() as client:
+        answer = client.post("/v1/upscale?steps=1", content=out.getvalue())
+    assert Image.open(io.BytesIO(answer.content)).size == (256, 256)
+
+
 def test_jobs_that_are_not_there(serve):
     with serve() as client:
         job = client.post("/v1/jobs?steps=1", content=picture()).json()
@@ -178,13 +233,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(serve, tmp_path, monkeypatch, st
     assert not [p for kind in ("incoming", "jobs") for p in (tmp_path / "state" / kind).iterdir()]
 
 
-def test_a_result_that_cannot_be_stored_fails_the_job(serve, monkeypatch):
+def test_a_result_that_cannot_be_stored_fails_the_job(serve, monkeypatch, caplog):
     def full(*_: object) -> None:
         raise OutputError("/state/x: No space left on device")
 
     monkeypatch.setattr("moesr.runtime.images.writing.save", full)
     with serve() as client:
         assert client.post("/v1/upscale?steps=1", content=picture()).status_code == 507
+        assert "No space left" in caplog.text, "the answer refers to the log"
         job = client.post("/v1/jobs?steps=1", content=picture()).json()
         while (state := client.get(f"/v1/jobs/{job['id']}").json())["status"] != "failed":
             pass
