@@ -1,15 +1,15 @@
 """Measure the service under load: many clients with images of mixed sizes, and hostile clients.
 
 Starts `moesr-serve` as a process of its own on 127.0.0.1 and sends requests to that address alone. Measures
-throughput, latencies, slots filled per tick and memory over time below, at and above the capacity of the
-machine, and compares every result with that of the same input sent alone. The page of results is written
-after every load. Exit codes: 0 done, 1 a result differed or a hostile request was not refused.
+how long a small image takes behind a large one, and throughput, latencies, slots filled per tick and memory
+over time below, at and above the capacity of the machine. Every result is compared with that of the same
+input sent alone. The page of results is written after every load.
+Exit codes: 0 done, 1 a result differed or a hostile request was not refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -18,12 +18,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import benchlib.missing_extra  # noqa: F401
-import numpy as np
+from load_test import fairness
 from load_test.hostile import Hostile
 from load_test.loads import Clients, Kind, Load
 from load_test.page import Results, page
+from load_test.pictures import picture
 from load_test.server import Server, Watch, served
-from PIL import Image
 
 SIZES = ((48, 64), (96, 128), (64, 64), (192, 144))
 """Heights and widths of the inputs, in pixels; clients take them in turns."""
@@ -57,6 +57,8 @@ def measure(server: Server, args: argparse.Namespace, results: Results, watch: W
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     want = [server.upscale(image, args.steps)[1] for image in images]
     clients, hostile = Clients(server, images, want, args.steps), Hostile(server, images[0])
+    fairness.small_behind_large(server, args.steps, results.fairness)
+    fairness.folder(args.engine, args.steps, SIZES, results.fairness)
     plan = kinds(args.clients, args.over)
     while plan:
         kind = plan.pop(0)
@@ -89,14 +91,6 @@ def with_rate(kind: Kind, loads: Sequence[Load]) -> Kind:
     one_by_one = next(load.rate for load in loads if load.kind.in_turns)
     rate = max((kind.rate or 1.0) * one_by_one, 0.01)
     return Kind(f"{kind.name} ({rate:.2f} images per s)", kind.clients, kind.part, rate=rate)
-
-
-def picture(height: int, width: int, seed: int) -> bytes:
-    """Return a PNG of seeded noise, enlarged so that it has smooth parts."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(out, "PNG")
-    return out.getvalue()
 
 
 def allow_open_files(wanted: int) -> None:

@@ -10,6 +10,8 @@ from benchlib.machine import load_average
 from benchlib.origin import origin_line
 from benchlib.tables import grid
 
+from load_test import fairness
+from load_test.fairness import Fairness
 from load_test.loads import Load
 
 HEADS = (
@@ -27,6 +29,7 @@ class Results:
     steps: int
     sizes: Sequence[tuple[int, int]]  # heights and widths of the inputs
     loads: list[Load] = field(default_factory=list)
+    fairness: Fairness = field(default_factory=Fairness)
     memory: Sequence[tuple[float, float]] = ()  # seconds since the start, megabytes
     hostile: Mapping[str, Counter[str]] = field(default_factory=dict)
     finished: bool = False
@@ -48,6 +51,7 @@ def page(results: Results) -> str:
         grid(HEADS, [_row(load) for load in results.loads]),
         *_by_size(results),
         *_comparison(results.loads),
+        *fairness.lines(results.fairness),
         *_memory(results.memory),
         *_hostile(results.hostile),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import serving
 from engines import build_engine
-from load_test import hostile
+from load_test import fairness, hostile
 from load_test.loads import Kind, Load
 from load_test.page import Results, page
 
@@ -13,6 +13,9 @@ from load_test.page import Results, page
 def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hostile, "IDLE", 100)
     monkeypatch.setattr(hostile, "PAUSE_S", 0.0)
+    monkeypatch.setattr(fairness, "SMALL", (32, 32))
+    monkeypatch.setattr(fairness, "LARGE", (512, 512))
+    monkeypatch.setattr(fairness, "ROUNDS", 1)
     engine = build_engine(tmp_path / "engine")
     output = tmp_path / "serving.md"
     options = ["--clients", "3", "--over", "8", "--steps", "30", "--minutes", "0.12", "-o", str(output)]
@@ -24,6 +27,7 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     assert len(table) == len(serving.kinds(3, 8))
     assert all(row[-1] == "0" and int(row[1]) > 0 for row in table.values())
     assert "an upload beyond the limit" in text
+    assert "while one of 0.25 megapixels is sampled" in text and "A folder of 8 images takes" in text
 
 
 def test_the_page_of_an_unfinished_run_says_so():
