@@ -151,10 +151,14 @@ def check_settings(manifest: Manifest, settings: Settings) -> None:
             f"start_step is {settings.start_step}, but {m.name} has no encoder to make a latent of "
             f"{m.latent_channels} channels; leave start_step at 0"
         )
-    decoder = m.graphs.get(DECODER)
-    takes_fidelity = decoder is not None and any(spec.name == "fidelity" for spec in decoder.inputs)
-    if settings.fidelity != m.fidelity and not takes_fidelity:
+    if settings.fidelity != m.fidelity and not takes_fidelity(m):
         raise UsageError(
             f"fidelity is {settings.fidelity:g}, but the decoder of {m.name} takes no features of the LR "
             "image: import the model with one that does (--cfw FILE of moesr-import), or leave fidelity out"
         )
+
+
+def takes_fidelity(manifest: Manifest) -> bool:
+    """Whether the engine's decoder takes features of the LR image, so that fidelity has an effect."""
+    decoder = manifest.graphs.get(DECODER)
+    return decoder is not None and any(spec.name == "fidelity" for spec in decoder.inputs)

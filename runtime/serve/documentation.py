@@ -6,6 +6,7 @@ from typing import Any
 
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.loop.job import PRIORITIES
+from moesr.runtime.loop.settings import takes_fidelity
 from moesr.runtime.loop.tile_layout import TILINGS
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.serve.result_format import FORMATS
@@ -157,6 +158,7 @@ def facts(name: str, upscaler: Upscaler) -> dict[str, Any]:
         "sampler": m.sampler,
         "samplers": list(SAMPLERS),
         "fidelity": m.fidelity,
+        "takes_fidelity": takes_fidelity(m),
         "guidance": m.guidance if m.guided else None,
         "color_fixes": list(COLOR_FIXES),
         "reuse": m.deep is not None,

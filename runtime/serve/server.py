@@ -88,10 +88,12 @@ class GuardedProtocol(H11Protocol):
     def _close_if_silent(self, last: object) -> None:
         """Close the connection if `last` is still its most recent request."""
         del self._timers["silence"]
-        if self._between and self.cycle is last:
-            self.transport.close()
-        else:
+        if not (self._between and self.cycle is last):
             self._limit_silence()
+        elif self.transport.get_write_buffer_size():  # the client does not read: closing would wait for ever
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Start the timer after which a client that does not read its answer is disconnected."""
@@ -109,7 +111,7 @@ class GuardedProtocol(H11Protocol):
         """Refuse bytes that are not a valid request. uvicorn calls this in its exception handler."""
         status = getattr(sys.exception(), "error_status_hint", 400)
         text = (
-            f"headers are larger than {HEADER_BYTES} bytes"
+            f"address and headers are larger than {HEADER_BYTES} bytes"
             if status == 431
             else "this is not a valid HTTP request"
         )

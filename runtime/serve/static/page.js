@@ -68,6 +68,7 @@ function setDefaults() {
   $("steps").max = engine.most_steps;
   $("fidelity").value = engine.fidelity;
   $("fidelity-value").textContent = engine.fidelity.toFixed(2);
+  $("fidelity-row").hidden = !engine.takes_fidelity;
   setStart();
 }
 

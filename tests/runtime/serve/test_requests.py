@@ -11,6 +11,7 @@ from pictures import picture
 from PIL import Image
 
 from moesr.runtime.errors import OutputError
+from moesr.runtime.loop.settings import OPTION_NAMES
 from moesr.runtime.serve.problems import Problem
 from moesr.runtime.serve.result_format import choose
 from moesr.runtime.serve.store import Store
@@ -273,6 +274,7 @@ WRONG = {
     "exponent": ("fidelity=1e999", 400),
     "hexadecimal": ("steps=0x10", 400),
     "huge seed": ("seed=99999999999999999999", 400),
+    "no flag": ("keep_colors_under_alpha=maybe", 400),
     "zero byte": ("engine=tiny%00", 404),
     "priority of another type": ("priority=4", 400),
     "header in a value": ("format=png%0d%0aX:1", 400),
@@ -284,6 +286,18 @@ def test_values_of_another_form(serve, query, status):
     with serve() as client:
         answer = client.post(f"/v1/jobs?{query}", content=picture())
     assert answer.status_code == status and answer.headers["content-type"] == PROBLEM
+
+
+def test_every_option_of_the_command_line_is_described_and_read(serve):
+    given = {"steps": "2", "seed": "0", "reuse": "1", "fidelity": "1", "guidance": "1", "sampler": "ddim"}
+    given |= {"color_fix": "none", "keep_colors_under_alpha": "true"}
+    assert set(given) == set(OPTION_NAMES)
+    with serve() as client:
+        described = client.get("/v1/openapi.json").json()["paths"]["/v1/jobs"]["post"]["parameters"]
+        assert set(given) <= {one["name"] for one in described}
+        job = client.post("/v1/jobs", params=given, content=picture())
+        assert job.status_code == 202 and job.json()["options"]["keep_colors_under_alpha"] is True
+        assert client.get("/v1/engines").json()[0]["takes_fidelity"] in (True, False)
 
 
 def test_a_size_that_the_format_cannot_hold_is_refused_before_the_work(serve):
