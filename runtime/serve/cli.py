@@ -143,6 +143,8 @@ def read_token(path: Path | None) -> str | None:
         raise UsageError(f"{path}: cannot be read as a token ({error})") from error
     if not token:
         raise UsageError(f"{path}: is empty; write a token into it, e.g. the output of: openssl rand -hex 32")
+    if len(token.split()) > 1:
+        raise UsageError(f"{path}: holds more than one word, expected a token without spaces")
     return token
 
 

@@ -44,9 +44,11 @@ def _media_ranges(accept: str) -> list[tuple[str, float]]:
     ranges: list[tuple[str, float]] = []
     for part in accept.split(","):
         media, *parameters = (word.strip().lower() for word in part.split(";"))
-        weights = [text.partition("=")[2].strip() for text in parameters if text.startswith("q")]
+        values = {
+            name.strip(): value.strip() for name, _, value in (text.partition("=") for text in parameters)
+        }
         if media:
-            ranges.append((media, _weight(weights[0]) if weights else 1.0))
+            ranges.append((media, _weight(values.get("q", "1"))))
     return ranges
 
 

@@ -107,6 +107,9 @@ class GuardedProtocol(H11Protocol):
         if timer := self._timers.pop("stalled", None):
             timer.cancel()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: a request for another protocol is answered like any other one."""
+
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not a valid request. uvicorn calls this in its exception handler."""
         status = getattr(sys.exception(), "error_status_hint", 400)

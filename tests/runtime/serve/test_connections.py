@@ -28,6 +28,14 @@ REFUSED = {
     "larger than allowed": (HEAD + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n", 413),
     "no body": (HEAD + b"\r\n", 400),
     "no such method": (b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "websocket": (
+        b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+        404,
+    ),
+    "proxy": (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "another host": (b"GET http://example.org/ HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "whole server": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "way out of the page": (b"GET /static/../../store.py HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "encoded way out": (b"GET /static/%2e%2e/%2e%2e/store.py HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "job with a zero byte": (b"GET /v1/jobs/%00 HTTP/1.1\r\nHost: x\r\n\r\n", 404),

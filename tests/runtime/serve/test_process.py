@@ -132,6 +132,13 @@ def test_a_job_of_an_engine_that_is_gone_fails_with_words(process, tiny_engine):
     assert second.client.delete(f"/v1/jobs/{name}").status_code == 204
 
 
+@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("a b", "more than one word")])
+def test_files_that_hold_no_token(content, message, tmp_path, capsys):
+    (tmp_path / "token").write_text(content)
+    assert cli.main(["--state", str(tmp_path / "state"), "--token-file", str(tmp_path / "token")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_directory_of_jobs_that_another_server_uses(process, tiny_engine, tmp_path, capsys):
     process()
     options = ["--state", str(tmp_path / "state"), "--engine", str(tiny_engine), "--port", "0"]

@@ -31,6 +31,7 @@ ACCEPTED = {
     "image/jpeg, image/webp": "jpeg",
     "image/avif,image/webp,image/apng,*/*;q=0.8": "webp",
     "text/html, */*;q=0.1": "png",
+    "image/webp;quality=0, image/tiff;q=0.2": "webp",
     "image/webp;q=x, image/tiff;q=0.2": "tiff",
     "image/webp; q=0.3; x=y, image/tiff;level=1;q=0.2": "webp",
 }
