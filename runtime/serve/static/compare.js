@@ -65,6 +65,7 @@ export class Compare {
     this.picture.style.width = `${this.after.naturalWidth * this.zoom}px`;
     this.box.scrollTo(left, top);
     this.box.classList.toggle("pixels", this.zoom > 2);
+    this.box.tabIndex = this.zoom > this.least ? 0 : -1; // arrow keys scroll it when there is something to scroll
     this.changed(Math.round(this.zoom * 100));
   }
 }
