@@ -107,7 +107,12 @@ def test_sigterm_ends_uploads_at_once(process):
 def test_what_outlasts_the_grace_goes_on_at_the_next_start(process):
     first = process("--grace", "0.5")
     name = first.client.post("/v1/jobs?steps=1000", content=picture(60, 60)).json()["id"]
-    with socket.create_connection(first.address) as connection:
+    with (
+        socket.create_connection(first.address) as connection,
+        socket.create_connection(first.address) as events,
+    ):
+        events.sendall(f"GET /v1/jobs/{name}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b" 200 " in events.recv(1000)
         data = picture(300, 300)
         head = f"POST /v1/upscale?steps=1000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
