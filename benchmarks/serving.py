@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import benchlib.missing_extra  # noqa: F401
+from benchlib.origin import origin_line
 from load_test import fairness
 from load_test.hostile import Hostile
 from load_test.loads import Clients, Kind, Load
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the loads and write the page."""
     args = parser().parse_args(argv)
     allow_open_files(4096)
-    results = Results(args.engine, args.steps, SIZES)
+    results = Results(args.engine, args.steps, origin_line(), SIZES)
     with tempfile.TemporaryDirectory(prefix="moesr-serving-") as scratch:
         options = ["--state", str(Path(scratch, "state")), "--engine", args.engine, "--idle", "2"]
         with served([*options, "--queue", str(args.clients + 2)]) as server, Watch(server) as watch:
@@ -59,6 +60,7 @@ def measure(server: Server, args: argparse.Namespace, results: Results, watch: W
     clients, hostile = Clients(server, images, want, args.steps), Hostile(server, images[0])
     fairness.small_behind_large(server, args.steps, results.fairness)
     fairness.folder(args.engine, args.steps, SIZES, results.fairness)
+    args.output.write_text(page(results), encoding="utf-8")
     plan = kinds(args.clients, args.over)
     while plan:
         kind = plan.pop(0)

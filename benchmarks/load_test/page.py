@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchlib.machine import load_average
-from benchlib.origin import origin_line
 from benchlib.tables import grid
 
 from load_test import fairness
@@ -27,6 +26,7 @@ class Results:
 
     engine: str
     steps: int
+    origin: str  # command, commit and machine, as they were before a page was written
     sizes: Sequence[tuple[int, int]]  # heights and widths of the inputs
     loads: list[Load] = field(default_factory=list)
     fairness: Fairness = field(default_factory=Fairness)
@@ -41,7 +41,7 @@ def page(results: Results) -> str:
     busy = load_average()
     parts = [
         "# The service under load",
-        origin_line(),
+        results.origin,
         *([] if results.finished else ["This run is not finished; the rows below are complete."]),
         f"Engine {results.engine}, {results.steps} steps, inputs of {sizes} pixels in turns. Every result is "
         'compared with the one of the same input sent alone; the column "wrong" counts differences. '
