@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from moesr.runtime.errors import InputError
 from moesr.runtime.images import embedded, formats, libtiff, metadata, png_chunks, tiff_tags
 from moesr.runtime.images.formats import READ_FORMATS, READ_SUFFIXES
+from moesr.runtime.images.jxl_header import jxl_size
 from moesr.runtime.images.metadata import Metadata
 from moesr.runtime.system.files import open_input, reason
 
@@ -125,6 +126,9 @@ def _is_about_text(error: ValueError) -> bool:
 
 @contextlib.contextmanager
 def _opened(stream: BinaryIO, known: list[str]) -> Iterator[Image.Image]:
+    size = jxl_size(stream) if "JXL" in known else None  # the plugin decodes an image when it opens it
+    if size and size[0] * size[1] > MAX_INPUT_PX:
+        raise Image.DecompressionBombError(f"{size[0]}x{size[1]} pixels")
     stream.seek(0)
     with Image.open(stream, formats=known) as image:
         yield image

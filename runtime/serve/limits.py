@@ -11,6 +11,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from moesr.runtime.images import formats
+from moesr.runtime.images.jxl_header import jxl_size
 from moesr.runtime.images.reading import MAX_INPUT_PX
 from moesr.runtime.serve.problems import Problem
 
@@ -50,24 +51,34 @@ def check_header(path: Path, limits: Limits) -> tuple[int, int]:
         head = stream.read(32)
         if not head:
             raise Problem(400, "the request holds no image; send the bytes of an image file")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                stream.seek(0)
-                with Image.open(stream, formats=formats.readable(head)) as image:
-                    width, height = image.size
-        except Image.DecompressionBombError:
-            raise Problem(413, _too_many(limits)) from None
-        except UnidentifiedImageError:
-            raise Problem(415, f"the file is not an image of a known kind; send one of {KINDS}") from None
-        except Exception:  # decoders raise errors of any kind
-            raise Problem(422, "the image's header is damaged; send the file again") from None
+        width, height = _declared(stream, head, limits)
     if width * height > min(limits.input_px, MAX_INPUT_PX):
         raise Problem(413, f"the image has {width}x{height} pixels; {_too_many(limits)}")
     if head.startswith(b"\xff\xd8"):
         with path.open("rb") as stream:
             _check_scans(stream)
     return width, height
+
+
+def _declared(stream: BinaryIO, head: bytes, limits: Limits) -> tuple[int, int]:
+    """Return the width and height that the header of a file declares; Problem as for `check_header`."""
+    try:
+        known = formats.readable(head)
+        if "JXL" in known and (size := jxl_size(stream)):
+            return size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stream.seek(0)
+            with Image.open(stream, formats=known) as image:
+                return image.size
+    except Image.DecompressionBombError:
+        raise Problem(413, _too_many(limits)) from None
+    except UnidentifiedImageError:
+        raise Problem(415, f"the file is not an image of a known format; send one of {KINDS}") from None
+    except Exception:  # decoders raise whatever their parsers meet
+        if head.startswith(formats.PNG_SIGNATURE) and len(head) >= 24:  # its text may be too long for Pillow
+            return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        raise Problem(422, "the image's header is damaged; send the file again") from None
 
 
 def _check_scans(stream: BinaryIO) -> None:

@@ -282,3 +282,11 @@ def test_color_tags_are_dropped_by_a_conversion(tmp_path: Path):
     image = reading.LoadedImage(RGB, Metadata(icc=large_profile(), color=(gamma,)))
     writing.save(tmp_path / "a.png", image)
     assert b"gAMA" not in (tmp_path / "a.png").read_bytes()
+
+
+def test_large_jpeg_xl_is_refused_before_it_is_decoded(tmp_path: Path):
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    sides = 0b11 << 1 | (2**30 - 1) << 3 | 1 << 33  # SizeHeader: a side of 2^30 pixels, ratio 1
+    (tmp_path / "a.jxl").write_bytes(b"\xff\x0a" + sides.to_bytes(8, "little") + bytes(40))
+    with pytest.raises(InputError, match="too large \\(1073741824x1073741824"):
+        reading.load(tmp_path / "a.jxl")

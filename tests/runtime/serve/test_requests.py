@@ -9,8 +9,10 @@ import json
 import pytest
 from pictures import picture
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moesr.runtime.errors import OutputError
+from moesr.runtime.images.jxl_header import jxl_size
 from moesr.runtime.loop.settings import OPTION_NAMES
 from moesr.runtime.serve.problems import Problem
 from moesr.runtime.serve.result_format import choose
@@ -153,6 +155,34 @@ def test_declared_sizes_are_checked_before_pixels_are_decoded(serve, kind):
     with serve() as client:
         answer = client.post("/v1/jobs", content=declared(kind))
     assert answer.status_code == 413, answer.text
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (70, 35), (300, 17), (64, 64), (512, 96), (600, 9000)])
+def test_the_size_of_a_jpeg_xl_is_read_without_decoding_it(tmp_path, size):
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    for exif in (None, b"Exif\0\0MM\0*\0\0\0\x08\0\0"):  # with metadata it is a file of boxes
+        Image.new("L", size).save(tmp_path / "a.jxl", **({"exif": exif} if exif else {}))
+        with (tmp_path / "a.jxl").open("rb") as stream:
+            assert jxl_size(stream) == size
+    assert jxl_size(io.BytesIO(b"\x89PNG and more bytes")) is None
+
+
+def test_a_large_jpeg_xl_is_refused_by_its_header(serve):
+    pytest.importorskip("pillow_jxl", reason="pillow-jxl-plugin is not installed")
+    header = b"\xff\x0a" + (0b11 << 1 | (2**30 - 1) << 3 | 1 << 33).to_bytes(8, "little")
+    boxes = b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0\0\0\0jxlc" + header
+    with serve() as client:
+        assert client.post("/v1/jobs", content=header + bytes(40)).status_code == 413
+        assert client.post("/v1/jobs", content=boxes + bytes(40)).status_code == 413
+        assert client.post("/v1/jobs", content=boxes[:12] + bytes(40)).status_code == 422
+
+
+def test_a_png_with_a_long_text_is_read(serve):
+    out, text = io.BytesIO(), PngInfo()
+    text.add_text("comment", "a" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(out, "PNG", pnginfo=text)
+    with serve() as client:
+        assert client.post("/v1/upscale?steps=1", content=out.getvalue()).status_code == 200
 
 
 def test_only_the_first_frame_of_an_animation_is_decoded(serve):
