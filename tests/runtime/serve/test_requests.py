@@ -322,6 +322,7 @@ def test_values_of_another_form(serve, query, status):
 def test_every_option_of_the_command_line_is_described_and_read(serve):
     given = {"steps": "2", "seed": "0", "reuse": "1", "fidelity": "1", "guidance": "1", "sampler": "ddim"}
     given |= {"color_fix": "none", "keep_colors_under_alpha": "true"}
+    given |= {"start_step": "0", "tiling": "overlap", "tileable": "false", "checkpoint_every": "0"}
     assert set(given) == set(OPTION_NAMES)
     with serve() as client:
         described = client.get("/v1/openapi.json").json()["paths"]["/v1/jobs"]["post"]["parameters"]
