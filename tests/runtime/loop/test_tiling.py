@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,25 @@ import numpy as np
 import pytest
 import seams
 from engines import build_engine
+from PIL import Image
 from rigs import CudaRig, Rig, alike, eps_of, unit
 
 from moesr.runtime import Upscaler
+from moesr.runtime.cli import info
+from moesr.runtime.cli.run import main
 from moesr.runtime.engine.framing import Framing
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import InputError, UsageError
-from moesr.runtime.images import wrapping
+from moesr.runtime.images import provenance, wrapping
 from moesr.runtime.images.color import fix_color
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.loop.settings import resolve
 from moesr.runtime.loop.tile_layout import TileLayout, usual_tiling
 from moesr.runtime.sampling import noise, samplers
 from moesr.runtime.sampling.schedule import StepTable
+from moesr.runtime.serve.problems import Problem
+from moesr.runtime.serve.upload import check_options
 
 RNG = np.random.default_rng(21)
 STABLESR = Framing(small="enlarge", resize="torch", overlap=8, tiling="stablesr")
@@ -210,3 +216,27 @@ def test_resizing_and_color_of_textures_are_periodic():
     np.testing.assert_allclose(
         wrapping.fix_color(sr, style, "adain"), fix_color(sr, style, "adain"), atol=2e-3
     )
+
+
+def test_every_program_takes_the_options(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lr, target = texture(20, 24), tmp_path / "sr.png"
+    Image.fromarray(lr).save(tmp_path / "lr.png")
+    given = ["--steps", "4", "--start-step", "2", "--tileable", "--checkpoint-every", "1"]
+    assert main([str(tmp_path / "lr.png"), "-o", str(target), "--engine", str(engine), *given]) == 0
+    options: dict[str, Any] = {"steps": 4, "start_step": 2, "tileable": True, "checkpoint_every": 1}
+    with Upscaler(engine) as up:
+        np.testing.assert_array_equal(np.asarray(Image.open(target)), up(lr, **options))
+    record = provenance.read(target)
+    assert record and record.settings["start_step"] == 2 and record.settings["tileable"] is True
+    assert record.settings["tiling"] == "shifted" and "checkpoint_every" not in record.settings
+    capsys.readouterr()
+    assert main(["--info", str(target)]) == 0
+    told = capsys.readouterr().out
+    assert all(part in told for part in ("--start-step 2", "--tiling shifted", "--tileable"))
+    older = replace(record, settings={"steps": 4})
+    assert "--tiling overlap" in info.command(target, older)
+    texts = {name: str(value).lower() for name, value in options.items()} | {"tiling": "overlap"}
+    values = check_options(texts, {"synthetic": up})
+    assert options.items() <= values.items() and values["tiling"] == "overlap"
+    with pytest.raises(Problem, match="tileable is 'maybe', expected true or false"):
+        check_options({"tileable": "maybe"}, {"synthetic": up})
