@@ -177,8 +177,8 @@ def benchmark(args: argparse.Namespace) -> str:
             "# Seams between tiles\n",
             origin_line() + "\n",
             f"Results of {RESULT_PX}x{RESULT_PX} pixels, {args.steps} steps, no color fix, {args.threads} "
-            f"thread(s); seconds are medians of {args.rounds} rounds in which the tilings took turns. A seam of 1 "
-            "cannot be found (the measure is described in `benchmarks/seams.py`).\n",
+            f"thread(s); seconds are medians of {args.rounds} rounds in which the tilings took turns. A seam "
+            "of 1 cannot be found (the measure is described in `benchmarks/seams.py`).\n",
             grid(head, rows, names=3) + "\n",
             "Numbers of tiles for square results, with their area over that of the image:\n",
             grid(by_size, counts, names=1) + "\n",
