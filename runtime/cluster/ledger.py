@@ -23,6 +23,7 @@ class Ledger:
     def __init__(self) -> None:
         self._attempts: dict[str, int] = {}
         self._listed, self._complete = 0, False
+        self._starts: dict[str, int] = {}
 
     def begin(self, name: str) -> int:
         """Count an attempt at an input and return its number, from 1."""
@@ -44,3 +45,12 @@ class Ledger:
     def counts(self) -> Counts:
         """Return the number of inputs that are listed."""
         return Counts(self._listed, self._complete)
+
+    def starting(self, node: str) -> int:
+        """Count a worker that begins to open the engine; return how many did so on this node in vain."""
+        self._starts[node] = self._starts.get(node, 0) + 1
+        return self._starts[node]
+
+    def opened(self, node: str) -> None:
+        """Note that a worker of this node has opened the engine."""
+        self._starts.pop(node, None)

@@ -287,6 +287,7 @@ def _obstore() -> Any:
 
 
 def _errors() -> tuple[type[Exception], ...]:
+    _obstore()  # which reports that it is missing
     from obstore.exceptions import BaseError
 
     return BaseError, OSError, ValueError

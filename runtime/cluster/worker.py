@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,13 +26,16 @@ from moesr.runtime.cli.report import Entry, Report
 from moesr.runtime.cluster.engines import engine_on_this_node
 from moesr.runtime.cluster.listing import Row
 from moesr.runtime.cluster.places import Found, Place, place_of
-from moesr.runtime.errors import InputError, MoesrError, OutputError
+from moesr.runtime.errors import EngineError, InputError, MoesrError, OutputError
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.system.files import scratch_directory, sha256_of, sweep
 from moesr.runtime.upscaler import Upscaler
 
 ATTEMPTS = 3
 """An input is begun at most this many times; if it ends its worker each time, it counts as failed."""
+
+STARTS, STARTS_PER_CORE = 8, 3
+"""Workers that may begin to open the engine on a node, and per core of it, with none that succeeds."""
 
 SETTLED_S = 60.0
 """A source that was last changed this long before its result was written is not read for comparison."""
@@ -89,9 +93,24 @@ class Worker:
             how = dataclasses.replace(how, pre_clean=cleaner)
         self._work, self._how, self._ledger = work, how, ledger
         self._target = place_of(work.target)
-        self._upscaler = upscaler or Upscaler(engine_on_this_node(work.engine), **work.upscaler)
+        self._upscaler = upscaler or self._open()
         self._at_work, self._alone = 0, False
         self._changed = threading.Condition()
+
+    def _open(self) -> Upscaler:
+        """Open the engine. EngineError ends the run if workers of this node die of it again and again."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        starts: Any = ray.get(self._ledger.starting.remote(node))
+        if starts > STARTS + STARTS_PER_CORE * (os.cpu_count() or 1):
+            raise EngineError(
+                f"workers on {os.uname().nodename} end while they open the engine; give them more memory "
+                "(--memory-per-worker), or see the logs of the cluster"
+            )
+        upscaler = Upscaler(engine_on_this_node(self._work.engine), **self._work.upscaler)
+        self._ledger.opened.remote(node)
+        return upscaler
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the report row of one input."""
@@ -136,8 +155,10 @@ class Worker:
             line["warnings"] = entry.warnings + line["warnings"]
             line["seconds"] = entry.line("done", self._work.wanted)["seconds"]
             return {"line": json.dumps(line), "code": code, "note": ""}
-        except (MoesrError, MemoryError, OSError) as error:
+        except Exception as error:  # an exception would end the whole run
             text, code = batch.account_of(error, name)
+            if not isinstance(error, MoesrError | MemoryError | OSError):
+                text, code = f"{name}: internal error, please report it: {type(error).__name__}: {error}", 1
             line = entry.line("failed", self._work.wanted, text)
             return {"line": json.dumps(line), "code": code, "note": ""}
 

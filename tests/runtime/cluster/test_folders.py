@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from moesr.runtime.cli import batch
 from moesr.runtime.cli.batch import RunOptions
 from moesr.runtime.cli.outputs import Naming
 from moesr.runtime.cli.run import main
-from moesr.runtime.cluster import listing
+from moesr.runtime.cluster import listing, places
+from moesr.runtime.cluster.ledger import Ledger
 from moesr.runtime.cluster.listing import Sources, with_twins
 from moesr.runtime.cluster.worker import Work, Worker
 from moesr.runtime.engine.manifest_file import read_manifest
@@ -146,3 +148,37 @@ def test_results_in_the_source_are_not_inputs(tmp_path: Path):
 def test_wrong_usage(arguments, message, capfd):
     assert main(arguments) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["ray", "obstore"])
+def test_missing_library_is_reported_with_its_extra(library, tmp_path, monkeypatch, capfd):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(places, "_stores", {})
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    target = f"{tmp_path}/out" if library == "ray" else "s3://out"
+    assert main(["--ray", str(tmp_path / "a.png"), "-o", target]) == 2
+    assert f"{library} is not installed; install it with: pip install 'moesr[ray]'" in capfd.readouterr().err
+
+
+def test_internal_error_is_a_failure_of_one_input(engine, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
+    with Upscaler(engine, threads=1) as up:
+        worker = Worker(Work(str(engine), {}, f"{tmp_path}/out", {}, how, wanted), upscaler=up)
+        monkeypatch.setattr(batch, "run", lambda *_: 1 / 0)
+        (row,) = Sources((str(tmp_path),), Naming("_x4")).rows()
+        made = worker(row.values())
+    line = json.loads(made["line"])
+    assert made["code"] == 1 and line["status"] == "failed"
+    assert line["error"].endswith(
+        "a.png: internal error, please report it: ZeroDivisionError: division by zero"
+    )
+
+
+def test_ledger_counts_workers_that_never_open_the_engine():
+    ledger = Ledger()
+    assert [ledger.starting("a"), ledger.starting("a"), ledger.starting("b")] == [1, 2, 1]
+    ledger.opened("a")
+    assert ledger.starting("a") == 1
