@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ def connected(address: str) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its messages would go to the terminal
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here sends no statistics
         try:
-            with _silent_libraries():
+            with _silent_libraries(), _own_signals():
                 ray.init(
                     address or None,
                     log_to_driver=False,
@@ -98,6 +100,19 @@ def _silent_libraries() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Restore this program's handlers of signals at the end of a `with` block: Ray replaces them."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, signal.SIGTERM] if main else []
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ReportRows:

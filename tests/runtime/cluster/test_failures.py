@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,20 @@ def test_input_that_always_ends_its_worker(bucket, moesr):
     assert made.code == 1
     assert "its worker died 3 times" in made.lines.pop("2.png")["error"]
     assert {line["status"] for line in made.lines.values()} == {"done"} and len(made.lines) == 3
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated(bucket, nodes, engine):
+    """It exits as a local run does, and what is done stays."""
+    source, target = bucket(*NAMES), bucket()
+    places = f"s3://{source.name}", "-o", f"s3://{target.name}", "--ray", nodes.address, "--workers", "1"
+    command = [sys.executable, "-m", "moesr.runtime.cli.run", "--engine", str(engine), *places, *SLOWLY]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with when(has_results(target, 2), run.terminate) as stopped:
+        said = run.communicate(timeout=120)[1]
+    assert stopped and run.returncode == 143
+    assert "ended by SIGTERM; finished results are kept" in said and "Traceback" not in said
+    assert all(provenance.is_whole(target / name) for name in tree(target))
 
 
 @pytest.fixture
