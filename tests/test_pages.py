@@ -29,6 +29,17 @@ PARSERS = make_options_page.PARSERS
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
 
+def test_named_tests_exist():
+    text = (REPO / "docs/notes/faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
+    lacking = [f"{file}::{name}" for file, name in named if not _has_test(REPO / "tests" / file, name)]
+    assert len(named) > 50 and lacking == []
+
+
+def _has_test(path: Path, name: str) -> bool:
+    return path.is_file() and f"def {name}(" in path.read_text(encoding="utf-8")
+
+
 @each_page
 def test_links_lead_to_files(page: Path):
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))

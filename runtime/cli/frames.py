@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import io
+import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, OutputError
-from moesr.runtime.images import encoding, metadata, reading, writing
-from moesr.runtime.images.png_chunks import Inserting, packed
+from moesr.runtime.images import embedded, reading, writing
+from moesr.runtime.images.metadata import Metadata
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.system import memory
-from moesr.runtime.system.files import reason, write_atomically
+
+log = logging.getLogger("moesr")
 
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 """Formats that can hold several frames, by extension: APNG, animated WebP, and pages of TIFF."""
 
-PIXEL_BYTES = 8
-"""Memory per pixel of a result: up to four channels, as an array and as an image for the encoder."""
+PIXEL_BYTES = 12
+"""Memory per pixel of a result: up to four channels of 16 bits, and 8 bits of them for the encoder."""
 
 DEFAULT_MS = 100
 """The duration of a frame if its file does not give one."""
@@ -75,74 +77,59 @@ def check_memory(source: Path, number: int, size: tuple[int, int]) -> None:
 
 
 def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[LoadedImage]:
-    """Yield the frames of a file in order, each complete; their durations go into `sequence`.
+    """Yield the frames of a file in order, with their metadata; their durations go into `sequence`.
 
-    InputError is raised if a frame is damaged or cannot be used.
+    Pages have metadata of their own, and all frames of an animation have those of the file. InputError if a
+    frame is damaged or cannot be used.
     """
     if sequence.count == 1:
         yield reading.load(path, stream)
         return
-    stream.seek(0)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(stream, formats=_formats()) as image:
-            if image.width * image.height > reading.MAX_INPUT_PX:
-                reading.from_pil(image, name=str(path))  # raises the InputError about its size
+        with warnings.catch_warnings(action="ignore"), _opened(stream) as image:
+            about = None if image.format == "TIFF" else _about(stream, path)
             sequence.loop = int(image.info.get("loop", 0))
             for number in range(sequence.count):
                 image.seek(number)
-                image.load()
-                if image.format != "TIFF":
+                again = partial(_opened, stream, number)
+                yield reading.from_frame(image, f"{path} (frame {number + 1})", again, about)
+                if image.format != "TIFF":  # known once the frame is decoded
                     sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
-                frame = image.copy()
-                if image.format == "PNG":  # the reader of metadata searches for its chunks
-                    frame.format = image.format
-                yield reading.from_pil(frame, name=f"{path} (frame {number + 1})")
     except (MoesrError, MemoryError):
         raise
-    except Exception as error:  # decoders raise errors of any kind
+    except Exception as error:  # decoders raise many kinds of errors
         raise InputError(f"{path}: a frame is truncated or damaged ({error}); get the file again") from error
 
 
+def _about(stream: BufferedReader, path: Path) -> tuple[Metadata, int]:
+    """Return the metadata and the orientation of an animation."""
+    with _opened(stream) as image:
+        found = embedded.read(image, str(path), stream)
+    stream.seek(0)
+    return found
+
+
+@contextmanager
+def _opened(stream: BufferedReader, number: int = 0) -> Iterator[Image.Image]:
+    """Open a file at a frame."""
+    stream.seek(0)
+    with Image.open(stream, formats=_formats()) as image:
+        image.seek(number)
+        yield image
+
+
 def save(path: Path, sequence: Frames, record: Provenance, quality: int | None = None) -> None:
-    """Write the results of all frames as one file, complete or not at all, with the metadata of the first.
+    """Write the results of all frames as one file, complete or not at all, with the first one's metadata.
 
     Raises OutputError if the file cannot be written.
     """
-    pictures, name = _pictures(sequence.results), FORMATS[path.suffix.lower()]
-    grey = pictures[0].mode in ("L", "LA", "I;16")
-    carried = metadata.fitted(sequence.results[0].metadata, name, str(path), grey=grey)
-    options, _ = encoding.options(carried, name, record)
-    options |= {"save_all": True, "append_images": pictures[1:]}
-    if name == "TIFF":
-        options["compression"] = "tiff_adobe_deflate"
-    elif sequence.durations_ms:
-        options |= {"duration": sequence.durations_ms, "loop": sequence.loop}
-    if name == "WEBP":
-        options["quality"] = quality or 95
-    try:
-        content = io.BytesIO()  # the encoder of pages reads back its own output
-        target: Any = content
-        if name == "PNG" and carried.color:
-            target = Inserting(content, b"".join(packed(*chunk) for chunk in carried.color))
-        pictures[0].save(target, name, **options)
-        with write_atomically(path) as stream:
-            stream.write(content.getbuffer())
-    except MemoryError:
-        raise
-    except Exception as error:  # encoders raise errors of any kind
-        raise OutputError(
-            f"{path}: cannot be written: {reason(error)}; name another place with -o"
-        ) from error
-
-
-def _pictures(results: Sequence[LoadedImage]) -> list[Image.Image]:
-    """Return the results as images of one mode, since an animation cannot mix modes."""
-    pictures = [writing.to_pil(np.ascontiguousarray(result.pixels)) for result in results]
-    modes = {picture.mode for picture in pictures}
-    if len(modes) == 1:
-        return pictures
-    alpha = any(mode.endswith("A") for mode in modes)
-    return [picture.convert("RGBA" if alpha else "RGB") for picture in pictures]
+    options: dict[str, Any] = {}
+    if any(result.metadata != sequence.results[0].metadata for result in sequence.results):
+        log.warning("%s: its frames differ in their metadata; all get those of the first one", path)
+    if sequence.durations_ms and path.suffix.lower() not in (".tif", ".tiff"):
+        options = {"duration": sequence.durations_ms, "loop": sequence.loop}
+    following = writing.Following(sequence.results[1:], options)
+    writing.save(path, sequence.results[0], record, quality, following)
 
 
 def _formats() -> list[str]:

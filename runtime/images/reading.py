@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,13 +19,23 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from moesr.runtime.errors import InputError
-from moesr.runtime.images import embedded, formats, libtiff, metadata, png_chunks, tiff_tags
+from moesr.runtime.images import deep_color, embedded, formats, libtiff, metadata, png_chunks, tiff_tags
+from moesr.runtime.images.deep_color import Again
 from moesr.runtime.images.formats import READ_FORMATS, READ_SUFFIXES
 from moesr.runtime.images.jxl_header import jxl_size
 from moesr.runtime.images.metadata import Metadata
 from moesr.runtime.system.files import open_input, reason
 
-__all__ = ["MAX_INPUT_PX", "READ_FORMATS", "READ_SUFFIXES", "LoadedImage", "from_pil", "load", "with_pixels"]
+__all__ = [
+    "MAX_INPUT_PX",
+    "READ_FORMATS",
+    "READ_SUFFIXES",
+    "LoadedImage",
+    "from_frame",
+    "from_pil",
+    "load",
+    "with_pixels",
+]
 
 MAX_INPUT_PX = 150_000_000
 """Images with more pixels are refused before they are decoded."""
@@ -36,9 +47,8 @@ log = logging.getLogger("moesr")
 class LoadedImage:
     """Upright pixels and their metadata.
 
-    `pixels` are uint8 [H, W] or [H, W, C] with C of 2 to 4, or uint16 [H, W] or [H, W, 2] (grey and alpha).
-    A result has the `warnings` that were logged while it was made, and names the files of its `unfinished`
-    state, which `written` removes.
+    `pixels` are uint8 or uint16, [H, W] or [H, W, C] with C of 2 to 4. A result has the `warnings` that
+    were logged while it was made, and names the files of its `unfinished` state, which `written` removes.
     """
 
     pixels: np.ndarray
@@ -110,13 +120,15 @@ def _decoded(stream: BinaryIO, head: bytes, path: Path) -> LoadedImage:
         inverted = tiff_tags.inverted_photometric(stream) if "TIFF" in known else None
         try:
             with _opened(inverted or stream, known) as image:
-                return _take(image, str(path), inverted=inverted is not None)
+                again = partial(_opened, inverted or stream, known)
+                return _take(image, str(path), inverted=inverted is not None, again=again)
         except ValueError as error:
             if not head.startswith(formats.PNG_SIGNATURE) or not _is_about_text(error):
                 raise
         # Pillow refuses the whole file for a long text or profile; these are read separately.
-        with _opened(png_chunks.stripped(stream), ["PNG"]) as image:
-            return _take(image, str(path), source=stream)
+        short = png_chunks.stripped(stream)
+        with _opened(short, ["PNG"]) as image:
+            return _take(image, str(path), source=stream, again=partial(_opened, short, ["PNG"]))
 
 
 def _is_about_text(error: ValueError) -> bool:
@@ -157,25 +169,62 @@ def _is_closed(image: Image.Image) -> bool:
     return bool(image.tile) and (stream is None or bool(getattr(stream, "closed", False)))
 
 
-def _take(
-    image: Image.Image, name: str, *, source: BinaryIO | None = None, inverted: bool = False
+def from_frame(
+    image: Image.Image, name: str, again: Again, about: tuple[Metadata, int] | None = None
 ) -> LoadedImage:
-    """Convert a decoded image.
+    """Take the present frame or page of an open file, as `load` does for a file of one.
+
+    `again` opens the same frame once more. `about` is the metadata and the orientation if they have been
+    read. Raises whatever Pillow's decoders raise, and InputError as `from_pil`.
+    """
+    return _take(image, name, again=again, about=about, several=True)
+
+
+def _take(
+    image: Image.Image,
+    name: str,
+    *,
+    source: BinaryIO | None = None,
+    inverted: bool = False,
+    again: Again | None = None,
+    about: tuple[Metadata, int] | None = None,
+    several: bool = False,
+) -> LoadedImage:
+    """Convert an image that is not decoded yet.
 
     `source` is the file if `image` is opened from a part of it; `inverted` says that white is stored as zero.
+    `again`, which opens the image once more, is needed for 16 bits with color or alpha. `about` is the
+    metadata and the orientation if they are known; `several` says that other frames are used too.
     """
+    _check_size(image, name)
+    animated = getattr(image, "is_animated", False) and image.format != "MPO"  # an MPO holds several views
+    if animated and not several:
+        log.warning("%s: has %d frames or pages; only the first is used", name, getattr(image, "n_frames", 0))
+    inverted = inverted or _stores_white_as_zero(image)
+    carried, turn = about or embedded.read(image, name, source)
+    color = image.info.get("transparency")
+    deep = deep_color.read(image, again) if again else None
+    if deep is not None:
+        deep = deep_color.with_transparent_color(deep, color)
+        return LoadedImage(deep_color.upright(deep, turn), carried)
+    return _of_8_bits_or_grey(image, name, carried, turn, inverted)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_INPUT_PX:
         raise InputError(f"{name}: {_too_large(f'{image.width}x{image.height} pixels')}")
     if not image.width or not image.height:
         raise InputError(f"{name}: has no pixels ({image.width}x{image.height})")
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO holds views of one photograph
-        log.warning("%s: has %d frames or pages; only the first is used", name, getattr(image, "n_frames", 0))
+
+
+def _of_8_bits_or_grey(
+    image: Image.Image, name: str, carried: Metadata, turn: int, inverted: bool
+) -> LoadedImage:
+    """Decode an image in one of Pillow's modes: 8 bits, or 16 bits of grey."""
     grey = _grey_and_alpha_16(image)
     if grey or _loses_depth(image):
         what = "grey with alpha" if grey else "color"
-        log.warning("%s: 16-bit %s is read with 8 bits per channel; only 16-bit grey is kept", name, what)
-    inverted = inverted or _stores_white_as_zero(image)
-    carried, turn = embedded.read(image, name, source)
+        log.warning("%s: 16-bit %s of this kind is read with 8 bits per channel", name, what)
     transparent = _transparent_value(image)
     top = (1 << _bits(image)) - 1 if inverted else 0
     image.load()

@@ -12,6 +12,7 @@ from ladder import configurations, report, rounds, worker
 from ladder.configurations import EAGER, RUNGS, Rung
 
 from moesr.runtime.backends.selection import BACKENDS
+from moesr.runtime.errors import MoesrError
 
 ARGUMENTS = ["--quick", "--repeats", "1", "--threads", "1", "--json"]
 
@@ -116,3 +117,17 @@ def test_configuration_whose_process_dies_while_measuring_is_left_out(monkeypatc
     result = json.loads(capfd.readouterr().out)
     assert [r["name"] for r in result["rungs"]] == [EAGER.name]
     assert result["skipped"] == {"dies": "its process ended with code 0; see its message above"}
+
+
+def test_work_is_kept_apart_by_size(tmp_path, monkeypatch):
+    """Checkpoints and engines of another width must not be measured under this one's name."""
+    places = []
+
+    def stop(config, place, args):
+        places.append(place)
+        raise MoesrError("enough")
+
+    monkeypatch.setattr(latency, "measure", stop)
+    for width in ("32", "64"):
+        assert latency.main(["--work", str(tmp_path), "--width", width]) == 1
+    assert places[0] != places[1] and all(place.parent == tmp_path for place in places)

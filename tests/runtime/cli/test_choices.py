@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import build_engine
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from moesr.runtime import Upscaler
 from moesr.runtime.cli import sizes
 from moesr.runtime.cli.run import main
 from moesr.runtime.cli.sizes import Size
 from moesr.runtime.errors import InputError
-from moesr.runtime.images import provenance
+from moesr.runtime.images import provenance, reading
 from moesr.runtime.images.resize import imresize
 
 RNG = np.random.default_rng(21)
@@ -337,6 +337,30 @@ def test_color_tags_of_an_animation_are_kept(engine, tmp_path):
     assert run(engine, source, "--frames", "all") == 0
     with Image.open(tmp_path / "a_x4.png") as result:
         assert result.n_frames == 3 and result.info["gamma"] == 1.0
+
+
+def test_frames_keep_metadata(engine, tmp_path, capsys):
+    """Pages and animations keep what single images keep."""
+    xmp, options = b"<x:xmpmeta>a</x:xmpmeta>", {"duration": 100}
+    animation(tmp_path / "a.gif", comment=b"my caption", **options)
+    animation(tmp_path / "b.webp", xmp=xmp, lossless=True, **options)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[33550], tags[33550] = 12, (10.0, 10.0, 0.0)
+    tags.tagtype[700], tags[700] = 1, xmp
+    tags[274] = 6  # to be turned
+    animation(tmp_path / "c.tif", 2, tiffinfo=tags, dpi=(100, 100))
+    for name, extension in (("a.gif", "png"), ("b.webp", "png"), ("c.tif", "tif"), ("c.tif", "png")):
+        given = (tmp_path / name, "--frames", "all", "--format", extension, "-o", tmp_path / extension)
+        assert run(engine, *given) == 0
+    loaded = {
+        name: reading.load(tmp_path / name) for name in ("png/a_x4.png", "png/b_x4.png", "tif/c_x4.tif")
+    }
+    assert loaded["png/a_x4.png"].metadata.texts[0].value == "my caption"
+    assert loaded["png/b_x4.png"].metadata.xmp == xmp
+    page = loaded["tif/c_x4.tif"]
+    assert page.pixels.shape[:2] == (48, 36) and page.metadata.xmp == xmp
+    assert page.metadata.tags[33550].value == (2.5, 2.5, 0.0) and page.dpi == (400, 400)
+    assert "PNG cannot hold its georeference" in capsys.readouterr().err
 
 
 def test_frames_that_exceed_memory(engine, tmp_path, capsys, monkeypatch):

@@ -75,8 +75,9 @@ def test_transparent_value_of_16_bit_color(tmp_path: Path):
     values = RNG.integers(0, 65536, (4, 5, 3), np.uint16)
     values[1, 2] = 0x1234, 0x5678, 0x9ABC
     write_png(tmp_path / "a.png", values, 2, [(b"tRNS", struct.pack(">3H", *values[1, 2]))])
-    alpha = reading.load(tmp_path / "a.png").pixels[..., 3]
-    assert alpha[1, 2] == 0 and (alpha == 255).sum() == alpha.size - 1
+    pixels = reading.load(tmp_path / "a.png").pixels
+    np.testing.assert_array_equal(pixels[..., :3], values)
+    assert pixels[1, 2, 3] == 0 and (pixels[..., 3] == 65535).sum() == pixels[..., 3].size - 1
 
 
 def test_white_stored_as_zero_in_12_bits(tmp_path: Path):

@@ -186,24 +186,6 @@ def _png(path: Path, width: int, height: int, color: int, row: bytes, depth: int
     )
 
 
-def test_16_bit_color_is_reduced_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    _png(tmp_path / "deep.png", 2, 2, 2, bytes(range(12)))
-    picture("RGB").save(tmp_path / "plain.png")
-    with caplog.at_level(logging.WARNING, "moesr"):
-        assert reading.load(tmp_path / "plain.png").pixels.dtype == np.uint8
-        assert not caplog.records
-        assert reading.load(tmp_path / "deep.png").pixels.dtype == np.uint8
-    assert "16-bit color is read with 8 bits" in caplog.text
-
-
-def test_16_bit_grey_with_alpha_stays_grey(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    _png(tmp_path / "deep.png", 2, 1, 4, struct.pack(">4H", 0x8000, 0xFFFF, 0x1234, 0x4000))
-    with caplog.at_level(logging.WARNING, "moesr"):
-        pixels = reading.load(tmp_path / "deep.png").pixels
-    assert pixels.tolist() == [[[0x80, 0xFF], [0x12, 0x40]]]
-    assert "16-bit grey with alpha is read with 8 bits" in caplog.text
-
-
 @pytest.mark.parametrize("profile", ["none", "lab", "foreign"])
 def test_lab_becomes_srgb_without_a_profile(tmp_path: Path, profile: str, caplog: pytest.LogCaptureFixture):
     lab = ImageCms.profileToProfile(
