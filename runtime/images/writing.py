@@ -129,7 +129,9 @@ def save(
         kind = replace(kind, options={**kind.options, "quality": quality})
     if following:
         kind = replace(kind, options={**kind.options, **following.options})
-    pictures = _of_one_mode(_fitting(path, pictures, kind))
+    pictures = _fitting(path, pictures, kind)
+    if kind.name != "TIFF":
+        pictures = _of_one_mode(pictures)
     grey = pictures[0].shape[2] == 2 if isinstance(pictures[0], np.ndarray) else pictures[0].mode in _GREY
     carried = metadata.fitted(carried, kind.name, str(path), grey=grey)
     if carried.icc and len(carried.icc) > CAPACITIES[kind.name].icc:
@@ -187,19 +189,15 @@ def _fitting(path: Path, pictures: Sequence[_Picture], kind: _Format) -> list[_P
 
 
 def _of_one_mode(pictures: list[_Picture]) -> list[_Picture]:
-    """Return the images in one mode, since an animation cannot mix modes."""
-    if isinstance(pictures[0], np.ndarray):
-        if len({each.shape[2] for each in pictures if isinstance(each, np.ndarray)}) == 1:
-            return pictures
-        pictures = [_reduced(each) for each in pictures]
+    """Return the images in one mode, since an animation cannot mix modes as the pages of a TIFF can."""
     modes = {each.mode for each in pictures if isinstance(each, Image.Image)}
-    if len(modes) == 1:
+    if len(modes) <= 1:
         return pictures
-    pictures = [
-        _reduced(np.asarray(each)) if each.mode == "I;16" else each for each in map(_reduced, pictures)
+    shallow = [
+        _reduced(np.asarray(each)) if "I;16" in each.mode else each for each in map(_reduced, pictures)
     ]
     wanted = "RGBA" if any(mode.endswith("A") for mode in modes) else "RGB"
-    return [each.convert(wanted) for each in map(_reduced, pictures)]
+    return [each.convert(wanted) for each in shallow]
 
 
 def _reduced(picture: _Picture) -> Image.Image:
