@@ -92,9 +92,10 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
             for number in range(sequence.count):
                 image.seek(number)
                 again = partial(_opened, stream, number)
-                yield reading.from_frame(image, f"{path} (frame {number + 1})", again, about)
+                frame = reading.from_frame(image, f"{path} (frame {number + 1})", again, about)
                 if image.format != "TIFF":  # known once the frame is decoded
                     sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
+                yield frame
     except (MoesrError, MemoryError):
         raise
     except Exception as error:  # decoders raise many kinds of errors
