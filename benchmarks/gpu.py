@@ -4,23 +4,20 @@ With full-width networks and seeded weights it times a step, a decode and images
 numbers of steps and batch sizes. The results are compared with plain PyTorch in float16 (CUDA graphs) and
 torch.compile, and given as fractions of the copy and matrix rates, which are measured first. Every section
 runs in a process of its own with a time limit. If a section needs something that is not installed, the page
-says so and the other sections run. It runs from a checkout and needs no internet access. Writes gpu-NAME.json
-and gpu-NAME.md. Exit codes: 0 done, or no GPU here; 1 a check failed.
+says so and the other sections run. A machine that is lent for a quarter of an hour takes `--call 1` (200 s)
+and then `--call 2` (400 s), which adds to the page of the first. The program runs from a checkout and needs
+no internet access. Writes gpu-NAME.json and gpu-NAME.md after every section. Exit codes: 0 done, or no GPU
+here; 1 a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -29,22 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchlib.checkout import find_package
+
 HERE = Path(__file__).resolve().parent
 MARK = "@@ "  # prefix of the report lines of a section's process
 RESULTS = HERE / "results"
-
-
-def find_package() -> None:
-    """Make `moesr` importable in this process and its children, even if it is not installed."""
-    with contextlib.suppress(ModuleNotFoundError):
-        if importlib.util.find_spec("moesr.runtime"):
-            return
-    folder = Path(tempfile.mkdtemp(prefix="moesr-checkout-"))
-    (folder / "moesr").symlink_to(HERE.parent, target_is_directory=True)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    sys.modules.pop("moesr", None)
-    importlib.invalidate_caches()
 
 
 find_package()
@@ -65,30 +51,49 @@ class Section:
 
 
 SECTIONS = {
-    "machine": Section("gpu_suite.setup", "describe", 30),
-    "limits": Section("gpu_suite.networks", "measure_limits", 30),
-    "preparation": Section("gpu_suite.runtime", "prepare", 120),
-    "device": Section("gpu_suite.device", "measure_device", 30),
-    "kernels": Section("gpu_suite.kernels", "measure_kernels", 80),
+    "machine": Section("gpu_suite.setup", "describe", 15),
+    "limits": Section("gpu_suite.networks", "measure_limits", 25),
+    "compile": Section("gpu_suite.cubins", "compile_kernels", 80),
+    "preparation": Section("gpu_suite.runtime", "prepare", 60),
+    "device": Section("gpu_suite.device", "measure_device", 20),
+    "cubins": Section("gpu_suite.cubins", "measure_cubins", 80),
+    "captures": Section("gpu_suite.stress", "measure_captures", 25),
+    "alternatives": Section("gpu_suite.alternatives", "measure_alternatives", 110),
+    "runtime over pytorch": Section("gpu_suite.runtime", "measure_pytorch", 70),
+    "pytorch with kernels": Section("gpu_suite.networks", "measure_kernels_inside", 50),
     "tensorrt": Section(
         "gpu_suite.runtime", "measure_library", 180, ("tensorrt", ("tensorrt", "tensorrt_rtx_bindings"))
     ),
     "onnxruntime": Section("gpu_suite.runtime", "measure_library", 90, ("onnxruntime", ("onnxruntime",))),
-    "runtime over pytorch": Section("gpu_suite.runtime", "measure_pytorch", 70),
     "pytorch": Section("gpu_suite.networks", "measure_eager", 55),
-    "pytorch with kernels": Section("gpu_suite.networks", "measure_kernels_inside", 50),
+    "kernels": Section("gpu_suite.kernels", "measure_kernels", 60),
     "torch.compile": Section("gpu_suite.networks", "measure_compiled", 150),
 }
 """The sections in order: those that others depend on come first, those of unknown duration last."""
+
+CALLS = {
+    1: (200.0, ("limits", "compile", "device", "cubins", "captures")),
+    2: (
+        400.0,
+        (
+            "limits", "preparation", "alternatives", "runtime over pytorch", "pytorch with kernels",
+            "tensorrt", "onnxruntime", "pytorch", "kernels",
+        ),
+    ),
+}  # fmt: skip
+"""Seconds and sections, ordered by worth, of two calls for a machine that is lent for a short time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections and write their results; returns the exit code."""
     args = parser().parse_args(argv)
+    if args.call:
+        seconds, sections = CALLS[args.call]
+        args.budget, args.only = args.budget or seconds, args.only or sections
     if args.section:
         run_section(args.section, Setup.of(args), say)
         return 0
-    deadline, found = time.monotonic() + args.budget, {}
+    deadline, found = time.monotonic() + (args.budget or 465.0), {}
     base = Setup.of(args)
     machine = found["machine"] = in_process("machine", base, deadline)
     if machine["absent"] or machine["failed"] or not machine["facts"]:
@@ -98,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = slug(machine["facts"]["gpu"])
     setup = replace(base, cache=base.cache / name)
     args.output.mkdir(parents=True, exist_ok=True)
+    found = earlier(args.output / f"gpu-{name}.json", args.only or ()) | found
     for section in args.only or list(SECTIONS)[1:]:
         found[section] = in_process(section, setup, deadline)
         (args.output / f"gpu-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -106,12 +112,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(not check["held"] for part in found.values() for check in part["checks"]))
 
 
+def earlier(path: Path, again: Sequence[str]) -> dict[str, Any]:
+    """Return what an earlier call found in other sections, so that two calls make one page."""
+    try:
+        known = json.loads(path.read_text()) if again else {}
+    except (OSError, ValueError):
+        return {}
+    return {name: part for name, part in known.items() if name in SECTIONS and name not in again}
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(p)
     p.add_argument("--only", nargs="+", choices=list(SECTIONS)[1:], metavar="SECTION", help="default: all")
-    p.add_argument("--budget", type=float, default=465.0, help="seconds in all (default: 465)")
+    p.add_argument(
+        "--call", type=int, choices=sorted(CALLS), help="the sections of one of two calls, see CALLS"
+    )
+    p.add_argument("--budget", type=float, help="seconds in all (default: 465, or those of the call)")
     p.add_argument("-o", "--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     p.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     return p

@@ -17,10 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import benchlib.missing_extra  # noqa: F401
-import torch
-from benchlib.machine import machine
-from benchlib.origin import origin_line
+from benchlib.checkout import find_package
+
+find_package()
+
+import benchlib.missing_extra  # noqa: E402, F401
+import torch  # noqa: E402
+from benchlib.machine import machine  # noqa: E402
+from benchlib.origin import origin_line  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -16,9 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
-import numpy as np
-from PIL import Image
-
 from moesr.runtime.backends import autotune
 from moesr.runtime.backends.selection import Backend, candidates
 from moesr.runtime.devices.interface import Session
@@ -26,13 +23,12 @@ from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import MoesrError, UsageError
-from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.loop.admission import Admission
+from moesr.runtime.loop.array_pictures import Place, batch_of, picture_of
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.job import PRIORITIES, Flow
-from moesr.runtime.loop.pictures import Picture
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.saved_steps import SavedLatents
@@ -44,7 +40,8 @@ from moesr.runtime.system import user_cache
 
 log = logging.getLogger("moesr")
 
-AnyImage = TypeVar("AnyImage", np.ndarray, Image.Image, LoadedImage)
+AnyImage = TypeVar("AnyImage")
+"""A NumPy array, a PIL image, a LoadedImage, or an array of another library."""
 
 __all__ = ["Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
 
@@ -137,7 +134,12 @@ class Upscaler:
         self._release()
 
     def __call__(
-        self, image: AnyImage, *, progress: Progress | None = None, **options: Unpack[Options]
+        self,
+        image: AnyImage,
+        *,
+        progress: Progress | None = None,
+        stream: Any = None,
+        **options: Unpack[Options],
     ) -> AnyImage:
         """Super-resolve one image: a uint8 or uint16 array HxW or HxWx{1,2,3,4}, or a PIL image of any mode.
 
@@ -146,11 +148,25 @@ class Upscaler:
         from this thread during the work; an exception that it raises cancels the image and is raised here,
         and so does Ctrl-C. To cancel from another thread, or to set a time limit, use `submit`. Raises
         InputError, UsageError, MemoryLimitError or EngineError.
+
+        Arrays of other libraries that have DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA,
+        Numba) give arrays of the same library, on the CPU or on the GPU that this computes on. They are
+        [H, W, C], or a batch [B, C, H, W], of uint8, uint16, or float16 or float32 of 0 to 1, as NumPy arrays
+        may be too. On a GPU nothing passes through the host. There the image is read after all work that is
+        on `stream` (by default the current stream of PyTorch or CuPy, else the default stream), and must
+        not be changed before the result is there. If a `stream` is given, the host does not wait: the result
+        is ready for work on that stream.
         """
-        return next(self.map([image], progress=progress, **options))
+        try:
+            batch = batch_of(image, self._place, stream)
+        except MoesrError:
+            batch = None  # the error is raised below, after those of the options
+        if batch is None:
+            return next(self.map([image], progress=progress, stream=stream, **options))
+        return batch.whole(list(self.map(batch.images, progress=progress, **options)))
 
     def submit(
-        self, image: AnyImage, *, priority: str = "normal", **options: Unpack[Options]
+        self, image: AnyImage, *, priority: str = "normal", stream: Any = None, **options: Unpack[Options]
     ) -> Handle[AnyImage]:
         """Begin to super-resolve one image and return its handle at once; image and options as for a call.
 
@@ -176,7 +192,8 @@ class Upscaler:
         Raises UsageError for a wrong option or if this Upscaler is closed. Whatever is wrong with the image
         (InputError, MemoryLimitError, EngineError) is raised by the handle.
         """
-        return self._submit(image, settings=self._settings(options), flow=_flow(priority))[1]
+        settings = self._settings(options)
+        return self._submit(image, settings=settings, flow=_flow(priority), stream=stream)[1]
 
     def map(
         self,
@@ -186,6 +203,7 @@ class Upscaler:
         progress: Progress | None = None,
         begun: Callable[[Any], None] | None = None,
         priority: str = "normal",
+        stream: Any = None,
         **options: Unpack[Options],
     ) -> Iterator[Any]:
         """Super-resolve many images in order, several in flight; options and results as for one image.
@@ -197,21 +215,27 @@ class Upscaler:
         each image when it begins to count. Closing the iterator cancels the images in flight.
         """
         settings, flow = self._settings(options), _flow(priority)
-        submit = partial(self._submit, settings=settings, flow=flow)
-        stream = ImageStream(
+        submit = partial(self._submit, settings=settings, flow=flow, stream=stream)
+        results = ImageStream(
             self._pipeline, submit, max(self.backend.max_batch, 2), return_errors, progress, begun
         )
-        return stream.results(images)
+        return results.results(images)
 
     @property
     def statistics(self) -> Statistics:
         """Return counts of images and ticks, for monitoring; any thread may call this."""
         return self._pipeline.statistics
 
-    def _submit(self, image: Any, *, settings: Settings, flow: Flow) -> InFlight:
+    @property
+    def _place(self) -> Place:
+        """The processor that computes, and the scale, for arrays of callers."""
+        options = self.backend.options
+        return Place(None if options.kind == "cpu" else options.index, self.manifest.scale)
+
+    def _submit(self, image: Any, *, settings: Settings, flow: Flow, stream: Any = None) -> InFlight:
         """Accept an image; if it cannot be used there is no ticket, and the handle has the error."""
         try:
-            source = Picture(image)
+            source = picture_of(image, self._place, stream)
             layout = settings.layout(self.manifest, *source.size)
         except (MoesrError, MemoryError) as error:
             failed = JobProgress(0.0, "failed", 0.0, 0)

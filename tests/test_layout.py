@@ -25,7 +25,7 @@ RUNTIME = {
     "devices": ("engine", "errors", "images", "sampling", "system"),
     "backends": ("devices", "engine", "errors", "options", "system"),
     "loop": ("devices", "engine", "errors", "images", "options", "sampling", "system"),
-    "upscaler": ("backends", "devices", "engine", "errors", "images", "loop", "options", "system"),
+    "upscaler": ("backends", "devices", "engine", "errors", "loop", "options", "system"),
     "cli": (
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,6 @@ from moesr.runtime.sampling.schedule import Schedule
 from moesr.runtime.system.files import sha256_of
 
 STAND_IN = b"\x08\x0a"  # an ONNX file with a version and no graph
-
-
-def build_kernels(setup: Setup, capability: int) -> float:
-    """Compile the loop's kernels unless they exist; returns the seconds that it took."""
-    from moesr.kernels.build import build
-    from moesr.kernels.registry import LOOP
-
-    target, start = setup.engine / "kernels", time.perf_counter()
-    if not (target / "kernels.json").is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        build(target, (capability,), LOOP, setup.cache / "compiled")
-    return time.perf_counter() - start
 
 
 def write_stand_in(setup: Setup) -> Manifest:
@@ -132,11 +118,9 @@ def write_parts_of(decoder: Any, side: int, directory: Path) -> dict[str, Arrang
 
 
 def kernels_for(setup: Setup, directory: Path, manifest: Manifest, *, compiled: bool) -> None:
-    """Add an engine's kernels: those of its decoder's parts, or only those of the loop."""
+    """Add the kernels of an engine's decoder in parts; those of the loop are installed with the package."""
     from moesr.export.tensorrt import build_kernels as build_all
 
     if compiled:
         capability = cuda_driver.device_capability(cuda_driver.open_device(0))
         build_all(directory, manifest, [capability])
-    else:
-        shutil.copytree(setup.engine / "kernels", directory / "kernels", dirs_exist_ok=True)

@@ -65,12 +65,18 @@ class Setup:
     steps: tuple[int, ...] = (20, 50, 200)
     batches: tuple[int, ...] = (1, 4, 16)
     cache: Path = Path("gpu-cache")
+    kernels: Path | None = None  # prebuilt kernels, or None to compile them
     seconds: float = 60.0  # time limit of the section
 
     @property
     def engine(self) -> Path:
         """The stand-in engine directory that sections share."""
         return self.cache / f"engine-{self.width}-{self.channels}-{self.tile}"
+
+    @property
+    def compiled(self) -> Path:
+        """The directory of all kernels, compiled for this GPU."""
+        return self.cache / "kernels"
 
     def exported(self, backend: str) -> Path:
         """Return the engine directory of the graphs exported for a backend."""
@@ -90,13 +96,15 @@ class Setup:
     def of(cls, args: argparse.Namespace) -> Setup:
         """Build the setup from the parsed command line."""
         lists = {name: tuple(getattr(args, name)) for name in ("steps", "batches")}
-        return cls(args.width, args.channels, args.tile, **lists, cache=args.cache, seconds=args.seconds)
+        more = {"cache": args.cache, "kernels": args.kernels, "seconds": args.seconds}
+        return cls(args.width, args.channels, args.tile, **lists, **more)
 
     @property
     def arguments(self) -> list[str]:
         """Return the command-line arguments of a section's process."""
         names = "width", "channels", "tile", "cache", "seconds"
         found = [part for name in names for part in (f"--{name}", str(getattr(self, name)))]
+        found += ["--kernels", str(self.kernels)] if self.kernels else []
         for name in ("steps", "batches"):
             found += [f"--{name}", *map(str, getattr(self, name))]
         return found
@@ -185,6 +193,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for prepared files (default: %(default)s)",
     )
+    add("--kernels", type=Path, metavar="DIR", help="prebuilt kernels (default: they are compiled)")
     add("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
 
 

@@ -113,12 +113,19 @@ class KernelFiles:
         return kernel in self._content.kernels
 
     def bind(
-        self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
+        self,
+        step: KernelLaunch,
+        buffers: Mapping[str, int],
+        scalars: Mapping[str, Scalar],
+        *,
+        keep: bool = True,
     ) -> BoundLaunch:
         """Return a launch between buffers, given by their addresses; equal arguments give the same object.
 
         EngineError is raised if the kernel cannot be loaded or the grid exceeds MAX_GRID.
         """
+        if not keep:
+            return self._bind(step, buffers, scalars)
         key = step, tuple(buffers.values()), tuple(scalars.values())
         if key not in self._bound:
             self._bound[key] = self._bind(step, buffers, scalars)

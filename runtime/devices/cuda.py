@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import BoundLaunch
 from moesr.runtime.devices.driver import Block, Driver
+from moesr.runtime.devices.image_kernels import ImageKernels
 from moesr.runtime.devices.interface import Canvas, Mean, Session, Slot
 from moesr.runtime.devices.kernel_search import AnyKernels
 from moesr.runtime.devices.launch_tables import COEFFICIENTS, STEP_COLUMNS, Table, step_row
@@ -101,7 +103,7 @@ class CudaDevice:
         Without `use_graphs` the same launches are enqueued one by one in the same order.
         """
         self._driver, self._use_graphs = driver, use_graphs
-        self._loop = LoopKernels(kernels)
+        self._kernels, self._loop = kernels, LoopKernels(kernels)
         self._dead: deque[Block] = deque()  # blocks that nothing refers to, which any thread may append
         self._graphs: weakref.WeakKeyDictionary[Session, dict[Any, _Capture]] = weakref.WeakKeyDictionary()
         self._weights: dict[bytes, Array] = {}
@@ -165,6 +167,25 @@ class CudaDevice:
     def fill(self, canvas: Canvas, values: np.ndarray) -> None:
         """See `Device.fill`."""
         self._large.send_large(canvas.data.address, np.ascontiguousarray(values, np.float32))
+
+    def image(self, size: tuple[int, int], dtype: str, factor: int) -> Canvas:
+        """Allocate an uninitialized image [H, W, 3]."""
+        return Canvas(self._empty((*size, 3), dtype), factor)
+
+    @cached_property
+    def images(self) -> ImageKernels:
+        """The kernels for images of callers that are in this GPU's memory."""
+        return ImageKernels(self._driver, self._kernels, self._empty, self._copied)
+
+    def wait_for(self, stream: int) -> None:
+        """Have all later work wait for what is enqueued on another stream of this GPU."""
+        self._driver.wait_for(stream)
+
+    def signal(self, stream: int, *, wait: bool) -> None:
+        """Have another stream of this GPU wait for all work so far; with `wait` the host waits too."""
+        self._driver.signal(stream)
+        if wait:
+            self._driver.synchronize()
 
     def gaussian(self, canvas: Canvas, seed: int, step: int) -> None:
         """See `Device.gaussian`; it is a sampler step whose only term is the noise."""

@@ -244,6 +244,16 @@ class CudaDriver:
             if not event.is_done:
                 event.sync()
 
+    def wait_for(self, stream: int) -> None:
+        """See `Driver.wait_for`."""
+        with _explained("the caller's stream cannot be waited for"):
+            self._on().wait(self._core.Stream.from_handle(stream))
+
+    def signal(self, stream: int) -> None:
+        """See `Driver.signal`."""
+        with _explained("the caller's stream cannot wait"):
+            self._core.Stream.from_handle(stream).wait(self._on())
+
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
         with _explained():

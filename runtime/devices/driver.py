@@ -126,6 +126,14 @@ class Driver(Protocol):
         """Wait for an event."""
         ...
 
+    def wait_for(self, stream: int) -> None:
+        """Make later work wait for all work that is enqueued on another stream, given by its handle."""
+        ...
+
+    def signal(self, stream: int) -> None:
+        """Make later work on another stream wait for all work that is enqueued here."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all work that is enqueued."""
         ...

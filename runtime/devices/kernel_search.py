@@ -66,10 +66,16 @@ class Kernels:
         raise no_plan(", ".join(map(str, self._directories)), op, dtype, shape, self._cure())
 
     def bind(
-        self, step: KernelLaunch, buffers: Mapping[str, int], scalars: Mapping[str, Scalar]
+        self,
+        step: KernelLaunch,
+        buffers: Mapping[str, int],
+        scalars: Mapping[str, Scalar],
+        *,
+        keep: bool = True,
     ) -> BoundLaunch:
         """See `KernelFiles.bind`. A kernel's name tells its source and options, so any file of it will do."""
-        return next(f for f in self._files if f.has(step.kernel)).bind(step, buffers, scalars)
+        files = next(f for f in self._files if f.has(step.kernel))
+        return files.bind(step, buffers, scalars, keep=keep)
 
     def table(self, buffer: PlanBuffer) -> bytes:
         """The bytes of a constant buffer, from the first directory that holds its file."""

@@ -24,19 +24,24 @@ _BLOCK_BYTES = 32 << 20  # target size of the float64 intermediate of one block
 
 
 @dataclass(frozen=True, eq=False)
-class _Taps:
+class Taps:
     """The source positions of each output position and their weights, which sum to 1: both [out, taps]."""
 
     index: np.ndarray
     weight: np.ndarray
 
-    def rows(self, start: int, stop: int) -> _Taps:
-        return _Taps(self.index[start:stop], self.weight[start:stop])
+    def rows(self, start: int, stop: int) -> Taps:
+        """Return the taps of a range of output positions."""
+        return Taps(self.index[start:stop], self.weight[start:stop])
 
-    def window(self) -> tuple[_Taps, slice]:
+    def at(self, positions: np.ndarray) -> Taps:
+        """Return the taps of these output positions."""
+        return Taps(self.index[positions], self.weight[positions])
+
+    def window(self) -> tuple[Taps, slice]:
         """Return the slice of the source that is used, and the taps with positions relative to its start."""
         first, last = int(self.index.min()), int(self.index.max())
-        return _Taps(self.index - first, self.weight), slice(first, last + 1)
+        return Taps(self.index - first, self.weight), slice(first, last + 1)
 
 
 def imresize(
@@ -86,7 +91,35 @@ def imresize(
     return out.reshape(height, width, *image.shape[2:])
 
 
-def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> _Taps:
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The two passes of a resize to `size` (height, width), for a device that runs them itself."""
+
+    size: tuple[int, int]
+    vertical: Taps
+    horizontal: Taps
+    rows_first: bool  # whether the vertical pass comes first
+
+    def reflected(self, height: int, width: int) -> Passes:
+        """Return the same resize of which `reflect_pad` extends the result to `height` x `width`."""
+        vertical = self.vertical.at(reflect(np.arange(height), self.size[0]))
+        horizontal = self.horizontal.at(reflect(np.arange(width), self.size[1]))
+        return Passes((height, width), vertical, horizontal, self.rows_first)
+
+    def of_reflected(self, height: int, width: int) -> Passes:
+        """Return the same resize of an image of `height` x `width` that `reflect_pad` extends first."""
+        vertical = Taps(reflect(self.vertical.index, height), self.vertical.weight)
+        horizontal = Taps(reflect(self.horizontal.index, width), self.horizontal.weight)
+        return Passes(self.size, vertical, horizontal, self.rows_first)
+
+
+def passes(source: tuple[int, int], size: tuple[int, int], convention: Convention = "matlab") -> Passes:
+    """Return the passes of `imresize` for these heights and widths."""
+    vertical, horizontal = (_taps(*sides, True, convention) for sides in zip(source, size, strict=True))
+    return Passes(size, vertical, horizontal, size[0] * source[1] <= size[1] * source[0])
+
+
+def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> Taps:
     scale = out_size / size
     stretch = min(scale, 1.0) if antialias else 1.0
     support = 4.0 / stretch
@@ -102,7 +135,7 @@ def _taps(size: int, out_size: int, antialias: bool, convention: Convention) -> 
         index %= 2 * size
         index = np.where(index < size, index, 2 * size - 1 - index)
     used = np.any(weight != 0.0, axis=0)
-    return _Taps(index[:, used], weight[:, used])
+    return Taps(index[:, used], weight[:, used])
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
@@ -113,7 +146,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x <= 1.0, near, np.where(x <= 2.0, far, 0.0))
 
 
-def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
+def _resample(source: np.ndarray, taps: Taps) -> np.ndarray:
     """Return weighted sums of whole rows: [N, ...] -> float64 [out, ...]."""
     shape = (len(taps.index), *source.shape[1:])
     total, term = np.zeros(shape), np.empty(shape)
@@ -124,7 +157,7 @@ def _resample(source: np.ndarray, taps: _Taps) -> np.ndarray:
     return total
 
 
-def _resample_columns(source: np.ndarray, taps: _Taps) -> np.ndarray:
+def _resample_columns(source: np.ndarray, taps: Taps) -> np.ndarray:
     """Apply `_resample` along the second axis, on a transposed copy so that whole lines are gathered."""
     return _resample(np.ascontiguousarray(source.swapaxes(0, 1)), taps).swapaxes(0, 1)
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,6 +41,18 @@ class Flow:
     def weight(self) -> float:
         """The weight of the flow's priority."""
         return PRIORITIES[self.priority]
+
+
+class OnDevice(Protocol):
+    """What makes a job's inputs of an image in the device's memory, and writes its result there."""
+
+    def begin(self, device: Any, layout: TileLayout) -> tuple[Canvas, Canvas | None]:
+        """Return the input at output size, and the condition unless an encoder makes it."""
+        ...
+
+    def end(self, device: Any, layout: TileLayout, lr: Canvas, result: Canvas, settings: Settings) -> None:
+        """Write a result."""
+        ...
 
 
 class Job:
@@ -82,6 +95,8 @@ class Job:
         self._passes: Iterator[Pass] | None = None
         self._entered: list[Pass] = []
         self._result: Canvas | None = None
+        self.on_device: OnDevice | None = None  # set for an image that is in the device's memory
+        self._lr: Canvas | None = None
 
     @property
     def current(self) -> Pass:
@@ -148,14 +163,14 @@ class Job:
         """Yield the passes in order; each begins when the previous one is done."""
         layout, settings = self.layout, self.settings
         m = layout.manifest
-        lr = device.upload(self.lr, m.latent_factor)
+        lr, condition = self._inputs(device)
         if m.condition == "latent":
             encoding = Encoding(layout, device, lr, settings.seed)
             yield encoding
             cond: Canvas = encoding.target
         else:
-            assert self._condition is not None
-            cond = device.upload(self._condition)
+            assert condition
+            cond = condition
         sampling = Sampling(layout, device, self._table, cond, settings)
         if settings.start_step:
             latent = cond
@@ -177,10 +192,22 @@ class Job:
             result = decoding.target
         self._result = result
 
+    def _inputs(self, device: Device) -> tuple[Canvas, Canvas | None]:
+        """Return the input at output size, and the condition unless an encoder makes it."""
+        if self.on_device:
+            self._lr, condition = self.on_device.begin(device, self.layout)
+            return self._lr, condition
+        lr = device.upload(self.lr, self.layout.manifest.latent_factor)
+        return lr, None if self._condition is None else device.upload(self._condition)
+
     def finish(self) -> None:
-        """Fetch the result and release the device's memory."""
+        """Fetch the result, unless it stays on the device, and release the device's memory."""
         assert self._result
-        self.image = self._device.download(self._result)
+        if self.on_device:
+            assert self._lr
+            self.on_device.end(self._device, self.layout, self._lr, self._result, self.settings)
+        else:
+            self.image = self._device.download(self._result)
         self._release()
 
     def fail(self, error: BaseException) -> None:
@@ -189,7 +216,7 @@ class Job:
         self._release()
 
     def _release(self) -> None:
-        self._passes, self._entered, self._result = None, [], None
+        self._passes, self._entered, self._result, self._lr = None, [], None, None
         self.done = True
 
 

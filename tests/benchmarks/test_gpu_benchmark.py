@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -13,7 +14,11 @@ import numpy as np
 import pytest
 import simulated_backend
 import torch
+import travel
+from benchlib import checkout
 from cuda_simulation import SimulatedDriver, write_kernels
+from gpu_suite import alternatives as gpu_alternatives
+from gpu_suite import cubins as gpu_cubins
 from gpu_suite import device as gpu_device
 from gpu_suite import engine as gpu_engine
 from gpu_suite import kernels as gpu_kernels
@@ -21,6 +26,7 @@ from gpu_suite import networks as gpu_networks
 from gpu_suite import report as gpu_report
 from gpu_suite import runtime as gpu_runtime
 from gpu_suite import setup as gpu_setup
+from gpu_suite import stress as gpu_stress
 from gpu_suite import torch_backend as gpu_backend
 from gpu_suite.setup import Report, Setup
 
@@ -239,16 +245,10 @@ def test_kernels_are_checked_then_timed(heard: Heard, monkeypatch: pytest.Monkey
 
 
 def gpu_kernels_op(op: Any, cases: list, name: str) -> Any:
-    import dataclasses
-
     return dataclasses.replace(op, name=name, cases=tuple(cases), deployed=tuple(cases))
 
 
-def test_preparation_writes_an_engine(heard: Heard, monkeypatch: pytest.MonkeyPatch):
-    class Device:
-        compute_capability = (9, 0)
-
-    monkeypatch.setattr(cuda_driver, "open_device", lambda index: Device)
+def test_preparation_writes_an_engine(heard: Heard):
     gpu.run_section("preparation", heard.setup, heard.say)
     assert not heard.found["failed"] and (heard.setup.engine / "manifest.json").is_file()
 
@@ -326,18 +326,18 @@ def test_results_of_a_section_that_hangs_or_dies_are_kept(tmp_path, monkeypatch)
 
 
 def test_arguments_are_passed_to_the_process_of_a_section(tmp_path):
-    setup = Setup(32, 16, 64, (3, 4), (1, 5), tmp_path, 12.5)
+    setup = Setup(32, 16, 64, (3, 4), (1, 5), tmp_path, tmp_path / "k", 12.5)
     assert Setup.of(gpu.parser().parse_args([*setup.arguments, "--section", "device"])) == setup
 
 
 def test_package_is_found_in_a_checkout(monkeypatch):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.sys, "path", list(gpu.sys.path))
-    monkeypatch.setattr(gpu.sys, "modules", dict(gpu.sys.modules))
+    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkout.sys, "path", list(checkout.sys.path))
+    monkeypatch.setattr(checkout.sys, "modules", dict(checkout.sys.modules))
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    gpu.find_package()
-    folder, rest = gpu.os.environ["PYTHONPATH"].split(gpu.os.pathsep)
-    assert rest == "elsewhere" and gpu.sys.path[0] == folder
+    checkout.find_package()
+    folder, rest = checkout.os.environ["PYTHONPATH"].split(checkout.os.pathsep)
+    assert rest == "elsewhere" and checkout.sys.path[0] == folder
     assert (Path(folder) / "moesr" / "runtime" / "upscaler.py").is_file()
 
 
@@ -345,3 +345,108 @@ def test_every_section_can_be_imported():
     for section in gpu.SECTIONS.values():
         assert callable(getattr(gpu.importlib.import_module(section.module), section.function))
     assert gpu_report.rows_of({"x": gpu.empty()})
+
+
+# The sections for a short call.
+
+
+@pytest.fixture
+def small_ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The registry with small cases in place of the deployed ones, for which the GPU is simulated."""
+    chosen = {"tile_gather": "uint8", "tile_blend": "odd", "image_pixels": "uint8"}
+    found = {}
+    for name, case in chosen.items():
+        cases = tuple(c for c in OPS[name].cases if (c.name, c.dtype) == (case, "fp32"))
+        found[name] = dataclasses.replace(OPS[name], deployed=cases or OPS[name].cases[:1])
+    monkeypatch.setattr(gpu_cubins, "operator", found.__getitem__)
+    return found
+
+
+@pytest.fixture
+def tensors_in_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the host are memory of the simulated GPU, at the addresses that they have."""
+
+    def register(tensor: torch.Tensor, driver: SimulatedDriver) -> int:
+        flat = tensor.detach().view(-1).view(torch.uint8).numpy()
+        driver.blocks[tensor.data_ptr()] = flat
+        return tensor.data_ptr()
+
+    monkeypatch.setattr(gpu_cubins, "address_of", register)
+    monkeypatch.setattr(gpu_cubins, "absent_unless_there", lambda *modules: None)
+    monkeypatch.setattr(
+        gpu_cubins, "seconds_each", lambda run, sync, _: gpu_setup.seconds_each(run, sync, 0.0)
+    )
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_every_plan_of_an_index_is_checked_and_timed(
+    heard: Heard, small_ops: dict[str, Any], tensors_in_the_gpu: None, tmp_path, monkeypatch, wrong: bool
+):
+    from cuda_simulation import RUN
+
+    if wrong:
+        monkeypatch.setitem(RUN, "image_pixels", lambda *arguments: None)
+    write_kernels(tmp_path / "kernels", ops=list(small_ops.values()))
+    monkeypatch.setattr(gpu_cubins.kernel_search, "SHIPPED", tmp_path / "none")
+    setup = dataclasses.replace(heard.setup, kernels=tmp_path / "kernels")
+    gpu_cubins.measure_cubins(setup, Report(heard.say, setup))
+    checks = {check["what"].split()[1]: check["held"] for check in heard.found["checks"]}
+    assert checks == {"tile_gather": True, "tile_blend": True, "image_pixels": not wrong}
+    assert {row["who"] for row in heard.found["rows"]} == {f"cubin {n}" for n, held in checks.items() if held}
+    assert not heard.found["notes"]
+
+
+def test_prebuilt_kernels_are_not_compiled(heard: Heard, tmp_path):
+    setup = dataclasses.replace(heard.setup, kernels=tmp_path)
+    gpu.run_section("compile", setup, heard.say)
+    assert heard.found["absent"].startswith("not needed: the kernels are those of")
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_captures_under_disturbance(heard: Heard, monkeypatch: pytest.MonkeyPatch, failing: bool):
+    monkeypatch.setattr(gpu_stress, "SECONDS", 0.0)
+    monkeypatch.setattr(gpu_stress, "absent_unless_there", lambda *modules: None)
+    monkeypatch.setattr(gpu_stress.kernel_search, "SHIPPED", heard.setup.engine / "kernels")
+    if failing:
+
+        def driver(index: int) -> SimulatedDriver:
+            made = SimulatedDriver()
+            made.failing_captures.extend(["end"])
+            return made
+
+        monkeypatch.setattr(cuda_driver, "CudaDriver", driver)
+    gpu_stress.measure_captures(heard.setup, heard.report)
+    failed = {row["who"]: row["value"] for row in heard.found["rows"] if row["what"] == "failed captures"}
+    assert failed == dict.fromkeys(("captures with the lock", "captures without the lock"), float(failing))
+    held = [check["held"] for check in heard.found["checks"]]
+    assert held == [True, not failing, True]
+
+
+def test_alternatives_are_checked_and_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_alternatives, "absent_unless_there", lambda *modules: None)
+    monkeypatch.setattr(gpu_alternatives, "seconds_each", lambda run, sync, _: (run(), 1e-3)[1])
+    op = OPS["attention"]
+    case = min((c for c in op.cases if c.dtype == "fp16"), key=lambda c: op.cost(c.shape, c.dtype).flops)
+    gpu_alternatives.measure_case(op, case, heard.setup, heard.report)
+    assert held(heard)
+    names = [row["who"] for row in heard.found["rows"]]
+    assert names[-1] == "attention, PyTorch" and names[0].startswith("attention, tiling of sm_80")
+
+
+def test_two_calls_make_one_page(tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, device={"rows": [row("device", "tick", 1.0)]}, pytorch={"notes": ["second"]})
+    options = ["--cache", str(tmp_path), "-o", str(tmp_path)]
+    assert gpu.main([*options, "--call", "1"]) == 0 == gpu.main([*options, "--call", "2"])
+    found = json.loads((tmp_path / "gpu-nvidia-test-1.json").read_text())
+    assert found["device"]["rows"] and found["pytorch"]["notes"] == ["second"]
+    for seconds, sections in gpu.CALLS.values():
+        assert set(sections) <= gpu.SECTIONS.keys() and seconds in (200, 400)
+
+
+def test_travelling_tree_is_small(capsys):
+    assert travel.main(["--limit", "60"]) == 0
+    left = capsys.readouterr().out.split()
+    assert "runtime/demo_engines" in left and "training/demo_checkpoints" not in left[:1]
+    assert travel.leave_out({"docs/a": 5, "runtime/b": 7}, 7) == (["docs"], 7)
+    assert travel.leave_out({"runtime/b": 7}, 6)[1] == 7

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import image_simulation
 import numpy as np
 from recording import FakeSession, Function
 
 from moesr.kernels.build import substitute
 from moesr.kernels.plan import Op, TritonLaunch, TritonPlan
-from moesr.kernels.registry import LOOP
+from moesr.kernels.registry import SHIPPED
 from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import KernelFiles
 from moesr.runtime.devices.cuda import Buffer, CudaDevice
@@ -109,6 +110,12 @@ class SimulatedDriver:
     def pinned(self, nbytes: int) -> np.ndarray:
         self.peak_pinned += nbytes
         return np.full(nbytes, POISON, np.uint8)
+
+    def place(self, data: np.ndarray) -> int:
+        """Put memory of another library into the GPU, and return its address."""
+        address, self._top = self._top, self._top + -(-(data.nbytes + 256) // 256) * 256
+        self.blocks[address] = data
+        return address
 
     def view(self, address: int, count: int, dtype: Any = np.uint8) -> np.ndarray:
         """Return live memory as an array; an error is raised unless all of it lies inside one block."""
@@ -198,6 +205,12 @@ class SimulatedDriver:
         if event > self._done:
             self.log.append("WAIT")
             self._play(event)
+
+    def wait_for(self, stream: int) -> None:
+        self._add(f"wait for stream {stream}", lambda: None)
+
+    def signal(self, stream: int) -> None:
+        self._add(f"signal stream {stream}", lambda: None)
 
     def copy_out(self, target: np.ndarray, address: int) -> None:
         self.log.append("READ")
@@ -310,13 +323,18 @@ def sampler_step(driver, constants, grid, jobs, *hidden) -> None:
         moved[:], out[:] = total, 0
 
 
-RUN = {"tile_gather": tile_gather, "tile_blend": tile_blend, "sampler_step": sampler_step}
+RUN = {
+    "tile_gather": tile_gather,
+    "tile_blend": tile_blend,
+    "sampler_step": sampler_step,
+    **image_simulation.RUN,
+}
 
 
 def write_kernels(
     directory: Path,
     targets: Sequence[str] = ("sm_90",),
-    ops: Sequence[Op] = LOOP,
+    ops: Sequence[Op] = SHIPPED,
     dtype: str = "fp32",
     without: str = "",
 ) -> Path:
@@ -336,7 +354,10 @@ def write_kernels(
                     launch.function,
                     tuple(plan.type_of(a) for a in launch.arguments),
                     dict(launch.constants),
-                    {t: _compiled(directory, t, name, launch) for t in targets},
+                    {
+                        t: _compiled(directory, t, name, launch, [plan.type_of(a) for a in launch.arguments])
+                        for t in targets
+                    },
                 )
                 grid = tuple(substitute(str(size), launch.constants) for size in launch.grid)
                 launches.append(KernelLaunch(name, launch.arguments, grid))
@@ -348,10 +369,12 @@ def write_kernels(
     return directory
 
 
-def _compiled(directory: Path, target: str, name: str, launch: TritonLaunch) -> KernelTarget:
+def _compiled(
+    directory: Path, target: str, name: str, launch: TritonLaunch, types: list[str]
+) -> KernelTarget:
     file = directory / target / f"{name}.cubin"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(dict(launch.constants)))
+    file.write_text(json.dumps(dict(launch.constants) | {"types": types}))
     return KernelTarget(
         file=file.relative_to(directory).as_posix(),
         sha256=sha256_of(file),

@@ -1,0 +1,1 @@
+"""Color correction of a result towards its input, over the whole image."""

@@ -1,0 +1,1 @@
+"""Bicubic resizing of images on the device, one axis per launch."""

@@ -1,0 +1,248 @@
+"""Arrays of other libraries in and out of an Upscaler: on the simulated GPU, and on the host."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_backend
+import torch
+from cuda_simulation import SimulatedDriver
+from engines import build_engine
+from gpu_arrays import STREAM, CapsuleArray, GPUArray, InterfaceArray
+
+from moesr.runtime import Upscaler
+from moesr.runtime.devices import cuda_driver
+from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.images import arrays
+from moesr.runtime.loop.array_pictures import FLOAT_LEVELS
+
+RNG = np.random.default_rng(5)
+SIZE = 19, 26
+COLOR = RNG.integers(20, 230, (*SIZE, 3), np.uint8)
+PAPER = COLOR.copy()
+PAPER[:12, :15] = 255
+LEVEL = {"uint8": 1, "uint16": 1, "float16": 2e-3, "float32": 1.01 / FLOAT_LEVELS}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    return build_engine(tmp_path_factory.mktemp("engine") / "engine")
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch) -> SimulatedDriver:
+    """The GPU of Upscalers that are opened from now on, and of arrays."""
+    simulated_backend.install(monkeypatch, tmp_path / "kernels")
+    made = SimulatedDriver()
+    monkeypatch.setattr(cuda_driver, "CudaDriver", lambda index: made)
+    monkeypatch.setattr(GPUArray, "driver", made, raising=False)
+    return made
+
+
+def of_type(image: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "uint8":
+        return image
+    wide = image.astype(np.uint16) * np.uint16(257)
+    return wide if dtype == "uint16" else (wide / FLOAT_LEVELS).astype(dtype)
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max())
+
+
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
+@pytest.mark.parametrize("image", [COLOR, COLOR[..., :1].repeat(3, 2)], ids=["color", "grey"])
+def test_a_gpu_array_gives_the_result_of_the_host(engine, driver, image, color_fix):
+    with Upscaler(engine) as up:
+        want = up(image, steps=2, color_fix=color_fix)
+        driver.log.clear()
+        got = up(InterfaceArray.of(image), steps=2, color_fix=color_fix)
+        assert type(got) is InterfaceArray and got.shape == want.shape and got.dtype == want.dtype
+        assert difference(got.memory, want) <= 1
+        assert driver.log.count("READ") <= 3  # the flags of the passes, not the image
+
+
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
+def test_white_paper_stays_white_on_a_gpu(engine, driver, color_fix):
+    with Upscaler(engine) as up:
+        got = up(InterfaceArray.of(PAPER), steps=2, color_fix=color_fix).memory
+    assert (got[:40, :50] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", arrays.DTYPES)
+@pytest.mark.parametrize("kind", [InterfaceArray, CapsuleArray])
+def test_types_and_layouts(engine, driver, dtype, kind):
+    image = of_type(COLOR, dtype)
+    with Upscaler(engine) as up:
+        want = up(image, steps=2)
+        assert want.dtype == dtype and want.shape == (4 * SIZE[0], 4 * SIZE[1], 3)
+        for given in (kind.of(image, unaligned=1), kind.of(np.asfortranarray(image))):
+            assert difference(up(given, steps=2).memory, want) <= LEVEL[dtype]
+        planes = np.stack([image, image[::-1]]).transpose(0, 3, 1, 2)
+        for given in (planes, np.ascontiguousarray(planes)):
+            got = up(kind.of(given, unaligned=3), steps=2)
+            assert got.shape == (2, 3, 4 * SIZE[0], 4 * SIZE[1])
+            assert difference(got.memory[0].transpose(1, 2, 0), want) <= LEVEL[dtype]
+        assert difference(got.memory, up(np.ascontiguousarray(planes), steps=2)) <= LEVEL[dtype]
+
+
+def test_grey_arrays(engine, driver):
+    grey = COLOR[..., 0]
+    with Upscaler(engine) as up:
+        want = up(grey, steps=2)
+        assert difference(up(InterfaceArray.of(grey), steps=2).memory, want) <= 1
+        assert difference(up(InterfaceArray.of(grey[..., None]), steps=2).memory[..., 0], want) <= 1
+        assert difference(up(InterfaceArray.of(grey[None, None]), steps=2).memory[0, 0], want) <= 1
+
+
+def test_the_order_of_streams(engine, driver):
+    """The image is read after the work on the caller's stream, which then waits for the result."""
+    with Upscaler(engine) as up:
+        up(COLOR, steps=2)
+        for stream, number in ((None, STREAM), (5, 5), (0, 1)):
+            driver.log.clear()
+            got = up(InterfaceArray.of(COLOR), steps=2, stream=stream)
+            log = driver.log
+            first = next(i for i, name in enumerate(log) if name == "first_pass")
+            last = max(i for i, name in enumerate(log) if name == "image_pixels")
+            assert log.index(f"wait for stream {number}") < first
+            assert log.index(f"signal stream {number}") > last
+            assert stream is None or driver._done != driver._enqueued  # the host did not wait
+            driver.synchronize()
+            assert got.memory.any()
+
+
+def test_handles_and_streams_of_images(engine, driver):
+    with Upscaler(engine) as up:
+        want = up(COLOR, steps=2)
+        assert difference(up.submit(InterfaceArray.of(COLOR), steps=2).result(60).memory, want) <= 1
+        images = [InterfaceArray.of(COLOR), COLOR, torch.from_numpy(COLOR)]
+        for got in up.map(images, steps=2):
+            values = got.memory if isinstance(got, GPUArray) else np.asarray(got)
+            assert difference(values, want) <= 1
+
+
+def test_memory_is_given_back(engine, driver):
+    with Upscaler(engine) as up:
+        sizes = []
+        for _ in range(8):
+            up(InterfaceArray.of(COLOR), steps=2)
+            gc.collect()
+            driver.synchronize()
+            up._worker._device._collect()
+            driver.synchronize()
+            sizes.append(len(driver.blocks) - 3 * (len(sizes) + 1))  # three are of the caller
+        assert max(sizes[2:]) - min(sizes[2:]) <= 1, sizes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InterfaceArray.of(COLOR.astype(np.int32)), "array of int32 on a GPU, expected uint8"),
+        (lambda: InterfaceArray.of(COLOR[..., :2]), "2 channels on a GPU, expected 1 or 3"),
+        (lambda: InterfaceArray((0, 4, 3), np.uint8), "expected some pixels"),
+        (lambda: InterfaceArray((2, 2, 2, 2, 2), np.uint8), r"expected \[H, W, C\] or \[B, C, H, W\]"),
+        (lambda: InterfaceArray(SIZE, ">u2"), "in this machine's byte order"),
+    ],
+)
+def test_unfit_gpu_arrays_are_refused(engine, driver, make, message):
+    with Upscaler(engine) as up, pytest.raises(InputError, match=message):
+        up(make(), steps=2)
+
+
+@pytest.mark.parametrize("option", [{"tileable": True}, {"checkpoint_every": 1}, {"start_step": 1}])
+def test_options_that_need_the_host_are_refused(engine, driver, option):
+    name = next(iter(option))
+    with Upscaler(engine) as up, pytest.raises(UsageError, match=f"{name} needs an image on the host"):
+        up(InterfaceArray.of(np.zeros((16, 16, 3), np.uint8)), steps=2, **option)
+
+
+def test_arrays_elsewhere_are_refused(engine, driver, monkeypatch):
+    monkeypatch.setattr(CapsuleArray, "device", 1)
+    image = CapsuleArray.of(COLOR)
+    with Upscaler(engine) as up, pytest.raises(InputError, match=r"on GPU 1, and .* computes on GPU 0"):
+        up(image, steps=2)
+
+
+def test_arrays_of_a_gpu_need_an_upscaler_on_it(engine, monkeypatch):
+    monkeypatch.setattr(GPUArray, "driver", SimulatedDriver(), raising=False)
+    match = "computes on the CPU; pass a copy on the host"
+    with Upscaler(engine, device="cpu") as up, pytest.raises(InputError, match=match):
+        up(CapsuleArray.of(COLOR), steps=2)
+
+
+@pytest.mark.parametrize("dtype", arrays.DTYPES)
+def test_tensors_of_the_host_stay_tensors(engine, dtype):
+    image = of_type(COLOR, dtype)
+    with Upscaler(engine, device="cpu") as up:
+        want = up(image, steps=2)
+        tensor = torch.from_numpy(image)
+        got = up(tensor, steps=2)
+        assert isinstance(got, torch.Tensor) and got.dtype == tensor.dtype
+        np.testing.assert_array_equal(got.numpy(), want)
+        batch = torch.stack([tensor, tensor.flip(0)]).permute(0, 3, 1, 2)
+        got = up(batch, steps=2)
+        assert isinstance(got, torch.Tensor) and got.shape == (2, 3, 4 * SIZE[0], 4 * SIZE[1])
+        np.testing.assert_array_equal(got[0].permute(1, 2, 0).numpy(), want)
+        np.testing.assert_array_equal(up(batch.numpy(), steps=2), got.numpy())
+        one = up.submit(batch[:1], steps=2).result(60)
+        assert torch.equal(one, got[:1])
+
+
+def test_floating_point_images_are_close_to_those_of_integers(engine):
+    with Upscaler(engine, device="cpu") as up:
+        want = up(COLOR, steps=2).astype(np.float32) / 255
+        got = up((COLOR / np.float32(255)).astype(np.float32), steps=2)
+        assert difference(got, want) < 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (COLOR.astype(np.float32), "values from .* expected 0 to 1; .* image / 255"),
+        (np.full((4, 4, 3), np.nan, np.float32), "expected 0 to 1"),
+        (torch.zeros(4, 4, 3, dtype=torch.bfloat16), "Tensor that NumPy cannot read"),
+        (torch.zeros(4, 4, 3, dtype=torch.float64), "float64, expected uint8"),
+        (np.zeros((2, 3, 4, 4), np.int16), "int16, expected uint8"),
+    ],
+)
+def test_unfit_arrays_of_the_host_are_refused(engine, image, message):
+    with Upscaler(engine, device="cpu") as up, pytest.raises(InputError, match=message):
+        up(image, steps=2)
+
+
+def test_a_batch_is_one_call(engine):
+    batch = np.zeros((3, 3, 8, 8), np.uint8)
+    with Upscaler(engine, device="cpu") as up:
+        with pytest.raises(InputError, match="batch of 3 images, expected one; call the Upscaler"):
+            up.submit(batch, steps=2).result(60)
+        assert up(batch, steps=2).shape == (3, 3, 32, 32)
+
+
+def test_libraries_that_cannot_make_a_result_are_named(driver):
+    class Other:
+        dtype = np.dtype(np.uint8)
+
+        def __init__(self) -> None: ...
+
+    with pytest.raises(InputError, match=r"cannot be made as Other .* torch\.from_dlpack"):
+        arrays.empty_like(Other(), (1, 2))
+
+
+def test_handles_of_streams():
+    class Protocol:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, 9
+
+    class Attribute:
+        def __init__(self, name: str, value: Any) -> None:
+            setattr(self, name, value)
+
+    streams = [7, 0, Protocol(), Attribute("cuda_stream", 8), Attribute("ptr", 6), Attribute("handle", None)]
+    assert [arrays.stream_of(None, stream) for stream in streams] == [7, 1, 9, 8, 6, 1]
+    with pytest.raises(InputError, match="stream of type str"):
+        arrays.stream_of(None, "main")
