@@ -206,7 +206,7 @@ class DeviceArray:
         self.size: Size = image.shape[1], image.shape[2]
 
     def prepare(self, layout: TileLayout, settings: Settings) -> Job:
-        """See `Source.prepare`; all work is done on the device. UsageError for settings that need the host."""
+        """See `Source.prepare`; UsageError for settings that need an image on the host."""
         from_start = settings.start_step and layout.manifest.condition == "image"
         unfit = {"tileable": settings.tileable, "checkpoint_every": settings.checkpoint_every}
         for name, value in {**unfit, "start_step": from_start}.items():
