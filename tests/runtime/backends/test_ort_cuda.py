@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,3 +173,12 @@ def test_library_errors_are_not_printed(graph, capsys):
     with pytest.raises(EngineError, match="onnxruntime cannot run it"):
         backend.open_session(path, boundary, SessionOptions())
     assert capsys.readouterr().out == ""
+
+
+def test_extra_installs_what_the_provider_loads():
+    """The provider needs cuBLAS, cuDNN, the CUDA runtime, cuFFT and cuRAND; from 1.28 replays do not wait."""
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    (needed,) = [line for line in project["optional-dependencies"]["cuda"] if "onnxruntime" in line]
+    name, extras, floor = re.fullmatch(r"([\w-]+)\[([\w,]+)\]>=([\d.]+)", needed).groups()
+    assert name == "onnxruntime-gpu" and extras.split(",") == ["cuda", "cudnn"]
+    assert tuple(map(int, floor.split("."))) >= (1, 28)
