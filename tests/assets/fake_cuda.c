@@ -146,6 +146,9 @@ int cuPointerGetAttributes(unsigned count, int *attributes, void **values, Addre
 
 int cuEventCreate(Handle *made, unsigned flags) { return HANDLE(made), SUCCESS; }
 int cuEventRecord(Handle event, Handle stream) { return LOG("event\n"), SUCCESS; }
+int cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) {
+  return LOG(stream == (Handle)7 ? "another stream waits\n" : "the stream waits\n"), SUCCESS;
+}
 int cuEventQuery(Handle event) { return NOT_READY; }
 int cuEventSynchronize(Handle event) { return LOG("wait\n"), SUCCESS; }
 int cuEventDestroy(Handle event) { return SUCCESS; }

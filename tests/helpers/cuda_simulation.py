@@ -280,7 +280,9 @@ def tile_gather(driver, constants, grid, slots, tiles, t, height, width, *hidden
     column = 1 if dtype is np.float32 else channels
     for i, (address, plane, row, y, x, time) in enumerate(table.tolist()):
         driver.view(t, count, np.float32)[i] = time
-        for c in range(channels):
+        if not address:  # an empty slot
+            out[i] = 0
+        for c in range(channels if address else 0):
             start = address + (c * plane + y * row + x * column) * np.dtype(dtype).itemsize
             tile = window(driver, start, (height, row), (width, column), dtype)
             if dtype is not np.float32:
@@ -295,6 +297,8 @@ def tile_blend(driver, constants, grid, slots, tiles, weights, height, width, *h
     share = driver.view(weights, height * width, np.float32).reshape(height, width)
     for tile, row in zip(values.reshape(count, channels, height, width), table, strict=True):
         sums, weight_sum, flag, plane, stride, y, x = row
+        if not sums:  # an empty slot
+            continue
         if not np.isfinite(tile).all():
             driver.view(flag, 1, np.int32)[0] |= 1
         size = (height, stride), (width, 1)

@@ -45,6 +45,8 @@ four = np.array([42, 0, 0, 0], np.uint8)
 driver.copy_in(block.address, four)
 driver.launch(kernel, (3, 2, 1), 128, 100 * 1024, arguments)
 driver.wait(driver.record())
+driver.wait_for(7)
+driver.signal(7)
 driver.begin_capture()
 driver.launch(kernel, (3, 2, 1), 64, 0, arguments)
 graph = driver.end_capture()
@@ -101,6 +103,10 @@ copy 4
 launch 3 2 1, 128 threads, 102400 bytes: 42 -7 2.5
 event
 wait
+event
+the stream waits
+event
+another stream waits
 capture 2
 launch 3 2 1, 64 threads, 0 bytes: 42 -7 2.5
 end
