@@ -158,10 +158,11 @@ def seconds_in_graph(launches: list[BoundLaunch], driver: Driver) -> float:
 
 def on_gpu(values: Mapping[str, Any]) -> dict[str, Any]:
     """Move tensors to the GPU."""
+    import torch
     from gpu_suite import networks
     from moesr.kernels.check import on_device
 
-    return on_device(values, networks.device_of())
+    return on_device(values, torch.device(networks.device_of()))
 
 
 def address_of(tensor: Any, driver: Driver) -> int:

@@ -41,7 +41,7 @@ class GpuArray:
 
 def is_foreign(image: Any) -> bool:
     """Return True if the image is an array of another library than NumPy."""
-    known = hasattr(image, "__cuda_array_interface__") or hasattr(image, "__dlpack_device__")
+    known = hasattr(image, "__dlpack_device__") or _interface(image) is not None
     return known and not isinstance(image, np.ndarray)
 
 
@@ -57,8 +57,14 @@ def on_gpu(image: Any) -> GpuArray | None:
         raise InputError(
             f"got an array on a device of DLPack's type {kind}; pass one on a CUDA GPU or the CPU"
         )
-    interface = getattr(image, "__cuda_array_interface__", None)
-    found = _of_interface(image, interface, device) if interface else _of_capsule(image, device)
+    image = image.detach() if hasattr(image, "detach") else image  # PyTorch shares no tensor with a gradient
+    interface = _interface(image)
+    try:
+        found = _of_interface(image, interface, device) if interface else _of_capsule(image, device)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"got {type(image).__name__} on a GPU that cannot be read ({error}); expected {', '.join(DTYPES)}"
+        ) from error
     return _checked(found)
 
 
@@ -75,7 +81,8 @@ def to_host(image: Any) -> np.ndarray:
 def like(image: Any, array: np.ndarray) -> Any:
     """Return a NumPy array as an array of the library that `image` comes from, without a copy if it can."""
     module = _module(image)
-    return array if module is np or not hasattr(module, "from_dlpack") else module.from_dlpack(array)
+    make = None if module in (None, np) else getattr(module, "from_dlpack", None)
+    return make(array) if make else array
 
 
 def empty_like(image: Any, shape: tuple[int, ...]) -> Any:
@@ -87,7 +94,7 @@ def empty_like(image: Any, shape: tuple[int, ...]) -> Any:
     name = module.__name__ if module else ""
     if name == "torch":
         return image.new_empty(shape)
-    if name == "cupy":
+    if module and name == "cupy":
         return module.empty(shape, dtype=image.dtype)
     if name == "numba":
         return sys.modules["numba.cuda"].device_array(shape, dtype=image.dtype)
@@ -108,7 +115,7 @@ def stream_of(image: Any, given: Any = None) -> int:
     """
     if given is not None:
         return _handle(given)
-    interface = getattr(image, "__cuda_array_interface__", None) or {}
+    interface = _interface(image) or {}
     if interface.get("stream"):
         return int(interface["stream"])
     module = _module(image)
@@ -133,6 +140,14 @@ def _handle(stream: Any) -> int:
         return int(getattr(stream, "value", stream) or 0) or _DEFAULT_STREAM
     except (TypeError, ValueError) as error:
         raise InputError(f"got a stream of type {type(stream).__name__}, expected its handle") from error
+
+
+def _interface(image: Any) -> dict[str, Any] | None:
+    """Return `__cuda_array_interface__`; None if there is none, or if the library refuses it for this dtype."""
+    try:
+        return getattr(image, "__cuda_array_interface__", None)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _place(image: Any) -> tuple[int, int | None]:

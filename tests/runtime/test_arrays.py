@@ -154,6 +154,20 @@ def test_unfit_gpu_arrays_are_refused(engine, driver, make, message):
         up(make(), steps=2)
 
 
+def test_an_array_whose_library_refuses_is_an_input_error(engine, driver):
+    class Refusing(CapsuleArray):
+        @property
+        def __cuda_array_interface__(self) -> dict:
+            raise RuntimeError("tensors that require a gradient have no interface")
+
+        def __dlpack__(self, *, stream: int) -> Any:
+            raise BufferError("bfloat16 is not supported")
+
+    match = r"Refusing on a GPU that cannot be read \(bfloat16 is not supported\)"
+    with Upscaler(engine) as up, pytest.raises(InputError, match=match):
+        up(Refusing.of(COLOR), steps=2)
+
+
 @pytest.mark.parametrize("option", [{"tileable": True}, {"checkpoint_every": 1}, {"start_step": 1}])
 def test_options_that_need_the_host_are_refused(engine, driver, option):
     name = next(iter(option))
