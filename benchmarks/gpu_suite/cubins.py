@@ -159,6 +159,7 @@ def seconds_in_graph(launches: list[BoundLaunch], driver: Driver) -> float:
 def on_gpu(values: Mapping[str, Any]) -> dict[str, Any]:
     """Move tensors to the GPU."""
     import torch
+
     from gpu_suite import networks
     from moesr.kernels.check import on_device
 

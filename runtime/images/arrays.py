@@ -143,7 +143,7 @@ def _handle(stream: Any) -> int:
 
 
 def _interface(image: Any) -> dict[str, Any] | None:
-    """Return `__cuda_array_interface__`; None if there is none, or if the library refuses it for this dtype."""
+    """Return `__cuda_array_interface__`; None if the array has none, or if its library refuses."""
     try:
         return getattr(image, "__cuda_array_interface__", None)
     except (RuntimeError, TypeError):
