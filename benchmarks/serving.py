@@ -20,6 +20,7 @@ from pathlib import Path
 import benchlib.missing_extra  # noqa: F401
 from benchlib.origin import origin_line
 from load_test import fairness
+from load_test.fairness import Fairness
 from load_test.hostile import Hostile
 from load_test.loads import Clients, Kind, Load
 from load_test.page import Results, page
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the loads and write the page."""
     args = parser().parse_args(argv)
     allow_open_files(4096)
-    results = Results(args.engine, args.steps, origin_line(), SIZES)
+    results = Results(args.engine, args.steps, origin_line(), SIZES, Fairness(args.small, args.large))
     with tempfile.TemporaryDirectory(prefix="moesr-serving-") as scratch:
         options = ["--state", str(Path(scratch, "state")), "--engine", args.engine, "--idle", "2"]
         with served([*options, "--queue", str(args.clients + 2)]) as server, Watch(server) as watch:
@@ -58,7 +59,9 @@ def measure(server: Server, args: argparse.Namespace, results: Results, watch: W
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
     want = [server.upscale(image, args.steps)[1] for image in images]
     clients, hostile = Clients(server, images, want, args.steps), Hostile(server, images[0])
+    print("a small image behind a large one", file=sys.stderr)
     fairness.small_behind_large(server, args.steps, results.fairness)
+    print("a folder", file=sys.stderr)
     fairness.folder(args.engine, args.steps, SIZES, results.fairness)
     args.output.write_text(page(results), encoding="utf-8")
     plan = kinds(args.clients, args.over)
@@ -123,6 +126,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="M",
         help="minutes for all loads (default: %(default)g)",
     )
+    text = "side in pixels of a square image that is timed behind a large one (default: %(default)s)"
+    add("--small", type=int, default=512, metavar="PX", help=text)
+    text = "side in pixels of that large image (default: %(default)s)"
+    add("--large", type=int, default=4096, metavar="PX", help=text)
     text = "page of results (default: benchmarks/results/serving.md)"
     add("-o", "--output", type=Path, default=PAGE, metavar="FILE", help=text)
     return p

@@ -14,31 +14,29 @@ from load_test.pictures import array, picture
 from load_test.server import Server
 from moesr.runtime.upscaler import Upscaler
 
-SMALL, LARGE = (512, 512), (4096, 4096)
-"""Heights and widths of an image of 0.25 megapixels and one of 16 megapixels."""
-
 FOLDER, ROUNDS = 8, 3
 """Number of images of the folder, and how often it is run in each way."""
 
 
 @dataclass
 class Fairness:
-    """Measurements in seconds."""
+    """Measurements in seconds. `small` and `large` are the sides of the two square images in pixels."""
 
-    alone: list[float] = field(default_factory=list)  # the small image with nothing else to do
-    behind: list[float] = field(default_factory=list)  # the small image while the large one is sampled
+    small: int
+    large: int
+    alone: float = 0.0  # the small image with nothing else to do
+    behind: float = 0.0  # the small image while the large one is sampled
     refused: str = ""  # the reason if the large image was not sampled
     as_folder: list[float] = field(default_factory=list)  # all images by `Upscaler.map`, without turns
     in_turns: list[float] = field(default_factory=list)  # all images by `Upscaler.submit`, each with its turn
 
 
-def small_behind_large(server: Server, steps: int, found: Fairness, repeats: int = 2) -> None:
+def small_behind_large(server: Server, steps: int, found: Fairness) -> None:
     """Time a small image alone and while a large one is being sampled; cancel the large one at the end."""
-    small = picture(*SMALL, seed=1)
-    for _ in range(repeats):
-        found.alone.append(_seconds(server, small, steps))
+    small = picture(found.small, found.small, seed=1)
+    found.alone = _seconds(server, small, steps)
     try:
-        job = _call(server, f"/v1/jobs?steps={steps}", picture(*LARGE, seed=2))
+        job = _call(server, f"/v1/jobs?steps={steps}", picture(found.large, found.large, seed=2))
         while (state := _call(server, f"/v1/jobs/{job['id']}")).get("stage") != "sampling":
             if state["status"] in ("done", "failed"):
                 found.refused = state.get("problem", {}).get("detail", "it was done too early")
@@ -48,8 +46,7 @@ def small_behind_large(server: Server, steps: int, found: Fairness, repeats: int
         found.refused = json.load(error)["detail"]
         return
     try:
-        for _ in range(repeats):
-            found.behind.append(_seconds(server, small, steps))
+        found.behind = _seconds(server, small, steps)
     finally:
         request = urllib.request.Request(f"{server.url}/v1/jobs/{job['id']}", method="DELETE")
         urllib.request.urlopen(request, timeout=600).close()
@@ -74,12 +71,13 @@ def lines(found: Fairness) -> list[str]:
     """Return the section of the page, without anything that was not measured."""
     parts = []
     if found.refused:
-        parts.append(f"The image of {_mp(LARGE)} megapixels was not measured: {found.refused}")
+        parts.append(f"The image of {_mp(found.large)} megapixels was not measured: {found.refused}")
     elif found.behind:
-        alone, behind = median(found.alone), median(found.behind)
+        times = found.behind / found.alone
         parts.append(
-            f"An image of {_mp(SMALL)} megapixels takes {alone:.2f} s alone and {behind:.2f} s while one of "
-            f"{_mp(LARGE)} megapixels is sampled: {behind / alone:.2f} times as long."
+            f"An image of {_mp(found.small)} megapixels takes {found.alone:.2f} s alone and "
+            f"{found.behind:.2f} s while one of {_mp(found.large)} megapixels is sampled: {times:.2f} times "
+            "as long."
         )
     if found.in_turns:
         one, many = median(found.as_folder), median(found.in_turns)
@@ -90,15 +88,15 @@ def lines(found: Fairness) -> list[str]:
     return ["## Fair shares", *parts] if parts else []
 
 
-def _mp(size: tuple[int, int]) -> str:
-    return f"{size[0] * size[1] / 2**20:g}"
+def _mp(side: int) -> str:
+    return f"{side * side / 2**20:.3g}"
 
 
 def _seconds(server: Server, image: bytes, steps: int) -> float:
     begin = time.monotonic()
     status, _ = server.upscale(image, steps)
     if status != 200:
-        raise SystemExit(f"an image of {SMALL} pixels got status {status}")
+        raise SystemExit(f"the small image got status {status}")
     return time.monotonic() - begin
 
 

@@ -28,8 +28,8 @@ class Results:
     steps: int
     origin: str  # command, commit and machine, as they were before a page was written
     sizes: Sequence[tuple[int, int]]  # heights and widths of the inputs
+    fairness: Fairness
     loads: list[Load] = field(default_factory=list)
-    fairness: Fairness = field(default_factory=Fairness)
     memory: Sequence[tuple[float, float]] = ()  # seconds since the start, megabytes
     hostile: Mapping[str, Counter[str]] = field(default_factory=dict)
     finished: bool = False

@@ -6,6 +6,7 @@ import pytest
 import serving
 from engines import build_engine
 from load_test import fairness, hostile
+from load_test.fairness import Fairness
 from load_test.loads import Kind, Load
 from load_test.page import Results, page
 
@@ -13,12 +14,11 @@ from load_test.page import Results, page
 def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hostile, "IDLE", 100)
     monkeypatch.setattr(hostile, "PAUSE_S", 0.0)
-    monkeypatch.setattr(fairness, "SMALL", (32, 32))
-    monkeypatch.setattr(fairness, "LARGE", (512, 512))
     monkeypatch.setattr(fairness, "ROUNDS", 1)
     engine = build_engine(tmp_path / "engine")
     output = tmp_path / "serving.md"
     options = ["--clients", "3", "--over", "8", "--steps", "30", "--minutes", "0.12", "-o", str(output)]
+    options += ["--small", "32", "--large", "512"]
     assert serving.main(["--engine", str(engine), *options]) == 0, capsys.readouterr().err
     text = output.read_text()
     assert "not finished" not in text and "| until minute |" in text
@@ -31,7 +31,7 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
 
 
 def test_the_page_of_an_unfinished_run_says_so():
-    text = page(Results("demo-x4", 5, "Command", [(8, 8)], [Load(Kind("1 client", 1, 0.1))]))
+    text = page(Results("demo-x4", 5, "Command", [(8, 8)], Fairness(8, 16), [Load(Kind("1 client", 1, 0.1))]))
     assert "not finished" in text and "| 1 client | 0 | 0.000 | nan |" in text
 
 
