@@ -127,9 +127,9 @@ def parser() -> argparse.ArgumentParser:
         help="minutes for all loads (default: %(default)g)",
     )
     text = "side in pixels of a square image that is timed behind a large one (default: %(default)s)"
-    add("--small", type=int, default=512, metavar="PX", help=text)
+    add("--small", type=int, default=500, metavar="PX", help=text)
     text = "side in pixels of that large image (default: %(default)s)"
-    add("--large", type=int, default=4096, metavar="PX", help=text)
+    add("--large", type=int, default=4000, metavar="PX", help=text)
     text = "page of results (default: benchmarks/results/serving.md)"
     add("-o", "--output", type=Path, default=PAGE, metavar="FILE", help=text)
     return p

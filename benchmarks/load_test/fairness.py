@@ -89,7 +89,7 @@ def lines(found: Fairness) -> list[str]:
 
 
 def _mp(side: int) -> str:
-    return f"{side * side / 2**20:.3g}"
+    return f"{side * side / 1e6:.3g}"
 
 
 def _seconds(server: Server, image: bytes, steps: int) -> float:
