@@ -74,7 +74,7 @@ def _declared(stream: BinaryIO, head: bytes, limits: Limits) -> tuple[int, int]:
     except Image.DecompressionBombError:
         raise Problem(413, _too_many(limits)) from None
     except UnidentifiedImageError:
-        raise Problem(415, f"the file is not an image of a known format; send one of {KINDS}") from None
+        raise Problem(415, f"the file is not an image of a known kind; send one of {KINDS}") from None
     except Exception:  # decoders raise whatever their parsers meet
         if head.startswith(formats.PNG_SIGNATURE) and len(head) >= 24:  # its text may be too long for Pillow
             return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
