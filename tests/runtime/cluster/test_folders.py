@@ -23,8 +23,10 @@ from moesr.runtime.cluster import listing, places
 from moesr.runtime.cluster.ledger import Ledger
 from moesr.runtime.cluster.listing import Sources, with_twins
 from moesr.runtime.cluster.worker import Work, Worker
-from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME, read_manifest
 from moesr.runtime.images import provenance
+from moesr.runtime.system import user_cache
+from moesr.runtime.system.files import sha256_of
 
 
 def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
@@ -100,6 +102,8 @@ def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, tmp_
     for path in engine.iterdir():
         (store / path.name).write_bytes(path.read_bytes())
     made = moesr(f"s3://{source.name}", "-o", tmp_path / "out", "--engine", f"s3://{store.name}")
+    (copy,) = (path for path in (user_cache.directory() / "engines").iterdir() if path.is_dir())
+    assert copy.name == sha256_of(engine / MANIFEST_NAME)[:16] and tree(copy) == tree(engine)
     assert made.code == 0 and tree(tmp_path / "out") == ["a_x4.png"]
 
 
@@ -160,6 +164,26 @@ def test_missing_library_is_reported_with_its_extra(library, tmp_path, monkeypat
     target = f"{tmp_path}/out" if library == "ray" else "s3://out"
     assert main(["--ray", str(tmp_path / "a.png"), "-o", target]) == 2
     assert f"{library} is not installed; install it with: pip install 'moesr[ray]'" in capfd.readouterr().err
+
+
+def test_input_that_changes_while_it_is_read_is_a_failure(bucket, engine, monkeypatch):
+    source, target = bucket("a.png"), bucket()
+    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
+    upscale = batch.run
+
+    def changed_meanwhile(*arguments: object) -> int:
+        picture(source / "a.png")
+        return upscale(*arguments)
+
+    with Upscaler(engine, threads=1) as up:
+        worker = Worker(Work(str(engine), {}, f"s3://{target.name}", {}, how, wanted), upscaler=up)
+        (row,) = Sources((f"s3://{source.name}",), Naming("_x4")).rows()
+        monkeypatch.setattr(batch, "run", changed_meanwhile)
+        line = json.loads(worker(row.values())["line"])
+        assert line["status"] == "failed" and "was modified while it was read; run again" in line["error"]
+        assert tree(target) == []
+        monkeypatch.setattr(batch, "run", upscale)
+        assert json.loads(worker(row.values())["line"])["status"] == "done"
 
 
 def test_internal_error_is_a_failure_of_one_input(engine, tmp_path, monkeypatch):
