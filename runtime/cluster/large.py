@@ -17,7 +17,7 @@ from moesr.runtime.cluster.places import place_of
 from moesr.runtime.cluster.remote import RemoteUpscaler
 from moesr.runtime.cluster.worker import Work, Worker
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.errors import MoesrError
+from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.images import formats
 from moesr.runtime.loop.admission import image_bytes
 from moesr.runtime.loop.tile_layout import TileLayout
@@ -26,6 +26,11 @@ from moesr.runtime.loop.tile_layout import TileLayout
 def split(sources: Sources, manifest: Manifest, resources: Resources) -> tuple[list[Row], Sources]:
     """Return the named images that need more memory than a worker has, and the sources without them."""
     rows = {name: sources.named(name) for name in sources.names}
+    if list(rows.values()).count(None) > 1:
+        raise UsageError(
+            "several folders may have files of the same name, whose results would be one file; "
+            "run them one by one, each with -o of its own"
+        )
     large = {
         name: row for name, row in rows.items() if row and bytes_of(row, manifest) > resources.memory_bytes
     }

@@ -52,11 +52,11 @@ def run(args: argparse.Namespace, options: Mapping[str, Any], how: RunOptions) -
     )
     work = Work(name, upscaler, args.output, dict(options), theirs, wanted, args.pre_clean)
     inside = place_of(args.output).name("").rstrip("/") + "/"
-    sources = Sources(tuple(args.inputs), how.naming(wanted.scale), how.recursive, inside)
+    sources = Sources(tuple(dict.fromkeys(args.inputs)), how.naming(wanted.scale), how.recursive, inside)
+    alone, others = large.split(sources, manifest, resources)
     with dataset.connected(args.ray), _quiet_ray():
         driver = Driver(how, report)
         shown = dataclasses.replace(work, how=dataclasses.replace(theirs, quiet=how.quiet))
-        alone, others = large.split(sources, manifest, resources)
         for row in large.report_rows(alone, shown, resources):
             driver.take(row)
         return driver.run(dataset.report_rows(others, work, resources) if others.names else None)

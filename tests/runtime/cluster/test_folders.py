@@ -186,6 +186,13 @@ def test_input_that_changes_while_it_is_read_is_a_failure(bucket, engine, monkey
         assert json.loads(worker(row.values())["line"])["status"] == "done"
 
 
+def test_several_folders_are_refused(tmp_path, capfd):
+    for name in ("a", "b"):
+        picture(tmp_path / name / "x.png")
+    assert main(["--ray", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out")]) == 2
+    assert "run them one by one, each with -o of its own" in capfd.readouterr().err
+
+
 def test_internal_error_is_a_failure_of_one_input(engine, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
