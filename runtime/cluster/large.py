@@ -15,6 +15,7 @@ from moesr.runtime.cluster.dataset import Resources
 from moesr.runtime.cluster.listing import Row, Sources
 from moesr.runtime.cluster.places import place_of
 from moesr.runtime.cluster.remote import RemoteUpscaler
+from moesr.runtime.cluster.tile_pool import TilePool
 from moesr.runtime.cluster.worker import Work, Worker
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import MoesrError, UsageError
@@ -69,12 +70,9 @@ def report_rows(rows: Sequence[Row], work: Work, resources: Resources) -> Iterat
     fit = int(ray.cluster_resources().get("CPU", 1) // max(resources.cpus, 1e-3))
     options = {name: work.upscaler[name] for name in ("backend", "threads", "precision", "verify")}
     reserved = {"num_cpus": resources.cpus, "memory": resources.memory_bytes}
-    with RemoteUpscaler(
-        work.engine,
-        {"name": options.pop("backend"), "device": "cpu", **options},
-        resources.workers or max(fit, 1),
-        reserved,
-    ) as upscaler:
+    options["name"], options["device"] = options.pop("backend"), "cpu"
+    pool = TilePool(work.engine, options, resources.workers or max(fit, 1), reserved)
+    with RemoteUpscaler(work.engine, pool) as upscaler:
         worker = Worker(work, upscaler=upscaler)
         for row in rows:
             yield worker(row.values())

@@ -81,6 +81,9 @@ class RemoteBackend(Backend):
         """See `Backend.open`."""
         return RemoteSession(self.pool, self.roles[graph.file], graph.boundary)
 
+    def open_float32(self, directory: Path, graph: Graph) -> None:
+        """See `Backend.open_float32`: tiles are not run again."""
+
     def release(self) -> None:
         """See `Backend.release`; it ends the actors."""
         self.pool.close()
@@ -89,19 +92,14 @@ class RemoteBackend(Backend):
 class RemoteUpscaler(Upscaler):
     """An Upscaler for large images on a cluster of which this process is a driver."""
 
-    def __init__(
-        self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]
-    ) -> None:
-        """Start `workers` actors, each with these `resources` of Ray, and return when one of them is ready.
-
-        `options` are those of `candidates`.
-        """
+    def __init__(self, engine: str, pool: TilePool) -> None:
+        """Use the actors of a pool, which have opened `engine`; the pool closes with this Upscaler."""
         self.directory = engine_on_this_node(engine)
         self.manifest = read_manifest(self.directory, verify=False)
-        self.pool = TilePool(engine, options, workers, resources)
+        self.pool, self._cache = pool, None
         roles = {graph.file: role for role, graph in self.manifest.graphs.items()}
         self.backend = RemoteBackend(
-            "ray", SessionOptions(), self.pool.capacity, traits=Traits(), pool=self.pool, roles=roles
+            "ray", SessionOptions(), pool.capacity, traits=Traits(), pool=pool, roles=roles
         )
         self.measured = None
         self._open()

@@ -71,7 +71,13 @@ class TilePool:
     and returned.
     """
 
-    def __init__(self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]):
+    def __init__(
+        self, engine: str, options: Mapping[str, Any], workers: int, resources: Mapping[str, Any]
+    ) -> None:
+        """Start `workers` actors, each with these `resources` of Ray, and wait until one of them is ready.
+
+        `options` are those of `candidates`. EngineError if the engine cannot be opened there.
+        """
         import ray
 
         runner: Any = ray.remote(TileRunner)

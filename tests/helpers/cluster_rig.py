@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moesr.runtime.cluster.worker import SCRATCH
+
 RNG = np.random.default_rng(25)
 
 STORE_BYTES = 80 << 20  # Ray's object store, per node
@@ -68,11 +70,16 @@ def worker_pids() -> list[int]:
     return found
 
 
-def kill_a_worker() -> int:
-    """Kill one of them; returns its process."""
-    pid = worker_pids()[0]
-    os.kill(pid, signal.SIGKILL)
-    return pid
+def kill_a_worker(patience_s: float = 10.0) -> int:
+    """Kill a worker that has an input in work, and return its process."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        for pid in worker_pids():
+            if any(SCRATCH.glob(f".moesr-*-{pid}-*.tmp/in/*")):
+                os.kill(pid, signal.SIGKILL)
+                return pid
+        time.sleep(0.01)
+    raise TimeoutError("no worker has an input in work")
 
 
 def ray_processes(folder: str) -> dict[int, str]:

@@ -9,12 +9,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster_rig import picture, tree
+from engines import build_engine
 from PIL import Image
 
 from moesr.runtime import Upscaler
 from moesr.runtime.cluster.remote import RemoteUpscaler
+from moesr.runtime.cluster.tile_pool import TilePool, TileRunner
 
 OPTIONS = {"name": "onnxruntime", "device": "cpu", "threads": 1}
+
+
+class PoolOfOne:
+    """A pool whose only runner is in this process."""
+
+    per_run, capacity = 1, 3
+
+    def __init__(self, engine: Path) -> None:
+        self.runner, self.closed = TileRunner(str(engine), OPTIONS), False
+
+    def run(self, role: str, parts: list) -> list:
+        return [self.runner.run(role, *part) for part in parts]
+
+    def abort(self) -> None:
+        """There is nothing to stop."""
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("built", [{}, {"encoder": True}, {"reuse": True}], ids=["plain", "encoder", "reuse"])
+def test_tiles_that_are_sent_give_the_result_of_a_local_run(built, tmp_path):
+    engine = build_engine(tmp_path / "engine", steps=3, **built)
+    pixels = np.random.default_rng(4).integers(0, 256, (40, 60, 3), np.uint8)
+    options = {"reuse": 2} if built.get("reuse") else {}
+    with Upscaler(engine, backend="onnxruntime", threads=1) as local:
+        expected = local(pixels, **options)
+    pool = PoolOfOne(engine)
+    with RemoteUpscaler(str(engine), pool) as up:
+        np.testing.assert_array_equal(up(pixels, **options), expected)
+        assert up.statistics.tiles > up.statistics.ticks
+    assert pool.closed
 
 
 @pytest.mark.slow
@@ -22,7 +56,7 @@ def test_tiles_on_two_workers_though_one_is_killed(nodes, engine):
     pixels = np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8)
     with Upscaler(engine, backend="onnxruntime", threads=1) as local:
         expected = local(pixels, steps=60)
-    with RemoteUpscaler(str(engine), OPTIONS, 2, {"num_cpus": 1}) as up:
+    with RemoteUpscaler(str(engine), TilePool(str(engine), OPTIONS, 2, {"num_cpus": 1})) as up:
         victims = []
 
         def progress(done: float, total: float, stage: str) -> None:

@@ -55,6 +55,10 @@ def service(nodes: Any, engine: Path, tmp_path_factory: pytest.TempPathFactory) 
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read()
 
+    deadline = time.monotonic() + 60
+    while send("/healthz")[0] != 200:  # the proxy learns the route a little later
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     yield send
     serve.shutdown()
 
