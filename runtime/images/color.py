@@ -20,7 +20,10 @@ from moesr.runtime.images.flat_regions import LEVEL, Protection, Regions, Search
 COLOR_FIXES = ("adain", "wavelet", "none")
 """The names of methods for `fix_color`."""
 
-_VARIANCE_EPS = 1e-5  # added to the variance by the published code
+LEVELS = 5
+"""Blurs of the wavelet method."""
+
+VARIANCE_EPS = 1e-5  # added to the variance by the published code
 _ROWS_PER_BLOCK = 64
 
 
@@ -77,7 +80,7 @@ def adain(content: np.ndarray, style: np.ndarray, *, out: np.ndarray | None = No
 
 
 def wavelet(
-    content: np.ndarray, style: np.ndarray, levels: int = 5, *, out: np.ndarray | None = None
+    content: np.ndarray, style: np.ndarray, levels: int = LEVELS, *, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Combine the high frequencies of `content` with the low frequencies of `style` (StableSR, Eq. 3-5).
 
@@ -125,10 +128,10 @@ def _pinned(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Re
         protection.pin(rows, content[rows], style[rows], out[rows])
 
 
-def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, levels: int = 5) -> None:
+def _wavelet_plane(content: np.ndarray, style: np.ndarray, out: np.ndarray, levels: int = LEVELS) -> None:
     low = np.empty(content.shape, np.float32)
     np.subtract(style, content, out=low)
-    np.add(content, _low_band(low, levels), out=out)
+    np.add(content, low_band(low, levels), out=out)
 
 
 def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, regions: Regions) -> None:
@@ -139,13 +142,16 @@ def _wavelet_around(content: np.ndarray, style: np.ndarray, out: np.ndarray, reg
     protection = Protection(regions, content.shape[1])
     for rows in _blocks(len(content)):
         low[rows][flat_regions.expand(regions.pinned, rows, content.shape[1])] = 0.0
-    _low_band(low, 5)
+    low_band(low, LEVELS)
     for rows in _blocks(len(content)):
         protection.apply(rows, content[rows], low[rows], style[rows], out[rows])
 
 
-def _low_band(plane: np.ndarray, levels: int) -> np.ndarray:
-    """Blur [H, W] in place `levels` times, with taps 1, 2, 4, ... pixels apart, and return it."""
+def low_band(plane: np.ndarray, levels: int) -> np.ndarray:
+    """Blur [H, W] in place `levels` times, with taps 1, 2, 4, ... pixels apart, and return it.
+
+    A value depends on those at most `2**levels - 1` rows and columns away.
+    """
     scratch = np.empty_like(plane)
     for level in range(levels):
         _blur_rows(plane, scratch, 2**level)
@@ -193,7 +199,7 @@ def _statistics(plane: np.ndarray, cells: np.ndarray | None = None) -> tuple[flo
         values -= mean
         squares += float(np.vdot(values, values))
     variance = squares / max(count - 1, 1)  # a single pixel has no deviation
-    return mean, float(np.sqrt(variance + _VARIANCE_EPS))
+    return mean, float(np.sqrt(variance + VARIANCE_EPS))
 
 
 def _outside(plane: np.ndarray, cells: np.ndarray | None) -> Iterator[np.ndarray]:

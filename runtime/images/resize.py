@@ -58,37 +58,60 @@ def imresize(
     at least 1x1 pixels. The work is done in blocks of rows, so memory beyond the output is bounded by the
     block size and a few source rows. Raises ValueError for another type or number of axes, or an empty size.
     """
-    if image.dtype not in _TYPES or image.ndim not in (2, 3):
-        raise ValueError(
-            f"expected a uint8, uint16 or float32 image, HxW or HxWxC; got {image.dtype} {image.shape}"
+    resizer = Resizer(image, height, width, antialias=antialias, convention=convention)
+    return resizer.rows(0, height)
+
+
+class Resizer:
+    """An image of another size whose rows are computed on request, with the values of `imresize`."""
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        height: int,
+        width: int,
+        *,
+        antialias: bool = True,
+        convention: Convention = "matlab",
+    ) -> None:
+        """ValueError as for `imresize`."""
+        if image.dtype not in _TYPES or image.ndim not in (2, 3):
+            raise ValueError(
+                f"expected a uint8, uint16 or float32 image, HxW or HxWxC; got {image.dtype} {image.shape}"
+            )
+        if min(image.shape) < 1 or height < 1 or width < 1:
+            raise ValueError(
+                f"cannot resize an image of shape {image.shape} to {height}x{width}: sizes start at 1"
+            )
+        self.height, self.width = height, width
+        self._extra = image.shape[2:]
+        self._source = image.reshape(*image.shape[:2], -1)  # [H, W, C]
+        in_height, in_width, channels = self._source.shape
+        self._vertical, self._horizontal = (
+            _taps(*sizes, antialias, convention) for sizes in ((in_height, height), (in_width, width))
         )
-    if min(image.shape) < 1 or height < 1 or width < 1:
-        raise ValueError(
-            f"cannot resize an image of shape {image.shape} to {height}x{width}: sizes start at 1"
-        )
-    source = image.reshape(*image.shape[:2], -1)  # [H, W, C]
-    in_height, in_width, channels = source.shape
-    vertical, horizontal = (
-        _taps(*sizes, antialias, convention) for sizes in ((in_height, height), (in_width, width))
-    )
-    rows_first = height * in_width <= width * in_height  # height / in_height <= width / in_width
-    between = image.dtype if convention == "matlab" else np.dtype(np.float64)
-    out = np.empty((height, width, channels), image.dtype)
-    rows_per_block = max(1, _BLOCK_BYTES // (8 * channels * max(in_width, width)))
-    # A reduction reads many source rows per output row, so the source rows should fill the block instead.
-    rows_per_block = max(1, min(rows_per_block, math.ceil(rows_per_block * height / in_height)))
-    for start in range(0, height, rows_per_block):
-        stop = min(start + rows_per_block, height)
-        taps, needed = vertical.rows(start, stop).window()
-        block = source[needed]
-        if rows_first:
-            block = _quantise(_resample(block, taps), between)
-            block = _resample_columns(block, horizontal)
-        else:
-            block = _quantise(_resample_columns(block, horizontal), between)
-            block = _resample(block, taps)
-        out[start:stop] = _quantise(block, image.dtype)
-    return out.reshape(height, width, *image.shape[2:])
+        self._rows_first = height * in_width <= width * in_height  # height / in_height <= width / in_width
+        self._between = image.dtype if convention == "matlab" else np.dtype(np.float64)
+        rows_per_block = max(1, _BLOCK_BYTES // (8 * channels * max(in_width, width)))
+        # A reduction reads many source rows per output row, so the source rows should fill the block instead.
+        self._rows_per_block = max(1, min(rows_per_block, math.ceil(rows_per_block * height / in_height)))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Return the rows from `start` to before `stop`: [rows, W] or [rows, W, C]."""
+        dtype = self._source.dtype
+        out = np.empty((stop - start, self.width, self._source.shape[2]), dtype)
+        for first in range(start, stop, self._rows_per_block):
+            last = min(first + self._rows_per_block, stop)
+            taps, needed = self._vertical.rows(first, last).window()
+            block = self._source[needed]
+            if self._rows_first:
+                block = _quantise(_resample(block, taps), self._between)
+                block = _resample_columns(block, self._horizontal)
+            else:
+                block = _quantise(_resample_columns(block, self._horizontal), self._between)
+                block = _resample(block, taps)
+            out[first - start : last - start] = _quantise(block, dtype)
+        return out.reshape(stop - start, self.width, *self._extra)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import logging
 import struct
-import tempfile
 import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -26,6 +24,7 @@ from moesr.runtime.images import embedded, encoding, exif, formats, metadata, pn
 from moesr.runtime.images.metadata import CAPACITIES, Metadata
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.images.spool import Spool
 from moesr.runtime.system.files import check_file, new_file, reason, write_atomically
 
 log = logging.getLogger("moesr")
@@ -147,35 +146,6 @@ def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
     return VipsRows(path, image, vips.Region.new(image), carried) if known else None
 
 
-class Spool:
-    """A result on disk while it is made: `pixels` [H, W, C] are mapped from a temporary file."""
-
-    def __init__(self, folder: Path, height: int, width: int, channels: int, dtype: Any) -> None:
-        """Create the file in `folder`, which should be on the disk of the result.
-
-        OutputError if that fails.
-        """
-        try:
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".moesr-", suffix=".spool")  # noqa: SIM115
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written to: {reason(error)}") from error
-        self.path = Path(self._file.name)
-        self.pixels = np.memmap(self.path, dtype, "w+", shape=(height, width, channels))
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the file."""
-        del self.pixels
-        self._file.close()
-
-
 def save_spool(
     path: Path,
     spool: Spool,
@@ -188,9 +158,9 @@ def save_spool(
     16 bits are kept in a PNG and a TIFF, also with color and alpha. Raises UsageError for the suffix,
     OutputError if the file cannot be written.
     """
-    height, width, channels = spool.pixels.shape
+    height, width, channels = spool.shape
     kind = writing.check_output(path, width, height)
-    deep = spool.pixels.dtype == np.uint16
+    deep = spool.dtype == np.uint16
     held = carried.icc is None or len(carried.icc) <= CAPACITIES[kind.name].icc
     vips, tifffile = _pyvips(), _tifffile()
     streams = {
@@ -200,7 +170,7 @@ def save_spool(
     }
     if not held or streams.get(kind.name) is None:
         pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
-        _note(str(path), spool.pixels.nbytes, kind.name in _STREAMED and vips is None)
+        _note(str(path), spool.nbytes, kind.name in _STREAMED and vips is None)
         return writing.save(path, LoadedImage(pixels, carried), record, quality)
     fitted = metadata.fitted(carried, kind.name, str(path), grey=channels < 3)
     try:
@@ -261,7 +231,7 @@ def _write_tiff(
         log.warning("%s: TIFF cannot hold %s; PNG can", name, ", ".join(lost))
     kinds = {tag: tags.tagtype[tag] for tag in tags if tag not in _RESOLUTION_TAGS}
     extra = [(tag, kind, *_counted(tags[tag], kind), True) for tag, kind in kinds.items()]
-    channels = spool.pixels.shape[2]
+    channels = spool.shape[2]
     pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
     tifffile.imwrite(
         path,
@@ -272,7 +242,7 @@ def _write_tiff(
         compression="zlib",
         compressionargs={"level": 1},  # a higher level takes minutes for 100 megapixels of 16 bits
         rowsperstrip=64,
-        bigtiff=spool.pixels.nbytes > 2**31,
+        bigtiff=spool.nbytes > 2**31,
         metadata=None,
         software=False,
         resolution=m.dpi or (1, 1),
@@ -295,9 +265,8 @@ def _counted(value: Any, kind: int) -> tuple[int, Any]:
 
 
 def _as_vips(spool: Spool, vips: Any) -> Any:
-    spool.pixels.flush()
-    height, width, channels = spool.pixels.shape
-    kind = "ushort" if spool.pixels.dtype == np.uint16 else "uchar"
+    height, width, channels = spool.shape
+    kind = "ushort" if spool.dtype == np.uint16 else "uchar"
     space = _SPACES[kind, 3 if channels > 2 else 1]
     return vips.Image.rawload(
         str(spool.path), width, height, channels, format=kind, interpretation=space, access="sequential"

@@ -139,7 +139,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
-    scratch = path.with_name(_scratch_name())
+    scratch = scratch_path(path.parent)
     try:
         yield scratch
         with scratch.open("rb+") as stream:
@@ -179,7 +179,7 @@ def new_directory(target: Path, *, force: bool, marker: str, only: str | None = 
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, again=True)
     check_replaceable(target, force=force, marker=marker, only=only)
-    scratch = target.with_name(_scratch_name())
+    scratch = scratch_path(target.parent)
     new, old = scratch / _NEW, scratch / _OLD / target.name
     try:
         new.mkdir(parents=True)
@@ -268,8 +268,9 @@ def _discard(scratch: Path) -> None:
             scratch.unlink(missing_ok=True)
 
 
-def _scratch_name() -> str:
-    return f".moesr-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+def scratch_path(directory: Path) -> Path:
+    """A new name for a temporary file, which `sweep` removes once the process is dead."""
+    return directory / f".moesr-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, moment: str):
 
 
 def test_leftovers_of_running_processes_stay(tmp_path: Path):
-    mine = tmp_path / files._scratch_name()
+    mine = files.scratch_path(tmp_path)
     elsewhere, aged = tmp_path / ".moesr-00000000-1-aa.tmp", tmp_path / ".moesr-00000000-2-aa.tmp"
     unknown = tmp_path / ".moesr-notes.tmp"
     for path in (mine, elsewhere, aged, unknown):
