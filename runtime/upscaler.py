@@ -116,7 +116,7 @@ class Upscaler:
         residency = Residency(opener, graphs.keep_all)
         again = partial(_open_float32, backend, directory, manifest)
         self._worker = Worker(device, residency, self._costs, backend.max_batch, backend.release, again)
-        self._admission = Admission(graphs, residency)
+        self._admission = Admission(graphs, residency, self._worker.limit_batch)
         saved = SavedLatents(self._cache, _identity(manifest, backend)) if self._cache else None
         self._pipeline = Pipeline(self._worker, self._admission, self._costs, saved)
         self._release = weakref.finalize(self, self._pipeline.close)

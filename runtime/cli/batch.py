@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moesr.runtime.cli import compare, frames, sizes
 from moesr.runtime.cli.frames import Frames
@@ -21,10 +24,11 @@ from moesr.runtime.cli.report import Entry, Report
 from moesr.runtime.cli.sizes import Size
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, UsageError
-from moesr.runtime.images import reading, wrapping, writing
+from moesr.runtime.images import reading, rows, wrapping, writing
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.images.resize import imresize
+from moesr.runtime.images.rows import PlacedImage, SpooledImage
 from moesr.runtime.loop.settings import resolve
 from moesr.runtime.system import console, file_hashes
 from moesr.runtime.system.file_hashes import Stamp
@@ -251,11 +255,14 @@ class Batch:
                     size = self._size_of(image)
                     writing.check_output(task.target, size[1], size[0])
                     frames.check_memory(task.source, several.count, size)
+                    channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
+                    rows.check_memory(task.target, *size, channels, image.pixels.dtype == np.uint16)
                     if self._how.pre_clean:
                         self._show(position, task, f"cleaning {task.source.name}")
                         image = reading.with_pixels(image, self._how.pre_clean(image.pixels))
                     source = (image.pixels.shape[0], image.pixels.shape[1])
                     middle = sizes.between(source, size, self._wanted.scale)
+                    image = _placed(image, task.target.parent)
                 yield _Flight(task, position, several, image, record, size, middle, entry, before)
 
     def _size_of(self, image: LoadedImage) -> tuple[int, int]:
@@ -264,10 +271,12 @@ class Batch:
             return self._how.size.of(height, width)
         return height * self._wanted.scale, width * self._wanted.scale
 
-    def _of_size(self, image: LoadedImage, size: tuple[int, int]) -> LoadedImage:
-        """The image, resampled if it is not of this size (height, width)."""
+    def _of_size(self, image: LoadedImage, size: tuple[int, int], folder: Path) -> LoadedImage:
+        """The image, resampled if it is not of this size (height, width); a spooled one stays spooled."""
         if image.pixels.shape[:2] == size:
             return image
+        if isinstance(image, SpooledImage):
+            return rows.resized(image, *size, [folder, Path(tempfile.gettempdir())])
         resize = wrapping.resize if self._options.get("tileable") else imresize
         return reading.with_pixels(image, resize(image.pixels, *size))
 
@@ -296,7 +305,8 @@ class Batch:
                 if isinstance(result, Exception):
                     raise result
                 flight.entry.warnings += result.warnings
-                several.results.append(self._of_size(self._second_pass(flight, result), flight.size))
+                final = self._second_pass(flight, result)
+                several.results.append(self._of_size(final, flight.size, flight.task.target.parent))
                 if len(several.results) < several.count:
                     return
                 self._write(flight)
@@ -319,7 +329,8 @@ class Batch:
             self._progress.update_second(flight.second, min(done / total, 0.999) if total else 0.0)
             self._show(flight.position, flight.task, f"{stage}, second pass")
 
-        middle = self._of_size(result, flight.between)
+        folder = flight.task.target.parent
+        middle = _placed(self._of_size(result, flight.between, folder), folder)
         final = self._upscaler(middle, progress=progress, **self._options)
         self._progress.update_second(flight.second, 1.0)
         flight.entry.warnings += final.warnings
@@ -331,7 +342,7 @@ class Batch:
         if len(results) > 1:
             frames.save(target, flight.frames, flight.record, self._how.quality)
         else:
-            writing.save(target, results[0], flight.record, self._how.quality)
+            rows.save(target, results[0], flight.record, self._how.quality)
         if self._how.preserve_times:
             os.utime(target, ns=(flight.status.st_atime_ns, flight.status.st_mtime_ns))
         if self._how.compare:
@@ -382,3 +393,9 @@ def _check_unchanged(stream: Any, path: Path, before: os.stat_result) -> None:
     after = os.fstat(stream.fileno())
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise InputError(f"{path}: was modified while it was read; run again when it is complete")
+
+
+def _placed(image: LoadedImage, folder: Path) -> PlacedImage:
+    """The image, with the folder of its result for temporary files."""
+    values = {entry.name: getattr(image, entry.name) for entry in dataclasses.fields(LoadedImage)}
+    return PlacedImage(**values, folder=folder)

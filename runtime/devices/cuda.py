@@ -247,10 +247,16 @@ class CudaDevice:
         self._driver.copy_out(flag, mean.state.address)
         return not flag[0]
 
-    def download(self, canvas: Canvas) -> np.ndarray:
+    def download(self, canvas: Canvas, rows: slice | None = None) -> np.ndarray:
         """See `Device.download`."""
-        result = np.empty(canvas.data.shape, np.float32)
-        self._driver.copy_out(result, canvas.data.address)
+        planes, height, width = canvas.data.shape
+        start, stop, _ = (rows or slice(None)).indices(height)
+        result = np.empty((planes, stop - start, width), np.float32)
+        if rows is None:
+            self._driver.copy_out(result, canvas.data.address)
+            return result
+        for plane in range(planes):
+            self._driver.copy_out(result[plane], canvas.data.address + 4 * (plane * height + start) * width)
         return result
 
     def close(self) -> None:
@@ -391,10 +397,11 @@ def _strides(shape: tuple[int, ...], latent: bool) -> tuple[int, int]:
 def _gather_row(canvas: Canvas, slot: Slot) -> tuple[int, ...]:
     data = canvas.data
     plane, row = _strides(data.shape, latent=data.dtype == np.float32)
-    return data.address, plane, row, slot.y * canvas.factor, slot.x * canvas.factor, 0
+    return data.address, plane, row, (slot.y - canvas.top) * canvas.factor, slot.x * canvas.factor, 0
 
 
 def _blend_row(slot: Slot) -> tuple[int, ...]:
     mean = slot.target
     addresses = mean.data.address, mean.weight_sum.address, mean.state.address
-    return *addresses, *_strides(mean.data.shape, latent=True), slot.y * mean.factor, slot.x * mean.factor
+    top = (slot.y - mean.top) * mean.factor
+    return *addresses, *_strides(mean.data.shape, latent=True), top, slot.x * mean.factor

@@ -30,7 +30,7 @@ class HostDevice:
     synchronous, stream, free_bytes = True, None, None
 
     def __init__(self) -> None:
-        self._scratch = np.empty(0, np.float32)
+        self._scratch = np.empty(noise.BLOCK, np.float32)
 
     def buffer(self, spec: TensorSpec, batch: int) -> np.ndarray:
         """See `Device.buffer`."""
@@ -115,34 +115,39 @@ class HostDevice:
         self, z: Canvas, out: Mean, c: Coefficients, seed: int, step: int, history: Canvas | None = None
     ) -> None:
         """See `Device.advance`."""
-        first, second = self._two_like(z.data)
-        added = noise.gaussian(seed, step, z.data.shape, first) if c.c_noise else None
-        samplers.advance(z.data, out.data, added, c, second, history.data if history else None)
+        flat = [array.reshape(-1) for array in (z.data, out.data)]
+        past = history.data.reshape(-1) if history else None
+        size = flat[0].size
+        parts = noise.blocks(seed, step, size) if c.c_noise else ((at, None) for at in _starts(size))
+        for start, added in parts:
+            rows = slice(start, start + (len(self._scratch) if added is None else added.size))
+            z_part, out_part = flat[0][rows], flat[1][rows]
+            scratch = self._scratch[: z_part.size]
+            samplers.advance(z_part, out_part, added, c, scratch, None if past is None else past[rows])
         out.data.fill(0.0)
 
     def mix(self, z: Canvas, other: Canvas, c_z: float, c_other: float) -> None:
         """See `Device.mix`."""
         c = Coefficients(np.float32(c_z), np.float32(c_other), np.float32(0.0))
-        samplers.advance(z.data, other.data, None, c, self._two_like(z.data)[0])
+        first, second = z.data.reshape(-1), other.data.reshape(-1)
+        for start in _starts(first.size):
+            part = first[start : start + noise.BLOCK]
+            samplers.advance(part, second[start : start + noise.BLOCK], None, c, self._scratch[: part.size])
 
     def finite(self, mean: Mean) -> bool:
         """See `Device.finite`."""
         return mean.state.finite
 
-    def download(self, canvas: Canvas) -> np.ndarray:
-        """See `Device.download`; the array itself is returned."""
-        return canvas.data
+    def download(self, canvas: Canvas, rows: slice | None = None) -> np.ndarray:
+        """See `Device.download`: the array itself, or a part of it."""
+        return canvas.data if rows is None else canvas.data[:, rows]
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._scratch = np.empty(0, np.float32)
 
-    def _two_like(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return two work arrays of that shape; they are allocated again only for a larger canvas."""
-        if self._scratch.size < 2 * array.size:
-            self._scratch = np.empty(2 * array.size, np.float32)
-        first, second = self._scratch[: array.size], self._scratch[array.size : 2 * array.size]
-        return first.reshape(array.shape), second.reshape(array.shape)
+
+def _starts(size: int) -> range:
+    return range(0, size, noise.BLOCK)
 
 
 def _pixels(origins: Sequence[tuple[int, int]], factor: int) -> list[tuple[int, int]]:
@@ -156,7 +161,7 @@ def _pieces(
 
     There are several such pieces if the tile goes on at the opposite side of the canvas.
     """
-    rows = tiles.runs(slot.y * canvas.factor, shape[1], sides[0])
+    rows = tiles.runs((slot.y - canvas.top) * canvas.factor, shape[1], sides[0])
     columns = tiles.runs(slot.x * canvas.factor, shape[2], sides[1])
     return (((r, c), (of_r, of_c)) for r, of_r in rows for c, of_c in columns)
 

@@ -25,11 +25,13 @@ class Canvas:
 
     `data` is float32 [C, H, W], or an image's own uint8 or uint16 [H, W, C], which `gather` maps to [-1, 1].
     `factor` is the number of its pixels per latent pixel, along one side. A factor of 0 marks a canvas that
-    belongs to a single tile, at any position.
+    belongs to a single tile, at any position. A canvas that holds a part of the rows begins at the latent row
+    `top`.
     """
 
     data: Any
     factor: int = 1
+    top: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,10 +161,10 @@ class Device(Protocol):
         """Return True if all values that were blended so far are finite. Waits for the device."""
         ...
 
-    def download(self, canvas: Canvas) -> np.ndarray:
-        """Return the canvas as a host array, float32 [C, H, W], that the caller may change.
+    def download(self, canvas: Canvas, rows: slice | None = None) -> np.ndarray:
+        """The canvas, or some rows of it, as a host array: float32 [C, H, W]. Waits for the device.
 
-        Waits for the device.
+        The caller may change the array.
         """
         ...
 

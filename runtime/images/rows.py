@@ -12,6 +12,8 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,12 +21,14 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 
-from moesr.runtime.errors import InputError, OutputError
+from moesr.runtime.errors import InputError, MemoryLimitError, OutputError
 from moesr.runtime.images import embedded, encoding, exif, formats, metadata, png_chunks, reading, writing
 from moesr.runtime.images.metadata import CAPACITIES, Metadata
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
-from moesr.runtime.images.spool import Spool
+from moesr.runtime.images.resize import Resizer
+from moesr.runtime.images.spool import Spool, place_for
+from moesr.runtime.system import memory
 from moesr.runtime.system.files import check_file, new_file, reason, write_atomically
 
 log = logging.getLogger("moesr")
@@ -32,6 +36,7 @@ log = logging.getLogger("moesr")
 NOTED_FROM_BYTES = 256 << 20
 """If the packages are missing, images of at least this size are reported in the log."""
 
+_RESIZED_PX = 1 << 20  # pixels that are resampled at once
 _INSTALL = "pip install moesr[large] reads and writes it in rows"
 _STREAMED = ("PNG", "JPEG", "TIFF")
 _TYPES = {"uchar": np.uint8, "ushort": np.uint16}  # by pyvips' name
@@ -39,6 +44,20 @@ _SPACES = {("uchar", 1): "b-w", ("uchar", 3): "srgb", ("ushort", 1): "grey16", (
 _JPEG_HEAD = b"JFIF\0\1\1"
 _RESOLUTION_TAGS = (282, 283, 296)  # which tifffile writes itself
 _PHYS_BYTES = 21  # the chunk of a resolution, which pyvips always writes
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedImage(LoadedImage):
+    """An image whose temporary files belong in `folder`, or one above it if that does not exist yet."""
+
+    folder: Path = field(kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class SpooledImage(LoadedImage):
+    """An image whose `pixels` are mapped from a spool. They stay valid after the spool is closed."""
+
+    spool: Spool = field(kw_only=True)
 
 
 class Rows(Protocol):
@@ -146,6 +165,64 @@ def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
     return VipsRows(path, image, vips.Region.new(image), carried) if known else None
 
 
+def save(
+    path: Path, image: LoadedImage, record: Provenance | None = None, quality: int | None = None
+) -> None:
+    """Write an image as `writing.save` does, row by row if it is spooled; its spool is closed then."""
+    if not isinstance(image, SpooledImage):
+        return writing.save(path, image, record, quality)
+    save_spool(path, image.spool, image.metadata, record, quality)
+    return image.spool.close()
+
+
+def resized(image: SpooledImage, height: int, width: int, folders: Sequence[Path]) -> SpooledImage:
+    """A spooled image of another size, resampled row by row; its own spool is closed then."""
+    channels = image.spool.shape[2]
+    nbytes = height * width * channels * image.spool.dtype.itemsize
+    made = Spool(place_for(folders, nbytes), height, width, channels, image.spool.dtype)
+    source = image.spool.pixels
+    resizer = Resizer(source, height, width)
+    step = max(_RESIZED_PX // width, 1)
+    for start in range(0, height, step):
+        made.write(start, resizer.rows(start, min(start + step, height)))
+        image.spool.release()
+    image.spool.close()
+    pixels = made.pixels[..., 0] if image.pixels.ndim == 2 else made.pixels
+    after = reading.with_pixels(image, pixels)
+    assert isinstance(after, SpooledImage)
+    return replace(after, spool=made)
+
+
+def held_bytes(path: Path, height: int, width: int, channels: int, deep: bool = False) -> int:
+    """Memory that Pillow takes to encode an image that cannot be written in rows; 0 if it can."""
+    name = writing.check_output(path, width, height).name
+    if _streams(name, channels, deep):
+        return 0
+    return height * width * (12 if deep and channels > 1 else 4 + 4 * (name in ("WEBP", "BMP")))
+
+
+def check_memory(path: Path, height: int, width: int, channels: int, deep: bool = False) -> None:
+    """Raise MemoryLimitError if an image could not be encoded in the memory that is free."""
+    needed, free = held_bytes(path, height, width, channels, deep), memory.available_bytes()
+    if free is not None and needed > free:
+        name = writing.check_output(path, width, height).name
+        lacking = name in _STREAMED and (_pyvips() is None or _tifffile() is None)
+        cure = _INSTALL if lacking else "PNG and TIFF are written in rows with pip install moesr[large]"
+        raise MemoryLimitError(
+            f"{path}: {width}x{height} pixels need {memory.readable(needed)} of memory to be written, "
+            f"{memory.readable(free)} are free; {cure}"
+        )
+
+
+def _streams(name: str, channels: int, deep: bool) -> Any:
+    """The module that writes such an image in rows; None if Pillow has to hold it."""
+    if name == "TIFF":
+        return None if channels == 2 and deep else _tifffile()  # Pillow could not read it again
+    if name == "PNG" or (name == "JPEG" and channels in (1, 3) and not deep):
+        return _pyvips()
+    return None
+
+
 def save_spool(
     path: Path,
     spool: Spool,
@@ -162,25 +239,21 @@ def save_spool(
     kind = writing.check_output(path, width, height)
     deep = spool.dtype == np.uint16
     held = carried.icc is None or len(carried.icc) <= CAPACITIES[kind.name].icc
-    vips, tifffile = _pyvips(), _tifffile()
-    streams = {
-        "PNG": vips,
-        "JPEG": vips if channels in (1, 3) and not deep else None,
-        "TIFF": None if channels == 2 and deep else tifffile,  # Pillow could not read it again
-    }
-    if not held or streams.get(kind.name) is None:
+    library = _streams(kind.name, channels, deep)
+    if not held or library is None:
         pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
-        _note(str(path), spool.nbytes, kind.name in _STREAMED and vips is None)
+        check_memory(path, height, width, channels, deep)
+        _note(str(path), spool.nbytes, kind.name in _STREAMED and _pyvips() is None)
         return writing.save(path, LoadedImage(pixels, carried), record, quality)
     fitted = metadata.fitted(carried, kind.name, str(path), grey=channels < 3)
     try:
         if kind.name == "TIFF":
             with new_file(path) as scratch:
-                _write_tiff(scratch, str(path), spool, fitted, record, tifffile)
+                _write_tiff(scratch, str(path), spool, fitted, record, library)
         else:
             with write_atomically(path) as stream:
                 encode = _write_png if kind.name == "PNG" else _write_jpeg
-                encode(stream, spool, fitted, record, vips, quality or kind.options.get("quality", 95))
+                encode(stream, spool, fitted, record, library, quality or kind.options.get("quality", 95))
     except (MemoryError, OutputError):
         raise
     except Exception as error:  # each library has errors of its own

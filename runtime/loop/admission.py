@@ -1,85 +1,181 @@
-"""Admission of images to memory: an estimate before any work, and a reservation for each image in flight."""
+"""Admits images to memory: an estimate before any work, and a reservation for each image in flight.
+
+If memory is short for an image although nothing else is in flight, the number of tiles per run is lowered
+first. Then the image is spooled, which decodes one row of tiles at a time and keeps everything of the size of
+the result on disk. If even that does not fit, the error says what would.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moesr.runtime.errors import MemoryLimitError
-from moesr.runtime.loop.graph_memory import HOST, GraphMemory, MemoryPool
+from moesr.runtime.images.color_rows import STRIP_PX
+from moesr.runtime.loop.graph_memory import GPU, HOST, GraphMemory, MemoryPool
 from moesr.runtime.loop.passes import prompt_gains
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.spooled import SPOOL_FROM_PX, can_spool
 from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.system import memory
+
+log = logging.getLogger("moesr")
 
 
 @dataclass(eq=False)
 class Reservation:
-    """Memory that is reserved for an image until it is released."""
+    """Memory that an image may take. It stands until it is released."""
 
     counts: tuple[int, ...]  # bytes of each pool
+    spooled: bool = False  # what has the size of the result goes to disk
     stands: bool = True
 
     def release(self) -> None:
-        """Release the memory; any thread may do so, more than once."""
+        """Give the memory back; any thread may do so, more than once."""
         self.stands = False
 
 
-class Admission:
-    """Decides whether one more image fits into memory. It must be called under one lock.
+@dataclass(frozen=True)
+class Shortage:
+    """A pool that an image does not fit into, with what it needs, and what others in flight have taken."""
 
-    `warm` must be set once the graphs have allocated their working memory.
+    pool: MemoryPool
+    need: int
+    free: int
+    taken: int
+
+
+class Admission:
+    """Decides whether one more image fits into memory. Call it under one lock.
+
+    `warm` is to be set once the graphs have taken their working memory.
     """
 
-    def __init__(self, graphs: GraphMemory, residency: Residency) -> None:
-        self._graphs, self._residency = graphs, residency
+    def __init__(
+        self, graphs: GraphMemory, residency: Residency, lower: Callable[[int], None] = lambda most: None
+    ) -> None:
+        """`lower` is called with the number of tiles per run if it has to be lowered."""
+        self._graphs, self._residency, self._lower = graphs, residency, lower
         self.warm = False
         self._reservations: list[Reservation] = []
 
     def reserve(self, layout: TileLayout, settings: Settings | None = None) -> Reservation | None:
         """Reserve memory for an image; None if it has to wait for those in flight.
 
-        `settings` say whether features are reused. Raises MemoryLimitError if the image would not fit with
+        `settings` tell whether features are reused. Raises MemoryLimitError if the image would not fit with
         nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
-        main, *beside = (image_bytes(layout, pool) for pool in self._graphs.pools)
-        counts = main + feature_bytes(layout, settings), *beside
-        waits = False
+        shortage = None
+        for spooled in forms(layout):
+            for batch in [self._graphs.max_batch] if self.warm else self._graphs.batches():
+                counts = self.counts(layout, settings, spooled)
+                shortage = self._shortage(counts, batch)
+                if shortage is None:
+                    self._take_less(layout, batch, spooled)
+                    self._reservations.append(Reservation(counts, spooled))
+                    return self._reservations[-1]
+                if shortage.taken:
+                    return None
+        assert shortage
+        raise self._refusal(layout, settings, shortage)
+
+    def expected(self, layout: TileLayout, settings: Settings) -> tuple[int, int | None]:
+        """Bytes that an image and the graphs will take where the graphs run, and those that are free."""
+        pool = self._graphs.pools[0]
+        count = self.counts(layout, settings, forms(layout)[0])[0]
+        return count + self._needed(pool, self._graphs.max_batch), self._graphs.free_bytes(pool)
+
+    def counts(self, layout: TileLayout, settings: Settings | None, spooled: bool) -> tuple[int, ...]:
+        """Bytes of each pool that an image takes."""
+        main, *beside = (
+            spooled_bytes(layout) if spooled and pool is not GPU else image_bytes(layout, pool)
+            for pool in self._graphs.pools
+        )
+        return main + feature_bytes(layout, settings), *beside
+
+    def _needed(self, pool: MemoryPool, batch: int) -> int:
+        return self._graphs.needed(pool, self._residency.loaded, warm=self.warm, batch=batch)
+
+    def _shortage(self, counts: tuple[int, ...], batch: int) -> Shortage | None:
+        """The pool that lacks memory; one that lacks it even with nothing in flight comes first."""
+        found = []
         for at, pool in enumerate(self._graphs.pools):
-            need = counts[at] + self._graphs.needed(pool, self._residency.loaded, warm=self.warm)
-            free = self._graphs.free_bytes(pool)
+            need, free = counts[at] + self._needed(pool, batch), self._graphs.free_bytes(pool)
             taken = sum(r.counts[at] for r in self._reservations)
-            if free is None or need + taken <= free:
-                continue
-            if not taken:
-                raise _refusal(layout, pool, need, free)
-            waits = True
-        if waits:
-            return None
-        self._reservations.append(Reservation(counts))
-        return self._reservations[-1]
+            if free is not None and need + taken > free:
+                found.append(Shortage(pool, need, free, taken))
+        return min(found, key=lambda s: s.taken, default=None)
+
+    def _take_less(self, layout: TileLayout, batch: int, spooled: bool) -> None:
+        """Put a smaller number of tiles per run into effect, and log what is done for lack of memory."""
+        if batch < self._graphs.max_batch:
+            log.info("memory is short: %d tiles per run instead of %d", batch, self._graphs.max_batch)
+            self._graphs.max_batch = batch
+            self._lower(batch)
+        if spooled and not forms(layout)[0]:
+            log.info("memory is short: decoded rows go to temporary files, one row of tiles at a time")
+
+    def _refusal(self, layout: TileLayout, settings: Settings | None, lack: Shortage) -> MemoryLimitError:
+        (height, width), (rows, columns) = layout.result, layout.frame.image
+        through = "" if (rows, columns) == (height, width) else f", through {columns}x{rows},"
+        fits = self._largest(layout, settings)
+        would = (
+            f"{fits.width}x{fits.height} pixels would fit" if fits else "no image would fit beside the engine"
+        )
+        return MemoryLimitError(
+            f"{layout.width}x{layout.height} to {width}x{height} pixels{through} needs about "
+            f"{memory.readable(lack.need)} of {lack.pool.name}, {memory.readable(lack.free)} are free; {would}: "
+            "close other programs, split the image, or export an engine with smaller tiles"
+        )
+
+    def _largest(self, layout: TileLayout, settings: Settings | None) -> TileLayout | None:
+        """The largest image of these proportions that would fit now."""
+        fits, low, high = None, 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            sides = (max(int(middle * side), 1) for side in (layout.height, layout.width))
+            tried = TileLayout(layout.manifest, *sides)
+            batch = self._graphs.max_batch if self.warm else 1
+            if self._shortage(self.counts(tried, settings, forms(tried)[-1]), batch):
+                high = middle
+            else:
+                fits, low = tried, middle
+        return fits
+
+
+def forms(layout: TileLayout) -> tuple[bool, ...]:
+    """Whether an image is spooled: what is tried first, and what is tried if memory is short."""
+    if not can_spool(layout):
+        return (False,)
+    return (True,) if math.prod(layout.frame.canvas) >= SPOOL_FROM_PX else (False, True)
 
 
 def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
-    """Return an estimate of the memory that an image needs besides that of the graphs."""
+    """Estimate of the memory that an image takes beside the graphs if it is held whole."""
     return pool.pixel_bytes * math.prod(layout.frame.canvas)
 
 
+def spooled_bytes(layout: TileLayout) -> int:
+    """Estimate of the memory of the host that an image takes beside the graphs if it is spooled."""
+    m, (rows, columns) = layout.manifest, layout.frame.canvas
+    planes = 3 + 2 * (
+        m.condition == "latent"
+    )  # the latent, its mean, a history; the encoder's mean and noise
+    latents = math.prod(layout.latent) * (4 * m.latent_channels * planes + 8)
+    source = 24 * layout.height * layout.width  # the input, its padded copy and the condition, in 16 bits
+    band = 24 * m.tile * columns  # decoded sums, their weights, and one plane while it moves
+    strips = 72 * max(STRIP_PX, 68 * columns)
+    cells = rows * columns // 2  # of three channels, while they are found
+    return latents + source + max(band, strips + cells)
+
+
 def feature_bytes(layout: TileLayout, settings: Settings | None) -> int:
-    """Return the bytes of the deep features, which are stored per tile and prompt if steps reuse them."""
+    """Bytes of the deep features that are kept per tile and prompt if steps reuse them."""
     deep = layout.manifest.deep if settings and settings.reuse > 1 else None
     if not (deep and settings):
         return 0
     return 4 * len(layout.sampling) * len(prompt_gains(settings.guidance)) * math.prod(deep.shape(1))
-
-
-def _refusal(layout: TileLayout, pool: MemoryPool, need: int, free: int) -> MemoryLimitError:
-    (height, width), (rows, columns) = layout.result, layout.frame.image
-    through = "" if (rows, columns) == (height, width) else f", through {columns}x{rows},"
-    return MemoryLimitError(
-        f"{layout.width}x{layout.height} to {width}x{height} pixels{through} needs about "
-        f"{memory.readable(need)} of {pool.name}, {memory.readable(free)} are free; close other "
-        "programs, split the image, or export an engine with smaller tiles"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from moesr.runtime.system import memory
 class MemoryPool:
     """A memory that graphs and images use, with the factors that estimate how much.
 
-    An open graph needs `held` times the bytes of its weights, and `opening` times while it is being opened.
-    An image needs `pixel_bytes` per pixel of its canvas.
+    An open graph takes `held` times the bytes of its weights, and `opening` times while it is being opened.
+    An image that is held whole takes `pixel_bytes` per pixel of its canvas.
     """
 
     name: str
@@ -83,15 +83,30 @@ class GraphMemory:
         free = self.free_bytes(main)
         held = sum(pool_of(size, main).held * size for size in self.weights.values())
         self.keep_all = (free is None or held <= free // 2) and (held <= SMALL or not at_once)
-        work = sorted(_activation_bytes(manifest, r, max_batch) for r in manifest.graphs)
-        self.work = work[-1] if shared else sum(work if self.keep_all else work[-2:])
+        self.max_batch, self._shared = max_batch, shared
+        self._work_per_tile = sorted(_activation_bytes(manifest, role) for role in manifest.graphs)
+
+    def work_of(self, batch: int) -> int:
+        """Bytes of the graphs' working memory for runs of `batch` tiles."""
+        if self._shared:
+            return batch * self._work_per_tile[-1]
+        return batch * sum(self._work_per_tile if self.keep_all else self._work_per_tile[-2:])
+
+    def batches(self) -> Iterator[int]:
+        """Numbers of tiles per run, from the present one down to 1."""
+        batch = self.max_batch
+        while batch:
+            yield batch
+            batch //= 2
 
     def free_bytes(self, pool: MemoryPool) -> int | None:
         """Return the free bytes of a pool; None if they are unknown."""
         return self._gpu_bytes() if pool is GPU and self._gpu_bytes else memory.available_bytes()
 
-    def needed(self, pool: MemoryPool, loaded: frozenset[str], *, warm: bool) -> int:
-        """Return the bytes of a pool that the graphs still have to allocate.
+    def needed(
+        self, pool: MemoryPool, loaded: frozenset[str], *, warm: bool, batch: int | None = None
+    ) -> int:
+        """Bytes of a pool that the graphs have yet to take, for runs of `batch` tiles (`max_batch`).
 
         `loaded` are the roles in memory; `warm` says that the working memory is allocated already.
         """
@@ -100,7 +115,7 @@ class GraphMemory:
         weights = sum(p.held * size for p, size in coming)
         weights += max(((p.opening - p.held) * size for p, size in coming), default=0)
         working = pool is self.pools[0] and not warm
-        return int(weights) + (self.work if working else 0)
+        return int(weights) + (self.work_of(batch or self.max_batch) if working else 0)
 
 
 def pool_of(size: int, pool: MemoryPool) -> MemoryPool:
@@ -119,11 +134,11 @@ def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -
     return max(size, 4 * graph.params) if arrangement.precision in ("fp32", "bf16") else size
 
 
-def _activation_bytes(manifest: Manifest, role: str, batch: int) -> int:
-    """Return an estimate of the working memory of a graph for `batch` tiles.
+def _activation_bytes(manifest: Manifest, role: str) -> int:
+    """Estimate of the working memory of a graph for one tile.
 
     A network that needs M multiply-accumulates per pixel is about sqrt(M) channels wide, however these are
     spread over its levels. That many float32 values per pixel is near the peak of the published networks.
     """
     graph = manifest.graphs[role]
-    return int(batch * 4 * math.sqrt(macs_of(role, graph) * graph.pixels()))
+    return int(4 * math.sqrt(macs_of(role, graph) * graph.pixels()))

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Canvas, Device
 from moesr.runtime.engine.graph_io import DECODER, ENCODER
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import NonFiniteError
 from moesr.runtime.images.planes import to_unit
+from moesr.runtime.loop.band_decoding import BandDecoding, RowSink
 from moesr.runtime.loop.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
 from moesr.runtime.loop.saved_steps import SavedLatents, SavedSteps
 from moesr.runtime.loop.settings import Settings
@@ -28,6 +30,10 @@ PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
 """Weights of flows by the name of their priority: a flow of weight 4 gets 4 times the seconds of weight 1."""
 
 log = logging.getLogger("moesr")
+
+
+ROWS_AT_ONCE = 256
+"""Rows that are fetched from a device together if the result goes to a sink."""
 
 
 @dataclass(eq=False)
@@ -56,7 +62,7 @@ class OnDevice(Protocol):
 
 
 class Job:
-    """One image in the worker. Once it is `done`, it has either an `error` or the result in `image`.
+    """One image in the worker. Once it is `done`, it has an `error`, or its result is in `image` or the sink.
 
     `planned` and `ran` count tiles by graph. Any thread may make a job; after that only the worker's thread
     changes it, until it is done.
@@ -69,17 +75,19 @@ class Job:
         condition: np.ndarray | None,
         settings: Settings,
         flow: Flow | None = None,
+        sink: RowSink | None = None,
     ) -> None:
         """Make a job of `lr` [H, W, 3] at output size and `condition` [h, w, 3] on the latent grid.
 
         Both have the size of the layout's canvas and are uint8 or uint16. The condition is None if an encoder
         makes it. Jobs of one `flow` share one part of the machine; by default a job has a flow of its own.
-        ValueError if the settings do not fit the schedule.
+        With a `sink` the result goes there, row by row, and not to `image`. ValueError if the settings do not
+        fit the schedule.
         """
         m = layout.manifest
         self._table = step_table(m, settings)
         self.layout, self.settings, self.flow = layout, settings, flow or Flow()
-        self._condition, self.lr = condition, lr
+        self._condition, self.lr, self._sink = condition, lr, sink
         self.planned = planned_tiles(layout, settings)
         self.ran: Counter[str] = Counter()
         self.stage = Encoding.stage if ENCODER in self.planned else Sampling.stage
@@ -187,6 +195,9 @@ class Job:
         yield sampling
         result: Canvas = sampling.z
         if DECODER in m.graphs:
+            if self._sink and isinstance(device, HostDevice):
+                yield BandDecoding(layout, device, result, lr, settings.fidelity, self._sink)
+                return
             decoding = Decoding(layout, device, result, lr, settings.fidelity)
             yield decoding
             result = decoding.target
@@ -201,12 +212,16 @@ class Job:
         return lr, None if self._condition is None else device.upload(self._condition)
 
     def finish(self) -> None:
-        """Fetch the result, unless it stays on the device, and release the device's memory."""
-        assert self._result
+        """Fetch the result, unless the sink has it or it stays on the device, and release the device's memory."""
         if self.on_device:
-            assert self._lr
+            assert self._result and self._lr
             self.on_device.end(self._device, self.layout, self._lr, self._result, self.settings)
-        else:
+        elif self._result and self._sink:
+            height = self.layout.frame.canvas[0]
+            for start in range(0, height, ROWS_AT_ONCE):
+                rows = slice(start, min(start + ROWS_AT_ONCE, height))
+                self._sink.write(start, self._device.download(self._result, rows))
+        elif self._result:
             self.image = self._device.download(self._result)
         self._release()
 
@@ -216,7 +231,7 @@ class Job:
         self._release()
 
     def _release(self) -> None:
-        self._passes, self._entered, self._result, self._lr = None, [], None, None
+        self._passes, self._entered, self._result, self._lr, self._sink = None, [], None, None, None
         self.done = True
 
 

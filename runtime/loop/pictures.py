@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,25 +14,32 @@ from moesr.runtime.errors import InputError
 from moesr.runtime.images import reading, writing
 from moesr.runtime.images.planes import Planes, checked, split
 from moesr.runtime.images.reading import LoadedImage
+from moesr.runtime.images.rows import PlacedImage, SpooledImage
 from moesr.runtime.loop import processing
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.settings import Settings
+from moesr.runtime.loop.spooled import SpooledWork
 from moesr.runtime.loop.tile_layout import Size, TileLayout
 
 
 class Source(Protocol):
-    """An image to be super-resolved, of any kind.
-
-    `Picture` holds whole images in memory; a kind that reads and writes rows implements the same methods.
-    """
+    """An image to be super-resolved, of any kind."""
 
     @property
     def size(self) -> Size:
         """Height and width in pixels, found without reading the pixels."""
         ...
 
-    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
-        """Read the pixels and make a job of them; memory must be reserved before."""
+    @property
+    def form(self) -> tuple[np.dtype, int]:
+        """Type and number of channels of the result, as far as they are known before the pixels are read."""
+        ...
+
+    def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
+        """Read the pixels and make a job of them, once there is memory for it.
+
+        If `spooled`, whatever has the size of the result goes to temporary files.
+        """
         ...
 
     def finish(self, job: Job) -> Any:
@@ -52,10 +61,19 @@ class Picture:
         else:
             height, width = checked(self._loaded.pixels if self._loaded else image).shape[:2]
             self.size = height, width
+        self._work: SpooledWork | None = None
         if not all(self.size):
             raise InputError(f"the image has no pixels ({self.size[1]}x{self.size[0]})")
 
-    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
+    @property
+    def form(self) -> tuple[np.dtype, int]:
+        """See `Source.form`."""
+        if isinstance(self._image, Image.Image):
+            return np.dtype(np.uint8), len(self._image.getbands())
+        pixels = checked(self._loaded.pixels if self._loaded else self._image)
+        return pixels.dtype, pixels.shape[2] if pixels.ndim == 3 else 1
+
+    def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
         """See `Source.prepare`."""
         if self._from_pil:
             self._loaded = reading.from_pil(self._image)
@@ -66,7 +84,11 @@ class Picture:
         height, width = planes.rgb.shape[:2]
         if (height, width) != self.size:  # a PIL image was rotated upright
             layout = settings.layout(layout.manifest, height, width)
-        job = processing.prepare(layout, planes, settings)
+        if spooled:
+            self._work = SpooledWork(layout, planes, settings, self._folders())
+            job = self._work.prepare(planes)
+        else:
+            job = processing.prepare(layout, planes, settings)
         alpha = None if planes.alpha is None else planes.alpha.copy()
         self._planes = replace(planes, rgb=np.empty((0, 0, 3), planes.rgb.dtype), alpha=alpha)
         if not self._loaded:
@@ -76,7 +98,12 @@ class Picture:
     def finish(self, job: Job) -> Any:
         """See `Source.finish`."""
         assert self._planes
-        pixels = processing.finish(self._planes, job)
+        spool = self._work.finish(self._planes) if self._work else None
+        self._work = None
+        if spool is None:
+            pixels = processing.finish(self._planes, job)
+        else:
+            pixels = spool.pixels[..., 0] if self._planes.ndim == 2 else spool.pixels
         if job.saved and (self._from_pil or self._loaded is None):
             job.saved.remove()  # the caller has the result; that of a file is kept until it is written
         if self._from_pil:
@@ -85,4 +112,10 @@ class Picture:
             return pixels
         unfinished = (*self._loaded.unfinished, *([job.saved.path] if job.saved else []))
         result = reading.with_pixels(self._loaded, pixels)
-        return replace(result, warnings=tuple(job.warnings), unfinished=unfinished)
+        values = result.metadata, tuple(job.warnings), unfinished
+        return SpooledImage(pixels, *values, spool=spool) if spool else LoadedImage(pixels, *values)
+
+    def _folders(self) -> list[Path]:
+        """Places for temporary files, the preferred one first."""
+        usual = Path(tempfile.gettempdir())
+        return [self._loaded.folder, usual] if isinstance(self._loaded, PlacedImage) else [usual]

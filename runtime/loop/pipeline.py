@@ -230,8 +230,8 @@ class Pipeline:
     def _prepare(self, ticket: Ticket) -> None:
         """Make the job of an image that has memory, and pass it to the worker."""
         try:
-            assert ticket.source
-            job = ticket.source.prepare(ticket.layout, ticket.settings)
+            assert ticket.source and ticket.room
+            job = ticket.source.prepare(ticket.layout, ticket.settings, ticket.room.spooled)
             job.keep_steps(self._saved)
             with self._lock:
                 ticket.prepared = True

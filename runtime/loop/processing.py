@@ -8,7 +8,7 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.images import wrapping
 from moesr.runtime.images.color import fix_color
 from moesr.runtime.images.planes import Planes, join, to_unit
-from moesr.runtime.images.resize import imresize, reflect_pad
+from moesr.runtime.images.resize import Resizer, imresize, reflect_pad
 from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
@@ -19,24 +19,48 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
 
     The job shares no memory with `planes`.
     """
-    m, frame = layout.manifest, layout.frame
     if layout.wraps:
-        source = lr = wrapping.resize(_deep(m, planes.rgb), *frame.canvas, convention=m.framing.resize)
-        if layout.latent == planes.rgb.shape[:2]:
-            source = planes.rgb
-    elif m.framing.small == "pad":
-        rows, columns = frame.canvas
-        source, _ = reflect_pad(planes.rgb, rows // m.scale, columns // m.scale, axes=(0, 1))
-        lr = imresize(source, *frame.canvas, convention=m.framing.resize)
+        source, lr = _wrapped(layout, planes.rgb)
     else:
-        enlarged = imresize(_deep(m, planes.rgb), *frame.image, convention=m.framing.resize)
-        source = lr = reflect_pad(enlarged, *frame.canvas, axes=(0, 1))[0]
-    condition = None
-    if m.condition == "image":
-        resize = wrapping.resize if layout.wraps else imresize
-        condition = source if source.shape[:2] == layout.latent else resize(source, *layout.latent)
-        condition = _apart(condition, planes.rgb)
+        source, enlarged = enlarging(layout, planes.rgb)
+        lr = reflect_pad(enlarged.rows(0, enlarged.height), *layout.frame.canvas, axes=(0, 1))[0]
+    condition = condition_of(layout, lr if source is None else source, planes.rgb)
     return Job(layout, _apart(lr, planes.rgb), condition, settings)
+
+
+def _wrapped(layout: TileLayout, rgb: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """The input, if it has the size of the latent grid, and the enlarged input, of a texture that wraps."""
+    m = layout.manifest
+    lr = wrapping.resize(_deep(m, rgb), *layout.frame.canvas, convention=m.framing.resize)
+    return rgb if layout.latent == rgb.shape[:2] else None, lr
+
+
+def enlarging(layout: TileLayout, rgb: np.ndarray) -> tuple[np.ndarray | None, Resizer]:
+    """The input enlarged to output size, which still lacks the reflection that fills the canvas.
+
+    For engines that pad in LR pixels the padded input comes with it, and nothing is lacking.
+    """
+    m, frame = layout.manifest, layout.frame
+    if m.framing.small == "pad":
+        rows, columns = frame.canvas
+        source, _ = reflect_pad(rgb, rows // m.scale, columns // m.scale, axes=(0, 1))
+        return source, Resizer(source, *frame.canvas, convention=m.framing.resize)
+    return None, Resizer(_deep(m, rgb), *frame.image, convention=m.framing.resize)
+
+
+def enlarged_type(manifest: Manifest, dtype: np.dtype) -> np.dtype:
+    """The type of the enlarged input of an image of this type."""
+    deep = manifest.framing.small != "pad" and manifest.framing.resize != "matlab"
+    return np.dtype(np.uint16) if deep else dtype
+
+
+def condition_of(layout: TileLayout, source: np.ndarray, rgb: np.ndarray) -> np.ndarray | None:
+    """The image `source` on the latent grid, apart from `rgb`; None if an encoder makes the condition."""
+    if layout.manifest.condition != "image":
+        return None
+    resize = wrapping.resize if layout.wraps else imresize
+    small = source if source.shape[:2] == layout.latent else resize(source, *layout.latent)
+    return _apart(small, rgb)
 
 
 def _apart(array: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -71,10 +95,15 @@ def finish(planes: Planes, job: Job) -> np.ndarray:
             fix_color(plane, style, job.settings.color_fix, out=plane)
         if (rows, columns) != (height, width):
             plane = imresize(plane, height, width)
-        np.add(plane, np.float32(1.0), out=plane)
-        np.multiply(plane, np.float32(top / 2.0), out=plane)
-        np.rint(plane, out=plane)
-        rgb[..., channel] = np.clip(plane, 0, top, out=plane)
+        rgb[..., channel] = to_integers(plane, top)
     resize = wrapping.resize if job.layout.wraps else imresize
     alpha = None if planes.alpha is None else resize(planes.alpha, height, width)
     return join(rgb, alpha, planes)
+
+
+def to_integers(values: np.ndarray, top: int) -> np.ndarray:
+    """Map values in [-1, 1] to whole numbers of 0 to `top`, in place; returns the array."""
+    np.add(values, np.float32(1.0), out=values)
+    np.multiply(values, np.float32(top / 2.0), out=values)
+    np.rint(values, out=values)
+    return np.clip(values, 0, top, out=values)

@@ -64,7 +64,7 @@ class Scheduler:
 
         `reload_s` returns the seconds to load a graph now, and a tick has `max_batch` slots.
         """
-        self._costs, self._reload_s, self._max_batch = costs, reload_s, max_batch
+        self._costs, self._reload_s, self.max_batch = costs, reload_s, max_batch
         self._ring: deque[Flow] = deque()  # it is the turn of the first flow
         self._led = 0.0  # estimated seconds of this turn that the flow has used
         self._since_load = 0.0  # estimated seconds of ticks since a graph was swapped in
@@ -84,7 +84,7 @@ class Scheduler:
         if self._reload_s(leader.current.role):
             leader = next((job for job in self._loaded(ready) if not _is_large(job, leader, whole)), leader)
         counts = self._fill(ready, leader, whole)
-        if sum(counts.values()) < self._max_batch:
+        if sum(counts.values()) < self.max_batch:
             alike = [job for job in may_lead if not _is_large(job, leader, whole)]
             if late := _late(alike, leader):
                 leader = late
@@ -135,7 +135,7 @@ class Scheduler:
 
     def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:
         """Return tiles by job for a tick of the leader's group: first its own, then the oldest jobs'."""
-        room = self._max_batch
+        room = self.max_batch
         counts = {leader: min(room, leader.current.remaining)}
         room -= counts[leader]
         for job in ready:

@@ -74,6 +74,11 @@ class Worker:
         self.ticked, self.ended = threading.Condition(self.lock), threading.Condition(self.lock)
         self._wanted = threading.Condition(self.lock)  # notified when there is work for the thread
 
+    def limit_batch(self, most: int) -> None:
+        """Run at most so many tiles at once from now on, which takes less memory."""
+        with self.lock:
+            self.max_batch = self._scheduler.max_batch = min(self.max_batch, most)
+
     @property
     def survives_fork(self) -> bool:
         """Return True if a forked child can use the worker: on a CPU, before its thread has started."""

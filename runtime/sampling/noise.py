@@ -11,6 +11,7 @@ differ in the last bit of a float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,7 +21,8 @@ INITIAL_NOISE = -1
 ENCODING_NOISE = (1 << 64) - 2
 """The `step` of the noise with which an encoder's latent is sampled."""
 
-_BLOCK_WORDS = 1 << 16  # keeps the float64 temporaries to a few MB
+BLOCK = 1 << 17
+"""Values that are made at once, which keeps the float64 temporaries to a few MB."""
 
 
 def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
@@ -29,22 +31,33 @@ def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | Non
     `seed` is 0 .. 2**64 - 1; `step` is `INITIAL_NOISE` or a position in the sampler's list. `out` must be a
     C-contiguous float32 array of that shape. Raises ValueError otherwise.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in 0..2**64 - 1, got {seed}")
-    if not INITIAL_NOISE <= step < (1 << 64) - 1:
-        raise ValueError(f"step must be {INITIAL_NOISE} (initial noise) or a position from 0 on, got {step}")
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != tuple(shape) or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(
             f"out must be a C-contiguous float32 array of shape {tuple(shape)}, got {out.dtype} {out.shape}"
         )
-    words = np.random.Philox(key=np.array([seed, step - INITIAL_NOISE], np.uint64))
     flat = out.reshape(-1)
-    for start in range(0, flat.size, 2 * _BLOCK_WORDS):
-        block = flat[start : start + 2 * _BLOCK_WORDS]
-        _fill(block, words.random_raw((block.size + 1) // 2))
+    for start, values in blocks(seed, step, flat.size):
+        flat[start : start + values.size] = values
     return out
+
+
+def blocks(seed: int, step: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The first `size` values of `gaussian` in order, in blocks: the first position, and float32 values.
+
+    The array is used again for the next block. ValueError as for `gaussian`.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in 0..2**64 - 1, got {seed}")
+    if not INITIAL_NOISE <= step < (1 << 64) - 1:
+        raise ValueError(f"step must be {INITIAL_NOISE} (initial noise) or a position from 0 on, got {step}")
+    words = np.random.Philox(key=np.array([seed, step - INITIAL_NOISE], np.uint64))
+    values = np.empty(min(BLOCK, size), np.float32)
+    for start in range(0, size, BLOCK):
+        block = values[: size - start]
+        _fill(block, words.random_raw((block.size + 1) // 2))
+        yield start, block
 
 
 def _fill(block: np.ndarray, words: np.ndarray) -> None:

@@ -154,7 +154,7 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_directory(parent: Path) -> Iterator[Path]:
     """Yield an empty directory that is removed at the end; `sweep` removes that of a killed process."""
-    scratch = parent / _scratch_name()
+    scratch = scratch_path(parent)
     scratch.mkdir(parents=True)
     try:
         yield scratch

@@ -167,10 +167,10 @@ class RecordingDevice:
         self.play()
         return self.host.finite(mean.data.made)
 
-    def download(self, canvas: Canvas) -> np.ndarray:
+    def download(self, canvas: Canvas, rows: slice | None = None) -> np.ndarray:
         self.log.append("READ download")
         self.play()
-        return self.host.download(canvas.data.made)
+        return self.host.download(canvas.data.made, rows)
 
 
 class RecordingSession(FakeSession):

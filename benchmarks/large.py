@@ -1,0 +1,184 @@
+"""Make large images with a bundled engine and report time and memory by the size of the result.
+
+Each size is run as a process of its own, `moesr-run` on an input that a generator writes, and is watched while
+it runs: its anonymous memory (what the process must have), its mapped memory (pages of files, which the system
+can take back), and both together are the largest values that were seen, ten times per second. The time is that
+from the first tile to the last, as the log has it, and that of the whole process. With few steps, memory is
+the same as with many, and time is not: the page names the number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import benchlib.missing_extra  # noqa: F401
+import numpy as np
+from benchlib.machine import load_average
+from benchlib.origin import origin_line
+from benchlib.program import print_page
+from PIL import Image
+
+from moesr.runtime.engine.locate import engine_directory
+from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.errors import MoesrError
+
+INTERVAL_S = 0.1
+"""Seconds between two looks at the memory of the process."""
+
+TARGET_BYTES = 2e9
+"""What a result of 100 megapixels may take in memory."""
+
+TARGET_SPREAD = 0.1
+"""By how much the time per megapixel of result may vary between 1 and 100 megapixels."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one size; bytes are the largest that were seen."""
+
+    megapixels: float
+    side: int  # of the input
+    seconds: float
+    anonymous: int
+    mapped: int
+    together: int
+    load: float | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the page; returns 0 or the exit code of the error."""
+    return print_page(benchmark, parser().parse_args(argv))
+
+
+def benchmark(args: argparse.Namespace) -> str:
+    """Measure all sizes, and write and return the page."""
+    scale = read_manifest(engine_directory(args.engine)).scale
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="moesr-large-", dir=args.work) as scratch:
+        for megapixels in args.megapixels:
+            side = round((megapixels * 1e6) ** 0.5 / scale)
+            for _ in range(args.rounds):
+                rows.append(measure(Path(scratch), side, scale, args))
+            print(json.dumps(rows[-1].__dict__), file=sys.stderr, flush=True)
+    text = page(rows, args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    return text
+
+
+def write_input(path: Path, side: int) -> None:
+    """Write a square image of waves and noise, row by row, so that the generator needs no memory."""
+    rng = np.random.default_rng(side)
+    x = np.arange(side, dtype=np.float32)
+    pixels = np.empty((side, side, 3), np.uint8)
+    for y in range(side):
+        wave = 96 + 60 * np.sin(x / 17 + y / 29) + 30 * np.sin(x * y / 9000)
+        pixels[y] = np.clip(wave[:, None] + rng.normal(0, 9, (side, 3)), 1, 254)
+    Image.fromarray(pixels).save(path, compress_level=1)
+
+
+def measure(folder: Path, side: int, scale: int, args: argparse.Namespace) -> Row:
+    """Run one size in a process of its own. MoesrError if the process fails."""
+    source, target = folder / f"{side}.png", folder / f"{side}_large{args.format}"
+    if not source.exists():
+        write_input(source, side)
+    command = [
+        *(sys.executable, "-m", "moesr.runtime.cli.run", str(source), "-o", str(target), "--force", "--quiet"),
+        *("--engine", args.engine, "--steps", str(args.steps), "--backend", args.backend),
+        *("--threads", str(args.threads)),
+    ]
+    before = load_average()
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peaks = [0, 0, 0]
+    while process.poll() is None:
+        peaks = [max(pair) for pair in zip(peaks, resident(process.pid), strict=True)]
+        time.sleep(INTERVAL_S)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        assert process.stderr
+        raise MoesrError(f"{' '.join(command)}: {process.stderr.read().decode(errors='replace')[-800:]}")
+    with Image.open(target) as result:
+        Image.MAX_IMAGE_PIXELS = None
+        assert result.size == (side * scale, side * scale)
+    target.unlink()
+    return Row((side * scale) ** 2 / 1e6, side, seconds, *peaks, before)
+
+
+def resident(pid: int) -> tuple[int, int, int]:
+    """Anonymous, mapped and all resident bytes of a process; zeros once it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0, 0, 0
+    found = {name: 1024 * int(count) for name, count in re.findall(r"^(Rss\w+|VmRSS):\s+(\d+) kB", text, re.M)}
+    mapped = found.get("RssFile", 0) + found.get("RssShmem", 0)
+    return found.get("RssAnon", 0), mapped, found.get("VmRSS", 0)
+
+
+def page(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Large images",
+        "",
+        origin_line(),
+        "",
+        f"Engine {args.engine}, {args.backend}, {args.threads} thread(s), {args.steps} step(s), results as "
+        f"{args.format[1:]}. The inputs are squares of waves and noise. Each row is one process of `moesr-run`, "
+        "watched ten times per second. Anonymous memory is what the process must have; mapped memory are pages "
+        "of files, libraries and spools, which the system can take back at any time. The load average is that "
+        "of the minute before the start: above the number of threads, other programs took part of the time.",
+        "",
+        "| result (MP) | input | time (s) | s per MP | anonymous (MB) | mapped (MB) | largest resident (MB) | load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        load = "unknown" if row.load is None else f"{row.load:.1f}"
+        sizes = (row.anonymous, row.mapped, row.together)
+        lines.append(
+            f"| {row.megapixels:.3g} | {row.side}x{row.side} | {row.seconds:.4g} | "
+            f"{row.seconds / row.megapixels:.3g} | {' | '.join(f'{size / 1e6:.0f}' for size in sizes)} | {load} |"
+        )
+    return "\n".join([*lines, "", *verdict(rows), ""])
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Lines that compare the figures with the targets."""
+    large = [row for row in rows if 0.9 <= row.megapixels <= 110]
+    per_pixel = [row.seconds / row.megapixels for row in large]
+    spread = max(per_pixel) / min(per_pixel) - 1
+    most = max(rows, key=lambda row: row.together)
+    return [
+        f"- Time per megapixel between {large[0].megapixels:.3g} and {large[-1].megapixels:.3g} megapixels varies "
+        f"by {100 * spread:.0f} % (target: {100 * TARGET_SPREAD:.0f} %), with start and loading included.",
+        f"- Most memory: {most.together / 1e9:.2f} GB at {most.megapixels:.3g} megapixels (target for 100: "
+        f"{TARGET_BYTES / 1e9:.0f} GB).",
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--megapixels", type=float, nargs="+", default=[1, 4, 16, 100], help="sizes of results")
+    p.add_argument("--engine", default="demo-x4", help="engine directory, or name of a bundled engine")
+    p.add_argument("--steps", type=int, default=20, help="sampling steps; 1 is enough for memory")
+    p.add_argument("--backend", default="onnxruntime")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--rounds", type=int, default=1, help="runs per size")
+    p.add_argument("--format", default=".png", help="extension of the results")
+    p.add_argument("--work", type=Path, help="directory for inputs, results and spools")
+    p.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/large.md"))
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())
