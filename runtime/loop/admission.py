@@ -123,13 +123,11 @@ class Admission:
         (height, width), (rows, columns) = layout.result, layout.frame.image
         through = "" if (rows, columns) == (height, width) else f", through {columns}x{rows},"
         fits = self._largest(layout, settings)
-        would = (
-            f"{fits.width}x{fits.height} pixels would fit" if fits else "no image would fit beside the engine"
-        )
+        would = f"{fits.width}x{fits.height} pixels would fit" if fits else "nothing fits beside the engine"
         return MemoryLimitError(
             f"{layout.width}x{layout.height} to {width}x{height} pixels{through} needs about "
-            f"{memory.readable(lack.need)} of {lack.pool.name}, {memory.readable(lack.free)} are free; {would}: "
-            "close other programs, split the image, or export an engine with smaller tiles"
+            f"{memory.readable(lack.need)} of {lack.pool.name}, {memory.readable(lack.free)} are free; "
+            f"{would}: close other programs, split the image, or export an engine with smaller tiles"
         )
 
     def _largest(self, layout: TileLayout, settings: Settings | None) -> TileLayout | None:
@@ -162,13 +160,11 @@ def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
 def spooled_bytes(layout: TileLayout) -> int:
     """Estimate of the memory of the host that an image takes beside the graphs if it is spooled."""
     m, (rows, columns) = layout.manifest, layout.frame.canvas
-    planes = 3 + 2 * (
-        m.condition == "latent"
-    )  # the latent, its mean, a history; the encoder's mean and noise
+    planes = 3 + 2 * (m.condition == "latent")  # latent, mean, history; mean and noise of the encoder
     latents = math.prod(layout.latent) * (4 * m.latent_channels * planes + 8)
     source = 24 * layout.height * layout.width  # the input, its padded copy and the condition, in 16 bits
     band = 24 * m.tile * columns  # decoded sums, their weights, and one plane while it moves
-    strips = 72 * max(STRIP_PX, 68 * columns)
+    strips = 72 * min(max(STRIP_PX, 68 * columns), rows * columns)
     cells = rows * columns // 2  # of three channels, while they are found
     return latents + source + max(band, strips + cells)
 

@@ -1,7 +1,7 @@
 """Decoding of an image that is too large to be held: row by row of tiles, on the host.
 
-A band of pixels as high as a tile moves down the image. When a row of tiles is decoded, the rows of pixels that
-no further tile overlaps are complete: they are handed over, and the band moves on to the next row of tiles.
+A band of pixels as high as a tile moves down the image. When a row of tiles is decoded, the rows of pixels
+that no further tile overlaps are complete: they are handed over, and the band moves on to the next row.
 The values are those of `passes.Decoding`, because every pixel adds up the same tiles in the same order.
 """
 

@@ -41,7 +41,7 @@ def disk_bytes(layout: TileLayout, dtype: np.dtype, channels: int) -> int:
 
 
 class SpooledWork:
-    """The temporary files of one image, from its preparation to its result. A job writes to it as its sink."""
+    """The temporary files of one image, from its preparation to its result; the sink of its job."""
 
     def __init__(
         self, layout: TileLayout, planes: Planes, settings: Settings, folders: Sequence[Path]
@@ -59,9 +59,7 @@ class SpooledWork:
         """The job of the image, with the enlarged input on disk; as `processing.prepare` makes it."""
         source, enlarged = processing.enlarging(self._layout, planes.rgb)
         (rows, columns), size = self._layout.frame.canvas, (enlarged.height, enlarged.width)
-        down, across = (
-            reflect(np.arange(n), length) for n, length in zip((rows, columns), size, strict=True)
-        )
+        down, across = reflect(np.arange(rows), size[0]), reflect(np.arange(columns), size[1])
         step = max(MAPPED_BYTES // (3 * 2 * columns), 1)
         for start in range(0, rows, step):
             needed = down[start : start + step]

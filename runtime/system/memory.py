@@ -11,12 +11,7 @@ from pathlib import Path
 
 _CGROUPS = (  # names of (limit, used, statistics) in version 2, then in version 1 of control groups
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
 
 _SHORTAGE = re.compile(
@@ -37,13 +32,14 @@ _SHORTAGE = re.compile(
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that are free for use without swapping, within the container's limit.
+    """Bytes free for use without swapping, within all limits; None if the system does not say.
 
-    The result is None if the system does not report it. `proc` and `cgroup` are the mount points of the two
-    file systems in which Linux reports memory.
+    The limits of the process (`ulimit -v` and `-d`), of its control group and of the groups above count.
+    `proc` and `cgroup` are the mount points of the two file systems in which Linux reports memory.
     """
-    figures = [figure for figure in (_system_bytes(proc), _container_bytes(cgroup)) if figure is not None]
-    return min(figures, default=None)
+    groups = (_container_bytes(folder) for folder in _groups(proc, cgroup))
+    figures = (_system_bytes(proc), _process_bytes(proc), *groups)
+    return min((figure for figure in figures if figure is not None), default=None)
 
 
 def return_freed() -> None:
@@ -90,8 +86,38 @@ def _windows_bytes() -> int | None:
     return int(status.free) if done else None
 
 
+def _process_bytes(proc: Path) -> int | None:
+    """Memory that the limits of this process leave free; None without limits."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    free = []
+    for limit, used in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most, kilobytes = resource.getrlimit(limit)[0], _entry(proc / "self" / "status", used)
+        if most != resource.RLIM_INFINITY and kilobytes is not None:
+            free.append(max(most - kilobytes * 1024, 0))
+    return min(free, default=None)
+
+
+def _groups(proc: Path, cgroup: Path) -> list[Path]:
+    """The directories of the control groups of this process, and of those above it, that may have limits."""
+    folders = [cgroup, cgroup / "memory"]  # version 2, then version 1
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        number, names, path = (line.split(":", 2) + ["", ""])[:3]
+        inside = [part for part in path.split("/") if part not in ("", "..")]
+        if number == "0" or "memory" in names.split(","):
+            root = cgroup if number == "0" else cgroup / "memory"
+            folders += [root.joinpath(*inside[:count]) for count in range(1, len(inside) + 1)]
+    return folders
+
+
 def _container_bytes(cgroup: Path) -> int | None:
-    """Return the memory that the control group leaves free; its reclaimable file cache counts as free."""
+    """Memory that a control group leaves free; its reclaimable file cache counts as free."""
     for limit_name, used_name, stat_name, cache_name in _CGROUPS:
         limit, used = _number(cgroup / limit_name), _number(cgroup / used_name)
         if limit is not None and used is not None:
