@@ -108,7 +108,7 @@ def _groups(proc: Path, cgroup: Path) -> list[Path]:
     except OSError:
         return folders
     for line in lines:
-        number, names, path = (line.split(":", 2) + ["", ""])[:3]
+        number, names, path = [*line.split(":", 2), "", ""][:3]
         inside = [part for part in path.split("/") if part not in ("", "..")]
         if number == "0" or "memory" in names.split(","):
             root = cgroup if number == "0" else cgroup / "memory"
