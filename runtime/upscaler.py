@@ -16,23 +16,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
-from moesr.runtime.backends import autotune
+import numpy as np
+
+from moesr.runtime.backends import autotune, kept_costs
 from moesr.runtime.backends.selection import Backend, candidates
 from moesr.runtime.devices.interface import Session
 from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import MoesrError, UsageError
-from moesr.runtime.loop.admission import Admission
+from moesr.runtime.loop.admission import Admission, Forecast, forms
 from moesr.runtime.loop.array_pictures import Place, batch_of, picture_of
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.handle import Handle, JobProgress
-from moesr.runtime.loop.job import PRIORITIES, Flow
+from moesr.runtime.loop.job import PRIORITIES, Flow, planned_tiles
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Options, Settings, resolve
+from moesr.runtime.loop.spooled import disk_bytes
 from moesr.runtime.loop.stream import ImageStream, InFlight, Progress
 from moesr.runtime.loop.worker import Worker
 from moesr.runtime.options import one_of
@@ -43,7 +46,7 @@ log = logging.getLogger("moesr")
 AnyImage = TypeVar("AnyImage")
 """A NumPy array, a PIL image, a LoadedImage, or an array of another library."""
 
-__all__ = ["Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
+__all__ = ["Forecast", "Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
 
 
 class Upscaler:
@@ -76,6 +79,7 @@ class Upscaler:
         With `cuda_graphs` False a GPU launches kernels one by one. Raises EngineError or UsageError. Graphs
         are loaded when they are first needed.
         """
+        self._remembers = cache is not False
         kept = user_cache.directory() if cache is None else Path(cache) if cache else None
         choose = partial(
             candidates,
@@ -102,7 +106,7 @@ class Upscaler:
         """Make the parts that process images."""
         manifest, directory, backend = self.manifest, self.directory, self.backend
         device = backend.device(directory)
-        self._costs = Costs(manifest.graphs)
+        self._costs = Costs(manifest.graphs, kept_costs.recall(backend, manifest))
         graphs = GraphMemory(
             manifest,
             directory,
@@ -131,6 +135,8 @@ class Upscaler:
 
     def close(self) -> None:
         """Release the graphs. Images in flight, and further calls, end with UsageError."""
+        if self._release.alive and self._remembers:
+            kept_costs.keep(self.backend, self.manifest, self._costs.measured())
         self._release()
 
     def __call__(
@@ -220,6 +226,20 @@ class Upscaler:
             self._pipeline, submit, max(self.backend.max_batch, 2), return_errors, progress, begun
         )
         return results.results(images)
+
+    def forecast(self, height: int, width: int, **options: Unpack[Options]) -> Forecast:
+        """Estimate what an image of this size will take, before any work; options as for a call."""
+        settings, layout = self._settings(options), TileLayout(self.manifest, height, width)
+        needed, free = self._admission.expected(layout, settings)
+        spooled = forms(layout)[0]
+        seconds = self._costs.seconds(planned_tiles(layout, settings)) if self._costs.grounded else None
+        disk = disk_bytes(layout, np.dtype(np.uint8), 3) if spooled else 0
+        return Forecast(seconds, needed, free, disk)
+
+    @property
+    def timed(self) -> bool:
+        """True if estimates of seconds rest on a measurement."""
+        return self._costs.grounded
 
     @property
     def statistics(self) -> Statistics:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moesr.runtime.cli import compare, frames, sizes
+from moesr.runtime.cli import compare, forecast, frames, sizes
 from moesr.runtime.cli.frames import Frames
 from moesr.runtime.cli.inputs import Input
 from moesr.runtime.cli.outputs import Naming, OutputPlan, Task, plan, shorten
@@ -186,6 +186,7 @@ class Batch:
         self._display = Display(count, quiet=how.quiet, as_events=how.json_progress)
         self._flight: deque[_Flight] = deque()
         self._options: Mapping[str, Any] = {}
+        self._announced = self._untimed = False
         self.done = self.skipped = self.failed = self.code = 0
 
     def run(self, options: Mapping[str, Any]) -> None:
@@ -263,7 +264,27 @@ class Batch:
                     source = (image.pixels.shape[0], image.pixels.shape[1])
                     middle = sizes.between(source, size, self._wanted.scale)
                     image = _placed(image, task.target.parent)
+                    self._announce(task.source, source, size, middle)
                 yield _Flight(task, position, several, image, record, size, middle, entry, before)
+
+    def _announce(
+        self, name: Path, source: tuple[int, int], size: tuple[int, int], middle: tuple[int, int] | None
+    ) -> None:
+        """Log what the first image, and every one that takes long, is expected to take."""
+        through = [source, middle] if middle else [source]
+        passes = [self._upscaler.forecast(*sides, **self._options) for sides in through]
+        if self._announced and not forecast.is_long(passes):
+            return
+        others = 0 if self._announced else self._progress.unread
+        log.info("%s", forecast.line(str(name), size, passes, others))
+        self._untimed = forecast.total(passes) is None
+        self._announced = True
+
+    def _tell_time(self, left: float) -> None:
+        """Log the time once the first tiles have shown it."""
+        if self._untimed and self._upscaler.timed:
+            self._untimed = False
+            log.info("the images begun are expected to take %s more", forecast.duration(left))
 
     def _size_of(self, image: LoadedImage) -> tuple[int, int]:
         height, width = image.pixels.shape[:2]
@@ -287,6 +308,7 @@ class Batch:
 
     def _show_progress(self, done: float, total: float, stage: str) -> None:
         self._progress.update(done, total)
+        self._tell_time(total - done)
         first = self._flight[0]
         self._show(first.position, first.task, stage)
 

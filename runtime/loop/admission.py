@@ -39,6 +39,21 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """The estimate of what an image takes.
+
+    `seconds` is None if nothing was ever measured with this engine and backend. `memory_bytes`, with what the
+    graphs still have to take, and `free_bytes` are of the memory where the graphs run; the latter is None if
+    the system does not tell. `disk_bytes` are those of temporary files.
+    """
+
+    seconds: float | None
+    memory_bytes: int
+    free_bytes: int | None
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
 class Shortage:
     """A pool that an image does not fit into, with what it needs, and what others in flight have taken."""
 

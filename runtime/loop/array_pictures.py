@@ -165,9 +165,9 @@ class HostArray:
         self._picture = Picture(_levels(pixels) if self._float is not None else pixels)
         self.size: Size = self._picture.size
 
-    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
+    def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
         """See `Source.prepare`."""
-        return self._picture.prepare(layout, settings)
+        return self._picture.prepare(layout, settings, spooled)
 
     def finish(self, job: Job) -> Any:
         """See `Source.finish`."""
@@ -205,8 +205,11 @@ class DeviceArray:
         self._stream, self._wait = stream, wait
         self.size: Size = image.shape[1], image.shape[2]
 
-    def prepare(self, layout: TileLayout, settings: Settings) -> Job:
-        """See `Source.prepare`; UsageError for settings that need an image on the host."""
+    def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
+        """See `Source.prepare`; UsageError for settings that need an image on the host.
+
+        Everything stays in the device's memory, spooled or not.
+        """
         from_start = settings.start_step and layout.manifest.condition == "image"
         unfit = {"tileable": settings.tileable, "checkpoint_every": settings.checkpoint_every}
         for name, value in {**unfit, "start_step": from_start}.items():

@@ -19,8 +19,12 @@ FIRST_RATE = 1e-11
 class Costs:
     """Seconds per tile by role. Threads may share it."""
 
-    def __init__(self, graphs: Mapping[str, Graph]) -> None:
-        """Start from the manifest; EngineError if a graph's multiply-accumulates are out of range."""
+    def __init__(self, graphs: Mapping[str, Graph], known: Mapping[str, float] | None = None) -> None:
+        """Start from the manifest, and from `known` seconds per tile by role, as earlier runs measured them.
+
+        EngineError if a graph's multiply-accumulates are out of range.
+        """
+        self._known = {role: float(known[role]) for role in graphs if role in known} if known else {}
         self._macs = {role: max(macs_of(role, graph), 1) for role, graph in graphs.items()}
         self._tiles: Counter[str] = Counter()
         self._seconds: dict[str, float] = dict.fromkeys(graphs, 0.0)
@@ -43,8 +47,9 @@ class Costs:
     def seconds(self, tiles: Mapping[str, int]) -> float:
         """Return an estimate for a number of tiles by role.
 
-        A graph that has not run yet is assumed to do as many multiply-accumulates per second as those that
-        have run; before any graph has run, FIRST_RATE is assumed.
+        A graph that has not run yet takes what it took in earlier runs. If that is not known either, it is
+        assumed to do as many multiply-accumulates per second as the others; if nothing is known, FIRST_RATE
+        is assumed.
         """
         per_tile = self.per_tile()
         return sum(count * per_tile[role] for role, count in tiles.items())
@@ -52,12 +57,27 @@ class Costs:
     def per_tile(self) -> dict[str, float]:
         """Return the estimated seconds per tile of all roles."""
         with self._lock:
-            measured = sum(self._macs[role] * count for role, count in self._tiles.items())
-            rate = sum(self._seconds.values()) / measured if measured else FIRST_RATE
-            return {
-                role: self._seconds[role] / self._tiles[role] if self._tiles[role] else macs * rate
-                for role, macs in self._macs.items()
-            }
+            tiles, seconds = Counter(self._tiles), dict(self._seconds)
+        figures = {role: seconds[role] / count for role, count in tiles.items() if count}
+        if figures:
+            macs = sum(self._macs[role] * tiles[role] for role in figures)
+            rate = sum(seconds[role] for role in figures) / macs
+        elif self._known:
+            rate = sum(self._known.values()) / sum(self._macs[role] for role in self._known)
+        else:
+            rate = FIRST_RATE
+        return {role: macs * rate for role, macs in self._macs.items()} | self._known | figures
+
+    @property
+    def grounded(self) -> bool:
+        """True if the estimates rest on a measurement, of this process or of an earlier one."""
+        with self._lock:
+            return bool(self._known) or any(self._tiles.values())
+
+    def measured(self) -> dict[str, float]:
+        """Return the seconds per tile of the graphs that ran in this process, to be kept for later ones."""
+        with self._lock:
+            return {role: self._seconds[role] / count for role, count in self._tiles.items() if count}
 
 
 def macs_of(role: str, graph: Graph) -> int:

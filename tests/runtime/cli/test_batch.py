@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import threading
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 from engines import build_engine
 from PIL import Image
 
-from moesr.runtime.cli import batch
+from moesr.runtime.cli import batch, forecast
 from moesr.runtime.cli.progress import Progress
 from moesr.runtime.cli.run import main
 from moesr.runtime.errors import OutputError
@@ -311,3 +312,20 @@ def test_out_of_memory_for_one_array(engine, photos, monkeypatch, capsys):
     assert (
         "0.png: out of memory (Unable to allocate 2.12 MiB); use a smaller image" in capsys.readouterr().err
     )
+
+
+def test_the_run_says_what_it_expects(engine, photos, tmp_path, monkeypatch, capsys):
+    """The time is unknown in the first run; the second one knows it from the first."""
+    monkeypatch.setenv("MOESR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(forecast, "LONG_S", 1e-9)
+    arguments = [photos, "-o", tmp_path / "out", "--force"]
+    run(engine, *arguments)
+    first = capsys.readouterr().err
+    size = r"0\.png: 48x36 pixels are expected to take "
+    memory = r", [\d.]+ [kMG]B of memory \([\d.]+ GB are free\)"
+    assert re.search(f"{size}a time that the first tiles will tell{memory}\n", first)
+    assert len(re.findall(r"the images begun are expected to take \d+ s more\n", first)) == 1
+    run(engine, *arguments)
+    second = capsys.readouterr().err
+    assert re.search(rf"{size}about 1 s{memory}; all 4 inputs, if they are alike, 1 s\n", second)
+    assert second.count("are expected to take") == 4  # every image takes long here
