@@ -22,7 +22,7 @@ ENCODING_NOISE = (1 << 64) - 2
 """The `step` of the noise with which an encoder's latent is sampled."""
 
 BLOCK = 1 << 17
-"""Values that are made at once, which keeps the float64 temporaries to a few MB."""
+"""Values that are made at once, an even number; it keeps the float64 temporaries to a few MB."""
 
 
 def gaussian(seed: int, step: int, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:

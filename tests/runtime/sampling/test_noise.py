@@ -66,7 +66,7 @@ def test_values_are_pinned(seed, step, first):
 def test_repeatable_and_independent_of_the_block_size(monkeypatch):
     whole = gaussian(5, 9, SHAPE)
     np.testing.assert_array_equal(gaussian(5, 9, SHAPE), whole)
-    monkeypatch.setattr("moesr.runtime.sampling.noise._BLOCK_WORDS", 1000)
+    monkeypatch.setattr("moesr.runtime.sampling.noise.BLOCK", 2000)
     np.testing.assert_array_equal(gaussian(5, 9, SHAPE), whole)
 
 
