@@ -229,7 +229,8 @@ class Upscaler:
 
     def forecast(self, height: int, width: int, **options: Unpack[Options]) -> Forecast:
         """Estimate what an image of this size will take, before any work; options as for a call."""
-        settings, layout = self._settings(options), TileLayout(self.manifest, height, width)
+        settings = self._settings(options)
+        layout = settings.layout(self.manifest, height, width)
         needed, free = self._admission.expected(layout, settings)
         spooled = forms(layout)[0]
         seconds = self._costs.seconds(planned_tiles(layout, settings)) if self._costs.grounded else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesr.runtime.errors import MemoryLimitError
 from moesr.runtime.images.color_rows import STRIP_PX
@@ -150,8 +150,8 @@ class Admission:
         fits, low, high = None, 0.0, 1.0
         for _ in range(12):
             middle = (low + high) / 2
-            sides = (max(int(middle * side), 1) for side in (layout.height, layout.width))
-            tried = TileLayout(layout.manifest, *sides)
+            sides = [max(int(middle * side), 1) for side in (layout.height, layout.width)]
+            tried = replace(layout, height=sides[0], width=sides[1])
             batch = self._graphs.max_batch if self.warm else 1
             if self._shortage(self.counts(tried, settings, forms(tried)[-1]), batch):
                 high = middle
