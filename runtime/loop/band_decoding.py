@@ -18,7 +18,7 @@ from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Canvas, Mean
 from moesr.runtime.engine.graph_io import DECODER
 from moesr.runtime.loop.passes import Decoding, Pass
-from moesr.runtime.loop.tile_layout import CODING_OVERLAP, TileLayout
+from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.sampling import tiles
 
 
@@ -40,7 +40,7 @@ class BandDecoding(Pass):
     ) -> None:
         """`z` is the latent canvas, `lr` the input at output size."""
         m, factor = layout.manifest, layout.manifest.latent_factor
-        self._window = tiles.feather_weights(m.tile, m.latent_tile // CODING_OVERLAP * factor)
+        self._window = layout.coding_window(factor)
         self._rows = [list(row) for _, row in groupby(layout.coding, key=itemgetter(0))]
         self._height, self._at, self._sink = layout.latent[0], 0, sink
         width = layout.frame.canvas[1]
