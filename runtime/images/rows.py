@@ -8,11 +8,12 @@ these packages, and for other formats, Pillow does the same with the whole image
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -274,8 +275,8 @@ def _write_png(
         chunks.append((b"eXIf", m.exif.removeprefix(b"Exif\0\0")))
     texts = [(chunk[0], chunk[1]) for chunk in encoding.png_texts(m, record).chunks]
     inserted = b"".join(png_chunks.packed(*chunk) for chunk in (*chunks, *texts))
-    target = png_chunks.Inserting(stream, inserted, skip=_PHYS_BYTES)
-    _as_vips(spool, vips).pngsave_target(_vips_target(target, vips), keep="none", compression=6)
+    with _vips_target(png_chunks.Inserting(stream, inserted, skip=_PHYS_BYTES), vips) as target:
+        _as_vips(spool, vips).pngsave_target(target, keep="none", compression=6)
 
 
 def _write_jpeg(
@@ -289,10 +290,9 @@ def _write_jpeg(
     for number, part in enumerate(parts, 1):
         inserted += encoding.segment(0xE2, b"ICC_PROFILE\0" + bytes((number, len(parts))) + part)
     inserted += encoding.jpeg_segments(m, record)
-    target = png_chunks.Inserting(stream, inserted, at=2)  # after the marker that starts the file
-    _as_vips(spool, vips).jpegsave_target(
-        _vips_target(target, vips), keep="none", Q=quality, subsample_mode="off"
-    )
+    after_marker = png_chunks.Inserting(stream, inserted, at=2)  # the marker that starts the file
+    with _vips_target(after_marker, vips) as target:
+        _as_vips(spool, vips).jpegsave_target(target, keep="none", Q=quality, subsample_mode="off")
 
 
 def _write_tiff(
@@ -346,10 +346,28 @@ def _as_vips(spool: Spool, vips: Any) -> Any:
     )
 
 
-def _vips_target(stream: Any, vips: Any) -> Any:
+@contextlib.contextmanager
+def _vips_target(stream: Any, vips: Any) -> Iterator[Any]:
+    """Yield a target that writes to a stream; an error of the stream is raised at the end.
+
+    An exception inside the callback would be printed with a traceback by the library.
+    """
+    errors: list[Exception] = []
+
+    def write(data: bytes) -> int:
+        try:
+            return -1 if errors else stream.write(data)
+        except Exception as error:
+            errors.append(error)
+            return -1
+
     target = vips.TargetCustom()
-    target.on_write(stream.write)
-    return target
+    target.on_write(write)
+    try:
+        yield target
+    finally:
+        if errors:
+            raise errors[0]
 
 
 def _note(name: str, nbytes: int, for_lack_of_packages: bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import struct
 import tracemalloc
 from dataclasses import replace
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.errors import InputError, OutputError, UsageError
 from moesr.runtime.images import provenance, reading, rows
 from moesr.runtime.images.metadata import Metadata, Text
 from moesr.runtime.images.provenance import Provenance
@@ -196,3 +199,27 @@ def test_without_the_packages_a_note_tells_about_large_images(tmp_path: Path, mo
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     rows.open_rows(tmp_path / "a.png")
     assert "held in memory, 0 MB; pip install moesr[large]" in caplog.text
+
+
+class FullDisk:
+    """A stream to a disk that is full after some bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_disk_that_fills_up_is_one_clean_error(tmp_path: Path, monkeypatch, capfd, suffix: str):
+    pytest.importorskip("pyvips")
+    full = contextlib.nullcontext(FullDisk(20_000))
+    monkeypatch.setattr(rows, "write_atomically", lambda path: full)
+    with pytest.raises(OutputError, match=r"a\.(png|jpg): cannot be written: No space left.*free some"):
+        save(tmp_path / f"a{suffix}", RNG.integers(0, 256, (400, 400, 3), np.uint8))
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
