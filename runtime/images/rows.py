@@ -177,7 +177,7 @@ def save(
 
 
 def resized(image: SpooledImage, height: int, width: int, folders: Sequence[Path]) -> SpooledImage:
-    """A spooled image of another size, resampled row by row; its own spool is closed then."""
+    """Return a spooled image in another size, resampled in rows; the spool of the old one is closed."""
     channels = image.spool.shape[2]
     nbytes = height * width * channels * image.spool.dtype.itemsize
     made = Spool(place_for(folders, nbytes), height, width, channels, image.spool.dtype)
@@ -195,7 +195,7 @@ def resized(image: SpooledImage, height: int, width: int, folders: Sequence[Path
 
 
 def held_bytes(path: Path, height: int, width: int, channels: int, deep: bool = False) -> int:
-    """Memory that Pillow takes to encode an image that cannot be written in rows; 0 if it can."""
+    """Return the memory that Pillow needs to encode an image; 0 if the image can be written in rows."""
     name = writing.check_output(path, width, height).name
     if _streams(name, channels, deep):
         return 0
@@ -216,7 +216,7 @@ def check_memory(path: Path, height: int, width: int, channels: int, deep: bool 
 
 
 def _streams(name: str, channels: int, deep: bool) -> Any:
-    """The module that writes such an image in rows; None if Pillow has to hold it."""
+    """Return the module that writes such an image in rows; None if Pillow has to hold the image."""
     if name == "TIFF":
         return None if channels == 2 and deep else _tifffile()  # Pillow could not read it again
     if name == "PNG" or (name == "JPEG" and channels in (1, 3) and not deep):

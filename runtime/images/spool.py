@@ -33,7 +33,7 @@ _ZEROS = bytes(1 << 20)
 
 
 def place_for(folders: Sequence[Path], nbytes: int) -> Path:
-    """The first of the folders whose disk has room for spools of `nbytes`; OutputError if none has.
+    """Return the first of the folders whose disk has room for `nbytes` of spools; OutputError if none has.
 
     A folder that does not exist yet stands for the nearest one above it that does.
     """
@@ -92,7 +92,7 @@ class Spool:
             raise OutputError(f"a temporary file cannot be written to: {reason(error)}") from error
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """A copy of some rows; OutputError if the system refuses."""
+        """Return a copy of some rows; OutputError if the system refuses."""
         if not hasattr(os, "preadv"):
             return self.pixels[start:stop].copy()
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
@@ -128,7 +128,7 @@ class Spool:
 
 
 def _temporary(folder: Path) -> tuple[Any, Path, Callable[[], object]]:
-    """An open temporary file, a path by which a library can open it, and what removes it."""
+    """Return an open temporary file, a path by which a library can open it, and what removes it."""
     if sys.platform == "linux":
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         return file, Path(f"/proc/self/fd/{file.fileno()}"), lambda: None

@@ -99,13 +99,13 @@ class Admission:
         raise self._refusal(layout, settings, shortage)
 
     def expected(self, layout: TileLayout, settings: Settings) -> tuple[int, int | None]:
-        """Bytes that an image and the graphs will take where the graphs run, and those that are free."""
+        """Return the bytes that an image and the graphs will take in the main pool, and the free bytes."""
         pool = self._graphs.pools[0]
         count = self.counts(layout, settings, forms(layout)[0])[0]
         return count + self._needed(pool, self._graphs.max_batch), self._graphs.free_bytes(pool)
 
     def counts(self, layout: TileLayout, settings: Settings | None, spooled: bool) -> tuple[int, ...]:
-        """Bytes of each pool that an image takes."""
+        """Return the bytes of each pool that an image takes."""
         main, *beside = (
             spooled_bytes(layout) if spooled and pool is not GPU else image_bytes(layout, pool)
             for pool in self._graphs.pools
@@ -116,7 +116,7 @@ class Admission:
         return self._graphs.needed(pool, self._residency.loaded, warm=self.warm, batch=batch)
 
     def _shortage(self, counts: tuple[int, ...], batch: int) -> Shortage | None:
-        """The pool that lacks memory; one that lacks it even with nothing in flight comes first."""
+        """Return the pool that lacks memory, preferably one that would lack it with nothing in flight."""
         found = []
         for at, pool in enumerate(self._graphs.pools):
             need, free = counts[at] + self._needed(pool, batch), self._graphs.free_bytes(pool)
@@ -146,7 +146,7 @@ class Admission:
         )
 
     def _largest(self, layout: TileLayout, settings: Settings | None) -> TileLayout | None:
-        """The largest image of these proportions that would fit now."""
+        """Return the layout of the largest image of these proportions that would fit now."""
         fits, low, high = None, 0.0, 1.0
         for _ in range(12):
             middle = (low + high) / 2
@@ -161,19 +161,19 @@ class Admission:
 
 
 def forms(layout: TileLayout) -> tuple[bool, ...]:
-    """Whether an image is spooled: what is tried first, and what is tried if memory is short."""
+    """Return whether an image is spooled: by default, and if memory is short."""
     if not can_spool(layout):
         return (False,)
     return (True,) if math.prod(layout.frame.canvas) >= SPOOL_FROM_PX else (False, True)
 
 
 def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
-    """Estimate of the memory that an image takes beside the graphs if it is held whole."""
+    """Return an estimate of the memory that an image takes beside the graphs if it is held whole."""
     return pool.pixel_bytes * math.prod(layout.frame.canvas)
 
 
 def spooled_bytes(layout: TileLayout) -> int:
-    """Estimate of the memory of the host that an image takes beside the graphs if it is spooled."""
+    """Return an estimate of the host memory that an image takes beside the graphs if it is spooled."""
     m, (rows, columns) = layout.manifest, layout.frame.canvas
     planes = 3 + 2 * (m.condition == "latent")  # latent, mean, history; mean and noise of the encoder
     latents = math.prod(layout.latent) * (4 * m.latent_channels * planes + 8)
@@ -185,7 +185,7 @@ def spooled_bytes(layout: TileLayout) -> int:
 
 
 def feature_bytes(layout: TileLayout, settings: Settings | None) -> int:
-    """Bytes of the deep features that are kept per tile and prompt if steps reuse them."""
+    """Return the bytes of the deep features that are kept per tile and prompt if steps reuse them."""
     deep = layout.manifest.deep if settings and settings.reuse > 1 else None
     if not (deep and settings):
         return 0

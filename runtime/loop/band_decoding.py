@@ -31,7 +31,7 @@ class RowSink(Protocol):
 
 
 class BandDecoding(Pass):
-    """From a clean latent to rows of pixels. Every row of tiles is a round; `target` is the band."""
+    """The pass from a clean latent to rows of pixels. Every row of tiles is a round; `target` is the band."""
 
     stage = Decoding.stage
 
@@ -51,11 +51,11 @@ class BandDecoding(Pass):
 
     @property
     def role(self) -> str:
-        """The decoder."""
+        """The role of the decoder."""
         return DECODER
 
     def _placed(self, band: Mean) -> Mean:
-        """The band at the current row of tiles, with the weights of all tiles that overlap it."""
+        """Return the band at the current row of tiles, with the weights of all tiles that overlap it."""
         factor, tile = band.factor, len(self._window)
         top = self._rows[self._at][0][0]
         near = [row for row in self._rows if abs(row[0][0] - top) * factor < tile]

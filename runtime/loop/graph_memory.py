@@ -87,13 +87,13 @@ class GraphMemory:
         self._work_per_tile = sorted(_activation_bytes(manifest, role) for role in manifest.graphs)
 
     def work_of(self, batch: int) -> int:
-        """Bytes of the graphs' working memory for runs of `batch` tiles."""
+        """Return the bytes of the graphs' working memory for runs of `batch` tiles."""
         if self._shared:
             return batch * self._work_per_tile[-1]
         return batch * sum(self._work_per_tile if self.keep_all else self._work_per_tile[-2:])
 
     def batches(self) -> Iterator[int]:
-        """Numbers of tiles per run, from the present one down to 1."""
+        """Yield numbers of tiles per run, from the present one down to 1."""
         batch = self.max_batch
         while batch:
             yield batch
@@ -106,7 +106,7 @@ class GraphMemory:
     def needed(
         self, pool: MemoryPool, loaded: frozenset[str], *, warm: bool, batch: int | None = None
     ) -> int:
-        """Bytes of a pool that the graphs have yet to take, for runs of `batch` tiles (`max_batch`).
+        """Return the bytes of a pool that the graphs still have to allocate, for runs of `batch` tiles.
 
         `loaded` are the roles in memory; `warm` says that the working memory is allocated already.
         """
@@ -135,7 +135,7 @@ def _weight_bytes(manifest: Manifest, directory: Path, role: str, target: str) -
 
 
 def _activation_bytes(manifest: Manifest, role: str) -> int:
-    """Estimate of the working memory of a graph for one tile.
+    """Return an estimate of the working memory of a graph for one tile.
 
     A network that needs M multiply-accumulates per pixel is about sqrt(M) channels wide, however these are
     spread over its levels. That many float32 values per pixel is near the peak of the published networks.

@@ -30,11 +30,6 @@ class Source(Protocol):
         """Height and width in pixels, found without reading the pixels."""
         ...
 
-    @property
-    def form(self) -> tuple[np.dtype, int]:
-        """Type and number of channels of the result, as far as they are known before the pixels are read."""
-        ...
-
     def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
         """Read the pixels and make a job of them, once there is memory for it.
 
@@ -64,14 +59,6 @@ class Picture:
         self._work: SpooledWork | None = None
         if not all(self.size):
             raise InputError(f"the image has no pixels ({self.size[1]}x{self.size[0]})")
-
-    @property
-    def form(self) -> tuple[np.dtype, int]:
-        """See `Source.form`."""
-        if isinstance(self._image, Image.Image):
-            return np.dtype(np.uint8), len(self._image.getbands())
-        pixels = checked(self._loaded.pixels if self._loaded else self._image)
-        return pixels.dtype, pixels.shape[2] if pixels.ndim == 3 else 1
 
     def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
         """See `Source.prepare`."""
@@ -116,6 +103,6 @@ class Picture:
         return SpooledImage(pixels, *values, spool=spool) if spool else LoadedImage(pixels, *values)
 
     def _folders(self) -> list[Path]:
-        """Places for temporary files, the preferred one first."""
+        """Return places for temporary files, the preferred one first."""
         usual = Path(tempfile.gettempdir())
         return [self._loaded.folder, usual] if isinstance(self._loaded, PlacedImage) else [usual]

@@ -29,16 +29,17 @@ def prepare(layout: TileLayout, planes: Planes, settings: Settings) -> Job:
 
 
 def _wrapped(layout: TileLayout, rgb: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """The input, if it has the size of the latent grid, and the enlarged input, of a texture that wraps."""
+    """Return the input of a texture that wraps, if it fits the latent grid, and the enlarged input."""
     m = layout.manifest
     lr = wrapping.resize(_deep(m, rgb), *layout.frame.canvas, convention=m.framing.resize)
     return rgb if layout.latent == rgb.shape[:2] else None, lr
 
 
 def enlarging(layout: TileLayout, rgb: np.ndarray) -> tuple[np.ndarray | None, Resizer]:
-    """The input enlarged to output size, which still lacks the reflection that fills the canvas.
+    """Return the padded input, or None, and the rows of the input enlarged to output size.
 
-    For engines that pad in LR pixels the padded input comes with it, and nothing is lacking.
+    For engines that pad in LR pixels these rows fill the canvas. Other engines have no padded input, and
+    the rows still have to be extended to the canvas by reflection.
     """
     m, frame = layout.manifest, layout.frame
     if m.framing.small == "pad":
@@ -49,13 +50,13 @@ def enlarging(layout: TileLayout, rgb: np.ndarray) -> tuple[np.ndarray | None, R
 
 
 def enlarged_type(manifest: Manifest, dtype: np.dtype) -> np.dtype:
-    """The type of the enlarged input of an image of this type."""
+    """Return the type of the enlarged input of an image of this type."""
     deep = manifest.framing.small != "pad" and manifest.framing.resize != "matlab"
     return np.dtype(np.uint16) if deep else dtype
 
 
 def condition_of(layout: TileLayout, source: np.ndarray, rgb: np.ndarray) -> np.ndarray | None:
-    """The image `source` on the latent grid, apart from `rgb`; None if an encoder makes the condition."""
+    """Return `source` on the latent grid, in memory of its own; None if an encoder makes the condition."""
     if layout.manifest.condition != "image":
         return None
     resize = wrapping.resize if layout.wraps else imresize

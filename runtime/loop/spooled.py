@@ -34,7 +34,7 @@ def can_spool(layout: TileLayout) -> bool:
 
 
 def disk_bytes(layout: TileLayout, dtype: np.dtype, channels: int) -> int:
-    """Bytes of the temporary files of an image of this type and number of channels."""
+    """Return the bytes of the temporary files of an image of this type and number of channels."""
     (height, width), (rows, columns) = layout.result, layout.frame.canvas
     lr = rows * columns * 3 * processing.enlarged_type(layout.manifest, dtype).itemsize
     return lr + height * width * (12 + channels * dtype.itemsize)
@@ -56,7 +56,7 @@ class SpooledWork:
         self.result = Spool(folder, height, width, planes.channels, dtype)
 
     def prepare(self, planes: Planes) -> Job:
-        """The job of the image, with the enlarged input on disk; as `processing.prepare` makes it."""
+        """Make the job that `processing.prepare` makes, with the enlarged input on disk."""
         source, enlarged = processing.enlarging(self._layout, planes.rgb)
         (rows, columns), size = self._layout.frame.canvas, (enlarged.height, enlarged.width)
         down, across = reflect(np.arange(rows), size[0]), reflect(np.arange(columns), size[1])
@@ -79,7 +79,7 @@ class SpooledWork:
         self._lr.release()
 
     def finish(self, planes: Planes) -> Spool:
-        """The result of the image in the type and channels of the input; as `processing.finish` makes it."""
+        """Make the result that `processing.finish` makes, in the type and channels of the input, on disk."""
         height, width = self._layout.result
         top = np.iinfo(planes.rgb.dtype).max
         alpha = None if planes.alpha is None else Resizer(planes.alpha, height, width)
@@ -99,6 +99,6 @@ class SpooledWork:
             spool.close()
 
     def _style(self, start: int, stop: int) -> np.ndarray:
-        """Rows of the enlarged input in [-1, 1]: float32 [rows, 3, W]."""
+        """Return rows of the enlarged input in [-1, 1]: float32 [rows, 3, W]."""
         pixels = self._lr.read(start, stop)[:, : self._layout.result[1]].transpose(0, 2, 1)
         return to_unit(pixels, np.empty(pixels.shape, np.float32))

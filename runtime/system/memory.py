@@ -32,7 +32,7 @@ _SHORTAGE = re.compile(
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes free for use without swapping, within all limits; None if the system does not say.
+    """Return the bytes that are free for use without swapping, within all limits, or None if that is unknown.
 
     The limits of the process (`ulimit -v` and `-d`), of its control group and of the groups above count.
     `proc` and `cgroup` are the mount points of the two file systems in which Linux reports memory.
@@ -87,7 +87,7 @@ def _windows_bytes() -> int | None:
 
 
 def _process_bytes(proc: Path) -> int | None:
-    """Memory that the limits of this process leave free; None without limits."""
+    """Return the memory that the limits of this process leave free; None without limits."""
     try:
         import resource
     except ImportError:  # Windows
@@ -101,7 +101,7 @@ def _process_bytes(proc: Path) -> int | None:
 
 
 def _groups(proc: Path, cgroup: Path) -> list[Path]:
-    """The directories of the control groups of this process, and of those above it, that may have limits."""
+    """Return the directories of this process's control groups and those above them, which may have limits."""
     folders = [cgroup, cgroup / "memory"]  # version 2, then version 1
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
@@ -117,7 +117,7 @@ def _groups(proc: Path, cgroup: Path) -> list[Path]:
 
 
 def _container_bytes(cgroup: Path) -> int | None:
-    """Memory that a control group leaves free; its reclaimable file cache counts as free."""
+    """Return the memory that a control group leaves free; its reclaimable file cache counts as free."""
     for limit_name, used_name, stat_name, cache_name in _CGROUPS:
         limit, used = _number(cgroup / limit_name), _number(cgroup / used_name)
         if limit is not None and used is not None:
