@@ -212,7 +212,7 @@ class Job:
         return lr, None if self._condition is None else device.upload(self._condition)
 
     def finish(self) -> None:
-        """Fetch the result, unless the sink has it or it stays on the device, and release the device's memory."""
+        """Fetch the result, unless the sink has it or it stays on the device, and release the memory."""
         if self.on_device:
             assert self._result and self._lr
             self.on_device.end(self._device, self.layout, self._lr, self._result, self.settings)
