@@ -146,12 +146,14 @@ def test_canceling_takes_effect_at_the_next_tick(up: Upscaler):
     handle, other = up.submit(image(64, 64, 3), **LONG), up.submit(image(16, 16, 3), steps=3)
     eventually(lambda: at_work(handle))
     assert handle.running() and handle.cancel()
+    ticks = up.statistics.ticks
     assert handle.cancelled() and handle.done() and not handle.running()
     with pytest.raises(concurrent.futures.CancelledError):
         handle.result(0)
     assert handle.cancel()  # a second time
     other.result(60)
     eventually(lambda: idle(up))
+    assert up.statistics.ticks - ticks < 20  # the other image takes a few; the canceled one had 1000 to go
     assert concurrent.futures.wait([handle], timeout=1).done == {handle}
     assert next(concurrent.futures.as_completed([handle], timeout=1)) is handle
 

@@ -91,10 +91,12 @@ def test_flat_regions_of_any_level_keep_their_mean(level: int, spread: int):
     lr_up[0] += np.kron(RNG.integers(-spread, spread + 1, (100, 50)), np.ones((4, 4)))
     lr_up[0, :200] = RNG.integers(0, 256, (200, 200))
     lr_up = lr_up * np.float32(LEVEL) - 1
-    sr = (lr_up * 1.3 + 0.05 + RNG.normal(0, 0.02, lr_up.shape)).astype(np.float32)
+    sr = (lr_up + RNG.normal(0.03, 0.02, lr_up.shape)).astype(np.float32)
+    sr[0, :200] *= 1.4  # sharper than the enlarged input, so that the deviations differ
     want, got = lr_up[0, 216:], fix_color(sr, lr_up, "adain")[0, 216:]
     assert np.abs(got.mean() - want.mean()) < 0.2 * LEVEL
     assert np.abs(got - want).max() < 16 * LEVEL
+    assert abs(level - 128) < 80 or np.abs(adain(sr, lr_up)[0, 216:].mean() - want.mean()) > LEVEL
 
 
 def test_the_correction_does_not_change_abruptly_beside_a_flat_region():
