@@ -50,7 +50,7 @@ class HostDevice:
         wraps: bool = False,
     ) -> Mean:
         """See `Device.mean`."""
-        weight_sum = tiles.weight_sum(*shape[1:], _pixels(origins, factor), weights, wraps=wraps)
+        weight_sum = tiles.weight_sum(shape[1], shape[2], _pixels(origins, factor), weights, wraps=wraps)
         state = _State(np.empty_like(weights), np.empty((shape[0], *weights.shape), np.float32))
         data = np.zeros(shape, np.float32)
         return Mean(data, factor, weights=weights, weight_sum=weight_sum, state=state, wraps=wraps)

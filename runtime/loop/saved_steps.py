@@ -55,7 +55,7 @@ class SavedLatents:
         for array in pixels:
             if array is not None:
                 digest.update(f"{array.shape} {array.dtype}".encode())
-                digest.update(np.ascontiguousarray(array))
+                digest.update(np.ascontiguousarray(array).data)
         key = digest.hexdigest()
         folder = self.cache / FOLDER
         _remove_unused(folder)

@@ -162,7 +162,8 @@ def step_table(
     further = _extrapolation(alpha_bar, alpha_bar_prev) if multistep else np.zeros(steps)
     experts = _experts(ascending, ranges)
     columns = (ascending, experts, alpha_bar, alpha_bar_prev, eta * np.sqrt(variance), further)
-    return StepTable(*(_read_only(column[::-1].copy()) for column in columns))
+    t, expert, a, a_prev, sigma, w = (_read_only(column[::-1].copy()) for column in columns)
+    return StepTable(t, expert, a, a_prev, sigma, w)
 
 
 def full_steps(experts: np.ndarray, interval: int) -> np.ndarray:
