@@ -27,7 +27,8 @@ from moesr.runtime.system.files import sha256_of
 
 ALL_BACKENDS = {"onnxruntime": "moesr.runtime.backends.ort", "openvino": "moesr.runtime.backends.ov"}
 SIDE = 16
-BRIGHT, DARK = np.full((4, 4, 3), 250, np.uint8), np.full((4, 4, 3), 40, np.uint8)
+RNG = np.random.default_rng(5)
+BRIGHT, DARK = RNG.integers(200, 256, (16, 16, 3), np.uint8), RNG.integers(10, 60, (16, 16, 3), np.uint8)
 
 
 @pytest.fixture(params=ALL_BACKENDS)
