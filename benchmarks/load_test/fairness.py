@@ -14,7 +14,7 @@ from load_test.pictures import array, picture
 from load_test.server import Server
 from moesr.runtime.upscaler import Upscaler
 
-FOLDER, ROUNDS = 8, 3
+FOLDER, ROUNDS = 6, 2
 """Number of images of the folder, and how often it is run in each way."""
 
 

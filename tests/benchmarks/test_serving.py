@@ -27,7 +27,7 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     assert len(table) == len(serving.kinds(3, 8))
     assert all(row[-1] == "0" and int(row[1]) > 0 for row in table.values())
     assert "an upload beyond the limit" in text
-    assert "while one of 0.262 megapixels is sampled" in text and "A folder of 8 images takes" in text
+    assert "while one of 0.262 megapixels is sampled" in text and "A folder of 6 images takes" in text
 
 
 def test_the_page_of_an_unfinished_run_says_so():
