@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,10 +60,14 @@ def page(results: Results) -> str:
 
 
 def _row(load: Load) -> list[str]:
-    times = [f"{load.quantile(percent):.2f}" for percent in (50, 95, 99)]
+    times = [_seconds(load.quantile(percent)) for percent in (50, 95, 99)]
     counts = str(load.refused), str(load.wrong)
     images = str(len(load.latencies))
     return [load.kind.name, images, f"{load.rate:.3f}", *times, f"{load.slots_per_tick:.2f}", *counts]
+
+
+def _seconds(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _by_size(results: Results) -> list[str]:
@@ -71,7 +76,10 @@ def _by_size(results: Results) -> list[str]:
     rows = [
         [
             load.kind.name,
-            *(f"{load.quantile(50, k):.2f} / {load.quantile(95, k):.2f}" for k in range(len(results.sizes))),
+            *(
+                f"{_seconds(load.quantile(50, k))} / {_seconds(load.quantile(95, k))}"
+                for k in range(len(results.sizes))
+            ),
         ]
         for load in results.loads
     ]

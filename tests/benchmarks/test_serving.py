@@ -32,7 +32,7 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
 
 def test_the_page_of_an_unfinished_run_says_so():
     text = page(Results("demo-x4", 5, "Command", [(8, 8)], Fairness(8, 16), [Load(Kind("1 client", 1, 0.1))]))
-    assert "not finished" in text and "| 1 client | 0 | 0.000 | nan |" in text
+    assert "not finished" in text and "| 1 client | 0 | 0.000 | - |" in text
 
 
 @pytest.mark.parametrize(
