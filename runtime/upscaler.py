@@ -218,7 +218,8 @@ class Upscaler:
         the machine that a single image of `submit` gets. With `return_errors`, the MoesrError or MemoryError
         of one image is yielded in its place and the others continue; if the engine cannot be used at all, the
         error is raised. `progress` counts the images in flight and those before them; `begun` is called with
-        each image when it begins to count. Closing the iterator cancels the images in flight.
+        each image when it begins to count. Closing the iterator cancels the images in flight. `stream` is
+        that of all arrays on a GPU; see `Upscaler.__call__`.
         """
         settings, flow = self._settings(options), _flow(priority)
         submit = partial(self._submit, settings=settings, flow=flow, stream=stream)

@@ -162,12 +162,17 @@ class HostArray:
         """Take the pixels; `result` turns a NumPy array into the caller's type (None: it stays one)."""
         self._result, self.pixels = result, pixels
         self._float = pixels.dtype if pixels.dtype in (np.float16, np.float32) else None
-        self._picture = Picture(_levels(pixels) if self._float is not None else pixels)
+        shown = pixels if self._float is None else np.broadcast_to(np.uint16(0), pixels.shape)
+        self._picture = Picture(shown)
         self.size: Size = self._picture.size
 
     def prepare(self, layout: TileLayout, settings: Settings, spooled: bool = False) -> Job:
         """See `Source.prepare`."""
-        return self._picture.prepare(layout, settings, spooled)
+        if self._float is not None:
+            self._picture = Picture(_levels(self.pixels))
+        job = self._picture.prepare(layout, settings, spooled)
+        self.pixels = self.pixels[:0].copy()  # the caller's array may change from now on
+        return job
 
     def finish(self, job: Job) -> Any:
         """See `Source.finish`."""
