@@ -114,7 +114,8 @@ def measure(folder: Path, side: int, scale: int, args: argparse.Namespace) -> Ro
     with Image.open(target) as result:
         assert result.size == (side * scale, side * scale)
     target.unlink()
-    return Row((side * scale) ** 2 / 1e6, side, seconds, *peaks, before)
+    anonymous, mapped, together = peaks
+    return Row((side * scale) ** 2 / 1e6, side, seconds, anonymous, mapped, together, before)
 
 
 def resident(pid: int) -> tuple[int, int, int]:

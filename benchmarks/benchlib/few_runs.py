@@ -20,10 +20,10 @@ _runs: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _enqueue = OnnxSession.enqueue
 
 
-def _enqueue_a_few(session: OnnxSession, batch: int) -> None:
-    _runs[session] = _runs.get(session, 0) + 1
-    if _runs[session] <= RUNS:
-        _enqueue(session, batch)
+def _enqueue_a_few(self: OnnxSession, batch: int) -> None:
+    _runs[self] = _runs.get(self, 0) + 1
+    if _runs[self] <= RUNS:
+        _enqueue(self, batch)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Spool:
         if not hasattr(os, "pwrite"):
             self.pixels[start : start + len(rows)] = rows
             return
-        data = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
+        data = np.ascontiguousarray(rows, self.dtype).data.cast("B")
         at = start * self._row_bytes
         try:
             while data:
@@ -96,7 +96,7 @@ class Spool:
         if not hasattr(os, "preadv"):
             return self.pixels[start:stop].copy()
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        data, at = memoryview(rows).cast("B"), start * self._row_bytes
+        data, at = rows.data.cast("B"), start * self._row_bytes
         try:
             while data:
                 count = os.preadv(self._file.fileno(), [data], at)

@@ -173,15 +173,19 @@ def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
 
 
 def spooled_bytes(layout: TileLayout) -> int:
-    """Return an estimate of the host memory that an image takes beside the graphs if it is spooled."""
+    """Return an estimate of the host memory that an image takes beside the graphs if it is spooled.
+
+    The latents are freed before the color correction. A result of 100 megapixels was measured at 0.75 GB with
+    the graphs of demo-x4, where this gives 0.68 GB without them.
+    """
     m, (rows, columns) = layout.manifest, layout.frame.canvas
     planes = 3 + 2 * (m.condition == "latent")  # latent, mean, history; mean and noise of the encoder
     latents = math.prod(layout.latent) * (4 * m.latent_channels * planes + 8)
     source = 24 * layout.height * layout.width  # the input, its padded copy and the condition, in 16 bits
     band = 24 * m.tile * columns  # decoded sums, their weights, and one plane while it moves
     strips = 72 * min(max(STRIP_PX, 68 * columns), rows * columns)
-    cells = rows * columns // 2  # of three channels, while they are found
-    return latents + source + max(band, strips + cells)
+    cells = 9 * rows * columns // 2  # of three channels, while flat regions are found
+    return source + max(latents + band, strips + cells)
 
 
 def feature_bytes(layout: TileLayout, settings: Settings | None) -> int:

@@ -49,7 +49,8 @@ def read_all(path: Path, count: int = 7) -> np.ndarray:
 
 
 def save(path: Path, pixels: np.ndarray, carried: Metadata | None = None, **options: int) -> None:
-    with rows.Spool(path.parent, *pixels.shape, pixels.dtype) as spool:
+    height, width, channels = pixels.shape
+    with rows.Spool(path.parent, height, width, channels, pixels.dtype) as spool:
         for start in range(0, len(pixels), 5):
             spool.pixels[start : start + 5] = pixels[start : start + 5]
         rows.save_spool(path, spool, carried or Metadata(), RECORD, **options)

@@ -18,7 +18,7 @@ from moesr.runtime.images.spool import Spool
 
 def test_what_is_written_is_read_and_mapped(tmp_path: Path):
     values = np.random.default_rng(0).integers(0, 65536, (9, 5, 3), np.uint16)
-    with Spool(tmp_path, *values.shape, np.uint16) as made:
+    with Spool(tmp_path, 9, 5, 3, np.uint16) as made:
         for start in range(0, 9, 4):
             made.write(start, values[start : start + 4])
         np.testing.assert_array_equal(made.read(2, 7), values[2:7])
