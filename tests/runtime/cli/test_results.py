@@ -348,6 +348,7 @@ def test_folder_run_ends_with_a_summary(engine: Path, photos: Path, capsys: pyte
         "seed": 42,
         "color_fix": "adain",
         "fidelity": 1.0,
+        "tiling": "shifted",
     }
 
 
