@@ -17,14 +17,17 @@ pytest.importorskip("triton")
 from moesr.kernels import build
 from moesr.kernels.assembly import TENSOR_CORE, Resources, disassemble, from_log, loops, with_instructions
 from moesr.kernels.plan import ARCHITECTURES, SHARED_BYTES
-from moesr.kernels.registry import OPS
+from moesr.kernels.registry import DECODER, IMAGES, LOOP, OPS
 from moesr.kernels.report import write_report
-from moesr.runtime.devices import compiled_kernels
+from moesr.runtime.devices import compiled_kernels, kernel_search
 from moesr.runtime.devices.grid_expressions import evaluate
 
 REPO = Path(build.__file__).parents[1]
 SAMPLE = (86, 90)  # the second architecture has asynchronous matrix products
 ON_TENSOR_CORES = {"rows", "columns", "columns_cached", "rows_inverse", "inverted_residual", "attention"}
+
+COMPILED = DECODER + LOOP
+"""The operators that the default tests compile; those of images are examined as they are shipped."""
 
 
 def first_case(op):
@@ -35,7 +38,7 @@ def first_case(op):
 def sample(tmp_path_factory):
     """The first deployed case of every operator, for two architectures: (directory, its index)."""
     directory = tmp_path_factory.mktemp("kernels") / "built"
-    ops = [first_case(op) for op in OPS.values()]
+    ops = [first_case(op) for op in COMPILED]
     built = build.build(directory, SAMPLE, ops, cache=tmp_path_factory.mktemp("cache"))
     read = compiled_kernels.read(directory)
     assert read == built, "kernels.json differs from the returned index"
@@ -66,9 +69,15 @@ def check_resources(content, op):
     return {target for kernel in kernels.values() for target in kernel.targets}
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", COMPILED, ids=lambda op: op.name)
 def test_kernels_keep_to_the_limits_of_resources(sample, op):
     assert check_resources(sample[1], op) == {"sm_86", "sm_90", "ptx"}
+
+
+@pytest.mark.parametrize("op", IMAGES, ids=lambda op: op.name)
+def test_shipped_kernels_of_images_keep_to_the_limits(op):
+    shipped = compiled_kernels.read(kernel_search.SHIPPED)
+    assert check_resources(shipped, op) == {*(f"sm_{arch}" for arch in ARCHITECTURES), "ptx"}
 
 
 @pytest.mark.slow
@@ -157,7 +166,7 @@ def test_kernels_import_only_triton(op):
 def test_report_lists_resources_per_architecture(sample, tmp_path):
     write_report(sample[1], tmp_path / "kernels.md")
     text = (tmp_path / "kernels.md").read_text()
-    for op in OPS.values():
+    for op in COMPILED:
         assert f"## {op.name}\n\nA test holds spills to {op.max_spill_bytes} bytes." in text
     row = next(line for line in text.splitlines() if line.startswith("| rows |"))
     assert "full512 fp16" in row
