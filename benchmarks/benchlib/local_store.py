@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import random
 import socket
 import subprocess
 import time
@@ -13,10 +14,15 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """Return the number of a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return the number of a port that is free now.
+
+    It lies below the range from which systems choose ports by themselves: Ray's servers share ports, and
+    another one of them could get the same number.
+    """
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.randrange(21_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 def rclone() -> str:
