@@ -33,7 +33,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.second = self._add()

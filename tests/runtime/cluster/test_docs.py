@@ -76,6 +76,7 @@ def test_every_command_of_the_page_works(s3, tmp_path, sockets):
         "PYTHON": sys.executable,
         "RAY_TMPDIR": sockets,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",  # a token of an earlier local cluster may lie in ~/.ray
         "PYTHONPATH": str(Path(cluster_rig.__file__).parent),
     }
     done = subprocess.run(
