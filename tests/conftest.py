@@ -22,7 +22,7 @@ from moesr.runtime.backends.selection import BACKENDS
 from moesr.runtime.system.relative_error import relative_l2
 from moesr.training.networks import Autoencoder
 
-pytest_plugins = ("service_fixtures",)
+pytest_plugins = ("service_fixtures", "cluster_fixtures")
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ["MOESR_REFERENCE"]) if os.environ.get("MOESR_REFERENCE") else None

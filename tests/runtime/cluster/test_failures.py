@@ -93,11 +93,19 @@ def test_input_that_always_ends_its_worker(bucket, moesr):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_terminated(bucket, nodes, engine):
+def test_a_run_that_is_terminated(bucket, nodes, cluster_engine):
     """It exits as a local run does, and what is done stays."""
     source, target = bucket(*NAMES), bucket()
     places = f"s3://{source.name}", "-o", f"s3://{target.name}", "--ray", nodes.address, "--workers", "1"
-    command = [sys.executable, "-m", "moesr.runtime.cli.run", "--engine", str(engine), *places, *SLOWLY]
+    command = [
+        sys.executable,
+        "-m",
+        "moesr.runtime.cli.run",
+        "--engine",
+        str(cluster_engine),
+        *places,
+        *SLOWLY,
+    ]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with when(has_results(target, 2), run.terminate) as stopped:
         said = run.communicate(timeout=120)[1]

@@ -30,7 +30,7 @@ from moesr.runtime.system.files import sha256_of
 
 
 def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
-    bucket, moesr, engine, tmp_path, capfd
+    bucket, moesr, cluster_engine, tmp_path, capfd
 ):
     source, target = bucket("a.png", "b.png", "b.jpg", "deep/c.tif"), bucket()
     (source / "bad.png").write_bytes(b"no image")
@@ -50,7 +50,7 @@ def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
     assert "4 done, 0 skipped, 1 failed" in said.err and "Traceback" not in said.err
 
     local = tmp_path / "local"
-    assert main(["--engine", str(engine), str(source), "-o", str(local), *places[3:]]) == 1
+    assert main(["--engine", str(cluster_engine), str(source), "-o", str(local), *places[3:]]) == 1
     assert tree(local) == results
     for name in results:
         here, there = (np.asarray(Image.open(folder / name)) for folder in (local, target / "large"))
@@ -58,12 +58,12 @@ def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
         assert provenance.read(local / name) == provenance.read(target / "large" / name)
 
 
-def test_second_run_makes_what_is_missing(bucket, engine):
+def test_second_run_makes_what_is_missing(bucket, cluster_engine):
     """A worker decides by the record in a result, without a cluster."""
     source, target = bucket("a.png", "b.png"), bucket()
-    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
-    work = Work(str(engine), {}, f"s3://{target.name}", {}, how, wanted)
-    with Upscaler(engine, threads=1) as up:
+    wanted, how = batch.prepared(read_manifest(cluster_engine), {}, RunOptions())
+    work = Work(str(cluster_engine), {}, f"s3://{target.name}", {}, how, wanted)
+    with Upscaler(cluster_engine, threads=1) as up:
         worker = Worker(work, upscaler=up)
 
         def statuses(worker: Worker = worker) -> list[str]:
@@ -97,13 +97,13 @@ def test_folders_and_named_files(moesr, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, engine, tmp_path):
+def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, cluster_engine, tmp_path):
     source, store = bucket("a.png"), bucket()
-    for path in engine.iterdir():
+    for path in cluster_engine.iterdir():
         (store / path.name).write_bytes(path.read_bytes())
     made = moesr(f"s3://{source.name}", "-o", tmp_path / "out", "--engine", f"s3://{store.name}")
     (copy,) = (path for path in (user_cache.directory() / "engines").iterdir() if path.is_dir())
-    assert copy.name == sha256_of(engine / MANIFEST_NAME)[:16] and tree(copy) == tree(engine)
+    assert copy.name == sha256_of(cluster_engine / MANIFEST_NAME)[:16] and tree(copy) == tree(cluster_engine)
     assert made.code == 0 and tree(tmp_path / "out") == ["a_x4.png"]
 
 
@@ -166,17 +166,17 @@ def test_missing_library_is_reported_with_its_extra(library, tmp_path, monkeypat
     assert f"{library} is not installed; install it with: pip install 'moesr[ray]'" in capfd.readouterr().err
 
 
-def test_input_that_changes_while_it_is_read_is_a_failure(bucket, engine, monkeypatch):
+def test_input_that_changes_while_it_is_read_is_a_failure(bucket, cluster_engine, monkeypatch):
     source, target = bucket("a.png"), bucket()
-    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
+    wanted, how = batch.prepared(read_manifest(cluster_engine), {}, RunOptions())
     upscale = batch.run
 
     def changed_meanwhile(*arguments: object) -> int:
         picture(source / "a.png")
         return upscale(*arguments)
 
-    with Upscaler(engine, threads=1) as up:
-        worker = Worker(Work(str(engine), {}, f"s3://{target.name}", {}, how, wanted), upscaler=up)
+    with Upscaler(cluster_engine, threads=1) as up:
+        worker = Worker(Work(str(cluster_engine), {}, f"s3://{target.name}", {}, how, wanted), upscaler=up)
         (row,) = Sources((f"s3://{source.name}",), Naming("_x4")).rows()
         monkeypatch.setattr(batch, "run", changed_meanwhile)
         line = json.loads(worker(row.values())["line"])
@@ -193,11 +193,11 @@ def test_several_folders_are_refused(tmp_path, capfd):
     assert "run them one by one, each with -o of its own" in capfd.readouterr().err
 
 
-def test_internal_error_is_a_failure_of_one_input(engine, tmp_path, monkeypatch):
+def test_internal_error_is_a_failure_of_one_input(cluster_engine, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
-    wanted, how = batch.prepared(read_manifest(engine), {}, RunOptions())
-    with Upscaler(engine, threads=1) as up:
-        worker = Worker(Work(str(engine), {}, f"{tmp_path}/out", {}, how, wanted), upscaler=up)
+    wanted, how = batch.prepared(read_manifest(cluster_engine), {}, RunOptions())
+    with Upscaler(cluster_engine, threads=1) as up:
+        worker = Worker(Work(str(cluster_engine), {}, f"{tmp_path}/out", {}, how, wanted), upscaler=up)
         monkeypatch.setattr(batch, "run", lambda *_: 1 / 0)
         (row,) = Sources((str(tmp_path),), Naming("_x4")).rows()
         made = worker(row.values())

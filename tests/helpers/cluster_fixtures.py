@@ -1,4 +1,4 @@
-"""One cluster of two nodes and one S3 server for all tests of this folder."""
+"""One cluster of two nodes and one S3 server for all tests that need them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nodes(s3: SimpleNamespace) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cluster_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_engine(tmp_path_factory.mktemp("engine"), steps=2)
 
 
@@ -67,14 +67,14 @@ def bucket(s3: SimpleNamespace, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def moesr(nodes: Any, engine: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
+def moesr(nodes: Any, cluster_engine: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """Run `moesr-run --ray` on the cluster; returns the exit code and the log's lines by name of input."""
     from moesr.runtime.cli.run import main
 
     def run(*arguments: object) -> SimpleNamespace:
         log = tmp_path / "log.jsonl"
         log.unlink(missing_ok=True)
-        code = main(["--engine", str(engine), "--ray", "--log", str(log), *map(str, arguments)])
+        code = main(["--engine", str(cluster_engine), "--ray", "--log", str(log), *map(str, arguments)])
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         by_name = {line["input"].rpartition("/")[2]: line for line in lines}
         assert len(by_name) == len(lines), "an input is reported twice"

@@ -21,7 +21,7 @@ CONFIG = Path(__file__).resolve().parents[3] / "docs/serving/ray-serve.yaml"
 
 
 @pytest.fixture(scope="module")
-def service(nodes: Any, engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+def service(nodes: Any, cluster_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """Two replicas of the application of the configuration file; returns a function that sends requests."""
     pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
     import yaml
@@ -40,7 +40,7 @@ def service(nodes: Any, engine: Path, tmp_path_factory: pytest.TempPathFactory) 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = given["args"] | {
         "state": str(tmp_path_factory.mktemp("state")),
-        "engines": [f"tiny={engine}"],
+        "engines": [f"tiny={cluster_engine}"],
         "upscaler": {"backend": "onnxruntime", "threads": 1},
     }
     assert isinstance(app(args), serve.Application)

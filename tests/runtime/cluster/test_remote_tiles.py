@@ -52,11 +52,13 @@ def test_tiles_that_are_sent_give_the_result_of_a_local_run(built, tmp_path):
 
 
 @pytest.mark.slow
-def test_tiles_on_two_workers_though_one_is_killed(nodes, engine):
+def test_tiles_on_two_workers_though_one_is_killed(nodes, cluster_engine):
     pixels = np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8)
-    with Upscaler(engine, backend="onnxruntime", threads=1) as local:
+    with Upscaler(cluster_engine, backend="onnxruntime", threads=1) as local:
         expected = local(pixels, steps=60)
-    with RemoteUpscaler(str(engine), TilePool(str(engine), OPTIONS, 2, {"num_cpus": 1})) as up:
+    with RemoteUpscaler(
+        str(cluster_engine), TilePool(str(cluster_engine), OPTIONS, 2, {"num_cpus": 1})
+    ) as up:
         victims = []
 
         def progress(done: float, total: float, stage: str) -> None:
@@ -78,13 +80,13 @@ def runner_pids() -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_named_image_that_is_larger_than_a_worker(moesr, engine, tmp_path):
+def test_a_named_image_that_is_larger_than_a_worker(moesr, cluster_engine, tmp_path):
     picture(tmp_path / "in/big.png", 60, 40)
     picture(tmp_path / "in/small.png")
     names = tmp_path / "in/big.png", tmp_path / "in/small.png"
     made = moesr(*names, "-o", tmp_path / "out", "--memory-per-worker", "0.0005", "--backend", "onnxruntime")
     assert made.code == 0 and tree(tmp_path / "out") == ["big_x4.png", "small_x4.png"]
-    with Upscaler(engine, backend="onnxruntime", threads=1) as local:
+    with Upscaler(cluster_engine, backend="onnxruntime", threads=1) as local:
         expected = local(np.asarray(Image.open(names[0])))
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/big_x4.png")), expected)
     again = moesr(names[0], "-o", tmp_path / "out", "--memory-per-worker", "0.0005")
