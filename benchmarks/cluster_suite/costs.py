@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ def cluster(cpus: int) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     os.environ |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     store = {"object_store_memory": 100 << 20, "include_dashboard": False}
-    ray.init(num_cpus=cpus, log_to_driver=False, logging_level="ERROR", **store)
+    ray.init(num_cpus=cpus, log_to_driver=False, logging_level=logging.ERROR, **store)
     try:
         yield
     finally:

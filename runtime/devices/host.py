@@ -61,8 +61,9 @@ class HostDevice:
 
     def with_origins(self, mean: Mean, origins: Sequence[tuple[int, int]], weights: np.ndarray) -> Mean:
         """See `Device.with_origins`."""
-        pixels, sides = _pixels(origins, mean.factor), mean.data.shape[1:]
-        return replace(mean, weight_sum=tiles.weight_sum(*sides, pixels, weights, wraps=mean.wraps))
+        _, height, width = mean.data.shape
+        weight_sum = tiles.weight_sum(height, width, _pixels(origins, mean.factor), weights, wraps=mean.wraps)
+        return replace(mean, weight_sum=weight_sum)
 
     def upload(self, image: np.ndarray, factor: int = 1) -> Canvas:
         """See `Device.upload`; the array itself is kept."""

@@ -180,7 +180,7 @@ def _png_rows(pixels: np.ndarray) -> Iterator[bytes]:
         filtered = np.empty((len(data), 1 + width * side), np.uint8)
         filtered[:, 0], filtered[:, 1 : 1 + side] = 1, data[:, :side]
         np.subtract(data[:, side:], data[:, :-side], out=filtered[:, 1 + side :])
-        if part := coder.compress(filtered):
+        if part := coder.compress(filtered.data):
             yield part
     yield coder.flush()
 
