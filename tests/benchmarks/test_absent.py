@@ -17,6 +17,9 @@ def test_message_of_a_missing_package_names_the_cure(program):
     # only the standard library is found
     bare = [sys.executable, "-S", str(BENCHMARKS / f"{program}.py"), "--help"]
     found = subprocess.run(bare, capture_output=True, text=True)
+    if found.returncode == 0:  # it needs the standard library alone
+        assert found.stdout.startswith("usage: ")
+        return
     assert found.returncode == 1
     assert found.stderr.startswith(f"{program}: ") and found.stderr.count("\n") == 1
     assert "is not installed; pip install 'moesr[bench]'" in found.stderr

@@ -145,6 +145,7 @@ def test_sampling_loop_matches_the_published_canvas(prediction, engines, checkpo
     given = {noise.INITIAL_NOISE: z_T[0], noise.ENCODING_NOISE: latent[0]}
     given |= {step: draw[0] for step, draw in enumerate(draws)}
     monkeypatch.setattr(noise, "gaussian", lambda seed, step, shape, out=None: _copied(given[step], out))
+    monkeypatch.setattr(noise, "blocks", lambda seed, step, size: iter([(0, given[step].ravel())]))
     manifest = dataclasses.replace(read_manifest(engines["v"]), prediction=prediction)
     model = Denoiser(checkpoints["v"].unet(), checkpoints["v"].structure(), data["context"])
     functions = {
