@@ -97,6 +97,7 @@ class RemoteUpscaler(Upscaler):
         self.directory = engine_on_this_node(engine)
         self.manifest = read_manifest(self.directory, verify=False)
         self.pool, self._cache = pool, None
+        self._remembers = False  # the time of a tile is that of a worker
         roles = {graph.file: role for role, graph in self.manifest.graphs.items()}
         self.backend = RemoteBackend(
             "ray", SessionOptions(), pool.capacity, traits=Traits(), pool=pool, roles=roles

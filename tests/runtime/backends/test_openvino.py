@@ -188,8 +188,8 @@ def test_working_memory_of_all_sessions_is_counted(engine: Path):
         GraphMemory(manifest, engine, "cpu", 1, shared=way.shares_memory)
         for way in (backend("onnxruntime"), backend())
     )
-    work = [_activation_bytes(manifest, role, 1) for role in manifest.graphs]
-    assert apart.work - shared.work == sum(work) - max(work)
+    work = [_activation_bytes(manifest, role) for role in manifest.graphs]
+    assert apart.work_of(1) - shared.work_of(1) == sum(work) - max(work)
 
 
 def test_cache_directory_that_cannot_be_written(
