@@ -144,7 +144,7 @@ LIMITED = """
 import resource, sys
 from moesr.runtime.cli.run import main
 used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (used + (150 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (used + (300 << 20),) * 2)
 sys.exit(main(sys.argv[1:]))
 """
 
