@@ -31,10 +31,14 @@ BACKEND = os.environ.get("MOESR_TEST_BACKEND", "onnxruntime")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that reads a golden with `golden`."""
+    """Mark every test that reads a golden with `golden`, and run the tests that need a cluster last.
+
+    The servers of a cluster run until the session ends, and would take time from other tests.
+    """
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")
+    items.sort(key=lambda item: "s3" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session", autouse=True)
