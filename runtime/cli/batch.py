@@ -284,7 +284,7 @@ class Batch:
         """Log the time once the first tiles have shown it."""
         if self._untimed and self._upscaler.timed:
             self._untimed = False
-            log.info("the images begun are expected to take %s more", forecast.duration(left))
+            log.info("expected: about %s more for the images in work", forecast.duration(left))
 
     def _size_of(self, image: LoadedImage) -> tuple[int, int]:
         height, width = image.pixels.shape[:2]

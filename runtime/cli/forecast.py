@@ -20,10 +20,14 @@ def line(name: str, target: tuple[int, int], passes: Sequence[Forecast], others:
     most = max(passes, key=lambda forecast: forecast.memory_bytes)
     free = "" if most.free_bytes is None else f" ({readable(most.free_bytes)} are free)"
     disk = max(forecast.disk_bytes for forecast in passes)
-    files = f" and {readable(disk)} of temporary files" if disk else ""
-    text = f"{name}: {target[1]}x{target[0]} pixels are expected to take {_time(passes)}, "
-    text += f"{readable(most.memory_bytes)} of memory{free}{files}"
-    if others and (seconds := total(passes)) is not None:
+    files = f", {readable(disk)} of temporary files" if disk else ""
+    seconds = total(passes)
+    needs = "" if seconds is None else f"about {duration(seconds)}, "
+    needs += f"{readable(most.memory_bytes)} of memory{free}{files}"
+    text = f"{name}: {target[1]}x{target[0]} pixels; expected: {needs}"
+    if seconds is None:
+        text += "; the time is estimated after the first tiles"
+    elif others:
         text += f"; all {others + 1} inputs, if they are alike, {duration(seconds * (others + 1))}"
     return text
 
@@ -45,8 +49,3 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
-
-
-def _time(passes: Sequence[Forecast]) -> str:
-    seconds = total(passes)
-    return "a time that the first tiles will tell" if seconds is None else f"about {duration(seconds)}"

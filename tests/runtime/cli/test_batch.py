@@ -321,11 +321,11 @@ def test_the_run_says_what_it_expects(engine, photos, tmp_path, monkeypatch, cap
     arguments = [photos, "-o", tmp_path / "out", "--force"]
     run(engine, *arguments)
     first = capsys.readouterr().err
-    size = r"0\.png: 48x36 pixels are expected to take "
-    memory = r", [\d.]+ [kMG]B of memory \([\d.]+ GB are free\)"
-    assert re.search(f"{size}a time that the first tiles will tell{memory}\n", first)
-    assert len(re.findall(r"the images begun are expected to take \d+ s more\n", first)) == 1
+    size = r"0\.png: 48x36 pixels; expected: "
+    memory = r"[\d.]+ [kMG]B of memory \([\d.]+ [MG]B are free\)"
+    assert re.search(f"{size}{memory}; the time is estimated after the first tiles\n", first)
+    assert len(re.findall(r"expected: about \d+ s more for the images in work\n", first)) == 1
     run(engine, *arguments)
     second = capsys.readouterr().err
-    assert re.search(rf"{size}about 1 s{memory}; all 4 inputs, if they are alike, 1 s\n", second)
-    assert second.count("are expected to take") == 4  # every image takes long here
+    assert re.search(rf"{size}about \d+ s, {memory}; all 4 inputs, if they are alike, \d+ s\n", second)
+    assert second.count("pixels; expected: ") == 4  # every image takes long here
