@@ -89,12 +89,14 @@ def disturbed(locked: bool) -> Iterator[Callable[[], int]]:
         other = cuda_driver.CudaDriver(0)
         try:
             while not stop.is_set():
+                begun = time.monotonic()
                 with contextlib.suppress(MoesrError):
                     other.free_bytes()  # any thread may ask at any time
                     with capture_lock if locked else contextlib.nullcontext():
                         load(other)
                 rounds[0] += 1
-                stop.wait(0.0005)
+                # A device captures only while the lock is free, so it is free for half of the time.
+                stop.wait(time.monotonic() - begun)
         finally:
             other.close()
 

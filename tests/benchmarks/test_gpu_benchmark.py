@@ -404,7 +404,9 @@ def test_prebuilt_kernels_are_not_compiled(heard: Heard, tmp_path):
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_captures_under_disturbance(heard: Heard, monkeypatch: pytest.MonkeyPatch, failing: bool):
-    monkeypatch.setattr(gpu_stress, "SECONDS", 0.0)
+    monkeypatch.setattr(
+        gpu_stress, "SECONDS", 0.5
+    )  # in one round the other thread may hold the lock throughout
     monkeypatch.setattr(gpu_stress, "absent_unless_there", lambda *modules: None)
     monkeypatch.setattr(gpu_stress.kernel_search, "SHIPPED", heard.setup.engine / "kernels")
     if failing:
@@ -416,8 +418,8 @@ def test_captures_under_disturbance(heard: Heard, monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(cuda_driver, "CudaDriver", driver)
     gpu_stress.measure_captures(heard.setup, heard.report)
-    failed = {row["who"]: row["value"] for row in heard.found["rows"] if row["what"] == "failed captures"}
-    assert failed == dict.fromkeys(("captures with the lock", "captures without the lock"), float(failing))
+    failed = {row["who"]: row["value"] > 0 for row in heard.found["rows"] if row["what"] == "failed captures"}
+    assert failed == dict.fromkeys(("captures with the lock", "captures without the lock"), failing)
     held = [check["held"] for check in heard.found["checks"]]
     assert held == [True, not failing, True]
 
