@@ -7,6 +7,7 @@ import http.client
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -142,6 +143,11 @@ class UnsteadyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target, self.refuses, self.refused = urllib.parse.urlsplit(target), False, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore clients that go away, as killed workers do; print other errors."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
