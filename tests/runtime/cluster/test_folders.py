@@ -29,6 +29,7 @@ from moesr.runtime.system import user_cache
 from moesr.runtime.system.files import sha256_of
 
 
+@pytest.mark.slow
 def test_bucket_gives_the_results_of_a_folder_though_a_worker_is_killed(
     bucket, moesr, cluster_engine, tmp_path, capfd
 ):
