@@ -39,7 +39,7 @@ INTERVAL_S = 0.1
 """Seconds between two looks at the memory of the process."""
 
 TARGET_BYTES = 2e9
-"""What a result of 100 megapixels may take in memory."""
+"""The memory that a result of 100 megapixels may take."""
 
 TARGET_SPREAD = 0.1
 """By how much the time per megapixel of result may vary between 1 and 100 megapixels."""

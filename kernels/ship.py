@@ -37,7 +37,7 @@ def shipped_ops() -> list[Op]:
 
 
 def faults(directory: Path = kernel_search.SHIPPED) -> list[str]:
-    """What differs between shipped kernels and the sources; an empty list if nothing does.
+    """Return the differences between shipped kernels and the sources; an empty list if there are none.
 
     Sources are compared by the hashes in kernels.json, tilings by the kernels' names (which are hashes of
     constants and options), and files by their own hashes.

@@ -38,7 +38,6 @@ class Length:
 Channels = Annotated[int, Range(1, 1 << 16)]
 Blocks = Annotated[int, Range(1, 64)]
 Heads = Annotated[int, Range(1, 1 << 12)]  # also for groups and blocks of channels
-OptionalGroups = Annotated[int, Range(0, 1 << 12)]
 Experts = Annotated[int, Range(0, 1 << 8)]
 Level = Annotated[int, Range(0, 9)]
 Scale = Annotated[int, Range(1, 64)]

@@ -70,7 +70,7 @@ class Numbers:
     count: int
 
     def rows(self) -> Iterator[Row]:
-        """As `Sources.rows`."""
+        """See `Sources.rows`."""
         return (Row("/", f"{k}.png", 0.0, f"{k}_x4.png", True) for k in range(self.count))
 
 
@@ -81,7 +81,7 @@ class Instant:
         self._engine, self._ledger = Upscaler(work, threads=1) if work else None, ledger
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """As `Worker.__call__`, after the same question to the ledger."""
+        """See `Worker.__call__`; the ledger is asked as there."""
         import ray
 
         ray.get(self._ledger.begin.remote(row["key"]))

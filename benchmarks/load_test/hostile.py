@@ -6,7 +6,6 @@ import http.client
 import io
 import socket
 import struct
-import threading
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-from load_test.server import Server
+from load_test.server import Background, Server
 
 PAUSE_S = 0.2
 """Pause between two hostile requests."""
@@ -26,22 +25,13 @@ IDLE = 1000
 CUT = "cut off"
 
 
-class Hostile:
-    """Sends hostile requests one after the other, repeatedly, in a thread of its own."""
+class Hostile(Background):
+    """Sends hostile requests one after the other, repeatedly."""
 
     def __init__(self, server: Server, image: bytes) -> None:
+        super().__init__()
         self._server, self._image = server, image
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
         self.answers: dict[str, Counter[str]] = defaultdict(Counter)
-
-    def __enter__(self) -> Hostile:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         self._round(whole=True)

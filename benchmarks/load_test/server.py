@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -73,22 +74,32 @@ def served(options: Sequence[str]) -> Iterator[Server]:
                 process.kill()
 
 
-class Watch:
-    """Samples the memory of the server's process in a thread of its own, about once per second."""
+class Background:
+    """Something that runs in a thread of its own during a `with` block, until `_stop` is set."""
 
-    def __init__(self, server: Server) -> None:
-        self.samples: list[tuple[float, float]] = []  # seconds since the start, megabytes
-        self._server, self._begin = server, time.monotonic()
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Watch(Background):
+    """Samples the memory of the server's process about once per second."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.samples: list[tuple[float, float]] = []  # seconds since the start, megabytes
+        self._server, self._begin = server, time.monotonic()
 
     def _run(self) -> None:
         while not self._stop.wait(1.0):

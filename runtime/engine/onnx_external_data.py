@@ -1,7 +1,6 @@
 """Finding the files in which an ONNX file keeps its external weights, without the onnx library.
 
-A file in the wire format of Protocol Buffers is a list of fields. Each field has a key (number and kind) and
-a value, and a nested message is a field with a length, so every field that cannot hold a tensor is skipped.
+The messages that cannot hold a tensor are skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
+from moesr.runtime.engine.protobuf import BYTES, MAX_NESTING, fields
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system.files import reason
 
@@ -23,10 +23,6 @@ _PATHS: dict[str, dict[int, str]] = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of values
-
-MAX_NESTING = 100
-"""Deeper nesting of messages is refused; the readers of Protocol Buffers also refuse more than 100 levels."""
 
 
 def external_files(path: Path) -> set[str]:
@@ -50,43 +46,11 @@ def _locations(data: mmap.mmap, start: int, stop: int, message: str, levels: int
     if not levels:
         raise ValueError(f"its messages are nested more than {MAX_NESTING} deep")
     if message == "Entry":
-        entry = {number: data[a:b] for number, a, b in _fields(data, start, stop)}
+        entry = {number: data[a:b] for number, kind, a, b in fields(data, start, stop) if kind == BYTES}
         if entry.get(1) == b"location":
             yield entry.get(2, b"").decode("utf-8", "replace")
         return
     inner = _PATHS[message]
-    for number, a, b in _fields(data, start, stop):
-        if number in inner:
+    for number, kind, a, b in fields(data, start, stop):
+        if kind == BYTES and number in inner:
             yield from _locations(data, a, b, inner[number], levels - 1)
-
-
-def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (number, start, stop) of every field with a length between two positions."""
-    while at < stop:
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == _BYTES:
-            length, at = _varint(data, at)
-            if at + length > stop:
-                raise ValueError("a field is longer than its message")
-            yield key >> 3, at, at + length
-            at += length
-        elif kind == _VARINT:
-            _, at = _varint(data, at)
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"unknown kind of field {kind}")
-
-
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """Return a number that is stored with seven bits per byte, lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number has more than 64 bits")

@@ -5,7 +5,7 @@ precision as their result's type name float32 instead. Pairs of QuantizeLinear a
 activations are removed; 8-bit weights stay, each followed by its own DequantizeLinear. So every value between
 the weights and the outputs is float32 and cannot overflow where half precision did.
 
-The file is read and written in the wire format of Protocol Buffers, as in `onnx_external_data`. External
+The file is read and written in the wire format of Protocol Buffers, see `protobuf`. External
 weights become part of the derived graph.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesr.runtime.engine.onnx_external_data import MAX_NESTING
+from moesr.runtime.engine.protobuf import BYTES, MAX_NESTING, VARINT, fields, varint
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system.files import reason
 
@@ -26,7 +26,6 @@ MAX_BYTES = 2**31 - 1
 
 FLOAT, _FLOAT16, _BFLOAT16 = 1, 10, 16
 _HALF = (_FLOAT16, _BFLOAT16)
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of values
 
 Field = tuple[int, int, "int | bytes"]
 """Number, kind and value of a field; the value is an int if the kind is a varint, else its bytes."""
@@ -74,8 +73,8 @@ def _graph(data: bytes, folder: Path, outer: _Names | None = None, levels: int =
                 names.widened[name] = f"{name}/float32"
                 casts.append(_cast(name, names.widened[name]))
     rewritten = [_node(node, names, folder, levels) for node in nodes]
-    kept: list[Field] = [(1, _BYTES, node) for node in (*casts, *rewritten)]
-    kept += [(5, _BYTES, weight) for weight in weights]
+    kept: list[Field] = [(1, BYTES, node) for node in (*casts, *rewritten)]
+    kept += [(5, BYTES, weight) for weight in weights]
     for number, kind, value in fields:
         if number in (11, 12):
             kept.append((number, kind, _value_info(_bytes(value))))
@@ -91,7 +90,7 @@ def _node(node: list[Field], names: _Names, folder: Path, levels: int) -> bytes:
         source = names.plain[inputs[0]]
         source = names.widened.get(source, source)
         kept = [field for field in node if field[0] in (2, 3)]
-        return _encoded([(1, _BYTES, source.encode()), *kept, (4, _BYTES, b"Identity")])
+        return _encoded([(1, BYTES, source.encode()), *kept, (4, BYTES, b"Identity")])
     made: list[Field] = []
     for number, kind, value in node:
         if number == 1:
@@ -128,7 +127,7 @@ def _wide_tensor(tensor: list[Field], folder: Path) -> bytes:
     bits = np.frombuffer(raw, "<u2") if raw is not None else np.array(list(_packed(tensor)), np.uint16)
     wide = bits.view(np.float16).astype(np.float32) if kind == _FLOAT16 else _from_bfloat16(bits)
     kept = [field for field in tensor if field[0] not in (2, 5, 9)]
-    return _encoded([*kept, (2, _VARINT, FLOAT), (9, _BYTES, wide.astype("<f4").tobytes())])
+    return _encoded([*kept, (2, VARINT, FLOAT), (9, BYTES, wide.astype("<f4").tobytes())])
 
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -138,12 +137,12 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 def _packed(tensor: list[Field]) -> Iterator[int]:
     """The values of the field int32_data, in which half precision may be stored as 16-bit patterns."""
     for number, kind, value in tensor:
-        if number == 5 and kind == _VARINT:
+        if number == 5 and kind == VARINT:
             yield int(value) & 0xFFFF
         elif number == 5:
             data, at = _bytes(value), 0
             while at < len(data):
-                pattern, at = _varint(data, at)
+                pattern, at = varint(data, at)
                 yield pattern & 0xFFFF
 
 
@@ -159,7 +158,7 @@ def _with_raw_data(tensor: list[Field], folder: Path) -> list[Field]:
     with (folder / name).open("rb") as stream:
         stream.seek(start)
         raw = stream.read(length)
-    return [*(field for field in tensor if field[0] not in (9, 13, 14)), (9, _BYTES, raw)]
+    return [*(field for field in tensor if field[0] not in (9, 13, 14)), (9, BYTES, raw)]
 
 
 def _value_info(data: bytes) -> bytes:
@@ -175,33 +174,16 @@ def _value_info(data: bytes) -> bytes:
 
 
 def _cast(source: str, target: str) -> bytes:
-    to = _encoded([(1, _BYTES, b"to"), (3, _VARINT, FLOAT), (20, _VARINT, 2)])  # 2: an integer
+    to = _encoded([(1, BYTES, b"to"), (3, VARINT, FLOAT), (20, VARINT, 2)])  # 2: an integer
     return _encoded(
-        [(1, _BYTES, source.encode()), (2, _BYTES, target.encode()), (4, _BYTES, b"Cast"), (5, _BYTES, to)]
+        [(1, BYTES, source.encode()), (2, BYTES, target.encode()), (4, BYTES, b"Cast"), (5, BYTES, to)]
     )
 
 
 def _message(data: bytes) -> list[Field]:
     """The fields of a message, in order."""
-    fields, at = [], 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            fields.append((key >> 3, kind, value))
-            continue
-        if kind == _BYTES:
-            length, at = _varint(data, at)
-        elif kind in (_FIXED64, _FIXED32):
-            length = 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"unknown kind of field {kind}")
-        if at + length > len(data):
-            raise ValueError("a field is longer than its message")
-        fields.append((key >> 3, kind, data[at : at + length]))
-        at += length
-    return fields
+    found = fields(data, 0, len(data))
+    return [(n, kind, varint(data, a)[0] if kind == VARINT else data[a:b]) for n, kind, a, b in found]
 
 
 def _encoded(fields: list[Field]) -> bytes:
@@ -212,23 +194,10 @@ def _encoded(fields: list[Field]) -> bytes:
         if isinstance(value, int):
             parts.append(_encoded_varint(value))
             continue
-        if kind == _BYTES:
+        if kind == BYTES:
             parts.append(_encoded_varint(len(value)))
         parts.append(value)
     return b"".join(parts)
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number stored with seven bits per byte, lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number has more than 64 bits")
 
 
 def _encoded_varint(value: int) -> bytes:

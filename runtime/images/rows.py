@@ -1,9 +1,8 @@
-"""Images in rows: they are read and written part by part, so that memory does not grow with the image.
+"""Results that are written in rows, so that memory does not grow with the image.
 
-`open_rows` reads the rows of a file in order. A result is collected in a `Spool`, a memory-mapped file of the
-output's own type, whose rows a second pass can still change; `save_spool` encodes it. PNG and JPEG are read
-and written by pyvips, TIFF is read by pyvips and written by tifffile (both come with `moesr[large]`). Without
-these packages, and for other formats, Pillow does the same with the whole image in memory.
+A result is collected in a `Spool`, a temporary file of the result's own type, and `save_spool` encodes it:
+PNG and JPEG by pyvips, TIFF by tifffile (both come with `moesr[large]`). Without these packages, and for
+other formats, Pillow does the same with the whole image in memory.
 """
 
 from __future__ import annotations
@@ -11,26 +10,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from moesr.runtime.errors import InputError, MemoryLimitError, OutputError
-from moesr.runtime.images import embedded, encoding, exif, formats, metadata, png_chunks, reading, writing
+from moesr.runtime.errors import MemoryLimitError, OutputError
+from moesr.runtime.images import encoding, exif, metadata, png_chunks, reading, writing
 from moesr.runtime.images.metadata import CAPACITIES, Metadata
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.images.resize import Resizer
 from moesr.runtime.images.spool import Spool, place_for
 from moesr.runtime.system import memory
-from moesr.runtime.system.files import check_file, new_file, reason, write_atomically
+from moesr.runtime.system.files import new_file, reason, write_atomically
 
 log = logging.getLogger("moesr")
 
@@ -40,7 +37,6 @@ NOTED_FROM_BYTES = 256 << 20
 _RESIZED_PX = 1 << 20  # pixels that are resampled at once
 _INSTALL = "pip install moesr[large] reads and writes it in rows"
 _STREAMED = ("PNG", "JPEG", "TIFF")
-_TYPES = {"uchar": np.uint8, "ushort": np.uint16}  # by pyvips' name
 _SPACES = {("uchar", 1): "b-w", ("uchar", 3): "srgb", ("ushort", 1): "grey16", ("ushort", 3): "rgb16"}
 _JPEG_HEAD = b"JFIF\0\1\1"
 _RESOLUTION_TAGS = (282, 283, 296)  # which tifffile writes itself
@@ -59,111 +55,6 @@ class SpooledImage(LoadedImage):
     """An image whose `pixels` are mapped from a spool. They stay valid after the spool is closed."""
 
     spool: Spool = field(kw_only=True)
-
-
-class Rows(Protocol):
-    """An image file whose rows are read once, in order."""
-
-    height: int
-    width: int
-    channels: int
-    dtype: np.dtype
-    metadata: Metadata
-
-    def read(self, count: int) -> np.ndarray:
-        """Return the next `count` rows, or all that are left: [rows, W, channels].
-
-        InputError if it is damaged.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the file."""
-        ...
-
-
-class HeldRows:
-    """The rows of an image that is in memory."""
-
-    def __init__(self, image: LoadedImage) -> None:
-        pixels = image.pixels
-        self._pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-        self.height, self.width, self.channels = self._pixels.shape
-        self.dtype, self.metadata = pixels.dtype, image.metadata
-        self._next = 0
-
-    def read(self, count: int) -> np.ndarray:
-        """See `Rows.read`."""
-        first, self._next = self._next, min(self._next + count, self.height)
-        return self._pixels[first : self._next]
-
-    def close(self) -> None:
-        """See `Rows.close`."""
-
-
-class VipsRows:
-    """Rows that pyvips decodes while they are read."""
-
-    def __init__(self, path: Path, image: Any, region: Any, carried: Metadata) -> None:
-        self._path, self.metadata = path, carried
-        self._region: Any = region
-        self.height, self.width, self.channels = image.height, image.width, image.bands
-        self.dtype = np.dtype(_TYPES[image.format])
-        self._next = 0
-
-    def read(self, count: int) -> np.ndarray:
-        """See `Rows.read`."""
-        first, self._next = self._next, min(self._next + count, self.height)
-        shape = (self._next - first, self.width, self.channels)
-        if not shape[0]:
-            return np.empty(shape, self.dtype)
-        try:
-            data = self._region.fetch(0, first, self.width, shape[0])
-        except Exception as error:  # pyvips has one class for every error
-            text = f"truncated or damaged ({formats.brief(error)}); get the file again"
-            raise InputError(f"{self._path}: {text}") from error
-        return np.frombuffer(data, self.dtype).reshape(shape)
-
-    def close(self) -> None:
-        """See `Rows.close`."""
-        self._region = None
-
-
-def open_rows(path: Path) -> Rows:
-    """Open an image file for reading in rows. InputError as for `reading.load`.
-
-    Files that need more than decoding (a palette, another color model, an orientation) are read by Pillow.
-    """
-    path = Path(path)
-    check_file(path)
-    vips = _pyvips()
-    if vips is not None:
-        rows = _vips_rows(path, vips)
-        if rows is not None:
-            return rows
-    image = reading.load(path)
-    _note(str(path), image.pixels.nbytes, vips is None)
-    return HeldRows(image)
-
-
-def _vips_rows(path: Path, vips: Any) -> VipsRows | None:
-    """Return the rows by pyvips; None for a file that is left to Pillow, which also explains errors."""
-    try:
-        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
-            with Image.open(stream, formats=_STREAMED) as head:
-                plain = head.mode in ("L", "LA", "RGB", "RGBA") or head.mode.startswith("I;16")
-                if not plain or head.info.get("transparency") is not None:
-                    return None
-                if head.format == "TIFF" and head.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
-                    return None
-                carried, turn = embedded.read(head, str(path))
-            if turn != 1:
-                return None
-        image = vips.Image.new_from_file(str(path), access="sequential", fail_on="error")
-    except Exception:  # `reading.load` explains the error
-        return None
-    known = image.format in _TYPES and 1 <= image.bands <= 4 and (image.width, image.height) == head.size
-    return VipsRows(path, image, vips.Region.new(image), carried) if known else None
 
 
 def save(

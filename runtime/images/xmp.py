@@ -14,7 +14,6 @@ _TIFF = "http://ns.adobe.com/tiff/1.0/"
 _EXIF = "http://ns.adobe.com/exif/1.0/"
 _EXIF_EX = "http://cipa.jp/exif/1.0/"
 _DIMENSIONS = "http://ns.adobe.com/xap/1.0/sType/Dimensions#"
-_NOTE = "http://ns.adobe.com/xmp/note/"
 _GAIN_MAP = "http://ns.adobe.com/hdr-gain-map/1.0/"
 
 _ACROSS = (

@@ -32,7 +32,7 @@ _SLACK = 1e-3  # by which values of a floating-point image may lie outside 0 to 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an Upscaler computes: the number of its GPU, or None for the CPU, and its scale."""
+    """The place where an Upscaler computes (the number of its GPU, None for the CPU), and its scale."""
 
     gpu: int | None
     scale: int

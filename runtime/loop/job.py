@@ -50,7 +50,7 @@ class Flow:
 
 
 class OnDevice(Protocol):
-    """What makes a job's inputs of an image in the device's memory, and writes its result there."""
+    """Makes the inputs of a job from an image in the device's memory, and writes its result there."""
 
     def begin(self, device: Any, layout: TileLayout) -> tuple[Canvas, Canvas | None]:
         """Return the input at output size, and the condition unless an encoder makes it."""

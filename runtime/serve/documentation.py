@@ -46,7 +46,6 @@ OPTIONS = [
     _option("guidance", "number", "Strength of the prompts, for engines that have them", 1.0, minimum=0),
     _option("reuse", "integer", "Interval of the steps that compute deep features", 1, minimum=1),
     _option("start_step", "integer", "Steps to leave out, from the noised input", 0, minimum=0),
-    _option("checkpoint_every", "integer", "Steps after which the latent is saved", 0, minimum=0),
     _option(
         "tiling", "string", "Tiles of large images; default: the engine's", "shifted", enum=list(TILINGS)
     ),

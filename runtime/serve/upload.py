@@ -20,9 +20,12 @@ FIELDS = 32  # most fields of a form
 FIELD_BYTES = 4096  # size of a field that is not a file
 BLOCK_BYTES = 1 << 18  # size of the blocks in which a body is written
 _KINDS = {
-    **dict.fromkeys(("steps", "seed", "reuse", "start_step", "checkpoint_every", "quality"), int),
+    **dict.fromkeys(("steps", "seed", "reuse", "start_step", "quality"), int),
     **dict.fromkeys(("fidelity", "guidance"), float),
 }
+IMAGE_OPTIONS = tuple(name for name in OPTION_NAMES if name != "checkpoint_every")
+"""Options of a request. Saved latents of clients' images would stay on the disk if they are canceled."""
+
 _FLAGS = ("tileable", "keep_colors_under_alpha")
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _OTHERS = ("engine", "format", "quality", "priority")
@@ -92,7 +95,7 @@ def _copy(upload: UploadFile, path: Path) -> None:
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those options of a request that are options of `Upscaler.submit`."""
-    return {name: options[name] for name in OPTION_NAMES if name in options}
+    return {name: options[name] for name in IMAGE_OPTIONS if name in options}
 
 
 def check_options(given: Mapping[str, str], engines: Mapping[str, object]) -> dict[str, Any]:
@@ -104,8 +107,8 @@ def check_options(given: Mapping[str, str], engines: Mapping[str, object]) -> di
     values: dict[str, Any] = {}
     for name, text in given.items():
         key = name.replace("-", "_")
-        if key not in OPTION_NAMES and key not in _OTHERS:
-            known = ", ".join((*OPTION_NAMES, *_OTHERS))
+        if key not in IMAGE_OPTIONS and key not in _OTHERS:
+            known = ", ".join((*IMAGE_OPTIONS, *_OTHERS))
             raise Problem(400, f"unknown option {name[:40]!r}; the options are {known}")
         if text.strip() == "":
             continue

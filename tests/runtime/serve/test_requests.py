@@ -308,6 +308,7 @@ WRONG = {
     "no flag": ("keep_colors_under_alpha=maybe", 400),
     "zero byte": ("engine=tiny%00", 404),
     "priority of another type": ("priority=4", 400),
+    "latents that would stay on the disk": ("checkpoint_every=1", 400),
     "header in a value": ("format=png%0d%0aX:1", 400),
 }
 
@@ -322,8 +323,8 @@ def test_values_of_another_form(serve, query, status):
 def test_every_option_of_the_command_line_is_described_and_read(serve):
     given = {"steps": "2", "seed": "0", "reuse": "1", "fidelity": "1", "guidance": "1", "sampler": "ddim"}
     given |= {"color_fix": "none", "keep_colors_under_alpha": "true"}
-    given |= {"start_step": "0", "tiling": "overlap", "tileable": "false", "checkpoint_every": "0"}
-    assert set(given) == set(OPTION_NAMES)
+    given |= {"start_step": "0", "tiling": "overlap", "tileable": "false"}
+    assert set(given) == set(OPTION_NAMES) - {"checkpoint_every"}
     with serve() as client:
         described = client.get("/v1/openapi.json").json()["paths"]["/v1/jobs"]["post"]["parameters"]
         assert set(given) <= {one["name"] for one in described}
