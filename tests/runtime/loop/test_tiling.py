@@ -235,8 +235,11 @@ def test_every_program_takes_the_options(engine: Path, tmp_path: Path, capsys: p
     assert all(part in told for part in ("--start-step 2", "--tiling shifted", "--tileable"))
     older = replace(record, settings={"steps": 4})
     assert "--tiling overlap" in info.command(target, older)
+    del options["checkpoint_every"]  # the service keeps no checkpoints
     texts = {name: str(value).lower() for name, value in options.items()} | {"tiling": "overlap"}
     values = check_options(texts, {"synthetic": up})
     assert options.items() <= values.items() and values["tiling"] == "overlap"
+    with pytest.raises(Problem, match="checkpoint_every"):
+        check_options(texts | {"checkpoint_every": "1"}, {"synthetic": up})
     with pytest.raises(Problem, match="tileable is 'maybe', expected true or false"):
         check_options({"tileable": "maybe"}, {"synthetic": up})
