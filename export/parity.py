@@ -98,9 +98,10 @@ def decoder_inputs(network: Autoencoder, latent_px: int) -> Inputs:
         chosen = torch.from_numpy(rng.integers(0, len(codes), latent_px * latent_px))
         z = _near(codes, chosen, rng).T.reshape(shape)
     inputs, side = {"z": np.ascontiguousarray(z)}, latent_px * config.factor
+    if config.takes_lr:
+        inputs["lr"] = rng.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
     if network.decoder.fusions:
-        lr = rng.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
-        inputs |= {"lr": lr, "fidelity": np.ones(1, np.float32)}
+        inputs["fidelity"] = np.ones(1, np.float32)
     return inputs
 
 

@@ -119,6 +119,11 @@ class AutoencoderConfig:
         return () if level is None else tuple(range(level, level + self.fusion_count))
 
     @property
+    def takes_lr(self) -> bool:
+        """Whether the decoder reads the LR image, for its features or to add its residual to it."""
+        return self.lr_residual or self.fusion_level is not None
+
+    @property
     def factor(self) -> int:
         """Image pixels per latent pixel, along one side."""
         return 2 ** (len(self.channel_mult) - 1)

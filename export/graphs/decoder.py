@@ -23,14 +23,16 @@ def decoder_graph(
 
     Its inputs are `z` [B, D, h, w], `lr` [B, 3, f*h, f*w] and `fidelity` [B], its output is `image` [B, 3,
     f*h, f*w]. Here h = w = `latent_px`, and f is the factor of the autoencoder. The autoencoder's latent is
-    `z` divided by `latent_scale` (KL autoencoders only). A decoder that is not conditioned on the LR image
-    takes `z` alone.
+    `z` divided by `latent_scale` (KL autoencoders only). A decoder without LR fusion has no input `fidelity`,
+    and it takes `lr` only if it predicts a residual of the LR image.
     """
     g = GraphBuilder("decoder", lowering)
     config, decoder = network.config, network.decoder
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
-    lr, fidelity = _condition(g, latent_px * config.factor) if decoder.fusions else (None, None)
-    features = _lr_features(g, g.compute(lr), network) if lr else {}
+    image_px = latent_px * config.factor
+    lr = g.input("lr", (BATCH, 3, image_px, image_px)) if config.takes_lr else None
+    fidelity = _fidelity(g) if decoder.fusions else None
+    features = _lr_features(g, g.compute(lr), network) if lr and decoder.fusions else {}
     with g.scope("quantize"):
         h = g.compute(_quantise(g, z, network, latent_scale))
     with g.scope("decoder.mid"):
@@ -48,17 +50,15 @@ def decoder_graph(
             h = refine(g, h, decoder.unet_1)
     with g.scope("decoder.out"):
         h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
-        if config.lr_residual:
+        if lr and config.lr_residual:
             h = g.op("Add", g.float32(h), lr)
     g.output("image", h)
     return g.finish()
 
 
-def _condition(g: GraphBuilder, image_px: int) -> tuple[Value, Value]:
-    """Return the inputs of a conditioned decoder: the LR image, and its weight as [B, 1, 1, 1]."""
-    lr = g.input("lr", (BATCH, 3, image_px, image_px))
-    fidelity = g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3]))
-    return lr, g.compute(fidelity)
+def _fidelity(g: GraphBuilder) -> Value:
+    """Return the weight of the LR features as [B, 1, 1, 1], an input of decoders with LR fusion."""
+    return g.compute(g.op("Unsqueeze", g.input("fidelity", (BATCH,)), torch.tensor([1, 2, 3])))
 
 
 def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: float) -> Value:

@@ -126,9 +126,11 @@ def record(
                 added, out = noise.gaussian(i, step, shape), np.ascontiguousarray(out)
                 samplers.advance(latents[i], out, added, c, np.empty_like(out), history[i])
     inputs[DECODER] = [{"z": z[None]} for z in latents]
-    if config.decoder.fusion_levels:
-        for given, (_, lr) in zip(inputs[DECODER], pairs, strict=True):
-            given.update(lr=lr, fidelity=np.ones(1, np.float32))
+    for given, (_, lr) in zip(inputs[DECODER], pairs, strict=True):
+        if config.decoder.takes_lr:
+            given["lr"] = lr
+        if config.decoder.fusion_levels:
+            given["fidelity"] = np.ones(1, np.float32)
     return Recording(inputs, len(images), len(table))
 
 

@@ -130,6 +130,17 @@ def test_residual_decoder_adds_the_exact_lr_image(arrangement):
     assert relative_l2(run(graph, inputs), parity.network_output(network, inputs)) < limit
 
 
+@torch.inference_mode()
+def test_residual_decoder_without_lr_fusion_takes_the_lr_image_alone():
+    """A first stage with `lr_residual` has no LR features to weigh, so its graph has no input `fidelity`."""
+    plain = replace(PLAIN_LDM.decoder, norm_groups=0, lr_residual=True)
+    network = random_decoder(replace(PLAIN_LDM, decoder=plain))
+    inputs = parity.decoder_inputs(network, 8)
+    graph = decoder_graph(network, 8)
+    assert [spec.name for spec in graph.boundary.inputs] == list(inputs) == ["z", "lr"]
+    assert relative_l2(run(graph, inputs), parity.network_output(network, inputs)) < 2e-5
+
+
 @pytest.mark.parametrize("kind", ["experts", "decoders"])
 def test_gpu_graphs_have_no_strips(kind, expert, decoder):
     """Graphs for GPUs have neither strips nor computations on constants; graphs for CPUs have both."""
