@@ -30,6 +30,7 @@ RUNTIME = {
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",
     ),
+    "integrations": (),
     "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
     "cluster": (
         *("backends", "cli", "devices", "engine", "errors", "images", "loop", "serve", "system", "upscaler"),
