@@ -26,12 +26,28 @@ def decoder_graph(
     `z` divided by `latent_scale` (KL autoencoders only). A decoder without LR fusion has no input `fidelity`,
     and it takes `lr` only if it predicts a residual of the LR image.
     """
-    g = GraphBuilder("decoder", lowering)
-    config, decoder = network.config, network.decoder
+    g, config = GraphBuilder("decoder", lowering), network.config
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
     image_px = latent_px * config.factor
     lr = g.input("lr", (BATCH, 3, image_px, image_px)) if config.takes_lr else None
-    fidelity = _fidelity(g) if decoder.fusions else None
+    fidelity = _fidelity(g) if network.decoder.fusions else None
+    g.output("image", decode(g, z, lr, fidelity, network, latent_scale))
+    return g.finish()
+
+
+def decode(
+    g: GraphBuilder,
+    z: Value,
+    lr: Value | None,
+    fidelity: Value | None,
+    network: Autoencoder,
+    latent_scale: float = 1.0,
+) -> Value:
+    """Write the decoder from its inputs, as `decoder_graph` describes them, to the image.
+
+    `fidelity` is [B, 1, 1, 1], in the precision of the graph.
+    """
+    config, decoder = network.config, network.decoder
     features = _lr_features(g, g.compute(lr), network) if lr and decoder.fusions else {}
     with g.scope("quantize"):
         h = g.compute(_quantise(g, z, network, latent_scale))
@@ -52,8 +68,7 @@ def decoder_graph(
         h = conv_module(g, group_norm(g, h, decoder.norm_out, activate=True), decoder.conv_out)
         if lr and config.lr_residual:
             h = g.op("Add", g.float32(h), lr)
-    g.output("image", h)
-    return g.finish()
+    return h
 
 
 def _fidelity(g: GraphBuilder) -> Value:

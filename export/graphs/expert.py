@@ -32,11 +32,15 @@ from moesr.training.networks.unet import AttentionBlock, Downsample, HalfUNet, R
 MAX_PERIOD = 10_000.0  # largest period of the sinusoidal timestep embedding
 
 
+Offsets = Mapping[nn.Module, Value | Tensor]
+"""The offset that the timestep adds to the features of each residual block, [B, C, 1, 1]."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """The inputs of a UNet's layers besides the features, like `Conditions` in the network."""
 
-    offsets: Mapping[nn.Module, Value]  # by residual block: the offset added to its features, [B, C, 1, 1]
+    offsets: Offsets
     structure: Mapping[int, Value] = field(default_factory=dict)  # features of the LR image, by width
     text: Tensor | None = None  # encoded prompts, [prompts, tokens, C]
     prompt: Value | None = None  # index of each tile's prompt, int64 [B]; None: there is one prompt
@@ -179,6 +183,16 @@ def time_offsets(
     rows = g.op("Unsqueeze", g.op("Gemm", emb, weight, bias, transB=1), torch.tensor([2, 3]))
     pieces = g.split(rows, 1, [len(_bias(layer)) for layer in layers])
     return dict(zip(blocks, pieces, strict=True))
+
+
+def fixed_offsets(network: HalfUNet, t: float) -> dict[nn.Module, Tensor]:
+    """Return the offsets of a timestep that is known during the export, as constants."""
+    emb, found = network.embed(torch.tensor([t])), {}
+    for block in network.modules():
+        if isinstance(block, ResBlock):
+            offset = block.emb_layers(emb)[0] + _bias(block.in_layers[2])
+            found[block] = offset[None, :, None, None]
+    return found
 
 
 def _linear(g: GraphBuilder, x: Value, layer: nn.Module) -> Value:

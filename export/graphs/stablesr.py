@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesr.export.graphs.builder import BuiltGraph, GraphBuilder, Value
 from moesr.export.graphs.decoder import level, middle
-from moesr.export.graphs.expert import Conditioning, res_block, stage, time_offsets, unet
+from moesr.export.graphs.expert import Conditioning, Offsets, res_block, stage, time_offsets, unet
 from moesr.export.graphs.layers import conv, conv_module, group_norm
 from moesr.export.lowering import CPU, Lowering
 from moesr.runtime.engine.graph_spec import BATCH
@@ -82,7 +82,9 @@ def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Low
     cond = g.input("cond", (BATCH, network.structure.config.in_channels, latent_px, latent_px))
     t = g.input("t", (BATCH,))
     with g.scope("structure"):
-        structure = _structure(g, g.compute(cond), t, network.structure)
+        with g.scope("time_embed"):
+            offsets = time_offsets(g, network.structure, t)
+        structure = structure_features(g, g.compute(cond), offsets, network.structure)
     with g.scope("time_embed"):
         offsets = time_offsets(g, network.unet, t)
     prompt = None
@@ -93,10 +95,11 @@ def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Low
     return g.finish()
 
 
-def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -> dict[int, Value]:
-    """Return the features of the LR latent at the timesteps `t`, by width."""
-    with g.scope("time_embed"):
-        given = Conditioning(time_offsets(g, network, t))
+def structure_features(
+    g: GraphBuilder, x: Value, offsets: Offsets, network: StructureEncoder
+) -> dict[int, Value]:
+    """Return the features of the LR latent `x`, by width; `offsets` hold the timesteps."""
+    given = Conditioning(offsets)
     h, levels = x, []
     for i, block in enumerate(network.input_blocks):
         if isinstance(next(block.children()), Downsample):
@@ -115,11 +118,17 @@ def _structure(g: GraphBuilder, x: Value, t: Value, network: StructureEncoder) -
 
 def encoder_graph(network: LatentEncoder, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:
     """Write the encoder: `image` [B, 3, f*h, f*w], `noise` [B, C, h, w] to a scaled `latent` [B, C, h, w]."""
-    g, autoencoder = GraphBuilder("encoder", lowering), network.autoencoder
-    config, encoder = autoencoder.config, autoencoder.encoder
+    g, config = GraphBuilder("encoder", lowering), network.autoencoder.config
     image_px, channels = latent_px * config.factor, config.embed_dim
     image = g.input("image", (BATCH, 3, image_px, image_px))
     noise = g.input("noise", (BATCH, channels, latent_px, latent_px))
+    g.output("latent", encode(g, image, noise, network))
+    return g.finish()
+
+
+def encode(g: GraphBuilder, image: Value, noise: Value, network: LatentEncoder) -> Value:
+    """Write the encoder from its inputs, as `encoder_graph` describes them, to the scaled latent."""
+    encoder = network.autoencoder.encoder
     h = conv_module(g, g.compute(image), encoder.conv_in)
     for i, blocks in enumerate(encoder.down):
         with g.scope(f"down.{i}"):
@@ -130,8 +139,7 @@ def encoder_graph(network: LatentEncoder, latent_px: int, lowering: Lowering = C
         h = middle(g, h, encoder.mid)
     with g.scope("out"):
         h = conv_module(g, group_norm(g, h, encoder.norm_out, activate=True), encoder.conv_out)
-        g.output("latent", _sampled(g, g.float32(h), noise, network))
-    return g.finish()
+        return _sampled(g, g.float32(h), noise, network)
 
 
 def _sampled(g: GraphBuilder, moments: Value, noise: Value, network: LatentEncoder) -> Value:
