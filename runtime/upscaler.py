@@ -30,13 +30,14 @@ from moesr.runtime.loop.array_pictures import Place, batch_of, picture_of
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.handle import Handle, JobProgress
-from moesr.runtime.loop.job import PRIORITIES, Flow, planned_tiles
+from moesr.runtime.loop.job import planned_tiles
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
 from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Options, Settings, resolve
 from moesr.runtime.loop.spooled import disk_bytes
 from moesr.runtime.loop.stream import ImageStream, InFlight, Progress
+from moesr.runtime.loop.work import PRIORITIES, Flow
 from moesr.runtime.loop.worker import Worker
 from moesr.runtime.options import one_of
 from moesr.runtime.system import user_cache

@@ -1,12 +1,9 @@
-"""One image in the worker: its inputs, its passes and its state."""
+"""One image to be super-resolved in the worker: its inputs and its passes."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,39 +11,19 @@ import numpy as np
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.devices.interface import Canvas, Device
 from moesr.runtime.engine.graph_io import DECODER, ENCODER
-from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.errors import NonFiniteError
 from moesr.runtime.images.planes import to_unit
 from moesr.runtime.loop.band_decoding import BandDecoding, RowSink
 from moesr.runtime.loop.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
 from moesr.runtime.loop.saved_steps import SavedLatents, SavedSteps
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.loop.work import Flow, Work
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.sampling.schedule import StepTable
 
-PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
-"""Weights of flows by the name of their priority: a flow of weight 4 gets 4 times the seconds of weight 1."""
-
-log = logging.getLogger("moesr")
-
-
 ROWS_AT_ONCE = 256
 """Rows that are fetched from a device together if the result goes to a sink."""
-
-
-@dataclass(eq=False)
-class Flow:
-    """Jobs that together get one fair share of the machine, such as all images of one `Upscaler.map`."""
-
-    priority: str = "normal"
-    credit: float = 0.0  # seconds; used by the scheduler
-
-    @property
-    def weight(self) -> float:
-        """The weight of the flow's priority."""
-        return PRIORITIES[self.priority]
 
 
 class OnDevice(Protocol):
@@ -61,12 +38,8 @@ class OnDevice(Protocol):
         ...
 
 
-class Job:
-    """One image in the worker. Once it is `done`, it has an `error`, or its result is in `image` or the sink.
-
-    `planned` and `ran` count tiles by graph. Any thread may make a job; after that only the worker's thread
-    changes it, until it is done.
-    """
+class Job(Work):
+    """An image to be super-resolved. Once it is done without error, `image` or the sink has the result."""
 
     def __init__(
         self,
@@ -84,32 +57,16 @@ class Job:
         With a `sink` the result goes there, row by row, and not to `image`. ValueError if the settings do not
         fit the schedule.
         """
-        m = layout.manifest
-        self._table = step_table(m, settings)
-        self.layout, self.settings, self.flow = layout, settings, flow or Flow()
+        self._table = step_table(layout.manifest, settings)
+        planned = planned_tiles(layout, settings)
+        super().__init__(layout, planned, Encoding.stage if ENCODER in planned else Sampling.stage, flow)
+        self.settings = settings
         self._condition, self.lr, self._sink = condition, lr, sink
-        self.planned = planned_tiles(layout, settings)
-        self.ran: Counter[str] = Counter()
-        self.stage = Encoding.stage if ENCODER in self.planned else Sampling.stage
-        self.begun: dict[str, float] = {}  # clock of time.monotonic at the beginning of each stage
-        self.rounds = 0  # number of complete sampling steps and other passes
-        self.finished = False  # all tiles have run
-        self.cancelled = False  # set by any thread; the worker ends the job before its next tick
-        self.done = False
-        self.error: BaseException | None = None
         self.image: np.ndarray | None = None  # float32 [3, H, W], about [-1, 1]
-        self.warnings: list[str] = []  # about this image, for its report
         self.saved: SavedSteps | None = None  # where steps are saved, if they are
-        self._passes: Iterator[Pass] | None = None
-        self._entered: list[Pass] = []
         self._result: Canvas | None = None
         self.on_device: OnDevice | None = None  # set for an image that is in the device's memory
         self._lr: Canvas | None = None
-
-    @property
-    def current(self) -> Pass:
-        """The pass that the job is in; `begin` must be called first."""
-        return self._entered[-1]
 
     @property
     def upcoming(self) -> str | None:
@@ -124,48 +81,6 @@ class Job:
         """Save steps as the settings say; call it before the worker gets the job."""
         if latents and self.settings.checkpoint_every:
             self.saved = latents.of(self.settings, self.lr, self._condition)
-
-    def begin(self, device: Device) -> None:
-        """Allocate the first pass, unless that has happened already."""
-        if self._passes is None:
-            self._device = device
-            self.begun[self.stage] = time.monotonic()
-            self._passes = self._go_through(device)
-            self._entered.append(next(self._passes))
-
-    def accept(self, count: int) -> None:
-        """Record that `count` more tiles are blended, and enter the next pass if that ends this one."""
-        current = self.current
-        self.ran[current.role] += count
-        current.ran(count)
-        self.rounds += current.cursor == 0
-        if not current.done:
-            return
-        assert self._passes
-        following = next(self._passes, None)
-        if following:
-            self._entered.append(following)
-            self.stage = following.stage
-            self.begun[self.stage] = time.monotonic()
-        else:
-            self.finished = True
-
-    def ran_in_float32(self) -> None:
-        """Record, once per graph, that tiles ran again in float32 after NaN or infinity."""
-        graph = self.current.graph
-        warning = (
-            f"{graph.file}: NaN or infinite values in its output (precision {graph.precision}); the "
-            + ("tiles at fault ran once more in float32")
-        )
-        if warning not in self.warnings:
-            self.warnings.append(warning)
-            log.warning("%s", warning)
-
-    def check_finite(self) -> None:
-        """Raise NonFiniteError if a graph gave NaN or infinity for this image. Waits for the device."""
-        for entered in self._entered:
-            if not self._device.finite(entered.target):
-                raise NonFiniteError(_not_finite(entered.graph, again=self._device.synchronous))
 
     def _go_through(self, device: Device) -> Iterator[Pass]:
         """Yield the passes in order; each begins when the previous one is done."""
@@ -211,8 +126,8 @@ class Job:
         lr = device.upload(self.lr, self.layout.manifest.latent_factor)
         return lr, None if self._condition is None else device.upload(self._condition)
 
-    def finish(self) -> None:
-        """Fetch the result, unless the sink has it or it stays on the device, and release the memory."""
+    def _fetch(self) -> None:
+        """Fetch the result, unless the sink has it or it stays on the device."""
         if self.on_device:
             assert self._result and self._lr
             self.on_device.end(self._device, self.layout, self._lr, self._result, self.settings)
@@ -223,16 +138,15 @@ class Job:
                 self._sink.write(start, self._device.download(self._result, rows))
         elif self._result:
             self.image = self._device.download(self._result)
-        self._release()
 
     def fail(self, error: BaseException) -> None:
         """End the job with an error and release all of its memory."""
-        self.error, self._condition, self.lr = error, None, self.lr[:0].copy()
-        self._release()
+        self._condition, self.lr = None, self.lr[:0].copy()
+        super().fail(error)
 
     def _release(self) -> None:
-        self._passes, self._entered, self._result, self._lr, self._sink = None, [], None, None, None
-        self.done = True
+        self._result, self._lr, self._sink = None, None, None
+        super()._release()
 
 
 def step_table(manifest: Manifest, settings: Settings) -> StepTable:
@@ -257,12 +171,3 @@ def planned_tiles(layout: TileLayout, settings: Settings) -> Counter[str]:
     if DECODER in m.graphs:
         plan[DECODER] = len(layout.coding)
     return plan
-
-
-def _not_finite(graph: Graph, *, again: bool) -> str:
-    """The message for an image that failed; `again` says that its tiles also ran in float32."""
-    cure = "the engine or its weights are damaged: export it again"
-    if graph.precision != "fp32":
-        cure = f"export the engine in float32 (moesr-export without --{graph.precision}) and use that"
-        cure = f"a second run in float32 did not help; {cure}" if again else cure
-    return f"{graph.file}: NaN or infinite values in its output (precision {graph.precision}); {cure}"

@@ -24,13 +24,13 @@ from moesr.runtime.loop import forking
 from moesr.runtime.loop.admission import Admission
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.handle import Handle, JobProgress
-from moesr.runtime.loop.job import Flow
 from moesr.runtime.loop.pictures import Source
 from moesr.runtime.loop.residency import THREAD_PREFIX
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.ticket import Ticket
 from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.loop.work import Flow
 from moesr.runtime.loop.worker import CLOSED, Worker, own_thread
 
 THREADS = 2

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moesr.runtime.loop.cost_model import Costs
-from moesr.runtime.loop.job import Flow, Job
+from moesr.runtime.loop.work import Flow, Work
 
 CATCH_UP = 2
 """A job that is at most this many rounds behind the leader may run before it."""
@@ -47,7 +47,7 @@ _LEAST_S = 1e-9  # the least cost of a tile, so that turns end
 class TileBatch:
     """Tiles of one job in a tick, as positions in the tiles of its current pass."""
 
-    job: Job
+    job: Work
     tiles: range
 
     @property
@@ -69,7 +69,7 @@ class Scheduler:
         self._led = 0.0  # estimated seconds of this turn that the flow has used
         self._since_load = 0.0  # estimated seconds of ticks since a graph was swapped in
 
-    def next_batches(self, jobs: Sequence[Job]) -> list[TileBatch]:
+    def next_batches(self, jobs: Sequence[Work]) -> list[TileBatch]:
         """Take the tiles of the next tick, at most `max_batch` in all; none if no job has tiles to run.
 
         `jobs` are all jobs in flight, the oldest first; each has begun.
@@ -98,19 +98,19 @@ class Scheduler:
             self._since_load += used
         return [TileBatch(job, job.current.take(count)) for job, count in counts.items()]
 
-    def _spare_reloads(self, ready: list[Job]) -> list[Job]:
+    def _spare_reloads(self, ready: list[Work]) -> list[Work]:
         """Return the jobs that may lead: those of loaded graphs, unless these were used for long enough."""
         loaded = self._loaded(ready)
         longest = max(self._reload_s(job.current.role) for job in ready)
         return ready if self._since_load >= PATIENCE * longest or not loaded else loaded
 
-    def _loaded(self, ready: list[Job]) -> list[Job]:
+    def _loaded(self, ready: list[Work]) -> list[Work]:
         """Return the jobs whose graph is in memory, or can be loaded without dropping another graph."""
         return [job for job in ready if not self._reload_s(job.current.role)]
 
-    def _leader(self, jobs: Sequence[Job], may_lead: list[Job], whole: Mapping[Job, float]) -> Job:
+    def _leader(self, jobs: Sequence[Work], may_lead: list[Work], whole: Mapping[Work, float]) -> Work:
         """Return the oldest job of the flow whose turn it is, among those that may lead."""
-        oldest: dict[Flow, Job] = {}
+        oldest: dict[Flow, Work] = {}
         for job in jobs:
             oldest.setdefault(job.flow, job)
         if self._ring and self._ring[0] not in oldest:
@@ -133,7 +133,7 @@ class Scheduler:
             self._led = 0.0
         return leads[flow]
 
-    def _fill(self, ready: list[Job], leader: Job, whole: Mapping[Job, float]) -> dict[Job, int]:
+    def _fill(self, ready: list[Work], leader: Work, whole: Mapping[Work, float]) -> dict[Work, int]:
         """Return tiles by job for a tick of the leader's group: first its own, then the oldest jobs'."""
         room = self.max_batch
         counts = {leader: min(room, leader.current.remaining)}
@@ -147,12 +147,12 @@ class Scheduler:
         return counts
 
 
-def _is_large(job: Job, leader: Job, whole: Mapping[Job, float]) -> bool:
+def _is_large(job: Work, leader: Work, whole: Mapping[Work, float]) -> bool:
     """Return True if a job would delay the leader if it took part in its ticks without limit."""
     return job.flow is not leader.flow and whole[job] > ALIKE * whole[leader]
 
 
-def _late(jobs: list[Job], leader: Job) -> Job | None:
+def _late(jobs: list[Work], leader: Work) -> Work | None:
     """Return the oldest job that is a few rounds behind the leader and needs another graph."""
     behind = (job for job in jobs if 0 < leader.rounds - job.rounds <= CATCH_UP)
     return next((job for job in behind if job.current.group != leader.current.group), None)

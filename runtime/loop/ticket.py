@@ -7,10 +7,11 @@ from collections import Counter
 
 from moesr.runtime.engine.graph_io import ENCODER
 from moesr.runtime.loop.admission import Reservation
-from moesr.runtime.loop.job import Flow, Job, planned_tiles
+from moesr.runtime.loop.job import Job, planned_tiles
 from moesr.runtime.loop.pictures import Source
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.loop.work import Flow
 
 
 class Ticket:

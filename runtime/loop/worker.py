@@ -19,9 +19,9 @@ from moesr.runtime.devices.interface import Device, Session
 from moesr.runtime.errors import UsageError
 from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.float32_retry import CheckedSession, Float32Retry, Opener
-from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.residency import THREAD_PREFIX, Residency
 from moesr.runtime.loop.scheduler import Scheduler, TileBatch
+from moesr.runtime.loop.work import Work
 
 CLOSED = "this Upscaler is closed; open another"
 
@@ -52,7 +52,7 @@ class Worker:
         self._retry = Float32Retry(device, open_float32)
         self._costs, self.max_batch, self._release = costs, max_batch, release
         self._scheduler = Scheduler(costs, residency.reload_s, max_batch)
-        self._jobs: list[Job] = []  # the oldest first
+        self._jobs: list[Work] = []  # the oldest first
         self.renew_locks()
         self._closed = False
         self._buffers: dict[Hashable, dict[str, Any]] = {}  # by boundary: graphs of equal boundary share them
@@ -84,7 +84,7 @@ class Worker:
         """Return True if a forked child can use the worker: on a CPU, before its thread has started."""
         return self._thread is None and self._device.synchronous
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Work) -> None:
         """Put a job in flight; UsageError if the worker is closed."""
         with self.lock:
             if self._closed:
@@ -96,7 +96,7 @@ class Worker:
             self._jobs.append(job)
             self._wanted.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Work) -> None:
         """End a job with CancelledError before the next tick; this has no effect if it is done."""
         job.cancelled = True  # the thread checks it before every tick, so it need not be woken
 
@@ -162,7 +162,7 @@ class Worker:
             except Exception as error:
                 log.warning("closing an engine: %s", error)
 
-    def _tick(self, jobs: list[Job]) -> None:
+    def _tick(self, jobs: list[Work]) -> None:
         """Run one batch. An error ends only the jobs that it concerns."""
         self._end([job for job in jobs if job.cancelled], CancelledError())
         begun = [j for j in jobs if not j.done and self._alone(j, lambda j=j: j.begin(self._device))]
@@ -230,7 +230,7 @@ class Worker:
             self._bound.add(session)
         return session
 
-    def _alone(self, job: Job, step: Callable[[], None]) -> bool:
+    def _alone(self, job: Work, step: Callable[[], None]) -> bool:
         """Do a step for one job; False if it failed, which ends that job."""
         try:
             step()
@@ -239,7 +239,7 @@ class Worker:
             return False
         return True
 
-    def _end(self, jobs: list[Job], error: BaseException) -> None:
+    def _end(self, jobs: list[Work], error: BaseException) -> None:
         for job in jobs:
             if not job.done:
                 job.fail(error)

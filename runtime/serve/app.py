@@ -24,8 +24,8 @@ from starlette.routing import Match, Route
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.images.writing import check_output
-from moesr.runtime.loop.job import PRIORITIES
 from moesr.runtime.loop.settings import resolve
+from moesr.runtime.loop.work import PRIORITIES
 from moesr.runtime.serve import documentation
 from moesr.runtime.serve.arrivals import closing
 from moesr.runtime.serve.guard import HEAD, Guard

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moesr.runtime.images.color import COLOR_FIXES
-from moesr.runtime.loop.job import PRIORITIES
 from moesr.runtime.loop.settings import takes_fidelity
 from moesr.runtime.loop.tile_layout import TILINGS
+from moesr.runtime.loop.work import PRIORITIES
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.serve.result_format import FORMATS
 from moesr.runtime.upscaler import Upscaler

@@ -16,10 +16,11 @@ from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.loop.cost_model import Costs
-from moesr.runtime.loop.job import PRIORITIES, Flow, Job
+from moesr.runtime.loop.job import Job
 from moesr.runtime.loop.scheduler import CATCH_UP, PATIENCE, Scheduler
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
+from moesr.runtime.loop.work import PRIORITIES, Flow
 
 
 @pytest.fixture(scope="module")
