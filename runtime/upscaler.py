@@ -8,7 +8,6 @@ with Upscaler("engine") as up:
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,31 +17,21 @@ from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 
-from moesr.runtime.backends import autotune, kept_costs
-from moesr.runtime.backends.selection import Backend, candidates
-from moesr.runtime.devices.interface import Session
-from moesr.runtime.engine.locate import engine_directory
+from moesr.runtime.backends.selection import Backend
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import MoesrError, UsageError
-from moesr.runtime.loop.admission import Admission, Forecast, forms
+from moesr.runtime.loop.admission import Forecast, forms
 from moesr.runtime.loop.array_pictures import Place, batch_of, picture_of
-from moesr.runtime.loop.cost_model import Costs
-from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.job import planned_tiles
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
-from moesr.runtime.loop.residency import Residency
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Options, Settings, resolve
 from moesr.runtime.loop.spooled import disk_bytes
 from moesr.runtime.loop.stream import ImageStream, InFlight, Progress
 from moesr.runtime.loop.work import PRIORITIES, Flow
-from moesr.runtime.loop.worker import Worker
+from moesr.runtime.opened import OpenedEngine
 from moesr.runtime.options import one_of
-from moesr.runtime.system import user_cache
-
-log = logging.getLogger("moesr")
 
 AnyImage = TypeVar("AnyImage")
 """A NumPy array, a PIL image, a LoadedImage, or an array of another library."""
@@ -80,49 +69,22 @@ class Upscaler:
         With `cuda_graphs` False a GPU launches kernels one by one. Raises EngineError or UsageError. Graphs
         are loaded when they are first needed.
         """
-        self._remembers = cache is not False
-        kept = user_cache.directory() if cache is None else Path(cache) if cache else None
-        choose = partial(
-            candidates,
-            backend,
-            device,
-            threads,
-            max_batch,
-            cache=kept,
-            cuda_graphs=cuda_graphs,
+        opened = OpenedEngine(
+            engine,
+            backend=backend,
+            device=device,
+            threads=threads,
             verify=verify,
+            max_batch=max_batch,
+            precision=precision,
+            cache=cache,
+            cuda_graphs=cuda_graphs,
         )
-        found = choose(precision=precision)
-        self.directory = engine_directory(engine)
-        self.manifest = read_manifest(self.directory, verify=verify)
-        if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 gives the same results
-            found = choose(precision="auto")
-        log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
-        self._cache = kept or user_cache.directory()
-        self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
-        self.backend.warn(self.manifest.precision)
-        self._open()
-
-    def _open(self) -> None:
-        """Make the parts that process images."""
-        manifest, directory, backend = self.manifest, self.directory, self.backend
-        device = backend.device(directory)
-        self._costs = Costs(manifest.graphs, kept_costs.recall(backend, manifest))
-        graphs = GraphMemory(
-            manifest,
-            directory,
-            backend.target,
-            backend.max_batch,
-            shared=backend.shares_memory,
-            at_once=backend.opens_at_once,
-            gpu_bytes=device.free_bytes,
-        )
-        opener = partial(_open_graph, backend, directory, manifest, device.stream)
-        residency = Residency(opener, graphs.keep_all)
-        again = partial(_open_float32, backend, directory, manifest)
-        self._worker = Worker(device, residency, self._costs, backend.max_batch, backend.release, again)
-        self._admission = Admission(graphs, residency, self._worker.limit_batch)
-        saved = SavedLatents(self._cache, _identity(manifest, backend)) if self._cache else None
+        self._engine, self.directory, self.manifest = opened, opened.directory, opened.manifest
+        self.backend, self.measured = opened.backend, opened.measured
+        self._costs, self._worker, self._admission = opened.costs, opened.worker, opened.admission
+        identity = _identity(self.manifest, self.backend)
+        saved = SavedLatents(opened.cache, identity) if opened.cache else None
         self._pipeline = Pipeline(self._worker, self._admission, self._costs, saved)
         self._release = weakref.finalize(self, self._pipeline.close)
 
@@ -136,8 +98,8 @@ class Upscaler:
 
     def close(self) -> None:
         """Release the graphs. Images in flight, and further calls, end with UsageError."""
-        if self._release.alive and self._remembers:
-            kept_costs.keep(self.backend, self.manifest, self._costs.measured())
+        if self._release.alive:
+            self._engine.keep_costs()
         self._release()
 
     def __call__(
@@ -282,13 +244,3 @@ def _identity(manifest: Manifest, backend: Backend) -> str:
     """A text that differs between engines, backends and versions whose results may differ."""
     hashes = [graph.arrangement(backend.target).sha256 for graph in manifest.graphs.values()]
     return " ".join([manifest.name, manifest.checkpoint_sha256, backend.label, backend.version, *hashes])
-
-
-def _open_graph(
-    backend: Backend, directory: Path, manifest: Manifest, stream: int | None, role: str
-) -> Session:
-    return backend.open(directory, manifest.graphs[role], stream)
-
-
-def _open_float32(backend: Backend, directory: Path, manifest: Manifest, role: str) -> Session | None:
-    return backend.open_float32(directory, manifest.graphs[role])

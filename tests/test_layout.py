@@ -25,7 +25,8 @@ RUNTIME = {
     "devices": ("engine", "errors", "images", "sampling", "system"),
     "backends": ("devices", "engine", "errors", "options", "system"),
     "loop": ("devices", "engine", "errors", "images", "options", "sampling", "system"),
-    "upscaler": ("backends", "devices", "engine", "errors", "loop", "options", "system"),
+    "opened": ("backends", "devices", "engine", "loop", "system"),
+    "upscaler": ("backends", "engine", "errors", "loop", "opened", "options"),
     "cli": (
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",

@@ -44,7 +44,7 @@ class Work(ABC):
     def __init__(
         self, layout: TileLayout, planned: Counter[str], stage: str, flow: Flow | None = None
     ) -> None:
-        """Make the work; its first pass is of the stage `stage`. Jobs of one `flow` share one part of the machine."""
+        """Make the work; `stage` is that of its first pass. All work of one `flow` has one share."""
         self.layout, self.planned, self.stage = layout, planned, stage
         self.flow = flow or Flow()
         self.ran: Counter[str] = Counter()
