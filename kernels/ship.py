@@ -2,25 +2,31 @@
 
 `python -m moesr.kernels.ship` compiles the kernels of the sampling loop and of images on a GPU into
 runtime/kernels, with the release of Triton that is named here, so that the same sources give the same bytes.
+The files of each architecture are one archive there, since they take a quarter of the space so.
 `python -m moesr.kernels.ship --check` compares what is there with the sources, by hash, in a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import shutil
 import sys
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from moesr.kernels.build import build, deployments, source_hash
 from moesr.kernels.plan import ARCHITECTURES, Op, check_compiler
 from moesr.kernels.registry import SHIPPED
-from moesr.runtime.devices import compiled_kernels, kernel_search
+from moesr.runtime.devices import compiled_kernels, kernel_archive, kernel_search
+from moesr.runtime.devices.operator_plan import KernelIndex
 from moesr.runtime.errors import EngineError, UsageError
-from moesr.runtime.system.files import sha256_of
+from moesr.runtime.system.files import reason
 
 TRITON = "3.6.0"
 """The compiler of the shipped kernels. Its assembler is of CUDA 12, so that drivers from 525 on load them."""
@@ -58,16 +64,45 @@ def faults(directory: Path = kernel_search.SHIPPED) -> list[str]:
     want = {job.name for made in deployments(ops, ARCHITECTURES) for job in made.jobs}
     found += [f"{name}: is missing" for name in sorted(want - index.kernels.keys())]
     found += [f"{name}: is not in the registry" for name in sorted(index.kernels.keys() - want)]
-    targets = [target for kernel in index.kernels.values() for target in kernel.targets.values()]
     for kernel, compiled in index.kernels.items():
         lacking = {"ptx", *(f"sm_{arch}" for arch in ARCHITECTURES)} - compiled.targets.keys()
         found += [f"{kernel}: has no {target}" for target in sorted(lacking)]
+    return [*found, *_file_faults(index, directory)]
+
+
+def _file_faults(index: KernelIndex, directory: Path) -> list[str]:
+    """Return the differences between the files of an index and those in a directory and its archives."""
+    targets = [target for kernel in index.kernels.values() for target in kernel.targets.values()]
     files = {target.file: target.sha256 for target in targets}
-    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    found, there = list[str](), dict[str, bytes]()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        try:
+            if name.endswith(kernel_archive.SUFFIX):
+                there |= kernel_archive.read(path, compiled_kernels.MAX_FILE_BYTES)
+            elif name != compiled_kernels.KERNELS_NAME:
+                there[name] = path.read_bytes()
+        except (OSError, ValueError) as error:
+            found.append(f"{name}: {reason(error)}")
     found += [f"{file}: is missing" for file in sorted(files.keys() - there)]
-    found += [f"{file}: is not in kernels.json" for file in sorted(there - files.keys() - {"kernels.json"})]
-    changed = (f for f in sorted(files.keys() & there) if sha256_of(directory / f) != files[f])
+    found += [f"{file}: is not in kernels.json" for file in sorted(there.keys() - files)]
+    changed = (f for f in sorted(files.keys() & there) if sha256(there[f]).hexdigest() != files[f])
     return [*found, *(f"{file}: is not what was built" for file in changed)]
+
+
+def pack(directory: Path) -> None:
+    """Replace the folder of every target by an archive, which is the same for the same files."""
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for path in sorted(folder.iterdir()):
+                member = tarfile.TarInfo(path.name)  # without owner and time
+                member.size = path.stat().st_size
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        packed = gzip.compress(content.getvalue(), 9, mtime=0)
+        folder.with_name(folder.name + kernel_archive.SUFFIX).write_bytes(packed)
+        shutil.rmtree(folder)
 
 
 def ship(directory: Path = kernel_search.SHIPPED, processes: int | None = None) -> None:
@@ -83,6 +118,7 @@ def ship(directory: Path = kernel_search.SHIPPED, processes: int | None = None) 
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".kernels-") as folder:
         made = Path(folder) / "kernels"
         build(made, ops=shipped_ops(), cache=Path(folder) / "cache", processes=processes)
+        pack(made)
         if directory.exists():
             shutil.rmtree(directory)
         made.rename(directory)

@@ -1,6 +1,7 @@
 """Loading kernels that were compiled ahead of time: `kernels.json` and the files beside it, on one GPU.
 
-`python -m moesr.kernels.build` writes such a directory; `operator_plan` describes its index.
+`python -m moesr.kernels.build` writes such a directory; `operator_plan` describes its index. The files of a
+target may be in an archive, as in the package (`kernel_archive`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moesr.runtime.devices import kernel_archive
 from moesr.runtime.devices.driver import Driver
 from moesr.runtime.devices.grid_expressions import evaluate
 from moesr.runtime.devices.operator_plan import (
@@ -74,6 +76,7 @@ class KernelFiles:
         self._content = read(directory)
         self._loaded: dict[str, tuple[Any, KernelTarget]] = {}
         self._bound: dict[Any, BoundLaunch] = {}
+        self._archives: dict[Path, dict[str, bytes]] = {}
         self._check_architecture()
 
     @classmethod
@@ -184,14 +187,25 @@ class KernelFiles:
         return BUILD.format(self._driver.capability, self._directory)
 
     def _read(self, file: str, sha256: str) -> bytes:
-        path = self._directory / file
+        """Return the content of a file, which lies in the archive of its folder or in the folder itself."""
+        archive = kernel_archive.archive_of(self._directory, file)
+        packed = archive.is_file()
+        path = archive if packed else self._directory / file
         try:
-            data = json_dataclass.read_bytes(path, MAX_FILE_BYTES)
+            if packed:
+                data = self._archive(archive).get(file, b"")
+            else:
+                data = json_dataclass.read_bytes(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
             raise EngineError(f"{path}: {reason(error)}; {self._cure()}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise EngineError(f"{path}: does not match its recorded hash; {self._cure()}")
+            raise EngineError(f"{self._directory / file}: does not match its recorded hash; {self._cure()}")
         return data
+
+    def _archive(self, path: Path) -> dict[str, bytes]:
+        if path not in self._archives:
+            self._archives[path] = kernel_archive.read(path, MAX_FILE_BYTES)
+        return self._archives[path]
 
 
 def read(directory: Path) -> KernelIndex:

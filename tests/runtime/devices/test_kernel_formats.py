@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 from conftest import REPO
-from cuda_simulation import write_kernels
+from cuda_simulation import SimulatedDriver, write_kernels
 from mutations import check_reader
 
 from moesr.runtime.backends.tensorrt import plan_store
-from moesr.runtime.devices import operator_plan
-from moesr.runtime.devices.compiled_kernels import read
+from moesr.runtime.devices import compiled_kernels, operator_plan
+from moesr.runtime.devices.compiled_kernels import KernelFiles, read
 from moesr.runtime.devices.grid_expressions import evaluate
+from moesr.runtime.devices.loop_kernels import LoopKernels
 from moesr.runtime.devices.operator_plan import (
     CompiledKernel,
     KernelIndex,
@@ -201,3 +203,40 @@ def test_expressions():
     }.items():
         assert evaluate(text, names) == value
     assert evaluate(5, {}) == 5
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Simulated kernels whose files are in an archive."""
+    pytest.importorskip("torch")
+    from moesr.kernels import ship
+
+    ship.pack(write_kernels(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def test_kernels_are_read_from_an_archive(packed: Path):
+    assert {path.name for path in packed.iterdir()} == {"kernels.json", "sm_90.tar.gz"}
+    driver = SimulatedDriver()
+    LoopKernels(KernelFiles(packed, driver)).step(256)
+    assert driver.loads == ["sampler_step"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "sm_90.tar.gz: it is cut short"),
+        (lambda data: b"no archive", "sm_90.tar.gz: it is damaged"),
+        (lambda data: gzip.compress(b"no tar file" * 100), "sm_90.tar.gz: it is damaged"),
+        (lambda data: gzip.compress(bytes(1 << 20)), r"sm_90/.*: does not match its recorded hash"),
+        (lambda data: gzip.compress(bytes(1 << 23)), "sm_90.tar.gz: .* holds more than 1048576 bytes"),
+    ],
+    ids=["cut", "not gzip", "not tar", "empty", "a bomb"],
+)
+def test_a_damaged_archive_is_refused(packed: Path, monkeypatch, change, message: str):
+    monkeypatch.setattr(compiled_kernels, "MAX_FILE_BYTES", 1 << 20)
+    archive = packed / "sm_90.tar.gz"
+    archive.write_bytes(change(archive.read_bytes()))
+    loop = LoopKernels(KernelFiles(packed, SimulatedDriver()))
+    with pytest.raises(EngineError, match=f"{message}.*make them with: python -m moesr.kernels.build"):
+        loop.step(256)
