@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Literal
 
 from moesr.runtime.backends import autotune, kept_costs
 from moesr.runtime.backends.selection import Backend, candidates
+from moesr.runtime.devices import current_gpu
 from moesr.runtime.devices.interface import Session
 from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest import Manifest
@@ -60,16 +62,17 @@ class OpenedEngine:
             cuda_graphs=cuda_graphs,
             verify=verify,
         )
-        found = choose(precision=precision)
-        self.directory = engine_directory(engine)
-        self.manifest = read(self.directory, verify=verify)
-        if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 gives the same results
-            found = choose(precision="auto")
-        log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
         self.cache = kept or user_cache.directory()
-        self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
-        self.backend.warn(self.manifest.precision)
-        self._open()
+        with contextlib.nullcontext() if device == "cpu" else current_gpu.kept():
+            found = choose(precision=precision)
+            self.directory = engine_directory(engine)
+            self.manifest = read(self.directory, verify=verify)
+            if (precision, self.manifest.precision) == ("graph", "bf16"):  # float32 gives the same results
+                found = choose(precision="auto")
+            log.info("engine %s in %s", self.manifest.name, self.manifest.precision)
+            self.backend, self.measured = autotune.choose(found, self.directory, self.manifest)
+            self.backend.warn(self.manifest.precision)
+            self._open()
 
     def _open(self) -> None:
         """Make the parts that process images."""

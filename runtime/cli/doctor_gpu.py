@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def findings(
         yield (
             "gpu",
             f"{device.name}, compute capability {as_text(capability)}, driver for CUDA {driver}, "
-            f"{free} of {total} free",
+            f"{free} of {total} free{_bindings_note(driver)}",
         )
     except EngineError as error:
         yield "gpu", f"none usable: {error}"
@@ -91,8 +92,23 @@ def _toolkit_note(toolkit: str, driver: str | None) -> str:
     )
 
 
+def _bindings_note(driver: str) -> str:
+    """Return a warning if CUDA's Python packages are of a later major release than the driver."""
+    try:
+        bindings = importlib.metadata.version("cuda-bindings")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if _release(bindings)[0] <= _release(driver)[0]:
+        return ""
+    return (
+        f"; cuda-bindings {bindings} and the CUDA libraries beside it need a later driver, for CUDA "
+        f"{_release(bindings)[0]}: update the driver"
+    )
+
+
 def _release(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")))
+    """Return the numbers of a version that its first two parts have; parts that are no numbers count as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
 
 
 def plans_of(folders: Sequence[Path], library: Library | None, capability: int | None) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ the engine and number of slots. A table is copied from pinned memory before the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import weakref
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from moesr.runtime.devices import current_gpu
 from moesr.runtime.devices.capture_lock import capture_lock
 from moesr.runtime.devices.compiled_kernels import BoundLaunch
 from moesr.runtime.devices.driver import Block, Driver
@@ -261,11 +263,10 @@ class CudaDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._driver.synchronize()
-        self._graphs.clear()
-        self._weights.clear()
-        self._collect()
-        self._driver.close()
+        with current_gpu.kept(), contextlib.ExitStack() as steps:  # the last of them comes first
+            for step in (self._driver.close, self._collect, self._weights.clear, self._graphs.clear):
+                steps.callback(step)  # even after an error of the GPU
+            self._driver.synchronize()
 
     def _gathering(self, slots: Sequence[Slot], buffers: Mapping[str, Buffer]) -> list[BoundLaunch]:
         """Return one launch per input that is read from canvases, or several if pixel types differ."""

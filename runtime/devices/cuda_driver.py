@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from moesr.runtime.devices import current_gpu
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import memory
 
@@ -18,15 +18,29 @@ INSTALL = "install it with: pip install 'moesr[cuda]' (or 'moesr[tensorrt]', 'mo
 _NO_MEMORY = "OUT_OF_MEMORY"  # part of the driver's error name
 _NO_GRAPH = "a CUDA graph could not be captured; run with --no-cuda-graphs"
 _FREE_MEMORY_ADVICE = "close other programs on the GPU, lower max_batch, or use an engine with smaller tiles"
+_FINAL = (
+    "ILLEGAL_ADDRESS", "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC",
+    "LAUNCH_FAILED", "LAUNCH_TIMEOUT", "HARDWARE_STACK_ERROR", "CUDA_ERROR_ASSERT", "ECC_UNCORRECTABLE",
+    "CONTEXT_IS_DESTROYED", "EXTERNAL_DEVICE", "CONTAINED",
+)  # fmt: skip
+"""Parts of the names of errors after which every further call of the process fails."""
+_START_AGAIN = (
+    "this program cannot use the GPU any longer, so start it again; if that happens again, run it with "
+    "CUDA_LAUNCH_BLOCKING=1 and --no-cuda-graphs, and report the message"
+)
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of dynamic shared memory that any kernel may use
 
 
 def library() -> Any:
-    """Return the `cuda.core` package; EngineError if it is not installed."""
+    """Return the `cuda.core` package; EngineError if it is not installed, or too old."""
     try:
-        return importlib.import_module("cuda.core")
+        core = importlib.import_module("cuda.core")
     except ImportError as error:
         raise EngineError(f"cuda-core does not load ({error}); {INSTALL}") from error
+    if not hasattr(core, "Device"):  # before 0.4 all of it was in `cuda.core.experimental`
+        version = getattr(core, "__version__", "of an unknown version")
+        raise EngineError(f"cuda-core {version} is too old; update it: pip install --upgrade 'moesr[cuda]'")
+    return core
 
 
 def open_device(index: int) -> Any:
@@ -35,6 +49,7 @@ def open_device(index: int) -> Any:
     try:
         device = core.Device(index)
         device.set_current()
+        current_gpu.made_current.index = index
     except Exception as error:  # RuntimeError without a driver, CUDAError or ValueError without a GPU
         raise EngineError(
             f"no GPU cuda:{index} ({_text(error)}); install NVIDIA's driver and check that nvidia-smi lists "
@@ -86,10 +101,8 @@ class CudaDriver:
 
     def __init__(self, index: int = 0) -> None:
         """Open GPU number `index`; EngineError if there is no such GPU."""
-        self._core, self._device = library(), open_device(index)
+        self._core, self._device, self._index = library(), open_device(index), index
         self.shared: dict[Any, Any] = {}
-        self._threads = threading.local()  # thread numbers are reused, so they cannot tell threads apart
-        self._threads.current = True
         self._pinned: list[Any] = []
         self._builder: Any = None
         self._last_free_bytes: int | None = None
@@ -102,10 +115,10 @@ class CudaDriver:
 
     def _on(self) -> Any:
         """Return the stream, after making the device current in the calling thread."""
-        if not getattr(self._threads, "current", False):
+        if getattr(current_gpu.made_current, "index", None) != self._index:
             with _explained():
                 self._device.set_current()
-            self._threads.current = True
+            current_gpu.made_current.index = self._index
         return self._stream
 
     def alloc(self, nbytes: int) -> _Block:
@@ -121,9 +134,9 @@ class CudaDriver:
         and would end that capture; a thread in the relaxed mode may make them. If the driver still refuses,
         the previous answer is returned.
         """
-        self._on()
         try:
-            with _relaxed(), _explained():
+            with current_gpu.kept(), _relaxed(), _explained():
+                self._on()
                 held = self._pool.attributes
                 unused = int(held.reserved_mem_current) - int(held.used_mem_current)
                 self._last_free_bytes = memory_bytes()[0] + max(unused, 0)
@@ -261,12 +274,12 @@ class CudaDriver:
 
     def close(self) -> None:
         """See `Driver.close`."""
-        self.synchronize()
-        self.shared.clear()
-        with _explained():
-            while self._pinned:
-                self._pinned.pop().close()
-            self._stream.close()
+        with _explained(), contextlib.ExitStack() as steps:  # all of them, even after an error of the GPU
+            for step in (self._stream.close, *(buffer.close for buffer in self._pinned)):
+                steps.callback(step)
+            self._pinned = []
+            self.shared.clear()
+            self.synchronize()
 
     def _view(self, address: int, nbytes: int) -> Any:
         return self._core.Buffer.from_handle(address, nbytes)
@@ -299,9 +312,11 @@ def _explained(what: str = "the GPU failed", no_memory: str = "no memory free on
     except (EngineError, MemoryLimitError):
         raise
     except Exception as error:
-        if _NO_MEMORY in _text(error):
-            raise MemoryLimitError(f"{no_memory} ({_text(error)}); {_FREE_MEMORY_ADVICE}") from error
-        raise EngineError(f"{what} ({_text(error)}); see moesr-doctor") from error
+        text = _text(error)
+        if _NO_MEMORY in text:
+            raise MemoryLimitError(f"{no_memory} ({text}); {_FREE_MEMORY_ADVICE}") from error
+        advice = _START_AGAIN if any(name in text for name in _FINAL) else "see moesr-doctor"
+        raise EngineError(f"{what} ({text}); {advice}") from error
 
 
 def _text(error: Exception) -> str:

@@ -6,6 +6,7 @@ caller's memory of any layout is read and written in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ ALIGNMENT = 16
 
 METHODS = {"none": 0, "adain": 1, "wavelet": 2}
 """Codes of methods in the shapes of plans."""
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 PARTIAL_SUMS = 256  # programs of the reduction, as `kernels/image_color/op.py` has them
 
@@ -85,7 +89,7 @@ class ImageKernels:
         vertical, horizontal = made.vertical, made.horizontal
         first, second = (vertical, horizontal) if made.rows_first else (horizontal, vertical)
         rows, columns = made.size
-        between = (rows, source.size[1]) if made.rows_first else (source.size[0], columns)
+        between = between_passes(source.size, made.size, rows_first=made.rows_first)
         top = float(np.iinfo(target.dtype).max) if target.dtype.startswith("u") else 0.0
         work = self._allocate((*between, 3), np.float64)
         tables = [
@@ -118,18 +122,12 @@ class ImageKernels:
         are protected. Returns an int32 array [1] that is not 0 if the channels of the style differ anywhere.
         """
         height, width = content.size
-        cells = 3, -(-height // 4), -(-width // 4)
         shape = {"pixel_bytes": np.dtype(style.dtype).itemsize, "method": METHODS[method]}
         plan = self._kernels.plan("image_color", "fp32", shape)
         colored = self._upload(np.zeros(1, np.int32))
-        sizes = {"cells": (cells, np.uint8), "fade": (cells, np.float32)}
-        scratch = {
-            "flags": sizes["cells"], "regions": sizes["cells"], "fade": sizes["fade"],
-            "partial": ((3, 5, PARTIAL_SUMS), np.float64), "gain": ((3, 2), np.float32),
-            "low": ((3, height, width), np.float32), "spare": ((3, height, width), np.float32),
-        }  # fmt: skip
-        names = {buffer.name for buffer in plan.buffers}
-        arrays = {name: self._allocate(*what) for name, what in scratch.items() if name in names}
+        scratch = scratch_of(content.size, method)
+        arrays = {name: self._allocate(*what) for name, what in scratch.items()}
+        cells = scratch["flags"][0]
         buffers = {name: array.address for name, array in arrays.items()}
         buffers |= {"content": content.address, "style": style.address, "colored": colored.address}
         scalars = {
@@ -157,6 +155,38 @@ class ImageKernels:
         given = {**plan.scalars, **scalars}
         for launch in plan.launches:
             self._kernels.bind(launch, buffers, given, keep=False).enqueue(self._driver)
+
+
+def between_passes(source: Size, size: Size, *, rows_first: bool) -> Size:
+    """Return height and width of the values between the two passes of a resize."""
+    return (size[0], source[1]) if rows_first else (source[0], size[1])
+
+
+def scratch_of(size: Size, method: str) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return shape and dtype of the arrays that `correct` needs for a result of this size, by their names."""
+    cells, planes = (3, -(-size[0] // 4), -(-size[1] // 4)), (3, *size)
+    between: dict[str, dict[str, tuple[tuple[int, ...], type]]] = {
+        "none": {},
+        "adain": {"partial": ((3, 5, PARTIAL_SUMS), np.float64), "gain": ((3, 2), np.float32)},
+        "wavelet": {"low": (planes, np.float32), "spare": (planes, np.float32)},
+    }
+    clipping = {"flags": (cells, np.uint8), "regions": (cells, np.uint8), "fade": (cells, np.float32)}
+    return {**clipping, **between[method]}
+
+
+def correct_bytes(size: Size, method: str) -> int:
+    """Return the bytes of device memory that `correct` takes while it runs."""
+    arrays = scratch_of(size, method).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
+
+
+def resize_bytes(source: Size, size: Size) -> int:
+    """Return the bytes of device memory that `resize` takes while it runs the passes of `imresize`."""
+    rows_first = size[0] * source[1] <= size[1] * source[0]
+    between = between_passes(source, size, rows_first=rows_first)
+    taps = [4 * max(-(-old // new), 1) + 2 for old, new in zip(source, size, strict=True)]
+    tables = sum(12 * count * new for count, new in zip(taps, size, strict=True))  # an int32 and a float64
+    return 3 * 8 * math.prod(between) + tables
 
 
 def _strides(name: str, pixels: Pixels, *, alike: bool = False) -> dict[str, int]:

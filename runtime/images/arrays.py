@@ -19,6 +19,7 @@ from moesr.runtime.errors import InputError
 DTYPES = ("uint8", "uint16", "float16", "float32")
 _CPU, _GPU = (1, 3), (2, 13)  # DLPack's device types: memory of the host, and of CUDA
 _DLPACK_KINDS = {0: "int", 1: "uint", 2: "float"}
+_STREAM_PER_THREAD = 2  # CUDA's handle of the default stream of the calling thread
 _DEFAULT_STREAM = 1  # CUDA's handle of the legacy default stream
 
 
@@ -107,7 +108,16 @@ def empty_like(image: Any, shape: tuple[int, ...]) -> Any:
         ) from error
 
 
-def stream_of(image: Any, given: Any = None) -> int:
+class StreamHandle(int):
+    """The handle of a stream, with the object that it is from.
+
+    A library may destroy a stream once nothing refers to its object, and a submitted image uses it later.
+    """
+
+    owner: Any = None
+
+
+def stream_of(image: Any, given: Any = None) -> StreamHandle:
     """Return the handle of the stream on which a caller works.
 
     It is the given one (a number, or a stream object of PyTorch, CuPy, PyCUDA, Numba or cuda.core), else the
@@ -117,29 +127,36 @@ def stream_of(image: Any, given: Any = None) -> int:
         return _handle(given)
     interface = _interface(image) or {}
     if interface.get("stream"):
-        return int(interface["stream"])
+        return _handle(interface["stream"])
     module = _module(image)
     cuda = getattr(module, "cuda", None)
     if module is not None and module.__name__ == "torch" and cuda:
-        return _handle(cuda.current_stream(image.device)) or _DEFAULT_STREAM
+        return _handle(cuda.current_stream(image.device))
     if module is not None and module.__name__ == "cupy" and cuda:
-        return _handle(cuda.get_current_stream()) or _DEFAULT_STREAM
-    return _DEFAULT_STREAM
+        return _handle(cuda.get_current_stream())
+    return _handle(_DEFAULT_STREAM)
 
 
-def _handle(stream: Any) -> int:
-    """Return a stream's handle as a number; the default stream of CUDA's runtime, 0, is 1."""
-    protocol = getattr(stream, "__cuda_stream__", None)
+def _handle(stream: Any) -> StreamHandle:
+    """Return a stream's handle as a number; the default stream of CUDA's runtime, 0, is 1.
+
+    The handle of the default stream per thread would name another stream in the worker's thread. Each of
+    these streams waits for the default stream of all threads, and the reverse, so it takes their place.
+    """
+    owner, protocol = stream, getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
-        return int(protocol()[1]) or _DEFAULT_STREAM
+        stream = protocol()[1]
     for name in ("cuda_stream", "ptr", "handle"):
         if hasattr(stream, name):
             stream = getattr(stream, name)
             break
     try:
-        return int(getattr(stream, "value", stream) or 0) or _DEFAULT_STREAM
+        handle = int(getattr(stream, "value", stream) or 0)
     except (TypeError, ValueError) as error:
         raise InputError(f"got a stream of type {type(stream).__name__}, expected its handle") from error
+    made = StreamHandle(_DEFAULT_STREAM if handle in (0, _STREAM_PER_THREAD) else handle)
+    made.owner = owner
+    return made
 
 
 def _interface(image: Any) -> dict[str, Any] | None:

@@ -25,6 +25,16 @@ from moesr.runtime.system import memory
 log = logging.getLogger("moesr")
 
 
+ExtraBytes = Callable[[TileLayout], int]
+"""Bytes of the main pool that an image of a layout takes besides `image_bytes`; see `Source.extra_bytes`."""
+
+
+def no_extra(layout: TileLayout) -> int:
+    """Return 0: most images take no more than `image_bytes`."""
+    del layout
+    return 0
+
+
 @dataclass(eq=False)
 class Reservation:
     """Memory that an image may take. It stands until it is released."""
@@ -77,7 +87,9 @@ class Admission:
         self.warm = False
         self._reservations: list[Reservation] = []
 
-    def reserve(self, layout: TileLayout, settings: Settings | None = None) -> Reservation | None:
+    def reserve(
+        self, layout: TileLayout, settings: Settings | None = None, extra: ExtraBytes = no_extra
+    ) -> Reservation | None:
         """Reserve memory for an image; None if it has to wait for those in flight.
 
         `settings` tell whether features are reused. Raises MemoryLimitError if the image would not fit with
@@ -87,7 +99,7 @@ class Admission:
         shortage = None
         for spooled in forms(layout):
             for batch in [self._graphs.max_batch] if self.warm else self._graphs.batches():
-                counts = self.counts(layout, settings, spooled)
+                counts = self.counts(layout, settings, spooled, extra)
                 shortage = self._shortage(counts, batch)
                 if shortage is None:
                     self._take_less(layout, batch, spooled)
@@ -96,7 +108,7 @@ class Admission:
                 if shortage.taken:
                     return None
         assert shortage
-        raise self._refusal(layout, settings, shortage)
+        raise self._refusal(layout, settings, extra, shortage)
 
     def expected(self, layout: TileLayout, settings: Settings) -> tuple[int, int | None]:
         """Return the bytes that an image and the graphs will take in the main pool, and the free bytes."""
@@ -104,13 +116,15 @@ class Admission:
         count = self.counts(layout, settings, forms(layout)[0])[0]
         return count + self._needed(pool, self._graphs.max_batch), self._graphs.free_bytes(pool)
 
-    def counts(self, layout: TileLayout, settings: Settings | None, spooled: bool) -> tuple[int, ...]:
+    def counts(
+        self, layout: TileLayout, settings: Settings | None, spooled: bool, extra: ExtraBytes = no_extra
+    ) -> tuple[int, ...]:
         """Return the bytes of each pool that an image takes."""
         main, *beside = (
             spooled_bytes(layout) if spooled and pool is not GPU else image_bytes(layout, pool)
             for pool in self._graphs.pools
         )
-        return main + feature_bytes(layout, settings), *beside
+        return main + feature_bytes(layout, settings) + extra(layout), *beside
 
     def _needed(self, pool: MemoryPool, batch: int) -> int:
         return self._graphs.needed(pool, self._residency.loaded, warm=self.warm, batch=batch)
@@ -134,10 +148,12 @@ class Admission:
         if spooled and not forms(layout)[0]:
             log.info("memory is short: decoded rows go to temporary files, one row of tiles at a time")
 
-    def _refusal(self, layout: TileLayout, settings: Settings | None, lack: Shortage) -> MemoryLimitError:
+    def _refusal(
+        self, layout: TileLayout, settings: Settings | None, extra: ExtraBytes, lack: Shortage
+    ) -> MemoryLimitError:
         (height, width), (rows, columns) = layout.result, layout.frame.image
         through = "" if (rows, columns) == (height, width) else f", through {columns}x{rows},"
-        fits = self._largest(layout, settings)
+        fits = self._largest(layout, settings, extra)
         would = f"{fits.width}x{fits.height} pixels would fit" if fits else "nothing fits beside the engine"
         return MemoryLimitError(
             f"{layout.width}x{layout.height} to {width}x{height} pixels{through} needs about "
@@ -145,7 +161,7 @@ class Admission:
             f"{would}: close other programs, split the image, or export an engine with smaller tiles"
         )
 
-    def _largest(self, layout: TileLayout, settings: Settings | None) -> TileLayout | None:
+    def _largest(self, layout: TileLayout, settings: Settings | None, extra: ExtraBytes) -> TileLayout | None:
         """Return the layout of the largest image of these proportions that would fit now."""
         fits, low, high = None, 0.0, 1.0
         for _ in range(12):
@@ -153,7 +169,7 @@ class Admission:
             sides = [max(int(middle * side), 1) for side in (layout.height, layout.width)]
             tried = replace(layout, height=sides[0], width=sides[1])
             batch = self._graphs.max_batch if self.warm else 1
-            if self._shortage(self.counts(tried, settings, forms(tried)[-1]), batch):
+            if self._shortage(self.counts(tried, settings, forms(tried)[-1], extra), batch):
                 high = middle
             else:
                 fits, low = tried, middle

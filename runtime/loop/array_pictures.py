@@ -7,13 +7,14 @@ dtype and layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moesr.runtime.devices.image_kernels import Pixels
+from moesr.runtime.devices.image_kernels import Pixels, correct_bytes, resize_bytes
 from moesr.runtime.devices.interface import Canvas
 from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.images import arrays
@@ -26,6 +27,9 @@ from moesr.runtime.loop.tile_layout import Size, TileLayout
 
 FLOAT_LEVELS = 65535
 """Levels to which floating-point images are rounded; they are processed with 16 bits."""
+
+SUMS_PIXEL_BYTES = 16
+"""Bytes per pixel of a result's sums, float32 of three channels, and of their weights."""
 
 _SLACK = 1e-3  # by which values of a floating-point image may lie outside 0 to 1
 
@@ -181,6 +185,10 @@ class HostArray:
             pixels = (pixels / np.float32(FLOAT_LEVELS)).astype(self._float)
         return self._result(pixels) if self._result else pixels
 
+    def extra_bytes(self, layout: TileLayout, settings: Settings) -> int:
+        """See `Source.extra_bytes`."""
+        return 0
+
 
 def _levels(pixels: np.ndarray) -> np.ndarray:
     """Return a floating-point image of 0 to 1 as uint16; InputError for other values."""
@@ -227,6 +235,23 @@ class DeviceArray:
     def finish(self, job: Job) -> Any:
         """See `Source.finish`."""
         return self._result
+
+    def extra_bytes(self, layout: TileLayout, settings: Settings) -> int:
+        """See `Source.extra_bytes`: working memory of resizing and correcting on the device.
+
+        The input is resized before the sums of the result and their weights are allocated, which
+        `image_bytes` counts. At the end each operation frees its memory before the next one begins.
+        """
+        m, frame, size = layout.manifest, layout.frame, (layout.height, layout.width)
+        begin = resize_bytes(size, frame.canvas)
+        if m.condition == "image":
+            pads = m.framing.small == "pad"
+            begin = max(begin, resize_bytes(size if pads else frame.canvas, layout.latent))
+        end = correct_bytes(frame.image, settings.color_fix)
+        if frame.image != layout.result:
+            reduced = 12 * math.prod(layout.result)  # float32 [3, H, W]
+            end = max(end, reduced + resize_bytes(frame.image, layout.result))
+        return max(begin - SUMS_PIXEL_BYTES * math.prod(frame.canvas), end)
 
     def begin(self, device: Any, layout: TileLayout) -> tuple[Canvas, Canvas | None]:
         """Return the input at output size, and the condition unless an encoder makes it."""

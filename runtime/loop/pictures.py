@@ -41,6 +41,10 @@ class Source(Protocol):
         """Make the result of a job that is done, as an image of the caller's type."""
         ...
 
+    def extra_bytes(self, layout: TileLayout, settings: Settings) -> int:
+        """Return the bytes that the image takes where the graphs run, besides those of `image_bytes`."""
+        ...
+
 
 class Picture:
     """An image in memory: a NumPy array, a PIL image or a LoadedImage."""
@@ -101,6 +105,10 @@ class Picture:
         result = reading.with_pixels(self._loaded, pixels)
         values = result.metadata, tuple(job.warnings), unfinished
         return SpooledImage(pixels, *values, spool=spool) if spool else LoadedImage(pixels, *values)
+
+    def extra_bytes(self, layout: TileLayout, settings: Settings) -> int:
+        """See `Source.extra_bytes`."""
+        return 0
 
     def _folders(self) -> list[Path]:
         """Return places for temporary files, the preferred one first."""

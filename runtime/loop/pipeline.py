@@ -214,7 +214,7 @@ class Pipeline:
                     continue
                 first = self._waiting[0]
                 try:
-                    first.room = self._admission.reserve(first.layout, first.settings)
+                    first.room = self._admission.reserve(first.layout, first.settings, first.extra_bytes)
                 except BaseException as error:
                     return partial(self._end, first, error=error)
                 if first.ended:  # canceled by the garbage collector, in this very thread

@@ -59,6 +59,10 @@ class Ticket:
         """The current pass, or the first or last one if the image is not in the worker."""
         return self.job.stage if self.job else self._work_stage
 
+    def extra_bytes(self, layout: TileLayout) -> int:
+        """See `Source.extra_bytes`."""
+        return self.source.extra_bytes(layout, self.settings) if self.source else 0
+
     def let_go(self) -> None:
         """Drop the image and the job, and release their memory."""
         self._work_stage = self.work_stage

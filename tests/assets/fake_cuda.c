@@ -19,6 +19,7 @@ enum { CAPTURING = 1, INVALIDATED = 2 }; /* of CUstreamCaptureStatus */
 enum { REFUSED_IN_CAPTURE = 13, CRASHING = 66 }; /* threads of launches that end so */
 enum { CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 }; /* of CUdevice_attribute */
 
+#define FOREIGN ((Handle)7) /* a context of the caller's */
 static __thread Handle context;
 static __thread int thread_mode; /* what the calling thread may do while others capture */
 static int capture_mode, capturing, broken; /* how, a capture's status, the error of all calls from now on */
@@ -45,7 +46,9 @@ int cuGetProcAddress(const char *name, void **function, int version, uint64_t fl
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int *version) { return *version = 13020, SUCCESS; }
 int cuGetErrorName(int error, const char **text) {
-  *text = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "FAKE_ERROR";
+  *text = error == OUT_OF_MEMORY     ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : error == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+                                     : "FAKE_ERROR";
   return SUCCESS;
 }
 int cuGetErrorString(int error, const char **text) { return *text = "a fake error", SUCCESS; }
@@ -59,7 +62,9 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxRetain(Handle *made, int device) { return HANDLE(made), SUCCESS; }
 int cuDevicePrimaryCtxRelease(int device) { return SUCCESS; }
-int cuCtxSetCurrent(Handle to) { return LOG("current\n"), context = to, SUCCESS; }
+int cuCtxSetCurrent(Handle to) {
+  return LOG(to == FOREIGN ? "foreign\n" : to ? "current\n" : "none\n"), context = to, SUCCESS;
+}
 int cuCtxGetCurrent(Handle *now) { return *now = context, SUCCESS; }
 int cuCtxPushCurrent(Handle to) { return context = to, SUCCESS; }
 int cuCtxPopCurrent(Handle *now) { return *now = context, SUCCESS; }

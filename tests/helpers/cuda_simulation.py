@@ -57,6 +57,7 @@ class SimulatedDriver:
 
     def __init__(self, capability: int = 90, memory_bytes: int | None = None) -> None:
         self.capability, self._free_bytes = capability, memory_bytes
+        self.least_free = memory_bytes or 0  # since `set_free`
         self.log: list[str] = []
         self.kernels: list[str] = []  # names of all kernels that ran, in order
         self.blocks: dict[int, np.ndarray] = {}
@@ -80,6 +81,7 @@ class SimulatedDriver:
             if nbytes > self._free_bytes:
                 raise MemoryLimitError("no memory")
             self._free_bytes -= nbytes
+            self.least_free = min(self.least_free, self._free_bytes)
         again = next((b for b in self._freed if b.nbytes >= nbytes), None)
         if again:  # memory is reused in stream order, as in a pool
             self._freed.remove(again)
@@ -98,7 +100,7 @@ class SimulatedDriver:
         return 1 << 40 if self._free_bytes is None else self._free_bytes
 
     def set_free(self, nbytes: int) -> None:
-        self._free_bytes = nbytes
+        self._free_bytes = self.least_free = nbytes
 
     def free(self, block: SimulatedBlock) -> None:
         assert self._captured is None, "memory is freed while a graph is captured"
@@ -221,9 +223,9 @@ class SimulatedDriver:
         self._play(self._enqueued)
 
     def close(self) -> None:
-        self.synchronize()
-        self.shared.clear()
         self.closed = True
+        self.shared.clear()
+        self.synchronize()
 
     def _play(self, until: int) -> None:
         count = until - self._done

@@ -15,10 +15,14 @@ from engines import build_engine
 from gpu_arrays import STREAM, CapsuleArray, GPUArray, InterfaceArray
 
 from moesr.runtime import Upscaler
-from moesr.runtime.devices import cuda_driver
-from moesr.runtime.errors import InputError, UsageError
+from moesr.runtime.devices import cuda_driver, current_gpu
+from moesr.runtime.errors import InputError, MemoryLimitError, UsageError
 from moesr.runtime.images import arrays
-from moesr.runtime.loop.array_pictures import FLOAT_LEVELS
+from moesr.runtime.loop.admission import image_bytes
+from moesr.runtime.loop.array_pictures import FLOAT_LEVELS, Place, picture_of
+from moesr.runtime.loop.graph_memory import GPU
+from moesr.runtime.loop.settings import resolve
+from moesr.runtime.loop.tile_layout import TileLayout
 
 RNG = np.random.default_rng(5)
 SIZE = 19, 26
@@ -116,6 +120,37 @@ def test_the_order_of_streams(engine, driver):
             assert got.memory.any()
 
 
+class ForeignContext:
+    """The functions of a driver that tell and set the context of a thread; 7 is one of the caller's."""
+
+    context = 7
+
+    def cuCtxGetCurrent(self, place: Any) -> int:
+        place._obj.value = self.context
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.context = context.value
+        return 0
+
+
+def test_the_gpu_of_the_caller_stays_current(engine, driver, monkeypatch):
+    threads = ForeignContext()
+    monkeypatch.setattr(current_gpu, "_driver", lambda: threads)
+
+    def opened(index: int) -> SimulatedDriver:
+        threads.context = 9  # as `CudaDriver` does
+        return driver
+
+    monkeypatch.setattr(cuda_driver, "CudaDriver", opened)
+    up = Upscaler(engine)
+    assert threads.context == 7
+    close = driver.close
+    monkeypatch.setattr(driver, "close", lambda: (setattr(threads, "context", 9), close()))
+    up.close()
+    assert threads.context == 7 and driver.closed
+
+
 def test_handles_and_streams_of_images(engine, driver):
     with Upscaler(engine) as up:
         want = up(COLOR, steps=2)
@@ -124,6 +159,46 @@ def test_handles_and_streams_of_images(engine, driver):
         for got in up.map(images, steps=2):
             values = got.memory if isinstance(got, GPUArray) else np.asarray(got)
             assert difference(values, want) <= 1
+
+
+def leave(up: Upscaler, driver: SimulatedDriver, nbytes: int) -> None:
+    """Leave this much of the GPU's memory to images."""
+    gc.collect()
+    device: Any = up._worker._device
+    device._collect()
+    driver.set_free(nbytes)
+
+
+def needed(up: Upscaler, size: tuple[int, int], color_fix: str) -> tuple[int, int]:
+    """Return the bytes of an image that every image takes, and those that one on the GPU takes besides."""
+    layout, given = TileLayout(up.manifest, *size), InterfaceArray.of(np.zeros((*size, 3), np.uint8))
+    source = picture_of(given, Place(0, up.manifest.scale))
+    return image_bytes(layout, GPU), source.extra_bytes(layout, resolve(up.manifest, color_fix=color_fix))
+
+
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
+@pytest.mark.parametrize("side", [9, 40], ids=["enlarged to a tile", "several tiles"])
+def test_the_memory_of_an_image_on_a_gpu_is_counted(engine, driver, side, color_fix):
+    image = RNG.integers(0, 256, (side, side + 5, 3), np.uint8)
+    with Upscaler(engine) as up:
+        up(InterfaceArray.of(image), steps=2, color_fix=color_fix)  # takes the memory of the graphs
+        leave(up, driver, 1 << 30)
+        up(InterfaceArray.of(image), steps=2, color_fix=color_fix)
+        assert (1 << 30) - driver.least_free <= sum(needed(up, image.shape[:2], color_fix))
+
+
+def test_an_image_waits_for_the_memory_of_its_color_correction(engine, driver):
+    """Memory for the wavelets of one image is there, then for half of them only."""
+    with Upscaler(engine) as up:
+        want = up(InterfaceArray.of(COLOR), steps=2, color_fix="wavelet").memory
+        plain, extra = needed(up, SIZE, "wavelet")
+        leave(up, driver, plain + 3 * extra // 2)
+        for got in up.map([InterfaceArray.of(COLOR)] * 3, steps=2, color_fix="wavelet"):
+            driver.synchronize()
+            assert difference(got.memory, want) == 0
+        leave(up, driver, plain + extra // 2)
+        with pytest.raises(MemoryLimitError, match=r"of memory of the GPU, .* are free; .* would fit"):
+            up(InterfaceArray.of(COLOR), steps=2, color_fix="wavelet")
 
 
 def test_memory_is_given_back(engine, driver):
@@ -258,5 +333,13 @@ def test_handles_of_streams():
 
     streams = [7, 0, Protocol(), Attribute("cuda_stream", 8), Attribute("ptr", 6), Attribute("handle", None)]
     assert [arrays.stream_of(None, stream) for stream in streams] == [7, 1, 9, 8, 6, 1]
+    assert arrays.stream_of(None, streams[3]).owner is streams[3]  # so that it is not destroyed
+    own = Attribute("__cuda_array_interface__", {"stream": 2})
+    for per_thread in (
+        arrays.stream_of(None, 2),
+        arrays.stream_of(None, Attribute("ptr", 2)),
+        arrays.stream_of(own),
+    ):
+        assert per_thread == 1  # the number 2 would be the worker's own default stream
     with pytest.raises(InputError, match="stream of type str"):
         arrays.stream_of(None, "main")

@@ -57,6 +57,15 @@ def test_machine_without_gpu_and_libraries(engine):
     assert found["plans"].startswith("none in ")
 
 
+@pytest.mark.parametrize("release", ["12.8", "13.0"])
+def test_a_driver_that_is_older_than_the_libraries_is_named(engine, monkeypatch, release):
+    with_gpu(monkeypatch, (8, 9))
+    monkeypatch.setattr(doctor_gpu, "driver_version", lambda: release)
+    monkeypatch.setattr(doctor_gpu.importlib.metadata, "version", lambda package: "13.5.0")
+    text = dict(findings(engine))["gpu"]
+    assert text.endswith("for CUDA 13: update the driver") == (release == "12.8")
+
+
 def test_plans_and_kernels_that_fit_or_do_not(engine, monkeypatch):
     write_kernels(engine / "kernels", ["sm_86", "sm_90"])
     for capability in (86, 89):

@@ -57,6 +57,20 @@ def test_loop_on_the_gpu_equals_the_host(manifest, tmp_path, max_batch, use_grap
     assert rig.driver.closed
 
 
+def test_closing_after_an_error_of_the_gpu_releases_everything(tmp_path, monkeypatch):
+    device, driver = simulated_device(tmp_path)
+    canvas = device.canvas((3, 4, 4))
+    device.gaussian(canvas, 0, 0)
+
+    def fails() -> None:
+        raise EngineError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(driver, "synchronize", fails)
+    with pytest.raises(EngineError, match="illegal memory access"):
+        device.close()
+    assert driver.closed and not driver.shared and not device._weights
+
+
 def test_latent_condition_and_start(tmp_path):
     """The engine has an encoder with noise, and sampling starts from the noised latent."""
     manifest = read_manifest(build_engine(tmp_path / "engine", encoder=True, init="latent"))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,13 +55,17 @@ driver.replay(graph)
 driver.replay(graph)
 driver.begin_capture()
 driver.abandon_capture()
+cuda = importlib.import_module("cuda.bindings.driver")
+cuda.cuCtxSetCurrent(cuda.CUcontext(7))  # the caller uses another GPU
 say(driver.free_bytes(), "free")
+driver.clear(block.address, 4)
 
 def fails(call):
     try:
         call()
     except (EngineError, MemoryLimitError) as error:
-        say(type(error).__name__, str(error).partition(" (")[0])
+        text = str(error)
+        say(type(error).__name__, text.partition(" (")[0] + "AGAIN" * ("so start it again" in text))
 
 fails(lambda: driver.alloc(1 << 31))
 fails(lambda: driver.load(b"bad", "step", 0))
@@ -69,7 +74,6 @@ fails(lambda: driver.launch(kernel, (3, 2, 1), 13, 0, arguments))
 fails(driver.end_capture)
 driver.begin_capture()
 driver.abandon_capture()
-cuda = importlib.import_module("cuda.bindings.driver")
 cuda.cuStreamBeginCapture(driver.stream, cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
 for _ in range(3):  # one after the other, so that they have the same number
     thread = threading.Thread(target=lambda: say(driver.free_bytes(), "free during a capture"))
@@ -114,7 +118,12 @@ replay
 replay
 capture 2
 end
+foreign
+current
+foreign
 1002000 free
+current
+clear 4
 MemoryLimitError no 2.1 GB free on Fake GPU
 EngineError step: the driver does not accept this kernel
 capture 2
@@ -126,19 +135,25 @@ capture 2
 end
 capture 0
 current
+none
 1002000 free during a capture
 current
+none
 1002000 free during a capture
 current
+none
 1002000 free during a capture
 EngineError a CUDA graph could not be captured; run with --no-cuda-graphs
 end
 CUDA_SUCCESS
-launch 4 2 1, 64 threads, 0 bytes: 42 -7 2.5
-launch 1 1 1, 66 threads, 0 bytes: 42 -7 2.5
+launch 4 2 1, 64 threads, 0 bytes: 0 -7 2.5
+launch 1 1 1, 66 threads, 0 bytes: 0 -7 2.5
 free
-EngineError the GPU failed
+EngineError the GPU failedAGAIN
+current
+current
 1002000 free when last asked
+current
 sync
 """
 
@@ -165,6 +180,12 @@ def test_calls_to_the_driver(tmp_path):
 def test_missing_gpu_is_named():
     with pytest.raises(EngineError, match=r"no GPU cuda:99 \(.*nvidia-smi|cuda-core does not load \(.*pip"):
         cuda_driver.open_device(99)
+
+
+def test_an_old_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(__version__="0.3.2"))
+    with pytest.raises(EngineError, match=r"cuda-core 0\.3\.2 is too old; .*--upgrade 'moesr\[cuda\]'"):
+        cuda_driver.open_device(0)
 
 
 def test_missing_library_names_its_package(monkeypatch):
