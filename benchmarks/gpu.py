@@ -6,16 +6,20 @@ torch.compile, and given as fractions of the copy and matrix rates, which are me
 runs in a process of its own with a time limit. If a section needs something that is not installed, the page
 says so and the other sections run. A machine that is lent for a quarter of an hour takes `--call 1` (200 s)
 and then `--call 2` (400 s), which adds to the page of the first. The program runs from a checkout and needs
-no internet access. Writes gpu-NAME.json and gpu-NAME.md after every section. Exit codes: 0 done, or no GPU
-here; 1 a check failed.
+no internet access. Writes gpu-NAME.json and gpu-NAME.md whenever there is a new result. Exit codes: 0 done,
+or no GPU here; 1 a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,14 +27,19 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchlib.checkout import find_package
 
-HERE = Path(__file__).resolve().parent
+PROGRAM = Path(__file__).resolve()
+HERE = PROGRAM.parent
 MARK = "@@ "  # prefix of the report lines of a section's process
 RESULTS = HERE / "results"
+
+GRACE_S = 5.0
+"""Seconds to wait for a process that was killed, and for the rest of its output."""
 
 
 find_package()
@@ -91,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds, sections = CALLS[args.call]
         args.budget, args.only = args.budget or seconds, args.only or sections
     if args.section:
+        end_with_parent()
         run_section(args.section, Setup.of(args), say)
         return 0
     deadline, found = time.monotonic() + (args.budget or 465.0), {}
@@ -105,11 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     found = earlier(args.output / f"gpu-{name}.json", args.only or ()) | found
     for section in args.only or list(SECTIONS)[1:]:
-        found[section] = in_process(section, setup, deadline)
-        (args.output / f"gpu-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.output / f"gpu-{name}.md").write_text(markdown(found))
+        found[section] = empty()
+        found[section] = in_process(
+            section, setup, deadline, partial(save, args.output, name, found, section)
+        )
+        save(args.output, name, found)
     print(markdown(found))
     return int(any(not check["held"] for part in found.values() for check in part["checks"]))
+
+
+def save(folder: Path, name: str, found: dict[str, Any], section: str = "", part: Any = None) -> None:
+    """Write the results so far, with the `part` of a section that still runs."""
+    if part:
+        running = {"failed": part["failed"] or "it was running when this was written"}
+        found = found | {section: part | running}
+    for suffix, text in ((".json", json.dumps(found, indent=1) + "\n"), (".md", markdown(found))):
+        path = folder / f"gpu-{name}{suffix}"
+        path.with_suffix(".tmp").write_text(text)
+        path.with_suffix(".tmp").replace(path)
 
 
 def earlier(path: Path, again: Sequence[str]) -> dict[str, Any]:
@@ -135,28 +158,55 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
-    """Run a section in a process of its own, which is ended at its time limit or the total limit."""
+def in_process(
+    name: str, setup: Setup, deadline: float, heard: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Run a section in a process of its own, which is ended at its time limit or the total limit.
+
+    `heard` is called with the results so far whenever there is a new one.
+    """
     allowed = min(SECTIONS[name].seconds, deadline - time.monotonic())
     found = empty()
     if allowed < 1:
         return found | {"failed": "no time was left"}
-    command = [sys.executable, str(HERE / "gpu.py"), "--section", name]
+    command = [sys.executable, str(PROGRAM), "--section", name]
     command += replace(setup, seconds=allowed).arguments
     print(f"{name}, at most {allowed:.0f} s", file=sys.stderr, flush=True)
     start = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
-        reader = threading.Thread(target=collect, args=(process.stdout, found), daemon=True)
-        reader.start()
-        try:
-            code = process.wait(allowed)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code, found["failed"] = 0, f"ended after {allowed:.0f} s; what it had found is here"
-        reader.join(10)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
+    reader = threading.Thread(target=collect, args=(process.stdout, found, heard), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(allowed)
+    except subprocess.TimeoutExpired:
+        code, found["failed"] = 0, f"ended after {allowed:.0f} s; what it had found is here"
+    except BaseException:
+        end(process)
+        raise
+    end(process)
+    reader.join(GRACE_S)
     if code and not found["failed"]:
-        found["failed"] = f"its process ended with code {code}"
+        found["failed"] = f"its process ended with code {code}" + (" (a signal)" if code < 0 else "")
     return found | {"seconds": time.monotonic() - start}
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process once its parent is gone, so that a section never outlives it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a section's process and those that it started, which would go on using the GPU and the CPUs.
+
+    A process that hangs inside the driver cannot be killed; it is not waited for any longer than GRACE_S.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
 
 
 def empty() -> dict[str, Any]:
@@ -164,11 +214,15 @@ def empty() -> dict[str, Any]:
     return {"rows": [], "checks": [], "notes": [], "facts": {}, "absent": "", "failed": "", "seconds": 0.0}
 
 
-def collect(stream: Any, found: dict[str, Any]) -> None:
+def collect(
+    stream: Any, found: dict[str, Any], heard: Callable[[dict[str, Any]], None] = lambda found: None
+) -> None:
     """Read the report lines of a section's process until it ends."""
     for line in stream:
         if line.startswith(MARK):
-            take(found, *json.loads(line.removeprefix(MARK)))
+            with contextlib.suppress(ValueError):  # the process was ended while it wrote the line
+                take(found, *json.loads(line.removeprefix(MARK)))
+                heard(found)
 
 
 def take(found: dict[str, Any], kind: str, value: Any) -> None:
@@ -208,4 +262,5 @@ def slug(name: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs is ended, too
     sys.exit(main())

@@ -1,8 +1,8 @@
 """Build the TensorRT plans of the published model ahead of time, without a GPU: sizes, build times, traffic.
 
-The plans are those of an expert, the whole decoder, and the decoder in parts, in both half precisions and
-with seeded weights. For the inverted residuals of the refinement network the page also shows the estimates
-for plans and for our kernel (`fused_time_ratio`).
+The plans are those of an expert, the whole decoder, and the decoder in parts, in both half precisions, for
+one tile and for several tiles per run, with seeded weights. For the inverted residuals of the refinement
+network the page also shows the estimates for plans and for our kernel (`fused_time_ratio`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Built:
     """A built plan: bytes of its graph and of the plan, and the seconds that the build took."""
 
     name: str
+    batch: int  # largest number of tiles per run
     graph_bytes: int
     plan_bytes: int
     seconds: float
@@ -78,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, default=160, help="width of the UNet (default: 160, as published)")
     p.add_argument("--channels", type=int, default=128, help="channels of the decoder (default: 128)")
     p.add_argument("--tile", type=int, default=512, metavar="PX", help="side of a tile (default: 512)")
-    p.add_argument("--max-batch", type=int, default=1, help="largest batch of the plans (default: 1)")
+    p.add_argument(
+        "--max-batch", type=int, nargs="+", default=[1, 4], help="largest batches of the plans (default: 1 4)"
+    )
     p.add_argument("--capability", type=int, default=89, help="compute capability, 89 for 8.9 (default: 89)")
     p.add_argument("-o", "--output", type=Path, default=RESULTS, help="default: %(default)s")
     return p
@@ -88,7 +91,7 @@ def page(
     setup: Setup,
     library: Library,
     capability: int,
-    max_batch: int,
+    batches: Sequence[int],
     scratch: Path,
     on_built: Callable[[Built], object] = say,
 ) -> str:
@@ -97,25 +100,28 @@ def page(
     rows, calls, listed = list[Built](), list[KernelCall](), None
     for precision in HALF:
         paths, calls, listed = write(*networks, setup, lowering("gpu", precision), scratch)
-        plans = []
-        for path in paths:
-            plans.append(build(library, path, capability, max_batch))
-            on_built(plans[-1])
-        rows += [*plans[:2], sum_of(plans[2:], precision)]
+        for batch in batches:
+            plans = []
+            for path in paths:
+                plans.append(build(library, path, capability, batch))
+                on_built(plans[-1])
+            rows += [*plans[:2], sum_of(plans[2:], precision)]
     assert listed
-    sizes = {name: listed.nbytes(name, max_batch) for name in listed.lives()}
+    sizes = {name: listed.nbytes(name, batches[0]) for name in listed.lives()}
     _, total = layout(sizes, listed.lives())
     last = sum(name.endswith(NHWC) for name in sizes)
     lines = [
         "# Plans, built ahead of time without a GPU\n",
         origin_line() + "\n",
         f"Library: {library}, compute capability {as_text(capability)}, half "
-        f"precision, tiles of {setup.tile} px, up to {max_batch} per run; UNet width {setup.width}, decoder "
-        f"channels {setup.channels}.\n",
+        f"precision, tiles of {setup.tile} px; UNet width {setup.width}, decoder channels {setup.channels}. "
+        "A plan for several tiles per run has two profiles: one tuned for its largest batch, and one for a "
+        "single tile.\n",
         *table(rows),
         f"Between the {len(listed.steps)} steps of the decoder in parts ({len(listed.steps) - len(calls)} "
-        f"plans, {len(calls)} kernels) {len(sizes)} values of {sum(sizes.values()) / 1e6:.0f} MB in all "
-        f"share {total / 1e6:.0f} MB; {last} of them lie channels last.\n",
+        f"plans, {len(calls)} kernels), for up to {batches[0]} per run, {len(sizes)} values of "
+        f"{sum(sizes.values()) / 1e6:.0f} MB in all share {total / 1e6:.0f} MB; {last} of them lie channels "
+        "last.\n",
         *decisions(calls, networks[1], setup.tile),
     ]
     return "\n".join(lines)
@@ -142,22 +148,24 @@ def build(library: Library, path: Path, capability: int, max_batch: int) -> Buil
     start = time.perf_counter()
     plan = build_plan(library, path, capability, max_batch)
     taken = time.perf_counter() - start
-    return Built(path.stem, path.stat().st_size, len(plan), taken)
+    return Built(path.stem, max_batch, path.stat().st_size, len(plan), taken)
 
 
 def sum_of(pieces: Sequence[Built], precision: str) -> Built:
     """Sum the parts of the decoder to one row."""
     figures = zip(*((p.graph_bytes, p.plan_bytes, p.seconds) for p in pieces), strict=True)
     graph, plan, seconds = (sum(column) for column in figures)
-    return Built(f"decoder in {len(pieces)} parts, {precision}", int(graph), int(plan), seconds)
+    name = f"decoder in {len(pieces)} parts, {precision}"
+    return Built(name, pieces[0].batch, int(graph), int(plan), seconds)
 
 
 def table(built: Sequence[Built]) -> Iterator[str]:
     """Yield the table of sizes and build times."""
-    yield "| graph | ONNX (MB) | plan (MB) | build (s) |"
-    yield "| --- | --- | --- | --- |"
+    yield "| graph | tiles per run | ONNX (MB) | plan (MB) | build (s) |"
+    yield "| --- | --- | --- | --- | --- |"
     for b in built:
-        yield f"| {b.name} | {b.graph_bytes / 1e6:.1f} | {b.plan_bytes / 1e6:.1f} | {b.seconds:.1f} |"
+        sizes = f"{b.graph_bytes / 1e6:.1f} | {b.plan_bytes / 1e6:.1f}"
+        yield f"| {b.name} | up to {b.batch} | {sizes} | {b.seconds:.1f} |"
     yield ""
 
 

@@ -24,7 +24,7 @@ def measure_alternatives(setup: Setup, report: Report) -> None:
 
     for name in COMPARED:
         op = OPS[name]
-        for case in [c for c in op.deployed if c.dtype in ("fp16", "bf16")]:
+        for case in [c for c in op.deployed if c.dtype == "fp16"]:  # bfloat16 has the same tilings
             if report.left < 10:
                 report.note(f"{name} {case} and later ones were not reached")
                 return

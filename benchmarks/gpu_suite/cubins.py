@@ -7,6 +7,7 @@ our own. `compile` makes such a directory in parallel, if none was brought along
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -42,6 +43,7 @@ def compile_kernels(setup: Setup, report: Report) -> None:
         raise Absent(f"kernels are not compiled for sm_{capability}, whose driver compiles the PTX")
     start = time.perf_counter()
     if not (target / compiled_kernels.KERNELS_NAME).is_file():
+        shutil.rmtree(target, ignore_errors=True)  # what a call left that was ended
         build(target, (capability,), cache=setup.cache / "compiled", processes=os.cpu_count())
     report.row("compiler", f"all kernels, {os.cpu_count()} processes", time.perf_counter() - start, "s")
 

@@ -26,6 +26,9 @@ ROLES = ("expert_0", "decoder")
 SMALL = 64  # widths below this number of channels get a small network
 PRECISION = torch.float16
 
+COPIED_BYTES, SIDE = 1 << 30, 8192
+"""Size of the copy, and of the matrices, from which the limits of a GPU are measured."""
+
 Call = Callable[..., Tensor]
 
 
@@ -172,16 +175,16 @@ def measure_limits(setup: Setup, report: Report) -> None:
     import json
 
     device = device_of()
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target, side = torch.empty_like(source), 8192
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target, side = torch.empty_like(source), SIDE
     seconds = seconds_each(lambda: target.copy_(source), sync_of(device))
     bytes_per_s = 2 * source.numel() / seconds
     a, b = torch.randn(2, side, side, dtype=torch.float16, device=device)
     flops_per_s = 2 * side**3 / seconds_each(lambda: torch.mm(a, b), sync_of(device))
     setup.limits.parent.mkdir(parents=True, exist_ok=True)
     setup.limits.write_text(json.dumps({"bytes_per_s": bytes_per_s, "flops_per_s": flops_per_s}))
-    report.row("PyTorch", "copy of 1 GiB, read and written", bytes_per_s / 1e12, "TB/s")
-    report.row("PyTorch", "product of 8192-wide fp16 matrices", flops_per_s / 1e12, "TFLOP/s")
+    report.row("PyTorch", f"copy of {COPIED_BYTES >> 20} MiB, read and written", bytes_per_s / 1e12, "TB/s")
+    report.row("PyTorch", f"product of {SIDE}-wide fp16 matrices", flops_per_s / 1e12, "TFLOP/s")
 
 
 def check(report: Report, who: str, results: Mapping[str, Tensor], setup: Setup) -> None:

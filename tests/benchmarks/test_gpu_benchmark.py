@@ -274,7 +274,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, **parts: dict[str, Any]) -> None:
     """Replace the sections by the given results."""
     found = {"machine": {"facts": FACTS}, **parts}
 
-    def in_process(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
+    def in_process(name: str, setup: Setup, deadline: float, heard: Any = None) -> dict[str, Any]:
         return gpu.empty() | found.get(name, {"absent": f"no {name}"})
 
     monkeypatch.setattr(gpu, "in_process", in_process)
@@ -316,13 +316,43 @@ def test_results_of_a_section_that_hangs_or_dies_are_kept(tmp_path, monkeypatch)
         "print('a word of a library')\n"
         "sys.exit(3) if 'limits' in sys.argv else time.sleep(60)\n"
     )
-    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "PROGRAM", program)
     monkeypatch.setitem(gpu.SECTIONS, "device", gpu.Section("", "", 1.5))
     setup, deadline = Setup(cache=tmp_path), time.monotonic() + 100
     hanging, dying = (gpu.in_process(name, setup, deadline) for name in ("device", "limits"))
     assert hanging["notes"] == dying["notes"] == ["begun"]
     assert hanging["failed"].startswith("ended after 2 s") and dying["failed"].endswith("code 3")
     assert gpu.in_process("device", setup, time.monotonic())["failed"] == "no time was left"
+
+
+def test_processes_of_a_section_that_hangs_are_ended(tmp_path, monkeypatch):
+    """The compiler of kernels has a process per core."""
+    program = tmp_path / "gpu.py"
+    program.write_text(
+        "import json, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "print('@@ ' + json.dumps(['note', str(child.pid)]), flush=True)\n"
+        "print('@@ [\"note\", \"half a li', end='', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "PROGRAM", program)
+    monkeypatch.setitem(gpu.SECTIONS, "device", gpu.Section("", "", 1.5))
+    heard = list[str]()
+    found = gpu.in_process(
+        "device", Setup(cache=tmp_path), time.monotonic() + 100, lambda found: heard.extend(found["notes"])
+    )
+    assert found["notes"] == heard and found["failed"].startswith("ended after")
+    state = Path(f"/proc/{heard[0]}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # nobody may have reaped it
+
+
+def test_results_of_a_section_that_runs_are_written(tmp_path):
+    found = {"machine": gpu.empty() | {"facts": FACTS}}
+    part = gpu.empty() | {"rows": [row("device", "tick", 1.0)]}
+    gpu.save(tmp_path, "x", found, "device", part)
+    assert "- device: failed: it was running when this was written" in (tmp_path / "gpu-x.md").read_text()
+    assert json.loads((tmp_path / "gpu-x.json").read_text())["device"]["rows"] and "device" not in found
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-x.json", "gpu-x.md"}
 
 
 def test_arguments_are_passed_to_the_process_of_a_section(tmp_path):
@@ -400,6 +430,20 @@ def test_prebuilt_kernels_are_not_compiled(heard: Heard, tmp_path):
     setup = dataclasses.replace(heard.setup, kernels=tmp_path)
     gpu.run_section("compile", setup, heard.say)
     assert heard.found["absent"].startswith("not needed: the kernels are those of")
+
+
+def test_kernels_are_compiled_anew_after_a_call_that_was_ended(heard: Heard, tmp_path, monkeypatch):
+    there = list[bool]()
+    monkeypatch.setattr(
+        "moesr.kernels.build.build", lambda folder, *rest, **more: there.append(folder.exists())
+    )
+    monkeypatch.setattr(gpu_cubins, "absent_unless_there", lambda *modules: None)
+    monkeypatch.setattr(cuda_driver, "open_device", lambda index: None)
+    monkeypatch.setattr(cuda_driver, "device_capability", lambda device: 90)
+    setup = dataclasses.replace(heard.setup, cache=tmp_path)
+    (setup.compiled / "sm_90").mkdir(parents=True)
+    gpu.run_section("compile", setup, heard.say)
+    assert there == [False] and heard.found["rows"] and not heard.found["failed"]
 
 
 @pytest.mark.parametrize("failing", [False, True])
