@@ -154,7 +154,8 @@ def check_settings(manifest: Manifest, settings: Settings) -> None:
     if settings.fidelity != m.fidelity and not takes_fidelity(m):
         raise UsageError(
             f"fidelity is {settings.fidelity:g}, but the decoder of {m.name} takes no features of the LR "
-            "image: import the model with one that does (--cfw FILE of moesr-import), or leave fidelity out"
+            "image: leave fidelity out, or use a model with such a decoder (StableSR: import it with --cfw "
+            "FILE; plain latent diffusion has none)"
         )
 
 

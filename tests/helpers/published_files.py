@@ -7,6 +7,7 @@ import re
 import numpy as np
 import torch
 
+from moesr.runtime.sampling.schedule import Schedule
 from moesr.training.importing.cli import main
 
 BUFFERS = (
@@ -43,7 +44,8 @@ def ldm_level(unet, ema=None, first_stage=None) -> dict[str, torch.Tensor]:
         counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
         state |= dotless | counters
     state |= {f"first_stage_model.{key}": tensor for key, tensor in (first_stage or {}).items()}
-    return state | {name: torch.linspace(0, 1, 1000) for name in BUFFERS}
+    betas = torch.from_numpy(Schedule().betas.astype(np.float32))
+    return state | {name: torch.linspace(0, 1, 1000) for name in BUFFERS} | {"betas": betas}
 
 
 def random_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:

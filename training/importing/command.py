@@ -117,6 +117,12 @@ def summary(imported: Imported, source: Published) -> list[str]:
             lines.append(
                 f"  expert {k}: t {t_from}..{t_to - 1} from {path}, {'EMA' if ema else 'raw'} weights"
             )
+        schedule, scale = config.schedule, imported.facts.latent_scale
+        scaled = f", latents scaled by {scale:g}" if scale != 1.0 else ""
+        lines.append(
+            f"schedule: {schedule.timesteps} timesteps, betas {schedule.beta_start:g} to "
+            f"{schedule.beta_end:g}{scaled}"
+        )
     params = _millions(meta_network(Autoencoder, config.decoder))
     lines += [f"decoder: {params}, {_autoencoder(config.decoder)}, from {source.decoder}"]
     return [*lines, f"wrote {imported.checkpoint.directory} ({config.name}, x{config.scale})"]

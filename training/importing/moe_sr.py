@@ -1,9 +1,9 @@
-"""Read published weight files of MoE-SR and write them as a checkpoint directory.
+"""Read published weight files of MoE-SR or plain latent diffusion and write them as a checkpoint directory.
 
 Published files are pickled (or safetensors) state dicts, with or without a `state_dict` level. Keys of UNet
 weights start with `model.diffusion_model.` or have no prefix. Their exponential moving averages (EMA), which
 are preferred, start with `model_ema.` and have the dots of the name removed. All sizes are inferred from the
-shapes of the tensors.
+shapes of the tensors; `diffusion_facts` reads the schedule and the latent scale.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesr.runtime.sampling.schedule import Schedule
 from moesr.training.checkpoint import Checkpoint, check_writable_as_checkpoint, save_checkpoint
 from moesr.training.config import AutoencoderConfig, ModelConfig, UNetConfig
+from moesr.training.importing.diffusion_facts import DiffusionFacts, diffusion_facts, scaled_autoencoder
 from moesr.training.importing.files import (
     AUTOENCODER_PREFIX,
     CURE,
@@ -61,6 +61,7 @@ class Imported:
     checkpoint: Checkpoint
     unet: UNetConfig | None
     ema: tuple[bool, ...]  # per expert: True if its EMA weights were used, False if the raw weights
+    facts: DiffusionFacts
 
 
 def import_published(
@@ -73,10 +74,11 @@ def import_published(
 ) -> Imported:
     """Write the checkpoint `directory` from published files.
 
-    The schedule's timesteps are split evenly over the experts. Only one expert is in memory at a time.
-    `dtype` is the type of the stored weights; `on_file` is called with each finished file. Raises
-    CheckpointError naming a file that cannot be used, and OutputError if the directory cannot be written;
-    after either error the directory is unchanged.
+    The schedule's timesteps are split evenly over the experts. If the experts' latents are scaled, the
+    autoencoder is changed to have the same scale. Only one expert is in memory at a time. `dtype` is the type
+    of the stored weights; `on_file` is called with each finished file. Raises CheckpointError naming a file
+    that cannot be used, and OutputError if the directory cannot be written; after either error the directory
+    is unchanged.
     """
     check_writable_as_checkpoint(directory, force)
     for path in (*source.experts, source.decoder):
@@ -84,44 +86,52 @@ def import_published(
             raise CheckpointError(f"{path}: no such file; expected a published weight file")
     decoder, decoder_config = read_autoencoder(source.decoder, source.norm_groups)
     on_file(source.decoder)
-    unet = _unet_config(source, decoder_config)
+    unet, facts = _first_expert(source, decoder_config)
+    facts.warn(source.experts[0] if source.experts else source.decoder)
+    decoder = scaled_autoencoder(decoder, decoder_config, facts.latent_scale)
     ema_used: list[bool] = []
 
     def states() -> Iterator[StateDict]:
         for path in source.experts:
-            state, found, ema = read_unet(path, source)
-            if found != unet:
-                raise CheckpointError(f"{path}: {found} differs from {unet} of {source.experts[0]}; {CURE}")
-            ema_used.append(ema)
-            yield state
+            found = _raw_unet(path, source)
+            for what, first in ((found.config, unet), (found.facts, facts)):
+                if what != first:
+                    raise CheckpointError(
+                        f"{path}: {what} differs from {first} of {source.experts[0]}; {CURE}"
+                    )
+            ema_used.append(bool(found.ema))
+            yield _merged(path, found)
             on_file(path)
 
-    config = _model_config(source, unet, decoder_config)
+    config = _model_config(source, unet, decoder_config, facts)
     checkpoint = save_checkpoint(directory, config, states(), decoder, dtype=dtype, force=force)
-    return Imported(checkpoint, unet, tuple(ema_used))
+    return Imported(checkpoint, unet, tuple(ema_used), facts)
 
 
-def _unet_config(source: Published, decoder: AutoencoderConfig) -> UNetConfig | None:
-    """Return the first expert's sizes, if any; CheckpointError if the decoder belongs to another model."""
+def _first_expert(source: Published, decoder: AutoencoderConfig) -> tuple[UNetConfig | None, DiffusionFacts]:
+    """Return the first expert's sizes and facts; CheckpointError if the decoder belongs to another model."""
     if not source.experts:
-        return None
-    unet = _raw_unet(source.experts[0], source)[1]
-    if unet.out_channels != decoder.embed_dim:
+        return None, DiffusionFacts()
+    found = _raw_unet(source.experts[0], source)
+    if found.config.out_channels != decoder.embed_dim:
         raise CheckpointError(
-            f"{source.experts[0]} predicts latents of {unet.out_channels} channels, {source.decoder} decodes "
-            f"{decoder.embed_dim}; give the decoder that belongs to the experts"
+            f"{source.experts[0]} predicts latents of {found.config.out_channels} channels, {source.decoder} "
+            f"decodes {decoder.embed_dim}; give the decoder that belongs to the experts"
         )
-    return unet
+    return found.config, found.facts
 
 
-def _model_config(source: Published, unet: UNetConfig | None, decoder: AutoencoderConfig) -> ModelConfig:
+def _model_config(
+    source: Published, unet: UNetConfig | None, decoder: AutoencoderConfig, facts: DiffusionFacts
+) -> ModelConfig:
     family = "decoder" if unet is None else "moesr" if unet.space_experts else "ldm"
     return ModelConfig(
         name=source.name or f"{family}-x{source.scale}",
         scale=source.scale,
         unet=unet,
         decoder=decoder,
-        expert_ranges=split_timesteps(Schedule().timesteps, len(source.experts)),
+        schedule=facts.schedule,
+        expert_ranges=split_timesteps(facts.schedule.timesteps, len(source.experts)),
     )
 
 
@@ -131,16 +141,24 @@ def split_timesteps(timesteps: int, experts: int) -> tuple[tuple[int, int], ...]
     return tuple(itertools.pairwise(edges))
 
 
-def read_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, bool]:
-    """Read one UNet: weights with merged space experts, sizes before the merge, True if they are EMA."""
-    raw, config, ema = _raw_unet(path, source)
-    weights = ema_weights(path, raw, ema) if ema else raw
+@dataclass(frozen=True)
+class _RawUNet:
+    """A UNet's raw tensors, the tensors under the EMA prefix, its sizes and its facts."""
+
+    raw: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    config: UNetConfig
+    facts: DiffusionFacts
+
+
+def _merged(path: Path, found: _RawUNet) -> dict[str, Tensor]:
+    """Return the weights of a UNet, its EMA weights if it has them, with merged space experts."""
+    weights = ema_weights(path, found.raw, found.ema) if found.ema else found.raw
     check_finite(str(path), weights, CURE)
-    return named(path, merge_space_experts, float32(weights)), config, bool(ema)
+    return named(path, merge_space_experts, float32(weights))
 
 
-def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetConfig, dict[str, Tensor]]:
-    """Read a UNet's raw tensors, its sizes, and the tensors under the EMA prefix."""
+def _raw_unet(path: Path, source: Published) -> _RawUNet:
     state = read_state_dict(path)
     prefix = UNET_PREFIX if any(key.startswith(UNET_PREFIX) for key in state) else ""
     ignored = (AUTOENCODER_PREFIX, EMA_PREFIX)
@@ -151,7 +169,8 @@ def _raw_unet(path: Path, source: Published) -> tuple[dict[str, Tensor], UNetCon
     }
     config = named(path, infer_unet_config, raw, source.head_channels, source.norm_groups)
     check_shapes(str(path), state_shapes(raw), _shapes(path, ModelConfig(unet=config), "expert"), CURE)
-    return raw, config, {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
+    ema = {k.removeprefix(EMA_PREFIX): v for k, v in state.items() if k.startswith(EMA_PREFIX)}
+    return _RawUNet(raw, ema, config, diffusion_facts(path, state))
 
 
 def read_autoencoder(path: Path, norm_groups: int) -> tuple[dict[str, Tensor], AutoencoderConfig]:

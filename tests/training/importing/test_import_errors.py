@@ -91,6 +91,10 @@ BAD_EXPERTS = {
         ),
         "predicts latents of 4 channels",
     ),
+    "no-scale": (
+        lambda p, unet, vq: torch.save(ldm_level(unet) | {"scale_factor": torch.zeros(())}, p),
+        "scale_factor is not a positive number",
+    ),
     "not-finite": (
         lambda p, unet, vq: torch.save(unet | {"out.2.bias": torch.full((3,), torch.nan)}, p),
         "out.2.bias is not finite",
