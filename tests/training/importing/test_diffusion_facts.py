@@ -22,17 +22,14 @@ CONFIGS = {
 }
 
 
-def betas(*schedule: float) -> torch.Tensor:
-    return torch.from_numpy(Schedule(*schedule).betas.astype(np.float32))
-
-
 @pytest.mark.parametrize(
     "schedule",
-    [(), (1000, 0.0015, 0.0195), (1000, 0.00085, 0.012), (500, 1e-4, 0.02)],
+    [Schedule(), Schedule(1000, 0.0015, 0.0195), Schedule(1000, 0.00085, 0.012), Schedule(500, 1e-4, 0.02)],
     ids=["published", "lsun", "stable-diffusion", "500-steps"],
 )
 def test_schedule_is_read(schedule):
-    assert diffusion_facts(FILE, {"betas": betas(*schedule)}) == DiffusionFacts(Schedule(*schedule))
+    betas = torch.from_numpy(schedule.betas.astype(np.float32))
+    assert diffusion_facts(FILE, {"betas": betas}) == DiffusionFacts(schedule)
 
 
 def test_file_without_buffers_has_the_published_facts():
