@@ -2,13 +2,14 @@
 
   python benchmarks/sweep.py --engine DIR --hr FOLDER --fidelity 0 0.25 0.5 0.75 1
   python benchmarks/sweep.py --engine DIR --lr FOLDER --guidance 1 2.5 5 7.5
+  python benchmarks/sweep.py --engine DIR --hr FOLDER --start-step 0 5 10 15
 
 Originals (--hr) are degraded and then compared with the results. For images without originals (--lr), only
 measures that need no original are computed. Settings are swept one at a time; a setting with a single value
 is held at it, and the others have their defaults. A setting without values is swept over the paper's values;
-without any setting, all settings of the engine are swept. The output directory gets SETTING.md and
-SETTING.csv, a table like the paper's that starts with bicubic; SETTING_IMAGE.png, the results side by side;
-and with originals SETTING.png, PSNR against sharpness.
+without any setting, all settings of the paper that the engine has are swept. The output directory gets
+SETTING.md and SETTING.csv, a table like the paper's that starts with bicubic; SETTING_IMAGE.png, the results
+side by side; and with originals SETTING.png, PSNR against sharpness.
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ SWEEPS = {
     "fidelity": Sweep("Fidelity (Table 4)", "w = {:g}", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "color_fix": Sweep("Color correction (Table 3)", "{}", ("none", "adain", "wavelet")),
     "guidance": Sweep("Guidance (Table 6)", "s = {:g}", (1.0, 2.5, 5.0, 7.5)),
+    "start_step": Sweep("Start step", "from step {}", (0, 5, 10, 15)),
 }
 """The settings by the names of `Upscaler`'s options."""
+
+ON_REQUEST = ("start_step",)
+"""Settings that are swept only if they are named, because no table of the papers has them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def wanted(args: argparse.Namespace, manifest: Manifest) -> dict[str, tuple[floa
         lacking["guidance"] = "it knows no negative prompt"
     for name in lacking.keys() & given.keys():
         raise UsageError(f"--{name}: {manifest.name} has none, {lacking[name]}; leave it out")
-    names = given or {name: () for name in SWEEPS if name not in lacking}
+    names = given or {name: () for name in SWEEPS if name not in lacking and name not in ON_REQUEST}
     return {name: given.get(name) or SWEEPS[name].values for name in names}
 
 
@@ -217,6 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--fidelity", type=float, nargs="*", metavar="W", help="weights of the LR features, 0 to 1")
     add("--color-fix", choices=COLOR_FIXES, nargs="*", help="corrections towards the LR image's colors")
     add("--guidance", type=float, nargs="*", metavar="S", help="guidance scales; 1 means no guidance")
+    add("--start-step", type=int, nargs="*", metavar="K", help="steps that are left out at the beginning")
     add("--steps", type=int, metavar="N", help="sampling steps (default: the engine's)")
     add("--sampler", choices=SAMPLERS, help="sampler (default: the engine's)")
     add("--seed", type=int, default=42, help="seed of the noise (default %(default)s)")

@@ -19,8 +19,8 @@ def test_a_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: 
     text = page.read_text()
     assert code == 0 and text.strip() in capsys.readouterr().out
     row = next(line for line in text.splitlines() if "50x50" in line).split("|")
-    assert row[3].strip() == "not measured" if more else float(row[3]) > 0
-    assert 20 < float(row[5]) < 1000 and float(row[7]) >= float(row[5])
+    assert row[4].strip() == "not measured" if more else float(row[4]) > 0
+    assert 20 < float(row[7]) < 1000 and float(row[9]) >= float(row[7])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "page.md"]
 
 
@@ -31,12 +31,18 @@ def test_a_failed_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
 
 
+def test_rounds_give_the_median_time_and_the_largest_memory():
+    rows = [Row(1.0, 250, 16, t, m, 10, m + 5, 0.5) for t, m in ((9.0, 7), (30.0, 8), (10.0, 9))]
+    assert large.merged(rows) == Row(1.0, 250, 16, 10.0, 9, 10, 14, 0.5)
+
+
 def test_the_verdict_compares_sizes_from_1_to_100_megapixels():
     rows = [
-        Row(0.25, 125, 9.0, 100, 10, 105, 0.0),
-        Row(1.0, 250, 10.0, 200, 10, 205, 0.0),
-        Row(100.0, 2500, 1150.0, int(1.5e9), 10, int(1.6e9), None),
+        Row(0.25, 125, 4, 9.0, 100, 10, 105, 0.0),
+        Row(1.0, 250, 16, 10.0, 200, 10, 205, 0.0),
+        Row(100.0, 2500, 1600, 1150.0, int(1.5e9), 10, int(1.6e9), None),
     ]
     lines = large.verdict(rows)
-    assert "15 % above the smallest" in lines[0] and "1.60 GB at 100 megapixels" in lines[1]
+    assert "15 % above the smallest" in lines[0] and "15 % above the smallest" in lines[1]
+    assert "1.60 GB at 100 megapixels" in lines[2]
     assert large.resident(-1) == (0, 0, 0)

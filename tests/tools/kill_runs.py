@@ -25,6 +25,9 @@ from PIL import Image
 
 from moesr.runtime.images import provenance
 
+BEGUN = "run_program"
+"""The function in every traceback of the program; one without it is Python's, interrupted while it starts."""
+
 
 def command(engine: str, photos: Path, out: Path, log: Path) -> list[str]:
     """Return the command whose process is killed."""
@@ -63,7 +66,7 @@ def check(engine: str, kills: int, images: int, seed: int, folder: Path) -> list
         time.sleep(draw.uniform(0.0, 1.1 * duration))
         process.send_signal(draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
         errors = process.communicate()[1].decode(errors="replace")
-        if "Traceback" in errors:
+        if "Traceback" in errors and BEGUN in errors:
             faults.append(f"kill {number}: {errors[-300:]}")
         names = {path.name for path in out.iterdir()} if out.exists() else set()
         results = {name for name in names if not name.startswith(".moesr-")}
