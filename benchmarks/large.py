@@ -5,9 +5,9 @@ times per second while it runs. The page has the largest values of its anonymous
 have), of its mapped memory (pages of files, which the system can take back), and of both together. The time
 is that of the image in the log, from reading the input to the written result, in which the graphs are opened;
 the start of the program is not in it. The smallest size is run once more before all others, so that the cache
-holds the prepared graphs. Of several `--rounds` the page has the median of the times and the largest memory.
-With one step memory is the same as with many, but time is not: the page names the number of steps.
-`--memory-only` runs each graph twice only, which takes a minute or two for 100 megapixels.
+holds the prepared graphs. In several `--rounds` the sizes take turns; the page has the median of the times
+and the largest memory. With one step memory is the same as with many, but time is not: the page names the
+number of steps. `--memory-only` runs each graph twice only, which takes a minute or two for 100 megapixels.
 """
 
 from __future__ import annotations
@@ -72,13 +72,16 @@ def benchmark(args: argparse.Namespace) -> str:
     """Measure all sizes, and write and return the page."""
     manifest = read_manifest(engine_directory(args.engine))
     sides = [round((megapixels * 1e6) ** 0.5 / manifest.scale) for megapixels in args.megapixels]
-    rows = []
+    rounds: list[list[Row]] = []
     with tempfile.TemporaryDirectory(prefix="moesr-large-", dir=args.work) as scratch:
         if not args.memory_only:
             measure(Path(scratch), min(sides), manifest, args)
-        for side in sides:
-            rows.append(merged([measure(Path(scratch), side, manifest, args) for _ in range(args.rounds)]))
-            print(json.dumps(rows[-1].__dict__), file=sys.stderr, flush=True)
+        for _ in range(args.rounds):
+            rounds.append([])
+            for side in sides:
+                rounds[-1].append(measure(Path(scratch), side, manifest, args))
+                print(json.dumps(rounds[-1][-1].__dict__), file=sys.stderr, flush=True)
+    rows = [merged(runs) for runs in zip(*rounds, strict=True)]
     text = page(rows, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
@@ -159,11 +162,11 @@ def page(rows: Sequence[Row], args: argparse.Namespace) -> str:
         "",
         f"Engine {args.engine}, {args.backend}, threads: {args.threads}, steps: {args.steps}, results as "
         f"{args.format[1:]}. {how}The inputs are squares of waves and noise. Each row is one process of "
-        "`moesr-run`, watched ten times per second. Tiles are those that are decoded; every step samples about "
-        "as many. Anonymous memory is what the process must have. Mapped memory are pages of libraries and "
-        "temporary files, which the system can take back at any time. The load average is that of the minute "
-        "before the start: other programs had a part in it if it is not near zero, and then the time is longer "
-        "than on an idle machine.",
+        "`moesr-run`, watched ten times per second. Tiles are those that are decoded; every step samples "
+        "about as many. Anonymous memory is what the process must have. Mapped memory are pages of libraries "
+        "and temporary files, which the system can take back at any time. The load average is that of the "
+        "minute before the start: other programs had a part in it if it is not near zero, and then the time "
+        "is longer than on an idle machine.",
         "",
         "| result (MP) | input | tiles | time (s) | s per MP | s per tile | anonymous (MB) | mapped (MB) | "
         "both (MB) | load |",

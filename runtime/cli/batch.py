@@ -244,8 +244,8 @@ class Batch:
             digest = task.digest if task.stamp == Stamp.of(before) else ""
             digest = digest or _hashed(stream, task.source)
             record = self._wanted.of(task.source.name, digest)
-            several = Frames(frames.count(stream) if self._how.all_frames else 1)
-            frames.check(task.target, several.count)
+            with self._report.collecting(entry):
+                several = frames.of(stream, task.source, task.target, every=self._how.all_frames)
             images = frames.read(stream, task.source, several)
             while True:
                 with self._report.collecting(entry):
@@ -255,7 +255,7 @@ class Batch:
                     _check_unchanged(stream, task.source, before)
                     size = self._size_of(image)
                     writing.check_output(task.target, size[1], size[0])
-                    frames.check_memory(task.source, several.count, size)
+                    frames.check_memory(task.source, several, size)
                     channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
                     rows.check_memory(task.target, *size, channels, image.pixels.dtype == np.uint16)
                     if self._how.pre_clean:
@@ -361,7 +361,7 @@ class Batch:
     def _write(self, flight: _Flight) -> None:
         """Write the result of an input and everything that goes with it."""
         target, results = flight.task.target, flight.frames.results
-        if len(results) > 1:
+        if len(results) > 1 or flight.frames.raster:
             frames.save(target, flight.frames, flight.record, self._how.quality)
         else:
             rows.save(target, results[0], flight.record, self._how.quality)

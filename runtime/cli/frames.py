@@ -1,4 +1,7 @@
-"""Animations and files of several pages: all frames are read, and all results go into one file."""
+"""Files that are several images for the model, whose results go into one file again.
+
+They are animations and files of several pages, and the bands of a TIFF of measurements.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from typing import Any
 from PIL import Image
 
 from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, OutputError
-from moesr.runtime.images import embedded, reading, writing
+from moesr.runtime.images import embedded, rasters, reading, writing
 from moesr.runtime.images.metadata import Metadata
 from moesr.runtime.images.provenance import Provenance
+from moesr.runtime.images.rasters import Raster
 from moesr.runtime.images.reading import LoadedImage
 from moesr.runtime.system import memory
 
@@ -35,13 +39,28 @@ DEFAULT_MS = 100
 
 @dataclass
 class Frames:
-    """The frames of one file: how long each is shown, and the results so far."""
+    """The frames of one file: how long each is shown, and the results so far.
+
+    The frames of a `raster` are its groups of bands.
+    """
 
     count: int
+    raster: Raster | None = None
     durations_ms: list[int] = field(default_factory=list)  # empty for pages of a TIFF
     loop: int = 0  # repetitions of an animation, 0 for endless
     results: list[LoadedImage] = field(default_factory=list)
     failed: bool = False
+
+
+def of(stream: BufferedReader, source: Path, target: Path, *, every: bool) -> Frames:
+    """Return the frames of a file, or its first one unless `every` is set; OutputError as for `check`."""
+    raster = rasters.read(stream, str(source))
+    if raster:
+        rasters.check_output(target, raster)
+        return Frames(raster.count, raster)
+    number = count(stream) if every else 1
+    check(target, number)
+    return Frames(number)
 
 
 def count(stream: BufferedReader) -> int:
@@ -66,12 +85,14 @@ def check(target: Path, number: int) -> None:
         )
 
 
-def check_memory(source: Path, number: int, size: tuple[int, int]) -> None:
+def check_memory(source: Path, sequence: Frames, size: tuple[int, int]) -> None:
     """Raise MemoryLimitError if the results of all frames of `size` (height, width) exceed the memory."""
-    needed, free = number * size[0] * size[1] * PIXEL_BYTES, memory.available_bytes()
-    if number > 1 and free is not None and needed > free:
+    number, raster, free = sequence.count, sequence.raster, memory.available_bytes()
+    needed = raster.result_bytes(*size) if raster else number * size[0] * size[1] * PIXEL_BYTES
+    if (number > 1 or raster) and free is not None and needed > free:
+        what = raster.description if raster else f"{number} frames"
         raise MemoryLimitError(
-            f"{source}: {number} frames of {size[1]}x{size[0]} pixels need {memory.readable(needed)} of "
+            f"{source}: {what} of {size[1]}x{size[0]} pixels need {memory.readable(needed)} of "
             f"memory, {memory.readable(free)} are free; ask for a smaller --size, or cut the file into parts"
         )
 
@@ -82,6 +103,9 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
     Pages have metadata of their own, and all frames of an animation have those of the file. InputError if a
     frame is damaged or cannot be used.
     """
+    if sequence.raster:
+        yield from sequence.raster.images()
+        return
     if sequence.count == 1:
         yield reading.load(path, stream)
         return
@@ -124,6 +148,9 @@ def save(path: Path, sequence: Frames, record: Provenance, quality: int | None =
 
     Raises OutputError if the file cannot be written.
     """
+    if sequence.raster:
+        rasters.save(path, sequence.raster, sequence.results, record)
+        return
     options: dict[str, Any] = {}
     if any(result.metadata != sequence.results[0].metadata for result in sequence.results):
         log.warning("%s: its frames differ in their metadata; all get those of the first one", path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -62,13 +62,22 @@ class RowCorrection:
         self.strip_rows = max(STRIP_PX // width // CELL_PX, 1) * CELL_PX
         self._regions = self._search()
         self._lines = self._measure() if method == "adain" else []
-        self._protections = [None if found is None else Protection(found, width) for found in self._regions]
+        self._protections = [self._protected(channel) for channel in range(channels)]
 
     def corrected(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the corrected rows in strips from the top: the first row, and float32 [rows, C, W]."""
         correct = {"adain": self._adain, "wavelet": self._wavelet, "none": self._pinned}[self._method]
         for rows in self._strips():
             yield rows.start, correct(rows)
+
+    def _protected(self, channel: int) -> Protection | None:
+        """Return the protection of a channel's regions, whose differences are not needed afterwards."""
+        found = self._regions[channel]
+        if found is None:
+            return None
+        protection = Protection(found, self._width)
+        self._regions[channel] = replace(found, differences=found.differences[:0].copy())
+        return protection
 
     def _strips(self) -> Iterator[slice]:
         for start in range(0, self._height, self.strip_rows):

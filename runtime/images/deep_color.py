@@ -8,6 +8,7 @@ metadata come from a tiny file that Pillow writes.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import sys
 import zlib
@@ -48,7 +49,7 @@ def read(image: Image.Image, again: Again) -> np.ndarray | None:
     """
     tiles: list[Any] = list(getattr(image, "tile", None) or ())
     modes = {_mode(tile) for tile in tiles}
-    if image.format == "PPM" and tiles and tiles[0][0] == "ppm" and image.mode == "RGB":
+    if image.format == "PPM" and tiles and tiles[0][0] in ("ppm", "ppm_plain") and image.mode == "RGB":
         return _ppm(image, tiles[0])
     animated = image.format == "PNG" and getattr(image, "is_animated", False)  # Pillow composes its frames
     if image.format not in FORMATS or not tiles or animated:
@@ -98,15 +99,25 @@ def _with_mode(tile: Any, mode: str) -> Any:
 
 
 def _ppm(image: Image.Image, tile: Any) -> np.ndarray | None:
-    """Return the pixels of a binary PPM of more than 8 bits, scaled to 16 bits."""
+    """Return the pixels of a PPM of more than 8 bits, binary or plain, scaled to 16 bits."""
     top = int(tile[3][1])
     if top <= 255:
         return None
     stream: Any = image.fp  # type: ignore[attr-defined]
     stream.seek(tile[2])
-    values = _exactly(stream, image.height * image.width * 3, ">u2").reshape(image.height, image.width, 3)
+    count = image.height * image.width * 3
+    values = _numbers(stream, count) if tile[0] == "ppm_plain" else _exactly(stream, count, ">u2")
+    values = values.reshape(image.height, image.width, 3)
     scaled = np.minimum(values, top).astype(np.uint32) * 65_535 + top // 2
     return (scaled // top).astype(np.uint16)
+
+
+def _numbers(stream: Any, count: int) -> np.ndarray:
+    """Return the decimal numbers of a plain PPM, between which there may be comments."""
+    words = re.sub(rb"#[^\r\n]*", b" ", stream.read()).split()
+    if len(words) < count:
+        raise OSError("the file ends before its last pixel")
+    return np.array(words[:count], np.int64)
 
 
 def _separate(image: Image.Image, tiles: list[Any]) -> np.ndarray:

@@ -47,7 +47,9 @@ def _copied(exif: Image.Exif) -> Image.Exif:
     before = [dict(ifd) for ifd in directories]
     for ifd in directories:
         _texts_to_bytes(ifd)
+    big, exif.bigtiff = exif.bigtiff, False  # a block has the offsets of a usual TIFF
     packed = exif.tobytes()
+    exif.bigtiff = big
     for ifd, values in zip(directories, before, strict=True):
         for tag, value in values.items():
             if isinstance(value, str):

@@ -25,6 +25,7 @@ _FLAT = 2.5 * LEVEL
 _NEAR = 32 * LEVEL  # from white or black: steady if the values differ by `_NOISY` at most
 _NOISY = 8.5 * LEVEL
 _EVEN = 1.5 * LEVEL  # any values that differ by no more are steady
+_ONE = np.float32(1.0)
 _FADE_CELLS = 8  # outside a steady region, the correction grows to its full size over this distance
 
 
@@ -68,15 +69,23 @@ class Search:
         for parts, values in zip(self._parts, found, strict=True):
             parts.append(values)
 
+    def _taken(self) -> list[np.ndarray]:
+        """Return the values of all rows so far, and keep them no longer: large images have many."""
+        taken = []
+        for parts in self._parts:
+            taken.append(np.concatenate(parts))
+            parts.clear()
+        return taken
+
     def clipped(self) -> Regions | None:
-        """Return the white and black regions of the rows so far; None if there are none."""
-        low, high, differences = map(np.concatenate, self._parts)
+        """Return the white and black regions of the rows so far, once; None if there are none."""
+        low, high, differences = self._taken()
         cells = _clipped(low, high)
         return Regions(cells, cells, cells, differences) if cells.any() else None
 
     def flat(self) -> Regions | None:
-        """Return all flat regions of the rows so far; None if there are none."""
-        low, high, differences = map(np.concatenate, self._parts)
+        """Return all flat regions of the rows so far, once; None if there are none."""
+        low, high, differences = self._taken()
         lowest, highest = _around(low, np.minimum), _around(high, np.maximum)
         spread = highest - lowest
         pinned = _clipped(low, high)
@@ -101,7 +110,7 @@ class Protection:
     def __init__(self, regions: Regions, width: int) -> None:
         self._width = width
         self._free = _distance(_grown(regions.steady), _FADE_CELLS)
-        self._pinned = regions.pinned.astype(np.float32)
+        self._pinned = regions.pinned
         self._difference = _spread(regions.differences, regions.steady)
 
     def apply(
@@ -112,7 +121,7 @@ class Protection:
         All arrays are the `rows` of an image, [rows, W]; `out` may be `content`. In steady regions the
         correction is the difference of the local means; pinned regions become the style.
         """
-        free = self._interpolated(self._free, rows)
+        free = self._interpolated(self._free, rows, np.float32(_FADE_CELLS))
         correction *= free
         correction += self._interpolated(self._difference, rows) * (1 - free)
         correction += content
@@ -124,10 +133,13 @@ class Protection:
         pinned = np.maximum(2 * self._interpolated(self._pinned, rows) - 1, 0)
         np.add(content, (style - content) * pinned, out=out)
 
-    def _interpolated(self, cells: np.ndarray, rows: slice) -> np.ndarray:
-        """Return float32 [rows, W], values at the centers of cells with linear interpolation between them."""
+    def _interpolated(self, cells: np.ndarray, rows: slice, unit: np.float32 = _ONE) -> np.ndarray:
+        """Return float32 [rows, W], values at the centers of cells with linear interpolation between them.
+
+        The value of a cell is counted in `unit`.
+        """
         top, below, part = _neighbours(np.arange(rows.start, rows.stop), len(cells))
-        lines = cells[top] * (1 - part[:, None]) + cells[below] * part[:, None]
+        lines = cells[top] / unit * (1 - part[:, None]) + cells[below] / unit * part[:, None]
         left, right, part = _neighbours(np.arange(self._width), cells.shape[1])
         return lines[:, left] * (1 - part) + lines[:, right] * part
 
@@ -163,12 +175,12 @@ def _neighbours(position: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _distance(cells: np.ndarray, limit: int) -> np.ndarray:
-    """Return 0 inside the cells, growing to 1 at a distance of `limit` cells, as float32."""
-    total = np.zeros(cells.shape, np.float32)
+    """Return the distance in cells from the region, 0 inside it and at most `limit`, as uint8."""
+    total = np.zeros(cells.shape, np.uint8)
     for _ in range(limit):
         total += ~cells
         cells = _grown(cells)
-    return total / limit
+    return total
 
 
 def _sum(values: np.ndarray) -> np.ndarray:

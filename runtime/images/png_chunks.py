@@ -21,7 +21,8 @@ HEADER_BYTES = len(PNG_SIGNATURE) + 25
 
 MAX_DECOMPRESSED_BYTES = 64 << 20
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_KEPT_FOR_PIXELS = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf", b"acTL"))
+_OF_PIXELS = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf", b"acTL"))
+_LENGTHS = {b"cICP": 4, b"mDCV": 24, b"cLLI": 8, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32, b"pHYs": 9, b"acTL": 8}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def contents(stream: BinaryIO) -> Contents:
             stream.seek(place)
             data = stream.read(length)
             try:
-                if kind in COLOR_TAGS:
+                if not _is_valid(kind, data):
+                    skipped.append(kind.decode())
+                elif kind in COLOR_TAGS:
                     color.setdefault(kind, data)
                 elif kind == b"eXIf":
                     exif = data
@@ -127,14 +130,26 @@ def _inflated(data: bytes) -> bytes:
     return value
 
 
+def _is_valid(kind: bytes, data: bytes) -> bool:
+    """Return True unless a chunk has the wrong length, or a gamma of 0."""
+    return len(data) == _LENGTHS.get(kind, len(data)) and not (kind == b"gAMA" and data == bytes(4))
+
+
 def stripped(stream: BinaryIO) -> io.BytesIO:
-    """Return a copy of a PNG in memory with only the chunks for its pixels, its size and its EXIF block."""
+    """Return a copy of a PNG in memory with only the chunks for its pixels, its size and its EXIF block.
+
+    Those of its pixels are copied as they are, the others only if they are undamaged.
+    """
     copy = io.BytesIO()
     copy.write(PNG_SIGNATURE)
     for kind, length, place in headers(stream):
-        if kind in _KEPT_FOR_PIXELS:
-            stream.seek(place - 8)
-            copy.write(stream.read(length + 12))
+        if kind not in _OF_PIXELS:
+            continue
+        stream.seek(place - 8)
+        chunk = stream.read(length + 12)
+        data = chunk[8:-4]
+        if kind.isupper() or (packed(kind, data) == chunk and _is_valid(kind, data)):
+            copy.write(chunk)
     copy.seek(0)
     return copy
 

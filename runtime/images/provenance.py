@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from moesr.runtime.images import libtiff, png_chunks
 from moesr.runtime.images.formats import PNG_SIGNATURE
@@ -26,7 +27,9 @@ KEY = "moesr"
 UNKNOWN_VERSION = "unknown"
 _MARK = re.compile(r"(?:; )?moesr (\{.*\})[\s\0]*\Z", re.DOTALL)
 _SOFTWARE = 0x0131
-_KINDS = ((b"\xff\xd8\xff", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"RIFF", "WEBP"))
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0")  # the last is BigTIFF
+_KINDS = ((b"\xff\xd8\xff", "JPEG"), *((head, "TIFF") for head in _TIFF), (b"RIFF", "WEBP"))
+_STRIPS = ((273, 279), (324, 325))  # positions and sizes of strips and of tiles
 
 
 @functools.cache
@@ -108,14 +111,23 @@ def read(path: Path) -> Provenance | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Return True if a result can be read to its end: a PNG by its checksums, others by decoding them."""
+    """Return True if a result can be read to its end.
+
+    A PNG is checked by its checksums; others are decoded, except for values that Pillow cannot decode.
+    """
     try:
         check_file(path)
         with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             head = stream.read(8)
             if head == PNG_SIGNATURE:
                 return any(kind == b"IEND" for kind, _ in png_chunks.chunks(stream))
-            image = _open(stream, head)
+            tiff = head.startswith(_TIFF)
+            if tiff and _ends(stream) > path.stat().st_size:
+                return False
+            try:
+                image = _open(stream, head)
+            except SyntaxError:  # Pillow knows no mode for such values
+                return tiff
             if image is not None:
                 image.load()
             return image is not None
@@ -142,6 +154,9 @@ def _png_text(stream: BinaryIO) -> str | None:
 
 
 def _other_text(stream: BinaryIO, head: bytes) -> str | None:
+    if head.startswith(_TIFF):
+        match = _MARK.search(str(_directory(stream).get(_SOFTWARE, "")))
+        return match[1] if match else None
     image = _open(stream, head)
     if image is None:
         return None
@@ -152,6 +167,23 @@ def _other_text(stream: BinaryIO, head: bytes) -> str | None:
         texts = [str(image.getexif().get(_SOFTWARE, ""))]
     found = [match[1] for match in map(_MARK.search, texts) if match]
     return found[-1] if found else None
+
+
+def _directory(stream: BinaryIO) -> ImageFileDirectory_v2:
+    """Return the tags of a TIFF's first page; Pillow cannot open all of those that are written here."""
+    stream.seek(0)
+    head = stream.read(8)
+    directory = ImageFileDirectory_v2(head + (stream.read(8) if head.startswith(b"II+") else b""))
+    stream.seek(directory.next)
+    directory.load(stream)
+    return directory
+
+
+def _ends(stream: BinaryIO) -> int:
+    """Return the position after the last pixel of a TIFF's first page."""
+    directory = _directory(stream)
+    places, sizes = next((directory[a], directory[b]) for a, b in _STRIPS if a in directory)
+    return max(place + size for place, size in zip(places, sizes, strict=True))
 
 
 def _open(stream: BinaryIO, head: bytes) -> Image.Image | None:

@@ -19,7 +19,16 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from moesr.runtime.errors import InputError
-from moesr.runtime.images import deep_color, embedded, formats, libtiff, metadata, png_chunks, tiff_tags
+from moesr.runtime.images import (
+    deep_color,
+    embedded,
+    formats,
+    libtiff,
+    metadata,
+    png_chunks,
+    tiff_library,
+    tiff_tags,
+)
 from moesr.runtime.images.deep_color import Again
 from moesr.runtime.images.formats import READ_FORMATS, READ_SUFFIXES
 from moesr.runtime.images.jxl_header import jxl_size
@@ -39,6 +48,10 @@ __all__ = [
 
 MAX_INPUT_PX = 150_000_000
 """Images with more pixels are refused before they are decoded."""
+
+_OR_LARGE = " (moesr-run takes a TIFF of such values with pip install moesr[large])"
+_SUBFILE_TYPE, _SUB_DIRECTORIES = 254, 330  # tags of a TIFF
+_PAGES_SEARCHED = 8
 
 log = logging.getLogger("moesr")
 
@@ -98,10 +111,15 @@ def _load(path: Path, stream: BinaryIO) -> LoadedImage:
         if not head:
             raise InputError(f"{path}: is empty (0 bytes); get the file again")
         return _decoded(stream, head, path)
-    except (InputError, MemoryError):
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: {formats.unidentified(stream, head)}") from error
+        found = _by_library(stream, str(path)) if head.startswith(tiff_library.SIGNATURES) else None
+        if found is None:
+            raise InputError(f"{path}: {formats.unidentified(stream, head)}") from error
+        return found
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {_too_large(str(error))}") from error
     except OSError as error:
@@ -122,18 +140,41 @@ def _decoded(stream: BinaryIO, head: bytes, path: Path) -> LoadedImage:
             with _opened(inverted or stream, known) as image:
                 again = partial(_opened, inverted or stream, known)
                 return _take(image, str(path), inverted=inverted is not None, again=again)
-        except ValueError as error:
-            if not head.startswith(formats.PNG_SIGNATURE) or not _is_about_text(error):
+        except (ValueError, OSError, SyntaxError) as error:
+            if not head.startswith(formats.PNG_SIGNATURE):
                 raise
-        # Pillow refuses the whole file for a long text or profile; these are read separately.
-        short = png_chunks.stripped(stream)
+            found = _without_metadata(stream, path)
+            if found is None:
+                raise
+            if not _is_about_size(error):
+                log.warning("%s: some of its chunks are damaged; the pixels are whole", path)
+            return found
+
+
+def _by_library(stream: BinaryIO, name: str) -> LoadedImage | None:
+    """Read a TIFF that Pillow does not know through tifffile; None if that is not possible either."""
+    pixels = tiff_library.picture(stream, name, MAX_INPUT_PX)
+    if pixels is None:
+        return None
+    return LoadedImage(pixels, tiff_library.metadata_of(tiff_library.page_of(stream, name), name))
+
+
+def _is_about_size(error: Exception) -> bool:
+    """Return True if Pillow refuses a PNG for the size of its texts or profile."""
+    return "MAX_TEXT" in str(error) or "too large" in str(error).lower()
+
+
+def _without_metadata(stream: BinaryIO, path: Path) -> LoadedImage | None:
+    """Read a PNG that Pillow refuses, without most of its metadata; None if its pixels are damaged.
+
+    Pillow refuses a file for a long text or profile, or for a damaged chunk. Metadata are read separately.
+    """
+    short = png_chunks.stripped(stream)
+    try:
         with _opened(short, ["PNG"]) as image:
             return _take(image, str(path), source=stream, again=partial(_opened, short, ["PNG"]))
-
-
-def _is_about_text(error: ValueError) -> bool:
-    """Return True if Pillow refuses a PNG for the size of its texts or profile, not for its pixels."""
-    return "MAX_TEXT" in str(error) or "too large" in str(error).lower()
+    except (ValueError, OSError, SyntaxError):
+        return None
 
 
 @contextlib.contextmanager
@@ -143,7 +184,35 @@ def _opened(stream: BinaryIO, known: list[str]) -> Iterator[Image.Image]:
         raise Image.DecompressionBombError(f"{size[0]}x{size[1]} pixels")
     stream.seek(0)
     with Image.open(stream, formats=known) as image:
+        if image.format == "TIFF":
+            _to_full_page(image)
         yield image
+
+
+def _to_full_page(image: Image.Image) -> None:
+    """Move from the thumbnail with which a TIFF begins to the first page of full size.
+
+    InputError if there is none, as in the raw files of cameras, whose pixels lie in other directories.
+    """
+    for number in range(_PAGES_SEARCHED):
+        try:
+            image.seek(number)
+        except EOFError:
+            break
+        if not _is_thumbnail(image):
+            return
+    image.seek(0)
+    if _SUB_DIRECTORIES in image.tag_v2:  # type: ignore[attr-defined]
+        raise InputError(
+            f"holds only a thumbnail of {image.width}x{image.height} pixels beside its raw data; develop it, "
+            "and use the TIFF or JPEG that comes of it"
+        )
+
+
+def _is_thumbnail(image: Image.Image) -> bool:
+    """Return True if a page of a TIFF is declared to be a reduced version of another."""
+    kind = image.tag_v2.get(_SUBFILE_TYPE, 0)  # type: ignore[attr-defined]
+    return isinstance(kind, int) and bool(kind & 1)
 
 
 def from_pil(image: Image.Image, name: str = "image") -> LoadedImage:
@@ -199,7 +268,8 @@ def _take(
     _check_size(image, name)
     animated = getattr(image, "is_animated", False) and image.format != "MPO"  # an MPO holds several views
     if animated and not several:
-        log.warning("%s: has %d frames or pages; only the first is used", name, getattr(image, "n_frames", 0))
+        which = f"page {image.tell() + 1}, which is no thumbnail," if image.tell() else "the first"
+        log.warning("%s: has %d frames or pages; only %s is used", name, _count(image), which)
     inverted = inverted or _stores_white_as_zero(image)
     carried, turn = about or embedded.read(image, name, source)
     color = image.info.get("transparency")
@@ -207,7 +277,15 @@ def _take(
     if deep is not None:
         deep = deep_color.with_transparent_color(deep, color)
         return LoadedImage(deep_color.upright(deep, turn), carried)
+    if again and image.format == "TIFF" and _loses_depth(image):
+        deep = tiff_library.picture(image.fp, name, MAX_INPUT_PX, image.tell())  # type: ignore[attr-defined]
+        if deep is not None:
+            return LoadedImage(deep, carried)
     return _of_8_bits_or_grey(image, name, carried, turn, inverted)
+
+
+def _count(image: Image.Image) -> int:
+    return int(getattr(image, "n_frames", 0))
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -338,10 +416,10 @@ def _pixels(image: Image.Image, name: str) -> np.ndarray:
     if mode == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise InputError(f"{name}: has 32-bit pixels outside 0..65535; scale it to 16 bits")
+            raise InputError(f"{name}: has 32-bit pixels outside 0..65535; scale it to 16 bits{_OR_LARGE}")
         return _with_transparent_value(values.astype(np.uint16), image.info.get("transparency"))
     if mode == "F":
-        raise InputError(f"{name}: has floating-point pixels; convert it to 8 or 16 bits")
+        raise InputError(f"{name}: has floating-point pixels; convert it to 8 or 16 bits{_OR_LARGE}")
     if image.has_transparency_data:
         wanted = "LA" if mode in ("1", "L", "LA", "La") else "RGBA"
     else:

@@ -13,14 +13,13 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from moesr.runtime.errors import MemoryLimitError, OutputError
-from moesr.runtime.images import encoding, exif, metadata, png_chunks, reading, writing
+from moesr.runtime.images import encoding, metadata, png_chunks, reading, tiff_library, writing
 from moesr.runtime.images.metadata import CAPACITIES, Metadata
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
@@ -39,7 +38,6 @@ _INSTALL = "pip install moesr[large] reads and writes it in rows"
 _STREAMED = ("PNG", "JPEG", "TIFF")
 _SPACES = {("uchar", 1): "b-w", ("uchar", 3): "srgb", ("ushort", 1): "grey16", ("ushort", 3): "rgb16"}
 _JPEG_HEAD = b"JFIF\0\1\1"
-_RESOLUTION_TAGS = (282, 283, 296)  # which tifffile writes itself
 _PHYS_BYTES = 21  # the chunk of a resolution, which pyvips always writes
 
 
@@ -98,7 +96,7 @@ def check_memory(path: Path, height: int, width: int, channels: int, deep: bool 
     needed, free = held_bytes(path, height, width, channels, deep), memory.available_bytes()
     if free is not None and needed > free:
         name = writing.check_output(path, width, height).name
-        lacking = name in _STREAMED and (_pyvips() is None or _tifffile() is None)
+        lacking = name in _STREAMED and (_pyvips() is None or tiff_library.library() is None)
         cure = _INSTALL if lacking else "PNG and TIFF are written in rows with pip install moesr[large]"
         raise MemoryLimitError(
             f"{path}: {width}x{height} pixels need {memory.readable(needed)} of memory to be written, "
@@ -109,7 +107,7 @@ def check_memory(path: Path, height: int, width: int, channels: int, deep: bool 
 def _streams(name: str, channels: int, deep: bool) -> Any:
     """Return the module that writes such an image in rows; None if Pillow has to hold the image."""
     if name == "TIFF":
-        return None if channels == 2 and deep else _tifffile()  # Pillow could not read it again
+        return None if channels == 2 and deep else tiff_library.library()  # Pillow could not read it again
     if name == "PNG" or (name == "JPEG" and channels in (1, 3) and not deep):
         return _pyvips()
     return None
@@ -189,43 +187,15 @@ def _write_jpeg(
 def _write_tiff(
     path: Path, name: str, spool: Spool, m: Metadata, record: Provenance | None, tifffile: Any
 ) -> None:
-    block = exif.marked(m.exif, record) if record else m.exif
-    tags, lost = encoding.tiff_tags_of(m, block)
-    if lost:
-        log.warning("%s: TIFF cannot hold %s; PNG can", name, ", ".join(lost))
-    kinds = {tag: tags.tagtype[tag] for tag in tags if tag not in _RESOLUTION_TAGS}
-    extra = [(tag, kind, *_counted(tags[tag], kind), True) for tag, kind in kinds.items()]
     channels = spool.shape[2]
-    pixels = spool.pixels[..., 0] if channels == 1 else spool.pixels
     tifffile.imwrite(
         path,
-        pixels,
+        spool.pixels[..., 0] if channels == 1 else spool.pixels,
         photometric="rgb" if channels > 2 else "minisblack",
         planarconfig="contig" if channels > 1 else None,
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
-        compression="zlib",
-        compressionargs={"level": 1},  # a higher level takes minutes for 100 megapixels of 16 bits
-        rowsperstrip=64,
-        bigtiff=spool.nbytes > 2**31,
-        metadata=None,
-        software=False,
-        resolution=m.dpi or (1, 1),
-        resolutionunit="inch" if m.dpi else "none",
-        iccprofile=m.icc,
-        extratags=extra,
+        **tiff_library.write_options(name, m, record, spool.nbytes),
     )
-
-
-def _counted(value: Any, kind: int) -> tuple[int, Any]:
-    """Return the number of values and the values of a tag, in tifffile's form."""
-    if isinstance(value, (bytes, str)):
-        data = value if isinstance(value, bytes) else value.encode("latin-1", "replace")
-        return len(data) + (kind == 2), data + (b"\0" if kind == 2 else b"")
-    values = value if isinstance(value, tuple) else (value,)
-    if kind in (5, 10):  # fractions
-        fractions = [Fraction(float(v)).limit_denominator(10_000) for v in values]
-        return len(values), [part for f in fractions for part in (f.numerator, f.denominator)]
-    return len(values), value
 
 
 def _as_vips(spool: Spool, vips: Any) -> Any:
@@ -274,12 +244,3 @@ def _pyvips() -> Any:
         return None
     logging.getLogger("pyvips").addHandler(logging.NullHandler())  # its warnings are raised as errors too
     return pyvips
-
-
-def _tifffile() -> Any:
-    """Return the module, or None if it is not installed."""
-    try:
-        import tifffile
-    except ImportError:
-        return None
-    return tifffile

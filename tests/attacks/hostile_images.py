@@ -155,10 +155,10 @@ REFUSED = {
         file(lambda: tiff_with(256, 4, 1, struct.pack("<I", 2**31))), 1, f"{LARGE}|{DAMAGED}", "in.tif"
     ),
     "tiff_float": Attack(
-        file(lambda: encoded("TIFF", Image.new("F", (9, 9)))), 1, "floating-point pixels", "in.tif"
+        file(lambda: encoded("TIFF", Image.new("F", (9, 9)))), 1, "1 band of float32", "in.tif"
     ),
     "tiff_32_bits": Attack(
-        file(lambda: encoded("TIFF", Image.new("I", (9, 9), 70_000))), 1, "32-bit pixels outside", "in.tif"
+        file(lambda: encoded("TIFF", Image.new("I", (9, 9), 70_000))), 1, "1 band of int32", "in.tif"
     ),
     "tiff_header_alone": Attack(file(b"II*\0\x08\0\0\0"), 1, f"{DAMAGED}|{UNKNOWN}", "in.tif"),
     "bmp_huge_height": Attack(file(lambda: bmp_size(13, 2**31 - 1)), 1, f"{LARGE}|{DAMAGED}", "in.bmp"),

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from moesr.runtime import Upscaler
 from moesr.runtime.cli.run import main
 from moesr.runtime.errors import InputError
-from moesr.runtime.images import deep_color, provenance, reading, writing
+from moesr.runtime.images import deep_color, provenance, reading, tiff_library, writing
 from moesr.runtime.images.metadata import Metadata, Text
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.reading import LoadedImage
@@ -64,11 +64,31 @@ def test_tiff(tmp_path: Path, options: dict, channels: int):
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_layout_that_is_read_with_8_bits_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    options = {"planarconfig": "separate", "compression": "deflate"}
-    got = reading.load(write_deep_tiff(tmp_path / "a.tif", DEEP[..., :3], **options)).pixels
-    np.testing.assert_array_equal(got, DEEP[..., :3] >> 8)
+def test_compressed_planes_need_tifffile(tmp_path: Path, monkeypatch, caplog):
+    options = {"planarconfig": "separate", "compression": "deflate", "metadata": None}
+    path = write_deep_tiff(tmp_path / "a.tif", DEEP[..., :3], **options)
+    np.testing.assert_array_equal(reading.load(path).pixels, DEEP[..., :3])
+    assert not caplog.text
+    monkeypatch.setattr(tiff_library, "library", lambda: None)
+    np.testing.assert_array_equal(reading.load(path).pixels, DEEP[..., :3] >> 8)
     assert "16-bit color of this kind is read with 8 bits" in caplog.text
+
+
+def test_layouts_that_pillow_does_not_know(tmp_path: Path):
+    """BigTIFF in the other byte order, grey with alpha in 16 bits, and colors multiplied by alpha."""
+    path = tmp_path / "a.tif"
+    write_deep_tiff(path, DEEP[..., :3], bigtiff=True, byteorder=">")
+    np.testing.assert_array_equal(reading.load(path).pixels, DEEP[..., :3])
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(path, DEEP[..., :2], **options)
+    np.testing.assert_array_equal(reading.load(path).pixels, DEEP[..., :2])
+    alpha = np.maximum(DEEP[..., 3:], 1000)
+    multiplied = np.rint(DEEP[..., :3] * (alpha / 65535.0)).astype(np.uint16)
+    pixels = np.concatenate([multiplied, alpha], axis=2)
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["assocalpha"])
+    got = reading.load(path).pixels.astype(int)
+    assert np.abs(got[..., :3] - DEEP[..., :3]).max() <= 33  # half a level of the product, divided by alpha
+    np.testing.assert_array_equal(got[..., 3:], alpha)
 
 
 @pytest.mark.parametrize("top", [65_535, 1023])
@@ -78,6 +98,17 @@ def test_ppm(tmp_path: Path, top: int):
     (tmp_path / "a.ppm").write_bytes(head + values.astype(">u2").tobytes())
     got = reading.load(tmp_path / "a.ppm").pixels
     np.testing.assert_array_equal(got, np.rint(values * (65_535 / top)).astype(np.uint16))
+
+
+def test_plain_ppm(tmp_path: Path):
+    values = DEEP[..., :3] // 64
+    text = f"P3 # a comment\n41 37\n1023\n# 1 2 3\n{' '.join(map(str, values.ravel()))}\n"
+    (tmp_path / "a.ppm").write_text(text)
+    got = reading.load(tmp_path / "a.ppm").pixels
+    np.testing.assert_array_equal(got, np.rint(values * (65_535 / 1023)).astype(np.uint16))
+    (tmp_path / "b.ppm").write_text(text[: len(text) // 2])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        reading.load(tmp_path / "b.ppm")
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

@@ -128,10 +128,11 @@ def test_cells_of_flat_pixels():
     plane = np.tile(np.linspace(-0.5, 0.5, 41, dtype=np.float32), (30, 1))
 
     def found() -> list[flat_regions.Regions | None]:
-        search = flat_regions.Search()
+        searches = flat_regions.Search(), flat_regions.Search()
         for start in range(0, 30, 12):
-            search.add(plane[start : start + 12], plane[start : start + 12] - 0.25)
-        return [search.clipped(), search.flat()]
+            for search in searches:
+                search.add(plane[start : start + 12], plane[start : start + 12] - 0.25)
+        return [searches[0].clipped(), searches[1].flat()]
 
     assert found() == [None, None]
     plane[8:20, 4:16] = 1.0

@@ -168,3 +168,62 @@ def test_quality(tmp_path: Path, suffix: str):
     writing.save(tmp_path / f"b{suffix}", picture, quality=20)
     best, low = ((tmp_path / f"{name}{suffix}").stat().st_size for name in "ab")
     assert (low < best / 2) == (suffix in (".jpg", ".webp"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (b"gAMA", b"\0\0"),
+        (b"gAMA", bytes(4)),
+        (b"cHRM", b"12345"),
+        (b"sRGB", b""),
+        (b"cICP", b"\1"),
+        (b"pHYs", b"123"),
+        (b"iTXt", b"xx"),
+        (b"tIME", b"1"),
+    ],
+    ids=lambda value: value.decode() if value[:1].isalpha() else str(len(value)),
+)
+@pytest.mark.parametrize("checksum", ["right", "wrong"])
+def test_damaged_chunks_of_a_png_are_left_out(tmp_path: Path, kind: bytes, data: bytes, checksum: str):
+    """Pillow refuses the whole file for some of them; others would be copied into the result."""
+    pixels = DEEP.repeat(3).reshape(6, 9, 3)
+    content = write_png(tmp_path / "a.png", pixels, 2, [(kind, data)]).read_bytes()
+    if checksum == "wrong":
+        good = png_chunk(kind, data)
+        content = content.replace(good, good[:-1] + bytes([good[-1] ^ 1]))
+        (tmp_path / "a.png").write_bytes(content)
+    image = reading.load(tmp_path / "a.png")
+    np.testing.assert_array_equal(image.pixels, pixels)
+    writing.save(tmp_path / "b.png", image)
+    np.testing.assert_array_equal(reading.load(tmp_path / "b.png").pixels, pixels)
+    assert kind + data not in (tmp_path / "b.png").read_bytes()
+
+
+def with_thumbnail(path: Path, *, raw: bool) -> np.ndarray:
+    """Write a TIFF that begins with a thumbnail, and return the pixels of full size.
+
+    With `raw` they lie in a directory of their own, as in the raw files of cameras.
+    """
+    picture = RNG.integers(0, 256, (16, 24, 3), np.uint8)
+    with pytest.importorskip("tifffile").TiffWriter(path) as file:
+        file.write(picture[::4, ::4], photometric="rgb", subfiletype=1, subifds=int(raw), metadata=None)
+        file.write(picture, photometric="rgb", metadata=None)
+    return picture
+
+
+def test_thumbnail_before_the_image_is_not_taken_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    picture = with_thumbnail(tmp_path / "a.tif", raw=False)
+    np.testing.assert_array_equal(reading.load(tmp_path / "a.tif").pixels, picture)
+    assert "only page 2, which is no thumbnail, is used" in caplog.text
+    with_thumbnail(tmp_path / "raw.tif", raw=True)
+    with pytest.raises(InputError, match=r"raw.tif: holds only a thumbnail of 6x4 pixels .*develop it"):
+        reading.load(tmp_path / "raw.tif")
+
+
+def test_bigtiff_keeps_its_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    picture = RNG.integers(0, 256, (6, 9, 3), np.uint8)
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", picture, bigtiff=True, description="a caption", metadata=None)
+    image = reading.load(tmp_path / "a.tif")
+    assert image.exif and b"a caption" in image.exif and not caplog.text

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from moesr.runtime.errors import OutputError, UsageError
-from moesr.runtime.images import provenance, reading, rows
+from moesr.runtime.images import provenance, reading, rows, tiff_library
 from moesr.runtime.images.metadata import Metadata, Text
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.tiff_tags import Tag
@@ -30,7 +30,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Run a test with the packages of the extra, and as if they were not installed."""
     if request.param == "held":
         monkeypatch.setattr(rows, "_pyvips", lambda: None)
-        monkeypatch.setattr(rows, "_tifffile", lambda: None)
+        monkeypatch.setattr(tiff_library, "library", lambda: None)
     else:
         pytest.importorskip("pyvips")
         pytest.importorskip("tifffile")
