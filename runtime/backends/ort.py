@@ -17,6 +17,7 @@ from moesr.runtime.backends.base import Offer, SessionOptions, Traits, check_bou
 from moesr.runtime.backends.ort_cuda import CudaOnnxSession
 from moesr.runtime.engine import onnx_float32
 from moesr.runtime.engine.graph_spec import Boundary, TensorSpec
+from moesr.runtime.engine.onnx_external_data import regular_files
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system import files, memory
 
@@ -60,8 +61,10 @@ def open_session(path: Path, declared: Boundary, options: SessionOptions) -> Onn
         ort_cuda.prepare(settings)
     session = _open_prepared(ort, path, options) if options.kind == "cpu" else None
     try:
-        source = onnx_float32.derive(path) if options.float32 else str(path)
-        session = session or _session(ort, source, settings, provider)
+        if not session:
+            with regular_files(path) as regular:
+                source = onnx_float32.derive(path) if options.float32 else str(regular)
+                session = _session(ort, source, settings, provider)
     except (EngineError, MemoryLimitError):
         raise
     except Exception as error:  # the library's errors have no common base class
@@ -123,7 +126,8 @@ def _prepare(ort: Any, path: Path, directory: Path) -> None:
         ("save_external_prepacked_constant_initializers", "1"),
     ):
         settings.add_session_config_entry(f"session.{name}", value)
-    _session(ort, str(path), settings, _PROVIDERS["cpu"])
+    with regular_files(path) as regular:
+        _session(ort, str(regular), settings, _PROVIDERS["cpu"])
     memory.return_freed()
 
 

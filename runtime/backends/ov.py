@@ -85,7 +85,13 @@ def _refuse_forked() -> None:
 def _compile(path: Path, declared: Boundary, options: SessionOptions) -> Any:
     """Compile an ONNX file for one tile."""
     onnx_external_data.external_files(path)  # the library would accept a file of any format that it knows
-    model = _core().read_model(onnx_float32.derive(path) if options.float32 else path)
+    with onnx_external_data.regular_files(path) as regular:
+        return _compile_regular(path, regular, declared, options)
+
+
+def _compile_regular(path: Path, regular: Path, declared: Boundary, options: SessionOptions) -> Any:
+    """Compile the file `regular`, which messages call `path`."""
+    model = _core().read_model(onnx_float32.derive(path) if options.float32 else regular)
     check_boundary(path, Boundary(_specs(model.inputs, declared), _specs(model.outputs, declared)), declared)
     shapes = {spec.name: list(spec.shape(1)) for spec in declared.inputs}
     known = [next(name for name in port.names if name in shapes) for port in model.inputs]

@@ -1,10 +1,11 @@
-"""Finding an engine by its directory or by the name of a bundled engine."""
+"""Finding an engine by its directory, the name of a bundled engine, or its name on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
 
+from moesr.runtime.engine import hub, hub_names
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME
 from moesr.runtime.errors import EngineError
 from moesr.runtime.system.files import examine
@@ -21,11 +22,14 @@ def demo_name(given: Path | str | None) -> str | None:
 
 
 def engine_directory(engine: Path | str | None = None) -> Path:
-    """Return the directory of an engine, given as a path or as a name in DEMO_ENGINES.
+    """Return the directory of an engine: a path, a name in DEMO_ENGINES, or hf://owner/name@revision.
 
-    None stands for the first name. A directory of that name in the current folder takes precedence over the
-    bundled engine. Raises EngineError if there is no such directory or the bundled engine is not installed.
+    None stands for the first name in DEMO_ENGINES. A directory of that name in the current folder takes
+    precedence over the bundled engine. An engine of the hub is downloaded, see `hub.directory_of`. Raises
+    EngineError if there is no such directory or the bundled engine is not installed.
     """
+    if isinstance(engine, str) and hub_names.is_hub_name(engine):
+        return hub.directory_of(engine)
     name = demo_name(engine)
     if name is None:
         path = Path(str(engine))

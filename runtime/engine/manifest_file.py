@@ -9,6 +9,7 @@ from typing import Any
 
 from moesr.runtime.engine import manifest_v1, onnx_external_data
 from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_of, mismatches
+from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.manifest import SCHEMA, Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError
@@ -21,7 +22,13 @@ MANIFEST_NAME = "manifest.json"
 MAX_BYTES = 16 << 20
 """Larger manifests are refused; that of a full-width engine has 40 kB."""
 
-CURE = "export the engine again with moesr-export, or copy the whole directory again"
+
+def cure(directory: Path) -> str:
+    """Return the cure for a damaged engine: for one of the hub, a new download."""
+    if origin := origin_of(directory):
+        cached = directory.absolute().parents[1]
+        return f"remove {cached} and run again, or tell the owner of {origin}"
+    return "export the engine again with moesr-export, or copy the whole directory again"
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> Path:
@@ -48,11 +55,21 @@ def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -
     cure.
     """
     directory = Path(directory)
+    manifest = parse_manifest(directory)
+    _check_files(manifest, directory, verify, anew)
+    return manifest
+
+
+def parse_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of an engine directory, whose other files may be missing.
+
+    Raises an EngineError that names the wrong entry and the cure.
+    """
     path = directory / MANIFEST_NAME
     values = _load_json(directory, path)
     schema = values.get("schema")
     if type(schema) is not int or schema < 1:
-        raise EngineError(f"{path}: schema is {schema!r}, expected {SCHEMA}; {CURE}")
+        raise EngineError(f"{path}: schema is {schema!r}, expected {SCHEMA}; {cure(path.parent)}")
     if schema > SCHEMA:
         raise EngineError(
             f"{path}: the engine has manifest schema {schema}, this moesr reads schema {SCHEMA}; "
@@ -63,9 +80,8 @@ def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -
             values = manifest_v1.upgraded(values)
         manifest = build(Manifest, _renamed(values))
     except ValueError as error:
-        raise EngineError(f"{path}: {error}; {CURE}") from error
+        raise EngineError(f"{path}: {error}; {cure(path.parent)}") from error
     _check_values(manifest, path)
-    _check_files(manifest, directory, verify, anew)
     return manifest
 
 
@@ -97,9 +113,9 @@ def _load_json(directory: Path, path: Path) -> dict[str, Any]:
             "engine directory"
         ) from error
     except ValueError as error:
-        raise EngineError(f"{path}: not a usable {MANIFEST_NAME} ({error}); {CURE}") from error
+        raise EngineError(f"{path}: not a usable {MANIFEST_NAME} ({error}); {cure(path.parent)}") from error
     if not isinstance(values, dict):
-        raise EngineError(f"{path}: expected a JSON object, got {type(values).__name__}; {CURE}")
+        raise EngineError(f"{path}: expected a JSON object, got {type(values).__name__}; {cure(path.parent)}")
     return values
 
 
@@ -127,7 +143,7 @@ def _check_files(manifest: Manifest, directory: Path, verify: bool, anew: bool) 
             if verify and (stray := _taken(directory / arrangement.file) - listed):
                 raise EngineError(
                     f"{directory / arrangement.file}: takes weights from {', '.join(sorted(stray))}, which "
-                    f"{MANIFEST_NAME} does not list; {CURE}"
+                    f"{MANIFEST_NAME} does not list; {cure(directory)}"
                 )
 
 
@@ -139,14 +155,14 @@ def _taken(path: Path) -> set[str]:
 def _check_file(path: Path, sha256: str, verify: bool, anew: bool) -> None:
     try:
         if not path.is_file():
-            raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {CURE}")
+            raise EngineError(f"{path}: missing, though {MANIFEST_NAME} lists it; {cure(path.parent)}")
         got = sha256_of(path, anew=anew) if verify else sha256
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if got != sha256:
         raise EngineError(
             f"{path}: damaged or replaced: its SHA-256 is {got[:12]}.., "
-            f"{MANIFEST_NAME} says {sha256[:12]}..; {CURE}"
+            f"{MANIFEST_NAME} says {sha256[:12]}..; {cure(path.parent)}"
         )
 
 
@@ -168,7 +184,7 @@ def _check_values(m: Manifest, path: Path) -> None:
     problems += _unguided(m)
     problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
     if problems:
-        raise EngineError(f"{path}: {'; '.join(problems)}; {CURE}")
+        raise EngineError(f"{path}: {'; '.join(problems)}; {cure(path.parent)}")
 
 
 def _missing_roles(m: Manifest) -> list[str]:
