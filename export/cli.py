@@ -20,6 +20,7 @@ from moesr.export.lowering import INT8_ERROR, SHALLOW_BLOCKS
 from moesr.export.options import ExportOptions
 from moesr.export.prompts import GUIDANCE, PromptOptions
 from moesr.runtime.engine.locate import demo_name
+from moesr.runtime.engine.manifest_file import MANIFEST_NAME
 from moesr.runtime.errors import UsageError
 from moesr.runtime.options import check_guidance
 from moesr.runtime.system import console
@@ -91,6 +92,10 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
     from moesr.runtime.backends.tensorrt.library import load
     from moesr.training.checkpoint import load_checkpoint
 
+    _check_push(args)
+    if args.push and _is_engine(args.checkpoint):
+        _push(args, args.checkpoint)
+        return 0
     if args.guidance is not None:
         check_guidance(args.guidance)
     options = _options(args)
@@ -118,7 +123,35 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
         console.say(f"wrote {directory} ({_summary(manifest, directory)})")
     if args.tensorrt:
         _prepare_gpu(args, directory, manifest)
+    if args.push:
+        _push(args, directory)
     return 0
+
+
+def _is_engine(path: Path | None) -> bool:
+    return path is not None and (path / MANIFEST_NAME).is_file()
+
+
+def _check_push(args: argparse.Namespace) -> None:
+    """Raise UsageError, before the work begins, if the engine cannot be pushed as the options say."""
+    if args.push is None:
+        if args.private or args.message:
+            raise UsageError("--private and --message need --push OWNER/NAME")
+        return
+    from moesr.export.push import check_target
+
+    check_target(args.push)
+    if _is_engine(args.checkpoint) and args.output:
+        raise UsageError(f"{args.checkpoint}: is an engine and is pushed as it is; leave out -o")
+
+
+def _push(args: argparse.Namespace, directory: Path) -> None:
+    """Upload an engine directory to the hub."""
+    from moesr.export.push import push
+
+    name = push(directory, args.push, private=args.private, message=args.message or "")
+    if not args.quiet:
+        console.say(f"pushed to {name}")
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
@@ -249,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     _add_precision(p.add_argument_group("precision"))
     _add_prompts(p.add_argument_group("prompts, for models with a text encoder"))
     _add_tensorrt(p.add_argument_group("TensorRT"))
+    _add_push(p.add_argument_group("Hugging Face hub"))
     return p
 
 
@@ -345,6 +379,18 @@ def _add_tensorrt(group: argparse._ArgumentGroup) -> None:
         help="compute the inverted residuals of the refinement network by TensorRT plans, by our kernel, or "
         "each by the faster of the two as estimated (default: plans)",
     )
+
+
+def _add_push(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the engine and a model card to this repository of the Hugging Face hub, which is "
+        "created if it is missing; CHECKPOINT may then be an engine directory, which is uploaded as it is",
+    )
+    add("--private", action="store_true", help="make a new repository private")
+    add("--message", metavar="TEXT", help="message of the commit (default: name and precision of the engine)")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Unpack
 import numpy as np
 
 from moesr.runtime.backends.selection import Backend
+from moesr.runtime.engine.hub_names import name_of, origin_of
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.loop.admission import Forecast, forms
@@ -59,8 +60,10 @@ class Upscaler:
         cache: Path | str | Literal[False] | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """Open an engine directory, or a bundled engine by its name: "demo-x4" (as for None), "demo-x8".
+        """Open an engine directory, a bundled engine, or one of the Hugging Face hub.
 
+        The names of bundled engines are "demo-x4" (as for None) and "demo-x8". An engine of the hub is named
+        "hf://owner/name@revision"; see `from_pretrained`.
         `backend` "auto" takes the fastest one, as measured once per engine and machine.
         `threads` and `max_batch` (tiles per run) default to the backend's choice. `verify` compares the
         hashes of the engine's files. `precision` of the arithmetic is "graph", "bf16" if the backend can, or
@@ -87,6 +90,21 @@ class Upscaler:
         saved = SavedLatents(opened.cache, identity) if opened.cache else None
         self._pipeline = Pipeline(self._worker, self._admission, self._costs, saved)
         self._release = weakref.finalize(self, self._pipeline.close)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, revision: str | None = None, **options: Any) -> Upscaler:
+        """Open the engine in the repository "owner/name" of the Hugging Face hub; options as for `Upscaler`.
+
+        `revision` is a branch (by default main), a tag or a commit. The files are downloaded into the cache
+        of the library huggingface_hub (extra `hub`), and `HF_TOKEN`, `HF_HUB_OFFLINE` and its other variables
+        apply. Raises EngineError if the engine cannot be downloaded, and UsageError for a wrong name.
+        """
+        return cls(name_of(name, revision), **options)
+
+    @property
+    def origin(self) -> str:
+        """The repository and commit of an engine of the hub, as hf://owner/name@commit; "" for another."""
+        return origin_of(self.directory)
 
     def __enter__(self) -> Upscaler:
         return self

@@ -32,7 +32,7 @@ RUNTIME = {
         "upscaler",
     ),
     "integrations": (),
-    "serve": ("cli", "errors", "images", "loop", "sampling", "system", "upscaler"),
+    "serve": ("cli", "engine", "errors", "images", "loop", "sampling", "system", "upscaler"),
     "cluster": (
         *("backends", "cli", "devices", "engine", "errors", "images", "loop", "serve", "system", "upscaler"),
     ),

@@ -89,7 +89,7 @@ def run(
     `options` are those of `Upscaler.map`. The account of every file goes to `report`, by default to the file
     that `how` names. Raises UsageError if there are no inputs.
     """
-    wanted, how = prepared(upscaler.manifest, options, how or RunOptions())
+    wanted, how = prepared(upscaler.manifest, options, how or RunOptions(), upscaler.origin)
     made = plan(
         paths,
         output,
@@ -113,25 +113,27 @@ def run(
 
 
 def prepared(
-    manifest: Manifest, options: Mapping[str, Any], how: RunOptions
+    manifest: Manifest, options: Mapping[str, Any], how: RunOptions, origin: str = ""
 ) -> tuple[Provenance, RunOptions]:
-    """The record of results whose source is not known yet, and `how` without a size that is the usual one.
+    """Return the record of results, without the source, and `how` without a size that is the usual one.
 
-    UsageError if the engine does not support the options.
+    `origin` is that of `describe`. UsageError is raised if the engine does not support the options.
     """
     if how.size and how.size.scale == manifest.scale:  # the size that results have anyway
         how = dataclasses.replace(how, size=None)
-    wanted = describe(manifest, options)
+    wanted = describe(manifest, options, origin)
     return dataclasses.replace(wanted, settings={**wanted.settings, **how.settings()}), how
 
 
-def describe(manifest: Manifest, options: Mapping[str, Any]) -> Provenance:
+def describe(manifest: Manifest, options: Mapping[str, Any], origin: str = "") -> Provenance:
     """Return the record of results that `options` make with an engine, without the source.
 
-    UsageError is raised if the engine does not support the options.
+    `origin` is the name of an engine of the hub, see `Provenance`. UsageError is raised if the engine does
+    not support the options.
     """
     engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
-    return Provenance(manifest.scale, engine, resolve(manifest, **options).recorded())
+    settings = resolve(manifest, **options).recorded()
+    return Provenance(manifest.scale, engine, settings, origin=origin)
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import BACKENDS, probe
 from moesr.runtime.cli import doctor_gpu
 from moesr.runtime.cli.engine_options import add_engine_options, cache_directory, engine_options
+from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import read_manifest
@@ -29,7 +30,10 @@ from moesr.runtime.options import check_device
 from moesr.runtime.system import console, memory, user_cache
 from moesr.runtime.upscaler import Upscaler
 
-_PACKAGES = ("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino", "cuda-core")
+_PACKAGES = (
+    *("moesr", "numpy", "pillow", "tqdm", "onnxruntime", "onnxruntime-gpu", "openvino", "cuda-core"),
+    "huggingface_hub",
+)
 _SMOKE_PX = 16  # side of the test image
 
 
@@ -56,6 +60,8 @@ def examine(args: argparse.Namespace) -> int:
     for label, text in doctor_gpu.findings(directory, manifest, index, cache_directory(args)):
         _line(label, text)
     _show_engine(manifest, f"{directory} ({'hashes not compared' if args.no_verify else 'hashes agree'})")
+    if origin := origin_of(directory):
+        _line("engine from", origin)
     options = engine_options(args)
     options["verify"] = False  # the hashes were compared before
     with Upscaler(directory, **options) as upscaler:

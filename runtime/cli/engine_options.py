@@ -13,7 +13,10 @@ def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> 
     from moesr.runtime.options import PRECISIONS
 
     group = p.add_argument_group("engine and machine")
-    kind = "engine directory, or a bundled engine: demo-x4 (default) or demo-x8"
+    kind = (
+        "engine directory, a bundled engine: demo-x4 (default) or demo-x8, or one of the Hugging Face hub: "
+        "hf://OWNER/NAME@REVISION (without @REVISION the branch main)"
+    )
     if several:
         names = f"one or more of the following, each with its own name if NAME= is given: {kind}"
         group.add_argument("--engine", nargs="+", type=name_argument, metavar="[NAME=]DIR", help=names)
@@ -86,7 +89,7 @@ def name_argument(text: str) -> str:
 
 
 def engine_argument(text: str) -> Path | str:
-    """Return the directory of an engine; a URL, which only runs on a cluster can use, stays as it is."""
+    """Return the directory of an engine; a URL stays as it is."""
     return name_argument(text) if "://" in text else path_argument(text)
 
 

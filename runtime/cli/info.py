@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from moesr.runtime.engine.hub_names import is_hub_name
 from moesr.runtime.engine.locate import DEMO_ENGINES, engine_directory
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError, InputError, UsageError
@@ -51,6 +52,8 @@ def lines(path: Path, record: Provenance) -> Iterator[tuple[str, str]]:
     yield "input sha256", record.digest
     yield "made by", f"moesr {record.version}"
     yield "engine", f"{record.engine}, x{record.scale}"
+    if record.origin:
+        yield "engine from", record.origin
     for name, value in record.settings.items():
         yield name.replace("_", " "), str(value)
     yield "command", command(path, record)
@@ -59,10 +62,10 @@ def lines(path: Path, record: Provenance) -> Iterator[tuple[str, str]]:
 def command(path: Path, record: Provenance) -> str:
     """Return the command line that makes a result again from its input, quoted for a shell.
 
-    A record holds no directories. Therefore the engine is DIR unless it is a bundled one, and the network for
-    pre-cleaning has its file name only.
+    A record holds no directories. Therefore the engine is DIR unless it is a bundled one or one of the
+    Hugging Face hub, and the network for pre-cleaning has its file name only.
     """
-    words = ["moesr-run", record.source, "-o", str(path), "--engine", _engine(record.engine)]
+    words = ["moesr-run", record.source, "-o", str(path), "--engine", _engine(record)]
     tiling = {"tiling": "overlap"}  # left out of records, as in those of versions that knew no other
     for name, value in (tiling | dict(record.settings)).items():
         if name in _OPTIONS:
@@ -74,13 +77,15 @@ def command(path: Path, record: Provenance) -> str:
     return shlex.join([*words, "--force"])
 
 
-def _engine(engine: str) -> str:
-    """Return the bundled engine that a record names, or DIR."""
+def _engine(record: Provenance) -> str:
+    """Return the engine that a record names if it is a bundled one or one of the hub, or DIR."""
+    if is_hub_name(record.origin):
+        return record.origin
     for name in DEMO_ENGINES:
         try:
             manifest = read_manifest(engine_directory(name), verify=False)
         except (EngineError, UsageError):
             continue
-        if f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}" == engine:
+        if f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}" == record.engine:
             return name
     return "DIR"

@@ -1,4 +1,4 @@
-"""Engines on every node: a directory that all nodes share, a bundled one, or a URL that is copied once."""
+"""Engines on every node: a directory that all nodes share, a bundled engine, or a URL that is copied once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from moesr.runtime.cluster.places import Bucket, is_url, missing, place_of
+from moesr.runtime.engine.hub_names import is_hub_name, origin_of
 from moesr.runtime.engine.locate import demo_name, engine_directory
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME
 from moesr.runtime.errors import EngineError, MoesrError
@@ -15,7 +16,13 @@ from moesr.runtime.system.files import new_directory, reason
 
 
 def name_for_nodes(engine: Path | str | None) -> str:
-    """Return the name by which every node finds the engine: a URL, a bundled engine, or an absolute path."""
+    """Return the name by which every node finds the engine: a URL, a bundled engine, or an absolute path.
+
+    An engine of the Hugging Face hub is downloaded here, so that its name can hold the commit: all nodes then
+    use the same one.
+    """
+    if isinstance(engine, str) and is_hub_name(engine):
+        return origin_of(engine_directory(engine))
     if is_url(str(engine or "")):
         return str(engine)
     return demo_name(engine) or str(engine_directory(engine).absolute())
@@ -24,10 +31,10 @@ def name_for_nodes(engine: Path | str | None) -> str:
 def engine_on_this_node(name: str) -> Path:
     """Return the directory of an engine named by `name_for_nodes`.
 
-    The files behind a URL are copied into the user's cache, under the hash of the manifest, by one process of
-    a node at a time. EngineError is raised if that is not possible.
+    The files behind the URL of a bucket are copied into the user's cache, under the hash of the manifest, by
+    one process of a node at a time. EngineError is raised if that is not possible.
     """
-    if not is_url(name):
+    if not is_url(name) or is_hub_name(name):
         return engine_directory(name)
     place = place_of(name.rstrip("/"))
     if not isinstance(place, Bucket):

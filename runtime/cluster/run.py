@@ -28,6 +28,7 @@ from moesr.runtime.cluster.engines import engine_on_this_node, name_for_nodes
 from moesr.runtime.cluster.listing import Sources
 from moesr.runtime.cluster.places import check_place, place_of
 from moesr.runtime.cluster.worker import Work
+from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import UsageError
 from moesr.runtime.system import console
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, options: Mapping[str, Any], how: RunOptions) -
     name = name_for_nodes(args.engine)
     directory = engine_on_this_node(name)
     manifest = read_manifest(directory, verify=False)  # every worker verifies its own copy
-    wanted, how = batch.prepared(manifest, options, how)
+    wanted, how = batch.prepared(manifest, options, how, origin_of(directory))
     check_place(place_of(args.output))
     resources = Resources.of(args, manifest, directory)
     threads = args.threads or max(int(resources.cpus), 1)

@@ -33,19 +33,19 @@ def directory_of(text: str) -> Path:
     (`HF_HUB_OFFLINE`), the commit that was used last serves. Raises UsageError for a wrong name or if the
     library is not installed, and EngineError if the engine cannot be downloaded.
     """
-    name, hub = parse(text), _library()
+    name, hub = parse(text), library()
     if name.commit and (found := _cached(hub, name)):
         return found
     try:
         listing = _Listing.of(hub, name, name.revision)
     except hub.errors.RevisionNotFoundError as error:
-        raise _explained(hub, name, error) from error
+        raise explained(hub, name, error) from error
     except Exception as error:  # those of the HTTP library depend on the library's version
         found = _cached(hub, name)
         if not found:
-            raise _explained(hub, name, error) from error
+            raise explained(hub, name, error) from error
         if not isinstance(error, hub.errors.OfflineModeIsEnabled):
-            told = str(_explained(hub, name, error)).removeprefix(f"{name}: ")
+            told = str(explained(hub, name, error)).removeprefix(f"{name}: ")
             log.warning("%s: the downloaded commit %.8s is used, because %s", name, found.name, told)
         return found
     try:
@@ -53,7 +53,7 @@ def directory_of(text: str) -> Path:
     except (MoesrError, MemoryError):
         raise
     except Exception as error:
-        raise _explained(hub, name, error) from error
+        raise explained(hub, name, error) from error
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def _check_listing(name: HubName, manifest: Manifest, listing: _Listing) -> None
     for file in manifest.files:
         if file.file not in listing.sizes:
             raise EngineError(
-                f"{name}: the manifest names {file.file!r}, which the repository does not have; its owner has "
-                "to push the engine again"
+                f"{name}: the manifest names {file.file!r}, which the repository does not have; its owner "
+                "has to push the engine again"
             )
         if listing.hashes.get(file.file, file.sha256) != file.sha256:
             raise EngineError(
@@ -164,7 +164,7 @@ def _cached(hub: Any, name: HubName) -> Path | None:
     return directory if all((directory / file.file).is_file() for file in named) else None
 
 
-def _explained(hub: Any, name: HubName, error: Exception) -> EngineError:
+def explained(hub: Any, name: HubName, error: Exception) -> EngineError:
     """Return the error that tells in plain words why the library failed, with a cure."""
     errors, endpoint = hub.errors, hub.constants.ENDPOINT
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -174,8 +174,8 @@ def _explained(hub: Any, name: HubName, error: Exception) -> EngineError:
     if isinstance(error, errors.GatedRepoError):
         text = f"access must be granted; ask for it at {endpoint}/{name.repository}, then {login}"
     elif isinstance(error, errors.RevisionNotFoundError):
-        revision = name.revision or "main"
-        text = f"the repository has no branch, tag or commit {revision!r}; {endpoint}/{name.repository} lists them"
+        revision, page = name.revision or "main", f"{endpoint}/{name.repository}"
+        text = f"the repository has no branch, tag or commit {revision!r}; they are listed at {page}"
     elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         text = f"{endpoint} has no such repository, or it is private; check the name, or {login}"
     elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
@@ -195,9 +195,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(reason(error).splitlines()), "")[:200]
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return the module huggingface_hub; UsageError if it is not installed."""
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError as error:

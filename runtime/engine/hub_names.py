@@ -16,6 +16,7 @@ _REPOSITORY = re.compile(rf"(?=.{{3,96}}$)(?!.*(--|\.\.|\.git$)){_PART}/{_PART}"
 _REVISION = re.compile(r"(?=.{1,250}$)(?!.*(\.\.|//|/\.|@\{|\.lock$|[/.]$))(?![-./])[\w.+=/@-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
+
 @dataclass(frozen=True)
 class HubName:
     """A repository, and a branch, tag or commit of it; None stands for the branch main."""

@@ -43,7 +43,10 @@ def _version() -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The record of how a result was made. `digest` is the SHA-256 of the input file, `source` its name."""
+    """The record of how a result was made. `digest` is the SHA-256 of the input file, `source` its name.
+
+    `origin` is the repository and commit of an engine from the Hugging Face hub, and "" for another engine.
+    """
 
     scale: int
     engine: str
@@ -51,6 +54,7 @@ class Provenance:
     source: str = ""
     digest: str = ""
     version: str = field(default_factory=_version)
+    origin: str = ""
 
     def of(self, source: str, digest: str) -> Provenance:
         """Return the same record for a result of this source."""
@@ -59,6 +63,7 @@ class Provenance:
     def to_json(self) -> str:
         """Return the record as one line of ASCII."""
         values = {KEY: self.version, "source": self.source, "source_sha256": self.digest}
+        values |= {"engine_origin": self.origin} if self.origin else {}
         return json.dumps(
             values | {"scale": self.scale, "engine": self.engine, "settings": dict(self.settings)}
         )
@@ -141,7 +146,8 @@ def _parse(text: str) -> Provenance | None:
         return None
     texts = [values[key] for key in ("engine", "source", "source_sha256", KEY)]
     engine, source, digest, version = map(str, texts)
-    return Provenance(int(values["scale"]), engine, dict(values["settings"]), source, digest, version)
+    settings, origin = dict(values["settings"]), str(values.get("engine_origin", ""))
+    return Provenance(int(values["scale"]), engine, settings, source, digest, version, origin)
 
 
 def _png_text(stream: BinaryIO) -> str | None:

@@ -148,20 +148,23 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def named_engines(given: Sequence[str]) -> dict[str, Path]:
-    """Return engine directories by name, from NAME=DIR or from the names of the directories."""
+def named_engines(given: Sequence[str]) -> dict[str, str]:
+    """Return engines by name, from NAME=ENGINE or from the last part of a directory or repository."""
+    from moesr.runtime.engine.hub_names import is_hub_name, parse
     from moesr.runtime.errors import UsageError
 
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for text in given:
         name, equals, directory = text.partition("=")
         if not equals or os.sep in name:
             name, directory = Path(text).name, text
+            if is_hub_name(text):
+                name = Path(parse(text).repository).name
         if not name or not directory:
             raise UsageError(f"--engine {text}: expected NAME=DIR or DIR")
         if name in found:
             raise UsageError(f"--engine: two engines are called {name!r}; name them as NAME=DIR")
-        found[name] = Path(directory)
+        found[name] = directory
     return found
 
 

@@ -187,7 +187,7 @@ class Service:
             self.metrics.stage(work.engine, stage, seconds)
 
         def write() -> None:
-            record = describe(upscaler.manifest, settings).of("upload", sha256_of(work.path))
+            record = describe(upscaler.manifest, settings, upscaler.origin).of("upload", sha256_of(work.path))
             writing.save(work.target, result, record, work.options.get("quality"))
             result.written()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moesr.runtime.backends.tensorrt.library import Library
+from moesr.runtime.engine.onnx_external_data import regular_files
 from moesr.runtime.engine.partitioned_graph import NHWC
 from moesr.runtime.errors import EngineError, MemoryLimitError
 from moesr.runtime.system.files import reason, write_atomically
@@ -44,7 +45,9 @@ def build_plan(
     builder = trt.Builder(library.logger)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, library.logger)
-    if not parser.parse_from_file(str(path)):
+    with regular_files(path) as regular:
+        understood = parser.parse_from_file(str(regular))
+    if not understood:
         complaint = library.complaint()
         raise EngineError(f"{path}: {library} cannot read it ({complaint}); export the engine again")
     config = builder.create_builder_config()
