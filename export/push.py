@@ -51,6 +51,8 @@ def push(directory: Path, repository: str, *, private: bool = False, message: st
             [library.CommitOperationAdd(file, content) for file, content in contents.items()],
             commit_message=message or f"Upload the engine {manifest.name} in {manifest.precision}",
         )
+    except MemoryError:
+        raise
     except Exception as error:  # those of the HTTP library depend on the library's version
         raise OutputError(
             f"{_explained(library, name, error)}; the engine in {directory} is complete, push it with: "

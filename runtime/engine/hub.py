@@ -38,6 +38,8 @@ def directory_of(text: str) -> Path:
         return found
     try:
         listing = _Listing.of(hub, name, name.revision)
+    except MemoryError:
+        raise
     except hub.errors.RevisionNotFoundError as error:
         raise explained(hub, name, error) from error
     except Exception as error:  # those of the HTTP library depend on the library's version
@@ -49,7 +51,8 @@ def directory_of(text: str) -> Path:
             log.warning("%s: the downloaded commit %.8s is used, because %s", name, found.name, told)
         return found
     try:
-        return _download(hub, name, listing)
+        with _bars(hub):
+            return _download(hub, name, listing)
     except (MoesrError, MemoryError):
         raise
     except Exception as error:
@@ -105,9 +108,8 @@ def _download(hub: Any, name: HubName, listing: _Listing) -> Path:
     size = sum(listing.sizes[file] for file in missing)
     _check_room(hub, name, size)
     log.info("%s: downloading %s in %d files", name, readable(size), len(missing))
-    with _bars(hub):
-        for file in missing:
-            hub.hf_hub_download(name.repository, file, revision=directory.name)
+    for file in missing:
+        hub.hf_hub_download(name.repository, file, revision=directory.name)
     return directory
 
 

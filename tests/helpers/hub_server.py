@@ -164,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.server.repositories:
             return self._json({"url": f"{self.server.url}/{name}"}, 409)
-        made = self.server.repository(name, private=bool(wanted.get("private")))
+        private = wanted.get("private") or wanted.get("visibility") == "private"
+        made = self.server.repository(name, private=bool(private))
         made.commit({".gitattributes": b""})
         return self._json({"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
