@@ -14,7 +14,7 @@ import pytest
 from engines import build_engine
 from PIL import Image
 
-from moesr.runtime import errors, upscaler
+from moesr.runtime import errors, opened
 from moesr.runtime.cli.outputs import Task, plan
 from moesr.runtime.cli.run import main
 from moesr.runtime.images import provenance, reading, writing
@@ -303,7 +303,7 @@ def test_unwritable_output_is_found_before_any_work(engine, photos, tmp_path, ca
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(upscaler, "read_manifest", unexpected)
+    monkeypatch.setattr(opened, "engine_directory", unexpected)
     for place, code in ((photos / "a.png" / "sub", 1), (tmp_path / ("n" * 256), 1), (photos / "a.png", 2)):
         assert run(engine, photos, "-o", place) == code
     err = capsys.readouterr().err
