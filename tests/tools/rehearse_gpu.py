@@ -20,7 +20,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ import gpu  # noqa: E402
 from benchlib import machine, origin  # noqa: E402
 from gpu_suite import setup as gpu_setup  # noqa: E402
 
+NAME = "Rehearsal without a GPU"
 FAULTS = "MOESR_REHEARSAL_FAULTS"  # environment variable: sections that crash or hang, as "crash:device"
 TINY = ["--width", "16", "--channels", "16", "--tile", "32", "--steps", "2", "--batches", "1", "2"]
 COMPILED = ("tile_gather", "tile_blend")
@@ -117,13 +118,38 @@ def simulate(section: str, cache: Path) -> None:
     """Put the simulation in the place of the GPU, and small cases in the place of deployed ones."""
     known = gpu_setup.absent_unless_there
     gpu_setup.absent_unless_there = lambda *modules: known(*(m for m in modules if m != "cuda.core"))
-    simulate_driver(cache)
-    simulate_torch()
-    simulate_operators(small=section != "cubins")
+    gpu_setup.seconds_each = seconds_each
+    simulate_facts()
+    if section != "machine":
+        simulate_driver(cache)
+        simulate_torch()
+        simulate_operators(small=section != "cubins")
+
+
+def seconds_each(run: Callable[[], object], sync: Callable[[], object], at_least: float = 0.0) -> float:
+    """Time a single run after those in which a CUDA graph is captured."""
+    for _ in range(2):
+        run()
+    sync()
+    start = time.perf_counter()
+    run()
+    sync()
+    return time.perf_counter() - start
+
+
+def simulate_facts() -> None:
+    """The facts of an H200, as the driver gives them."""
+    from moesr.runtime.devices import cuda_driver
+
+    facts: Any = SimpleNamespace(name=NAME)
+    cuda_driver.open_device = lambda index: facts
+    cuda_driver.device_capability = lambda device: 90
+    cuda_driver.driver_version = lambda: "13.0"
+    cuda_driver.memory_bytes = lambda: (140 * 10**9, 141 * 10**9)
 
 
 def simulate_driver(cache: Path) -> None:
-    """The driver of an H200, with the kernels of the package and those that the benchmark compiled."""
+    """A driver with the kernels of the package and those that the benchmark compiled."""
     from cuda_simulation import SimulatedDriver
 
     from moesr.runtime.devices import compiled_kernels, cuda_driver, kernel_search
@@ -134,7 +160,7 @@ def simulate_driver(cache: Path) -> None:
     class Driver(SimulatedDriver):
         """Runs a compiled kernel as its NumPy twin, which it finds by the kernel's hash."""
 
-        name = "Rehearsal without a GPU"
+        name = NAME
 
         def load(self, code: bytes, entry: str, shared_bytes: int, ptx: bool = False) -> tuple[str, dict]:
             digest = hashlib.sha256(code).hexdigest()
@@ -146,12 +172,7 @@ def simulate_driver(cache: Path) -> None:
                         return entry, kernel.constants | {"types": kernel.arguments}
             raise EngineError(f"{entry}: there is no such kernel")
 
-    facts: Any = SimpleNamespace(name=Driver.name)
     cuda_driver.CudaDriver = lambda index=0: Driver()  # type: ignore[assignment, misc]
-    cuda_driver.open_device = lambda index: facts
-    cuda_driver.device_capability = lambda device: 90
-    cuda_driver.driver_version = lambda: "13.0"
-    cuda_driver.memory_bytes = lambda: (140 * 10**9, 141 * 10**9)
 
 
 def simulate_torch() -> None:
@@ -202,8 +223,6 @@ def memory_of_tensors() -> None:
 
     cubins.address_of = address_of
     cubins.REPEATS = 1
-    known = cubins.seconds_each
-    cubins.seconds_each = lambda run, sync, at_least=0.0: known(run, sync, 0.0)
 
 
 if __name__ == "__main__":
