@@ -54,9 +54,12 @@ def measure_case(op: Op, case: Case, setup: Setup, report: Report) -> None:
             timed(report, setup, op, case, name, lambda b=buffers, p=plan: launch(op, p, b))
         except Exception as failure:  # a tiling of another architecture may need too much shared memory
             report.note(f"{op.name} {case}, {name}: {type(failure).__name__}: {str(failure)[:160]}")
-    call = op.baseline or op.reference
-    with torch.no_grad():
-        timed(report, setup, op, case, "PyTorch", lambda: call(**channels_last(inputs)))
+    call, given = op.baseline or op.reference, as_pytorch_takes(inputs, case)
+    try:
+        with torch.no_grad():
+            timed(report, setup, op, case, "PyTorch", lambda: call(**given))
+    except Exception as failure:  # of any library below; the next case may run
+        report.note(f"{op.name} {case}, PyTorch: {type(failure).__name__}: {str(failure)[:160]}")
 
 
 def tilings(op: Op, case: Case) -> dict[str, Any]:
@@ -71,16 +74,18 @@ def tilings(op: Op, case: Case) -> dict[str, Any]:
     return {"tiling of " + ", ".join(f"sm_{a}" for a in archs): plan for archs, plan in found.values()}
 
 
-def channels_last(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return images in the layout in which cuDNN's convolutions are fastest."""
+def as_pytorch_takes(inputs: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Return all weights in the type of the case, and images as cuDNN's convolutions are fastest."""
     import torch
 
-    return {
-        name: value.contiguous(memory_format=torch.channels_last)
-        if isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
+    from moesr.kernels.launch import DTYPES
+
+    found = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+            found[name] = value.to(DTYPES[case.dtype]).contiguous(memory_format=layout)
+    return found
 
 
 def timed(report: Report, setup: Setup, op: Op, case: Case, name: str, run: Callable[[], object]) -> None:

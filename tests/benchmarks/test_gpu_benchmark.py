@@ -470,16 +470,31 @@ def test_captures_under_disturbance(heard: Heard, monkeypatch: pytest.MonkeyPatc
     assert held == [True, not failing, True]
 
 
-def test_alternatives_are_checked_and_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", gpu_alternatives.COMPARED)
+def test_alternatives_are_checked_and_timed(heard: Heard, monkeypatch: pytest.MonkeyPatch, name: str):
     pytest.importorskip("triton")
     monkeypatch.setattr(gpu_alternatives, "absent_unless_there", lambda *modules: None)
     monkeypatch.setattr(gpu_alternatives, "seconds_each", lambda run, sync, _: (run(), 1e-3)[1])
-    op = OPS["attention"]
+    op = OPS[name]
     case = min((c for c in op.cases if c.dtype == "fp16"), key=lambda c: op.cost(c.shape, c.dtype).flops)
     gpu_alternatives.measure_case(op, case, heard.setup, heard.report)
     assert held(heard)
     names = [row["who"] for row in heard.found["rows"]]
-    assert names[-1] == "attention, PyTorch" and names[0].startswith("attention, tiling of sm_80")
+    assert names[-1] == f"{name}, PyTorch" and names[0].startswith(f"{name}, tiling of sm_80")
+    assert not heard.found["notes"]
+
+
+def test_an_alternative_that_pytorch_cannot_compute_is_noted(heard: Heard, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+
+    def fails(**given: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_alternatives, "tilings", lambda op, case: {})
+    op = dataclasses.replace(OPS["attention"], baseline=fails)
+    case = next(c for c in op.cases if c.dtype == "fp16" and not c.slow)
+    gpu_alternatives.measure_case(op, case, heard.setup, heard.report)
+    assert not heard.found["rows"] and "PyTorch: RuntimeError: no kernel image" in heard.found["notes"][0]
 
 
 def test_two_calls_make_one_page(tmp_path, monkeypatch, capsys):

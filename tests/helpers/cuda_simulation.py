@@ -313,6 +313,8 @@ def tile_blend(driver, constants, grid, slots, tiles, weights, height, width, *h
 def sampler_step(driver, constants, grid, jobs, *hidden) -> None:
     table = driver.view(jobs, 7 * grid[1], np.uint64).reshape(-1, 7)
     for z, sums, coefficients, size, seed, step, kept in table:
+        if not size:  # an empty row
+            continue
         moved, out = (driver.view(int(p), int(size), np.float32) for p in (z, sums))
         c_z, c_out, c_noise = driver.view(int(coefficients), 3, np.float32)
         total = moved * c_z
