@@ -26,6 +26,7 @@ from moesr.runtime.loop.array_pictures import Place, batch_of, picture_of
 from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.job import planned_tiles
 from moesr.runtime.loop.pipeline import Pipeline, Statistics
+from moesr.runtime.loop.sampling_watch import OnStep, SamplingStep
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Options, Settings, resolve
 from moesr.runtime.loop.spooled import disk_bytes
@@ -37,7 +38,17 @@ from moesr.runtime.options import one_of
 AnyImage = TypeVar("AnyImage")
 """A NumPy array, a PIL image, a LoadedImage, or an array of another library."""
 
-__all__ = ["Forecast", "Handle", "JobProgress", "Options", "Progress", "Statistics", "Upscaler"]
+__all__ = [
+    "Forecast",
+    "Handle",
+    "JobProgress",
+    "OnStep",
+    "Options",
+    "Progress",
+    "SamplingStep",
+    "Statistics",
+    "Upscaler",
+]
 
 
 class Upscaler:
@@ -125,6 +136,7 @@ class Upscaler:
         image: AnyImage,
         *,
         progress: Progress | None = None,
+        on_step: OnStep | None = None,
         stream: Any = None,
         **options: Unpack[Options],
     ) -> AnyImage:
@@ -133,7 +145,9 @@ class Upscaler:
         Returns the same kind, dtype and channels (grey stays grey, alpha is kept), `scale` times the size;
         PIL images come back as L, LA, RGB, RGBA or I;16. For the options see `Options`. `progress` is called
         from this thread during the work; an exception that it raises cancels the image and is raised here,
-        and so does Ctrl-C. To cancel from another thread, or to set a time limit, use `submit`. Raises
+        and so does Ctrl-C. `on_step` is called in the same way after every sampling step, with a
+        `SamplingStep` that has the latents and draws a preview; the image waits for it, other images do not.
+        To cancel from another thread, or to set a time limit, use `submit`. Raises
         InputError, UsageError, MemoryLimitError or EngineError.
 
         Arrays of other libraries that have DLPack or `__cuda_array_interface__` (PyTorch, CuPy, PyCUDA,
@@ -149,8 +163,8 @@ class Upscaler:
         except MoesrError:
             batch = None  # the error is raised below, after those of the options
         if batch is None:
-            return next(self.map([image], progress=progress, stream=stream, **options))
-        return batch.whole(list(self.map(batch.images, progress=progress, **options)))
+            return next(self.map([image], progress=progress, on_step=on_step, stream=stream, **options))
+        return batch.whole(list(self.map(batch.images, progress=progress, on_step=on_step, **options)))
 
     def submit(
         self, image: AnyImage, *, priority: str = "normal", stream: Any = None, **options: Unpack[Options]
@@ -160,6 +174,7 @@ class Upscaler:
         The handle is a `concurrent.futures.Future` that can be cancelled while the image is worked on:
 
             handle = up.submit(image, steps=50)
+            handle.preview()  # a small picture of the present step, once one was asked for
             handle.progress  # JobProgress(fraction=0.3, stage="sampling", seconds_left=4.2, position=0)
             sr = handle.result(timeout=60)  # after 60 s a TimeoutError, but the work continues
             handle.cancel()  # the work stops at the next tick, and its memory is free
@@ -189,6 +204,7 @@ class Upscaler:
         return_errors: bool = False,
         progress: Progress | None = None,
         begun: Callable[[Any], None] | None = None,
+        on_step: OnStep | None = None,
         priority: str = "normal",
         stream: Any = None,
         **options: Unpack[Options],
@@ -199,14 +215,15 @@ class Upscaler:
         the machine that a single image of `submit` gets. With `return_errors`, the MoesrError or MemoryError
         of one image is yielded in its place and the others continue; if the engine cannot be used at all, the
         error is raised. `progress` counts the images in flight and those before them; `begun` is called with
-        each image when it begins to count. Closing the iterator cancels the images in flight. `stream` is
+        each image when it begins to count. `on_step` is called for all images in flight, which pause until
+        the next result is asked for. Closing the iterator cancels the images in flight. `stream` is
         that of all arrays on a GPU; see `Upscaler.__call__`.
         """
         settings, flow = self._settings(options), _flow(priority)
-        submit = partial(self._submit, settings=settings, flow=flow, stream=stream)
-        results = ImageStream(
-            self._pipeline, submit, max(self.backend.max_batch, 2), return_errors, progress, begun
-        )
+        every_step = on_step is not None
+        submit = partial(self._submit, settings=settings, flow=flow, stream=stream, every_step=every_step)
+        most = max(self.backend.max_batch, 2)
+        results = ImageStream(self._pipeline, submit, most, return_errors, progress, begun, on_step)
         return results.results(images)
 
     def forecast(self, height: int, width: int, **options: Unpack[Options]) -> Forecast:
@@ -235,7 +252,9 @@ class Upscaler:
         options = self.backend.options
         return Place(None if options.kind == "cpu" else options.index, self.manifest.scale)
 
-    def _submit(self, image: Any, *, settings: Settings, flow: Flow, stream: Any = None) -> InFlight:
+    def _submit(
+        self, image: Any, *, settings: Settings, flow: Flow, stream: Any = None, every_step: bool = False
+    ) -> InFlight:
         """Accept an image; if it cannot be used there is no ticket, and the handle has the error."""
         try:
             source = picture_of(image, self._place, stream)
@@ -245,7 +264,7 @@ class Upscaler:
             handle: Handle[Any] = Handle(lambda: failed)
             handle.set_exception(error)
             return None, handle
-        return self._pipeline.submit(source, layout, settings, flow, owner=self)
+        return self._pipeline.submit(source, layout, settings, flow, owner=self, every_step=every_step)
 
     def _settings(self, options: Options) -> Settings:
         """Return the settings for these options; UsageError if this is closed or an option is wrong."""

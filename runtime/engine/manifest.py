@@ -15,6 +15,7 @@ from moesr.runtime.engine.field_types import Fraction, Sha256, Side, Text
 from moesr.runtime.engine.framing import Framing
 from moesr.runtime.engine.graph_io import boundary_of, deep_of
 from moesr.runtime.engine.graph_spec import Boundary, Expert, File, Graph, TensorSpec
+from moesr.runtime.engine.preview_map import PreviewMap
 from moesr.runtime.options import MAX_GUIDANCE
 from moesr.runtime.sampling.samplers import Prediction
 from moesr.runtime.sampling.schedule import MAX_TIMESTEPS, Schedule
@@ -51,6 +52,7 @@ class Manifest:
     guidance: Annotated[float, Range(0, MAX_GUIDANCE)] = 1.0  # default; 1 is no guidance
     fidelity: Fraction = 1.0  # default weight of the LR features in the decoder
     framing: Framing = field(default_factory=Framing)
+    preview: PreviewMap | None = None  # None: a preview fits a map to each image
     graphs: dict[Role, Graph]
     experts: tuple[Expert, ...]  # ascending in t, so the expert for the lowest noise comes first
     schedule: Schedule

@@ -181,6 +181,8 @@ def _check_values(m: Manifest, path: Path) -> None:
         problems.append(f"steps is {m.steps}, expected 1 to {m.schedule.timesteps}")
     if m.sampler not in SAMPLERS:
         problems.append(f"sampler is {m.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    if m.preview and any(len(row) != m.latent_channels for row in m.preview.weights):
+        problems.append(f"preview.weights are expected to be 3 rows of {m.latent_channels} numbers")
     problems += _unguided(m)
     problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
     if problems:

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+
 Result = TypeVar("Result")
 
 
@@ -42,9 +44,11 @@ class Handle(Future[Result]):
     canceled. Callbacks are called from one of the runtime's threads and should return quickly.
     """
 
-    def __init__(self, progress: Callable[[], JobProgress]) -> None:
+    def __init__(
+        self, progress: Callable[[], JobProgress], preview: Callable[[], np.ndarray | None] = lambda: None
+    ) -> None:
         super().__init__()
-        self._progress = progress
+        self._progress, self._preview = progress, preview
         self._cancelling = threading.Lock()
         self.owner: object = None  # keeps the Upscaler alive while the image is in flight
 
@@ -74,3 +78,14 @@ class Handle(Future[Result]):
     def progress(self) -> JobProgress:
         """The current progress, which any thread may read at any time."""
         return self._progress()
+
+    def preview(self) -> np.ndarray | None:
+        """Draw the image as far as it has been sampled, in small: uint8 [h, w, 3], or None.
+
+        One pixel stands for a latent pixel; the longest side has at most 512. The worker keeps what a preview
+        needs only if one was asked for: the first call returns None, and there is a preview once the step
+        that runs now has ended. Every call asks for the next one. There is none before the first step or
+        after the end, and for an image in a GPU's memory only if the engine has a map to colors. Any thread
+        may call this; it waits for nothing.
+        """
+        return self._preview()

@@ -15,6 +15,7 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.images.planes import to_unit
 from moesr.runtime.loop.band_decoding import BandDecoding, RowSink
 from moesr.runtime.loop.passes import Decoding, Encoding, Pass, Sampling, prompt_gains, step_roles
+from moesr.runtime.loop.sampling_watch import Watch
 from moesr.runtime.loop.saved_steps import SavedLatents, SavedSteps
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
@@ -64,6 +65,8 @@ class Job(Work):
         self._condition, self.lr, self._sink = condition, lr, sink
         self.image: np.ndarray | None = None  # float32 [3, H, W], about [-1, 1]
         self.saved: SavedSteps | None = None  # where steps are saved, if they are
+        self.watch = Watch()
+        self._sampling: Sampling | None = None
         self._result: Canvas | None = None
         self.on_device: OnDevice | None = None  # set for an image that is in the device's memory
         self._lr: Canvas | None = None
@@ -82,6 +85,17 @@ class Job(Work):
         if latents and self.settings.checkpoint_every:
             self.saved = latents.of(self.settings, self.lr, self._condition)
 
+    def begin(self, device: Device) -> None:
+        """Allocate the first pass, unless that has happened already, and answer what the watch asks."""
+        if self._sampling:
+            self._sampling.attend()
+        super().begin(device)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the image waits for a callback, so that its tiles must not run."""
+        return self.watch.paused
+
     def _go_through(self, device: Device) -> Iterator[Pass]:
         """Yield the passes in order; each begins when the previous one is done."""
         layout, settings = self.layout, self.settings
@@ -94,7 +108,8 @@ class Job(Work):
         else:
             assert condition
             cond = condition
-        sampling = Sampling(layout, device, self._table, cond, settings)
+        self.watch.look_at(layout, self.lr)
+        self._sampling = sampling = Sampling(layout, device, self._table, cond, settings, self.watch)
         if settings.start_step:
             latent = cond
             if m.condition == "image":  # without an encoder the enlarged image stands for its latent
@@ -145,7 +160,7 @@ class Job(Work):
         super().fail(error)
 
     def _release(self) -> None:
-        self._result, self._lr, self._sink = None, None, None
+        self._result, self._lr, self._sink, self._sampling = None, None, None, None
         super()._release()
 
 

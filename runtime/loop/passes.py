@@ -15,10 +15,13 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
+
 from moesr.runtime.devices.interface import Canvas, Device, Mean, Slot
 from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_size
 from moesr.runtime.engine.graph_spec import Graph
 from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.loop.sampling_watch import SamplingStep, Watch
 from moesr.runtime.loop.saved_steps import SavedSteps, State
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import Grid, TileLayout
@@ -125,7 +128,13 @@ class Sampling(Pass):
     stage = "sampling"
 
     def __init__(
-        self, layout: TileLayout, device: Device, table: StepTable, cond: Canvas, settings: Settings
+        self,
+        layout: TileLayout,
+        device: Device,
+        table: StepTable,
+        cond: Canvas,
+        settings: Settings,
+        watch: Watch | None = None,
     ) -> None:
         """Make the pass; `cond` is the condition on the latent canvas."""
         m, gains = layout.manifest, prompt_gains(settings.guidance)
@@ -136,7 +145,7 @@ class Sampling(Pass):
         sources = {"z_t": self.z, "cond": cond}
         super().__init__(m, grid * len(gains), target, sources, {"t": float(table.t[0])})
         self._device, self._table, self._seed, self._step = device, table, settings.seed, 0
-        self._layout, self._gains = layout, gains
+        self._layout, self._gains, self._watch = layout, gains, watch or Watch()
         self._targets = self._weighted(device, target)
         self._saved: SavedSteps | None = None
         self._last_saved = 0
@@ -225,13 +234,31 @@ class Sampling(Pass):
         """Move the canvas by one step of the sampler."""
         c = samplers.coefficients(self._table, self._step, self._manifest.prediction)
         position = self._table.first + self._step
+        clean = self._show(c) if self._watch.wanted else None
         self._device.advance(self.z, self.target, c, self._seed, position, self._history)
+        if clean is not None:
+            latents, steps = np.array(self._device.download(self.z)), self._table.first + len(self._table)
+            self._watch.pause(SamplingStep(position, steps, float(self._table.t[self._step]), latents, clean))
         self._step += 1
         self.done = self._step == len(self._table)
         if not self.done:
             self._scalars["t"] = float(self._table.t[self._step])
             self._move()
             self._save()
+
+    def _show(self, c: samplers.Coefficients) -> np.ndarray | None:
+        """Show the clean latent that the present step predicts; return it if the image pauses there."""
+        z, out = self._device.download(self.z), self._device.download(self.target)
+        self._watch.show(z, out, float(c.x_z), float(c.x_out))
+        return c.x_z * z + c.x_out * out if self._watch.every_step else None
+
+    def attend(self) -> None:
+        """Go on with the latents of a callback; after the last step, answer requests for a preview."""
+        if (latents := self._watch.take_latents()) is not None:
+            self._device.fill(self.z, latents)
+        if self.done and self._watch.asked:
+            z = self._device.download(self.z)
+            self._watch.show(z, z, 1.0, 0.0)
 
 
 class Decoding(Pass):

@@ -26,6 +26,7 @@ from moesr.runtime.loop.cost_model import Costs
 from moesr.runtime.loop.handle import Handle, JobProgress
 from moesr.runtime.loop.pictures import Source
 from moesr.runtime.loop.residency import THREAD_PREFIX
+from moesr.runtime.loop.sampling_watch import Watch
 from moesr.runtime.loop.saved_steps import SavedLatents
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.ticket import Ticket
@@ -100,13 +101,17 @@ class Pipeline:
         settings: Settings,
         flow: Flow,
         owner: object = None,
+        *,
+        every_step: bool = False,
     ) -> tuple[Ticket, Handle[Any]]:
         """Accept an image and return at once; UsageError if the pipeline is closed.
 
-        `owner` is kept alive until the image has ended.
+        `owner` is kept alive until the image has ended. With `every_step` the image pauses after each step
+        until `resume` is called.
         """
-        ticket = Ticket(source, layout, settings, flow, next(self._numbers) - OVERTAKES[flow.priority])
-        handle: Handle[Any] = Handle(partial(self.progress, ticket))
+        rank = next(self._numbers) - OVERTAKES[flow.priority]
+        ticket = Ticket(source, layout, settings, flow, rank, Watch(every_step=every_step))
+        handle: Handle[Any] = Handle(partial(self.progress, ticket), ticket.watch.ask)
         handle.owner = owner
         handle.add_done_callback(partial(self._hear, ticket))  # the first callback, before those of callers
         with self._lock:
@@ -142,6 +147,12 @@ class Pipeline:
             report()
             if finished:
                 return
+
+    def resume(self, ticket: Ticket) -> None:
+        """Let an image go on that has paused after a step."""
+        with self._lock:
+            ticket.watch.release()
+            self._worker.wake()
 
     @property
     def statistics(self) -> Statistics:
@@ -237,7 +248,7 @@ class Pipeline:
                 ticket.prepared = True
                 if ticket.cancelled:
                     raise CancelledError
-                job.flow = ticket.flow
+                job.flow, job.watch = ticket.flow, ticket.watch
                 ticket.job, ticket.ran, ticket.stage = job, job.ran, "running"
                 self._worker.submit(job)
                 self._ticked.notify_all()

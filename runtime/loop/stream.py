@@ -9,6 +9,7 @@ from typing import Any
 from moesr.runtime.errors import EngineError, MoesrError, NonFiniteError, UsageError
 from moesr.runtime.loop.handle import Handle
 from moesr.runtime.loop.pipeline import Pipeline
+from moesr.runtime.loop.sampling_watch import OnStep
 from moesr.runtime.loop.ticket import Ticket
 
 Progress = Callable[[float, float, str], None]
@@ -37,11 +38,14 @@ class ImageStream:
         return_errors: bool = False,
         progress: Progress | None = None,
         begun: Callable[[Any], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         """Start with at most `most` images in flight. The other arguments are those of `Upscaler.map`."""
         self._pipeline, self._submit, self._most = pipeline, submit, most
         self._return_errors, self._progress, self._begun = return_errors, progress, begun
+        self._on_step = on_step
         self._flight: deque[InFlight] = deque()
+        self._yielded = 0
         self._finished: Counter[str] = Counter()  # tiles of images that have been yielded
         self._exhausted = False
 
@@ -56,7 +60,8 @@ class ImageStream:
                     return
                 ticket, handle = self._flight[0]
                 if ticket:
-                    self._pipeline.wait(ticket, self._report, self._may_fetch)
+                    self._pipeline.wait(ticket, self._report, lambda: self._may_fetch() or self._paused())
+                    self._show_steps()
                     if not ticket.ended:
                         continue
                 error = handle.exception()
@@ -64,6 +69,7 @@ class ImageStream:
                     raise error
                 self._flight.popleft()
                 self._finished += ticket.ran if ticket else Counter()
+                self._yielded += 1
                 yield error or handle.result()
         finally:
             for _, handle in self._flight:
@@ -82,6 +88,19 @@ class ImageStream:
                 self._begun(image)
             return
         self._exhausted = True
+
+    def _paused(self) -> bool:
+        """Return True if an image waits for `on_step`."""
+        return any(ticket is not None and ticket.watch.step is not None for ticket, _ in self._flight)
+
+    def _show_steps(self) -> None:
+        """Call `on_step` for every image that waits for it; an exception cancels the images."""
+        for image, (ticket, _) in enumerate(self._flight, self._yielded):
+            step = ticket.watch.step if ticket else None
+            if ticket and step and self._on_step:
+                step.image = image
+                self._on_step(step)
+                self._pipeline.resume(ticket)
 
     def _report(self) -> None:
         tickets = [ticket for ticket, _ in self._flight if ticket]

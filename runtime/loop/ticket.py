@@ -9,6 +9,7 @@ from moesr.runtime.engine.graph_io import ENCODER
 from moesr.runtime.loop.admission import Reservation
 from moesr.runtime.loop.job import Job, planned_tiles
 from moesr.runtime.loop.pictures import Source
+from moesr.runtime.loop.sampling_watch import Watch
 from moesr.runtime.loop.settings import Settings
 from moesr.runtime.loop.tile_layout import TileLayout
 from moesr.runtime.loop.work import Flow
@@ -18,10 +19,17 @@ class Ticket:
     """One image between `submit` and its result. The pipeline's lock guards it."""
 
     def __init__(
-        self, source: Source, layout: TileLayout, settings: Settings, flow: Flow, rank: float
+        self,
+        source: Source,
+        layout: TileLayout,
+        settings: Settings,
+        flow: Flow,
+        rank: float,
+        watch: Watch,
     ) -> None:
         self.source: Source | None = source
         self.layout, self.settings, self.flow, self.rank = layout, settings, flow, rank
+        self.watch = watch
         self.planned = planned_tiles(layout, settings)
         self.ran: Counter[str] = Counter()
         self._begun: dict[str, float] = {}  # clock of time.monotonic at the beginning of each stage
@@ -68,6 +76,7 @@ class Ticket:
         self._work_stage = self.work_stage
         self._begun.update(self.job.begun if self.job else {})
         self.source = self.job = None
+        self.watch.forget()
         if self.room:
             self.room.release()
 

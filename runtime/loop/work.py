@@ -64,6 +64,11 @@ class Work(ABC):
         return self._entered[-1]
 
     @property
+    def paused(self) -> bool:
+        """Whether the work waits for somebody, so that its tiles must not run."""
+        return False
+
+    @property
     def upcoming(self) -> str | None:
         """The graph that the job needs after the current one."""
         return self.current.upcoming

@@ -98,7 +98,14 @@ class Worker:
 
     def cancel(self, job: Work) -> None:
         """End a job with CancelledError before the next tick; this has no effect if it is done."""
-        job.cancelled = True  # the thread checks it before every tick, so it need not be woken
+        job.cancelled = True
+        if job.paused:
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the thread look at its jobs again: one that was paused may go on."""
+        with self.lock:
+            self._wanted.notify()
 
     def close(self) -> None:
         """End the current run, fail the jobs in flight with UsageError, and release all memory.
@@ -133,7 +140,7 @@ class Worker:
     def _turn(self) -> bool:
         """Wait for jobs and run one tick for them; False once the worker is closed."""
         with self.lock:
-            while not (self._jobs or self._closed):
+            while not (self._closed or any(not job.paused or job.cancelled for job in self._jobs)):
                 self._wanted.wait()
             if self._closed:
                 return False
@@ -165,7 +172,8 @@ class Worker:
     def _tick(self, jobs: list[Work]) -> None:
         """Run one batch. An error ends only the jobs that it concerns."""
         self._end([job for job in jobs if job.cancelled], CancelledError())
-        begun = [j for j in jobs if not j.done and self._alone(j, lambda j=j: j.begin(self._device))]
+        free = [job for job in jobs if not (job.done or job.paused)]
+        begun = [j for j in free if self._alone(j, lambda j=j: self._begin(j)) and not j.done]
         batches = self._scheduler.next_batches(begun)
         if not batches:
             return
@@ -176,6 +184,12 @@ class Worker:
             return
         for batch in batches:
             self._alone(batch.job, lambda batch=batch: self._accept(batch))
+
+    def _begin(self, job: Work) -> None:
+        """Begin a job, or let it go on; one without a decoder may have paused after its last tile."""
+        job.begin(self._device)
+        if job.finished:
+            self._complete(job)
 
     def _run(self, batches: list[TileBatch]) -> None:
         """Gather, run the graph and blend."""
@@ -207,12 +221,16 @@ class Worker:
         if self._device.synchronous:
             job.check_finite()
         job.accept(batch.count)
-        if job.finished:
-            if not self._device.synchronous:
-                job.check_finite()  # waits, so that the time of all ticks until now is known
-                self._costs.observe_together(self._unmeasured, time.perf_counter() - self._since)
-                self._unmeasured.clear()
-            job.finish()
+        if job.finished and not job.paused:
+            self._complete(job)
+
+    def _complete(self, job: Work) -> None:
+        """Fetch the result of a job whose tiles have all run."""
+        if not self._device.synchronous:
+            job.check_finite()  # waits, so that the time of all ticks until now is known
+            self._costs.observe_together(self._unmeasured, time.perf_counter() - self._since)
+            self._unmeasured.clear()
+        job.finish()
 
     def _session(self, role: str, upcoming: str | None) -> Session:
         """Return the session of a role, bound to buffers that it shares with graphs of the same boundary."""
