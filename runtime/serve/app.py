@@ -227,6 +227,11 @@ def _add_job_routes(app: FastAPI, service: Service) -> None:
             raise Problem(404, GONE) from None
         return FileResponse(job.result, media_type=job.media_type, stat_result=known)
 
+    @app.get("/v1/jobs/{job_id}/preview", **documentation.PREVIEW)
+    async def preview(job_id: str) -> Response:
+        drawn = await service.preview(_found(service, job_id))
+        return Response(drawn, media_type="image/jpeg") if drawn else Response(status_code=204)
+
     @app.delete("/v1/jobs/{job_id}", status_code=204, **documentation.CANCEL)
     async def cancel(job_id: str) -> Response:
         await service.cancel(_found(service, job_id))

@@ -134,6 +134,14 @@ RESULT: dict[str, Any] = {
     "summary": "The result of a job that is done",
     "responses": {**_NO_JOB, 200: _RESULT, 409: _problem("The job is not done yet")},
 }
+PREVIEW: dict[str, Any] = {
+    "summary": "The image as far as it has been sampled, in small; the first request asks for it",
+    "responses": {
+        **_NO_JOB,
+        200: {"description": "A JPEG of at most 512 x 512 pixels", "content": {"image/jpeg": _IMAGE}},
+        204: {"description": "There is none: the job is not being sampled, or its next step has not ended"},
+    },
+}
 CANCEL: dict[str, Any] = {
     "summary": "Cancel a job, or remove one that has ended",
     "responses": {**_NO_JOB, 204: {"description": "The job is removed"}},

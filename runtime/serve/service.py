@@ -7,6 +7,7 @@ threads. The sampling loop runs in each Upscaler's own thread.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -15,6 +16,8 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from PIL import Image
 
 from moesr.runtime.cli.batch import describe
 from moesr.runtime.images import reading, writing
@@ -30,6 +33,7 @@ from moesr.runtime.upscaler import Handle, JobProgress, Upscaler
 
 POOL = 4  # number of threads that decode and encode
 DECODED = 8  # number of large decoded images held at the same time; further ones wait as files
+PREVIEW_QUALITY = 85
 SMALL_PX = 1_000_000  # images of up to this size do not wait for large ones
 WAITING = JobProgress(0.0, "queued", 0.0, 0)
 
@@ -282,6 +286,13 @@ class Service:
             "position": progress.position or self._position(job),
         }
 
+    async def preview(self, job: Job) -> bytes | None:
+        """Return the image of a job as far as it is sampled, as a small JPEG; None if there is none yet."""
+        one = self.running.get(job.id)
+        if one is None or one.handle is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _jpeg, one.handle)
+
     def stages(self) -> list[str]:
         """Return the stage of every job in work."""
         return [one.progress.stage for one in self.running.values()]
@@ -293,3 +304,13 @@ class Service:
         """
         waiting = [name for name, one in self.running.items() if one.handle is None]
         return waiting.index(job.id) + 1 if job.id in waiting else 0
+
+
+def _jpeg(handle: Handle[Any]) -> bytes | None:
+    """Draw the preview of an image, and ask for the next one."""
+    pixels = handle.preview()
+    if pixels is None:
+        return None
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=PREVIEW_QUALITY)
+    return stream.getvalue()

@@ -48,6 +48,12 @@ export async function submit(file, options, signal) {
 }
 
 export const result = async (id, signal) => (await call(`/v1/jobs/${id}/result`, { signal })).blob();
+// The picture as far as it has been sampled; null if there is no preview yet.
+export async function preview(id, signal) {
+  const answer = await call(`/v1/jobs/${id}/preview`, { signal });
+  return answer.status === 204 ? null : answer.blob();
+}
+
 export const remove = (id) => call(`/v1/jobs/${id}`, { method: "DELETE" });
 
 // Call `report` with every state of a job until it ends; returns the last state. A connection that breaks is

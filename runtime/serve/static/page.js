@@ -14,6 +14,7 @@ const compare = new Compare({
   changed: (percent) => { $("zoom-value").textContent = `${percent} %`; },
 });
 let file = null, engines = [], job = null, working = null;
+const DRAFT_MS = 1000; // between two previews
 const urls = {}; // object URLs by the image that shows them
 
 function show(part) {
@@ -103,13 +104,23 @@ function duration(seconds) {
 
 const bytes = (size) => (size < 1e5 ? `${Math.ceil(size / 1e3)} kB` : `${(size / 1e6).toFixed(size < 1e7 ? 1 : 0)} MB`);
 
+// Show previews of a job until `signal` ends it. A page that nobody sees asks for none.
+async function showDrafts(id, signal) {
+  while (!signal.aborted) {
+    const drawn = document.hidden ? null : await api.preview(id, signal).catch(() => null);
+    if (drawn && !signal.aborted && await display("draft", drawn)) $("draft").hidden = false;
+    await new Promise((resolve) => setTimeout(resolve, DRAFT_MS));
+  }
+}
+
 async function start(event) {
   event.preventDefault();
   if (working || !file) return;
   complain("");
   const options = Object.fromEntries(["engine", "steps", "fidelity", "format", "seed"].map((id) => [id, $(id).value]));
-  const began = performance.now(), sent = file, mine = new AbortController();
+  const began = performance.now(), sent = file, mine = new AbortController(), drafts = new AbortController();
   working = mine;
+  $("draft").hidden = true;
   job = null;
   setStart();
   show("progress");
@@ -118,6 +129,7 @@ async function start(event) {
   $("progress").scrollIntoView({ block: "nearest" });
   try {
     job = await api.submit(sent, options, mine.signal);
+    showDrafts(job.id, drafts.signal);
     const state = await api.follow(job.id, report, mine.signal);
     if (state.status === "failed") throw new api.ServiceError(state.problem.status, api.sentence(state.problem.detail));
     if (state.status !== "done") throw new api.ServiceError(0, "The picture was cancelled on the server.");
@@ -128,6 +140,7 @@ async function start(event) {
     show(null);
     if (error.name !== "AbortError") complain(error.message);
   } finally {
+    drafts.abort();
     working = null;
     setStart();
     if ($("result").hidden) $("start").focus({ preventScroll: true });

@@ -234,6 +234,24 @@ def test_large_headers_and_addresses_are_refused_even_in_one_packet(serve):
         assert client.get("/healthz?" + "a" * 20_000).status_code == 431
 
 
+def test_a_job_shows_its_image_while_it_is_sampled(serve):
+    with serve() as client:
+        job = client.post("/v1/jobs?steps=1000", content=picture(20, 30)).json()
+        address, limit = f"/v1/jobs/{job['id']}/preview", time.monotonic() + 60
+        while (answer := client.get(address)).status_code == 204:
+            assert time.monotonic() < limit and not answer.content
+            time.sleep(0.01)
+        assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
+        shown = Image.open(io.BytesIO(answer.content))
+        assert (shown.format, shown.mode, shown.size) == ("JPEG", "RGB", (30, 20))
+        client.delete(f"/v1/jobs/{job['id']}")
+        assert client.get(address).status_code == 404
+        done = client.post("/v1/jobs?steps=1", content=picture()).json()
+        wait_for(client, done)
+        assert client.get(f"/v1/jobs/{done['id']}/preview").status_code == 204
+        assert "/v1/jobs/{job_id}/preview" in client.get("/v1/openapi.json").json()["paths"]
+
+
 def test_openapi_describes_the_options(serve):
     with serve() as client:
         described = client.get("/v1/openapi.json").json()
