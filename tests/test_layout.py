@@ -31,7 +31,7 @@ RUNTIME = {
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
         "upscaler",
     ),
-    "integrations": (),
+    "integrations": ("engine", "errors", "images", "options", "sampling", "upscaler"),
     "serve": ("cli", "engine", "errors", "images", "loop", "sampling", "system", "upscaler"),
     "cluster": (
         *("backends", "cli", "devices", "engine", "errors", "images", "loop", "serve", "system", "upscaler"),

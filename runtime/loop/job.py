@@ -87,8 +87,11 @@ class Job(Work):
 
     def begin(self, device: Device) -> None:
         """Allocate the first pass, unless that has happened already, and answer what the watch asks."""
-        if self._sampling:
-            self._sampling.attend()
+        if self._sampling and (left := self._sampling.attend()):
+            for role in left:
+                self.ran[role] += len(self._sampling.tiles)
+            self.rounds += len(left)
+            self._enter_next()
         super().begin(device)
 
     @property

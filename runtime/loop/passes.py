@@ -252,13 +252,20 @@ class Sampling(Pass):
         self._watch.show(z, out, float(c.x_z), float(c.x_out))
         return c.x_z * z + c.x_out * out if self._watch.every_step else None
 
-    def attend(self) -> None:
-        """Go on with the latents of a callback; after the last step, answer requests for a preview."""
+    def attend(self) -> list[str]:
+        """Go on with the latents of a callback; after the last step, answer requests for a preview.
+
+        Returns the graphs of the steps that are left out because the callback stopped the sampling.
+        """
         if (latents := self._watch.take_latents()) is not None:
             self._device.fill(self.z, latents)
         if self.done and self._watch.asked:
             z = self._device.download(self.z)
             self._watch.show(z, z, 1.0, 0.0)
+        if self.done or not self._watch.take_stop():
+            return []
+        left, self._step, self.done = self._roles[self._step :], len(self._roles), True
+        return left
 
 
 class Decoding(Pass):

@@ -40,7 +40,7 @@ class SamplingStep:
     `step` of `steps` counts from 0, `t` is the timestep of the step, and `image` the position of the image
     among those of the call. `latents` is the latent after the step and `clean` the clean latent that it
     predicts, both float32 [C, h, w] on the latent canvas. Sampling goes on with `latents` as the callback
-    leaves them.
+    leaves them; if it sets `stopped`, the remaining steps are left out, and these latents are decoded.
     """
 
     step: int
@@ -49,6 +49,7 @@ class SamplingStep:
     latents: np.ndarray
     clean: np.ndarray
     image: int = 0
+    stopped: bool = False
     snapshot: Snapshot | None = field(default=None, repr=False)
 
     def preview(self) -> np.ndarray | None:
@@ -73,6 +74,7 @@ class Watch:
         self.every_step = every_step
         self.paused = False
         self.step: SamplingStep | None = None  # of the pause, until it was shown
+        self._stopped = False  # by a callback
         self._latents: np.ndarray | None = None  # with which sampling goes on after a pause
         self.asked = False  # whether a preview was asked for since the newest one was made
         self._newest: Snapshot | None = None
@@ -98,7 +100,7 @@ class Watch:
             latents = np.asarray(step.latents, np.float32)
             if latents.shape != step.clean.shape:
                 raise UsageError(f"latents have the shape {latents.shape}, expected {step.clean.shape}")
-            self._latents = latents
+            self._latents, self._stopped = latents, step.stopped
         self.paused = False
 
     def forget(self) -> None:
@@ -139,6 +141,11 @@ class Watch:
     def take_latents(self) -> np.ndarray | None:
         """Return, once after a pause, the latents with which sampling goes on."""
         found, self._latents = self._latents, None
+        return found
+
+    def take_stop(self) -> bool:
+        """Return True, once, if a callback stopped the sampling."""
+        found, self._stopped = self._stopped, False
         return found
 
     def _small_lr(self, rows: slice, columns: slice, size: int) -> np.ndarray | None:

@@ -87,8 +87,11 @@ class Work(ABC):
         self.ran[current.role] += count
         current.ran(count)
         self.rounds += current.cursor == 0
-        if not current.done:
-            return
+        if current.done:
+            self._enter_next()
+
+    def _enter_next(self) -> None:
+        """Begin the pass after the current one, or finish."""
         assert self._passes
         following = next(self._passes, None)
         if following:
