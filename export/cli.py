@@ -167,6 +167,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         int8_error=args.int8_error,
         reuse=args.reuse,
         polygraphy=args.polygraphy,
+        preview=True,
     )
 
 

@@ -20,6 +20,7 @@ class ExportOptions:
     `Lowering`). `tile_px` is the side of a tile in output pixels; None is the model's usual one. `int8_error`
     is the relative L2 error that int8 may cause in the result of a graph. `reuse` adds shallow graphs of
     that many output blocks. `polygraphy` also writes the inputs of every graph (see `polygraphy_data`).
+    `preview` runs the finished engine once, to fit the map of its previews.
     """
 
     target: Target | Literal["both"] = "cpu"
@@ -32,6 +33,7 @@ class ExportOptions:
     int8_error: float = INT8_ERROR
     reuse: int | None = None
     polygraphy: bool = False
+    preview: bool = False
 
     def lowerings(self) -> dict[str, Lowering]:
         """Return the lowering of each arrangement; the first is the engine's own, the others are variants.

@@ -6,6 +6,7 @@ The directory is published by a rename, so that it is whole or absent.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -23,6 +24,7 @@ from moesr.export.graphs.expert import expert_graph, shallow_graph
 from moesr.export.lowering import Lowering
 from moesr.export.options import ExportOptions
 from moesr.export.polygraphy_data import write_script
+from moesr.export.preview import preview_map
 from moesr.export.prompts import PromptOptions, Prompts, choose
 from moesr.export.quantisation.calibration import Recording, record
 from moesr.export.quantisation.int8 import Make, int8_graph
@@ -73,7 +75,7 @@ def stage_count(config: ModelConfig, options: ExportOptions = DEFAULTS) -> int:
     graphs += isinstance(config, StableSRConfig)
     plain = sum(not choices.kernels for choices in options.lowerings().values())
     calibrating = 2 * graphs * (options.precision == "int8")
-    return graphs * (1 + 2 * plain) + 1 + 2 * options.kernels + calibrating
+    return graphs * (1 + 2 * plain) + 1 + 2 * options.kernels + calibrating + options.preview
 
 
 @torch.inference_mode()
@@ -115,6 +117,10 @@ def export_engine(
                 more = {"fidelity": model.fidelity, "prediction": model.prediction}
             manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
             write_manifest(manifest, new)
+            if options.preview:
+                on_stage("preview")
+                manifest = replace(manifest, preview=preview_map(new, manifest))
+                write_manifest(manifest, new)
             if options.polygraphy:
                 write_script(new)
             on_stage("publish")
