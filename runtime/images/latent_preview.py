@@ -25,13 +25,13 @@ def picture(
     the LR image. Early predictions of small networks are noisy, so the brightness is fitted to that of the LR
     image by least squares, which makes noise faint instead of saturated. With `adds_lr` the latent encodes
     what the LR image lacks; the LR image is added, and nothing is fitted. Without an LR image the colors are
-    those of the map, and without both there is no picture: None.
+    those of the map. None if there is neither, or if the missing LR image is to be added.
     """
     mapped = None
     if weights is not None and bias is not None:
         mapped = np.tensordot(clean, weights.astype(np.float32), (0, 1)) + bias.astype(np.float32)
     if lr is None:
-        return None if mapped is None else _bytes(mapped)
+        return None if mapped is None or adds_lr else _bytes(mapped)
     if adds_lr and mapped is not None:
         return _bytes(lr + mapped)
     luma = lr @ _LUMA

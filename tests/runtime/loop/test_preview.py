@@ -210,6 +210,7 @@ def test_a_map_colors_latents_without_an_input_or_adds_them_to_it():
     added = latent_preview.picture(clean, lr, weights, bias, adds_lr=True)
     np.testing.assert_allclose(added, np.clip((lr + rgb) * 127.5 + 127.5, 0, 255), atol=0.51)
     assert latent_preview.picture(clean, None) is None
+    assert latent_preview.picture(clean, None, weights, bias, adds_lr=True) is None
 
 
 def test_a_gpu_shows_the_same_steps(up: Upscaler, tmp_path: Path):
