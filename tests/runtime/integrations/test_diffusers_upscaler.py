@@ -73,7 +73,7 @@ def test_every_kind_of_image_gives_every_kind_of_result(pipe: DiffusersUpscaler,
             assert images.dtype == torch.float32 and images.shape == (2, 3, 48, 64)
             values = images.permute(0, 2, 3, 1).numpy()
         found.append(values)
-        np.testing.assert_allclose(values, found[0], atol=1.01 / 255)
+        np.testing.assert_allclose(values, found[0], atol=2.01 / 255)
 
 
 def test_images_of_several_sizes_and_modes(pipe: DiffusersUpscaler):
