@@ -100,9 +100,10 @@ class DiffusersUpscaler:
 
         `callback_on_step_end(pipe, step, timestep, callback_kwargs)` is called after every sampling step of
         every image. `callback_kwargs["latents"]` is [1, C, h, w], a tensor if this process has imported
-        PyTorch, else a NumPy array; sampling goes on with the latents in the dictionary that it returns. If
-        it sets `pipe._interrupt`, the remaining steps of this image are left out, and those of all further
-        images after their first; what has been predicted so far is decoded. `pipe.preview()` draws it.
+        PyTorch, else a NumPy array; sampling goes on with the latents in the dictionary that it returns.
+        `pipe.preview()` draws the present state. If a callback or another thread sets `pipe._interrupt`, the
+        remaining steps of this image are left out, and those of all further images after their first; what
+        has been predicted so far is decoded.
 
         The prompts of an engine were fixed at its export: a `prompt` or `negative_prompt` is accepted only if
         it is empty or the engine's own. `options` are those of `Upscaler`. Raises UsageError and InputError,
@@ -121,8 +122,7 @@ class DiffusersUpscaler:
 
         try:
             for picture, seed in zip(pictures, seeds, strict=True):
-                called = on_step if callback_on_step_end else None
-                results.append(self.upscaler(picture, seed=seed, on_step=called, **options))
+                results.append(self.upscaler(picture, seed=seed, on_step=on_step, **options))
         finally:
             self._step = None
         images = _as_output(results, output_type, torch)
