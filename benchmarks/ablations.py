@@ -24,6 +24,7 @@ from benchlib import (
 )
 from benchlib.origin import origin_line
 from benchlib.tables import Record, grid, means
+from benchlib.training_runs import train_stage
 
 from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
@@ -31,7 +32,6 @@ from moesr.runtime.errors import MoesrError
 from moesr.runtime.images.resize import imresize
 from moesr.runtime.upscaler import Upscaler
 from moesr.training.checkpoint import expert_count, load_checkpoint, save_checkpoint
-from moesr.training.cli import main as train
 from moesr.training.recipe import load_recipe
 from moesr.training.stages.common import cpu_state
 
@@ -89,13 +89,7 @@ class Study:
         return place
 
     def _train(self, stage: str, preset: str, *options: object) -> Path:
-        directory = self.out / preset
-        changes = [word for change in self.changes for word in ("--set", change)]
-        told = ["-o", str(directory), "--threads", str(self.threads), *changes, *map(str, options)]
-        code = train([stage, "--config", preset, *told])
-        if code:
-            raise SystemExit(code)
-        return directory / "checkpoint"
+        return train_stage(stage, preset, self.out / preset, self.changes, self.threads, *options)
 
 
 def measure(models: Mapping[str, Path], args: argparse.Namespace) -> dict[str, list[Record]]:

@@ -81,6 +81,14 @@ class Chain:
     decoder: Autoencoder
     first: Autoencoder | None
 
+    @property
+    def decoders(self) -> dict[str, float | None]:
+        """The fidelities to decode with, by name; only one, None, if the decoder fuses no LR features."""
+        if not self.decoder.config.fusion_levels:
+            return {"decoder": None}
+        values = dict.fromkeys((0.0, self.model.config.fidelity, 1.0))
+        return {f"decoder at fidelity {w:g}": w for w in values}
+
     def condition(self, pair: Pair) -> Tensor:
         """Return the LR image on the latent grid, [1, 3, h, w]."""
         factor = self.model.config.decoder.factor
@@ -105,7 +113,7 @@ class Chain:
 def decoded_links(chain: Chain, images: Sequence[Pair], seed: int) -> list[Link]:
     """Measure PSNR and power above the LR band for every latent in place of the sampled one."""
     links: list[Link] = []
-    scale, default = chain.model.config.scale, chain.model.config.fidelity
+    scale, decoders = chain.model.config.scale, chain.decoders
     drawn = chain.sampled([chain.condition(pair) for pair in images], seed)
 
     def add(name: str, results: Sequence[np.ndarray]) -> None:
@@ -117,15 +125,15 @@ def decoded_links(chain: Chain, images: Sequence[Pair], seed: int) -> list[Link]
         encoded = [first.encode(tensor(pair.hr)) for pair in images]
         cases = zip(encoded, images, strict=True)
         add("encoder's latent, first stage", [chain.decode(first, z, pair, None) for z, pair in cases])
-        for w in (0.0, default):
+        for decoder, w in decoders.items():
             cases = zip(encoded, images, strict=True)
-            name = f"encoder's latent, decoder at fidelity {w:g}"
-            add(name, [chain.decode(chain.decoder, z, pair, w) for z, pair in cases])
-    for w in dict.fromkeys((0.0, default, 1.0)):
+            results = [chain.decode(chain.decoder, z, pair, w) for z, pair in cases]
+            add(f"encoder's latent, {decoder}", results)
+    for decoder, w in decoders.items():
         for name, latents in (("sampled latent", drawn), ("zeros", [torch.zeros_like(z) for z in drawn])):
             cases = zip(latents, images, strict=True)
             results = [chain.decode(chain.decoder, z, pair, w) for z, pair in cases]
-            add(f"{name}, decoder at fidelity {w:g}", results)
+            add(f"{name}, {decoder}", results)
     return links
 
 
@@ -168,10 +176,11 @@ def page(args: argparse.Namespace) -> str:
         for name, psnr, power in decoded_links(chain, images, args.seed)
     ]
     config = model.config
+    fused = f"default fidelity {config.fidelity:g}" if config.decoder.fusion_levels else "no LR fusion"
     text = (
         f"# Links of {config.name}\n\n{origin_line()}\n\nBicubic x{config.scale} pairs of "
         f"{len(images)} images ({args.hr}), the middle {args.side} px; {config.sampler}, "
-        f"{config.steps} steps, default fidelity {config.fidelity:g}. Checkpoint {model.sha256()[:12]}.\n\n"
+        f"{config.steps} steps, {fused}. Checkpoint {model.sha256()[:12]}.\n\n"
         + grid(["What is decoded", "PSNR (dB)", "HF power, mean", "median"], rows)
     )
     if first is None:

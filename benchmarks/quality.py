@@ -45,6 +45,7 @@ from moesr.runtime.engine.locate import engine_directory
 from moesr.runtime.errors import UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.images.resize import imresize
+from moesr.runtime.loop.settings import takes_fidelity
 from moesr.runtime.sampling.samplers import SAMPLERS
 from moesr.runtime.upscaler import Upscaler
 
@@ -187,12 +188,13 @@ def preamble(up: Upscaler, args: argparse.Namespace) -> str:
     """Return the Markdown text above the tables: settings, machine and meaning of the columns."""
     m, backend = up.manifest, up.backend
     times = f", each degraded {args.draws} times" if args.draws > 1 else ""
-    fidelity = m.fidelity if args.fidelity is None else args.fidelity
+    fidelity = f"fidelity {m.fidelity if args.fidelity is None else args.fidelity:g}"
+    fused = fidelity if takes_fidelity(m) else "no LR fusion"
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.threads else ""
     return (
         f"# Quality of {m.name} ({m.precision}), {args.degrade}\n\n"
         f"Originals: {args.hr}{times}. Seed {args.seed}, color fix {args.color_fix}, "
-        f"fidelity {fidelity:g}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
+        f"{fused}, tile {m.tile} px, checkpoint {m.checkpoint_sha256[:12]}. "
         f"{backend.name} on {backend.options.device}{threads}, {platform.machine()}, "
         f"{os.cpu_count()} logical cores.\n"
         f"{origin_line()}\n"
