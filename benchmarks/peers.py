@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.images.resize import imresize
+from moesr.runtime.loop.settings import takes_fidelity
 from moesr.runtime.upscaler import Upscaler
 
 BICUBIC, PEER, ORIGINAL = "bicubic", "Real-ESRGAN x4plus", "original"
@@ -96,7 +97,8 @@ def benchmark(args: argparse.Namespace) -> str:
         for run in methods.values():
             run(np.zeros((32, 32, 3), np.uint8))  # loads all graphs before the timing starts
         records = compare(originals, methods, pristine, args.out, args.pictures)
-        settings = f"{m.sampler}, {m.steps} steps, fidelity {m.fidelity:g}, {up.backend.name}"
+        fidelity = f", fidelity {m.fidelity:g}" if takes_fidelity(m) else ""
+        settings = f"{m.sampler}, {m.steps} steps{fidelity}, {up.backend.name}"
     averaged = means(records)
     page = (
         f"# {m.name} beside its peers\n\n{origin_line()}\n\nx4 of {args.hr} reduced by MATLAB's bicubic, "
