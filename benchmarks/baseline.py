@@ -173,6 +173,7 @@ def measure(models: Mapping[str, Path], args: argparse.Namespace) -> tuple[dict[
 
 def preamble(args: argparse.Namespace) -> str:
     """Return the text above the tables: settings, origin, and what the numbers can show."""
+    shown = "three photographs kept out of training" if args.hr == "demo" else args.hr
     given = [f"{name} {path}" for name, path in ((LDM, args.ldm), (MOE, args.moe)) if path is not None]
     paragraphs = [
         "# Plain latent diffusion beside MoE-SR, at equal training",
@@ -182,9 +183,8 @@ def preamble(args: argparse.Namespace) -> str:
         "network. The demo models' first stage adds its result to the enlarged LR image, so both see that "
         "image." + (f" Trained before: {', '.join(given)}." if given else ""),
         *(training(args) if len(given) < len(PRESETS) else []),
-        f"Seed {args.seed}. Means over {'three photographs' if args.hr == 'demo' else args.hr} kept out of "
-        "training. HF is above the LR image's Nyquist frequency; two seeds: PSNR between the results of two "
-        "seeds.",
+        f"Seed {args.seed}. Means over {shown}. HF is above the LR image's Nyquist frequency; two seeds: "
+        "PSNR between the results of two seeds.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -218,6 +218,7 @@ def page(args: argparse.Namespace) -> str:
     """Train what is not trained yet, measure everything, and write the page."""
     models = {name: getattr(args, given) or train(name, args) for name, given in ((LDM, "ldm"), (MOE, "moe"))}
     check_first_stage(models)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.ldm is None:  # as in the literature, where only MoE-SR trains its decoder on sampled latents
         models = {FIRST_DECODER: run_of(LDM, args) / "experts/checkpoint", **models}
     found, costs = measure(models, args)
