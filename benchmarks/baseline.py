@@ -113,8 +113,8 @@ def check_first_stage(models: Mapping[str, Path]) -> None:
     codes = {name: load_checkpoint(path).decoder().quantize.embedding.weight for name, path in models.items()}
     (first, expected), *others = codes.items()
     for name, found in others:
-        close = {"rtol": HALF_PRECISION, "atol": HALF_PRECISION}
-        if found.shape != expected.shape or not torch.allclose(found, expected, **close):
+        alike = found.shape == expected.shape
+        if not (alike and torch.allclose(found, expected, rtol=HALF_PRECISION, atol=HALF_PRECISION)):
             raise UsageError(
                 f"{models[first]} and {models[name]}: were trained on different first stages, so they cannot "
                 "be compared at equal training; train them on one autoencoder"
