@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,33 +32,45 @@ def rclone() -> str:
     return next(str(file.locate()) for file in files if file.name in ("rclone", "rclone.exe"))
 
 
+_KEEPER = """
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+sys.stdin.buffer.read()
+server.terminate()
+server.wait()
+"""
+"""A program that ends its child when the standard input closes, however the process at the other end died."""
+
+
 @contextlib.contextmanager
 def s3_server(folder: Path, port: int | None = None) -> Iterator[str]:
-    """`rclone serve s3`: buckets are the directories of `folder`. Yields the address."""
+    """Run `rclone serve s3`, whose buckets are the directories of `folder`, and yield its address.
+
+    The server ends with the `with` block, or with this process if that is killed. TimeoutError if it does not
+    answer.
+    """
     port = port or free_port()
     options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "key,secretsecret", "--config", os.devnull]
-    command = [
-        rclone(),
-        "serve",
-        "s3",
-        str(folder),
-        *options,
-        "--vfs-cache-mode",
-        "off",
-        "--dir-cache-time",
-        "0s",
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # With a cache time of 0s, rclone's timer for a directory starts again at once and takes a whole core.
+    caches = ["--vfs-cache-mode", "off", "--dir-cache-time", "1ms"]
+    command = [sys.executable, "-c", _KEEPER, rclone(), "serve", "s3", str(folder), *options, *caches]
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.05)
+        _await_answer(port)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        server.wait()
+        keeper.communicate()
+
+
+def _await_answer(port: int, patience_s: float = 60.0) -> None:
+    """Wait until a server accepts connections at a port of this machine."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no server answers at 127.0.0.1:{port}")
 
 
 def store_variables(address: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -84,7 +85,7 @@ class Instant:
         """See `Worker.__call__`; the ledger is asked as there."""
         import ray
 
-        ray.get(self._ledger.begin.remote(row["key"]))
+        ray.get(self._ledger.begin.remote(row["key"], secrets.token_hex(8)))
         if self._engine:
             time.sleep(0.2)
         line = Entry(row["key"]).line("done", Provenance(4, "engine", SETTINGS))

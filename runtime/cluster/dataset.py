@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesr.runtime.cluster.ledger import Counts, Ledger
+from moesr.runtime.cluster import ledger
+from moesr.runtime.cluster.ledger import Counts
 from moesr.runtime.cluster.listing import Sources
 from moesr.runtime.cluster.places import missing
 from moesr.runtime.cluster.worker import Work, Worker
@@ -29,6 +30,12 @@ TYPICAL_SIDE = 1024
 
 AT_ONCE = 2
 """The number of images in work per worker: one is fetched, prepared or delivered during another's work."""
+
+INIT_DEATHS = 100
+"""Consecutive workers that may end before they are ready; the ledger counts those that open the engine."""
+
+ANSWER_S = 10.0
+"""The driver waits this long for the ledger, and otherwise shows the progress that it knows."""
 
 log = logging.getLogger("moesr")
 
@@ -61,11 +68,12 @@ def estimate(manifest: Manifest, directory: Path) -> int:
 def connected(address: str) -> Iterator[None]:
     """Make this process a driver of the cluster at an address during a `with` block.
 
-    UsageError without one.
+    UsageError if no cluster answers there; EngineError for an error of Ray in the block.
     """
     try:
         import ray
         import ray.data
+        from ray.exceptions import RayError
     except ImportError as error:
         raise missing(error.name or "ray") from error
     own = not ray.is_initialized()
@@ -80,10 +88,12 @@ def connected(address: str) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     include_dashboard=False if not address else None,
                 )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises errors of any kind
             raise UsageError(f"--ray {address}: no cluster answers there: {error}") from error
     try:
         yield
+    except RayError as error:
+        raise cause_of(error) from error
     finally:
         if own:
             ray.shutdown()
@@ -118,9 +128,9 @@ def _own_signals() -> Iterator[None]:
 class ReportRows:
     """An iterator over the report rows of a run, in the order in which they are made."""
 
-    def __init__(self, rows: Iterator[dict[str, Any]], ledger: Any) -> None:
-        self._rows, self._ledger = rows, ledger
-        self._counts: Counts | None = None  # set once the run is over
+    def __init__(self, rows: Iterator[dict[str, Any]], actor: Any) -> None:
+        self._rows, self._ledger = rows, actor
+        self._counts, self._over = Counts(), False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -131,36 +141,43 @@ class ReportRows:
             raise cause_of(error) from error
 
     def counts(self) -> Counts:
-        """Return the progress of the listing."""
+        """Return the progress of the listing, as far as it is known while the ledger is out of reach."""
         import ray
+        from ray.exceptions import RayError
 
-        counts: Any = self._counts or ray.get(self._ledger.counts.remote())
-        return counts
+        if not self._over:
+            with contextlib.suppress(RayError):
+                found: Any = ray.get(self._ledger.counts.remote(), timeout=ANSWER_S)
+                self._counts = self._counts.and_later(found)
+        return self._counts
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers. Errors of Ray are dropped, as those of the run itself have been raised."""
         import ray
+        from ray.exceptions import RayError
 
-        close = getattr(self._rows, "close", None)
-        if close:
-            close()
-        self._counts = self.counts()
-        ray.kill(self._ledger)
+        with contextlib.suppress(RayError):
+            close = getattr(self._rows, "close", None)
+            if close:
+                close()
+        self.counts()
+        self._over = True
+        with contextlib.suppress(RayError):
+            ray.kill(self._ledger)
 
 
 def report_rows(sources: Sources, work: Work, resources: Resources, worker: Any = Worker) -> ReportRows:
     """Start the run; its errors are raised by the iterator. Ray Data makes actors of the class `worker`."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from moesr.runtime.cluster.datasource import ListingSource
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # a block, which is a task, is one row
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
+    actor = ledger.start()
     pool = ActorPoolStrategy(
         min_size=1,
         max_size=resources.workers,
@@ -168,15 +185,15 @@ def report_rows(sources: Sources, work: Work, resources: Resources, worker: Any 
         max_concurrent_calls_per_actor=AT_ONCE,
         enable_true_multi_threading=True,
     )
-    made = ray.data.read_datasource(ListingSource(sources, ledger), num_cpus=0).map(
+    made = ray.data.read_datasource(ListingSource(sources, actor), num_cpus=0).map(
         worker,
-        fn_constructor_args=(work, ledger),
+        fn_constructor_args=(work, actor),
         compute=pool,
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         memory=resources.memory_bytes,
     )
-    return ReportRows(iter(made.iter_rows()), ledger)
+    return ReportRows(iter(made.iter_rows()), actor)
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -30,7 +30,7 @@ from moesr.runtime.cluster.places import check_place, place_of
 from moesr.runtime.cluster.worker import Work
 from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.manifest_file import read_manifest
-from moesr.runtime.errors import UsageError
+from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.system import console
 
 log = logging.getLogger("moesr")
@@ -93,8 +93,12 @@ class Driver:
 
     def run(self, rows: dataset.ReportRows | None) -> int:
         """Report all rows and return the highest exit code; UsageError if there are no inputs."""
-        if rows is not None and not (self._how.fail_fast and self._counts["failed"]):
-            self._follow(rows)
+        try:
+            if rows is not None and not (self._how.fail_fast and self._counts["failed"]):
+                self._follow(rows)
+        except MoesrError:
+            batch.summary(self._counts)
+            raise
         if not sum(self._counts.values()):
             raise UsageError("no images in the inputs")
         batch.summary(self._counts)
@@ -121,8 +125,9 @@ class Driver:
         finally:
             rows.close()
             display.close(finished)
-        if left := rows.counts().listed - sum(self._counts.values()) + before:
-            self._counts["not begun"] = left
+            left = rows.counts().listed - sum(self._counts.values()) + before
+            if left > 0:
+                self._counts["not begun"] = left
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Report one row."""

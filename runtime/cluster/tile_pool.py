@@ -6,6 +6,7 @@ another one at once, because Ray would keep it until the actor is restarted.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ Tiles = Mapping[str, np.ndarray]
 
 IN_FLIGHT = 2
 """The number of runs that an actor is sent before the first returns, so that it need not wait for data."""
+
+LOSSES = 8
+"""Tiles are sent at most this many times more, each time after the loss of the actor that had them."""
 
 PATIENCE_S = 600.0
 """Seconds to wait for a first actor, or for a new one if all have died."""
@@ -84,7 +88,7 @@ class TilePool:
         made = runner.options(max_restarts=-1, max_task_retries=0, **resources)
         self._actors: list[Any] = [made.remote(engine, dict(options)) for _ in range(workers)]
         self._returning: dict[Any, int] = {a.tiles_per_run.remote(): n for n, a in enumerate(self._actors)}
-        self._free: list[int] = []  # actors by number, one entry per run that they may be sent
+        self._ready: list[int] = []  # actors by number that have responded and are not known to be lost
         self._closed = False
         self.per_run = 0
         self.ran: Counter[int] = Counter()
@@ -99,36 +103,41 @@ class TilePool:
     def run(self, role: str, parts: Sequence[tuple[Tiles, int]]) -> list[list[np.ndarray]]:
         """Run a graph on each part, which is tiles and their number, and return the outputs of each.
 
-        EngineError is raised if no actor is left for PATIENCE_S seconds, or if the pool is closed.
+        EngineError is raised if no actor is left for PATIENCE_S seconds, if the actors of the same tiles are
+        lost again and again, or if the pool is closed.
         """
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
         waiting, flying = deque(range(len(parts))), dict[Any, tuple[int, int]]()
         results: list[list[np.ndarray]] = [[] for _ in parts]
-        idle_since = time.monotonic()
+        losses, idle_since = Counter[int](), time.monotonic()
         while waiting or flying:
-            while waiting and self._free:
-                actor, part = self._free.pop(0), waiting.popleft()
-                flying[self._actors[actor].run.remote(role, *parts[part])] = actor, part
+            while waiting and (free := self._free(flying)) is not None:
+                part = waiting.popleft()
+                flying[self._actors[free].run.remote(role, *parts[part])] = free, part
             for done in self._first_of([*flying, *self._returning], idle_since):
-                idle_since = time.monotonic()
                 if done in self._returning:
-                    self._welcome(done)
+                    idle_since = time.monotonic() if self._welcome(done) else idle_since
                     continue
                 actor, part = flying.pop(done)
-                try:
-                    answer: Any = ray.get(done)
-                    results[part] = answer
-                except RayActorError:
-                    waiting.appendleft(part)
-                    self._lose(actor)
+                outputs = _outputs(done)
+                if outputs is not None:
+                    results[part], idle_since = outputs, time.monotonic()
+                    self._count(actor, parts[part], outputs)
                     continue
-                except RayTaskError as error:
-                    raise error.cause from error
-                self._free.append(actor)
-                self._count(actor, parts[part], results[part])
+                losses[part] += 1
+                if losses[part] > LOSSES:
+                    raise EngineError(
+                        f"{losses[part]} workers were lost during the same tiles; see the logs of "
+                        "the cluster, or give workers more memory (--memory-per-worker)"
+                    )
+                waiting.appendleft(part)
+                self._lose(actor)
         return results
+
+    def _free(self, flying: Mapping[Any, tuple[int, int]]) -> int | None:
+        """Return the ready actor with the fewest runs in flight, or None if all have IN_FLIGHT."""
+        load = Counter(actor for actor, _ in flying.values())
+        free = [actor for actor in self._ready if load[actor] < IN_FLIGHT]
+        return min(free, key=lambda actor: load[actor], default=None)
 
     def _count(self, actor: int, part: tuple[Tiles, int], outputs: list[np.ndarray]) -> None:
         self.ran[actor] += part[1]
@@ -147,31 +156,32 @@ class TilePool:
 
     def _lose(self, actor: int) -> None:
         """Send nothing to an actor until it responds again."""
-        self._free = [free for free in self._free if free != actor]
+        self._ready = [ready for ready in self._ready if ready != actor]
         if actor not in self._returning.values():
             self._returning[self._actors[actor].tiles_per_run.remote()] = actor
 
-    def _welcome(self, answer: Any) -> None:
-        """Send tiles to an actor that has responded."""
+    def _welcome(self, answer: Any) -> bool:
+        """Note that an actor is ready if it has responded; return False if it was lost instead."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         actor = self._returning.pop(answer)
         try:
             found: Any = ray.get(answer)
         except RayTaskError as error:
             raise error.cause from error
-        except RayActorError as error:
+        except RayError as error:
             if "creation task" in str(error):  # the engine cannot be opened there; Ray does not try again
                 raise EngineError(f"a worker: {str(error).strip().splitlines()[-1]}") from error
             self._lose(actor)
-            return
+            return False
         self.per_run = min(self.per_run, found) if self.per_run else found
-        self._free += [actor] * IN_FLIGHT
+        self._ready.append(actor)
+        return True
 
     def _await_first(self) -> None:
         began = time.monotonic()
-        while not self._free:
+        while not self._ready:
             for answer in self._first_of(list(self._returning), began):
                 self._welcome(answer)
 
@@ -182,8 +192,24 @@ class TilePool:
     def close(self) -> None:
         """End the actors."""
         import ray
+        from ray.exceptions import RayError
 
         self._closed = True
         for actor in self._actors:
-            ray.kill(actor)
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
         self._actors = []
+
+
+def _outputs(done: Any) -> list[np.ndarray] | None:
+    """Return the outputs of a finished run, or None if they are lost with the actor or its node."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        outputs: Any = ray.get(done)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError:
+        return None
+    return outputs

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -81,28 +82,32 @@ class Worker:
     """Called with a row by several threads at a time; returns {"line": JSON, "code": exit code, "note"}."""
 
     def __init__(self, work: Work, ledger: Any = None, upscaler: Upscaler | None = None) -> None:
-        """Open the engine; an engine that cannot be used on this node ends the run.
+        """Open the engine. If it cannot be used on this node, the first call raises the error.
 
-        The driver calls a worker of its own with an `upscaler` and no `ledger`.
+        That ends the run. Ray would take an error that is raised here for the death of a worker, and start
+        another one. The driver calls a worker of its own with an `upscaler` and no `ledger`.
         """
         logging.getLogger("moesr").addHandler(logging.NullHandler())
         sweep(SCRATCH, again=True)  # a killed worker leaves its copies behind
-        how = work.how
-        if work.pre_clean:
-            cleaner = PreCleaner(work.pre_clean, work.upscaler.get("threads"))
-            how = dataclasses.replace(how, pre_clean=cleaner)
-        self._work, self._how, self._ledger = work, how, ledger
+        self._work, self._how, self._ledger = work, work.how, ledger
         self._target = place_of(work.target)
-        self._upscaler = upscaler or self._open()
+        self._refusal: Exception | None = None
+        try:
+            if work.pre_clean:
+                cleaner = PreCleaner(work.pre_clean, work.upscaler.get("threads"))
+                self._how = dataclasses.replace(work.how, pre_clean=cleaner)
+            self._upscaler = upscaler or self._open()
+        except Exception as error:
+            self._refusal = error
         self._at_work, self._alone = 0, False
         self._changed = threading.Condition()
 
     def _open(self) -> Upscaler:
-        """Open the engine. EngineError ends the run if workers of this node die of it again and again."""
+        """Open the engine; EngineError if workers of this node die of it again and again."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
-        starts: Any = ray.get(self._ledger.starting.remote(node))
+        starts: Any = ray.get(self._ledger.starting.remote(node, secrets.token_hex(8)))
         if starts > STARTS + STARTS_PER_CORE * (os.cpu_count() or 1):
             raise EngineError(
                 f"workers on {os.uname().nodename} end while they open the engine; give them more memory "
@@ -116,11 +121,13 @@ class Worker:
         """Return the report row of one input."""
         import ray
 
+        if self._refusal:
+            raise self._refusal
         given = Row(**row)
         name = place_of(given.source).name(given.key)
         if self._ledger is None:
             return self._row(given, name, 1)
-        attempt: Any = ray.get(self._ledger.begin.remote(name))
+        attempt: Any = ray.get(self._ledger.begin.remote(name, secrets.token_hex(8)))
         with self._turn(alone=attempt > 1):
             return self._row(given, name, attempt)
 

@@ -61,21 +61,25 @@ class Nodes:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def worker_pids() -> list[int]:
-    """Processes of Ray that are workers of a run, as their titles say."""
+WORKER, LEDGER, TILE_RUNNER = "ray::MapWorker", "ray::Ledger", "ray::TileRunner"
+"""Titles of the processes of our actors."""
+
+
+def pids_of(title: str) -> list[int]:
+    """Return the processes whose command line has this title."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if b"ray::MapWorker" in (entry / "cmdline").read_bytes():
+            if title.encode() in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 
 
-def kill_a_worker(patience_s: float = 10.0) -> int:
+def kill_a_worker(patience_s: float = 60.0) -> int:
     """Kill a worker that has an input in work, and return its process."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        for pid in worker_pids():
+        for pid in pids_of(WORKER):
             if any(SCRATCH.glob(f".moesr-*-{pid}-*.tmp/in/*")):
                 os.kill(pid, signal.SIGKILL)
                 return pid
@@ -135,14 +139,34 @@ def when(condition: Callable[[], bool], action: Callable[[], object]) -> Iterato
 
 
 class UnsteadyProxy(ThreadingHTTPServer):
-    """Passes requests on to an object store, and answers 503 while `refuses` is set."""
+    """Passes requests on to an object store, notes them, and can answer 503 to some of them."""
 
     daemon_threads = True
 
     def __init__(self, target: str) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
-        self.target, self.refuses, self.refused = urllib.parse.urlsplit(target), False, 0
+        self.target = urllib.parse.urlsplit(target)
+        self.requests: list[tuple[str, str]] = []  # commands and paths
+        self.refused = 0
+        self._planned = self._left = 0
+        self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def refuse_after_next_put(self, count: int) -> None:
+        """Answer 503 to the `count` requests that follow the next PUT."""
+        with self._lock:
+            self._planned, self._left, self.refused = count, 0, 0
+
+    def accepts(self, command: str, path: str) -> bool:
+        """Note a request and return whether it is passed on."""
+        with self._lock:
+            self.requests.append((command, path))
+            refused = self._left > 0
+            if refused:
+                self._left, self.refused = self._left - 1, self.refused + 1
+            elif command == "PUT":
+                self._planned, self._left = 0, self._planned
+            return not refused
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that go away, as killed workers do; print other errors."""
@@ -160,8 +184,7 @@ class _Forward(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.refuses:
-            self.server.refused += 1
+        if not self.server.accepts(self.command, self.path):
             self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             return
         connection = http.client.HTTPConnection(self.server.target.netloc)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cluster_rig import has_results, kill_a_worker, picture, tree, when, worker_pids
+from cluster_rig import LEDGER, WORKER, has_results, kill_a_worker, picture, pids_of, tree, when
+from PIL import Image
 
+from moesr.runtime import Upscaler
 from moesr.runtime.cluster.worker import SCRATCH
 from moesr.runtime.images import provenance
 
@@ -54,18 +59,58 @@ def test_removed_node(bucket, moesr, nodes):
 
 
 @pytest.mark.slow
-def test_store_that_answers_503_for_a_while(bucket, moesr, s3):
-    source, target, proxy = bucket(*NAMES), bucket(), s3.proxy
-    proxy.refused = 0
+def test_killed_ledger(bucket, moesr):
+    """Its successor knows no attempts and no counts, and the report is complete all the same."""
+    source, target = bucket(*NAMES), bucket()
 
-    def refuse() -> None:
-        proxy.refuses = True
-        time.sleep(3)
-        proxy.refuses = False
+    def kill() -> list[int]:
+        pids = pids_of(LEDGER)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return pids
 
-    with when(has_results(target), refuse):
+    with when(has_results(target, 2), kill) as killed:
         made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", *SLOWLY)
-    assert proxy.refused > 0
+    assert len(killed[0]) == 1
+    check_whole(made, target)
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_moments(bucket, moesr, cluster_engine):
+    """Five kills in thirty images: nothing is lost, and every result is that of an undisturbed run."""
+    names, draw = [f"{k:02}.png" for k in range(30)], random.Random()
+    source, target, over = bucket(*names), bucket(), threading.Event()
+    killed: list[int] = []
+
+    def kill_five() -> None:
+        while len(killed) < 5 and not over.wait(draw.uniform(0, 2)):
+            pids = pids_of(WORKER)
+            if pids and has_results(target, 4 * len(killed))():
+                killed.append(draw.choice(pids))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_five)
+    killer.start()
+    try:
+        made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", "--steps", "100")
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 5
+    check_whole(made, target, names)
+    with Upscaler(cluster_engine, backend="onnxruntime", threads=1) as local:
+        for name in names:
+            expected = local(np.asarray(Image.open(source / name)), steps=100)
+            result = np.asarray(Image.open(target / f"{name.removesuffix('.png')}_x4.png"))
+            np.testing.assert_array_equal(result, expected, err_msg=name)
+
+
+@pytest.mark.slow
+def test_store_that_answers_503_for_a_while(bucket, moesr, s3):
+    source, target = bucket(*NAMES), bucket()
+    s3.proxy.refuse_after_next_put(8)
+    made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1", "--steps", "5")
+    assert s3.proxy.refused == 8
     check_whole(made, target)
 
 
@@ -77,7 +122,7 @@ def test_input_that_always_ends_its_worker(bucket, moesr):
     over = []
 
     def kill_whoever_works_at_it() -> bool:
-        for pid in worker_pids():
+        for pid in pids_of(WORKER):
             with contextlib.suppress(OSError):
                 if any(SCRATCH.glob(f".moesr-*-{pid}-*.tmp/in/2.png")):
                     os.kill(pid, signal.SIGKILL)

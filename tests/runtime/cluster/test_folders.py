@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -20,7 +21,6 @@ from moesr.runtime.cli.batch import RunOptions
 from moesr.runtime.cli.outputs import Naming
 from moesr.runtime.cli.run import main
 from moesr.runtime.cluster import listing, places
-from moesr.runtime.cluster.ledger import Ledger
 from moesr.runtime.cluster.listing import Sources, with_twins
 from moesr.runtime.cluster.worker import Work, Worker
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME, read_manifest
@@ -98,14 +98,16 @@ def test_folders_and_named_files(moesr, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, cluster_engine, tmp_path):
-    source, store = bucket("a.png"), bucket()
-    for path in cluster_engine.iterdir():
-        (store / path.name).write_bytes(path.read_bytes())
+def test_engine_behind_a_url_is_copied_once_per_node(bucket, moesr, cluster_engine, tmp_path, s3):
+    source, store, cache = bucket("a.png"), bucket(), user_cache.directory() / "engines"
+    shutil.copytree(cluster_engine, store, dirs_exist_ok=True)
+    copy = cache / sha256_of(cluster_engine / MANIFEST_NAME)[:16]
+    shutil.rmtree(copy, ignore_errors=True)
     made = moesr(f"s3://{source.name}", "-o", tmp_path / "out", "--engine", f"s3://{store.name}")
-    (copy,) = (path for path in (user_cache.directory() / "engines").iterdir() if path.is_dir())
-    assert copy.name == sha256_of(cluster_engine / MANIFEST_NAME)[:16] and tree(copy) == tree(cluster_engine)
     assert made.code == 0 and tree(tmp_path / "out") == ["a_x4.png"]
+    assert tree(copy) == tree(cluster_engine) and not any(cache.glob(".moesr-*"))
+    (graph,) = {path for _, path in s3.proxy.requests if path.startswith(f"/{store.name}/decoder")}
+    assert s3.proxy.requests.count(("GET", graph)) == 1
 
 
 def test_listing_is_streamed():
@@ -207,10 +209,3 @@ def test_internal_error_is_a_failure_of_one_input(cluster_engine, tmp_path, monk
     assert line["error"].endswith(
         "a.png: internal error, please report it: ZeroDivisionError: division by zero"
     )
-
-
-def test_ledger_counts_workers_that_never_open_the_engine():
-    ledger = Ledger()
-    assert [ledger.starting("a"), ledger.starting("a"), ledger.starting("b")] == [1, 2, 1]
-    ledger.opened("a")
-    assert ledger.starting("a") == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster_rig import picture, tree
+from cluster_rig import TILE_RUNNER, picture, pids_of, tree
 from engines import build_engine
 from PIL import Image
 
@@ -63,20 +63,12 @@ def test_tiles_on_two_workers_though_one_is_killed(nodes, cluster_engine):
 
         def progress(done: float, total: float, stage: str) -> None:
             if done > total / 3 and not victims:
-                victims.extend(runner_pids()[:1])
+                victims.extend(pids_of(TILE_RUNNER)[:1])
                 os.kill(victims[0], signal.SIGKILL)
 
         np.testing.assert_array_equal(up(pixels, steps=60, progress=progress), expected)
         assert victims and up.pool.ran.total() == up.statistics.tiles
         assert set(up.pool.ran) == {0, 1}, "both workers took part"
-
-
-def runner_pids() -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and b"ray::TileRunner" in (entry / "cmdline").read_bytes():
-            found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.slow
