@@ -44,14 +44,15 @@ server.wait()
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, port: int | None = None) -> Iterator[str]:
+def s3_server(folder: Path, *, anonymous: bool = False) -> Iterator[str]:
     """Run `rclone serve s3`, whose buckets are the directories of `folder`, and yield its address.
 
-    The server ends with the `with` block, or with this process if that is killed. TimeoutError if it does not
-    answer.
+    Requests need the keys of `store_variables` unless the server is `anonymous`. It ends with the `with`
+    block, or with this process if that is killed. TimeoutError if it does not answer.
     """
-    port = port or free_port()
-    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "key,secretsecret", "--config", os.devnull]
+    port = free_port()
+    keys = [] if anonymous else ["--auth-key", "key,secretsecret"]
+    options = ["--addr", f"127.0.0.1:{port}", *keys, "--config", os.devnull]
     # With a cache time of 0s, rclone's timer for a directory starts again at once and takes a whole core.
     caches = ["--vfs-cache-mode", "off", "--dir-cache-time", "1ms"]
     command = [sys.executable, "-c", _KEEPER, rclone(), "serve", "s3", str(folder), *options, *caches]

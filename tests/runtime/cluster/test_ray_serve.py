@@ -20,8 +20,34 @@ from PIL import Image
 CONFIG = Path(__file__).resolve().parents[3] / "docs/serving/ray-serve.yaml"
 
 
+Send = Callable[..., tuple[int, Any, bytes]]
+
+
+def sender(port: int) -> Send:
+    """Return a function that sends a request and returns status, headers and body, once the route exists."""
+
+    def send(path: str, data: bytes | None = None, method: str | None = None) -> tuple[int, Any, bytes]:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read()
+
+    wait_for(lambda: send("/healthz")[0] == 200)  # the proxy learns the route a little later
+    return send
+
+
+def wait_for(condition: Callable[[], bool], patience_s: float = 120.0) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
-def service(nodes: Any, cluster_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+def service(nodes: Any, cluster_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Send]:
     """Two replicas of the application of the configuration file; returns a function that sends requests."""
     pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
     import yaml
@@ -47,19 +73,7 @@ def service(nodes: Any, cluster_engine: Path, tmp_path_factory: pytest.TempPathF
     two = Replica.options(num_replicas=2, ray_actor_options={"num_cpus": 0.5})
     serve.run(two.bind(Settings.of(args)), route_prefix="/")
 
-    def send(path: str, data: bytes | None = None, method: str | None = None) -> tuple[int, Any, bytes]:
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.headers, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.headers, error.read()
-
-    deadline = time.monotonic() + 60
-    while send("/healthz")[0] != 200:  # the proxy learns the route a little later
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield send
+    yield sender(port)
     serve.shutdown()
 
 
@@ -93,9 +107,6 @@ def test_a_job_of_another_replica(service, tmp_path):
     """With two replicas, about half of the requests come to the one that does not have the job."""
     image = picture(tmp_path / "a.png").read_bytes()
     jobs = [json.loads(service("/v1/jobs?steps=2", image)[2])["id"] for _ in range(4)]
-    deadline = time.monotonic() + 60
     for job in jobs:
-        while json.loads(service(f"/v1/jobs/{job}")[2])["status"] != "done":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda job=job: json.loads(service(f"/v1/jobs/{job}")[2])["status"] == "done")
         assert {service(f"/v1/jobs/{job}/result")[0] for _ in range(6)} == {200}
