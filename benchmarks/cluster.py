@@ -1,4 +1,4 @@
-"""Measure what a run on a cluster costs beside the images, and simulate 1 to 1,000 workers with these costs.
+"""Measure the costs of a run on a cluster besides the images, and simulate 1 to 1,000 workers with them.
 
   python benchmarks/cluster.py --tiles ENGINE -o benchmarks/results/cluster.md
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def page(args: argparse.Namespace) -> str:
-    """The page of results."""
+    """Return the page of results."""
     listing = costs.keys_per_s(args.keys)
     with costs.cluster(2):
         rate, driver = costs.row_costs(args.rows, 2)
@@ -52,7 +52,7 @@ def page(args: argparse.Namespace) -> str:
         f"| death of a worker until the next one, with demo-x4 opened, works | {restart:.1f} s |",
         f"| a line of the log, with names of 60 characters | {costs.line_bytes()} bytes |",
         "",
-        "Images per second in the simulation, and the part of what as many workers make without costs:\n",
+        "Images per second in the simulation, and their share of the rate without these costs:\n",
         f"| workers | {' | '.join(f'{s:g} s per image' for s in IMAGE_S)} |",
         f"| --- |{' --- |' * len(IMAGE_S)}",
     ]
@@ -64,7 +64,7 @@ def page(args: argparse.Namespace) -> str:
 
 
 def _tile_lines(args: argparse.Namespace, found: list[costs.Tiles], equal: bool) -> list[str]:
-    """The section about one image on many workers."""
+    """Return the section about one image on many workers."""
     same = "equal to the bit" if equal else "DIFFERENT"
     return [
         "",

@@ -35,7 +35,7 @@ SETTINGS = {"steps": 50, "sampler": "ddpm", "seed": 42, "fidelity": 1.0, "color_
 
 @contextmanager
 def cluster(cpus: int) -> Iterator[None]:
-    """A cluster of one node; its sockets lie in a directory with a short path."""
+    """Start a cluster of one node, whose sockets lie in a directory with a short path."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
@@ -50,7 +50,7 @@ def cluster(cpus: int) -> Iterator[None]:
 
 
 def keys_per_s(count: int) -> float:
-    """Rate at which a bucket of so many keys is listed, with names of results."""
+    """Return the rate at which a bucket of `count` keys is listed, with names of results."""
     with tempfile.TemporaryDirectory(prefix="moesr-") as folder:
         (Path(folder) / "bucket").mkdir()
         for number in range(count):
@@ -66,7 +66,7 @@ def keys_per_s(count: int) -> float:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Inputs that are nowhere."""
+    """A listing of `count` inputs that do not exist."""
 
     count: int
 
@@ -82,7 +82,7 @@ class Instant:
         self._engine, self._ledger = Upscaler(work, threads=1) if work else None, ledger
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """See `Worker.__call__`; the ledger is asked as there."""
+        """See `Worker.__call__`; it makes the same call to the ledger."""
         import ray
 
         ray.get(self._ledger.begin.remote(row["key"], secrets.token_hex(8)))
@@ -93,7 +93,7 @@ class Instant:
 
 
 def row_costs(count: int, workers: int) -> tuple[float, float]:
-    """Rows per second of workers that compute nothing, and seconds of the driver's processor per row."""
+    """Return the rows per second of workers that compute nothing, and the driver's CPU seconds per row."""
     rows = _rows(count, None, workers)
     next(rows)
     start, busy = time.perf_counter(), time.process_time()
@@ -102,7 +102,10 @@ def row_costs(count: int, workers: int) -> tuple[float, float]:
 
 
 def restart_s(engine: str) -> float:
-    """Seconds from the death of the only worker to the first row of the next one, with an engine opened."""
+    """Return the seconds from the death of the only worker to the first row of the next one.
+
+    The next worker opens the engine first.
+    """
     rows, gaps = _rows(24, engine, 1), []
     pid = json.loads(next(rows)["line"])["pid"]
     killed = time.perf_counter()
@@ -121,7 +124,7 @@ def _rows(count: int, engine: Any, workers: int) -> Iterator[dict[str, Any]]:
 
 
 def line_bytes() -> int:
-    """Bytes of one line of the log, with names of 60 characters."""
+    """Return the bytes of one line of the log, with names of 60 characters."""
     entry = Entry("s3://photographs-of-the-archive/2024/07/31/IMG_20240731.jpg")
     entry.result = "s3://results-of-the-archive/2024/07/31/IMG_20240731_x4.png"
     return len(json.dumps(entry.line("done", Provenance(4, "moesr-x4 fp32 0123abcd", SETTINGS)))) + 1
@@ -129,7 +132,7 @@ def line_bytes() -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One step of the sampler on a set of tiles, by some workers."""
+    """The cost of one step of the sampler on a set of tiles."""
 
     workers: int
     seconds: float
@@ -138,7 +141,7 @@ class Tiles:
 
 
 def tiles(engine: str, count: int) -> tuple[list[Tiles], bool]:
-    """Time an expert on so many tiles, on one and on two workers of one core each.
+    """Time an expert on `count` tiles, on one and on two workers of one core each.
 
     Also returns whether the two results are equal to the bit.
     """
@@ -167,7 +170,7 @@ def tiles(engine: str, count: int) -> tuple[list[Tiles], bool]:
 
 
 def _put_first(title: bytes) -> None:
-    """Let the processes of this title run before those of other sessions, which root may do on Linux.
+    """Give the processes of this title priority over other sessions, which root may do on Linux.
 
     Without that, a busy machine gives two workers the time of one.
     """

@@ -42,7 +42,7 @@ except ImportError as error:
     raise missing(error.name or "ray[serve]", "ray-serve") from error
 
 ADDRESS = "address"
-"""The file in a replica's state directory that tells where its server listens."""
+"""The file in the state directory of a replica with the address of its server."""
 
 HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length"}
 """Headers that concern one connection only."""
@@ -122,7 +122,10 @@ class Replica:
         return StreamingResponse(_chunks(answer), answer.status, kept, background=release)
 
     def _owner(self, path: str) -> str | None:
-        """The server of the job in a path, this replica's for other paths; None if its replica is gone."""
+        """Return the address of the server that has the job in a path; None if its replica is gone.
+
+        For all other paths it is the address of this replica.
+        """
         words = path.split("/")
         if words[:3] != ["", "v1", "jobs"] or len(words) < 4 or not words[3].isalnum():
             return self.address
@@ -134,19 +137,19 @@ class Replica:
         return self.address  # which answers 404
 
     def check_health(self) -> None:
-        """Ray Serve replaces a replica whose server has ended."""
+        """Raise RuntimeError if the server has ended; Ray Serve then replaces this replica."""
         if not self._thread.is_alive():
             raise RuntimeError("the server has ended")
 
     def __del__(self) -> None:
-        """Let images in work finish within the grace; the others go on in the next replica."""
+        """Let images in work finish within the grace period; the next replica continues the others."""
         if hasattr(self, "_server"):
             self._server.should_exit = True
             self._thread.join()
 
 
 def claim(root: Path) -> Store:
-    """The first state directory below `root` that no other replica uses, with the jobs in it."""
+    """Return the first state directory below `root` that no other replica uses, with the jobs in it."""
     for number in count():
         place = root / f"replica-{number}"
         try:
@@ -182,5 +185,5 @@ def _read(path: Path) -> str | None:
 
 
 def _cores() -> int:
-    """The whole cores that Ray has reserved for this replica, at least one."""
+    """Return the number of whole cores that Ray has reserved for this replica, at least one."""
     return max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1)
