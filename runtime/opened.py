@@ -74,6 +74,15 @@ class OpenedEngine:
             self.backend.warn(self.manifest.precision)
             self._open()
 
+    @classmethod
+    def with_backend(cls, directory: Path, manifest: Manifest, backend: Backend) -> OpenedEngine:
+        """Open an engine with a backend that has been chosen; nothing is kept for later processes."""
+        opened = cls.__new__(cls)
+        opened._remembers, opened.cache, opened.measured = False, None, None
+        opened.directory, opened.manifest, opened.backend = directory, manifest, backend
+        opened._open()
+        return opened
+
     def _open(self) -> None:
         """Make the parts that process images."""
         manifest, directory, backend = self.manifest, self.directory, self.backend

@@ -94,6 +94,10 @@ class Upscaler:
             cache=cache,
             cuda_graphs=cuda_graphs,
         )
+        self._use(opened)
+
+    def _use(self, opened: OpenedEngine) -> None:
+        """Super-resolve with an opened engine."""
         self._engine, self.directory, self.manifest = opened, opened.directory, opened.manifest
         self.backend, self.measured = opened.backend, opened.measured
         self._costs, self._worker, self._admission = opened.costs, opened.worker, opened.admission

@@ -34,7 +34,8 @@ RUNTIME = {
     "integrations": ("engine", "errors", "images", "options", "sampling", "upscaler"),
     "serve": ("cli", "engine", "errors", "images", "loop", "sampling", "system", "upscaler"),
     "cluster": (
-        *("backends", "cli", "devices", "engine", "errors", "images", "loop", "serve", "system", "upscaler"),
+        *("backends", "cli", "devices", "engine", "errors", "images", "loop", "opened", "serve", "system"),
+        "upscaler",
     ),
 }
 """The packages that each package of the runtime imports, lowest level first: imports name earlier entries."""

@@ -20,7 +20,7 @@ from moesr.runtime.cluster.listing import Sources
 from moesr.runtime.cluster.places import missing
 from moesr.runtime.cluster.worker import Work, Worker
 from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.errors import EngineError, MoesrError, UsageError
+from moesr.runtime.errors import MoesrError, UsageError
 from moesr.runtime.loop.admission import image_bytes
 from moesr.runtime.loop.graph_memory import GraphMemory
 from moesr.runtime.loop.tile_layout import TileLayout
@@ -68,7 +68,7 @@ def estimate(manifest: Manifest, directory: Path) -> int:
 def connected(address: str) -> Iterator[None]:
     """Make this process a driver of the cluster at an address during a `with` block.
 
-    UsageError if no cluster answers there; EngineError for an error of Ray in the block.
+    UsageError if no cluster answers there; MoesrError for an error of Ray in the block.
     """
     try:
         import ray
@@ -205,6 +205,6 @@ def cause_of(error: BaseException) -> BaseException:
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
     text = str(error).strip().splitlines()
-    return EngineError(
+    return MoesrError(
         f"the cluster has stopped: {text[-1] if text else type(error).__name__}; run again to continue"
     )

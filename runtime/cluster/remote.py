@@ -21,6 +21,7 @@ from moesr.runtime.cluster.tile_pool import TilePool
 from moesr.runtime.devices.host import HostDevice
 from moesr.runtime.engine.graph_spec import Boundary, Graph
 from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.opened import OpenedEngine
 from moesr.runtime.upscaler import Upscaler
 
 
@@ -94,13 +95,10 @@ class RemoteUpscaler(Upscaler):
 
     def __init__(self, engine: str, pool: TilePool) -> None:
         """Use the actors of a pool, which have opened `engine`; the pool closes with this Upscaler."""
-        self.directory = engine_on_this_node(engine)
-        self.manifest = read_manifest(self.directory, verify=False)
-        self.pool, self._cache = pool, None
-        self._remembers = False  # the time of a tile is that of a worker
-        roles = {graph.file: role for role, graph in self.manifest.graphs.items()}
-        self.backend = RemoteBackend(
+        self.pool, directory = pool, engine_on_this_node(engine)
+        manifest = read_manifest(directory, verify=False)
+        roles = {graph.file: role for role, graph in manifest.graphs.items()}
+        backend = RemoteBackend(
             "ray", SessionOptions(), pool.capacity, traits=Traits(), pool=pool, roles=roles
         )
-        self.measured = None
-        self._open()
+        self._use(OpenedEngine.with_backend(directory, manifest, backend))

@@ -13,7 +13,7 @@ from moesr.runtime.cluster import dataset
 from moesr.runtime.cluster.dataset import ReportRows
 from moesr.runtime.cluster.ledger import Counts, Ledger
 from moesr.runtime.cluster.tile_pool import LOSSES, TilePool
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, MoesrError
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -70,8 +70,9 @@ def test_progress_while_the_ledger_is_out_of_reach():
 def test_error_of_ray_becomes_a_message(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     message = r"the cluster has stopped: .*run again to continue"
-    with pytest.raises(EngineError, match=message), dataset.connected(""):
+    with pytest.raises(MoesrError, match=message) as caught, dataset.connected(""):
         raise lost()
+    assert caught.value.exit_code == 1
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, answers: list[Any], workers: int = 2) -> TilePool:
