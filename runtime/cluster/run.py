@@ -13,7 +13,8 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -30,7 +31,7 @@ from moesr.runtime.cluster.places import check_place, place_of
 from moesr.runtime.cluster.worker import Work
 from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.manifest_file import read_manifest
-from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.errors import UsageError
 from moesr.runtime.system import console
 
 log = logging.getLogger("moesr")
@@ -56,11 +57,10 @@ def run(args: argparse.Namespace, options: Mapping[str, Any], how: RunOptions) -
     sources = Sources(tuple(dict.fromkeys(args.inputs)), how.naming(wanted.scale), how.recursive, inside)
     alone, others = large.split(sources, manifest, resources)
     with dataset.connected(args.ray), _quiet_ray():
-        driver = Driver(how, report)
         shown = dataclasses.replace(work, how=dataclasses.replace(theirs, quiet=how.quiet))
-        for row in large.report_rows(alone, shown, resources):
-            driver.take(row)
-        return driver.run(dataset.report_rows(others, work, resources) if others.names else None)
+        first = large.report_rows(alone, shown, resources)
+        rows = partial(dataset.report_rows, others, work, resources) if others.names else None
+        return Driver(how, report).run(first, rows)
 
 
 def check_usage(args: argparse.Namespace) -> None:
@@ -91,12 +91,17 @@ class Driver:
         self._counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
         self._code = 0
 
-    def run(self, rows: dataset.ReportRows | None) -> int:
-        """Report all rows and return the highest exit code; UsageError if there are no inputs."""
+    def run(self, first: Iterable[Mapping[str, Any]], others: Callable[[], dataset.ReportRows] | None) -> int:
+        """Report all rows and return the highest exit code; UsageError if there are no inputs.
+
+        `others` starts a dataset after the rows of `first`. An error of the cluster follows the summary.
+        """
         try:
-            if rows is not None and not (self._how.fail_fast and self._counts["failed"]):
-                self._follow(rows)
-        except MoesrError:
+            for row in first:
+                self.take(row)
+            if others and not (self._how.fail_fast and self._counts["failed"]):
+                self._follow(others())
+        except Exception:
             batch.summary(self._counts)
             raise
         if not sum(self._counts.values()):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from benchlib.local_store import s3_server, store_variables
+from benchlib.local_store import rclone, s3_server, store_variables
 from cluster_fixtures import need_store
 
 HOLD = """
@@ -36,7 +36,8 @@ def servers_of(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"rclone\0serve\0s3\0{folder}" in (entry / "cmdline").read_text():
+            words = (entry / "cmdline").read_text().split("\0")
+            if words[0] == rclone() and str(folder) in words:
                 found.append(int(entry.name))
     return found
 
@@ -49,9 +50,10 @@ def test_server_ends_with_its_user(store, number):
         [sys.executable, "-c", HOLD, store], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
     )
     assert user.stdout and user.stdout.readline().startswith(b"http://127.0.0.1:")
-    assert len(servers_of(store)) == 1
+    servers = servers_of(store)
     user.send_signal(number)
     user.communicate()
+    assert len(servers) == 1
     deadline = time.monotonic() + 20
     while servers_of(store):
         assert time.monotonic() < deadline, "the server is still there"

@@ -85,7 +85,7 @@ def test_every_command_of_the_page_works(s3, tmp_path, sockets):
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     print(done.stdout, done.stderr)
     assert done.stdout.count("Ray runtime started") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesr.runtime.cli.batch import RunOptions
+from moesr.runtime.cli.report import Entry, Report
 from moesr.runtime.cluster import dataset
 from moesr.runtime.cluster.dataset import ReportRows
 from moesr.runtime.cluster.ledger import Counts, Ledger
+from moesr.runtime.cluster.run import Driver
 from moesr.runtime.cluster.tile_pool import LOSSES, TilePool
 from moesr.runtime.errors import EngineError, MoesrError
+from moesr.runtime.images.provenance import Provenance
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -73,6 +78,21 @@ def test_error_of_ray_becomes_a_message(monkeypatch):
     with pytest.raises(MoesrError, match=message) as caught, dataset.connected(""):
         raise lost()
     assert caught.value.exit_code == 1
+
+
+def test_run_that_ray_ends_has_a_summary(caplog):
+    """The inputs that are done are in the report, and those that are left are counted."""
+
+    def made() -> Iterator[dict[str, Any]]:
+        done = Entry("a.png").line("done", Provenance(4, "engine", {}))
+        yield {"line": json.dumps(done), "code": 0, "note": ""}
+        raise lost()
+
+    ledger = SimpleNamespace(counts=Remote(lambda: Counts(3)), end=Remote(lambda name: None))
+    driver = Driver(RunOptions(quiet=True), Report(None))
+    with caplog.at_level("INFO", "moesr"), pytest.raises(MoesrError, match="the cluster has stopped"):
+        driver.run((), lambda: ReportRows(made(), ledger))
+    assert "1 done, 0 skipped, 0 failed, 2 not begun" in caplog.text
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, answers: list[Any], workers: int = 2) -> TilePool:
