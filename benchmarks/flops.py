@@ -34,7 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesr.runtime.engine.graph_io import DECODER
 from moesr.runtime.engine.manifest_file import read_manifest
-from moesr.runtime.errors import MoesrError
+from moesr.runtime.errors import MoesrError, UsageError
+from moesr.runtime.system.json_dataclass import build, read_json
 from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
 
@@ -213,6 +214,35 @@ def engine_row(directory: Path, steps: int) -> Row:
     return Row(f"engine {m.name}", params / 1e6, step / TERA, total_t, "full", m.tile, steps)
 
 
+def read_model(path: Path, tile: int) -> ModelConfig:
+    """Read a model's configuration; UsageError if it cannot be read or does not fit the tile."""
+    try:
+        config = build(ModelConfig, read_json(path), strict=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a model's configuration ({error})") from error
+    if config.unet is None or config.decoder.embed_dim != 3:
+        raise UsageError(f"{path}: expected a model with sampling experts and latents of 3 channels")
+    if tile < 1 or tile % config.tile_multiple:
+        raise UsageError(f"--tile {tile}: expected a multiple of {config.tile_multiple} for {config.name}")
+    return config
+
+
+def model_cost(config: ModelConfig, tile: int) -> Cost:
+    """Measure the model of a configuration that `read_model` returned."""
+    assert config.unet
+    return measure(config.unet, config.decoder, tile)
+
+
+def decoder_lines(name: str, cost: Cost, moe: Cost) -> list[str]:
+    """Compare a decoder with MoE-SR's: its MACs with the part of the LR encoder that decoding needs."""
+    ours, theirs = total(cost.decode), total(moe.decode)
+    return [
+        "",
+        f"decode of {name}: {ours / TERA:.4f}, of MoE-SR {theirs / TERA:.4f} (1e12, with the LR features), "
+        f"{theirs / ours:.1f} times fewer; {cost.decoder_params / 1e6:.2f} million parameters",
+    ]
+
+
 def table(table_rows: Sequence[Row]) -> str:
     """Format the rows as aligned text."""
     width = max(len("model"), *(len(row.model) for row in table_rows))
@@ -271,20 +301,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=_steps, default=STEPS, help="sampling steps (default %(default)s)")
     parser.add_argument("--engine", type=Path, metavar="DIR", help="add the line of an exported engine")
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE", help="add a model by its configuration, as in a checkpoint's"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     args = parser.parse_args(argv)
     try:
         extra = [engine_row(args.engine, args.steps)] if args.engine else []
+        config = read_model(args.model, args.tile) if args.model else None
     except MoesrError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     costs = measure_all(args.tile)
+    cost = model_cost(config, args.tile) if config else None
+    if config and cost:
+        experts, counted = len(config.expert_ranges), ("paper", "full")
+        extra += [cost.row(config.name, experts, each, args.tile, args.steps) for each in counted]
     table_rows = [*rows(*costs, args.tile, args.steps), *extra]
     if args.json:
         report: dict[str, Any] = {"rows": [asdict(r) for r in table_rows], "parts_t": parts(costs[1])}
         print(json.dumps(report, indent=1))
         return 0
     print(text(table_rows, *costs))
+    if config and cost:
+        print("\n".join(decoder_lines(config.name, cost, costs[1])))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Export a checkpoint as an engine directory for moesr-run.
+"""Export a checkpoint as an engine directory for moesr-run, or as one ONNX file for other runtimes.
 
 Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured
 error. Without CHECKPOINT the x4 demo checkpoint that comes with moesr is exported; demo-x8 names the x8 one.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from moesr.export.lowering import INT8_ERROR, SHALLOW_BLOCKS
 from moesr.export.options import ExportOptions
 from moesr.export.prompts import GUIDANCE, PromptOptions
+from moesr.export.single import command as single
 from moesr.runtime.engine.locate import demo_name
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME
 from moesr.runtime.errors import UsageError
@@ -92,6 +93,7 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
     from moesr.runtime.backends.tensorrt.library import load
     from moesr.training.checkpoint import load_checkpoint
 
+    single.check_arguments(args)
     _check_push(args)
     if args.push and _is_engine(args.checkpoint):
         _push(args, args.checkpoint)
@@ -100,6 +102,8 @@ def _export(progress: Progress, args: argparse.Namespace) -> int:
         check_guidance(args.guidance)
     options = _options(args)
     checkpoint = load_checkpoint(package.checkpoint_directory(args.checkpoint))
+    if args.single:
+        return single.run(args, checkpoint, options)
     photographs = _photographs(args) if args.precision == "int8" else ()
     if args.tensorrt:  # report anything that is missing before the work begins
         check_compiler()
@@ -155,9 +159,10 @@ def _push(args: argparse.Namespace, directory: Path) -> None:
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
-    """Return the export's options from the arguments; --tensorrt implies graphs for GPUs."""
+    """Return the export's options from the arguments; --tensorrt and --single imply graphs for GPUs."""
+    target = args.target or ("gpu" if args.single else "cpu")
     return ExportOptions(
-        target="both" if args.tensorrt and args.target == "cpu" else args.target,
+        target="both" if args.tensorrt and target == "cpu" else target,
         precision=args.precision,
         store=args.store,
         tile_px=args.tile,
@@ -253,13 +258,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="checkpoint directory, or demo-x4 (default) or demo-x8",
     )
-    add("-o", "--output", type=Path, metavar="DIR", help="engine directory (default: ./NAME-PRECISION)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="engine directory (default: ./NAME-PRECISION), or with --single the file",
+    )
     add(
         "--target",
         choices=["cpu", "gpu", "both"],
-        default="cpu",
         help="the device that the graphs are arranged for; all but bf16 graphs run on either, and with both "
-        "the engine holds a second file of each graph (default: cpu)",
+        "the engine holds a second file of each graph (default: cpu, or gpu with --single)",
     )
     add("--tile", type=int, metavar="PX", help="side of a tile in output pixels (default: as trained)")
     add(
@@ -277,10 +287,11 @@ def parser() -> argparse.ArgumentParser:
         help="also write the inputs of every graph and a data loader script to polygraphy/ in the engine "
         "directory, for debugging with `polygraphy run`",
     )
-    add("--force", action="store_true", help="replace an existing engine directory")
+    add("--force", action="store_true", help="replace an existing engine directory or file")
     add("--quiet", action="store_true", help="print errors only")
     add("--debug", action="store_true", help="print the traceback of an internal error")
     _add_precision(p.add_argument_group("precision"))
+    single.add_arguments(p.add_argument_group("one file for other runtimes"))
     _add_prompts(p.add_argument_group("prompts, for models with a text encoder"))
     _add_tensorrt(p.add_argument_group("TensorRT"))
     _add_push(p.add_argument_group("Hugging Face hub"))

@@ -98,9 +98,9 @@ def export_engine(
     Raises UsageError if the model does not support an option, ParityError if a graph misses its network's
     result, and OutputError if the directory cannot be written. Each error leaves the directory as it was.
     """
-    _check_model(checkpoint, options)
-    tile_px, choices = _tile(checkpoint, options), options.lowerings()
-    prompts = _prompts(checkpoint, options.prompts)
+    check_model(checkpoint, options)
+    tile_px, choices = tile_side(checkpoint, options), options.lowerings()
+    prompts = prompts_of(checkpoint, options.prompts)
     recording = None
     if options.precision == "int8":
         recording = _record(checkpoint, photographs, tile_px, on_stage)
@@ -129,7 +129,7 @@ def export_engine(
     return manifest
 
 
-def _check_model(checkpoint: Checkpoint, options: ExportOptions) -> None:
+def check_model(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Raise UsageError if the model cannot become an engine, or not one with shallow graphs."""
     if checkpoint.config.unet is None:
         raise UsageError(
@@ -139,7 +139,7 @@ def _check_model(checkpoint: Checkpoint, options: ExportOptions) -> None:
         check_blocks(checkpoint.config, options.reuse)
 
 
-def _tile(checkpoint: Checkpoint, options: ExportOptions) -> int:
+def tile_side(checkpoint: Checkpoint, options: ExportOptions) -> int:
     """Return the side of a tile in output pixels: as asked, or as the model was trained."""
     config = checkpoint.config
     usual = config.tile if isinstance(config, StableSRConfig) else DEFAULT_TILE_PX
@@ -148,7 +148,7 @@ def _tile(checkpoint: Checkpoint, options: ExportOptions) -> int:
     return tile_px
 
 
-def _prompts(checkpoint: Checkpoint, asked: PromptOptions) -> Prompts | None:
+def prompts_of(checkpoint: Checkpoint, asked: PromptOptions) -> Prompts | None:
     """Return the prompts of a model with a text encoder; UsageError if there are prompts for one without."""
     if isinstance(checkpoint.config, StableSRConfig):
         return choose(checkpoint.config.text, asked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,15 +128,21 @@ def network_output(network: nn.Module, inputs: Inputs) -> np.ndarray:
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     if "fidelity" in tensors:  # one value per tile
         tensors["fidelity"] = tensors["fidelity"][:, None, None, None]
+    with double_norms(network):
+        run = network.decode if isinstance(network, Autoencoder) else network
+        return run(*tensors.values()).numpy()
+
+
+@contextmanager
+def double_norms(network: nn.Module) -> Iterator[None]:
+    """Compute every GroupNorm of a network in float64 inside the block; see `network_output`."""
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     handles = [norm.register_forward_hook(_double_norm) for norm in norms]
     try:
-        run = network.decode if isinstance(network, Autoencoder) else network
-        output = run(*tensors.values())
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return output.numpy()
 
 
 def _double_norm(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

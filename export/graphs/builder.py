@@ -81,8 +81,9 @@ class BuiltGraph:
 class GraphBuilder:
     """A graph under construction. `lowering` decides how layers become operators."""
 
-    def __init__(self, name: str, lowering: Lowering = CPU) -> None:
-        self.name, self.lowering = name, lowering
+    def __init__(self, name: str, lowering: Lowering = CPU, *, open_sizes: bool = False) -> None:
+        """With `open_sizes` layers are written without the image's size; see `open_sizes`."""
+        self.name, self.lowering, self.open_sizes = name, lowering, open_sizes
         self._opset, self._ir = onnx_versions(lowering)
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[TensorSpec] = []
@@ -95,6 +96,7 @@ class GraphBuilder:
         self._values: dict[str, Value] = {}
         self._calls: dict[str, KernelCall] = {}
         self._folded: set[str] = set()  # values made from constants only, which a session computes once
+        self._once: dict[tuple, list[Value]] = {}  # such values by their node: equal nodes are written once
         self._opsets = [helper.make_opsetid("", self._opset)]
 
     @contextmanager
@@ -138,14 +140,19 @@ class GraphBuilder:
         values = [i if i is None or isinstance(i, Value) else self._weight(i, like) for i in inputs]
         name = "/".join([*self._scope, f"{op_type}_{len(self._nodes)}"])
         names = [value.name if value else "" for value in values]
+        given = [value for value in values if value]
+        folded = all(value.name in self._folded for value in given)
+        key = (op_type, outputs, *names, repr(sorted(attributes.items())))
+        if folded and key in self._once:
+            return self._once[key]
         results = [f"{len(self._nodes)}:{i}" for i in range(outputs)]
         node = helper.make_node(op_type, names, results, name=name, **attributes)
         self._nodes.append(node)
-        given = [value for value in values if value]
         made = self._inferred(node, given)
         self._values |= {value.name: value for value in made}
-        if all(value.name in self._folded for value in given):
+        if folded:
             self._folded.update(results)
+            self._once[key] = made
         else:
             self._macs += macs_of(op_type, [value.shape for value in given], made[0].shape)
         return made
@@ -173,12 +180,14 @@ class GraphBuilder:
 
     def named(self, value: Value, suffix: str) -> Value:
         """Return the same value under a name that ends in `suffix`."""
-        made = replace(value, name=f"{value.name}{suffix}")
-        if made.name not in self._values:
-            node = helper.make_node("Identity", [value.name], [made.name], name=f"name {made.name}")
-            self._nodes.append(node)
-            self._values[made.name] = made
-        return made
+        name = f"{value.name}{suffix}"
+        return self._values[name] if name in self._values else self.renamed(value, name)
+
+    def renamed(self, value: Value, name: str) -> Value:
+        """Return the same value under another name."""
+        self._nodes.append(helper.make_node("Identity", [value.name], [name], name=f"name {name}"))
+        self._values[name] = replace(value, name=name)
+        return self._values[name]
 
     def cast(self, value: Value, dtype: int) -> Value:
         """Cast to a data type, unless the value has it already."""
@@ -195,7 +204,7 @@ class GraphBuilder:
     def reshape(self, value: Value, *shape: int) -> Value:
         """Reshape. A leading 0 keeps the batch; a leading -1 merges dimensions into it or splits them off."""
         reshaped = self.op("Reshape", value, np.array(shape, np.int64))
-        if shape[0] != -1:
+        if shape[0] != -1 or isinstance(reshaped.shape[0], int):
             return reshaped
         images = _elements(value.shape) // _elements(shape[1:])  # leading entries per image of the batch
         return replace(reshaped, shape=(BATCH if images == 1 else f"{images}*{BATCH}", *shape[1:]))

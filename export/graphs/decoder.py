@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moesr.export.graphs import kernel_nodes, winograd
+from moesr.export.graphs import kernel_nodes, open_sizes, winograd
 from moesr.export.graphs.builder import BuiltGraph, GraphBuilder, Value
 from moesr.export.graphs.layers import attention, conv, conv_module, group_norm, normalised, upsample_conv
 from moesr.export.graphs.refinement import refine
@@ -92,6 +92,8 @@ def _quantise(g: GraphBuilder, z: Value, network: Autoencoder, latent_scale: flo
     rows = cut(side, 4 * len(codes) * width, g.lowering.score_bytes)
     # |z - e|^2 without |z|^2, which does not depend on the code
     products, squares = g.constant(-2 * codes.t()), g.constant((codes * codes).sum(dim=1))
+    if g.open_sizes:
+        return open_sizes.nearest_codes(g, z, products, squares, table)
     found = []
     for start in range(0, side, rows):
         stop = min(start + rows, side)
@@ -157,7 +159,10 @@ def _attention(g: GraphBuilder, x: Value, block: AttnBlock) -> Value:
     b_v = (out @ _bias(block.v).double() + _bias(block.proj_out).double()).float()
     q = conv(g, h, block.q.weight * scale, _bias(block.q) * scale)
     k = conv(g, h, block.k.weight, None)
-    q, k, v = (g.reshape(part, 0, channels, height * width) for part in (q, k, conv(g, h, w_v, b_v)))
+    v = conv(g, h, w_v, b_v)
+    if g.open_sizes:
+        return g.op("Add", x, open_sizes.attention(g, q, k, v, heads=1))
+    q, k, v = (g.reshape(part, 0, channels, height * width) for part in (q, k, v))
     attended = kernel_nodes.attention(g, q, k, v)
     attended = attention(g, q, k, v) if attended is None else attended
     return g.op("Add", x, g.reshape(attended, 0, channels, height, width))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moesr.export.graphs import open_sizes
 from moesr.export.graphs.builder import BuiltGraph, GraphBuilder, Value
 from moesr.export.graphs.layers import (
     attention,
@@ -257,6 +258,9 @@ def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:
     parts = [block.qkv.weight, block.qkv.bias[:, None]]  # type: ignore[index]
     weight, bias = (_queries_first(part.reshape(channels * 3, -1), block.heads) for part in parts)
     qkv = conv(g, group_norm(g, x, block.norm), weight[..., None, None], bias[:, 0])
+    if g.open_sizes:
+        h = open_sizes.attention(g, *g.split(qkv, 1, [channels] * 3), block.heads)
+        return g.op("Add", x, conv_module(g, h, block.proj_out))
     q, k, v = g.split(g.reshape(qkv, 0, 3 * block.heads, head, tokens), 1, [block.heads] * 3)
     h = g.reshape(attention(g, q, k, v), 0, channels, side, tokens // side)
     return g.op("Add", x, conv_module(g, h, block.proj_out))
@@ -272,11 +276,16 @@ def _queries_first(rows: Tensor, heads: int) -> Tensor:
 def _feed_forward(g: GraphBuilder, x: Value, block: SpaceMoE) -> Value:
     """Write the merged space experts: `x + FFN(LayerNorm(x))` over tokens."""
     channels, height, width = (x.size(axis) for axis in (1, 2, 3))
-    tokens = g.op("Transpose", g.reshape(x, 0, channels, height * width), perm=(0, 2, 1))
+    if g.open_sizes:
+        tokens = g.op("Transpose", x, perm=(0, 2, 3, 1))
+    else:
+        tokens = g.op("Transpose", g.reshape(x, 0, channels, height * width), perm=(0, 2, 1))
     norm = block.moe_norm
     h = g.op("LayerNormalization", g.float32(tokens), norm.weight, norm.bias, epsilon=norm.eps)
     w_in, b_in, w_out, b_out = block.mean_weights()
     h = g.op("Add", g.op("MatMul", g.cast(h, x.dtype), w_in.t()), b_in)
     h = g.op("Add", g.op("MatMul", g.op("Gelu", h), w_out.t()), b_out)
+    if g.open_sizes:
+        return g.op("Transpose", g.op("Add", tokens, h), perm=(0, 3, 1, 2))
     h = g.op("Transpose", g.op("Add", tokens, h), perm=(0, 2, 1))
     return g.reshape(h, 0, channels, height, width)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moesr.export.graphs import winograd
+from moesr.export.graphs import open_sizes, winograd
 from moesr.export.graphs.builder import GraphBuilder, Value
 from moesr.export.graphs.strips import LazyValue
 from moesr.export.lowering import cut
@@ -68,17 +68,19 @@ def normalised(g: GraphBuilder, x: Value, norm: nn.Module, activate: bool = Fals
     groups, channels = norm.num_groups, norm.num_channels
     spatial = [x.size(axis) for axis in range(2, len(x.shape))]
     elements = channels // groups * math.prod(spatial)
-    flat = g.reshape(g.float32(x), 0, groups, elements)
-    ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
-    flat = g.op("InstanceNormalization", flat, ones, zeros, epsilon=norm.eps)
     scale, shift = norm.weight[:, None, None], norm.bias[:, None, None]
-    if elements > EXACT_SUM and g.lowering.centre_norms:
-        shift = _centred_shift(g, flat, norm, spatial[-1])
 
     def finish(part: Value) -> Value:
         h = g.cast(g.op("Add", g.op("Mul", part, scale), shift), x.dtype)
         return silu(g, h) if activate else h
 
+    if g.open_sizes:
+        return LazyValue(g, open_sizes.instance_norm(g, x, groups, norm.eps), finish)
+    flat = g.reshape(g.float32(x), 0, groups, elements)
+    ones, zeros = np.ones(groups, np.float32), np.zeros(groups, np.float32)
+    flat = g.op("InstanceNormalization", flat, ones, zeros, epsilon=norm.eps)
+    if elements > EXACT_SUM and g.lowering.centre_norms:
+        shift = _centred_shift(g, flat, norm, spatial[-1])
     return LazyValue(g, g.reshape(flat, 0, channels, *spatial), finish)
 
 

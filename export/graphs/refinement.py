@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moesr.export.graphs import kernel_nodes
+from moesr.export.graphs import kernel_nodes, open_sizes
 from moesr.export.graphs.builder import GraphBuilder, Value
 from moesr.export.graphs.layers import conv, conv_module, group_norm, normalised
 from moesr.export.graphs.strips import LazyValue, pending
@@ -114,6 +114,8 @@ def _folded(mlp: InvertedResidual) -> list[tuple[Tensor, Tensor]]:
 
 def _filter(g: GraphBuilder, x: Value, module: AFFFilter) -> Value:
     """Write the adaptive frequency filter as float32 matrix products, in strips of channel blocks."""
+    if g.open_sizes:
+        return g.cast(open_sizes.aff_filter(g, x, module), x.dtype)
     w1, b1, w2, b2 = (w.detach().numpy() for w in (module.w1, module.b1, module.w2, module.b2))
     blocks, size = w1.shape[1], w1.shape[2]
     height, width = x.size(2), x.size(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import flops
 import pytest
@@ -15,8 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moesr.runtime.engine.manifest_file import read_manifest, write_manifest
+from moesr.runtime.errors import UsageError
 from moesr.training.config import AutoencoderConfig, UNetConfig
 from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
+
+LIGHT = Path(flops.__file__).parent / "models" / "light_decoder.json"
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +228,25 @@ def test_row_of_an_engine(tmp_path):
 def test_unusable_engine_is_reported(tmp_path, capsys):
     assert flops.main(["--engine", str(tmp_path)]) != 0
     assert "error: " in capsys.readouterr().err
+
+
+def test_light_decoder_needs_a_tenth_of_the_published_one(costs):
+    config = flops.read_model(LIGHT, 512)
+    light, published = flops.model_cost(config, 512), costs[1]
+    assert flops.total(light.decode) <= 0.1 * flops.total(published.decode)
+    assert flops.total(light.step) == flops.total(published.step)
+
+
+@pytest.mark.parametrize(
+    ("content", "tile", "says"),
+    [
+        ("{", 512, "cannot be read"),
+        ('{"decoder": {"chanels": 1}}', 512, "chanels"),
+        ('{"unet": null}', 512, "expected a model with sampling experts"),
+        ("{}", 500, "expected a multiple of 32"),
+    ],
+)
+def test_wrong_configurations_are_refused(content, tile, says, tmp_path):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(UsageError, match=says):
+        flops.read_model(tmp_path / "model.json", tile)
