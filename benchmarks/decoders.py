@@ -83,7 +83,7 @@ class Opened:
         begun = time.perf_counter()
         (image,) = self._session.run(None, self._inputs)
         taken = time.perf_counter() - begun
-        if not np.isfinite(image).all():
+        if not np.isfinite(np.asarray(image)).all():
             raise RuntimeError("the decoder's result is not finite")
         return taken
 

@@ -315,8 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs = measure_all(args.tile)
     cost = model_cost(config, args.tile) if config else None
     if config and cost:
-        experts, counted = len(config.expert_ranges), ("paper", "full")
-        extra += [cost.row(config.name, experts, each, args.tile, args.steps) for each in counted]
+        counted: tuple[Convention, ...] = ("paper", "full")
+        sizes = args.tile, args.steps
+        extra += [cost.row(config.name, len(config.expert_ranges), each, *sizes) for each in counted]
     table_rows = [*rows(*costs, args.tile, args.steps), *extra]
     if args.json:
         report: dict[str, Any] = {"rows": [asdict(r) for r in table_rows], "parts_t": parts(costs[1])}

@@ -259,7 +259,8 @@ def _attention_block(g: GraphBuilder, x: Value, block: AttentionBlock) -> Value:
     weight, bias = (_queries_first(part.reshape(channels * 3, -1), block.heads) for part in parts)
     qkv = conv(g, group_norm(g, x, block.norm), weight[..., None, None], bias[:, 0])
     if g.open_sizes:
-        h = open_sizes.attention(g, *g.split(qkv, 1, [channels] * 3), block.heads)
+        q, k, v = g.split(qkv, 1, [channels] * 3)
+        h = open_sizes.attention(g, q, k, v, block.heads)
         return g.op("Add", x, conv_module(g, h, block.proj_out))
     q, k, v = g.split(g.reshape(qkv, 0, 3 * block.heads, head, tokens), 1, [block.heads] * 3)
     h = g.reshape(attention(g, q, k, v), 0, channels, side, tokens // side)
