@@ -35,6 +35,10 @@ def no_extra(layout: TileLayout) -> int:
     return 0
 
 
+TILE_STEP_PX = 64
+"""Sides of tiles that are proposed are multiples of this."""
+
+
 @dataclass(eq=False)
 class Reservation:
     """Memory that an image may take. It stands until it is released."""
@@ -154,12 +158,34 @@ class Admission:
         (height, width), (rows, columns) = layout.result, layout.frame.image
         through = "" if (rows, columns) == (height, width) else f", through {columns}x{rows},"
         fits = self._largest(layout, settings, extra)
-        would = f"{fits.width}x{fits.height} pixels would fit" if fits else "nothing fits beside the engine"
+        if fits:
+            would = f"{fits.width}x{fits.height} pixels would fit: close other programs, or split the image"
+        else:
+            tile = self._smaller_tile(layout)
+            other = (
+                f", or use an engine with tiles of {tile} pixels (moesr-export --tile {tile})" if tile else ""
+            )
+            side = layout.manifest.tile
+            would = f"not even one tile of {side} pixels fits beside the engine: close other programs{other}"
         return MemoryLimitError(
             f"{layout.width}x{layout.height} to {width}x{height} pixels{through} needs about "
             f"{memory.readable(lack.need)} of {lack.pool.name}, {memory.readable(lack.free)} are free; "
-            f"{would}: close other programs, split the image, or export an engine with smaller tiles"
+            f"{would}"
         )
+
+    def _smaller_tile(self, layout: TileLayout) -> int:
+        """Return the side of a tile, in output pixels, with which an engine would fit now; 0 if none would.
+
+        Working memory is proportional to the area of a tile; an image of one tile is counted beside it.
+        """
+        pool, side, work = self._graphs.pools[0], layout.manifest.tile, self._graphs.work_of(1)
+        free = self._graphs.free_bytes(pool)
+        weights = self._needed(pool, 1) - (0 if self.warm else work)
+        if free is None or free <= weights:
+            return 0
+        per_tile = work + pool.pixel_bytes * side * side
+        fitting = int(side * math.sqrt((free - weights) / per_tile)) // TILE_STEP_PX * TILE_STEP_PX
+        return fitting if fitting < side else 0
 
     def _largest(self, layout: TileLayout, settings: Settings | None, extra: ExtraBytes) -> TileLayout | None:
         """Return the layout of the largest image of these proportions that would fit now."""

@@ -32,7 +32,7 @@ class Rig:
     """An admission whose graphs are all open, with a given amount of free memory on GPU and host."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.manifest = read_manifest(build_engine(directory))
+        self.manifest = read_manifest(directory)
         self.gpu, self.host = 1 << 40, 1 << 40
         monkeypatch.setattr(memory, "available_bytes", lambda: self.host)
         self.layout = TileLayout(self.manifest, *SIZE)
@@ -49,7 +49,7 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    return Rig(tmp_path / "engine", monkeypatch)
+    return Rig(build_engine(tmp_path / "engine"), monkeypatch)
 
 
 def test_image_that_exceeds_the_gpu_is_refused(rig: Rig):
@@ -62,6 +62,24 @@ def test_host_needs_memory_too(rig: Rig):
     rig.host = rig.need(BESIDE_GPU) - 1
     with pytest.raises(MemoryLimitError, match=r"needs about .* of memory, .* are free"):
         rig.admission.reserve(rig.layout)
+
+
+@pytest.mark.parametrize(("share", "tile"), [(0.5, 128), (0.2, 64), (0.01, 0)])
+def test_error_names_the_tile_that_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, tile: int
+):
+    """If not even one tile fits, a smaller one may, because working memory is proportional to its area."""
+    rig = Rig(build_engine(tmp_path / "engine", tile=192), monkeypatch)
+    rig.admission.warm = False
+    work = 1 << 30
+    monkeypatch.setattr(rig.graphs, "_work_per_tile", [work])
+    rig.gpu = int(share * work)
+    with pytest.raises(
+        MemoryLimitError, match="not even one tile of 192 pixels fits beside the engine"
+    ) as error:
+        rig.admission.reserve(TileLayout(rig.manifest, *SIZE))
+    assert (f"(moesr-export --tile {tile})" in str(error.value)) == bool(tile)
+    assert ("moesr-export" in str(error.value)) == bool(tile)
 
 
 def test_second_image_waits_for_the_first(rig: Rig):
