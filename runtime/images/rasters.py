@@ -179,16 +179,16 @@ def _raster(page: Any, values: np.ndarray, name: str) -> Raster:
         valid &= values != no_data
     if not valid.any():
         raise InputError(f"{name}: has no valid value; nothing can be enlarged")
-    rgb, colors = (
-        int(page.photometric) == tiff_library.RGB,
-        values.dtype.kind == "u" and values.dtype.itemsize <= 2,
-    )
+    rgb = int(page.photometric) == tiff_library.RGB
+    colors = values.dtype.kind == "u" and values.dtype.itemsize <= 2
     ranges = None if colors else _ranges(values, valid, together=rgb and len(values) == GROUP)
     missing = no_data if no_data is not None else float("nan") if values.dtype.kind == "f" else 0.0
     known = None if valid.all() else valid
     raster = Raster(values, known, ranges, missing, rgb, tiff_library.metadata_of(page, name))
     groups = f", {GROUP} bands at a time" if len(values) > GROUP else ""
     scaled = "" if ranges is None else "; its values are scaled to 65,536 levels for the model, and back"
+    if any(not other.is_reduced for other in list(page.parent.pages)[1:]):
+        log.warning("%s: has %d pages; only the first is used", name, len(page.parent.pages))
     log.warning("%s: %s, enlarged as if they were colors%s%s", name, raster.description, groups, scaled)
     if ranges and any(_is_uneven(values[b], valid[b], *ranges[b]) for b in range(len(values))):
         log.warning(

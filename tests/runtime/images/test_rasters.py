@@ -139,6 +139,15 @@ def test_uneven_values_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "few values lie far from all others" in caplog.text
 
 
+def test_further_pages_are_named_unless_they_are_overviews(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for reduced in (True, False):
+        path = write(tmp_path / "a.tif", SURFACE)
+        write(path, SURFACE[::2, ::2], append=True, subfiletype=int(reduced))
+        caplog.clear()
+        assert read(path)
+        assert ("has 2 pages; only the first is used" in caplog.text) is not reduced
+
+
 def test_a_whole_run(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bands = [*BANDS[:4], np.where(Y < 5, -9999, SURFACE)]
     tags = [NO_DATA, *GROUND]
