@@ -217,8 +217,8 @@ def image_bytes(layout: TileLayout, pool: MemoryPool = HOST) -> int:
 def spooled_bytes(layout: TileLayout) -> int:
     """Return an estimate of the host memory that an image takes beside the graphs if it is spooled.
 
-    The latents are freed before the color correction. A result of 100 megapixels was measured at 0.75 GB with
-    the graphs of demo-x4, where this gives 0.68 GB without them.
+    The latents are freed before the color correction. A result of 100 megapixels was measured at 0.87 GB with
+    the graphs of demo-x4 and the program itself, where this gives 0.68 GB without them.
     """
     m, (rows, columns) = layout.manifest, layout.frame.canvas
     planes = 3 + 2 * (m.condition == "latent")  # latent, mean, history; mean and noise of the encoder
