@@ -48,6 +48,7 @@ class Frames:
     raster: Raster | None = None
     durations_ms: list[int] = field(default_factory=list)  # empty for pages of a TIFF
     loop: int = 0  # repetitions of an animation, 0 for endless
+    still_first: bool = False  # the first frame of a PNG is shown only by programs without animations
     results: list[LoadedImage] = field(default_factory=list)
     failed: bool = False
 
@@ -60,7 +61,26 @@ def of(stream: BufferedReader, source: Path, target: Path, *, every: bool) -> Fr
         return Frames(raster.count, raster)
     number = count(stream) if every else 1
     check(target, number)
+    if number > 1 and target.suffix.lower() not in rasters.SUFFIXES and _several_sizes(stream, number):
+        raise OutputError(
+            f"{target}: has to hold {number} pages of several sizes, which only TIFF can; use --format tif"
+        )
     return Frames(number)
+
+
+def _several_sizes(stream: BufferedReader, number: int) -> bool:
+    """Return True if the pages of a TIFF differ in size; a damaged page is reported when it is read."""
+    try:
+        with warnings.catch_warnings(action="ignore"), _opened(stream) as image:
+            if image.format != "TIFF":
+                return False
+            sizes = set()
+            for page in range(number):
+                image.seek(page)
+                sizes.add(image.size)
+            return len(sizes) > 1
+    except Exception:  # decoders raise errors of any kind
+        return False
 
 
 def count(stream: BufferedReader) -> int:
@@ -113,11 +133,12 @@ def read(stream: BufferedReader, path: Path, sequence: Frames) -> Iterator[Loade
         with warnings.catch_warnings(action="ignore"), _opened(stream) as image:
             about = None if image.format == "TIFF" else _about(stream, path)
             sequence.loop = int(image.info.get("loop", 0))
+            sequence.still_first = bool(getattr(image, "default_image", False))
             for number in range(sequence.count):
                 image.seek(number)
                 again = partial(_opened, stream, number)
                 frame = reading.from_frame(image, f"{path} (frame {number + 1})", again, about)
-                if image.format != "TIFF":  # known once the frame is decoded
+                if image.format != "TIFF" and not (sequence.still_first and number == 0):  # now decoded
                     sequence.durations_ms.append(round(image.info.get("duration") or DEFAULT_MS))
                 yield frame
     except (MoesrError, MemoryError):
@@ -152,12 +173,16 @@ def save(path: Path, sequence: Frames, record: Provenance, quality: int | None =
         rasters.save(path, sequence.raster, sequence.results, record)
         return
     options: dict[str, Any] = {}
-    if any(result.metadata != sequence.results[0].metadata for result in sequence.results):
+    results = sequence.results
+    if any(result.metadata != results[0].metadata for result in results):
         log.warning("%s: its frames differ in their metadata; all get those of the first one", path)
     if sequence.durations_ms and path.suffix.lower() not in (".tif", ".tiff"):
         options = {"duration": sequence.durations_ms, "loop": sequence.loop}
-    following = writing.Following(sequence.results[1:], options)
-    writing.save(path, sequence.results[0], record, quality, following)
+    if sequence.still_first and path.suffix.lower() == ".png":
+        options["default_image"] = True
+    elif sequence.still_first:
+        results = results[1:]
+    writing.save(path, results[0], record, quality, writing.Following(results[1:], options))
 
 
 def _formats() -> list[str]:

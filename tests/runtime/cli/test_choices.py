@@ -328,6 +328,34 @@ def test_every_page_of_a_tiff(engine, tmp_path, capsys):
     assert "cannot hold 2 frames" in capsys.readouterr().err
 
 
+def test_pages_of_several_sizes_need_a_tiff(engine, tmp_path, capsys):
+    """In a PNG, a smaller page would be drawn over the one before it."""
+    pages = [Image.fromarray(RNG.integers(0, 256, (*size, 3), np.uint8)) for size in ((9, 12), (5, 7))]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert run(engine, tmp_path / "a.tif", "--frames", "all") == 1
+    assert "2 pages of several sizes, which only TIFF can; use --format tif" in capsys.readouterr().err
+    assert run(engine, tmp_path / "a.tif", "--frames", "all", "--format", "tif") == 0
+    with Image.open(tmp_path / "a_x4.tif") as result:
+        result.seek(1)
+        assert result.size == (28, 20)
+
+
+def test_still_picture_of_an_animated_png_is_no_frame(engine, tmp_path):
+    """A PNG may hold a picture for programs that show no animations, beside the frames."""
+    frames = [Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)) for _ in range(3)]
+    frames[0].save(
+        tmp_path / "a.png", save_all=True, append_images=frames[1:], default_image=True, duration=[70, 90]
+    )
+    assert run(engine, tmp_path / "a.png", "--frames", "all", "-o", tmp_path / "b.png") == 0
+    with Image.open(tmp_path / "b.png") as result:
+        assert result.default_image and result.n_frames == 3
+        result.seek(2)
+        assert result.info["duration"] == 90
+    assert run(engine, tmp_path / "a.png", "--frames", "all", "-o", tmp_path / "b.webp") == 0
+    with Image.open(tmp_path / "b.webp") as result:
+        assert result.n_frames == 2
+
+
 def test_color_tags_of_an_animation_are_kept(engine, tmp_path):
     source = animation(tmp_path / "a.png", duration=100)
     content = source.read_bytes()
