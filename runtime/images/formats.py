@@ -26,6 +26,7 @@ READ_SUFFIXES = frozenset(f"{_SUFFIXES} .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .heic
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_HEAD_BYTES = 1 << 16  # in which the header of an image lies
 _JXL_HEADS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 
@@ -90,6 +91,28 @@ def _import(more: Addition) -> None:
         register = getattr(module, "register_heif_opener", None)
         if register:
             register()
+
+
+def bits(image: Image.Image) -> int:
+    """Return the bits per channel in the file of an open AVIF, HEIC or JPEG 2000; 8 for any other format.
+
+    Pillow and its plug-ins decode color of such files to 8 bits.
+    """
+    if isinstance(image.info.get("bit_depth"), int):  # from pillow-heif
+        return image.info["bit_depth"]
+    stream = getattr(image, "fp", None)
+    if image.format not in ("AVIF", "JPEG2000") or stream is None or getattr(stream, "closed", False):
+        return 8
+    before = stream.tell()
+    stream.seek(0)
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(before)
+    if image.format == "AVIF":
+        flags = head.partition(b"av1C")[2][2:3]
+        deep, deeper = (flags[0] & 0x40, flags[0] & 0x20) if flags else (0, 0)
+        return 8 if not deep else 12 if deeper else 10
+    depth = head[42:43] if head.startswith(b"\xff\x4f\xff\x51") else head.partition(b"ihdr")[2][10:11]
+    return (depth[0] & 0x7F) + 1 if depth and depth != b"\xff" else 8
 
 
 def brief(error: Exception) -> str:

@@ -303,6 +303,8 @@ def _of_8_bits_or_grey(
     if grey or _loses_depth(image):
         what = "grey with alpha" if grey else "color"
         log.warning("%s: 16-bit %s of this kind is read with 8 bits per channel", name, what)
+    elif (depth := formats.bits(image)) > 8 and not image.mode.startswith("I"):
+        log.warning("%s: has %d bits per channel, and is read with 8", name, depth)
     transparent = _transparent_value(image)
     top = (1 << _bits(image)) - 1 if inverted else 0
     image.load()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import types
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,6 +200,42 @@ def test_damaged_chunks_of_a_png_are_left_out(tmp_path: Path, kind: bytes, data:
     writing.save(tmp_path / "b.png", image)
     np.testing.assert_array_equal(reading.load(tmp_path / "b.png").pixels, pixels)
     assert kind + data not in (tmp_path / "b.png").read_bytes()
+
+
+AV1 = b"\0\0\0\x20ftypavif" + bytes(80) + b"av1C\x81\x04"
+SIZ = b"\xff\x4f\xff\x51" + bytes(38)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "info", "bits"),
+    [
+        ("AVIF", AV1 + b"\x0c", {}, 8),
+        ("AVIF", AV1 + b"\x4c", {}, 10),
+        ("AVIF", AV1 + b"\x6c", {}, 12),
+        ("AVIF", b"", {}, 8),
+        ("HEIF", b"", {"bit_depth": 10}, 10),
+        ("JPEG2000", b"jP  ihdr" + bytes(10) + b"\x0f", {}, 16),
+        ("JPEG2000", SIZ + b"\x0b", {}, 12),
+        ("JPEG2000", SIZ, {}, 8),
+        ("PNG", AV1 + b"\x6c", {}, 8),
+    ],
+)
+def test_depth_that_pillow_reduces_is_known(kind: str, head: bytes, info: dict, bits: int):
+    image: Any = types.SimpleNamespace(format=kind, fp=io.BytesIO(head), info=info)
+    assert formats.bits(image) == bits
+
+
+def test_a_deep_avif_is_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    vips = pytest.importorskip("pyvips")
+    deep = vips.Image.new_from_memory(DEEP.repeat(3).tobytes(), 9, 6, 3, "ushort").copy(
+        interpretation="rgb16"
+    )
+    try:
+        deep.write_to_file(str(tmp_path / "a.avif"), bitdepth=12)
+    except vips.Error:
+        pytest.skip("this libvips writes no AVIF")
+    assert reading.load(tmp_path / "a.avif").pixels.dtype == np.uint8
+    assert "has 12 bits per channel, and is read with 8" in caplog.text
 
 
 def with_thumbnail(path: Path, *, raw: bool) -> np.ndarray:
