@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from benchlib import image_pairs, metrics
 from benchlib.origin import origin_line
 from benchlib.program import print_page
-from benchlib.tables import HEADINGS, SECONDS, Record, grid, means
+from benchlib.tables import HEADINGS, Record, grid, means
 from benchlib.training_runs import train_stage
 from flops import engine_row
 
@@ -42,7 +41,7 @@ PRESETS = {LDM: "demo-ldm-x4", MOE: "demo-next-x4"}
 FIRST_DECODER = "LDM, decoder of the first stage"
 DEGRADATIONS = ("x4-bicubic", "x4-mild")  # those of the presets
 SEEDS = "seeds"
-COLUMNS = (*metrics.COLUMNS, SEEDS, SECONDS)
+COLUMNS = (*metrics.COLUMNS, SEEDS)
 WARMUP_SHARE = 10  # a short training warms up for at most one step in so many
 HALF_PRECISION = 1e-3  # the error of codes that were stored in half precision
 
@@ -144,11 +143,9 @@ def score(name: str, upscale: Upscale, source: str, kind: str, seed: int) -> lis
     records, scale = [], image_pairs.DEGRADATIONS[kind]
     for image, hr in image_pairs.load_originals(source).items():
         lr = image_pairs.degrade(hr, kind, image)
-        started = time.perf_counter()
-        sr = upscale(lr, seed)
-        values = {SECONDS: time.perf_counter() - started, **metrics.scores(sr, hr, scale)}
-        planes = (metrics.measured_luma(result, scale) for result in (sr, upscale(lr, seed + 1)))
-        records.append(Record(image, name, values | {SEEDS: metrics.psnr(*planes)}))
+        sr, again = upscale(lr, seed), upscale(lr, seed + 1)
+        planes = (metrics.measured_luma(result, scale) for result in (sr, again))
+        records.append(Record(image, name, metrics.scores(sr, hr, scale) | {SEEDS: metrics.psnr(*planes)}))
     return records
 
 
@@ -160,7 +157,6 @@ def measure(models: Mapping[str, Path], args: argparse.Namespace) -> tuple[dict[
         engine = args.out / f"engine-{number}"
         export_engine(load_checkpoint(checkpoint), engine, ExportOptions(tile_px=args.tile), force=True)
         with Upscaler(engine, threads=args.threads or None) as up:
-            up(np.zeros((8, 8, 3), np.uint8))  # loads all graphs before the timing starts
             cost = engine_row(engine, up.manifest.steps)
             sizes = f"{cost.params_m:.2f}", f"{1e3 * cost.step_t:.2f}", f"{1e3 * cost.total_t:.1f}"
             costs.append([name, *sizes, str(cost.steps)])
@@ -236,7 +232,7 @@ def _rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _cell(column: str, value: float) -> str:
-    """Format one score; the results of bicubic interpolation do not depend on a seed."""
+    """Format one score; two equal results, of bicubic interpolation for example, have no PSNR."""
     decimals = 3 if column in ("ssim", "spectrum", "high_spectrum", "gms") else 2
     return f"{value:.{decimals}f}" if math.isfinite(value) else "-"
 
