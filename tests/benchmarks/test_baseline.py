@@ -8,7 +8,6 @@ from pathlib import Path
 import baseline
 import pytest
 import tiny_training as tiny
-from graphs import PLAIN_LDM, write_checkpoint
 from PIL import Image
 from skimage import data
 
@@ -52,9 +51,8 @@ def test_usual_lengths_are_those_of_the_presets():
 
 
 def test_models_of_different_first_stages_are_not_compared(tmp_path, capsys):
-    other = dataclasses.replace(PLAIN_LDM.decoder, codebook_size=PLAIN_LDM.decoder.codebook_size // 2)
-    for name, decoder in (("one", PLAIN_LDM.decoder), ("other", other)):
-        write_checkpoint(tmp_path / name, dataclasses.replace(PLAIN_LDM, decoder=decoder))
+    for name, codes in (("one", 16), ("other", 8)):
+        tiny.first_stage(tmp_path / name, tiny.recipe(model={"decoder": {"codebook_size": codes}}))
     given = ["--ldm", str(tmp_path / "one"), "--moe", str(tmp_path / "other"), "-o", str(tmp_path / "out")]
     assert baseline.main(given) == 2
     assert "trained on different first stages" in capsys.readouterr().err
