@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+# Processes among which `make test` divides the tests. Each may take up to 6 GB.
+JOBS ?= 2
 
 .PHONY: demo test test-slow demo-model demo-next lint clean
 
@@ -13,7 +15,7 @@ demo: $(VENV)/.cpu  ## Super-resolve a photograph by 4 with the bundled engine
 	@echo "open out/chelsea_x4.png beside tests/assets/chelsea_lr.png"
 
 test: $(VENV)/.test  ## Run the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: $(VENV)/.test  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
