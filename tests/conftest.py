@@ -10,20 +10,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import own_cores  # noqa: F401  # before the libraries that count cores for their threads
+
 # Triton reads this when it is imported: 1 runs kernels in its interpreter on a CPU, 0 on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def _share_cores() -> None:
-    """Give each process of `pytest -n N` cores of its own, before any library counts them for its threads."""
-    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
-    if worker and count and hasattr(os, "sched_setaffinity"):
-        own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(count)]
-        if own:
-            os.sched_setaffinity(0, own)
-
-
-_share_cores()
 
 import numpy as np
 import pytest
