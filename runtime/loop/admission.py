@@ -96,8 +96,8 @@ class Admission:
     ) -> Reservation | None:
         """Reserve memory for an image; None if it has to wait for those in flight.
 
-        `settings` tell whether features are reused. Raises MemoryLimitError if the image would not fit with
-        nothing else in flight.
+        `settings` tell whether features are reused, and `extra` counts what the image takes in the main pool
+        besides. Raises MemoryLimitError if the image would not fit with nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
         shortage = None
