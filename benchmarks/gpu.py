@@ -220,7 +220,7 @@ def collect(
     """Read the report lines of a section's process until it ends."""
     for line in stream:
         if line.startswith(MARK):
-            with contextlib.suppress(ValueError):  # the process was ended while it wrote the line
+            with contextlib.suppress(ValueError, OSError):  # a line that was cut off, or a disk that is full
                 take(found, *json.loads(line.removeprefix(MARK)))
                 heard(found)
 
