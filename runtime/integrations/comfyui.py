@@ -23,7 +23,7 @@ from PIL import Image
 
 from moesr.runtime.engine.locate import DEMO_ENGINES
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME
-from moesr.runtime.errors import InputError
+from moesr.runtime.errors import InputError, UsageError
 from moesr.runtime.images.color import COLOR_FIXES
 from moesr.runtime.options import DEFAULT_COLOR_FIX, DEFAULT_SEED, MAX_SEED
 from moesr.runtime.sampling.schedule import MAX_TIMESTEPS
@@ -124,6 +124,14 @@ def _folders() -> list[str]:
     if FOLDER not in paths.folder_names_and_paths or default not in paths.get_folder_paths(FOLDER):
         paths.add_model_folder_path(FOLDER, default)
     return list(paths.get_folder_paths(FOLDER))
+
+
+def _engine(name: str) -> Path | str:
+    """Return the engine of a name; UsageError if it is gone, as from a saved workflow it may be."""
+    found = engines(_folders())
+    if name not in found:
+        raise UsageError(f"no engine {name!r} in models/{FOLDER}; expected one of {', '.join(found)}")
+    return found[name]
 
 
 def _free_with_models(management: Any) -> None:
@@ -227,7 +235,7 @@ def make_node() -> type:
                 shown = None if pixels is None else ("JPEG", Image.fromarray(pixels), PREVIEW_PX)
                 bar[0].update_absolute(step.image * step.steps + step.step + 1, preview=shown)
 
-            upscaler = CACHE.take(engine, engines(_folders())[engine])
+            upscaler = CACHE.take(engine, _engine(engine))
             kept = False
             try:
                 if upscaler.backend.options.kind != "cpu":

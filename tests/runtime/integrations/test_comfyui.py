@@ -13,7 +13,7 @@ import pytest
 from comfy_stub import Comfy, Interrupted
 from engines import build_engine
 
-from moesr.runtime import InputError, Upscaler
+from moesr.runtime import InputError, Upscaler, UsageError
 from moesr.runtime.integrations import comfyui
 
 torch = pytest.importorskip("torch")
@@ -103,6 +103,8 @@ def test_an_engine_is_kept_only_on_request_and_until_models_are_unloaded(node: A
     node.execute(image(1), **WIDGETS)
 
 
-def test_wrong_images_are_refused(node: Any):
+def test_wrong_images_and_engines_are_refused(node: Any):
+    with pytest.raises(UsageError, match="no engine 'gone' in models/moesr; expected one of tiny, demo-x4"):
+        node.execute(image(), **WIDGETS | {"engine": "gone"})
     with pytest.raises(InputError, match=r"tensor \[B, H, W, C\]"):
         node.execute(image()[0], **WIDGETS)
