@@ -7,6 +7,7 @@ reference data, they read its complete arrays instead.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def one_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MOESR_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in BACKENDS.keys() - {BACKEND}:
             patch.delitem(BACKENDS, name)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_preview_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep exports from running their engines for the colors of previews, except in the tests of that."""
+    package = sys.modules.get("moesr.export.package")
+    with pytest.MonkeyPatch.context() as patch:
+        if package is not None and "preview" not in request.module.__name__:
+            patch.setattr(package, "preview_map", lambda *_: None)
         yield
 
 

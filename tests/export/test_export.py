@@ -67,15 +67,6 @@ def test_graphs_match_the_networks_of_the_checkpoint(engine):
     assert relative_l2(run(path, inputs), parity.network_output(random_decoder(), inputs)) < LIMITS[kind]
 
 
-def test_previews_have_a_map_to_colors(engine):
-    directory, manifest, _ = engine
-    assert manifest.preview is not None
-    shown: list[np.ndarray | None] = []
-    with Upscaler(directory, backend="onnxruntime", threads=1) as up:
-        up(np.zeros((8, 8, 3), np.uint8), steps=1, on_step=lambda step: shown.append(step.preview()))
-    assert shown[0] is not None and shown[0].shape == (8, 8, 3)
-
-
 def test_manifest_describes_the_engine(engine):
     _, manifest, kind = engine
     assert (manifest.name, manifest.scale, manifest.tile, manifest.latent_tile) == (

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import build_engine
+from graphs import write_checkpoint
 
-from moesr.export import preview
+from moesr.export import cli, preview
+from moesr.runtime import Upscaler
 from moesr.runtime.engine.manifest_file import read_manifest
 
 
@@ -24,6 +26,16 @@ def test_the_map_follows_what_the_decoder_makes_of_a_latent(tmp_path: Path, fide
     assert found is not None and found.adds_lr == (fidelity == 1.0)
     np.testing.assert_allclose(found.weights, 0.05 * np.eye(3), atol=0.02)
     np.testing.assert_allclose(found.bias, 0.0, atol=0.02)
+
+
+def test_an_exported_engine_has_a_map(tmp_path: Path):
+    checkpoint, engine = write_checkpoint(tmp_path / "tiny"), tmp_path / "engine"
+    assert cli.main([str(checkpoint), "-o", str(engine), "--tile", "32", "--quiet"]) == 0
+    assert read_manifest(engine).preview is not None
+    shown: list[np.ndarray | None] = []
+    with Upscaler(engine, backend="onnxruntime", threads=1) as up:
+        up(np.zeros((8, 8, 3), np.uint8), steps=1, on_step=lambda step: shown.append(step.preview()))
+    assert shown[0] is not None and shown[0].shape == (8, 8, 3)
 
 
 def test_an_engine_that_cannot_run_here_gets_no_map(tmp_path: Path):
