@@ -1,5 +1,7 @@
 """Export a checkpoint as an engine directory for moesr-run, or as one ONNX file for other runtimes.
 
+An autoencoder of a text-to-image model becomes an engine for moesr-decode.
+
 Every graph is compared with its PyTorch network before anything is published; the manifest holds the measured
 error. Without CHECKPOINT the x4 demo checkpoint that comes with moesr is exported; demo-x8 names the x8 one.
 """
@@ -217,9 +219,10 @@ def _summary(manifest: Manifest, directory: Path) -> str:
     proofs = [a.parity.relative_l2 for a in arrangements if a.parity]
     precisions = dict.fromkeys(a.precision for a in arrangements)
     size = sum((directory / file.file).stat().st_size for file in manifest.files)
+    experts = f"{len(manifest.experts)} experts, " if manifest.experts else ""
     return (
         f"{manifest.name}, {' and '.join(precisions)}, tile {manifest.tile} px, "
-        f"{len(manifest.experts)} experts, {size / MEGA:.1f} MB; "
+        f"{experts}{size / MEGA:.1f} MB; "
         f"largest error {max(proofs):.1e} against the network"
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moesr.export import parity, stablesr_engine
+from moesr.export import parity, stablesr_engine, vae_engine
 from moesr.export.graph_writer import Build, GraphWriter, OnStage
 from moesr.export.graphs.builder import onnx_versions
 from moesr.export.graphs.decoder import decoder_graph
@@ -36,8 +36,8 @@ from moesr.runtime.engine.manifest import Manifest
 from moesr.runtime.engine.manifest_file import MANIFEST_NAME, write_manifest
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.system import files
-from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint
-from moesr.training.config import ModelConfig, StableSRConfig
+from moesr.training.checkpoint import Checkpoint, StableSRCheckpoint, VaeCheckpoint
+from moesr.training.config import ModelConfig, StableSRConfig, VaeConfig
 
 DEFAULT_TILE_PX = 512
 DEFAULTS = ExportOptions()
@@ -73,6 +73,7 @@ def stage_count(config: ModelConfig, options: ExportOptions = DEFAULTS) -> int:
     """Return how many stages `export_engine` reports at most."""
     graphs = len(config.expert_ranges) * (1 + (options.reuse is not None)) + 1
     graphs += isinstance(config, StableSRConfig)
+    graphs = len(vae_engine.roles(config)) if isinstance(config, VaeConfig) else graphs
     plain = sum(not choices.kernels for choices in options.lowerings().values())
     calibrating = 2 * graphs * (options.precision == "int8")
     return graphs * (1 + 2 * plain) + 1 + 2 * options.kernels + calibrating + options.preview
@@ -107,15 +108,7 @@ def export_engine(
     try:
         with files.new_directory(directory, force=force, marker=MANIFEST_NAME) as new:
             writer = GraphWriter(new, choices, on_stage, keep_inputs=options.polygraphy)
-            if isinstance(checkpoint, StableSRCheckpoint):
-                assert prompts
-                graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
-                more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
-            else:
-                graphs = _write_graphs(checkpoint, tile_px, writer, recording, options.reuse or 0)
-                model = checkpoint.config
-                more = {"fidelity": model.fidelity, "prediction": model.prediction}
-            manifest = _manifest(checkpoint, tile_px, graphs, choices.values(), more)
+            manifest = _written(checkpoint, tile_px, writer, options, prompts, recording)
             write_manifest(manifest, new)
             if options.preview:
                 on_stage("preview")
@@ -129,9 +122,33 @@ def export_engine(
     return manifest
 
 
+def _written(
+    checkpoint: Checkpoint,
+    tile_px: int,
+    writer: GraphWriter,
+    options: ExportOptions,
+    prompts: Prompts | None,
+    recording: Recording | None,
+) -> Manifest:
+    """Write all graphs of a checkpoint and return their manifest."""
+    choices = options.lowerings().values()
+    if isinstance(checkpoint, VaeCheckpoint):
+        graphs = vae_engine.write_graphs(checkpoint, tile_px, writer)
+        made = _versions(choices), checkpoint.sha256()
+        return vae_engine.manifest(checkpoint.config, tile_px, graphs, *made)
+    if isinstance(checkpoint, StableSRCheckpoint):
+        assert prompts
+        graphs = stablesr_engine.write_graphs(checkpoint, tile_px, prompts, writer.write)
+        more = stablesr_engine.entries(checkpoint.config, tile_px, prompts)
+    else:
+        graphs = _write_graphs(checkpoint, tile_px, writer, recording, options.reuse or 0)
+        more = {"fidelity": checkpoint.config.fidelity, "prediction": checkpoint.config.prediction}
+    return _manifest(checkpoint, tile_px, graphs, choices, more)
+
+
 def check_model(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Raise UsageError if the model cannot become an engine, or not one with shallow graphs."""
-    if checkpoint.config.unet is None:
+    if checkpoint.config.unet is None and not isinstance(checkpoint, VaeCheckpoint):
         raise UsageError(
             f"{checkpoint.directory}: holds a decoder on its own; an engine needs sampling experts too"
         )
@@ -164,8 +181,10 @@ def _record(
     checkpoint: Checkpoint, photographs: Sequence[np.ndarray], tile_px: int, on_stage: OnStage
 ) -> Recording:
     """Run the sampler to calibrate int8; UsageError for a family without int8, or without photographs."""
-    if isinstance(checkpoint.config, StableSRConfig):
-        raise UsageError(f"{checkpoint.directory}: StableSR has no int8 export yet; export it with --bf16")
+    if isinstance(checkpoint.config, StableSRConfig | VaeConfig):
+        raise UsageError(
+            f"{checkpoint.directory}: {checkpoint.config.name} has no int8 export; export it with --bf16"
+        )
     if len(photographs) < 2:
         raise UsageError(
             f"int8 is calibrated on photographs and proved on one more: got {len(photographs)}, expected 2 "
@@ -206,6 +225,12 @@ def _write_graphs(
     return graphs
 
 
+def _versions(choices: Iterable[Lowering]) -> dict[str, str]:
+    """Return the versions of the packages that make an engine, and the newest opset of its graphs."""
+    opset = max(onnx_versions(one)[0] for one in choices)
+    return {name: metadata.version(name) for name in VERSIONED} | {"opset": str(opset)}
+
+
 def _manifest(
     checkpoint: Checkpoint,
     tile_px: int,
@@ -213,7 +238,7 @@ def _manifest(
     choices: Iterable[Lowering],
     more: dict[str, Any],
 ) -> Manifest:
-    config, opset = checkpoint.config, max(onnx_versions(one)[0] for one in choices)
+    config = checkpoint.config
     return Manifest(
         name=config.name,
         model=config.to_dict(),
@@ -229,7 +254,7 @@ def _manifest(
         schedule=config.schedule,
         sampler=config.sampler,
         steps=config.steps,
-        versions={name: metadata.version(name) for name in VERSIONED} | {"opset": str(opset)},
+        versions=_versions(choices),
         checkpoint_sha256=checkpoint.sha256(),
         **more,
     )

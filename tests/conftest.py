@@ -6,6 +6,7 @@ reference data, they read its complete arrays instead.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def own_shapes(network: str) -> dict[str, list[int]]:
     """Return the shapes of the tensors of our network of these sizes, by name."""
     from stablesr import NETWORKS
 
-    from moesr.training.config import AutoencoderConfig, UNetConfig
+    from moesr.training.config import KL_F8, AutoencoderConfig, UNetConfig
     from moesr.training.networks import DenoisingUNet
     from moesr.training.weights import meta_network
 
@@ -115,6 +116,8 @@ def own_shapes(network: str) -> dict[str, list[int]]:
             "ldm_unet_w32": (DenoisingUNet, UNetConfig(width=32, space_experts=0)),
             "decoder_c32": (Autoencoder, AutoencoderConfig(channels=32, codebook_size=256)),
             "decoder_c128": (Autoencoder, AutoencoderConfig()),
+            "sd15_decoder_c32": (Autoencoder, dataclasses.replace(KL_F8, channels=32)),
+            "sd15_decoder_c128": (Autoencoder, KL_F8),
         }[network]
     )
     return {key: list(tensor.shape) for key, tensor in meta_network(kind, config).state_dict().items()}

@@ -27,8 +27,10 @@ RUNTIME = {
     "loop": ("devices", "engine", "errors", "images", "options", "sampling", "system"),
     "opened": ("backends", "devices", "engine", "loop", "system"),
     "upscaler": ("backends", "engine", "errors", "loop", "opened", "options"),
+    "autoencoder": ("engine", "errors", "loop", "opened"),
     "cli": (
         *("backends", "devices", "engine", "errors", "images", "loop", "options", "sampling", "system"),
+        "autoencoder",
         "upscaler",
     ),
     "integrations": ("engine", "errors", "images", "options", "sampling", "upscaler"),

@@ -26,8 +26,15 @@ from torch import Tensor, nn
 from moesr.runtime.errors import OutputError, UsageError
 from moesr.runtime.system.files import check_replaceable, new_directory, reason
 from moesr.runtime.system.json_dataclass import build, read_json
-from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
+from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig, VaeConfig
+from moesr.training.networks import (
+    Autoencoder,
+    DecoderOnly,
+    DenoisingUNet,
+    StableSRUNet,
+    StructureEncoder,
+    TextEncoder,
+)
 from moesr.training.weights import (
     CURE,
     CheckpointError,
@@ -48,6 +55,7 @@ FAMILIES: dict[str | None, type[ModelConfig]] = {
     None: ModelConfig,
     "stablesr": StableSRConfig,
     "stable-diffusion": StableDiffusionConfig,
+    "autoencoder": VaeConfig,
 }
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -117,10 +125,21 @@ class StableSRCheckpoint(StableDiffusionCheckpoint):
         return self._load(StructureEncoder, "structure")
 
 
+class VaeCheckpoint(Checkpoint):
+    """An opened checkpoint directory of the autoencoder of a text-to-image model."""
+
+    config: VaeConfig
+
+    def decoder(self) -> Autoencoder:
+        """Return the autoencoder in evaluation mode; without `config.encoder` it can only decode."""
+        return self._load(Autoencoder if self.config.encoder else DecoderOnly, "decoder")
+
+
 KINDS: dict[type[ModelConfig], type[Checkpoint]] = {
     ModelConfig: Checkpoint,
     StableSRConfig: StableSRCheckpoint,
     StableDiffusionConfig: StableDiffusionCheckpoint,
+    VaeConfig: VaeCheckpoint,
 }
 
 

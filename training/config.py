@@ -1,10 +1,10 @@
 """Sizes of every network of the model, as frozen dataclasses that travel inside a checkpoint as JSON.
 
 `ModelConfig` covers the published MoE-SR models (x4 and x8), plain latent diffusion (one expert, no Space
-MoE, plain VQ decoder), a decoder on its own (Stable Diffusion 1.5's KL autoencoder with a refinement network)
-and anything smaller. `StableSRConfig` is StableSR: Stable Diffusion 2.1 (`StableDiffusionConfig`) with a
-structure encoder. The defaults are the published full sizes (MoE-SR's paper, Table 7, with the channel
-multipliers that give its Table 6).
+MoE, plain VQ decoder), a decoder on its own and anything smaller. `StableSRConfig` is StableSR: Stable
+Diffusion 2.1 (`StableDiffusionConfig`) with a structure encoder. `VaeConfig` is the autoencoder of a
+text-to-image model, such as Stable Diffusion 1.5's with a refinement network. The defaults are the published
+full sizes (MoE-SR's paper, Table 7, with the channel multipliers that give its Table 6).
 """
 
 from __future__ import annotations
@@ -227,6 +227,9 @@ CFW_AUTOENCODER = AutoencoderConfig(
 KL_AUTOENCODER = dataclasses.replace(CFW_AUTOENCODER, fusion_level=None, fusion_count=1)
 """Stable Diffusion's KL autoencoder without feature wrapping."""
 
+KL_F8 = dataclasses.replace(KL_AUTOENCODER, refinement="aff")
+"""The KL autoencoder of Stable Diffusion 1.5 with the refinement network (MoE-SR, appendix D)."""
+
 STABLE_DIFFUSION = Schedule(beta_start=0.00085, beta_end=0.012, spacing="linspace")
 
 
@@ -254,6 +257,41 @@ class StableDiffusionConfig(ModelConfig):
                 f"{self.name}: the channels of text and latent are {given}, the UNet expects "
                 f"{wanted}; correct the configuration"
             )
+
+
+@dataclass(frozen=True)
+class VaeConfig(ModelConfig):
+    """The KL autoencoder of a text-to-image model, with or without the refinement network.
+
+    It has no LR image, no sampler and no experts, so those entries of a model are fixed and not stored.
+    """
+
+    family: Literal["autoencoder"] = "autoencoder"
+    name: str = "kl-f8"
+    decoder: AutoencoderConfig = KL_F8
+    latent_scale: LatentScale = 0.18215  # latents of the text-to-image model are the autoencoder's times this
+    encoder: bool = True  # False: the weights are those of the decoder alone
+    scale: Scale = field(default=1, init=False)
+    unet: UNetConfig | None = field(default=None, init=False)
+    schedule: Schedule = field(default_factory=Schedule, init=False)
+    expert_ranges: ExpertRanges = field(default=(), init=False)
+    sampler: str = field(default="ddim", init=False)
+    steps: Steps = field(default=1, init=False)
+    prediction: Prediction = field(default="eps", init=False)
+    fidelity: float = field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder.codebook_size or self.decoder.takes_lr:
+            raise UsageError(
+                f"{self.name}: has a codebook or takes an LR image, expected a KL autoencoder on its own; "
+                "correct the configuration"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without the entries that are fixed."""
+        stored = {entry.name for entry in dataclasses.fields(self) if entry.init}
+        return {name: value for name, value in super().to_dict().items() if name in stored}
 
 
 @dataclass(frozen=True)

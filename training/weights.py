@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from moesr.runtime.errors import MoesrError
-from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig
-from moesr.training.networks import Autoencoder, DenoisingUNet, StableSRUNet, StructureEncoder, TextEncoder
+from moesr.training.config import ModelConfig, StableDiffusionConfig, StableSRConfig, VaeConfig
+from moesr.training.networks import (
+    Autoencoder,
+    DecoderOnly,
+    DenoisingUNet,
+    StableSRUNet,
+    StructureEncoder,
+    TextEncoder,
+)
 
 CURE = "train or import the checkpoint again, or copy the whole directory again"
 NAMED = 4  # keys named in one message
@@ -71,7 +78,8 @@ def networks(config: ModelConfig) -> dict[str, tuple[type[nn.Module], Any]]:
         parts["text"] = TextEncoder, config.text
     elif config.unet is not None:
         parts["expert"] = DenoisingUNet, config.unet
-    return parts | {"decoder": (Autoencoder, config.decoder)}
+    whole = not isinstance(config, VaeConfig) or config.encoder
+    return parts | {"decoder": (Autoencoder if whole else DecoderOnly, config.decoder)}
 
 
 def expected_shapes(config: ModelConfig, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -114,6 +122,12 @@ def check_shapes(
             problems.append(f"{kind} {', '.join(keys[:NAMED])}{more}")
     if problems:
         raise CheckpointError(f"{where}: {'; '.join(problems)}; {cure}")
+
+
+def with_counters(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Add counters of BatchNorm layers that a file lacks; they count training steps and change no result."""
+    counters = (key for key in expected if key.endswith(".num_batches_tracked") and key not in state)
+    return {**state, **{key: torch.zeros((), dtype=torch.int64) for key in counters}}
 
 
 def check_finite(where: str, state: StateDict, cure: str) -> None:

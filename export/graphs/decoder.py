@@ -17,21 +17,27 @@ from moesr.training.networks.fusion import RESIDUAL_SCALE, RRDB, SLOPE, DenseBlo
 
 
 def decoder_graph(
-    network: Autoencoder, latent_px: int, lowering: Lowering = CPU, latent_scale: float = 1.0
+    network: Autoencoder,
+    latent_px: int,
+    lowering: Lowering = CPU,
+    latent_scale: float = 1.0,
+    *,
+    refined: bool = True,
 ) -> BuiltGraph:
     """Write the decoder of an autoencoder.
 
     Its inputs are `z` [B, D, h, w], `lr` [B, 3, f*h, f*w] and `fidelity` [B], its output is `image` [B, 3,
     f*h, f*w]. Here h = w = `latent_px`, and f is the factor of the autoencoder. The autoencoder's latent is
     `z` divided by `latent_scale` (KL autoencoders only). A decoder without LR fusion has no input `fidelity`,
-    and it takes `lr` only if it predicts a residual of the LR image.
+    and it takes `lr` only if it predicts a residual of the LR image. Without `refined` the refinement network
+    is left out.
     """
     g, config = GraphBuilder("decoder", lowering), network.config
     z = g.input("z", (BATCH, config.embed_dim, latent_px, latent_px))
     image_px = latent_px * config.factor
     lr = g.input("lr", (BATCH, 3, image_px, image_px)) if config.takes_lr else None
     fidelity = _fidelity(g) if network.decoder.fusions else None
-    g.output("image", decode(g, z, lr, fidelity, network, latent_scale))
+    g.output("image", decode(g, z, lr, fidelity, network, latent_scale, refined=refined))
     return g.finish()
 
 
@@ -42,6 +48,8 @@ def decode(
     fidelity: Value | None,
     network: Autoencoder,
     latent_scale: float = 1.0,
+    *,
+    refined: bool = True,
 ) -> Value:
     """Write the decoder from its inputs, as `decoder_graph` describes them, to the image.
 
@@ -61,7 +69,7 @@ def decode(
                 h = _fuse(g, h, decoder.fusions[i], features[i], fidelity)
             if i > 0:
                 h = upsample_conv(g, h, blocks.get_submodule("upsample.conv"))
-    if config.refinement != "none":
+    if refined and config.refinement != "none":
         with g.scope("decoder.unet_1"):
             h = refine(g, h, decoder.unet_1)
     with g.scope("decoder.out"):

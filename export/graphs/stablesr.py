@@ -60,16 +60,17 @@ class LatentEncoder(nn.Module):
 class LatentDecoder(nn.Module):
     """The network that the decoder's graph computes: scaled latents to images."""
 
-    def __init__(self, autoencoder: Autoencoder, latent_scale: float) -> None:
+    def __init__(self, autoencoder: Autoencoder, latent_scale: float, *, refined: bool = True) -> None:
+        """Without `refined` the refinement network is left out."""
         super().__init__()
-        self.autoencoder, self.latent_scale = autoencoder, latent_scale
+        self.autoencoder, self.latent_scale, self._refined = autoencoder, latent_scale, refined
 
     def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
         """Decode a scaled latent [B, C, h, w] to an image.
 
         With feature wrapping, the condition is the LR image [B, 3, f*h, f*w] and its weight [B, 1, 1, 1].
         """
-        return self.autoencoder.decode(z / self.latent_scale, *condition)
+        return self.autoencoder.decode(z / self.latent_scale, *condition, refined=self._refined)
 
 
 def stablesr_expert_graph(network: StableSRExpert, latent_px: int, lowering: Lowering = CPU) -> BuiltGraph:

@@ -1,7 +1,7 @@
 """Measuring which of several backends runs an engine fastest on this machine, and caching the result.
 
-Each backend is timed on one step of the engine's first expert, with one tile. A backend replaces a preferred
-backend only if it is clearly faster and the results of both agree.
+Each backend is timed on one run of the engine's first expert, with one tile; in an engine without experts, of
+its decoder. A backend replaces a preferred one only if it is clearly faster and the results of both agree.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def choose(found: Sequence[Backend], directory: Path, manifest: Manifest) -> tup
 
 def cache_name(found: Sequence[Backend], manifest: Manifest) -> str:
     """Return the name of the measurement's cache file, a hash of all that the result depends on."""
-    expert = manifest.graphs[manifest.experts[0].graph]
+    timed = manifest.graphs[manifest.main_role]
     facts = {
-        "graphs": [file.sha256 for arrangement in expert.arrangements for file in arrangement.files],
+        "graphs": [file.sha256 for arrangement in timed.arrangements for file in arrangement.files],
         "backends": [(b.label, b.version, b.options.device, b.options.threads) for b in found],
         "machine": machine(),
         "rules": (RUNS, BUDGET_S, MARGIN, AGREEMENT),
@@ -133,7 +133,7 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     reference: np.ndarray | None = None
-    proof = manifest.graphs[manifest.experts[0].graph].parity
+    proof = manifest.graphs[manifest.main_role].parity
     limit = max(AGREEMENT, proof.threshold if proof else 0.0)
     for backend in found:
         try:
@@ -157,20 +157,21 @@ def _measure(found: Sequence[Backend], directory: Path, manifest: Manifest) -> M
 
 
 def _time_step(backend: Backend, directory: Path, manifest: Manifest) -> tuple[float, np.ndarray]:
-    """Return the seconds of one step of the first expert on one tile, and its result on seeded inputs.
+    """Return the seconds of one run of the main graph on one tile, and its result on seeded inputs.
 
     The session bypasses the cache of prepared graphs, because the backend may not be chosen.
     """
     backend = replace(backend, options=replace(backend.options, cache=None))
-    expert, device = manifest.experts[0], backend.device()
-    session = backend.open(directory, manifest.graphs[expert.graph])
+    device = backend.device()
+    session = backend.open(directory, manifest.graphs[manifest.main_role])
+    t = sum(manifest.expert_ranges[0]) // 2 if manifest.experts else 0
     try:
         rng, boundary = np.random.Generator(np.random.PCG64(0)), session.boundary
         buffers = {s.name: device.buffer(s, 1) for s in (*boundary.inputs, *boundary.outputs)}
         for spec in boundary.inputs:
-            middle = float((expert.t_from + expert.t_to) // 2 if spec.name == "t" else 0)
+            value = float(t if spec.name == "t" else 0)
             number = len(spec.dims) == 1
-            buffers[spec.name][...] = middle if number else rng.standard_normal(spec.shape(1))
+            buffers[spec.name][...] = value if number else rng.standard_normal(spec.shape(1))
         session.bind(buffers, 1)
         start = time.perf_counter()
         quickest = math.inf

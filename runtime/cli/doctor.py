@@ -13,9 +13,12 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moesr.runtime.autoencoder import Autoencoder
 from moesr.runtime.backends import autotune
 from moesr.runtime.backends.base import SessionOptions
 from moesr.runtime.backends.selection import BACKENDS, probe
@@ -23,8 +26,8 @@ from moesr.runtime.cli import doctor_gpu
 from moesr.runtime.cli.engine_options import add_engine_options, cache_directory, engine_options
 from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.locate import engine_directory
-from moesr.runtime.engine.manifest import Manifest
-from moesr.runtime.engine.manifest_file import read_manifest
+from moesr.runtime.engine.manifest import AutoencoderManifest, Manifest
+from moesr.runtime.engine.manifest_file import KINDS, read_manifest
 from moesr.runtime.errors import EngineError
 from moesr.runtime.options import check_device
 from moesr.runtime.system import console, memory, user_cache
@@ -55,7 +58,7 @@ def examine(args: argparse.Namespace) -> int:
     _show_machine()
     _show_backends()
     directory = engine_directory(args.engine)
-    manifest = read_manifest(directory, verify=not args.no_verify, anew=True)
+    manifest = read_manifest(directory, verify=not args.no_verify, anew=True, kinds=tuple(KINDS))
     index = SessionOptions(device=args.device or "cpu").index
     for label, text in doctor_gpu.findings(directory, manifest, index, cache_directory(args)):
         _line(label, text)
@@ -64,12 +67,25 @@ def examine(args: argparse.Namespace) -> int:
         _line("engine from", origin)
     options = engine_options(args)
     options["verify"] = False  # the hashes were compared before
+    if isinstance(manifest, AutoencoderManifest):
+        return _decode_once(directory, manifest, options)
     with Upscaler(directory, **options) as upscaler:
         _show_choice(upscaler)
         image = np.random.default_rng(0).integers(0, 256, (_SMOKE_PX, _SMOKE_PX, 3), np.uint8)
         start = time.perf_counter()
         shape = upscaler(image, steps=1).shape
         _line("smoke run", f"one step and a decode in {time.perf_counter() - start:.2f} s, output {shape}")
+    return 0
+
+
+def _decode_once(directory: Path, manifest: AutoencoderManifest, options: dict[str, Any]) -> int:
+    """Decode one tile of noise with the engine of an autoencoder."""
+    with Autoencoder(directory, **options) as vae:
+        _line("runs on", f"{vae.backend.label} {vae.backend.version}, {vae.backend.options.device}")
+        shape = (vae.channels, manifest.latent_tile, manifest.latent_tile)
+        start = time.perf_counter()
+        shape = vae.decode(np.random.default_rng(0).standard_normal(shape, np.float32)).shape
+        _line("smoke run", f"one tile decoded in {time.perf_counter() - start:.2f} s, output {shape}")
     return 0
 
 
@@ -97,6 +113,11 @@ def _show_backends() -> None:
 
 def _show_engine(manifest: Manifest, where: str) -> None:
     _line("engine", where)
+    if isinstance(manifest, AutoencoderManifest):
+        how = f"scaling factor {manifest.latent_scale:g}, {', '.join(manifest.graphs)}"
+        _line("autoencoder", f"{manifest.name}, tiles of {manifest.tile} px, {manifest.precision}, {how}")
+        _show_proofs(manifest)
+        return
     _line("model", f"{manifest.name}, x{manifest.scale}, tiles of {manifest.tile} px, {manifest.precision}")
     ranges = ", ".join(f"{t_from}..{t_to - 1}" for t_from, t_to in manifest.expert_ranges)
     _line("experts", f"{len(manifest.experts)}, for t in {ranges}")
@@ -107,6 +128,11 @@ def _show_engine(manifest: Manifest, where: str) -> None:
     if deep := manifest.deep:
         size = memory.readable(4 * math.prod(deep.shape(1)))
         _line("reuse", f"with --reuse N, {size} of features kept per tile")
+    _show_proofs(manifest)
+
+
+def _show_proofs(manifest: Manifest) -> None:
+    """Print the error of every graph against its network."""
     for role, graph in manifest.graphs.items():
         for target, arrangement in (("", graph), *graph.variants.items()):
             if parity := arrangement.parity:

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the options that choose the engine, or `several` engines, and how they run."""
+def add_engine_options(
+    p: argparse.ArgumentParser, *, several: bool = False, required: str | None = None
+) -> None:
+    """Add the options that choose the engine, or `several` engines, and how they run.
+
+    A program for which no engine is bundled has a `required` one, with this help text.
+    """
     from moesr.runtime.backends.selection import BACKENDS
     from moesr.runtime.options import PRECISIONS
 
@@ -20,6 +25,8 @@ def add_engine_options(p: argparse.ArgumentParser, *, several: bool = False) -> 
     if several:
         names = f"one or more of the following, each with its own name if NAME= is given: {kind}"
         group.add_argument("--engine", nargs="+", type=name_argument, metavar="[NAME=]DIR", help=names)
+    elif required:
+        group.add_argument("--engine", type=engine_argument, metavar="DIR", required=True, help=required)
     else:
         group.add_argument("--engine", type=engine_argument, metavar="DIR", help=kind)
     group.add_argument(

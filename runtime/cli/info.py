@@ -65,6 +65,8 @@ def command(path: Path, record: Provenance) -> str:
     A record holds no directories. Therefore the engine is DIR unless it is a bundled one or one of the
     Hugging Face hub, and the network for pre-cleaning has its file name only.
     """
+    if "scaling_factor" in record.settings:
+        return _decoding(path, record)
     words = ["moesr-run", record.source, "-o", str(path), "--engine", _engine(record)]
     tiling = {"tiling": "overlap"}  # left out of records, as in those of versions that knew no other
     for name, value in (tiling | dict(record.settings)).items():
@@ -74,6 +76,15 @@ def command(path: Path, record: Provenance) -> str:
             words += ["--pre-clean", str(value).rpartition(" ")[0]]
         elif value is True:
             words.append(f"--{name.replace('_', '-')}")
+    return shlex.join([*words, "--force"])
+
+
+def _decoding(path: Path, record: Provenance) -> str:
+    """Return the command line that decodes a latent again."""
+    words = ["moesr-decode", record.source, "-o", str(path), "--engine", _engine(record)]
+    words += [f"--{name.replace('_', '-')}" for name, value in record.settings.items() if value is True]
+    if "quality" in record.settings:
+        words += ["--quality", str(record.settings["quality"])]
     return shlex.join([*words, "--force"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,13 +32,21 @@ class Listing:
     notes: list[str] = field(default_factory=list)  # lines about files that are ignored
 
 
-def find(paths: Sequence[Path], *, recursive: bool = False, ignored: Path | None = None) -> Listing:
+def find(
+    paths: Sequence[Path],
+    *,
+    recursive: bool = False,
+    ignored: Path | None = None,
+    suffixes: Collection[str] = READ_SUFFIXES,
+    noun: str = "images",
+) -> Listing:
     """List the files that are named, and the images of directories in the order of their names.
 
-    `recursive` includes subdirectories, except hidden ones and the directory `ignored`.
+    `recursive` includes subdirectories, except hidden ones and the directory `ignored`. Other kinds of files
+    than images have other `suffixes` and another `noun`.
     """
     listing = Listing()
-    search = _Search(listing, recursive, os.path.realpath(ignored) if ignored else None)
+    search = _Search(listing, recursive, os.path.realpath(ignored) if ignored else None, suffixes, noun)
     for path in paths:
         try:
             listing.inputs.extend(search.expand(path))
@@ -85,8 +93,11 @@ def _is_empty(path: Path) -> bool:
 class _Search:
     """Walks through the paths of one command; each file and directory is visited once."""
 
-    def __init__(self, listing: Listing, recursive: bool, ignored: str | None) -> None:
+    def __init__(
+        self, listing: Listing, recursive: bool, ignored: str | None, suffixes: Collection[str], noun: str
+    ) -> None:
         self._listing, self._recursive, self._ignored = listing, recursive, ignored
+        self._suffixes, self._noun = suffixes, noun
         self._seen: dict[str, Path] = {}
 
     def expand(self, path: Path) -> Iterator[Input]:
@@ -140,13 +151,13 @@ class _Search:
             if kind == "directory" and self._recursive:
                 folders.append(path)
             elif kind != "file":
-                cure = "; --recursive includes its images" if kind == "directory" else ""
+                cure = f"; --recursive includes its {self._noun}" if kind == "directory" else ""
                 self._listing.notes.append(f"{path}: ignored, a {kind}{cure}")
-            elif path.suffix.lower() in READ_SUFFIXES:
+            elif path.suffix.lower() in self._suffixes:
                 images.append(path)
             else:
                 others.append(path.name)
         if others:
             names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            self._listing.notes.append(f"{folder}: ignored, not images: {names} ({len(others)} in all)")
+            self._listing.notes.append(f"{folder}: ignored, not {self._noun}: {names} ({len(others)} in all)")
         return images, folders

@@ -172,8 +172,9 @@ class OutputNames:
         place: Path | None = None,
         one: Path | None = None,
         ignored: frozenset[str] = frozenset(),
+        taken: set[str] | None = None,
     ) -> None:
-        """Start with no names in use.
+        """Start with the names of `taken` in use, to which the names of results are added.
 
         `place` is the directory of all results, `one` the file of the only result.
         """
@@ -181,7 +182,7 @@ class OutputNames:
         self._place, self._one, self._ignored = place, one, ignored
         self._sources = {_key(found.path) for found in listed}
         self._stems = Counter(self._folder(found) / found.path.stem for found in listed)
-        self._taken: set[str] = set()
+        self._taken: set[str] = set() if taken is None else taken
         self._folders: dict[Path, OutputError | None] = {}
 
     def decide(self, found: Input) -> Task | str:

@@ -12,7 +12,8 @@ encoder  `image` [B, 3, H, W], `noise` [B, C, h, w]                             
 Inputs and outputs are float32 whatever the precision inside. Images are in [-1, 1]; h, w are the tile's sides
 in latent pixels, H, W in output pixels. A graph may lack any input but the first of its row. `prompt` is the
 index of the tile's prompt; prompt 1 is the negative one. An expert with a shallow graph has a second output,
-`deep`, of any size; the shallow graph takes it in place of computing the deep levels.
+`deep`, of any size; the shallow graph takes it in place of computing the deep levels. The role `unrefined` is
+the decoder without its refinement network.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from moesr.runtime.engine.graph_spec import BATCH, Boundary, Graph, TensorSpec
 
 DECODER, ENCODER = "decoder", "encoder"
+UNREFINED = "unrefined"
 DEEP = "deep"
 
 
@@ -44,7 +46,7 @@ def boundary_of(
     latent = (BATCH, latent_channels, side, side)
     image = (BATCH, 3, tile, tile)
     condition = latent if with_latent else (BATCH, 3, side, side)
-    if role == DECODER:
+    if role in (DECODER, UNREFINED):
         inputs, output = {"z": latent, "lr": image, "fidelity": (BATCH,)}, ("image", image)
     elif role == ENCODER:
         inputs, output = {"image": image, "noise": latent}, ("latent", latent)

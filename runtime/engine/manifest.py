@@ -1,9 +1,10 @@
 """The content of an engine directory's `manifest.json`, which the export writes and the runtime reads.
 
 An engine directory holds `manifest.json` and the ONNX graphs that it lists by role: the experts (`expert_0`,
-`expert_1`, ..), at most one `decoder`, and an `encoder` if the condition is a latent. The manifest says how
-to run the graphs (scale, tile, schedule, timesteps of each expert) and how to check them (SHA-256, parity
-with the network). `docs/engine-format.md` describes every entry.
+`expert_1`, ..), at most one `decoder`, and an `encoder` if the condition is a latent. The engine of an
+autoencoder for a text-to-image model has no experts. The manifest says how to run the graphs (scale, tile,
+schedule, timesteps of each expert) and how to check them (SHA-256, parity with the network).
+`docs/engine-format.md` describes every entry.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from moesr.runtime.engine.field_types import Fraction, Sha256, Side, Text
 from moesr.runtime.engine.framing import Framing
-from moesr.runtime.engine.graph_io import boundary_of, deep_of
+from moesr.runtime.engine.graph_io import DECODER, boundary_of, deep_of
 from moesr.runtime.engine.graph_spec import Boundary, Expert, File, Graph, TensorSpec
 from moesr.runtime.engine.preview_map import PreviewMap
 from moesr.runtime.options import MAX_GUIDANCE
@@ -27,10 +28,14 @@ MAX_SCALE = 64
 Role = Annotated[
     str,
     Form(
-        "expert_[0-9]+|shallow_[0-9]+|decoder|encoder", "a role such as expert_0, shallow_0, decoder, encoder"
+        "expert_[0-9]+|shallow_[0-9]+|decoder|encoder|unrefined",
+        "a role such as expert_0, shallow_0, decoder, encoder",
     ),
 ]
 """The name of a graph in the manifest."""
+
+
+LatentScale = Annotated[float, Range(1e-6, 1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,9 @@ class Manifest:
     tile: Side  # output pixels of one tile, along one side
     latent_channels: Side
     latent_factor: Side  # output pixels per latent pixel, along one side
-    latent_scale: float = 1.0  # factor of the latents inside the graphs; the runtime does not read it
+    latent_scale: Annotated[float, Range(1e-6, 1e6)] = (
+        1.0  # the graphs' latents are the autoencoder's times it
+    )
     condition: Literal["image", "latent"] = "image"  # the LR image on the latent grid, or its latent
     init: Literal["noise", "latent"] = "noise"  # sampling starts from noise, or from the condition with noise
     prediction: Prediction = "eps"
@@ -73,8 +80,13 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """The precision of the experts, after which the engine is named."""
-        return self.graphs[self.experts[0].graph].precision
+        """The precision of the main graph, after which the engine is named."""
+        return self.graphs[self.main_role].precision
+
+    @property
+    def main_role(self) -> str:
+        """The role of the first expert, or of the decoder if there are no experts."""
+        return self.experts[0].graph if self.experts else DECODER
 
     @property
     def boundaries(self) -> dict[str, Boundary]:
@@ -94,7 +106,7 @@ class Manifest:
     @property
     def deep(self) -> TensorSpec | None:
         """The features that experts pass to their shallow graphs; None if it has no shallow graphs."""
-        every = all(expert.shallow for expert in self.experts)
+        every = self.experts and all(expert.shallow for expert in self.experts)
         return deep_of(self.graphs[self.experts[0].graph]) if every else None
 
     @property
@@ -107,3 +119,29 @@ class Manifest:
         """Every file that the manifest lists."""
         listed = (f for g in self.graphs.values() for a in g.arrangements for f in a.files)
         return tuple(dict.fromkeys(listed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderManifest(Manifest):
+    """An engine of an autoencoder for the latents of a text-to-image model.
+
+    It has a `decoder`, an `encoder` unless only the decoder's weights were known, and `unrefined` if the
+    decoder has a refinement network. Latents at the graphs' inputs and outputs are the autoencoder's times
+    `latent_scale`. There is no sampler: the loop treats it as an engine of scale 1, and the entries of a
+    sampler are fixed and not stored.
+    """
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    scale: int = field(default=1, init=False)
+    condition: Literal["image", "latent"] = field(default="latent", init=False)
+    init: Literal["noise", "latent"] = field(default="noise", init=False)
+    prediction: Prediction = field(default="eps", init=False)
+    prompts: tuple[str, ...] = field(default=(), init=False)
+    guidance: float = field(default=1.0, init=False)
+    fidelity: float = field(default=1.0, init=False)
+    framing: Framing = field(default_factory=Framing, init=False)
+    preview: PreviewMap | None = field(default=None, init=False)
+    experts: tuple[Expert, ...] = field(default=(), init=False)
+    schedule: Schedule = field(default_factory=Schedule, init=False)
+    sampler: str = field(default="ddim", init=False)
+    steps: int = field(default=1, init=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moesr.runtime.engine import manifest_v1, onnx_external_data
-from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, deep_of, mismatches
+from moesr.runtime.engine.graph_io import DECODER, DEEP, ENCODER, UNREFINED, deep_of, mismatches
 from moesr.runtime.engine.hub_names import origin_of
-from moesr.runtime.engine.manifest import SCHEMA, Manifest
+from moesr.runtime.engine.manifest import SCHEMA, AutoencoderManifest, Manifest
 from moesr.runtime.engine.partitioned_graph import SUFFIX, read_parts
 from moesr.runtime.errors import EngineError
 from moesr.runtime.sampling.samplers import SAMPLERS
@@ -21,6 +22,16 @@ MANIFEST_NAME = "manifest.json"
 
 MAX_BYTES = 16 << 20
 """Larger manifests are refused; that of a full-width engine has 40 kB."""
+
+KINDS: dict[str, tuple[type[Manifest], str, str]] = {
+    "upscaler": (Manifest, "an engine for super-resolution", "moesr-run"),
+    "autoencoder": (
+        AutoencoderManifest,
+        "an autoencoder for latents of a text-to-image model, which has no sampler",
+        "moesr-decode",
+    ),
+}
+"""Kinds of engines: the class of the manifest, a description, and the program that runs such an engine."""
 
 
 def cure(directory: Path) -> str:
@@ -38,32 +49,36 @@ def write_manifest(manifest: Manifest, directory: Path) -> Path:
     """
     path = Path(directory) / MANIFEST_NAME
     _check_values(manifest, path)
+    stored = {entry.name for entry in dataclasses.fields(manifest) if entry.init}
+    values = {name: value for name, value in dataclasses.asdict(manifest).items() if name in stored}
     try:
-        text = json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
-        build(Manifest, parse_json(text))
+        text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+        build(type(manifest), parse_json(text))
     except ValueError as error:
         raise EngineError(f"{path}: {error}") from error
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def read_manifest(directory: Path, verify: bool = True, *, anew: bool = False) -> Manifest:
-    """Read and check the manifest of an engine directory.
+def read_manifest(
+    directory: Path, verify: bool = True, *, anew: bool = False, kinds: Sequence[str] = ("upscaler",)
+) -> Manifest:
+    """Read and check the manifest of an engine directory whose kind is one of `kinds` (see KINDS).
 
     With `verify` the SHA-256 of every file is compared. The hash of a large file is cached until the file is
     touched; `anew` computes it again. Raises an EngineError that names the damaged or missing file and the
-    cure.
+    cure, or for an engine of another kind the program that runs it.
     """
     directory = Path(directory)
-    manifest = parse_manifest(directory)
+    manifest = parse_manifest(directory, kinds)
     _check_files(manifest, directory, verify, anew)
     return manifest
 
 
-def parse_manifest(directory: Path) -> Manifest:
+def parse_manifest(directory: Path, kinds: Sequence[str] = tuple(KINDS)) -> Manifest:
     """Read and check the manifest of an engine directory, whose other files may be missing.
 
-    Raises an EngineError that names the wrong entry and the cure.
+    Its kind must be one of `kinds`. Raises an EngineError that names the wrong entry and the cure.
     """
     path = directory / MANIFEST_NAME
     values = _load_json(directory, path)
@@ -75,14 +90,29 @@ def parse_manifest(directory: Path) -> Manifest:
             f"{path}: the engine has manifest schema {schema}, this moesr reads schema {SCHEMA}; "
             "upgrade moesr, or export the engine again with this version's moesr-export"
         )
+    kind = _kind(values, directory, kinds)
     try:
         if schema == 1:
             values = manifest_v1.upgraded(values)
-        manifest = build(Manifest, _renamed(values))
+        manifest = build(kind, _renamed(values))
     except ValueError as error:
         raise EngineError(f"{path}: {error}; {cure(path.parent)}") from error
     _check_values(manifest, path)
     return manifest
+
+
+def _kind(values: dict[str, Any], directory: Path, wanted: Sequence[str]) -> type[Manifest]:
+    """Return the class of a manifest; EngineError if it is not of a kind that is wanted."""
+    name = values.get("kind", "upscaler")
+    if not isinstance(name, str) or name not in KINDS:
+        raise EngineError(
+            f"{directory / MANIFEST_NAME}: kind is {name!r:.80}, expected one of {', '.join(KINDS)}; upgrade "
+            "moesr, or export the engine again with this version's moesr-export"
+        )
+    kind, what, program = KINDS[name]
+    if name not in wanted:
+        raise EngineError(f"{directory}: is {what}; use it with {program} --engine {directory}")
+    return kind
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
@@ -184,9 +214,20 @@ def _check_values(m: Manifest, path: Path) -> None:
     if m.preview and any(len(row) != m.latent_channels for row in m.preview.weights):
         problems.append(f"preview.weights are expected to be 3 rows of {m.latent_channels} numbers")
     problems += _unguided(m)
-    problems = problems or _missing_roles(m) + _gaps(m) or mismatches(m.graphs, m.boundaries)
+    if isinstance(m, AutoencoderManifest):
+        problems = problems or _roles_of_autoencoder(m)
+    else:
+        problems = problems or _missing_roles(m) + _gaps(m)
+    problems = problems or mismatches(m.graphs, m.boundaries)
     if problems:
         raise EngineError(f"{path}: {'; '.join(problems)}; {cure(path.parent)}")
+
+
+def _roles_of_autoencoder(m: AutoencoderManifest) -> list[str]:
+    """Return messages about graphs that an autoencoder lacks or cannot have."""
+    found = [f"no graph {DECODER!r}"] if DECODER not in m.graphs else []
+    others = sorted(m.graphs.keys() - {DECODER, ENCODER, UNREFINED})
+    return found + [f"graph {role!r}, which an autoencoder cannot have" for role in others]
 
 
 def _missing_roles(m: Manifest) -> list[str]:

@@ -92,16 +92,22 @@ class Admission:
         self._reservations: list[Reservation] = []
 
     def reserve(
-        self, layout: TileLayout, settings: Settings | None = None, extra: ExtraBytes = no_extra
+        self,
+        layout: TileLayout,
+        settings: Settings | None = None,
+        extra: ExtraBytes = no_extra,
+        *,
+        spools: bool = True,
     ) -> Reservation | None:
         """Reserve memory for an image; None if it has to wait for those in flight.
 
         `settings` tell whether features are reused, and `extra` counts what the image takes in the main pool
-        besides. Raises MemoryLimitError if the image would not fit with nothing else in flight.
+        besides. An image that never `spools` is held whole. Raises MemoryLimitError if the image would not
+        fit with nothing else in flight.
         """
         self._reservations = [r for r in self._reservations if r.stands]
         shortage = None
-        for spooled in forms(layout):
+        for spooled in forms(layout) if spools else (False,):
             for batch in [self._graphs.max_batch] if self.warm else self._graphs.batches():
                 counts = self.counts(layout, settings, spooled, extra)
                 shortage = self._shortage(counts, batch)

@@ -105,15 +105,16 @@ class Encoding(Pass):
 
     stage = "encoding"
 
-    def __init__(self, layout: TileLayout, device: Device, lr: Canvas, seed: int) -> None:
-        """Make the pass; `lr` is the input at output size."""
+    def __init__(self, layout: TileLayout, device: Device, lr: Canvas, seed: int | None) -> None:
+        """Make the pass; `lr` is the input at output size. Without a seed the noise is zero."""
         m, grid = layout.manifest, layout.coding
         shape = (m.latent_channels, *layout.latent)
         target = device.mean(shape, grid, layout.coding_window(1), wraps=layout.wraps)
         sources = {"image": lr}
         if any(spec.name == "noise" for spec in m.graphs[ENCODER].inputs):
             sources["noise"] = device.canvas(shape)
-            device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
+            if seed is not None:
+                device.gaussian(sources["noise"], seed, noise.ENCODING_NOISE)
         super().__init__(m, grid, target, sources, {})
 
     @property
@@ -273,17 +274,27 @@ class Decoding(Pass):
 
     stage = "decoding"
 
-    def __init__(self, layout: TileLayout, device: Device, z: Canvas, lr: Canvas, fidelity: float) -> None:
-        """Make the pass; `z` is the latent canvas, `lr` the input at output size."""
+    def __init__(
+        self,
+        layout: TileLayout,
+        device: Device,
+        z: Canvas,
+        lr: Canvas | None = None,
+        fidelity: float = 1.0,
+        role: str = DECODER,
+    ) -> None:
+        """Make the pass; `z` is the latent canvas, `lr` the input at output size if the decoder takes it."""
         m, grid, factor = layout.manifest, layout.coding, layout.manifest.latent_factor
         window = layout.coding_window(factor)
         target = device.mean((3, *layout.frame.canvas), grid, window, factor, wraps=layout.wraps)
-        super().__init__(m, grid, target, {"z": z, "lr": lr}, {"fidelity": fidelity})
+        sources = {"z": z} if lr is None else {"z": z, "lr": lr}
+        self._role = role
+        super().__init__(m, grid, target, sources, {"fidelity": fidelity})
 
     @property
     def role(self) -> str:
         """The role of the decoder."""
-        return DECODER
+        return self._role
 
 
 def step_roles(manifest: Manifest, table: StepTable, reuse: int) -> list[str]:

@@ -15,6 +15,7 @@ from stablesr import NETWORKS as STABLESR
 from weights_of_names import weights
 
 NETWORKS = ("unet_w32", "unet_w160", "ldm_unet_w32", "decoder_c32", "decoder_c128")
+NETWORKS += ("sd15_decoder_c32", "sd15_decoder_c128")
 NETWORKS += tuple(f"stablesr_{name}" for name in STABLESR)
 
 

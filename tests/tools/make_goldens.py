@@ -26,6 +26,10 @@ stablesr_vae_cfw  32 channels, 64x96: image, noise, z -> moments, latent, [featu
 stablesr_loop   six steps of DDPM with and without guidance, and over a canvas of tiles
 stablesr_ddim   five steps of DDIM with and without guidance
 stablesr_schedule  tables for 1000, 200, 50, 6 and 4 steps of DDPM, 50, 20 and 5 of DDIM; tile weights
+sd15_decoder_c32   32 channels: image, image_wide, noise -> moments, sample; z, z_wide -> [decoded],
+              [decoded_plain] without the refinement network, [before], [after] it; small features through
+              two parts of it
+sd15_decoder_c128  full width: image -> moments; z -> [decoded], [decoded_plain]
 stable_diffusion  computed by diffusers and transformers (`make_diffusers_golden.py`)
 keys.json     a hash of the names and shapes of each published network's tensors
 """
@@ -59,9 +63,13 @@ STEMS = (
     "stablesr_loop",
     "stablesr_ddim",
     "stablesr_schedule",
+    "sd15_decoder_c32",
+    "sd15_decoder_c128",
 )
+SD15 = {"sd15_decoder_c32": "narrow", "sd15_decoder_c128": "full"}
 RESULTS = re.compile(
-    r"(.+\.)?out(\.\d+)?|aff_.+_out|image_.+|eps|lr_feature|fea_level\d|adain|wavelet|up8"
+    r"(.+\.)?out(\.\d+)?|aff_.+_out|image_(?!wide).+|eps|lr_feature|fea_level\d|adain|wavelet|up8"
+    r"|tiny_.+_out|decoded.*|(before|after)_wide"
 )  # names of the arrays that `cut` may sample
 WHOLE = 8192  # largest number of elements of a result that is stored completely
 EVERY = 13  # step of the samples; no side of an image or feature map is a multiple of it
@@ -95,7 +103,9 @@ def digests(reference: Path) -> dict[str, str]:
     """Return the hash of each published network by the key lists in the directory `reference`."""
     keys = json.loads((reference / "checkpoint_keys.json").read_text())
     stablesr = json.loads((reference / "stablesr_keys.json").read_text())
+    sd15 = json.loads((reference / "sd15_decoder_keys.json").read_text())
     keys |= {f"stablesr_{name}": shapes for name, shapes in stablesr.items()}
+    keys |= {name: sd15[f"sd15_decoder_{kind}"] for name, kind in SD15.items()}
     return {name: digest(shapes) for name, shapes in sorted(keys.items())}
 
 

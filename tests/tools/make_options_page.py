@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moesr.export import cli as export
 from moesr.runtime.backends.selection import BACKENDS
-from moesr.runtime.cli import doctor, run
+from moesr.runtime.cli import decode, doctor, run
 from moesr.runtime.serve import cli as serve
 from moesr.training import cli as train
 from moesr.training.importing import cli as importing
@@ -25,6 +25,7 @@ Every option of every program, as `--help` describes it. A test compares this pa
 """
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "moesr-run": run.parser,
+    "moesr-decode": decode.parser,
     "moesr-doctor": doctor.parser,
     "moesr-serve": serve.parser,
     "moesr-export": export.parser,

@@ -2,7 +2,8 @@
 
 The sizes of the networks are inferred from the weights. Give the experts in order, lowest noise first. If a
 file holds exponential moving averages (EMA) of the weights, these are used. With --decoder and without
---experts, the checkpoint holds only a decoder. --stablesr and --cfw import StableSR; --stable-diffusion
+--experts, the checkpoint holds only a decoder; an autoencoder of Stable Diffusion, with or without a
+refinement network, becomes one for moesr-decode. --stablesr and --cfw import StableSR; --stable-diffusion
 imports Stable Diffusion 2, which StableSR is trained on.
 Exit codes: 0 done, 1 a file cannot be used or written, 2 usage, 4 out of memory, 130 interrupted.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesr.runtime.system.console import HelpFormatter, run_program
-from moesr.training.config import StableSRUNetConfig, UNetConfig
+from moesr.training.config import StableSRUNetConfig, UNetConfig, VaeConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +59,8 @@ def _add_weight_files(p: argparse.ArgumentParser) -> None:
         "--decoder",
         type=Path,
         metavar="FILE",
-        help="weights of the autoencoder, or of a whole latent diffusion model",
+        help="weights of the autoencoder, or of a whole latent diffusion model, or a diffusers directory of "
+        "Stable Diffusion",
     )
     add("--stablesr", type=Path, metavar="FILE", help="weights of StableSR: 512, Turbo, 768v or faces")
     add(
@@ -85,7 +87,14 @@ def _add_model(p: argparse.ArgumentParser) -> None:
         help="prediction of StableSR or Stable Diffusion (default: inferred from the file name)",
     )
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="checkpoint directory to write")
-    add("--scale", type=int, choices=(4, 8), default=4, help="upscaling factor the model was trained for")
+    add("--scale", type=int, choices=(4, 8), help="upscaling factor the model was trained for (default: 4)")
+    add(
+        "--latent-scale",
+        type=_scaling_factor,
+        metavar="X",
+        help="scaling factor of the latents of a text-to-image model's autoencoder (default: that in the "
+        f"diffusers directory, or {VaeConfig.latent_scale})",
+    )
     add("--name", metavar="NAME", help="name of the model (default: from its kind and scale)")
     add(
         "--head-channels",
@@ -107,6 +116,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _scaling_factor(text: str) -> float:
+    value = float(text)
+    if not 1e-6 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{value:g} is not between 1e-6 and 1e6")
     return value
 
 

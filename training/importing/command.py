@@ -10,10 +10,11 @@ from torch import nn
 from moesr.runtime.errors import UsageError
 from moesr.runtime.system import console
 from moesr.training.checkpoint import Checkpoint
-from moesr.training.config import AutoencoderConfig, StableDiffusionConfig, StableSRConfig
+from moesr.training.config import AutoencoderConfig, StableDiffusionConfig, StableSRConfig, VaeConfig
 from moesr.training.importing.moe_sr import Imported, Published, import_published
 from moesr.training.importing.stable_diffusion import PublishedDiffusion, import_diffusion
 from moesr.training.importing.stablesr import PublishedStableSR, import_stablesr
+from moesr.training.importing.vae import PublishedVae, import_vae, is_vae
 from moesr.training.networks import Autoencoder, DenoisingUNet
 from moesr.training.weights import meta_network, networks
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Import the files that the arguments name and print a summary."""
     _check_files_named(args)
     files = 2 if args.stablesr else len(args.stable_diffusion or [*args.experts, args.decoder])
-    dtype = torch.float16 if args.fp16 else torch.float32
+    dtype, scale = torch.float16 if args.fp16 else torch.float32, args.scale or 4
     common = {
         "name": args.name,
         "norm_groups": args.norm_groups,
@@ -35,12 +36,17 @@ def run(args: argparse.Namespace) -> int:
             diffusion = PublishedDiffusion(tuple(args.stable_diffusion), prediction=args.prediction, **common)
             lines = diffusion_summary(import_diffusion(diffusion, args.output, **options), diffusion)
         elif args.stablesr:
-            stablesr = PublishedStableSR(
-                args.stablesr, args.cfw, args.scale, prediction=args.prediction, **common
-            )
+            stablesr = PublishedStableSR(args.stablesr, args.cfw, scale, prediction=args.prediction, **common)
             lines = stablesr_summary(import_stablesr(stablesr, args.output, **options), stablesr)
+        elif not args.experts and is_vae(args.decoder):
+            if args.scale is not None:
+                raise UsageError(f"{args.decoder}: is an autoencoder without a scale; leave out --scale")
+            vae = PublishedVae(args.decoder, args.name, args.latent_scale, args.norm_groups)
+            lines = vae_summary(import_vae(vae, args.output, **options), vae)
+        elif args.latent_scale is not None:
+            raise UsageError(f"{args.decoder}: has no latents to scale; leave out --latent-scale")
         else:
-            source = Published(args.decoder, tuple(args.experts), args.scale, **common)
+            source = Published(args.decoder, tuple(args.experts), scale, **common)
             lines = summary(import_published(source, args.output, **options), source)
     if not args.quiet:
         for line in lines:
@@ -61,6 +67,8 @@ def _check_files_named(args: argparse.Namespace) -> None:
         raise UsageError(f"got {stablesr[0]} and {others[0]}, expected the files of one model")
     if stablesr and not (args.stablesr and args.cfw):
         raise UsageError(f"got {', '.join(stablesr)}; StableSR needs both --stablesr FILE and --cfw FILE")
+    if args.latent_scale is not None and (stablesr or args.experts):
+        raise UsageError("--latent-scale is for an autoencoder on its own; leave it out")
     if not stablesr and not args.decoder:
         raise UsageError(
             "got no autoencoder; add --decoder FILE, or --stablesr FILE and --cfw FILE, or "
@@ -95,6 +103,18 @@ def diffusion_summary(checkpoint: Checkpoint, source: PublishedDiffusion) -> lis
         f"text encoder: {params['text']}, width {config.text.width}, {config.text.layers} layers",
         f"autoencoder: {params['decoder']}, {_autoencoder(config.decoder)}",
         f"wrote {checkpoint.directory}, from which moesr-train structure starts",
+    ]
+
+
+def vae_summary(checkpoint: Checkpoint, source: PublishedVae) -> list[str]:
+    """Return lines that name the autoencoder, its source and the written directory."""
+    config = checkpoint.config
+    assert isinstance(config, VaeConfig)
+    params = _millions(meta_network(*networks(config)["decoder"]))
+    what = "autoencoder" if config.encoder else "decoder without an encoder"
+    return [
+        f"{what}: {params}, {_autoencoder(config.decoder)}, from {source.path}",
+        f"wrote {checkpoint.directory} ({config.name}, scaling factor {config.latent_scale:g})",
     ]
 
 

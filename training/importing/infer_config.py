@@ -153,13 +153,16 @@ def infer_autoencoder_config(
 ) -> AutoencoderConfig:
     """Infer the sizes of an autoencoder from its state dict (keys without prefix) and `norm_groups`.
 
-    A state dict without a codebook is that of a KL autoencoder. Raises CheckpointError naming a missing
+    A state dict without a codebook is that of a KL autoencoder. Without an encoder the sizes are those of the
+    decoder, whose last level is taken to have the multiplier 1. Raises CheckpointError naming a missing
     tensor.
     """
-    channels = _shape(state, "encoder.conv_in.weight")[0]
+    if any(key.startswith("encoder.") for key in state):
+        channels, down, further = _shape(state, "encoder.conv_in.weight")[0], "encoder.down", 0
+    else:
+        channels, down, further = _shape(state, "decoder.conv_out.weight")[1], "decoder.up", 1
     mult = tuple(
-        _shape(state, f"encoder.down.{i}.block.0.conv1.weight")[0] // channels
-        for i in range(_count(state, "encoder.down"))
+        _shape(state, f"{down}.{i}.block.0.conv1.weight")[0] // channels for i in range(_count(state, down))
     )
     codebook = "quantize.embedding.weight"
     refinement: Literal["aff", "unet", "none"] = "none"
@@ -172,7 +175,7 @@ def infer_autoencoder_config(
     return AutoencoderConfig(
         channels=channels,
         channel_mult=mult,
-        res_blocks=_count(state, "encoder.down.0.block"),
+        res_blocks=_count(state, f"{down}.0.block") - further,
         z_channels=_shape(state, "decoder.conv_in.weight")[1],
         embed_dim=_shape(state, "post_quant_conv.weight")[1],
         codebook_size=_shape(state, codebook)[0] if codebook in state else 0,

@@ -37,6 +37,7 @@ from moesr.training.weights import (
     expected_shapes,
     merge_space_experts,
     state_shapes,
+    with_counters,
 )
 
 EMA_PREFIX = "model_ema."
@@ -186,7 +187,9 @@ def read_autoencoder(path: Path, norm_groups: int) -> tuple[dict[str, Tensor], A
         and not (whole and SCHEDULE_BUFFER.fullmatch(key))
     }
     config = named(path, infer_autoencoder_config, found, norm_groups)
-    check_shapes(str(path), state_shapes(found), _shapes(path, ModelConfig(decoder=config), "decoder"), CURE)
+    expected = _shapes(path, ModelConfig(decoder=config), "decoder")
+    found = with_counters(found, expected)
+    check_shapes(str(path), state_shapes(found), expected, CURE)
     check_finite(str(path), found, CURE)
     return float32(found), config
 

@@ -132,14 +132,15 @@ def import_diffusion(
 def weight_files(given: tuple[Path, ...]) -> list[Path]:
     """Return the files to read; CheckpointError if one is missing."""
     if len(given) == 1 and given[0].is_dir():
-        return [_file_in(given[0] / folder) for folder in FOLDERS]
+        return [file_in(given[0] / folder) for folder in FOLDERS]
     for path in given:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected a published weight file")
     return list(given)
 
 
-def _file_in(folder: Path) -> Path:
+def file_in(folder: Path) -> Path:
+    """Return the weight file in a folder of diffusers, the preferred one of several."""
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(

@@ -162,10 +162,13 @@ class Decoder(nn.Module):
         """The layers that fuse LR features, by level; empty if the decoder is not LR-conditioned."""
         return {i: getattr(self, f"fusion_layer_{i}") for i in self.fusion_levels}
 
-    def forward(self, z: Tensor, lr_features: Mapping[int, Tensor], fidelity: Tensor | float) -> Tensor:
+    def forward(
+        self, z: Tensor, lr_features: Mapping[int, Tensor], fidelity: Tensor | float, refined: bool = True
+    ) -> Tensor:
         """Latent [B, z, h, w] -> image [B, 3, f*h, f*w].
 
-        `lr_features` holds the features to fuse, by level; `fidelity` scales them.
+        `lr_features` holds the features to fuse, by level; `fidelity` scales them. Without `refined` the
+        refinement network is left out.
         """
         h = self.mid(self.conv_in(z))
         for i in reversed(range(len(self.up))):
@@ -174,7 +177,7 @@ class Decoder(nn.Module):
                 h = self.fusions[i](lr_features[i], h, fidelity)
             if i > 0:
                 h = self.up[i].upsample(h)  # type: ignore[operator]
-        if hasattr(self, "unet_1"):
+        if refined and hasattr(self, "unet_1"):
             h = self.unet_1(h)
         return self.conv_out(operators.group_norm(h, self.norm_out, silu=True))
 
@@ -204,16 +207,19 @@ class VectorQuantiser(nn.Module):
 class Autoencoder(nn.Module):
     """VQ (or KL) autoencoder with the frequency-compensated decoder."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, encodes: bool = True) -> None:
+        """Make the network; without `encodes` it has no encoder and can only decode."""
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        if encodes:
+            self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         z_out = config.embed_dim if config.codebook_size else 2 * config.embed_dim
         z_in = config.z_channels if config.codebook_size else 2 * config.z_channels
         if config.codebook_size:
             self.quantize = VectorQuantiser(config.codebook_size, config.embed_dim)
-        self.quant_conv = nn.Conv2d(z_in, z_out, 1)
+        if encodes:
+            self.quant_conv = nn.Conv2d(z_in, z_out, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -237,15 +243,24 @@ class Autoencoder(nn.Module):
         fidelity: Tensor | float = 1.0,
         *,
         quantised: bool = False,
+        refined: bool = True,
     ) -> Tensor:
         """Latent [B, D, h, w] -> image [B, 3, f*h, f*w] in about [-1, 1].
 
         `lr` [B, 3, f*h, f*w] is the LR image resized to the output size, required by an LR-conditioned
         decoder. `fidelity` in [0, 1] is StableSR's trade-off between fidelity and realism; the published
         model uses 1. With `quantised` set, the latents are codes already and are not quantized again.
+        Without `refined` the refinement network is left out.
         """
         if self.config.codebook_size and not quantised:
             z = self.quantize(z)
         features = {} if lr is None else self.lr_features(lr)
-        image = self.decoder(self.post_quant_conv(z), features, fidelity)
+        image = self.decoder(self.post_quant_conv(z), features, fidelity, refined)
         return image + lr if self.config.lr_residual and lr is not None else image
+
+
+class DecoderOnly(Autoencoder):
+    """An autoencoder of which only the decoder is there."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config, encodes=False)
