@@ -10,9 +10,12 @@
   moesr-train structure   --config stablesr-stage1 --data photos -o stage1 --from sd
   moesr-train decoder     --config stablesr-stage2 --data photos -o stage2 --from stage1/checkpoint
 
-The last two commands train StableSR on the Stable Diffusion that moesr-import --stable-diffusion wrote to sd.
-On eight GPUs, as in the paper, their total batch sizes are the paper's, and their numbers of steps correspond
-roughly to the epochs in its published settings.
+  moesr-train refinement  --config kl-f8 --data photos -o refined --from vae
+
+The last command trains the refinement network alone, for the frozen autoencoder of Stable Diffusion that
+moesr-import --decoder wrote to vae. The two before it train StableSR on the Stable Diffusion that
+moesr-import --stable-diffusion wrote to sd. On eight GPUs, as in the papers, their total batch sizes are the
+papers', and StableSR's numbers of steps correspond roughly to the epochs in its published settings.
 
 A published autoencoder that moesr-import has read can replace the autoencoder stage: pass it with --from,
 also to `all`. If the decoder stage is given photographs (--data) in place of --latents, it makes the latents
@@ -60,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     result = argparse.ArgumentParser(prog="moesr-train", description=__doc__, formatter_class=HelpFormatter)
     add = result.add_argument
-    add("stage", choices=("all", "autoencoder", "experts", "structure", "latents", "decoder"))
+    add("stage", choices=("all", "autoencoder", "experts", "structure", "latents", "decoder", "refinement"))
     add("--config", required=True, help=f"recipe: a JSON file or one of {', '.join(presets())}")
     add(
         "--set",
@@ -76,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write this stage to")
     add("--from", type=Path, dest="start", metavar="DIR", help="checkpoint directory of the previous stage")
     add("--expert", type=int, metavar="K", help="experts: train only expert K (0 has the lowest noise)")
-    add("--init", type=Path, metavar="DIR", help="experts, structure, decoder: checkpoint with start weights")
+    add("--init", type=Path, metavar="DIR", help="checkpoint with start weights, for stages with --from")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch (default)")
     add("--workers", type=int, default=0, help="data-loader processes (default: %(default)s)")

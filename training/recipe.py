@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from moesr.runtime.errors import UsageError
 from moesr.runtime.system.json_dataclass import build
-from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig
+from moesr.training.config import AutoencoderConfig, ModelConfig, StableSRConfig, VaeConfig
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Augmentation:
 class Recipe:
     """A model and how to train it."""
 
-    model: ModelConfig | StableSRConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | StableSRConfig | VaeConfig = field(default_factory=ModelConfig)
     # Sizes of the autoencoder that makes the latents, if stage 2 trains another network as their decoder
     # (decoder.trainable "decoder+lr").
     first_stage: AutoencoderConfig | None = None

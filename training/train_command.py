@@ -11,7 +11,7 @@ import torch
 
 from moesr.runtime.errors import UsageError
 from moesr.training.checkpoint import Checkpoint, load_checkpoint
-from moesr.training.config import StableSRConfig
+from moesr.training.config import StableSRConfig, VaeConfig
 from moesr.training.data.crops import Crops
 from moesr.training.data.photographs import PhotoFolder, scan
 from moesr.training.loop import distributed
@@ -22,7 +22,7 @@ from moesr.training.loop.metrics_log import summary_writer
 from moesr.training.loop.out_of_memory import memory_relief
 from moesr.training.loop.trainer import Objective
 from moesr.training.recipe import Augmentation, Recipe, StageConfig, load_recipe
-from moesr.training.stages import autoencoder, decoder, experts, latents, structure
+from moesr.training.stages import autoencoder, decoder, experts, latents, refinement, structure
 from moesr.training.stages.common import CHECKPOINT, first_stage_of, with_lr
 
 log = logging.getLogger("moesr")
@@ -35,8 +35,14 @@ BEFORE_STABLESR = {
     "latents": "structure",
     "decoder": "structure",
 }
+ALL_AUTOENCODER = ("autoencoder", "refinement")
+BEFORE_AUTOENCODER = {"refinement": "autoencoder or of moesr-import --decoder"}
 # Options that only some stages accept.
-OWN = {"expert": ("experts",), "init": ("experts", "structure", "decoder"), "latents": ("decoder",)}
+OWN = {
+    "expert": ("experts",),
+    "init": ("experts", "structure", "decoder", "refinement"),
+    "latents": ("decoder",),
+}
 
 
 def start(args: argparse.Namespace) -> int:
@@ -48,7 +54,10 @@ def start(args: argparse.Namespace) -> int:
     stages, before = ALL, BEFORE
     if isinstance(recipe.model, StableSRConfig):
         stages, before = ALL_STABLESR, {**BEFORE_STABLESR, "all": BEFORE_STABLESR["structure"]}
-    if args.stage not in (*stages, "all", "latents"):
+    if isinstance(recipe.model, VaeConfig):
+        stages, before = ALL_AUTOENCODER, BEFORE_AUTOENCODER
+    latents_made = () if stages is ALL_AUTOENCODER else ("latents",)
+    if args.stage not in (*stages, "all", *latents_made):
         raise UsageError(f"{args.stage}: {recipe.model.name} has none, its stages are {', '.join(stages)}")
     if args.stage in before and args.start is None:
         raise UsageError(
@@ -87,7 +96,7 @@ def pick_device(name: str | None) -> str:
 
 def stage_config(stage: str, recipe: Recipe) -> StageConfig:
     """Return the part of the recipe for this stage."""
-    return recipe.decoder if stage == "latents" else getattr(recipe, stage)
+    return recipe.decoder if stage in ("latents", "refinement") else getattr(recipe, stage)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,13 @@ def train(inputs: Inputs) -> None:
     if args.stage != "all":
         run_stage(args.stage, inputs, args.output, before)
         return
-    stages = ALL_STABLESR if isinstance(inputs.recipe.model, StableSRConfig) else ALL[1:] if before else ALL
+    stages = ALL
+    if isinstance(inputs.recipe.model, StableSRConfig):
+        stages = ALL_STABLESR
+    elif isinstance(inputs.recipe.model, VaeConfig):
+        stages = ALL_AUTOENCODER
+    if before and stages is not ALL_STABLESR:
+        stages = stages[1:]
     for stage in stages:
         directory = args.output / stage
         run_stage(stage, inputs, directory, before)
@@ -145,6 +160,8 @@ def run_stage(stage: str, inputs: Inputs, directory: Path, before: Checkpoint | 
             return latents.make(recipe, before, data, run, directory, recipe.decoder.latents)
         if stage == "structure":
             return structure.train(recipe, data, run, before, held_out, init=init)
+        if stage == "refinement":
+            return refinement.train(recipe, data, run, before, held_out, init=init)
         return experts.train(recipe, data, run, before, held_out, expert=args.expert, init=init)
 
 
@@ -176,6 +193,8 @@ def measurable(
     if stage == "autoencoder":
         return autoencoder.prepare(recipe), data
     assert before is not None
+    if stage == "refinement":
+        return refinement.prepare(recipe, before, run), data
     samples = with_lr(data, recipe, run.device.type)
     if stage == "experts":
         return experts.prepare(recipe, first_stage_of(recipe, before, run)), samples

@@ -1,8 +1,9 @@
 """`moesr-decode --reconstruct`: how close images come to themselves when they are encoded and decoded.
 
-Every image is decoded with and without the refinement network and compared with the original, as in the
-paper's Table 9 and Fig. 10 (MoE-SR, appendix D). The measures are those of `images/measures.py`, on luma of
-8-bit images. The latent is the mean of the posterior, so the figures can be repeated.
+Every image is decoded with and without the refinement network and compared with the original (MoE-SR,
+appendix D and Table 9), also by the correlation of their spectra (appendix C.2 and Fig. 10). The measures are
+those of `images/measures.py`, on luma of 8-bit images. The latent is the mean of the posterior, so the
+figures can be repeated.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def log_spectrum(plane: np.ndarray) -> np.ndarray:
 
 
 def spectrum_correlation(plane: np.ndarray, original: np.ndarray) -> float:
-    """Return Spearman's correlation of the amplitude spectra, -1 to 1 (MoE-SR, appendix D and Fig. 10).
+    """Return Spearman's correlation of the amplitude spectra, -1 to 1 (MoE-SR, appendix C.2 and Fig. 10).
 
     A logarithm would not change it, as it depends on ranks alone. One half of the symmetric spectrum is used.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesr.training.config import ModelConfig
+from moesr.training.config import ModelConfig, VaeConfig
 from moesr.training.data.crops import Crops, resize_batch, to_float
 from moesr.training.loop import distributed
 from moesr.training.loop.fit import Run, fit
@@ -156,6 +156,8 @@ def train(recipe: Recipe, data: Crops, run: Run, held_out: Crops | None = None) 
     fitted = fit(prepare(recipe), stage, data, run, "autoencoder", held_out)
     name = f"{recipe.model.name}-autoencoder"
     model = ModelConfig(name=name, scale=recipe.model.scale, unet=None, decoder=config)
+    if isinstance(recipe.model, VaeConfig):  # its latents are normalized below and need no scaling factor
+        model = VaeConfig(name=name, decoder=config, latent_scale=1.0)
     for place, weights in ((CHECKPOINT, fitted.last), (BEST_CHECKPOINT, fitted.best)):
         if weights is not None:
             network = Autoencoder(config).to(run.device).eval()

@@ -1,4 +1,4 @@
-"""`moesr-decode`: latents become images as by moesr-run, in tiles without seams, and images are reconstructed."""
+"""`moesr-decode`: latents become images, in tiles without seams, and images are reconstructed."""
 
 from __future__ import annotations
 
