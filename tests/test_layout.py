@@ -33,7 +33,7 @@ RUNTIME = {
         "autoencoder",
         "upscaler",
     ),
-    "integrations": ("engine", "errors", "images", "options", "sampling", "upscaler"),
+    "integrations": ("autoencoder", "engine", "errors", "images", "options", "sampling", "upscaler"),
     "serve": ("cli", "engine", "errors", "images", "loop", "sampling", "system", "upscaler"),
     "cluster": (
         *("backends", "cli", "devices", "engine", "errors", "images", "loop", "opened", "serve", "system"),
