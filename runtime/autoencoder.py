@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moesr.runtime.engine.graph_io import DECODER, ENCODER, UNREFINED
+from moesr.runtime.engine.hub_names import origin_of
 from moesr.runtime.engine.manifest import AutoencoderManifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import InputError, UsageError
@@ -81,6 +82,11 @@ class Autoencoder:
     def scaling_factor(self) -> float:
         """The factor between the autoencoder's latents and those of the text-to-image model."""
         return self.manifest.latent_scale
+
+    @property
+    def origin(self) -> str:
+        """The repository and commit of an engine from the Hugging Face hub; "" for another engine."""
+        return origin_of(self.directory)
 
     @property
     def encodes(self) -> bool:

@@ -54,7 +54,7 @@ class DecodeOptions:
         if self.quality is not None:
             settings["quality"] = self.quality
         engine = f"{manifest.name} {manifest.precision} {manifest.checkpoint_sha256[:8]}"
-        return Provenance(vae.factor, engine, settings)
+        return Provenance(vae.factor, engine, settings, origin=vae.origin)
 
 
 def run(vae: Autoencoder, paths: Sequence[Path], output: str | None, how: DecodeOptions) -> int:
