@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest import AutoencoderManifest, Manifest
 from moesr.runtime.system.memory import readable
 
 CARD_NAME = "README.md"
@@ -40,13 +40,21 @@ def model_card(manifest: Manifest, directory: Path, repository: str, earlier: st
 def _facts(manifest: Manifest, directory: Path, repository: str) -> str:
     """Return the facts of the manifest in plain words, and the commands that use the engine."""
     rows = "".join(f"| {label} | {text} |\n" for label, text in _rows(manifest, directory).items())
+    if isinstance(manifest, AutoencoderManifest):
+        title, command = _plain(manifest.name), "moesr-decode latents.pt"
+        purpose = "This engine decodes latents of a text-to-image model."
+    else:
+        title, command = f"{_plain(manifest.name)}, x{manifest.scale}", "moesr-run photo.jpg"
+        purpose = (
+            f"This engine makes images {manifest.scale} times as wide and {manifest.scale} times as high, by "
+            "latent diffusion."
+        )
     return (
-        f"# {_plain(manifest.name)}, x{manifest.scale}\n\n"
-        f"This engine makes images {manifest.scale} times as wide and {manifest.scale} times as high, by "
-        "latent diffusion. It runs with moesr, without PyTorch:\n\n"
+        f"# {title}\n\n"
+        f"{purpose} It runs with moesr, without PyTorch:\n\n"
         "```sh\n"
         "pip install 'moesr[cpu,hub]'\n"
-        f"moesr-run photo.jpg --engine hf://{repository}\n"
+        f"{command} --engine hf://{repository}\n"
         "```\n\n"
         f"| | |\n| --- | --- |\n{rows}\n"
     )
@@ -59,10 +67,16 @@ def _rows(m: Manifest, directory: Path) -> dict[str, str]:
     precisions = ", ".join(dict.fromkeys(each.precision for each in arrangements))
     proofs = [each.parity for each in arrangements if each.parity]
     experts = "one expert" if len(m.experts) == 1 else f"{len(m.experts)} experts, one per range of noise"
-    rows = {
-        "model": f"{_plain(m.name)}: {experts}, {sum(g.params for g in m.graphs.values()):,} parameters",
-        "scale": f"{m.scale} output pixels per input pixel, along one side",
-        "sampling": f"{m.steps} steps of {m.sampler} by default",
+    if isinstance(m, AutoencoderManifest):
+        counts = (f"{role} {graph.params:,} parameters" for role, graph in m.graphs.items())
+        rows = {"model": f"{_plain(m.name)}: {', '.join(counts)}", "scaling factor": f"{m.latent_scale:g}"}
+    else:
+        rows = {
+            "model": f"{_plain(m.name)}: {experts}, {sum(g.params for g in m.graphs.values()):,} parameters",
+            "scale": f"{m.scale} output pixels per input pixel, along one side",
+            "sampling": f"{m.steps} steps of {m.sampler} by default",
+        }
+    rows |= {
         "precision": precisions,
         "size": f"{len(m.files)} files, {readable(size)}; tiles of {m.tile} x {m.tile} output pixels",
     }

@@ -110,7 +110,7 @@ def export_engine(
             writer = GraphWriter(new, choices, on_stage, keep_inputs=options.polygraphy)
             manifest = _written(checkpoint, tile_px, writer, options, prompts, recording)
             write_manifest(manifest, new)
-            if options.preview:
+            if options.preview and manifest.experts:
                 on_stage("preview")
                 manifest = replace(manifest, preview=preview_map(new, manifest))
                 write_manifest(manifest, new)

@@ -17,6 +17,7 @@ from moesr.export import parity
 from moesr.export.cli import main as export
 from moesr.export.graph_writer import GraphWriter
 from moesr.export.lowering import CPU
+from moesr.export.model_card import model_card
 from moesr.export.options import ExportOptions
 from moesr.export.package import export_engine
 from moesr.export.vae_engine import write_graphs
@@ -85,6 +86,15 @@ def test_other_programs_name_the_right_one(engine, tmp_path, capsys):
     assert doctor.main(["--engine", str(engine)]) == 0
     out = capsys.readouterr().out
     assert "scaling factor 0.18215" in out and "output (3, 64, 64)" in out
+
+
+def test_model_card(engine):
+    manifest = read_manifest(engine, kinds=("autoencoder",))
+    card = model_card(manifest, engine, "owner/name")
+    assert (
+        "moesr-decode latents.pt --engine hf://owner/name" in card and "| scaling factor | 0.18215 |" in card
+    )
+    assert "sampling" not in card
 
 
 @pytest.mark.parametrize("options", [("--int8", "--calibrate", "."), ("--reuse",), ("--guidance", "2")])
