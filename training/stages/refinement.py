@@ -25,7 +25,7 @@ from moesr.training.stages.decoder import DecoderObjective, start_from
 
 
 class RefinementObjective(DecoderObjective):
-    """Reconstruct photographs from samples of their own latents."""
+    """Reconstruct photographs from their own latents, the means of the posteriors."""
 
     def __init__(self, network: Autoencoder, stage: DecoderStage, device: torch.device) -> None:
         super().__init__(network, dataclasses.replace(stage, trainable="fusion+refinement"), device)
@@ -39,14 +39,9 @@ class RefinementObjective(DecoderObjective):
         """
         target = to_float(batch[1])
         with torch.no_grad():
-            if self.network.training:
-                shape = len(target), self.network.config.embed_dim
-                sides = [side // self.network.config.factor for side in target.shape[-2:]]
-                z = self.network.sample(target, torch.randn(*shape, *sides).to(target.device))
-                plain = target
-            else:
-                z = self.network.encode(target)
-                plain = self.network.decode(z, refined=False).float()
+            z = self.network.encode(target)
+            evaluating = not self.network.training
+            plain = self.network.decode(z, refined=False).float() if evaluating else target
         decoded = self.network.decode(z).float()
         return decoded, decoded, target, plain
 
