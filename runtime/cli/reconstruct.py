@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from moesr.runtime.cli.batch import account_of, summary
 from moesr.runtime.cli.decode_batch import DecodeOptions, pixels_of
 from moesr.runtime.cli.inputs import is_directory
 from moesr.runtime.cli.progress import Display
-from moesr.runtime.cli.reconstruct_figure import figure
+from moesr.runtime.cli.reconstruct_figure import Reconstruction, figure
 from moesr.runtime.cli.report import Entry, Report
 from moesr.runtime.errors import InputError, MoesrError, OutputError, UsageError
 from moesr.runtime.images import measures, reading
@@ -37,16 +36,6 @@ SHOWN = 4
 WITHOUT, WITH = "without refinement", "with refinement"
 
 log = logging.getLogger("moesr")
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """One image: uint8 [H, W, 3], its reconstructions by name, and their measures by name."""
-
-    name: str
-    original: np.ndarray
-    images: dict[str, np.ndarray]
-    scores: dict[str, tuple[float, float, float]]  # PSNR, SSIM, correlation of spectra
 
 
 def run(vae: Autoencoder, paths: Sequence[Path], output: str | None, how: DecodeOptions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,11 +11,18 @@ from PIL import Image, ImageDraw
 from moesr.runtime.images import measures
 from moesr.runtime.images.resize import imresize
 
-if TYPE_CHECKING:
-    from moesr.runtime.cli.reconstruct import Reconstruction
-
 CELL, GAP, TEXT = 256, 8, 16  # pixels
 LOW, MIDDLE, HIGH = (68, 1, 84), (33, 145, 140), (253, 231, 37)  # colors of weak and strong frequencies
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One image: uint8 [H, W, 3], its reconstructions by name, and their measures by name."""
+
+    name: str
+    original: np.ndarray
+    images: dict[str, np.ndarray]
+    scores: dict[str, tuple[float, float, float]]  # PSNR, SSIM, correlation of spectra
 
 
 def figure(found: Sequence[Reconstruction]) -> Image.Image:

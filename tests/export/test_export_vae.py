@@ -23,7 +23,7 @@ from moesr.export.package import export_engine
 from moesr.export.vae_engine import write_graphs
 from moesr.runtime.cli import doctor, run
 from moesr.runtime.engine.manifest_file import read_manifest
-from moesr.runtime.errors import EngineError
+from moesr.runtime.errors import EngineError, UsageError
 from moesr.training.checkpoint import load_checkpoint, save_checkpoint
 from moesr.training.config import KL_F8, VaeConfig
 from moesr.training.networks import Autoencoder
@@ -97,11 +97,13 @@ def test_model_card(engine):
     assert "sampling" not in card
 
 
-@pytest.mark.parametrize("options", [("--int8", "--calibrate", "."), ("--reuse",), ("--guidance", "2")])
+@pytest.mark.parametrize("options", [("--reuse",), ("--guidance", "2")])
 def test_options_of_other_families(engine, tmp_path, capsys, options):
     checkpoint = engine.with_name("engine-checkpoint")
     assert export([str(checkpoint), "-o", str(tmp_path / "new"), *options]) == 2
     assert "kl-f8" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="kl-f8 has no int8 export"):
+        export_engine(load_checkpoint(checkpoint), tmp_path / "new", ExportOptions(precision="int8"))
 
 
 def test_decoder_alone_and_plain_autoencoder(tmp_path):

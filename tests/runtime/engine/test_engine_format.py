@@ -16,7 +16,7 @@ from mutations import check_reader
 
 from moesr.runtime.engine.graph_spec import Arrangement, Graph
 from moesr.runtime.engine.locate import DEMO_ENGINES, engine_directory
-from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest import AutoencoderManifest
 from moesr.runtime.engine.manifest_file import read_manifest
 from moesr.runtime.errors import EngineError
 
@@ -40,7 +40,7 @@ def test_written_manifests_are_valid(tmp_path: Path, encoder: bool):
 
 
 def test_every_entry_has_a_description():
-    described = {field.name for field in dataclasses.fields(Manifest)}
+    described = {field.name for field in dataclasses.fields(AutoencoderManifest)}
     assert set(SCHEMA["properties"]) == described
     graph, arrangement = SCHEMA["$defs"]["graph"], SCHEMA["$defs"]["arrangement"]
     assert set(graph["properties"]) == {field.name for field in dataclasses.fields(Graph)}

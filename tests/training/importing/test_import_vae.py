@@ -17,18 +17,18 @@ from moesr.training.config import KL_AUTOENCODER, KL_F8, VaeConfig
 from moesr.training.importing.diffusers_names import vae_state
 from moesr.training.networks import Autoencoder
 
-NARROW = dataclasses.replace(KL_F8, channels=32)
-PLAIN = dataclasses.replace(KL_AUTOENCODER, channels=32)
+NARROW = dataclasses.replace(KL_F8, channels=8, norm_groups=4)
+PLAIN = dataclasses.replace(KL_AUTOENCODER, channels=8, norm_groups=4)
 ENCODER = ("encoder.", "quant_conv.")
 
 
-@pytest.fixture(scope="module")
-def published(published_weights):
-    return tensors(published_weights("sd15_decoder_c32", "dev"))
+@pytest.fixture
+def published():
+    return random_state(Autoencoder(NARROW))
 
 
 def imported(path, tmp_path, *options):
-    assert run("--decoder", path, "-o", tmp_path / "model", *options) == 0
+    assert run("--decoder", path, "-o", tmp_path / "model", "--norm-groups", 4, *options) == 0
     return load_checkpoint(tmp_path / "model")
 
 
@@ -84,7 +84,7 @@ def test_file_without_encoder_gives_a_decoder_alone(published, tmp_path, capsys,
 def test_incomplete_encoder_is_an_error(published, tmp_path, capsys):
     del published["encoder.mid.block_1.conv1.weight"]
     torch.save(published, tmp_path / "decoder.pt")
-    assert run("--decoder", tmp_path / "decoder.pt", "-o", tmp_path / "model") == 1
+    assert run("--decoder", tmp_path / "decoder.pt", "-o", tmp_path / "model", "--norm-groups", 4) == 1
     assert "missing encoder.mid.block_1.conv1.weight" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
@@ -95,7 +95,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("place", ["file", "vae", "pipeline"])
 def test_plain_weights_of_diffusers(tmp_path, place, old):
-    state = tensors(weights(vae_shapes(32), "dev"))
+    state = tensors(weights(vae_shapes(8), "dev"))
     want = vae_state(state)
     if old:
         for new, name in OLD.items():
@@ -125,7 +125,9 @@ def test_shifted_latents_are_refused(tmp_path, capsys):
     assert "shift_factor is 0.06" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--scale", 4), ("--latent-scale", 0)])
-def test_options_that_do_not_apply(published, tmp_path, option):
+def test_options_that_do_not_apply(published, tmp_path, capsys):
     torch.save(published, tmp_path / "fa_vae.pth")
-    assert run("--decoder", tmp_path / "fa_vae.pth", "-o", tmp_path / "model", *option) == 2
+    assert run("--decoder", tmp_path / "fa_vae.pth", "-o", tmp_path / "model", "--scale", 4) == 2
+    assert "leave out --scale" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--decoder", tmp_path / "fa_vae.pth", "-o", tmp_path / "model", "--latent-scale", 0)
