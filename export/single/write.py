@@ -84,6 +84,8 @@ def export_single(
     if it cannot be written; after an error there is no new file.
     """
     package.check_model(checkpoint, options)
+    if checkpoint.config.unet is None:
+        raise UsageError(f"{checkpoint.directory}: has no sampler to unroll; export it without --single")
     check_output(path, force=force)
     config, (choices,) = checkpoint.config, options.lowerings().values()
     recipe = make_recipe(config, run)
