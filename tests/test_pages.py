@@ -18,7 +18,15 @@ TOPS = ("runtime", "export", "kernels", "training", "benchmarks", "tests", "docs
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "kernels/README.md"]
 PAGES += sorted(path for folder in ("docs", "tests") for path in (REPO / folder).rglob("*.md"))
 
-WRITTEN = {"manifest.json", "plan.json", "kernels.json", "parts.json", "config.json", "entry.json"}
+WRITTEN = {
+    "reconstruction.md",
+    "manifest.json",
+    "plan.json",
+    "kernels.json",
+    "parts.json",
+    "config.json",
+    "entry.json",
+}
 """Names of files that the programs write."""
 
 EXAMPLE = re.compile(r"channel_gain|plain\.py")

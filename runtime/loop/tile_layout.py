@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moesr.runtime.engine.manifest import Manifest
+from moesr.runtime.engine.manifest import AutoencoderManifest, Manifest
 from moesr.runtime.errors import InputError
 from moesr.runtime.sampling import tiles
 
@@ -21,6 +21,12 @@ SAMPLING_OVERLAP = {"overlap": 4, "shifted": 16}
 
 CODING_OVERLAP = {"overlap": 8, "shifted": 16}
 """While encoding and decoding, which visit every tile once, neighboring tiles share one part in so many."""
+
+AUTOENCODER_OVERLAP = 4
+"""With the engine of an autoencoder, neighboring tiles share one part in so many.
+
+Without an LR image that sets the colors, the levels of neighboring tiles differ more.
+"""
 
 ROOM = 8
 """The borders of a shifted grid can move by at least one part in so many of a tile."""
@@ -122,7 +128,8 @@ class TileLayout:
     @property
     def coding_overlap(self) -> int:
         """Latent pixels that neighboring tiles share at least while encoding and decoding."""
-        return self.manifest.latent_tile // CODING_OVERLAP[self.tiling]
+        alone = isinstance(self.manifest, AutoencoderManifest)
+        return self.manifest.latent_tile // (AUTOENCODER_OVERLAP if alone else CODING_OVERLAP[self.tiling])
 
     @cached_property
     def _fixed(self) -> Grid:

@@ -61,7 +61,7 @@ def test_only_the_refinement_network_changes(tmp_path, capsys):
     moved = [key for key in after if not torch.equal(after[key], initial[key])]
     assert moved and all(key.startswith("decoder.unet_1.") for key in moved)
     lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
-    assert {"l1", "frequency", "adv", "critic"} <= lines[0].keys()
+    assert {"l1", "ffl", "adv", "critic"} <= lines[0].keys()
     assert main([str(word) for word in command]) == 2  # without --from
     assert "moesr-import --decoder" in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_losses_fall_on_the_demo_photographs(tmp_path):
         losses = [
             json.loads(line) for line in (tmp_path / "run" / stage / "losses.jsonl").read_text().splitlines()
         ]
-        for name in ("l1", "frequency"):
+        for name in ("l1", "ffl"):
             values = [line[name] for line in losses if "loss" in line]
             tenth = max(len(values) // 5, 1)
             assert sum(values[-tenth:]) < sum(values[:tenth]), (stage, name)
