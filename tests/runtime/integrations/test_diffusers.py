@@ -60,6 +60,7 @@ def test_wrong_latents_are_refused(decoder, z):
         decoder.decode(z)
 
 
+@pytest.mark.slow  # diffusers and transformers take ten seconds to import
 def test_stable_diffusion_pipeline_decodes_with_the_engine(decoder, network):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
     transformers = pytest.importorskip("transformers", reason="needs the extra diffusers")
