@@ -157,10 +157,10 @@ def infer_autoencoder_config(
     decoder, whose last level is taken to have the multiplier 1. Raises CheckpointError naming a missing
     tensor.
     """
-    if any(key.startswith("encoder.") for key in state):
-        channels, down, further = _shape(state, "encoder.conv_in.weight")[0], "encoder.down", 0
-    else:
+    if "decoder.conv_out.weight" in state and not any(key.startswith("encoder.") for key in state):
         channels, down, further = _shape(state, "decoder.conv_out.weight")[1], "decoder.up", 1
+    else:
+        channels, down, further = _shape(state, "encoder.conv_in.weight")[0], "encoder.down", 0
     mult = tuple(
         _shape(state, f"{down}.{i}.block.0.conv1.weight")[0] // channels for i in range(_count(state, down))
     )
