@@ -27,6 +27,14 @@ RNG = np.random.default_rng(25)
 STORE_BYTES = 80 << 20  # Ray's object store, per node
 
 
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # a token of an earlier local cluster may lie in ~/.ray
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # with the default of 5 s, a busy machine has no proxy
+}
+"""Environment variables of the clusters."""
+
+
 class Nodes:
     """Two nodes of one core each; the first is the head. Sockets lie in a directory with a short path."""
 
@@ -34,7 +42,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        os.environ |= {"RAY_TMPDIR": self.folder, **SETTINGS}
         head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.second = self._add()

@@ -14,7 +14,7 @@ from pathlib import Path
 import cluster_rig
 import pytest
 from benchlib.local_store import free_port
-from cluster_rig import left_over, picture, stop, tree
+from cluster_rig import SETTINGS, left_over, picture, stop, tree
 from PIL import Image
 
 from moesr.runtime.engine.locate import engine_directory
@@ -75,8 +75,7 @@ def test_every_command_of_the_page_works(s3, tmp_path, sockets):
         "HEAD": "127.0.0.1",
         "PYTHON": sys.executable,
         "RAY_TMPDIR": sockets,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",  # a token of an earlier local cluster may lie in ~/.ray
+        **SETTINGS,
         "PYTHONPATH": str(Path(cluster_rig.__file__).parent),
     }
     done = subprocess.run(
