@@ -30,6 +30,7 @@ STORE_BYTES = 80 << 20  # Ray's object store, per node
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # a token of an earlier local cluster may lie in ~/.ray
+    "RAY_worker_niceness": "0",  # with the default of 15, workers stand still beside other programs
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # with the default of 5 s, a busy machine has no proxy
 }
 """Environment variables of the clusters."""

@@ -59,6 +59,26 @@ def test_removed_node(bucket, moesr, nodes):
 
 
 @pytest.mark.slow
+def test_workers_killed_while_they_start(bucket, moesr):
+    """They are replaced, though none of them has opened the engine."""
+    source, target = bucket(*NAMES), bucket()
+    killed: set[int] = set()
+
+    def kill_the_first_three() -> bool:
+        for pid in {*pids_of(WORKER)} - killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        return len(killed) >= 3
+
+    with when(kill_the_first_three, lambda: None):
+        made = moesr(f"s3://{source.name}", "-o", f"s3://{target.name}", "--workers", "1")
+    assert len(killed) >= 3
+    check_whole(made, target)
+    assert not any(line["warnings"] for line in made.lines.values())
+
+
+@pytest.mark.slow
 def test_killed_ledger(bucket, moesr):
     """Its successor knows no attempts and no counts, and the report is complete all the same."""
     source, target = bucket(*NAMES), bucket()
