@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moesr.runtime.errors import InputError, MemoryLimitError, OutputError
+from moesr.runtime.errors import InputError, MemoryLimitError, MoesrError, OutputError
 from moesr.runtime.images import planes, tiff_library
 from moesr.runtime.images.formats import brief
 from moesr.runtime.images.metadata import Metadata
@@ -128,22 +128,33 @@ def read(stream: BinaryIO, name: str) -> Raster | None:
     if signature not in tiff_library.SIGNATURES or tiff_library.library() is None:
         return None
     try:
-        page = tiff_library.page_of(stream, name)
-        if not _holds_measurements(page):
-            return None
-        _check_size(page, name)
-        values = tiff_library.values_of(page)
-    except (InputError, MemoryLimitError, MemoryError):
-        raise
-    except Exception as error:  # the library raises errors of any kind
-        if "imagecodecs" not in str(error):
-            return None  # a damaged file, which is reported when it is read as a usual image
-        raise InputError(
-            f"{name}: its values cannot be read ({brief(error)}); pip install imagecodecs"
-        ) from error
+        page = _opened(stream, name)
+        return None if page is None else _raster(page, _values(page, name), name)
     finally:
         stream.seek(0)
-    return _raster(page, values, name)
+
+
+def _opened(stream: BinaryIO, name: str) -> Any:
+    """Return the first page if it holds measurements; None for any other file, also a damaged one."""
+    try:
+        page = tiff_library.page_of(stream, name)
+        return page if _holds_measurements(page) else None
+    except MemoryError:
+        raise
+    except Exception:  # the file is reported when it is read as a usual image
+        return None
+
+
+def _values(page: Any, name: str) -> np.ndarray:
+    """Return the values of a page as [C, H, W]."""
+    try:
+        _check_size(page, name)
+        return tiff_library.values_of(page)
+    except (MoesrError, MemoryError):
+        raise
+    except Exception as error:  # the library raises errors of any kind
+        cure = "pip install imagecodecs" if "imagecodecs" in str(error) else "get the file again"
+        raise InputError(f"{name}: truncated or damaged ({brief(error)}); {cure}") from error
 
 
 def _holds_measurements(page: Any) -> bool:
@@ -187,8 +198,8 @@ def _raster(page: Any, values: np.ndarray, name: str) -> Raster:
     raster = Raster(values, known, ranges, missing, rgb, tiff_library.metadata_of(page, name))
     groups = f", {GROUP} bands at a time" if len(values) > GROUP else ""
     scaled = "" if ranges is None else "; its values are scaled to 65,536 levels for the model, and back"
-    if any(not other.is_reduced for other in list(page.parent.pages)[1:]):
-        log.warning("%s: has %d pages; only the first is used", name, len(page.parent.pages))
+    if _has_further_pages(page):
+        log.warning("%s: has several pages; only the first is used", name)
     log.warning("%s: %s, enlarged as if they were colors%s%s", name, raster.description, groups, scaled)
     if ranges and any(_is_uneven(values[b], valid[b], *ranges[b]) for b in range(len(values))):
         log.warning(
@@ -196,6 +207,14 @@ def _raster(page: Any, values: np.ndarray, name: str) -> Raster:
             name,
         )
     return raster
+
+
+def _has_further_pages(page: Any) -> bool:
+    """Return True if the file has another page than this one and its overviews."""
+    try:
+        return any(not other.is_reduced for other in list(page.parent.pages)[1:])
+    except Exception:  # damaged directories, which are not needed
+        return False
 
 
 def _no_data(page: Any) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ import numpy as np
 
 from moesr.runtime.images import encoding, exif, tiff_tags
 from moesr.runtime.images.deep_color import upright
+from moesr.runtime.images.formats import brief
 from moesr.runtime.images.metadata import Metadata, resolution
 from moesr.runtime.images.provenance import Provenance
 from moesr.runtime.images.tiff_tags import Tag
@@ -125,7 +127,13 @@ def _counted(value: Any, kind: int) -> tuple[int, Any]:
 
 
 def values_of(page: Any) -> np.ndarray:
-    """Return the values of a page as [C, H, W] in this machine's byte order, turned upright."""
+    """Return the values of a page as [C, H, W] in this machine's byte order, turned upright.
+
+    ValueError if the file has fewer strips or tiles than the size of the page needs; the library would take
+    zeros for the others. It raises errors of any other kind as well.
+    """
+    if len(page.dataoffsets) < math.prod(page.chunked):
+        raise ValueError(f"it has {len(page.dataoffsets)} of {math.prod(page.chunked)} strips or tiles")
     values = np.asarray(page.asarray())
     if values.ndim == 2:
         values = values[None]
@@ -137,7 +145,19 @@ def values_of(page: Any) -> np.ndarray:
 
 
 def metadata_of(page: Any, name: str) -> Metadata:
-    """Return georeference, profile, XMP, description and resolution; a warning names the rest."""
+    """Return georeference, profile, XMP, description and resolution; a warning names the rest.
+
+    Damaged metadata are left out, with a warning as well.
+    """
+    try:
+        return _metadata(page, name)
+    except Exception as error:  # a damaged tag may hold anything; the pixels can be used without it
+        log.warning("%s: some of its metadata is damaged and left out (%s)", name, brief(error))
+        return Metadata()
+
+
+def _metadata(page: Any, name: str) -> Metadata:
+    """Return the metadata of a page; raises errors of any kind if they are damaged."""
     tags = {
         tag.code: Tag(int(tag.dtype), tag.value)
         for tag in page.tags.values()

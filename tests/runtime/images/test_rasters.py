@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,28 @@ def test_values_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         reading.load(tmp_path / "b.tif")
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_truncated_values_are_refused(tmp_path: Path, compression: str | None):
+    path = write(
+        tmp_path / "a.tif", BANDS.repeat(4, axis=2), planarconfig="separate", compression=compression
+    )
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"a.tif: truncated or damaged \(.*\); get the file again"):
+        read(path)
+
+
+def test_a_declared_size_without_data_is_refused_at_once(tmp_path: Path):
+    """The library would take zeros for a million strips that the file does not have."""
+    path = write(tmp_path / "a.tif", SURFACE, rowsperstrip=1)
+    data = bytearray(path.read_bytes())
+    entry = re.search(rb"\x01\x01[\x03\x04]\0\x01\0\0\0", data)  # the number of rows
+    assert entry
+    data[entry.start() + 2 : entry.start() + 12] = struct.pack("<HII", 4, 1, 4_000_000)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"truncated or damaged .* of 4000000 strips"):
+        read(path)
+
+
 def test_uneven_values_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     values = SURFACE.repeat(8, axis=0).repeat(8, axis=1)
     values[0, 0] = 1e6
@@ -145,7 +169,7 @@ def test_further_pages_are_named_unless_they_are_overviews(tmp_path: Path, caplo
         write(path, SURFACE[::2, ::2], append=True, subfiletype=int(reduced))
         caplog.clear()
         assert read(path)
-        assert ("has 2 pages; only the first is used" in caplog.text) is not reduced
+        assert ("has several pages; only the first is used" in caplog.text) is not reduced
 
 
 def test_a_whole_run(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
