@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="configuration of a model, as in a checkpoint (default: models/light_decoder.json)",
     )
-    p.add_argument("--tile", type=int, default=256, help="output pixels per side (default: %(default)s)")
+    p.add_argument("--tile", type=int, default=128, help="output pixels per side (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="counted runs of each (default: %(default)s)")
     p.add_argument("--threads", type=int, default=1, help="threads (default: %(default)s)")
     return p

@@ -89,7 +89,9 @@ def export_single(
     check_output(path, force=force)
     config, (choices,) = checkpoint.config, options.lowerings().values()
     recipe = make_recipe(config, run)
-    side = package.tile_side(checkpoint, options) // config.scale
+    side, rest = divmod(package.tile_side(checkpoint, options), config.scale)
+    if rest:
+        raise UsageError(f"--tile: --single needs a side that is a multiple of the scale, {config.scale}")
     check_open(config, options, run)
     prompts = package.prompts_of(checkpoint, options.prompts)
     on_stage("read")

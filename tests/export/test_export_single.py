@@ -208,6 +208,16 @@ def test_wrong_options_are_refused(flags, says, tiny, tmp_path, monkeypatch, cap
     assert says in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("scale", "says"), [(2, "a multiple of the decoder's factor"), (12, "a multiple of the scale, 12")]
+)
+def test_scales_that_do_not_fit_are_refused(scale, says, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dataclasses.replace(TINY, scale=scale))
+    flags = ["--single", "--steps", "1", "--tile", "32", "-o", str(tmp_path / "x.onnx")]
+    assert cli.main([str(checkpoint), *flags]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "x.onnx").exists()
+
+
 def test_existing_names_are_kept(tiny, tmp_path, capsys):
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "file.onnx").write_text("mine")
