@@ -97,7 +97,7 @@ def test_model_card(engine):
     assert "sampling" not in card
 
 
-@pytest.mark.parametrize("options", [("--reuse",), ("--guidance", "2"), ("--single",)])
+@pytest.mark.parametrize("options", [("--reuse",), ("--guidance", "2"), ("--single", "--steps", "2")])
 def test_options_of_other_families(engine, tmp_path, capsys, options):
     checkpoint = engine.with_name("engine-checkpoint")
     assert export([str(checkpoint), "-o", str(tmp_path / "new"), *options]) == 2
