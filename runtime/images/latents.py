@@ -114,7 +114,8 @@ def _safetensors(stream: BinaryIO) -> dict[str, np.ndarray]:
     size = stream.tell() - start
     tensors = {}
     for name, entry in entries.items():
-        if name != "__metadata__" and isinstance(entry, dict) and entry.get("dtype") in SAFETENSORS:
+        kind = entry.get("dtype") if name != "__metadata__" and isinstance(entry, dict) else None
+        if isinstance(kind, str) and kind in SAFETENSORS:
             tensors[name] = _safetensor(stream, start, size, entry)
     return tensors
 
@@ -122,8 +123,8 @@ def _safetensors(stream: BinaryIO) -> dict[str, np.ndarray]:
 def _safetensor(stream: BinaryIO, start: int, size: int, entry: dict[str, Any]) -> np.ndarray:
     """Read one tensor; `size` is the number of bytes of all tensors."""
     kind, shape, places = SAFETENSORS[entry["dtype"]], entry.get("shape"), entry.get("data_offsets")
-    numbers = [*shape, *places] if isinstance(shape, list) and isinstance(places, list) else [-1]
-    if any(type(number) is not int or number < 0 for number in numbers) or len(places or ()) != 2:
+    whole = isinstance(shape, list) and isinstance(places, list) and len(places) == 2
+    if not whole or any(type(number) is not int or number < 0 for number in (*shape, *places)):
         raise ValueError(f"its header is damaged ({json.dumps(entry)[:80]})")
     first, last = places
     width = 2 if kind == "bf16" else int(kind[1:])

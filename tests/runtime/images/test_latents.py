@@ -113,6 +113,8 @@ def test_damaged_files_are_refused(tmp_path):
         (".safetensors", b"\xff" * 16),
         (".safetensors", b"\x02" + bytes(7) + b"[]"),
         (".safetensors", whole[".safetensors"].replace(b'"data_offsets":[0,', b'"data_offsets":[9,')),
+        (".safetensors", whole[".safetensors"].replace(b'"dtype":"F32"', b'"dtype":["F"]')),
+        (".safetensors", whole[".safetensors"].replace(b'"shape":[3,', b'"shape":[-,')),
         (".pt", zipped({"a/data.pkl": pickle.dumps([1])})),
         (".pt", zipped({"a/data.pkl": b"\x80\x02" + b"(" * 10_000_000})),
         (".pt", zipped({"a/data.pkl": pickle.dumps("x"), "b/data.pkl": b""})),
