@@ -9,7 +9,7 @@ just-in-time compiler; `moesr.kernels.build` compiles the same plans ahead of ti
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,11 +152,14 @@ class Op:
 
 
 def cases(
-    shapes: Mapping[str, Shape], tolerances: Mapping[str, float], slow: frozenset[str] = frozenset()
+    shapes: Mapping[str, Shape], tolerances: Mapping[str, float], slow: Set[str] = frozenset()
 ) -> tuple[Case, ...]:
-    """Return every shape in every type; `slow` names the shapes that only the slow tests run."""
+    """Return every shape in every type; `slow` names those that only the slow tests run.
+
+    A name is that of a shape, or of a shape in one type, such as "level-fp32".
+    """
     return tuple(
-        Case(name, shape, dtype, tolerance, name in slow)
+        Case(name, shape, dtype, tolerance, bool({name, f"{name}-{dtype}"} & slow))
         for name, shape in shapes.items()
         for dtype, tolerance in tolerances.items()
     )

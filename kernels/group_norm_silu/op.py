@@ -166,6 +166,7 @@ CHECKED = {
     "unet_nhwc": _shape(2, 320, 32, 32, 32, channels_last=1),
     "no_silu_nhwc": _shape(1, 32, 8, 33, 31, channels_last=1, silu=0),
 }
+SLOW = {f"{name}-{dtype}" for name in ("unet", "unet_nhwc") for dtype in ("fp32", "bf16")}
 DEPLOYED = {
     f"decoder{size}{name}": _shape(1, channels, 32, size, size, channels_last=last)
     for size, channels in ((512, 128), (256, 256), (128, 512))
@@ -180,7 +181,7 @@ OP = Op(
     plan=plan,
     inputs=inputs,
     reference=outputs,
-    cases=cases(CHECKED, TOLERANCES),
+    cases=cases(CHECKED, TOLERANCES, SLOW),
     deployed=cases(DEPLOYED, {"fp16": TOLERANCES["fp16"]})
     + cases({"decoder512": DEPLOYED["decoder512"]}, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
     cost=cost,

@@ -143,6 +143,7 @@ CHECKED = {
     "level": _shape(1, 128, 128, 16, 30),
     "narrower": _shape(1, 64, 32, 15, 15, channels_last=1),
 }
+SLOW = {f"{name}-{dtype}" for name in ("demo48", "level") for dtype in ("fp32", "bf16")}
 DEPLOYED = {
     "full512": _shape(1, 128, 128, 512, 512),
     "full512_nhwc": _shape(1, 128, 128, 512, 512, channels_last=1),
@@ -162,7 +163,7 @@ OP = Op(
     plan=plan,
     inputs=inputs,
     reference=outputs,
-    cases=cases(CHECKED, TOLERANCES),
+    cases=cases(CHECKED, TOLERANCES, SLOW),
     deployed=cases(DEPLOYED, {"fp16": TOLERANCES["fp16"]})
     + cases({"full512": DEPLOYED["full512"]}, {k: TOLERANCES[k] for k in ("bf16", "fp32")}),
     cost=cost,

@@ -59,8 +59,15 @@ def test_engine_was_exported_from_the_checkpoint(name):
         assert f"-x{up.manifest.scale}" in name
 
 
-@pytest.mark.parametrize("name", DEMO_ENGINES)
-@pytest.mark.parametrize(("precision", "target"), [("fp16", "both"), ("bf16", "gpu")])
+@pytest.mark.parametrize(
+    ("name", "precision", "target"),
+    [
+        ("demo-x4", "fp16", "both"),
+        ("demo-x8", "bf16", "gpu"),
+        pytest.param("demo-x4", "bf16", "gpu", marks=pytest.mark.slow),
+        pytest.param("demo-x8", "fp16", "both", marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoint_exports_in_half_precision(name, precision, target, tmp_path):
     flags = f"--{precision}", "--target", target, "--tile", "64", "--quiet"
     assert cli.main([name, *flags, "-o", str(tmp_path / "engine")]) == 0
@@ -76,7 +83,10 @@ def test_demo_lr_image_is_the_reduced_photograph(hr):
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), LEAST)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[1] == "x4-blind" else ()) for case in LEAST],
+)
 def test_engines_beat_bicubic(name, kind):
     """The mean over all held-out photographs is compared, since single photographs vary more than methods."""
     pytest.importorskip("skimage.data")

@@ -136,7 +136,7 @@ def test_manifest_counts_the_parameters_of_each_graph(engines, checkpoints):
     assert graphs["encoder"].params == sum(p.numel() for n in parts for p in n.parameters())
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", pytest.param("v", marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_sampling_loop_matches_the_published_canvas(prediction, engines, checkpoints, golden, monkeypatch):
     """Tiles, windows, schedule and steps are the runtime's; noise and LR latent are the golden's."""

@@ -171,7 +171,7 @@ def test_ddpm_loop_matches_golden(prediction, guided, narrow, golden):
         assert relative_l2(np.concatenate(trace[:-1]), data[f"{prediction}.trace"]) < LOOP_LIMIT
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", pytest.param("v", marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_ddpm_loop_over_tiles_matches_golden(prediction, narrow, golden):
     data = golden("stablesr_loop")

@@ -54,7 +54,9 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "both-bf16" else ()) for kind in FLAGS]
+)
 def test_engines_in_every_precision(kind: str, checkpoint: Path, plain: Path, tmp_path: Path):
     manifest = export(checkpoint, tmp_path / "engine", *FLAGS[kind], "--guidance", "3")
     assert {g.precision for g in manifest.graphs.values()} == {kind if kind in ("fp16", "bf16") else "fp32"}

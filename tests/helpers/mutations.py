@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,35 +18,40 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def mutations(document: Any) -> Iterator[tuple[str, Any]]:
+def mutations(document: Any, every: int = 1) -> Iterator[tuple[str, Any]]:
     """Yield copies of a document with one value replaced or one entry removed, and the path of the change.
 
-    Only the first entry of a list and only the first two of several similar objects are changed.
+    Only the first entry of a list and only the first two of several similar objects are changed. Of all
+    changes, one in `every` is made, and neighboring paths get different ones.
     """
-    for path in _paths(document, ()):
-        where = ".".join(map(str, path))
-        for value in VALUES:
-            changed = copy.deepcopy(document)
-            parent = _at(changed, path[:-1])
-            parent[path[-1]] = value
-            yield f"{where} = {value!r:.40}" if not isinstance(value, int) else where, changed
-        changed = copy.deepcopy(document)
-        del _at(changed, path[:-1])[path[-1]]
-        yield f"without {where}", changed
+    absent = object()
+    assert math.gcd(len(VALUES) + 1, every) == 1, "some changes would never be made"
+    for path, value in itertools.islice(
+        itertools.product(_paths(document, ()), (*VALUES, absent)), 0, None, every
+    ):
+        where, changed = ".".join(map(str, path)), copy.deepcopy(document)
+        parent = _at(changed, path[:-1])
+        if value is absent:
+            del parent[path[-1]]
+            yield f"without {where}", changed
+            continue
+        parent[path[-1]] = value
+        yield f"{where} = {value!r:.40}" if not isinstance(value, int) else where, changed
 
 
 def check_reader(
-    document: Any, schema: Any, read: Callable[[Any], object], *refusals: type[Exception]
+    document: Any, schema: Any, read: Callable[[Any], object], *refusals: type[Exception], every: int = 1
 ) -> int:
     """Assert that the reader refuses everything that the schema refuses; return how many changes it refused.
 
-    It must raise one of `refusals` and no other exception. It may refuse more than the schema does.
+    `every` is that of `mutations`. The reader must raise one of `refusals` and no other exception. It may
+    refuse more than the schema does.
     """
     validator = jsonschema.Draft202012Validator(schema)
     validator.validate(document)
     read(document)
     refused = 0
-    for where, changed in mutations(document):
+    for where, changed in mutations(document, every):
         try:
             read(changed)
         except refusals:

@@ -68,8 +68,15 @@ def test_epsilon_of_the_norm_is_used(layout):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param(torch.contiguous_format, "fp32", id="nchw-fp32"),
+        pytest.param(torch.channels_last, "fp16", id="nhwc-fp16"),
+        pytest.param(torch.contiguous_format, "fp16", id="nchw-fp16", marks=pytest.mark.slow),
+        pytest.param(torch.channels_last, "fp32", id="nhwc-fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_operators_pass_opcheck(layout, dtype):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     for name, (_, shape, extra) in OPERATORS.items():

@@ -82,7 +82,7 @@ def test_life_of_a_job(serve, tiny_upscaler):
 
 def test_events_end_with_the_job(serve):
     with serve() as client:
-        job = client.post("/v1/jobs?steps=400", content=picture(100, 100)).json()
+        job = client.post("/v1/jobs?steps=60", content=picture(100, 100)).json()
         with client.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
             lines = [line for line in stream.iter_lines() if line]
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
