@@ -15,10 +15,11 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hostile, "IDLE", 100)
     monkeypatch.setattr(hostile, "PAUSE_S", 0.0)
     monkeypatch.setattr(fairness, "ROUNDS", 1)
+    monkeypatch.setattr(serving, "SIZES", ((16, 16), (24, 16)))
     engine = build_engine(tmp_path / "engine")
     output = tmp_path / "serving.md"
-    options = ["--clients", "3", "--over", "8", "--steps", "30", "--minutes", "0.12", "-o", str(output)]
-    options += ["--small", "32", "--large", "512"]
+    options = ["--clients", "3", "--over", "8", "--steps", "30", "--minutes", "0.05", "-o", str(output)]
+    options += ["--small", "16", "--large", "256"]
     assert serving.main(["--engine", str(engine), *options]) == 0, capsys.readouterr().err
     text = output.read_text()
     assert "not finished" not in text and "| until minute |" in text
@@ -27,7 +28,7 @@ def test_short_load_test_finds_no_faults(tmp_path, capsys, monkeypatch):
     assert len(table) == len(serving.kinds(3, 8))
     assert all(row[-1] == "0" and int(row[1]) > 0 for row in table.values())
     assert "an upload beyond the limit" in text
-    assert "while one of 0.262 megapixels is sampled" in text and "A folder of 6 images takes" in text
+    assert "while one of 0.0655 megapixels is sampled" in text and "A folder of 6 images takes" in text
 
 
 def test_the_page_of_an_unfinished_run_says_so():

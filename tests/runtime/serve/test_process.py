@@ -46,7 +46,7 @@ def test_accepted_jobs_survive_a_kill_and_run_once(process, tiny_upscaler):
 def test_sigterm_finishes_running_jobs_and_keeps_the_others(process):
     first = process("--grace", "60", "--log-format", "json")
     names = [
-        first.client.post("/v1/jobs?steps=100", content=picture(100, 100, seed=k)).json()["id"]
+        first.client.post("/v1/jobs?steps=40", content=picture(100, 100, seed=k)).json()["id"]
         for k in range(12)
     ]
     assert first.stop(signal.SIGTERM) == 0
