@@ -52,9 +52,7 @@ def prove(
     image, config = seeded_image(height, width), family.config
     given = parity.decoder_inputs(family.autoencoder, height * config.scale // family.first_stage.factor)["z"]
     given = given * np.float32(family.latent_scale)
-    lr = unit_tensor(
-        imresize(image, height * config.scale, width * config.scale, convention=family.convention)
-    )
+    lr = unit_tensor(enlarged(image, family))
     inputs = {INPUT: np.float32(image.transpose(2, 0, 1)[None] / 255.0), LATENT: given}
     sampled, decoded = _run_cut(path, latent, inputs)
     want = sampled_by_networks(family, recipe, image, lr)
@@ -62,6 +60,14 @@ def prove(
     want = family.run_decoder(torch.from_numpy(given), lr, recipe.fidelity)
     fixed = _corrected(want[0].numpy(), lr[0].numpy(), recipe.color_fix)
     return errors, parity.judge(path, decoded[0], np.clip(fixed / 2 + 0.5, 0, 1), lowering)
+
+
+def enlarged(image: np.ndarray, family: Family) -> np.ndarray:
+    """Return the LR image at output size, with 16 bits if the training images were not rounded to 8."""
+    matlab = family.convention == "matlab"
+    deep = image if matlab else image.astype(np.uint16) * np.uint16(257)
+    sides = (side * family.config.scale for side in image.shape[:2])
+    return imresize(deep, *sides, convention=family.convention)
 
 
 def _corrected(image: np.ndarray, lr: np.ndarray, method: str) -> np.ndarray:
