@@ -122,7 +122,9 @@ def _safetensors(stream: BinaryIO) -> dict[str, np.ndarray]:
 
 def _safetensor(stream: BinaryIO, start: int, size: int, entry: dict[str, Any]) -> np.ndarray:
     """Read one tensor; `size` is the number of bytes of all tensors."""
-    kind, shape, places = SAFETENSORS[entry["dtype"]], entry.get("shape"), entry.get("data_offsets")
+    kind = SAFETENSORS[entry["dtype"]]
+    shape: Any = entry.get("shape")
+    places: Any = entry.get("data_offsets")
     whole = isinstance(shape, list) and isinstance(places, list) and len(places) == 2
     if not whole or any(type(number) is not int or number < 0 for number in (*shape, *places)):
         raise ValueError(f"its header is damaged ({json.dumps(entry)[:80]})")
