@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import stablesr
 import torch
+from autoencoders import tiny_checkpoint
 from conftest import relative_l2
 from graphs import PLAIN_LDM, TINY, write_checkpoint
 from graphs import run as graphs_run
@@ -216,6 +217,12 @@ def test_scales_that_do_not_fit_are_refused(scale, says, tmp_path, capsys):
     flags = ["--single", "--steps", "1", "--tile", "32", "-o", str(tmp_path / "x.onnx")]
     assert cli.main([str(checkpoint), *flags]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "x.onnx").exists()
+
+
+def test_an_autoencoder_alone_is_refused(tmp_path, capsys):
+    tiny_checkpoint(tmp_path / "vae")
+    assert cli.main([str(tmp_path / "vae"), "--single", "--steps", "1", "-o", str(tmp_path / "x.onnx")]) == 2
+    assert "no sampler to unroll" in capsys.readouterr().err and not (tmp_path / "x.onnx").exists()
 
 
 def test_existing_names_are_kept(tiny, tmp_path, capsys):
