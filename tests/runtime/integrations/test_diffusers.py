@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from autoencoders import tiny_engine
 
 from moesr.runtime.errors import InputError
@@ -60,10 +62,7 @@ def test_wrong_latents_are_refused(decoder, z):
         decoder.decode(z)
 
 
-@pytest.mark.slow  # diffusers and transformers take ten seconds to import
 def test_stable_diffusion_pipeline_decodes_with_the_engine(decoder, network):
-    diffusers = pytest.importorskip("diffusers", reason="needs the extra diffusers")
-    transformers = pytest.importorskip("transformers", reason="needs the extra diffusers")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
