@@ -215,7 +215,7 @@ def test_keyboard_token_and_canceling(page, process, tmp_path):
     page.keyboard.press("Enter")
     page.wait_for_selector("#progress:not([hidden])")
     until(page, "document.getElementById('bar').value > 0")
-    page.wait_for_selector("#draft:not([hidden])")
+    until(page, "!draft.hidden && draft.complete")  # a selector waits for frames too
     assert page.evaluate("[draft.naturalWidth, draft.naturalHeight]") == [300, 300]
     shot(page, "preview")
     page.focus("#cancel")
