@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchlib.metrics import log_spectrum, measured_luma, spectrum_correlation
+from benchlib.metrics import measured_luma
+from moesr.runtime.images.measures import log_spectrum, spectrum_correlation
 
 PANEL_PX = 512  # a larger image is shown by its centre
 LABEL_PX = 28

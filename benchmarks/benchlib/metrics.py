@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-PEAK = 255.0
+from moesr.runtime.images.measures import PEAK, luma, psnr, spectrum_correlation
+
 GMS_STABILISER = 170.0  # Xue et al. 2014, for luma in 0..255
 
 COLUMNS = {
@@ -92,42 +93,12 @@ def measured_luma(image: np.ndarray, scale: int) -> np.ndarray:
     return luma(image)[scale:-scale, scale:-scale]
 
 
-def luma(image: np.ndarray) -> np.ndarray:
-    """Uint8 RGB [H, W, 3] -> Y of BT.601 in studio range (16..235) as MATLAB's rgb2ycbcr, not rounded."""
-    return 16.0 + image.astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255.0)
-
-
-def psnr(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio in dB, for a peak of 255; infinite for equal planes."""
-    mse = float(np.mean((y_sr - y_hr) ** 2))
-    return float("inf") if mse == 0.0 else 10.0 * float(np.log10(PEAK**2 / mse))
-
-
 def ssim(y_sr: np.ndarray, y_hr: np.ndarray) -> float:
     """Return the structural similarity of Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5."""
     value: Any = structural_similarity(
         y_sr, y_hr, data_range=PEAK, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return float(value)
-
-
-def log_spectrum(plane: np.ndarray) -> np.ndarray:
-    """Return the log amplitude [H, W] of a plane's spectrum, zero frequency in the center (paper Fig. 10)."""
-    return np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(plane))))
-
-
-def spectrum_correlation(y_sr: np.ndarray, y_hr: np.ndarray, above: float = 0.0) -> float:
-    """Return Spearman's correlation of the two log-amplitude spectra (paper Fig. 10), -1 to 1.
-
-    Only bins at radii of at least `above` cycles per pixel are used. With 0.5 / scale, the Nyquist frequency
-    of the LR grid, these are the frequencies that the LR image does not contain.
-    """
-    height, width = y_hr.shape
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    kept = radius >= above  # the right half of the plane: a real image's spectrum is symmetric
-    # Spearman's correlation is Pearson's correlation of the ranks; the logarithm does not change ranks.
-    ranks_sr, ranks_hr = (stats.rankdata(np.abs(np.fft.rfft2(plane))[kept]) for plane in (y_sr, y_hr))
-    return float(np.corrcoef(ranks_sr, ranks_hr)[0, 1])
 
 
 def gradient_similarity(y_sr: np.ndarray, y_hr: np.ndarray) -> float:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, special
 
-from benchlib.metrics import luma
 from moesr.runtime.errors import InputError
+from moesr.runtime.images.measures import luma
 
 BLOCK_PX = 96  # side of a block at full size
 HALVING = np.array([-3, -9, 29, 111, 111, 29, -9, -3], np.float32) / 256  # MATLAB's imresize by 0.5

@@ -54,12 +54,16 @@ def log_spectrum(plane: np.ndarray) -> np.ndarray:
     return np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(plane))))
 
 
-def spectrum_correlation(plane: np.ndarray, original: np.ndarray) -> float:
+def spectrum_correlation(plane: np.ndarray, original: np.ndarray, above: float = 0.0) -> float:
     """Return Spearman's correlation of the amplitude spectra, -1 to 1 (MoE-SR, appendix C.2 and Fig. 10).
 
-    A logarithm would not change it, as it depends on ranks alone. One half of the symmetric spectrum is used.
+    A logarithm would not change it, as it depends on ranks alone. One half of the symmetric spectrum is used,
+    and of it the frequencies of at least `above` cycles per pixel. With 0.5 / scale, the Nyquist frequency of
+    the LR image, these are the frequencies that the LR image does not contain.
     """
-    ranks = [_ranks(np.abs(np.fft.rfft2(each)).ravel()) for each in (plane, original)]
+    height, width = original.shape
+    kept = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) >= above
+    ranks = [_ranks(np.abs(np.fft.rfft2(each))[kept]) for each in (plane, original)]
     deviations = [rank - rank.mean() for rank in ranks]
     norm = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
     return float((deviations[0] * deviations[1]).sum() / norm) if norm else 1.0

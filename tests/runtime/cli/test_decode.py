@@ -172,17 +172,8 @@ def test_engine_without_encoder_cannot_reconstruct(tmp_path, capsys):
     assert "has no refinement network" in capsys.readouterr().err
 
 
-def test_measures_equal_those_of_the_benchmarks():
+def test_structural_similarity_equals_that_of_scikit_image():
     from benchlib import metrics
 
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (40, 33, 3), np.uint8)
-    a, b = metrics.luma(image), metrics.luma(rng.integers(0, 256, image.shape, np.uint8))
-    for mine, theirs in (
-        (measures.psnr, metrics.psnr),
-        (measures.ssim, metrics.ssim),
-        (measures.spectrum_correlation, metrics.spectrum_correlation),
-    ):
-        assert mine(a, b) == pytest.approx(theirs(a, b), rel=1e-9)
-    np.testing.assert_allclose(measures.luma(image), a)
-    np.testing.assert_allclose(measures.log_spectrum(a), metrics.log_spectrum(a))
+    a, b = np.random.default_rng(0).uniform(16, 235, (2, 40, 33))
+    assert measures.ssim(a, b) == pytest.approx(metrics.ssim(a, b), rel=1e-9)
